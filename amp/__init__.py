@@ -1,0 +1,33 @@
+"""open-clip-amp: action-aware multi-modal prompt tuning for open_clip (arXiv 2506.23502).
+
+The heavy imports (torch, open_clip) happen at the first use of a name, so that `import amp` stays instant.
+"""
+
+from importlib import import_module
+
+from amp.version import __version__
+
+_EXPORTS = {
+    "ActionAwareCLIP": "amp.model",
+    "AmpError": "amp.errors",
+    "Knowledge": "amp.knowledge.schema",
+    "KnowledgeBatch": "amp.knowledge.batch",
+    "PromptConfig": "amp.config",
+    "Triplet": "amp.knowledge.schema",
+    "create_model_and_transforms": "amp.factory",
+    "get_tokenizer": "amp.factory",
+    "load_adapter": "amp.checkpoint",
+    "save_adapter": "amp.checkpoint",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'amp' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,156 @@
+"""The frozen open_clip model behind the few calls that prompting needs.
+
+This is the only file that touches open_clip's internals (`visual._embeds`, `visual.transformer.resblocks`,
+`visual._pool`, `visual.proj`, `token_embedding`, and the text tower's tables), so that a change upstream is mended here.
+"""
+
+import hashlib
+
+import torch
+import torch.nn as nn
+from open_clip.model import CLIP
+from open_clip.transformer import QuickGELU, VisionTransformer, text_global_pool
+from torch.utils.checkpoint import checkpoint
+
+from amp.errors import AmpError
+
+
+class Backbone(nn.Module):
+    """A frozen CLIP, always in eval mode.
+
+    Args:
+        clip: A model of `open_clip.create_model` with a native `VisionTransformer` and a native text transformer;
+            the three widths (vision, text, joint) may all differ.
+
+    Raises:
+        AmpError: The image tower is not open_clip's own VisionTransformer (timm, ResNet), or the text tower has no
+            token embedding of its own (Hugging Face towers).
+    """
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        visual = getattr(clip, "visual", None)
+        if not isinstance(visual, VisionTransformer):
+            inner = type(getattr(visual, "trunk", visual)).__name__
+            raise AmpError(
+                f"image tower is {type(visual).__name__} ({inner}), expected open_clip's native VisionTransformer: prompts "
+                "are put between its blocks. Choose a model whose config has no 'timm_model_name', such as ViT-B-16"
+            )
+        if not visual.transformer.batch_first:
+            raise AmpError("image tower has batch_first=False, expected True, the default of open_clip")
+        self.clip = clip
+        if not hasattr(self._text, "token_embedding"):
+            raise AmpError(
+                f"text tower is {type(self._text).__name__}, expected open_clip's native TextTransformer, whose token "
+                "embedding the triplet encoder reads (eq. 4). Choose a model without 'hf_model_name' in its config"
+            )
+        self.vision_width: int = visual.conv1.out_channels
+        self.vision_heads: int = visual.transformer.resblocks[0].attn.num_heads
+        self.num_layers: int = len(visual.transformer.resblocks)
+        self.num_patches: int = visual.grid_size[0] * visual.grid_size[1]
+        self.patch_size: tuple[int, int] = tuple(visual.patch_size)
+        self.text_width: int = self._text.token_embedding.weight.shape[1]
+        self.embed_dim: int = visual.output_dim
+        self.context_length: int = clip.context_length
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: CLIP is frozen in both stages (paper, sec. 3.4)."""
+        return super().train(False)
+
+    @property
+    def visual(self) -> VisionTransformer:
+        return self.clip.visual
+
+    @property
+    def _text(self) -> nn.Module:
+        return self.clip if isinstance(self.clip, CLIP) else self.clip.text
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vision blocks' weights, in which tokens enter them."""
+        return self.visual.conv1.weight.dtype
+
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether the image tower computes OpenAI's approximation of GELU."""
+        return isinstance(self.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
+
+    @property
+    def causal_text(self) -> bool:
+        """Whether a token of the text tower sees only those before it, so that padding after the end changes nothing."""
+        return getattr(self._text, "attn_mask", None) is not None and getattr(self._text, "cls_emb", None) is None
+
+    # -- image tower ------------------------------------------------------------------------------------------------
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) to what enters block 0: class token and patches after ln_pre, (B, 1 + M, d_v)."""
+        return self.visual._embeds(images.to(self.dtype))
+
+    def blocks(self, tokens: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v)."""
+        for block in self.visual.transformer.resblocks[start:stop]:
+            tokens = block(tokens)
+        return tokens
+
+    def block(self, index: int, tokens: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        """Runs one block on tokens (B, T, d_v); `recompute` trades its activations for a second forward."""
+        block = self.visual.transformer.resblocks[index]
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens after the last block (B, T, d_v) to features (B, d), not normalised.
+
+        Tokens behind the M patches (visual prompts) are cut off first: average and attention pooling must not see them.
+        """
+        pooled, _ = self.visual._pool(tokens[:, : 1 + self.num_patches])
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    # -- text tower -------------------------------------------------------------------------------------------------
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """Vocabulary embedding of token ids, any shape (...) -> (..., d_t); WordEmb_CLIP of eq. 4."""
+        return self._text.token_embedding(ids)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, context_length) to features (B, d), not normalised, as `clip.encode_text`, at less cost.
+
+        Padding is cut to the longest text of the batch where the tower is causal: no token up to the end-of-text token,
+        where the feature is read, ever attends to padding, so the result is exact.
+        """
+        text = self._text
+        if not (isinstance(self.clip, CLIP) and self.causal_text and text.text_pool_type in ("argmax", "eos")):
+            return self.clip.encode_text(ids)
+        if text.text_pool_type == "argmax":
+            ends = ids.argmax(dim=-1)
+        else:
+            ends = (ids == text.text_eos_id).int().argmax(dim=-1)
+        length = int(ends.max()) + 1 if ids.device.type != "meta" else ids.shape[1]
+        ids = ids[:, :length]
+        dtype = text.transformer.get_cast_dtype()
+        x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
+        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
+        x = text_global_pool(text.ln_final(x), ids, text.text_pool_type, eos_token_id=text.text_eos_id)
+        if text.text_projection is None:
+            return x
+        return text.text_projection(x) if isinstance(text.text_projection, nn.Linear) else x @ text.text_projection
+
+    # -- identity ---------------------------------------------------------------------------------------------------
+
+    def weights_hash(self, tower: str = "both") -> str:
+        """SHA-256 over names, shapes and bytes of the weights of ``vision``, ``text`` or ``both`` towers.
+
+        The temperature is left out: open_clip stores it as a scalar or as a vector of one.
+        """
+        digest = hashlib.sha256(f"quick_gelu={self.quick_gelu}".encode())
+        for name, tensor in sorted(self.clip.state_dict().items()):
+            is_vision = name.startswith("visual.")
+            if name in ("logit_scale", "logit_bias") or (tower != "both" and is_vision != (tower == "vision")):
+                continue
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            if tensor.device.type != "meta":
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Adapter checkpoints: what this project trained, in safetensors, and the name of the base model it belongs to."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from amp.config import PromptConfig
+from amp.errors import AmpError
+from amp.model import ActionAwareCLIP
+from amp.version import __version__
+
+FORMAT = "open-clip-amp adapter"
+
+
+@dataclass
+class AdapterHeader:
+    """What an adapter file says of itself.
+
+    Attributes:
+        base_name, base_pretrained: How the base model was asked for.
+        base_hash: SHA-256 of the base model's weights (`Backbone.weights_hash`).
+        quick_gelu: Whether the base model computes QuickGELU.
+        prompt_config: Architecture of the prompts.
+        training: Free-form record of the run: stage, step, resolved configuration.
+        version: Version of open-clip-amp that wrote it.
+    """
+
+    base_name: str
+    base_pretrained: str | None
+    base_hash: str
+    quick_gelu: bool
+    prompt_config: PromptConfig
+    training: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def check_base(self, model_name: str, base_hash: str, where: str | os.PathLike) -> None:
+        """Raises AmpError where the weights at hand are not those that the adapter was trained on."""
+        if base_hash != self.base_hash:
+            raise AmpError(
+                f"{where}: was trained on base model {self.base_name!r} (pretrained {self.base_pretrained!r}, weights "
+                f"{self.base_hash[:12]}), but {model_name!r} has weights {base_hash[:12]}. Load it with its own base model"
+            )
+
+
+def save_adapter(path: str | os.PathLike, model: ActionAwareCLIP, training: dict[str, Any] | None = None,
+                 state: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
+    """Writes the adapter's weights and header to `path`, under a temporary name first.
+
+    Args:
+        path: A file name ending in ``.safetensors``.
+        model: A model of `create_model_and_transforms`.
+        training: Record of the run, stored as JSON.
+        state: Weights to store instead of the model's own, for engines that keep them in parts.
+    """
+    header = AdapterHeader(
+        model.base_name, model.base_pretrained, model.base_hash, model.backbone.quick_gelu, model.config, training or {}
+    )
+    weights = {k: v.detach().to("cpu").contiguous() for k, v in (state or model.adapter_state()).items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(weights, temporary, metadata={"format": FORMAT, "header": json.dumps(asdict(header))})
+    os.replace(temporary, path)
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torch.Tensor]]:
+    """Reads an adapter file.
+
+    Raises:
+        AmpError: No such file, a damaged file, or a safetensors file of something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise AmpError(
+                    f"{path}: metadata key 'format' is {metadata.get('format')!r}, expected {FORMAT!r}. Give an "
+                    "adapter.safetensors that launchers/train.py wrote"
+                )
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except FileNotFoundError as error:
+        raise AmpError(f"{path}: no such adapter file. launchers/train.py writes it to OUT/stage2/adapter.safetensors") from error
+    except SafetensorError as error:
+        raise AmpError(f"{path}: not a whole safetensors file ({error}). Copy or train it again") from error
+    record = json.loads(metadata["header"])
+    known = {f.name for f in fields(PromptConfig)}
+    unknown = sorted(set(record["prompt_config"]) - known)
+    if unknown:
+        raise AmpError(f"{path}: prompt settings {unknown} are unknown to open-clip-amp {__version__}, the file was "
+                       f"written by {record['version']}. Install that version or a newer one")  # fmt: skip
+    record["prompt_config"] = PromptConfig(**record["prompt_config"])
+    return AdapterHeader(**record), weights
+
+
+def load_adapter(path: str | os.PathLike, model: ActionAwareCLIP) -> AdapterHeader:
+    """Loads an adapter file into a model of the same base model and the same prompt settings.
+
+    Raises:
+        AmpError: Another base model, other settings, or weights that don't fit.
+    """
+    header, weights = read_adapter(path)
+    header.check_base(model.base_name, model.base_hash, where=path)
+    theirs, ours = asdict(header.prompt_config), asdict(model.config)
+    differing = {k: (theirs[k], ours[k]) for k in ours if theirs[k] != ours[k]}
+    if differing:
+        said = ", ".join(f"{k} is {a!r} in the file and {b!r} in the model" for k, (a, b) in differing.items())
+        raise AmpError(f"{path}: prompt settings differ: {said}. Build the model with the file's settings")
+    load_adapter_state(model, weights, where=path)
+    return header
+
+
+def load_adapter_state(model: ActionAwareCLIP, weights: dict[str, torch.Tensor], where: str | os.PathLike) -> None:
+    """Puts adapter weights into a model; every name and shape must match."""
+    expected = model.adapter_state()
+    wrong = sorted(expected.keys() ^ weights.keys())
+    wrong += [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+    if wrong:
+        raise AmpError(f"{where}: {len(wrong)} weights are missing, unknown or of another shape, first {wrong[:3]}")
+    model.load_state_dict(weights, strict=False)

@@ -1,0 +1,113 @@
+"""What the frozen blocks make of each image of a split, computed once: early tokens and base features.
+
+With `interaction_layer: l` the blocks below l see no knowledge and no prompts, and without random augmentation their
+output never changes: (1 + M) x d_v numbers an image, memory-mapped.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from amp.data.split import ShardSplit
+from amp.model import ActionAwareCLIP
+
+
+class FrozenFeatures:
+    """Early tokens (I, 1 + M, d_v) and base features (I, d) of the I images of a split, as arrays."""
+
+    def __init__(self, early: np.ndarray, base: np.ndarray):
+        self.early, self.base = early, base
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "FrozenFeatures":
+        return cls(*(np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("early", "base")))
+
+
+class _Images(Dataset):
+    def __init__(self, split: ShardSplit, preprocess):
+        self.split, self.preprocess = split, preprocess
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.preprocess(self.split.image(index))
+
+
+def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str) -> Path:
+    """Where a split's features lie: the name depends on all that they depend on."""
+    parts = [model.backbone.weights_hash("vision"), str(model.config.interaction_layer), repr(preprocess), dtype]
+    parts += [shard.sha256 for shard in split.shards]
+    return Path(root) / f"image-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
+
+
+@torch.no_grad()
+def compute_frozen_features(
+    split: ShardSplit,
+    model: ActionAwareCLIP,
+    preprocess,
+    batch_size: int,
+    workers: int,
+    folder: Path | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    autocast=None,
+) -> FrozenFeatures:
+    """Runs the frozen blocks over a split, or opens what an earlier call has left in `folder`.
+
+    Args:
+        split: The images.
+        model: On its device.
+        preprocess: The validation transform; it must not be random.
+        batch_size: Images a forward pass.
+        workers: Processes that decode.
+        folder: Where to keep the arrays; None keeps them in memory.
+        dtype: Of the early tokens; base features are always float32.
+        progress: Called as progress(done, total).
+        autocast: Context manager for the forward pass, such as `accelerator.autocast()`.
+    """
+    if folder is not None and folder.is_dir():
+        return FrozenFeatures.load(folder)
+    backbone, device = model.backbone, model.logit_scale.device
+    shape = (len(split), 1 + backbone.num_patches, backbone.vision_width)
+    if folder is None:
+        early, temporary = np.empty(shape, dtype), None
+    else:
+        temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
+        early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
+    base = np.empty((len(split), backbone.embed_dim), np.float32)
+    loader = DataLoader(_Images(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    done = 0
+    for images in loader:
+        images = images.to(device, non_blocking=True)
+        if autocast is None:
+            features = model(images, only_frozen=True)
+        else:
+            with autocast:
+                features = model(images, only_frozen=True)
+        stop = done + len(images)
+        early[done:stop] = features.early.float().cpu().numpy()
+        base[done:stop] = features.base.float().cpu().numpy()
+        done = stop
+        if progress is not None:
+            progress(done, len(split))
+    if temporary is None:
+        return FrozenFeatures(early, base)
+    early.flush()
+    np.save(temporary / "base.npy", base)
+    try:
+        os.rename(temporary, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary)
+    return FrozenFeatures.load(folder)

@@ -1,0 +1,98 @@
+"""An image file on its way into a shard: really decoded to see that it is whole, then passed on as it is, or resized."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from amp.errors import AmpError
+
+# The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """How images are made smaller before they are stored.
+
+    Attributes:
+        size: pixels.
+        mode: ``"shortest"``: the shorter side becomes ``size``, the aspect ratio stays, smaller images stay untouched;
+            ``"squash"``: every image becomes ``size`` x ``size``.
+        quality: of the JPEG written, 1 to 95 by Pillow's scale.
+    """
+
+    size: int
+    mode: Literal["shortest", "squash"] = "shortest"
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= 8192:
+            raise AmpError(f"resize is {self.size}; expected 1 to 8192 pixels")
+        if self.mode not in ("shortest", "squash"):
+            raise AmpError(f"resize mode is {self.mode!r}; expected 'shortest' or 'squash'")
+        if not 1 <= self.quality <= 95:
+            raise AmpError(f"resize quality is {self.quality}; expected 1 to 95 (Pillow's JPEG scale)")
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing."""
+        if self.mode == "squash":
+            return self.size, self.size
+        scale = self.size / min(width, height)
+        if scale >= 1:
+            return width, height
+        return max(self.size, round(width * scale)), max(self.size, round(height * scale))
+
+
+class UnreadableImageError(Exception):
+    """An image file that can't be used, and why.
+
+    Attributes:
+        may_pass: whether the reason lies outside the file's content (permissions, a network disk).
+    """
+
+    def __init__(self, reason: str, may_pass: bool = False) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
+
+
+def read_image(path: Path, resize: Resize | None = None) -> tuple[bytes, str]:
+    """The bytes to store and their extension (lower case, no dot), after a full decode.
+
+    The file's own bytes, unless ``resize`` changes the size of this image: then a JPEG. No EXIF data is applied or kept
+    in that case, which gives the pixels that training would see in the untouched file.
+
+    Raises:
+        UnreadableImageError: unreadable, damaged, cut short, of another format, or a decompression bomb.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImageError(f"can't be read ({error.strerror})", may_pass=True) from None
+    extension = path.suffix[1:].lower()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
+                image.verify()
+            with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
+                image.load()
+                rgb = image.convert("RGB")  # what training will ask for
+    except Image.UnidentifiedImageError:
+        raise UnreadableImageError(f"{len(content)} bytes, not an image of {', '.join(_PILLOW_FORMATS)}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"refused as a decompression bomb: {error}") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        raise UnreadableImageError(f"damaged ({type(error).__name__}: {error})") from None
+    if resize is None or resize.target(*rgb.size) == rgb.size:
+        return content, extension
+    buffer = io.BytesIO()
+    rgb = rgb.resize(resize.target(*rgb.size), Image.Resampling.BICUBIC)
+    rgb.save(buffer, "JPEG", quality=resize.quality, subsampling=0)
+    return buffer.getvalue(), "jpg"

@@ -1,0 +1,82 @@
+"""Which sample comes when: a pure function of (seed, epoch), whatever the number of workers.
+
+The global order of an epoch is cut into global batches, and each rank takes its slice of each. So every rank runs the
+same number of steps, the same global batch is seen by 1, 2 or 64 ranks, and a run continues at any step by counting.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from amp.errors import AmpError
+
+
+def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
+    """Shuffled sample indices of a split, one an image.
+
+    Shards are shuffled, then samples within windows of `window` shards: a batch mixes that many shards, and reads stay
+    within as many open files.
+
+    Args:
+        shard_sizes: Samples of each shard.
+        seed: Of the run.
+        epoch: 0-based.
+        window: Shards mixed at a time.
+
+    Returns:
+        int64 (sum of sizes,): sample i of the split stands at position i of the concatenated shards.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    shards = rng.permutation(len(shard_sizes))
+    parts = []
+    for low in range(0, len(shards), window):
+        samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[low : low + window]])
+        parts.append(rng.permutation(samples))
+    return np.concatenate(parts).astype(np.int64)
+
+
+def caption_of_epoch(seed: int, epoch: int, sample: int, captions: int) -> int:
+    """The one caption a sample shows in an epoch; in `captions` epochs each is shown once, in an order of the sample's."""
+    cycle, turn = divmod(epoch, captions)
+    return int(np.random.default_rng([seed, sample, cycle]).permutation(captions)[turn])
+
+
+class BatchOrder:
+    """Batch sampler of one rank: lists of (sample, epoch), `len(self)` of them, the same number on every rank.
+
+    Args:
+        shard_sizes: Samples of each shard of the split.
+        batch_size: Samples a rank and step.
+        rank, world: This process and how many there are.
+        seed: Of the run.
+        window: See `epoch_order`.
+
+    Raises:
+        AmpError: The split is smaller than one global batch.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], batch_size: int, rank: int, world: int, seed: int, window: int):
+        self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
+        self.seed, self.window, self.epoch = seed, window, 0
+        samples = sum(self.shard_sizes)
+        self.steps = samples // (batch_size * world)
+        if self.steps == 0:
+            raise AmpError(
+                f"the training split holds {samples} images, fewer than one global batch of {batch_size} x {world} "
+                f"processes = {batch_size * world}. Lower data.batch_size or add images"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window)
+        size = self.batch_size * self.world
+        for step in range(self.steps):
+            start = step * size + self.rank * self.batch_size
+            yield [(int(i), self.epoch) for i in order[start : start + self.batch_size]]

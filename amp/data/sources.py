@@ -1,0 +1,466 @@
+"""Where captions and their knowledge come from: Karpathy JSON, CSV and JSONL, all read to the same list of images.
+
+Two sorts of trouble are kept apart. A file that isn't in its format (a missing key, a cut line) is an error at once, with
+the place, since nothing read from it can be trusted. A gap in the data (an empty caption, an image listed twice) is
+recorded as :class:`Skip`, counted, and judged by the caller.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from amp.errors import AmpError, shorten
+from amp.knowledge.schema import is_unicode, parse_knowledge
+
+FORMATS = ("auto", "karpathy", "csv", "jsonl")
+SKIP_KINDS = (
+    "unreadable_image",
+    "missing_image",
+    "image_without_caption",
+    "duplicate_key",
+    "caption_without_image",
+    "empty_caption",
+)
+
+_SUFFIXES = {".json": "karpathy", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+
+
+class SourceFormatError(AmpError):
+    """A captions, knowledge or image-list file isn't in its format."""
+
+
+@dataclass(slots=True)
+class Caption:
+    """A caption.
+
+    Attributes:
+        id: ``sentid`` of a Karpathy file; else the number of the data row, 0-based.
+        text: without surrounding white space, of any length.
+        knowledge: its checked record as JSON text ``{"triplets": ..., "states": ...}``, a third of the memory of the
+            objects; None where no record belongs to the caption.
+    """
+
+    id: int | str
+    text: str
+    knowledge: str | None = None
+
+
+@dataclass(slots=True)
+class CaptionedImage:
+    """An image with all its captions.
+
+    Attributes:
+        path: of the file, relative to the images folder, ``/`` as separator, without parent parts.
+        name: the file's name as the captions file spells it (COCO: without its ``filepath`` folder).
+        id: ``cocoid`` or ``imgid`` of a Karpathy file; else ``path``.
+        split: such as ``"train"``.
+        captions: in the order of the file; may be empty.
+    """
+
+    path: str
+    name: str
+    id: int | str
+    split: str
+    captions: list[Caption] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Something that is left out of the shards.
+
+    Attributes:
+        kind: one of ``SKIP_KINDS``; the last two are about a caption, the others about an image.
+        file: the image's path ("" where a caption names no image).
+        reason: one line for a reader.
+        split: where it would have gone.
+        captions: captions lost by it.
+    """
+
+    kind: str
+    file: str
+    reason: str
+    split: str
+    captions: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"file": self.file, "split": self.split, "captions": self.captions, "reason": self.reason}
+
+
+@dataclass(slots=True)
+class CaptionSource:
+    """What :func:`load_captions` found.
+
+    Attributes:
+        images: one entry an image file, in the order of the captions file.
+        skipped: gaps in the data.
+    """
+
+    images: list[CaptionedImage]
+    skipped: list[Skip]
+
+
+@dataclass(frozen=True, slots=True)
+class KnowledgeReport:
+    """What :func:`attach_knowledge` did.
+
+    Attributes:
+        records: records in the knowledge file.
+        attached: captions that now have knowledge.
+        unused: records that belong to no caption.
+    """
+
+    records: int
+    attached: int
+    unused: int
+
+
+def load_captions(
+    path: str | Path, format: str = "auto", default_split: str = "train", keep_restval: bool = False
+) -> CaptionSource:
+    """Read a captions file.
+
+    Args:
+        path: a Karpathy JSON (``dataset_coco.json``, ``dataset_flickr30k.json``), a CSV (or TSV) with a header, or a
+            JSONL; the latter two with the columns ``image``, ``caption`` and, if wanted, ``split``. Several rows of
+            one image are its several captions.
+        format: ``karpathy``, ``csv``, ``jsonl``; ``auto`` goes by the file's suffix.
+        default_split: the split of CSV and JSONL rows that name none.
+        keep_restval: leave Karpathy's ``restval`` (COCO's other validation images) a split of its own; by default it
+            is part of ``train``, as in every published COCO result.
+
+    Raises:
+        SourceFormatError: naming the file, the line or entry, the key, the value seen, the value expected.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise SourceFormatError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+    check_split(default_split, "default_split")
+    if format == "auto":
+        format = _SUFFIXES.get(path.suffix.lower(), "")
+        if not format:
+            raise SourceFormatError(
+                f"{path}: can't tell the format from the suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}; "
+                "name it with --format karpathy, csv or jsonl"
+            )
+    if format == "karpathy":
+        source = _load_karpathy(path, keep_restval)
+    else:
+        rows = _csv_rows(path) if format == "csv" else _jsonl_objects(path)
+        source = _load_rows(path, rows, default_split)
+    for image in source.images:
+        if not image.captions:
+            source.skipped.append(Skip("image_without_caption", image.path, "no caption belongs to it", image.split))
+    source.images = [image for image in source.images if image.captions]
+    if not source.images:
+        raise SourceFormatError(f"{path}: no image with a caption in it; expected at least one; check the file")
+    return source
+
+
+def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> KnowledgeReport:
+    """Give each caption its knowledge, in place, from a JSONL file of checked records.
+
+    A record is ``{"sentid": 12, "triplets": [...], "states": [...]}`` or ``{"image": "a.jpg", "caption": "A man ...",
+    "triplets": [...], "states": [...]}``. With a ``sentid``, ``image`` and ``caption`` are optional and compared
+    with the captions file where present, since knowledge of another data set would fit by number.
+
+    Raises:
+        SourceFormatError: a malformed line, two differing records of one caption, a record that contradicts the captions
+            file, or a file of which nothing fits.
+        KnowledgeFormatError: triplets or states out of form.
+    """
+    path = Path(path)
+    by_id: dict[str, tuple[CaptionedImage, Caption]] = {}
+    by_text: dict[tuple[str, str], list[Caption]] = {}
+    for image in images:
+        for caption in image.captions:
+            by_id[str(caption.id)] = (image, caption)
+            for name in {image.path, image.name}:
+                by_text.setdefault((name, caption.text), []).append(caption)
+
+    records = unused = 0
+    lines: dict[int, int] = {}  # id() of a caption -> line that its knowledge came from
+    for number, record in _jsonl_objects(path):
+        where = f"{path} line {number}"
+        records += 1
+        knowledge = json.dumps(parse_knowledge(record, where).to_dict(), ensure_ascii=False, separators=(",", ":"))
+        for key in ("image", "caption"):
+            if key in record:
+                _check_text(record[key], where, key)
+        if "sentid" in record:
+            image, caption = by_id.get(str(_check_id(record["sentid"], where, "sentid")), (None, None))
+            if image is not None:
+                _check_same(record, image, caption, where)
+            targets = [caption] if caption else []
+        elif "image" in record and "caption" in record:
+            targets = by_text.get((record["image"].strip(), record["caption"].strip()), [])
+        else:
+            raise SourceFormatError(
+                f"{where}: no key says which caption this is; expected 'sentid', or 'image' and 'caption'; keys seen: "
+                f"{', '.join(record)}; add them"
+            )
+        unused += not targets
+        for caption in targets:
+            first = lines.setdefault(id(caption), number)
+            if first != number and caption.knowledge != knowledge:
+                raise SourceFormatError(
+                    f"{where}: other knowledge of the same caption stands in line {first}; expected one record a caption; "
+                    "remove one of them"
+                )
+            caption.knowledge = knowledge
+    if records and unused == records:
+        raise SourceFormatError(
+            f"{path}: none of its {records} records belongs to a caption of the captions file; expected matching 'sentid', "
+            "or 'image' and 'caption'; give the knowledge of this data set"
+        )
+    if not records:
+        raise SourceFormatError(f"{path}: no record in it; expected one JSON object a line; check the file")
+    return KnowledgeReport(records=records, attached=len(lines), unused=unused)
+
+
+def load_image_list(path: str | Path) -> list[str]:
+    """Image file names, one a line; blank lines don't count.
+
+    Raises:
+        SourceFormatError: unreadable, or empty.
+    """
+    names = [line.strip() for _, line in _text_lines(Path(path)) if line.strip()]
+    if not names:
+        raise SourceFormatError(f"{path}: no image named in it; expected one file name a line; check the file")
+    return names
+
+
+def check_split(value: Any, where: str) -> str:
+    """A split's name, fit to be part of a shard's file name.
+
+    Raises:
+        SourceFormatError: anything but ASCII letters, digits, ``_`` and ``-``.
+    """
+    if not isinstance(value, str) or not value.isascii() or not value.replace("_", "a").replace("-", "a").isalnum():
+        raise SourceFormatError(
+            f"{where}: 'split' is {shorten(value)}; expected a name of letters, digits, '_' and '-', such as 'train'; "
+            "rename it"
+        )
+    return value
+
+
+def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise SourceFormatError(
+            f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); expected a Karpathy JSON; "
+            "download it again, or name another format with --format"
+        ) from None
+    if isinstance(content, dict) and "annotations" in content:
+        raise SourceFormatError(
+            f"{path}: key 'annotations' seen; this is COCO's own annotation file; expected the Karpathy split "
+            "(dataset_coco.json), which holds the sentences and the splits; download that one"
+        )
+    entries = _get(content, "images", list, str(path))
+    images: list[CaptionedImage] = []
+    skipped: list[Skip] = []
+    first_with: dict[str, int] = {}
+    first_sentid: dict[str, str] = {}
+    number = 0
+    for i, entry in enumerate(entries):
+        where = f"{path}: images[{i}]"
+        name = _check_text(_get(entry, "filename", object, where), where, "filename").strip()
+        folder = _check_text(entry.get("filepath", ""), where, "filepath").strip()
+        split = check_split(_get(entry, "split", object, where), where)
+        if split == "restval" and not keep_restval:
+            split = "train"
+        captions = []
+        file = _relative(f"{folder}/{name}" if folder else name, where) if name else ""
+        for j, sentence in enumerate(_get(entry, "sentences", list, where)):
+            here = f"{where}.sentences[{j}]"
+            text = _check_text(_get(sentence, "raw", object, here), here, "raw").strip()
+            sentid = _check_id(sentence.get("sentid", number), here, "sentid")
+            first = first_sentid.setdefault(str(sentid), here)
+            if first != here:
+                raise SourceFormatError(
+                    f"{here}: 'sentid' is {shorten(sentid)}, which {first} has too; expected each once; renumber them"
+                )
+            number += 1
+            if text:
+                captions.append(Caption(sentid, text))
+            else:
+                skipped.append(Skip("empty_caption", file, f"{here}: 'raw' is empty", split, captions=1))
+        if not name:
+            reason = f"{where}: 'filename' is empty"
+            skipped.append(Skip("caption_without_image", "", reason, split, captions=len(captions)))
+            continue
+        first = first_with.setdefault(file, i)
+        if first != i:
+            reason = f"{where}: images[{first}] (split {entries[first]['split']}) is the same file and was kept"
+            skipped.append(Skip("duplicate_key", file, reason, split, captions=len(captions)))
+            continue
+        image_id = _check_id(entry.get("cocoid", entry.get("imgid", file)), where, "imgid")
+        images.append(CaptionedImage(file, name, image_id, split, captions))
+    return CaptionSource(images, skipped)
+
+
+def _load_rows(path: Path, rows: Iterator[tuple[int, dict[str, Any]]], default_split: str) -> CaptionSource:
+    images: dict[str, CaptionedImage] = {}
+    skipped: list[Skip] = []
+    first_line: dict[str, int] = {}
+    for number, (line, row) in enumerate(rows):
+        where = f"{path} line {line}"
+        file, text = (_check_text(_get(row, key, object, where), where, key).strip() for key in ("image", "caption"))
+        split = row.get("split")
+        split = default_split if split is None or split == "" else check_split(split, where)
+        if not file:
+            skipped.append(Skip("caption_without_image", "", f"{where}: 'image' is empty", split, captions=1))
+            continue
+        file = _relative(file, where)
+        image = images.setdefault(file, CaptionedImage(file, file, file, split))
+        first = first_line.setdefault(file, line)
+        if image.split != split:
+            raise SourceFormatError(
+                f"{where}: 'split' is {split!r} but line {first} puts the same image in {image.split!r}; expected one "
+                "split an image; correct one of them"
+            )
+        if text:
+            image.captions.append(Caption(number, text))
+        else:
+            skipped.append(Skip("empty_caption", file, f"{where}: 'caption' is empty", split, captions=1))
+    return CaptionSource(list(images.values()), skipped)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number (of the row's first line) and row; the header is checked by name, other columns are ignored."""
+    lines = (line for _, line in _text_lines(path))
+    # strict: a stray quote is an error here, not a row that swallows the rest of the file.
+    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    line = 1
+    header: list[str] | None = None
+    try:
+        for fields in reader:
+            if header is None:
+                header = [name.strip() for name in fields]
+                if not {"image", "caption"} <= set(header) or len(set(header)) != len(header):
+                    raise SourceFormatError(
+                        f"{path} line 1: the header is {shorten(','.join(header))}; expected the columns image, caption "
+                        "and, if wanted, split, each once; add the header"
+                    )
+            elif fields and len(fields) != len(header):
+                raise SourceFormatError(
+                    f"{path} line {line}: {len(fields)} fields, {shorten(fields)}; expected {len(header)} "
+                    f"({', '.join(header)}); put quotes around a caption that holds the separator"
+                )
+            elif fields:
+                yield line, dict(zip(header, fields, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SourceFormatError(
+            f"{path} line {line}: not valid CSV ({error}); expected a quote inside a quoted field to be doubled; correct "
+            "the line"
+        ) from None
+    if header is None:
+        raise SourceFormatError(f"{path}: empty; expected a header with the columns image and caption; check the file")
+
+
+def _jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object; blank lines don't count."""
+    for number, line in _text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceFormatError(
+                f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno}); line seen: "
+                f"{shorten(line.strip())}; expected one object a line; correct or remove it"
+            ) from None
+        if not isinstance(value, dict):
+            raise SourceFormatError(
+                f"{path} line {number}: {shorten(value)}; expected a JSON object; correct or remove the line"
+            )
+        yield number, value
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line number, 1-based, and line with its end; only "\\n" and "\\r\\n" end a line."""
+    number = 0
+    try:
+        # Bytes are split, not text: Unicode has line separators that may stand inside a JSON string.
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceFormatError(
+            f"{path} line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file"
+        ) from None
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceFormatError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+
+
+def _cannot_open(path: Path, error: OSError) -> SourceFormatError:
+    return SourceFormatError(f"{path}: can't be read ({error.strerror}); expected a readable file; check the path")
+
+
+def _relative(file: str, where: str) -> str:
+    """The normal form of an image's path under the images folder; refuses to leave that folder."""
+    path = PurePosixPath(file)
+    # A backslash would be a separator elsewhere, so it could hide a parent part.
+    if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.parts:
+        raise SourceFormatError(
+            f"{where}: image file {shorten(file)} is refused; expected a path inside the images folder, without '..', a "
+            "leading '/', or backslashes; correct it"
+        )
+    return str(path)
+
+
+def _check_same(record: dict[str, Any], image: CaptionedImage, caption: Caption, where: str) -> None:
+    """A record found by ``sentid`` must not contradict the captions file."""
+    expected = {"image": {image.path, image.name}, "caption": {caption.text}}
+    for key, values in expected.items():
+        if key in record and record[key].strip() not in values:
+            raise SourceFormatError(
+                f"{where}: '{key}' is {shorten(record[key])} but sentid {record['sentid']} of the captions file has "
+                f"{shorten(min(values))}; expected the same; give the knowledge of this captions file"
+            )
+
+
+def _check_id(value: Any, where: str, key: str) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise SourceFormatError(
+            f"{where}: '{key}' is {shorten(value)}; expected a whole number or a string; correct it"
+        )
+    return value
+
+
+def _check_text(value: Any, where: str, key: str) -> str:
+    if not isinstance(value, str):
+        raise SourceFormatError(f"{where}: '{key}' is {shorten(value)}; expected a string; correct it")
+    if not is_unicode(value):
+        raise SourceFormatError(
+            f"{where}: '{key}' is {shorten(value)}, not valid Unicode (a lone surrogate); correct it"
+        )
+    return value
+
+
+def _get(content: Any, key: str, kind: type, where: str) -> Any:
+    if not isinstance(content, dict):
+        raise SourceFormatError(f"{where}: {shorten(content)}; expected a JSON object; check the file's format")
+    if key not in content:
+        raise SourceFormatError(
+            f"{where}: key '{key}' is missing; keys seen: {shorten(', '.join(content))}; check the file's format"
+        )
+    if not isinstance(content[key], kind):
+        expected = {list: "a list"}[kind]
+        raise SourceFormatError(f"{where}: '{key}' is {shorten(content[key])}; expected {expected}; correct it")
+    return content[key]

@@ -1,0 +1,85 @@
+"""Random access to the samples of a split, over all its shards."""
+
+import io
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from amp.data.shards import ShardManifest, ShardReader
+from amp.errors import AmpError
+from amp.knowledge.schema import Knowledge, parse_knowledge
+
+MAX_OPEN = 256
+
+
+class ShardSplit:
+    """The samples of one split, addressed by their position in the concatenated shards.
+
+    Args:
+        root: Folder with a ``manifest.json``.
+        split: Its name in the manifest.
+
+    Raises:
+        AmpError: No such folder or split, or an empty shard.
+    """
+
+    def __init__(self, root: str | Path, split: str):
+        self.root, self.name = Path(root), split
+        self.shards = ShardManifest.load(root).split(split)
+        self.sizes = [shard.samples for shard in self.shards]
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_readers": OrderedDict()}
+
+    def _locate(self, index: int) -> tuple[ShardReader, int]:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if shard not in self._readers:
+            if len(self._readers) >= MAX_OPEN:
+                self._readers.popitem(last=False)[1].close()
+            reader = ShardReader(self.shards[shard].path)
+            if len(reader) != self.sizes[shard]:
+                raise AmpError(
+                    f"{reader.path}: holds {len(reader)} samples, the manifest says {self.sizes[shard]}. Run "
+                    "tools/make_shards.py again"
+                )
+            self._readers[shard] = reader
+        self._readers.move_to_end(shard)
+        return self._readers[shard], index - int(self._starts[shard])
+
+    def record(self, index: int) -> dict:
+        """The JSON record of a sample."""
+        reader, row = self._locate(index)
+        return reader.record(row)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded RGB image of a sample.
+
+        Raises:
+            AmpError: The image can't be decoded.
+        """
+        reader, row = self._locate(index)
+        content, _ = reader.read(row)
+        try:
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise AmpError(
+                f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run tools/make_shards.py "
+                "again, which leaves out and lists unreadable images"
+            ) from error
+
+    def captions(self, record: dict, keep: Sequence[str] = ("action", "attribute")) -> list[tuple[str, Knowledge]]:
+        """Texts of a record's captions with their knowledge, of the triplet kinds in `keep`."""
+        where = f"{self.root}/{record['key']}.json"
+        return [(c["text"], parse_knowledge(c, where).only(keep)) for c in record["captions"]]
+
+    def records(self) -> Iterator[dict]:
+        """All records in order."""
+        return (self.record(i) for i in range(len(self)))

@@ -1,0 +1,120 @@
+"""The training stream: shards to batches, decoded and tokenised in workers."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from amp.data.frozen_features import FrozenFeatures
+from amp.data.order import BatchOrder, caption_of_epoch
+from amp.data.split import ShardSplit
+from amp.data.text_features import TextFeatureStore
+from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
+from amp.knowledge.schema import Knowledge
+from amp.knowledge.text import state_texts
+
+
+@dataclass
+class Batch:
+    """B images with one caption each.
+
+    Attributes:
+        images: Images (B, 3, H, W), or their early tokens (B, 1 + M, d_v).
+        base: The frozen CLIP's image features (B, d), or None where they are not stored.
+        text: The frozen CLIP's caption features (B, d), not normalised.
+        knowledge: Of the captions.
+        image_ids: int64 (B,); equal numbers are the same image.
+    """
+
+    images: torch.Tensor
+    base: torch.Tensor | None
+    text: torch.Tensor
+    knowledge: KnowledgeBatch
+    image_ids: torch.Tensor
+
+    def to(self, device, non_blocking: bool = True) -> "Batch":
+        move = lambda x: None if x is None else x.to(device, non_blocking=non_blocking)  # noqa: E731
+        return Batch(move(self.images), move(self.base), move(self.text), move(self.knowledge), move(self.image_ids))
+
+    def pin_memory(self) -> "Batch":
+        pin = lambda x: None if x is None else x.pin_memory()  # noqa: E731
+        return Batch(pin(self.images), pin(self.base), pin(self.text), pin(self.knowledge), pin(self.image_ids))
+
+
+class KnowledgeCollator:
+    """Knowledge of captions to a `KnowledgeBatch`, state features read from the store."""
+
+    def __init__(self, tokenizer: TripletTokenizer, store: TextFeatureStore):
+        self.tokenizer, self.store = tokenizer, store
+
+    def __call__(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
+        tokens, token_mask, mask = self.tokenizer(knowledge)
+        states = torch.zeros(*mask.shape, self.store.dim)
+        texts = [text for item in knowledge for text in state_texts(item, self.tokenizer.max_triplets)]
+        if texts:
+            states[mask] = torch.from_numpy(self.store.lookup(texts))
+        return KnowledgeBatch(tokens, token_mask, states, mask)
+
+
+class TrainingSamples(Dataset):
+    """(sample, epoch) -> image, caption, knowledge and image id.
+
+    Args:
+        split: The shards.
+        preprocess: Image transform; not used where `frozen` is given.
+        seed: Chooses the caption of an epoch.
+        keep: Kinds of triplets that are used.
+        frozen: Stored features of the split, which replace decoding.
+    """
+
+    def __init__(self, split: ShardSplit, preprocess, seed: int, keep: Sequence[str], frozen: FrozenFeatures | None):
+        self.split, self.preprocess, self.seed, self.keep, self.frozen = split, preprocess, seed, tuple(keep), frozen
+
+    def __getitem__(self, item: tuple[int, int]):
+        index, epoch = item
+        record = self.split.record(index)
+        captions = self.split.captions(record, self.keep)
+        text, knowledge = captions[caption_of_epoch(self.seed, epoch, index, len(captions))]
+        image_id = stable_id(record["image_id"])
+        if self.frozen is not None:
+            return torch.from_numpy(self.frozen.early[index].copy()), self.frozen.base[index], text, knowledge, image_id
+        return self.preprocess(self.split.image(index)), None, text, knowledge, image_id
+
+
+class _Collate:
+    def __init__(self, knowledge: KnowledgeCollator):
+        self.knowledge = knowledge
+
+    def __call__(self, samples: list) -> Batch:
+        images, base, texts, knowledge, ids = zip(*samples, strict=True)
+        return Batch(
+            torch.stack(images),
+            None if base[0] is None else torch.stack([torch.from_numpy(b.copy()) for b in base]),
+            torch.from_numpy(self.knowledge.store.lookup(texts)),
+            self.knowledge(knowledge),
+            torch.tensor(ids),
+        )
+
+
+def stable_id(image_id: int | str) -> int:
+    """A 63-bit number for an image id, equal on every rank and in every run."""
+    return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: KnowledgeCollator, workers: int,
+                    pin_memory: bool) -> DataLoader:  # fmt: skip
+    """Batches of one rank in the order of `order`, whatever the number of workers.
+
+    The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
+    """
+    return DataLoader(
+        samples,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_Collate(knowledge),
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,  # the order, and with it the epoch, is read in this process
+        prefetch_factor=4 if workers else None,
+    )

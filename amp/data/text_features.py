@@ -1,0 +1,145 @@
+"""Features of the frozen text tower, computed once a text and kept on disk.
+
+The text tower never runs in a training step: captions and state prompts are encoded before, each distinct text once. A
+store belongs to the weights that made it, so a folder can be shared by runs, splits and datasets.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from amp.backbone import Backbone
+from amp.errors import AmpError
+
+
+class TextFeatureStore:
+    """Features (d,) by text, in memory-mapped segments that are only ever added.
+
+    Args:
+        root: Cache folder; the store is a sub-folder named after `key`.
+        key: Hash of the text tower's weights and of how texts are tokenised.
+        dim: Width d of a feature.
+        dtype: Type on disk: ``float32`` is exact, ``float16`` takes half the space.
+    """
+
+    def __init__(self, root: str | os.PathLike, key: str, dim: int, dtype: str = "float32"):
+        self.folder = Path(root) / f"text-{key[:16]}-{dtype}"
+        self.dim, self.dtype = dim, np.dtype(dtype)
+        self._segments: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Maps the segments that other processes have added since."""
+        for path in sorted(self.folder.glob("segment-*")):
+            if path.name not in self._segments:
+                keys, features = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("keys", "features"))
+                if features.shape != (len(keys), self.dim):
+                    raise AmpError(
+                        f"{path}: features of shape {features.shape}, expected {(len(keys), self.dim)}. Remove the folder; "
+                        "it is made again"
+                    )
+                self._segments[path.name] = (keys, features)
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys, _ in self._segments.values())
+
+    def __reduce__(self):
+        # Workers map the files anew instead of receiving their content.
+        root, key = self.folder.parent, self.folder.name.split("-")[1]
+        return TextFeatureStore, (root, key, self.dim, self.dtype.name)
+
+    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Segment number and row of each key, -1 where it is in none."""
+        where, row = np.full(len(keys), -1), np.full(len(keys), -1)
+        for number, (known, _) in enumerate(self._segments.values()):
+            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            hit = (where < 0) & (known[place] == keys)
+            where[hit], row[hit] = number, place[hit]
+        return where, row
+
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        """The distinct texts that have no feature yet, shortest first, so that batches of neighbours pad little."""
+        distinct = list(dict.fromkeys(texts))
+        where, _ = self._find(text_keys(distinct))
+        return sorted((t for t, w in zip(distinct, where, strict=True) if w < 0), key=lambda t: (len(t), t))
+
+    def add(self, texts: Sequence[str], features: np.ndarray) -> None:
+        """Stores features (n, d) of n distinct texts as one segment; readers see all of it or nothing."""
+        keys = text_keys(texts)
+        order = np.argsort(keys)
+        if len(keys) and (np.diff(keys[order]) == 0).any():
+            raise AmpError("two texts share a 64-bit hash or a text is given twice; expected distinct texts")
+        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
+        np.save(temporary / "keys.npy", keys[order])
+        np.save(temporary / "features.npy", features[order].astype(self.dtype))
+        name = f"segment-{hashlib.blake2b(keys[order].tobytes(), digest_size=8).hexdigest()}"
+        try:
+            os.rename(temporary, self.folder / name)
+        except OSError:  # another process stored the same texts
+            shutil.rmtree(temporary)
+        self.refresh()
+
+    def lookup(self, texts: Sequence[str]) -> np.ndarray:
+        """Features float32 (n, d) of n texts.
+
+        Raises:
+            AmpError: A text was never encoded.
+        """
+        where, row = self._find(text_keys(texts))
+        if (where < 0).any():
+            text = texts[int(np.argmax(where < 0))]
+            raise AmpError(f"{self.folder}: no feature for {text[:80]!r}; encode the split's texts first")
+        out = np.empty((len(texts), self.dim), dtype=np.float32)
+        for number, (_, features) in enumerate(self._segments.values()):
+            rows = where == number
+            out[rows] = features[row[rows]]
+        return out
+
+
+def text_keys(texts: Sequence[str]) -> np.ndarray:
+    """64-bit hashes of texts, uint64 (n,)."""
+    digests = b"".join(hashlib.blake2b(t.encode("utf-8"), digest_size=8).digest() for t in texts)
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
+@torch.no_grad()
+def encode_texts(
+    store: TextFeatureStore,
+    texts: Iterable[str],
+    backbone: Backbone,
+    tokenizer,
+    batch_size: int = 256,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    segment: int = 200_000,
+) -> None:
+    """Encodes the texts that the store lacks; each rank takes its share and adds it.
+
+    Args:
+        store: Where features go.
+        texts: Any texts, repeated ones too.
+        backbone: The frozen CLIP on its device.
+        tokenizer: Of the base model; longer texts are cut at its context length, as open_clip does.
+        batch_size: Texts a forward pass.
+        rank, world: This process and how many there are; call a barrier and `store.refresh()` after.
+        progress: Called as progress(done, total) after each batch.
+        segment: Texts a segment at most, which bounds memory.
+    """
+    mine = store.missing(texts)[rank::world]
+    device = backbone.visual.conv1.weight.device
+    for low in range(0, len(mine), segment):
+        part, rows = mine[low : low + segment], []
+        for start in range(0, len(part), batch_size):
+            batch = part[start : start + batch_size]
+            rows.append(backbone.encode_text(tokenizer(batch).to(device)).float().cpu().numpy())
+            if progress is not None:
+                progress(low + start + len(batch), len(mine))
+        store.add(part, np.concatenate(rows))

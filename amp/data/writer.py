@@ -1,0 +1,623 @@
+"""Write shards: plan first, then fill what is missing, in parallel, the manifest last.
+
+The plan is a pure function of the inputs, and each shard's plan has a hash (what goes in, in which order, which bytes on
+disk, how resized). Beside the shards, ``.plan/`` keeps one small file a finished shard with that hash, so a second run
+writes only shards that are missing, of the wrong size, or planned differently. Nothing appears under its final name before
+it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import stat
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from amp.data.image_file import Resize, UnreadableImageError, read_image
+from amp.data.shards import (
+    IMAGE_EXTENSIONS,
+    MANIFEST_NAME,
+    RECORD_SCHEMA,
+    ShardInfo,
+    ShardManifest,
+    sha256_of,
+    write_json,
+)
+from amp.data.sources import (
+    SKIP_KINDS,
+    CaptionedImage,
+    Skip,
+    attach_knowledge,
+    check_split,
+    load_captions,
+    load_image_list,
+)
+from amp.errors import AmpError
+from amp.version import __version__
+
+# Part of every shard's plan: raise it when the bytes written for the same input change.
+WRITER_VERSION = 1
+
+
+class ShardWriteError(AmpError):
+    """The shards can't be written as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Everything that decides a shard's bytes, and where they go."""
+
+    path: Path
+    images_root: Path
+    samples: tuple[tuple[str, CaptionedImage], ...]  # (key, image) in the order of the tar
+    resize: Resize | None
+    hash: str
+
+    @property
+    def sidecar(self) -> Path:
+        return self.path.parent / ".plan" / f"{self.path.name}.json"
+
+
+def make_shards(
+    captions: str,
+    images: str,
+    out: str,
+    knowledge: str | None = None,
+    knowledge_provenance: str | None = None,
+    format: Literal["auto", "karpathy", "csv", "jsonl"] = "auto",
+    default_split: str = "train",
+    keep_restval: bool = False,
+    splits: list[str] | None = None,
+    limit: int | None = None,
+    exclude_images: str | None = None,
+    exclude_split: str = "train",
+    samples_per_shard: int = 1000,
+    resize: int | None = None,
+    resize_mode: Literal["shortest", "squash"] = "shortest",
+    resize_quality: int = 95,
+    max_skipped: float = 0.01,
+    workers: int | None = None,
+    seed: int = 0,
+    command: list[str] | None = None,
+    console: Console | None = None,
+) -> ShardManifest:
+    """Turn a captions file and a folder of photos into shards.
+
+    Args:
+        captions: captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split.
+        images: folder that the image files' paths start from.
+        out: folder for the shards and manifest.json; made if absent.
+        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states.
+        knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest.
+        format: format of the captions file; auto goes by its suffix.
+        default_split: split of CSV and JSONL rows that name none.
+        keep_restval: keep Karpathy's restval a split of its own instead of a part of train.
+        splits: splits to convert; all that occur by default.
+        limit: at most so many images a split, a seeded random choice of them.
+        exclude_images: text file with one image file a line, to be left out of exclude_split, for instance the images
+            that the base model was pre-trained on.
+        exclude_split: the split that exclude_images applies to.
+        samples_per_shard: images a shard.
+        resize: store images resized to so many pixels, as JPEG; by default the files' bytes are stored untouched.
+        resize_mode: shortest keeps the aspect ratio and never enlarges; squash makes them square.
+        resize_quality: JPEG quality of resized images, 1 to 95.
+        max_skipped: largest fraction of images, or of captions, that may be skipped; above it no manifest is written.
+        workers: processes; by default one a usable CPU.
+        seed: of the order of samples, and of limit's choice.
+        command: the command line, for the manifest.
+        console: where progress is shown; stderr by default.
+
+    Returns:
+        The manifest, as written to ``out``.
+
+    Raises:
+        AmpError: input that can't be used; the message says which, where, and what to do.
+    """
+    console = console or Console(stderr=True)
+    images_root, out_root = Path(images), Path(out)
+    if not images_root.is_dir():
+        raise ShardWriteError(f"{images_root}: no such folder; expected the folder of image files; check --images")
+    _check_at_least("samples_per_shard", samples_per_shard, 1)
+    _check_at_least("limit", limit, 1)
+    _check_at_least("workers", workers, 1)
+    if not 0 <= max_skipped <= 1:
+        raise ShardWriteError(f"max_skipped is {max_skipped}; expected a fraction from 0 to 1")
+    resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
+
+    with console.status("reading captions and knowledge"):
+        provenance: dict[str, Any] = {"captions": _source_file(captions)}
+        source = load_captions(captions, format, default_split, keep_restval)
+        if knowledge is not None:
+            report = attach_knowledge(source.images, knowledge)
+            provenance["knowledge"] = {
+                **_source_file(knowledge),
+                "records": report.records,
+                "captions_with_knowledge": report.attached,
+                "records_without_caption": report.unused,
+                "provenance": _load_provenance(knowledge_provenance),
+            }
+        elif knowledge_provenance is not None:
+            raise ShardWriteError("knowledge_provenance is given without knowledge; give both, or neither")
+        else:
+            provenance["knowledge"] = None
+        keyed = _assign_keys(source.images)
+        chosen = _choose_splits(source.images, splits)
+        excluded: dict[str, int] = {}
+        if exclude_images is not None:
+            names = set(load_image_list(exclude_images))
+            before = len(keyed)
+            keyed = _exclude(keyed, names, exclude_split, exclude_images)
+            excluded = {exclude_split: before - len(keyed)} if exclude_split in chosen else {}
+            provenance["exclude_images"] = {
+                **_source_file(exclude_images),
+                "split": exclude_split,
+                "names": len(names),
+                "images": before - len(keyed),
+            }
+    skipped = [skip for skip in source.skipped if skip.split in chosen]
+    _check_skipped(skipped, [image for image in source.images if image.split in chosen], max_skipped, captions)
+
+    with console.status("looking for the image files"):
+        plans: dict[str, list[ShardPlan]] = {}
+        lost_files: list[Skip] = []
+        for split in chosen:
+            members = [(key, image) for key, image in keyed if image.split == split]
+            members.sort(key=lambda member: _order(seed, split, member[0]))
+            present, states, missing = _find_files(images_root, members, limit)
+            lost_files += missing
+            plans[split] = _plan_split(out_root, images_root, split, present, states, samples_per_shard, resizing)
+    planned = [image for split_plans in plans.values() for plan in split_plans for _, image in plan.samples]
+    _check_skipped(lost_files, planned, max_skipped, images)
+    for split, split_plans in plans.items():
+        if not split_plans:
+            raise ShardWriteError(
+                f"{captions}: no image is left in split {split!r} (excluded: {excluded.get(split, 0)}); expected at "
+                "least one; leave the split out with --splits, or check --exclude_images"
+            )
+
+    every_plan = [plan for split_plans in plans.values() for plan in split_plans]
+    with _lock(out_root):
+        missing_shards = [plan for plan in every_plan if (_finished(plan) or {"retry": True})["retry"]]
+        _clear_stale(out_root, every_plan, changed=bool(missing_shards))
+        done = len(every_plan) - len(missing_shards)
+        if done:
+            console.print(f"{done} of {len(every_plan)} shards are there already and stay")
+        _write_all(missing_shards, workers, console)
+
+        infos: dict[str, list[ShardInfo]] = {split: [] for split in plans}
+        without_knowledge = dict.fromkeys(plans, 0)
+        for split, split_plans in plans.items():
+            for plan in split_plans:
+                sidecar = _finished(plan)
+                if sidecar is None:
+                    raise ShardWriteError(f"{plan.path}: changed while shards were written; run the same command again")
+                lost_files += [Skip(**entry) for entry in sidecar["skipped"]]
+                without_knowledge[split] += sidecar["captions_without_knowledge"]
+                if sidecar["samples"]:
+                    counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
+                    infos[split].append(ShardInfo(path=plan.path, **counts))
+            if not infos[split]:
+                raise ShardWriteError(f"{images}: no image of split {split!r} can be read; expected at least one")
+        unreadable = {skip.file for skip in lost_files}
+        _check_skipped(lost_files, [image for image in planned if image.path not in unreadable], max_skipped, images)
+        manifest = ShardManifest(
+            root=out_root,
+            splits=infos,
+            captions_without_knowledge=without_knowledge,
+            skipped=_by_kind(skipped + lost_files),
+            excluded=excluded,
+            provenance={
+                **provenance,
+                "resize": asdict(resizing) if resizing else None,
+                "seed": seed,
+                "limit": limit,
+                "command": command,
+            },
+            created_by=f"open-clip-amp {__version__}",
+        )
+        manifest.save()
+    return manifest
+
+
+def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) -> None:
+    """Write one shard and its sidecar, images checked by decoding them; ``progress`` is called once an image.
+
+    ``webdataset.TarWriter`` would do for the bytes (it takes an mtime), but importing webdataset brings torch, seconds and
+    hundreds of megabytes a worker process, and it sorts a sample's members, which puts ``KEY.json`` before ``KEY.png``.
+
+    Raises:
+        ShardWriteError: the shard can't be written (a full disk, say).
+    """
+    temporary = plan.path.with_name(f"{plan.path.name}.{os.getpid()}.tmp")
+    skipped: list[Skip] = []
+    samples = captions = without_knowledge = 0
+    retry = False
+    try:
+        with open(temporary, "wb") as file:
+            hashed = _HashedFile(file)
+            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.GNU_FORMAT) as tar:
+                for key, image in plan.samples:
+                    try:
+                        content, extension = read_image(plan.images_root / image.path, plan.resize)
+                    except UnreadableImageError as error:
+                        # A file that can't be opened may be mended without a new mtime, so the next run tries again.
+                        retry |= error.may_pass
+                        reason = str(error)
+                        skipped.append(Skip("unreadable_image", image.path, reason, image.split, len(image.captions)))
+                    else:
+                        _add_member(tar, f"{key}.{extension}", content)
+                        _add_member(tar, f"{key}.json", _record(key, image))
+                        samples += 1
+                        captions += len(image.captions)
+                        without_knowledge += sum(caption.knowledge is None for caption in image.captions)
+                    progress()
+            file.flush()
+            os.fsync(file.fileno())
+        # Without its sidecar a shard doesn't count, so there is no moment at which a sidecar describes another tar.
+        plan.sidecar.unlink(missing_ok=True)
+        if samples:
+            os.replace(temporary, plan.path)
+        else:
+            temporary.unlink()
+        write_json(
+            plan.sidecar,
+            {
+                "plan": plan.hash,
+                "samples": samples,
+                "captions": captions,
+                "captions_without_knowledge": without_knowledge,
+                "bytes": hashed.size,
+                "sha256": hashed.sha256.hexdigest(),
+                "skipped": [asdict(skip) for skip in skipped],
+                "retry": retry,
+            },
+        )
+    except OSError as error:
+        raise ShardWriteError(
+            f"{plan.path}: can't be written ({error.strerror or error}); make room or mend the folder, and run the same "
+            "command again: finished shards are kept"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _HashedFile:
+    """Counts and hashes what is written, so that a finished shard need not be read again."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, block: bytes) -> int:
+        self.sha256.update(block)
+        self.size += len(block)
+        return self._file.write(block)
+
+
+def _record(key: str, image: CaptionedImage) -> bytes:
+    captions = []
+    for caption in image.captions:
+        knowledge = json.loads(caption.knowledge) if caption.knowledge else {"triplets": [], "states": []}
+        captions.append({"id": caption.id, "text": caption.text, **knowledge})
+    record = {
+        "schema": RECORD_SCHEMA,
+        "key": key,
+        "image_id": image.id,
+        "filename": image.path,
+        "split": image.split,
+        "captions": captions,
+    }
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    # Owner, mode and time are fixed, so that equal input gives an equal sha256.
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mtime = member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]]:
+    """A key an image: its file's stem with anything but ASCII letters, digits, ``_`` and ``-`` replaced by ``_``.
+
+    Files that would share a key (``cats/1.jpg``, ``dogs/1.jpg``) all get a piece of their path's hash behind it. Keys
+    depend on the captions file alone, not on what is chosen of it.
+    """
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(image.path).stem) for image in images]
+    counts = Counter(stems)
+    return [
+        (stem if counts[stem] == 1 else f"{stem}-{_digest(image.path)[:8]}", image)
+        for stem, image in zip(stems, images, strict=True)
+    ]
+
+
+def _order(seed: int, split: str, key: str) -> str:
+    """The place of a sample: by hash, so that it depends on no generator's version and on no other sample."""
+    return _digest(f"{seed}/{split}/{key}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _choose_splits(images: list[CaptionedImage], splits: list[str] | None) -> list[str]:
+    """The splits to write, in the order of the captions file."""
+    present = list(dict.fromkeys(image.split for image in images))
+    for split in splits or ():
+        if check_split(split, "--splits") not in present:
+            raise ShardWriteError(
+                f"--splits names {split!r}, which no image is in; expected some of {', '.join(present)}; correct it"
+            )
+    return [split for split in present if splits is None or split in splits]
+
+
+def _exclude(
+    keyed: list[tuple[str, CaptionedImage]], names: set[str], split: str, list_file: str
+) -> list[tuple[str, CaptionedImage]]:
+    """Drop the named images from one split."""
+    kept = [(key, image) for key, image in keyed if image.split != split or names.isdisjoint((image.path, image.name))]
+    if len(kept) == len(keyed):
+        raise ShardWriteError(
+            f"{list_file}: none of its {len(names)} names is an image of split {split!r}; expected file names as in the "
+            "captions file; check the list and --exclude_split"
+        )
+    return kept
+
+
+def _find_files(
+    root: Path, members: list[tuple[str, CaptionedImage]], limit: int | None
+) -> tuple[list[tuple[str, CaptionedImage]], list[tuple[int, int]], list[Skip]]:
+    """The first ``limit`` members whose file is there, each file's size and mtime in ns, and those that aren't."""
+    present: list[tuple[str, CaptionedImage]] = []
+    states: list[tuple[int, int]] = []
+    skipped: list[Skip] = []
+    for key, image in members:
+        if len(present) == limit:
+            break
+        suffix = PurePosixPath(image.path).suffix
+        kind = reason = None
+        if suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            kind, reason = "unreadable_image", f"suffix {suffix!r} isn't one of {', '.join(IMAGE_EXTENSIONS)}"
+        else:
+            try:
+                state = os.stat(root / image.path)
+            except OSError as error:
+                kind, reason = "missing_image", f"{error.strerror} in the images folder"
+            else:
+                if not stat.S_ISREG(state.st_mode):
+                    kind, reason = "missing_image", "not a file"
+        if kind:
+            skipped.append(Skip(kind, image.path, reason, image.split, captions=len(image.captions)))
+        else:
+            present.append((key, image))
+            states.append((state.st_size, state.st_mtime_ns))
+    return present, states, skipped
+
+
+def _plan_split(
+    out: Path,
+    images_root: Path,
+    split: str,
+    members: list[tuple[str, CaptionedImage]],
+    states: list[tuple[int, int]],
+    samples_per_shard: int,
+    resize: Resize | None,
+) -> list[ShardPlan]:
+    plans = []
+    for number, start in enumerate(range(0, len(members), samples_per_shard)):
+        samples = tuple(members[start : start + samples_per_shard])
+        digest = hashlib.sha256()
+        head = [WRITER_VERSION, RECORD_SCHEMA, asdict(resize) if resize else None]
+        digest.update(json.dumps(head).encode())
+        for (key, image), state in zip(samples, states[start : start + samples_per_shard], strict=True):
+            captions = [(caption.id, caption.text, caption.knowledge) for caption in image.captions]
+            line = json.dumps([key, image.path, image.id, image.split, state, captions])
+            digest.update(line.encode("ascii"))
+        path = out / f"{split}-{number:06d}.tar"
+        plans.append(ShardPlan(path, images_root, samples, resize, digest.hexdigest()))
+    return plans
+
+
+def _finished(plan: ShardPlan) -> dict[str, Any] | None:
+    """The sidecar of a shard that is there as planned; None where it has to be written."""
+    try:
+        sidecar = json.loads(plan.sidecar.read_text(encoding="utf-8"))
+        whole = sidecar["samples"] == 0 or plan.path.stat().st_size == sidecar["bytes"]
+        return sidecar if whole and sidecar["plan"] == plan.hash else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Make the folder and keep other runs out of it; the lock dies with the process."""
+    plan_folder = out / ".plan"
+    try:
+        if not plan_folder.is_dir() and any(out.glob("*.tar")):
+            raise ShardWriteError(
+                f"{out}: holds tar files that this tool didn't make; expected a new or empty folder, or one of its own; "
+                "choose another --out"
+            )
+        plan_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(plan_folder / "lock", "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise ShardWriteError(f"{out}: can't be made or written ({error.strerror}); choose another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ShardWriteError(
+                f"{out}: another run is writing shards here; wait for it to end, or choose another --out"
+            ) from None
+        yield
+
+
+def _clear_stale(out: Path, plans: list[ShardPlan], changed: bool) -> None:
+    """Remove what an earlier run left and the plan replaces: temporary files, surplus shards, the old manifest."""
+    planned = {plan.path.name for plan in plans}
+    splits = {name.rsplit("-", 1)[0] for name in planned}
+    surplus = [name for name in (path.stem for path in (out / ".plan").glob("*.tar.json")) if name not in planned]
+    for name in surplus:
+        split = name.rsplit("-", 1)[0]
+        if split not in splits:
+            raise ShardWriteError(
+                f"{out}: holds shards of split {split!r} ({name}), which isn't among {', '.join(sorted(splits))}; "
+                "convert all splits in one run, or choose another --out"
+            )
+    if changed or surplus:
+        # From here on the old manifest would describe files that are about to change.
+        (out / MANIFEST_NAME).unlink(missing_ok=True)
+    for name in surplus:
+        (out / name).unlink(missing_ok=True)
+        (out / ".plan" / f"{name}.json").unlink(missing_ok=True)
+    for folder in (out, out / ".plan"):
+        for temporary in folder.glob("*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+
+def _write_all(plans: list[ShardPlan], workers: int | None, console: Console) -> None:
+    """Write the shards, several at once; the bar counts images."""
+    if not plans:
+        return
+    workers = min(workers or len(os.sched_getaffinity(0)), len(plans))
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    total = sum(len(plan.samples) for plan in plans)
+    with bar:
+        task = bar.add_task(f"{len(plans)} shards", total=total)
+        if workers == 1:
+            for plan in plans:
+                write_shard(plan, lambda: bar.advance(task))
+            return
+        # spawn: a fork beside the bar's thread could inherit a lock for ever, and would inherit the folder's lock.
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("q", 0)
+        with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
+            pending = {pool.submit(_write_in_worker, plan) for plan in plans}
+            try:
+                while pending:
+                    finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    bar.update(task, completed=counter.value)
+                    for future in finished:
+                        future.result()
+            except BrokenProcessPool:
+                raise ShardWriteError(
+                    "a worker process was killed, most likely for want of memory; run the same command with fewer "
+                    "--workers: finished shards are kept"
+                ) from None
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+_counter: Any = None  # of images done, shared by the workers
+
+
+def _start_worker(counter: Any) -> None:
+    global _counter
+    _counter = counter
+    # Ctrl-C reaches the whole group; the parent lets the shards at hand come to their end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Should the parent be killed, nothing else would end this process.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _write_in_worker(plan: ShardPlan) -> None:
+    write_shard(plan, _count_image)
+
+
+def _count_image() -> None:
+    with _counter.get_lock():
+        _counter.value += 1
+
+
+_CAPTION_KINDS = ("empty_caption", "caption_without_image")
+
+
+def _check_skipped(skipped: list[Skip], kept: list[CaptionedImage], allowed: float, file: str) -> None:
+    """Raise if more than the allowed fraction of images, or of captions, is left out."""
+    lost = {
+        "images": (sum(skip.kind not in _CAPTION_KINDS for skip in skipped), len(kept)),
+        "captions": (sum(skip.captions for skip in skipped), sum(len(image.captions) for image in kept)),
+    }
+    shares = {what: count / (count + rest) if count else 0.0 for what, (count, rest) in lost.items()}
+    worst = max(shares.values())
+    if worst <= allowed:
+        return
+    counts = " and ".join(f"{n} of {n + rest} {what} ({shares[what]:.2%})" for what, (n, rest) in lost.items() if n)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(skip.kind for skip in skipped).items())
+    first = "; ".join(f"{skip.file or '(no file)'}: {skip.reason}" for skip in skipped[:3])
+    raise ShardWriteError(
+        f"{file}: {counts} can't be used, above --max_skipped {allowed:g}; {kinds}; first: {first}; no manifest was "
+        f"written; mend the input, or allow it with --max_skipped {math.ceil(worst * 100) / 100:g}"
+    )
+
+
+def _by_kind(skipped: Iterable[Skip]) -> dict[str, list[dict[str, Any]]]:
+    """The manifest's ``skipped``: every kind is present, so that an empty list says that nothing was."""
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in SKIP_KINDS}
+    for skip in skipped:
+        kinds[skip.kind].append(skip.to_dict())
+    return kinds
+
+
+def _source_file(path: str) -> dict[str, str]:
+    try:
+        return {"file": Path(path).name, "sha256": sha256_of(path)}
+    except OSError as error:
+        raise ShardWriteError(f"{path}: can't be read ({error.strerror}); expected a file; check the path") from None
+
+
+def _load_provenance(path: str | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ShardWriteError(
+            f"{path}: can't be read ({error.strerror}); expected a JSON file; check the path"
+        ) from None
+    except ValueError as error:
+        raise ShardWriteError(
+            f"{path}: not valid JSON ({error}); expected the knowledge's provenance; mend it"
+        ) from None
+
+
+def _check_at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ShardWriteError(f"{name} is {value}; expected {least} or more")

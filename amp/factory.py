@@ -1,0 +1,103 @@
+"""Building models the way open_clip's users know it."""
+
+import logging
+
+import open_clip
+import torch
+
+from amp.backbone import Backbone
+from amp.config import PromptConfig
+from amp.errors import AmpError
+from amp.model import ActionAwareCLIP
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def create_model_and_transforms(
+    model_name: str,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    prompt_config: PromptConfig | None = None,
+    adapter: str | None = None,
+    **open_clip_kwargs,
+):
+    """Builds an action-aware CLIP; mirrors `open_clip.create_model_and_transforms` and its returned triple.
+
+    Args:
+        model_name: As open_clip's: a name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        pretrained: As open_clip's: a tag or a file, None with a schema name.
+        precision: ``fp32`` (train with autocast on top), or ``bf16``/``fp16`` for frozen weights in low precision.
+        device: Where the model is put; ``meta`` builds shapes only.
+        prompt_config: Settings of the prompts; not with `adapter`, whose file holds its own.
+        adapter: An adapter checkpoint of this project to load.
+        **open_clip_kwargs: Further arguments of `open_clip.create_model_and_transforms`, such as
+            ``image_resize_mode="squash"`` or ``cache_dir``.
+
+    Returns:
+        `ActionAwareCLIP`, the training transform and the validation transform. Neither flips images, since captions say
+        left and right.
+
+    Raises:
+        AmpError: QuickGELU of model and weights differ, an unsupported tower, or an adapter of another base model.
+    """
+    if precision not in ("fp32", *LOW_PRECISION):
+        raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
+    if adapter is not None and prompt_config is not None:
+        raise AmpError("give either prompt_config or adapter: an adapter file holds the settings it was trained with")
+    refuse_quick_gelu_mismatch(model_name, pretrained, open_clip_kwargs.get("force_quick_gelu", False))
+    meta = torch.device(device).type == "meta"
+    with torch.device("meta" if meta else "cpu"):
+        # Weights are loaded in fp32 whatever the precision: their hash names the base model in adapters and caches.
+        clip, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+            model_name, pretrained, device="meta" if meta else "cpu", **open_clip_kwargs
+        )
+        base_hash = Backbone(clip).weights_hash()
+        if precision in LOW_PRECISION:
+            open_clip.convert_weights_to_lp(clip, LOW_PRECISION[precision])
+        if adapter is not None:
+            from amp.checkpoint import (  # the checkpoint module builds on this one's model
+                load_adapter_state,
+                read_adapter,
+            )
+
+            header, weights = read_adapter(adapter)
+            header.check_base(model_name, base_hash, where=adapter)
+            prompt_config = header.prompt_config
+        model = ActionAwareCLIP(clip, prompt_config, get_tokenizer(model_name))
+        model.base_name, model.base_pretrained, model.base_hash = model_name, pretrained, base_hash
+        if adapter is not None:
+            load_adapter_state(model, weights, where=adapter)
+    return model.to(device), preprocess_train, preprocess_val
+
+
+def get_tokenizer(model_name: str):
+    """The base model's tokenizer, `open_clip.get_tokenizer`."""
+    return open_clip.get_tokenizer(model_name)
+
+
+def refuse_quick_gelu_mismatch(model_name: str, pretrained: str | None, force_quick_gelu: bool = False) -> None:
+    """Refuses weights trained with one GELU in a model that computes the other; open_clip itself only warns.
+
+    Raises:
+        AmpError: With the name of the model to use instead.
+    """
+    if not pretrained or ":" in model_name:
+        return
+    name = model_name.replace("/", "-")
+    config, tag = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained)
+    if config is None or not tag:
+        return
+    has = bool(config.get("quick_gelu", False)) or force_quick_gelu
+    needs = bool(tag.get("quick_gelu", False))
+    if has != needs:
+        use = f"{name}-quickgelu" if needs else name.removesuffix("-quickgelu")
+        raise AmpError(
+            f"model {model_name!r} has quick_gelu={has}, but its weights {pretrained!r} were trained with "
+            f"quick_gelu={needs}, expected the same. Use model {use!r}"
+        )
+
+
+def quiet_open_clip() -> None:
+    """Keeps open_clip's step-by-step notes out of a launcher's output; its warnings stay."""
+    logging.getLogger().setLevel(logging.WARNING)

@@ -1,0 +1,97 @@
+"""Knowledge as tensors: what a worker makes of captions and the model reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from amp.knowledge.schema import Knowledge
+from amp.knowledge.text import select
+
+
+@dataclass
+class KnowledgeBatch:
+    """Knowledge of C captions, padded to K triplets.
+
+    Attributes:
+        triplet_tokens: Token ids of (subject, action, object), int64 (C, K, 3, S), 0 where there is none.
+        token_mask: Which of those ids exist, bool (C, K, 3, S).
+        states: Features of the state prompts by the frozen text tower, projected, not normalised, float (C, K, d).
+        mask: Which of the K triplets exist, bool (C, K); a row without any is a caption without knowledge.
+    """
+
+    triplet_tokens: torch.Tensor
+    token_mask: torch.Tensor
+    states: torch.Tensor
+    mask: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "KnowledgeBatch":
+        """Applies `fn` to each tensor."""
+        return KnowledgeBatch(*(fn(getattr(self, f.name)) for f in fields(self)))
+
+    def to(self, device, non_blocking: bool = False) -> "KnowledgeBatch":
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "KnowledgeBatch":
+        return self.map(torch.Tensor.pin_memory)
+
+    def __getitem__(self, index) -> "KnowledgeBatch":
+        """Rows of captions: a slice or an int64/bool tensor."""
+        return self.map(lambda x: x[index])
+
+    def blank(self) -> "KnowledgeBatch":
+        """The same captions with all knowledge taken away."""
+        return KnowledgeBatch(self.triplet_tokens, self.token_mask, self.states, torch.zeros_like(self.mask))
+
+    @staticmethod
+    def cat(batches: Sequence["KnowledgeBatch"]) -> "KnowledgeBatch":
+        """Stacks captions of batches that are padded to the same K."""
+        return KnowledgeBatch(*(torch.cat([getattr(b, f.name) for b in batches]) for f in fields(KnowledgeBatch)))
+
+
+class TripletTokenizer:
+    """Cuts subjects, actions and objects into CLIP's tokens, without start and end marks.
+
+    Args:
+        tokenizer: What `open_clip.get_tokenizer` returns.
+        max_triplets: K.
+        slot_tokens: S, tokens kept of a slot.
+    """
+
+    def __init__(self, tokenizer, max_triplets: int, slot_tokens: int):
+        self.tokenizer = tokenizer
+        self.max_triplets = max_triplets
+        self.slot_tokens = slot_tokens
+        self._cache: dict[str, list[int]] = {}  # captions share their words: a few thousand slots cover a dataset
+
+    def slot(self, text: str) -> list[int]:
+        """Ids of one slot, at most S."""
+        if text not in self._cache:
+            if len(self._cache) > 100_000:
+                self._cache.clear()
+            self._cache[text] = self._encode(text)[: self.slot_tokens]
+        return self._cache[text]
+
+    def _encode(self, text: str) -> list[int]:
+        if not text.strip():
+            return []
+        if hasattr(self.tokenizer, "encode"):  # open_clip.SimpleTokenizer: plain byte pairs
+            return self.tokenizer.encode(text.lower())
+        return self.tokenizer.tokenizer.encode(text, add_special_tokens=False)  # open_clip.HFTokenizer
+
+    def __call__(self, knowledge: Sequence[Knowledge]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `triplet_tokens`, `token_mask` and `mask` of a `KnowledgeBatch` for C captions."""
+        shape = (len(knowledge), self.max_triplets, 3, self.slot_tokens)
+        tokens, token_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        mask = torch.zeros(shape[:2], dtype=torch.bool)
+        for c, item in enumerate(knowledge):
+            for k, (triplet, _) in enumerate(select(item, self.max_triplets)):
+                mask[c, k] = True
+                for s, text in enumerate((triplet.subject, triplet.action, triplet.object)):
+                    ids = self.slot(text)
+                    tokens[c, k, s, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+                    token_mask[c, k, s, : len(ids)] = True
+        return tokens, token_mask, mask

@@ -1,0 +1,234 @@
+"""ActionAwareCLIP: a frozen CLIP whose image encoder is prompted with the action knowledge of a caption."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from amp.backbone import Backbone
+from amp.config import PromptConfig
+from amp.errors import AmpError
+from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
+from amp.knowledge.schema import Knowledge
+from amp.knowledge.text import state_texts
+from amp.layers.interaction import ActionAwareInteraction
+from amp.layers.prompt_adapter import PromptAdapter
+from amp.layers.triplet_encoder import TripletEncoder, with_null
+from amp.layers.visual_prompts import VisualPrompts
+
+
+class Prompts(NamedTuple):
+    """Action-aware prompts of C captions (eq. 6): triplets (C, K, d_v), states (C, K, d_v), which exist: bool (C, K)."""
+
+    triplets: torch.Tensor
+    states: torch.Tensor
+    mask: torch.Tensor
+
+    def take(self, index: torch.Tensor) -> "Prompts":
+        """Rows of captions, index int64 (P,)."""
+        return Prompts(*(x[index] for x in self))
+
+    def unite(self, captions: int) -> "Prompts":
+        """Joins the prompts of each run of `captions` rows into one row: (C, K, ...) -> (C / captions, captions K, ...)."""
+        return Prompts(*(x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self))
+
+
+class Features(NamedTuple):
+    """What one forward pass returns; None where it was not asked for.
+
+    Attributes:
+        early: Tokens before block `interaction_layer` (B, 1 + M, d_v).
+        base: The frozen CLIP's image features (B, d).
+        prompted: Features under visual prompts alone, without knowledge (B, d).
+        conditioned: Action-aware features, a row a pair (P, d).
+        logit_scale: Temperature 1 / tau, fp32 (1,).
+    """
+
+    early: torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    prompted: torch.Tensor | None = None
+    conditioned: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+
+
+class ActionAwareCLIP(nn.Module):
+    """LLM-enhanced action-aware prompt tuning of a frozen CLIP (arXiv 2506.23502, sec. 3.3).
+
+    Without knowledge it is its base CLIP: `encode_image(images)` and `encode_text` return the same bits.
+
+    Args:
+        clip: A model of `open_clip.create_model` with a native VisionTransformer.
+        config: Settings of the prompts.
+        tokenizer: The base model's tokenizer; needed where knowledge is given as text.
+
+    Raises:
+        AmpError: Timm or ResNet towers, or an `interaction_layer` outside the tower.
+    """
+
+    def __init__(self, clip: nn.Module, config: PromptConfig | None = None, tokenizer=None):
+        super().__init__()
+        self.config = config = config or PromptConfig()
+        self.backbone = backbone = Backbone(clip)
+        self.tokenizer = tokenizer
+        if config.interaction_layer >= backbone.num_layers:
+            raise AmpError(
+                f"interaction_layer is {config.interaction_layer}, expected 0 to {backbone.num_layers - 1}: the image "
+                f"tower has {backbone.num_layers} blocks"
+            )
+        depth = backbone.num_layers - config.interaction_layer
+        self.visual_prompts = VisualPrompts(depth, config.num_prompts, backbone.vision_width, backbone.patch_size)
+        self.knowledge_aware = config.knowledge != "none"
+        if self.knowledge_aware:
+            d_t, d = backbone.text_width, backbone.embed_dim
+            self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
+            self.null_state = nn.Parameter(0.02 * torch.randn(d))
+            # Eq. 6 shares W_down and W_up between triplets and states, which asks for one width.
+            self.state_projection = nn.Linear(d, d_t) if d != d_t else nn.Identity()
+            self.adapter = PromptAdapter(d_t, max(1, d_t // config.bottleneck), backbone.vision_width)
+            self.interaction = ActionAwareInteraction(
+                backbone.vision_width, backbone.vision_heads, config.lam, config.residual
+            )
+        # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
+        self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().float().reshape(1))
+        self.activation_checkpointing = False
+
+    # -- what open_clip's users call --------------------------------------------------------------------------------
+
+    def encode_image(
+        self,
+        images: torch.Tensor,
+        knowledge: KnowledgeBatch | Sequence[Knowledge] | None = None,
+        normalize: bool = False,
+    ) -> torch.Tensor:
+        """Image features (B, d): the base CLIP's, or action-aware ones conditioned on `knowledge`, a caption's an image.
+
+        Args:
+            images: Preprocessed images (B, 3, H, W).
+            knowledge: None for the base CLIP; else knowledge of B captions.
+            normalize: Scale features to unit length.
+        """
+        if knowledge is None:
+            return self.backbone.clip.encode_image(images, normalize=normalize)
+        if not isinstance(knowledge, KnowledgeBatch):
+            knowledge = self.prepare_knowledge(knowledge)
+        if len(knowledge) != len(images):
+            raise AmpError(f"knowledge of {len(knowledge)} captions for {len(images)} images, expected one each")
+        features = self(images, knowledge).conditioned
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Text features (B, d) of the frozen text tower, the base CLIP's own call."""
+        return self.backbone.clip.encode_text(text, normalize=normalize)
+
+    @torch.no_grad()
+    def prepare_knowledge(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
+        """Turns knowledge of C captions into tensors on the model's device, encoding the states with the text tower."""
+        if self.tokenizer is None:
+            raise AmpError("this model was built without a tokenizer; pass tokenizer=amp.get_tokenizer(model_name)")
+        device, k = self.logit_scale.device, self.config.max_triplets
+        tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k, self.config.slot_tokens)(knowledge)
+        states = torch.zeros(*mask.shape, self.backbone.embed_dim, device=device)
+        texts = [text for item in knowledge for text in state_texts(item, k)]
+        if texts:
+            encoded = self.backbone.encode_text(self.tokenizer(texts).to(device))
+            states = states.to(encoded.dtype)
+            states[mask.to(device)] = encoded
+        return KnowledgeBatch(tokens.to(device), token_mask.to(device), states, mask.to(device))
+
+    # -- the pieces -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_early(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, 1 + M, d_v), the same for every caption."""
+        return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
+
+    def encode_knowledge(self, knowledge: KnowledgeBatch) -> Prompts:
+        """Action-aware prompts of C captions, after the adapter (eq. 4-6)."""
+        self._require_knowledge_aware()
+        embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.null_state.dtype)
+        triplets = self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
+        states, mask = with_null(knowledge.states.to(self.null_state.dtype), knowledge.mask, self.null_state)
+        return Prompts(self.adapter(triplets), self.adapter(self.state_projection(states)), mask)
+
+    def encode_pairs(self, early: torch.Tensor, prompts: Prompts, image_index: torch.Tensor) -> torch.Tensor:
+        """Action-aware features of P pairs of an image and a caption.
+
+        Args:
+            early: Tokens of B images from `encode_early` (B, 1 + M, d_v).
+            prompts: Prompts of the pairs' captions, P rows.
+            image_index: The image of each pair, int64 (P,) with values below B.
+
+        Returns:
+            (P, d), not normalised.
+        """
+        self._require_knowledge_aware()
+        patches = self.interaction(early[:, 1:], *prompts, image_index)
+        return self._prompted_blocks(torch.cat([early[image_index, :1], patches.to(early.dtype)], dim=1))
+
+    def encode_prompted(self, early: torch.Tensor) -> torch.Tensor:
+        """Features under visual prompts alone (B, d): the control of Table 3, "w/o action knowledge"."""
+        return self._prompted_blocks(early)
+
+    def _prompted_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
+        length, first = 1 + self.backbone.num_patches, self.config.interaction_layer
+        for index in range(self.backbone.num_layers - first):
+            tokens = self.visual_prompts(tokens, index, length)
+            tokens = self.backbone.block(first + index, tokens, recompute=self.activation_checkpointing)
+        return self.backbone.pool(tokens)
+
+    def _require_knowledge_aware(self) -> None:
+        if not self.knowledge_aware:
+            raise AmpError(
+                "this model was built with knowledge='none' (the control without action knowledge) and has no triplet "
+                "encoder; build it with knowledge='both', or score with encode_prompted"
+            )
+
+    # -- one entry for engines --------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        knowledge: KnowledgeBatch | Prompts | None = None,
+        image_index: torch.Tensor | None = None,
+        knowledge_index: torch.Tensor | None = None,
+        captions_a_pair: int = 1,
+        prompted: bool = False,
+        only_frozen: bool = False,
+    ) -> Features:
+        """All computation of training and re-ranking passes here, where DDP's and ZeRO's hooks can see it.
+
+        Args:
+            images: Images (B, 3, H, W), or tokens (B, 1 + M, d_v) of an earlier call with `only_frozen`.
+            knowledge: Knowledge of C captions, or their prompts.
+            image_index, knowledge_index: The P pairs to encode; by default pair i is image i with caption i.
+            captions_a_pair: With n > 1 each pair is conditioned on the union of n consecutive captions' knowledge.
+            prompted: Also return features without knowledge.
+            only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
+        """
+        early = self.encode_early(images) if images.ndim == 4 else images
+        if only_frozen:
+            with torch.no_grad():
+                rest = self.backbone.blocks(early, self.config.interaction_layer, self.backbone.num_layers)
+                return Features(early=early, base=self.backbone.pool(rest))
+        conditioned = None
+        if knowledge is not None:
+            prompts = knowledge if isinstance(knowledge, Prompts) else self.encode_knowledge(knowledge)
+            if knowledge_index is not None:
+                prompts = prompts.take(knowledge_index)
+            if captions_a_pair > 1:
+                prompts = prompts.unite(captions_a_pair)
+            if image_index is None:
+                image_index = torch.arange(len(early), device=early.device)
+            conditioned = self.encode_pairs(early, prompts, image_index)
+        return Features(
+            early=early,
+            prompted=self.encode_prompted(early) if prompted else None,
+            conditioned=conditioned,
+            logit_scale=self.logit_scale.float().exp().clamp(1.0, 100.0),
+        )
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The parameters this project adds, by name; the frozen CLIP's are not among them."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}

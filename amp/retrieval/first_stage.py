@@ -1,0 +1,150 @@
+"""Pre-selection by the frozen CLIP: the top-k candidates of each query, and where its best positive stands."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amp.errors import AmpError
+from amp.retrieval.metrics import rank_of_best_positive, require_finite, stable_topk
+
+# Scores held at once: 2^22 float32 are 16 MB, some 100 MB with the masks and sums of ranking.
+CHUNK_SCORES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Which gallery items answer which query: those of the query's image, kept as labels so that no Q x G mask exists.
+
+    Args:
+        query_image: (Q,) int64, the image index of each query.
+        gallery_image: (G,) int64, the image index of each gallery item.
+    """
+
+    query_image: Tensor
+    gallery_image: Tensor
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """(stop - start, G) bool mask of the queries from start to stop."""
+        return self.query_image[start:stop, None] == self.gallery_image
+
+    def of(self, candidates: Tensor) -> Tensor:
+        """(Q, k) bool mask of candidates given as (Q, k) gallery indices."""
+        gallery_image = self.gallery_image.to(candidates.device)
+        return gallery_image[candidates] == self.query_image.to(candidates.device)[:, None]
+
+    def to(self, device: torch.device | str) -> "Positives":
+        """The same labels on another device."""
+        return Positives(self.query_image.to(device), self.gallery_image.to(device))
+
+
+def t2i_positives(caption_image: Tensor, images: int) -> Positives:
+    """Positives of text-to-image retrieval: every caption has one, its image.
+
+    Args:
+        caption_image: (C,) int64, the image index of each caption.
+        images: Number of images in the gallery, I.
+
+    Raises:
+        AmpError: A caption names an image outside the gallery.
+    """
+    _check_caption_image(caption_image, images)
+    return Positives(caption_image, torch.arange(images, device=caption_image.device))
+
+
+def i2t_positives(caption_image: Tensor, images: int) -> Positives:
+    """Positives of image-to-text retrieval: all captions of the image.
+
+    Args:
+        caption_image: (C,) int64, the image index of each caption.
+        images: Number of query images, I.
+
+    Raises:
+        AmpError: A caption names an image outside the queries, or an image has no caption and could never be a hit.
+    """
+    _check_caption_image(caption_image, images)
+    captions = torch.bincount(caption_image, minlength=images)
+    if (captions == 0).any():
+        bare = (captions == 0).nonzero()[:, 0].tolist()
+        raise AmpError(
+            f"{len(bare):,} of {images:,} images have no caption (first: image {bare[0]}), expected at least one each: "
+            "without captions an image can't be a query of image-to-text retrieval. Leave these images out"
+        )
+    return Positives(torch.arange(images, device=caption_image.device), caption_image)
+
+
+def _check_caption_image(caption_image: Tensor, images: int) -> None:
+    if len(caption_image) == 0 or images == 0:
+        raise AmpError(
+            f"gallery of {images:,} images and {len(caption_image):,} captions, expected at least one of each. "
+            "Look whether the split's name is right"
+        )
+    low, high = int(caption_image.min()), int(caption_image.max())
+    if low < 0 or high >= images:
+        raise AmpError(f"captions name images {low} to {high}, expected indices from 0 to {images - 1}")
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The frozen CLIP's answer to Q queries.
+
+    Args:
+        candidates: (Q, k) int64 gallery indices, best first, ties by gallery index.
+        scores: (Q, k) float32 cosine similarities of the candidates.
+        ranks: (Q,) int64, 0-based rank of the best positive in the WHOLE gallery, so k or more for a query without
+            a positive among its candidates.
+    """
+
+    candidates: Tensor
+    scores: Tensor
+    ranks: Tensor
+
+
+@torch.no_grad()
+def first_stage(query_features: Tensor, gallery_features: Tensor, positives: Positives, k: int) -> FirstStage:
+    """Top-k of a full cosine ranking, in chunks of queries: memory grows with Q*k and G, never with Q*G.
+
+    Scores are float32 whatever the features' type and any autocast around: bfloat16 scores tie in the hundreds.
+
+    Args:
+        query_features: (Q, d) features; they are L2-normalised here.
+        gallery_features: (G, d) features on the same device; they are L2-normalised here.
+        positives: The answers of the Q queries within the G items.
+        k: Candidates to keep a query; the whole gallery if it holds fewer (`candidates.shape[1]` tells).
+
+    Returns:
+        FirstStage on the features' device.
+
+    Raises:
+        AmpError: k below 1, features that are not finite, or a query without any positive in the gallery.
+        ValueError: Shapes don't fit.
+    """
+    if k < 1:
+        raise AmpError(f"top-k of the first stage is {k}, expected at least 1 (paper: 20)")
+    expected = (len(positives.query_image), len(positives.gallery_image))
+    if (len(query_features), len(gallery_features)) != expected:
+        raise ValueError(f"features of {(len(query_features), len(gallery_features))} items, positives of {expected}")
+    device = query_features.device
+    with torch.autocast(device.type, enabled=False):
+        query_features = F.normalize(query_features.float(), dim=-1)
+        gallery_features = F.normalize(gallery_features.float(), dim=-1)
+        require_finite(query_features, "query features")
+        require_finite(gallery_features, "gallery features")
+        positives = positives.to(device)
+        gallery = len(gallery_features)
+        k = min(k, gallery)
+        chunk = max(1, CHUNK_SCORES // gallery)
+        parts = []
+        for start in range(0, len(query_features), chunk):
+            stop = min(start + chunk, len(query_features))
+            scores = query_features[start:stop] @ gallery_features.T
+            best, candidates = stable_topk(scores, k)
+            parts.append((candidates, best, rank_of_best_positive(scores, positives.rows(start, stop))))
+    candidates, best, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
+    if (ranks == gallery).any():
+        raise AmpError(
+            f"{int((ranks == gallery).sum()):,} of {len(ranks):,} queries have no positive in the gallery (first: "
+            f"query {int((ranks == gallery).nonzero()[0])}), expected at least one each: they could never be a hit"
+        )
+    return FirstStage(candidates, best, ranks)

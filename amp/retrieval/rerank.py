@@ -1,0 +1,133 @@
+"""Re-ranking of the pre-selected candidates by the action-aware similarity (METHOD: sec. 3.5 of arXiv 2506.23502)."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from amp.retrieval.first_stage import FirstStage
+from amp.retrieval.metrics import rank_of_best_positive, require_finite
+
+ScorePairs = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int, int], None]
+
+
+def fuse(first: FirstStage, scores: Tensor, fusion_weight: float = 0.0) -> Tensor:
+    """Final scores of the candidates: new score + fusion_weight * first-stage score.
+
+    Args:
+        first: The pre-selection of Q queries.
+        scores: (Q, k) new scores of `first.candidates`.
+        fusion_weight: Weight of the first-stage cosine; 0 is the paper's re-ranking by the new similarity alone.
+
+    Returns:
+        (Q, k) float32 on the device of `first`, in the order of `first.candidates`.
+
+    Raises:
+        AmpError: A score is not finite.
+        ValueError: `scores` has another shape than the candidates.
+    """
+    if scores.shape != first.scores.shape:
+        raise ValueError(f"scores of shape {tuple(scores.shape)} for candidates of shape {tuple(first.scores.shape)}")
+    fused = scores.to(first.scores.device, torch.float32) + fusion_weight * first.scores
+    require_finite(fused, "re-ranking scores")
+    return fused
+
+
+def rerank_order(first: FirstStage, scores: Tensor, fusion_weight: float = 0.0) -> Tensor:
+    """How re-ranking permutes the candidates: position j of the new order holds candidate `order[:, j]` of the old.
+
+    Returns:
+        (Q, k) int64 positions; `first.candidates.gather(1, order)` are the re-ranked gallery indices. Equal scores stay
+        in first-stage order.
+    """
+    return fuse(first, scores, fusion_weight).sort(dim=1, descending=True, stable=True).indices
+
+
+def rerank(first: FirstStage, scores: Tensor, positive_mask: Tensor, fusion_weight: float = 0.0) -> Tensor:
+    """Rank of each query's best positive after re-ranking.
+
+    Args:
+        first: The pre-selection of Q queries.
+        scores: (Q, k) new scores of `first.candidates`.
+        positive_mask: (Q, k) bool, which candidates answer the query (`Positives.of(first.candidates)`).
+        fusion_weight: Weight of the first-stage score beside the new one.
+
+    Returns:
+        (Q,) int64, 0-based: below k for a positive among the candidates; the first-stage rank, unchanged, otherwise.
+
+    Raises:
+        AmpError: A score is not finite.
+        ValueError: Shapes don't fit, or the mask belongs to another first stage.
+    """
+    if positive_mask.shape != first.candidates.shape:
+        raise ValueError(f"mask of shape {tuple(positive_mask.shape)}, candidates {tuple(first.candidates.shape)}")
+    positive_mask = positive_mask.to(first.candidates.device)
+    selected = positive_mask.any(1)
+    if not torch.equal(selected, first.ranks < first.candidates.shape[1]):
+        raise ValueError("positive_mask disagrees with the first stage's ranks: it was made for other candidates")
+    ranks = rank_of_best_positive(fuse(first, scores, fusion_weight), positive_mask)
+    return torch.where(selected, ranks, first.ranks)
+
+
+def shard_bounds(total: int, rank: int, world: int) -> tuple[int, int]:
+    """Start and stop of a rank's contiguous share of `total` items; shares differ by one item at most."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of a world of {world}, expected 0 <= rank < world")
+    return total * rank // world, total * (rank + 1) // world
+
+
+@torch.no_grad()
+def score_candidates(
+    candidates: Tensor,
+    score_pairs: ScorePairs,
+    batch_size: int,
+    group_by: Literal["query", "candidate"] = "query",
+    shard: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> Tensor:
+    """Scores every (query, candidate) pair in full batches.
+
+    Pairs of one group follow each other, because the scorer runs the blocks that see no knowledge once an image of a
+    batch: group by the side that is the image (`candidate` for text-to-image, `query` for image-to-text).
+
+    Args:
+        candidates: (Q, k) int64 gallery indices.
+        score_pairs: Maps query indices (P,) and gallery indices (P,), both int64, to scores (P,); called without
+            gradients, with P = batch_size but for the last batch.
+        batch_size: Pairs a call.
+        group_by: Side whose equal indices are put next to each other.
+        shard: (rank, world): scores only this rank's contiguous share of the pairs. The sum of the ranks' results
+            (an all-reduce) is the whole, because pairs of other ranks are 0 here.
+        progress: Called after each batch as progress(pairs done, pairs of this rank).
+
+    Returns:
+        (Q, k) float32 on the device of `candidates`, in the order of `candidates`.
+
+    Raises:
+        AmpError: A score is not finite.
+        ValueError: A bad argument, or `score_pairs` returned another shape.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    queries, k = candidates.shape
+    flat = candidates.flatten()
+    if group_by == "query":
+        order = torch.arange(queries * k, device=candidates.device)
+    elif group_by == "candidate":
+        order = flat.sort(stable=True).indices
+    else:
+        raise ValueError(f"group_by is {group_by!r}, expected 'query' or 'candidate'")
+    start, stop = shard_bounds(queries * k, *shard)
+    scores = torch.zeros(queries * k, dtype=torch.float32, device=candidates.device)
+    for low in range(start, stop, batch_size):
+        pairs = order[low : min(low + batch_size, stop)]
+        batch = score_pairs(pairs // k, flat[pairs])
+        if batch.shape != pairs.shape:
+            raise ValueError(f"score_pairs returned shape {tuple(batch.shape)} for {len(pairs)} pairs")
+        require_finite(batch, "re-ranking scores")
+        scores[pairs] = batch.to(scores)
+        if progress is not None:
+            progress(low + len(pairs) - start, stop - start)
+    return scores.view(queries, k)

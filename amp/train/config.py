@@ -1,0 +1,155 @@
+"""Settings of a training run; every key can be set in YAML and on the command line.
+
+Numbers marked ours are this project's: the paper's supplement with its hyper-parameters is not public.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from amp.config import PromptConfig
+from amp.errors import AmpError
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.train.objective import Conditioning
+
+
+@dataclass
+class ModelSettings:
+    """The base CLIP.
+
+    Args:
+        name: As open_clip's: a model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        pretrained: As open_clip's: a tag or a file; null with a schema name.
+        precision: Type of the frozen weights. Autocast (`mixed_precision`) wants fp32 here.
+        resize_mode: How photos are fitted: null is the base model's own way, ``squash`` keeps the borders.
+    """
+
+    name: str = "ViT-B-16-quickgelu"
+    pretrained: str | None = "openai"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    resize_mode: Literal["squash", "shortest", "longest"] | None = None
+
+
+@dataclass
+class DataSettings:
+    """The shards and how they are read.
+
+    Args:
+        shards: Folder that tools/make_shards.py wrote.
+        train_split: Split to train on.
+        val_split: Split to validate on; null trains without validation.
+        batch_size: Images a process and step.
+        workers: Decoding processes a training process.
+        shuffle_window: Shards mixed at a time.
+        augment: ``none`` uses the validation transform, ``crop`` open_clip's training transform (no flip in either).
+        kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".
+        cache: Folder for text features and frozen image features.
+        cache_dtype: Type of cached features; float16 halves the space, float32 is exact.
+        cache_images: Store each image's tokens below `interaction_layer` on disk, (1 + M) x d_v numbers an image;
+            asks for ``augment: none``.
+    """
+
+    shards: str = ""
+    train_split: str = "train"
+    val_split: str | None = "val"
+    batch_size: int = 64
+    workers: int = 4
+    shuffle_window: int = 64
+    augment: Literal["none", "crop"] = "crop"
+    kinds: list[Literal["action", "attribute"]] = field(default_factory=lambda: ["action", "attribute"])
+    cache: str = "data/cache"
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    cache_images: bool = False
+
+
+@dataclass
+class StageSettings:
+    """One training stage.
+
+    Args:
+        epochs: Passes over the training images.
+        lr: Peak learning rate (ours); warm-up is linear, then it falls to zero on a cosine.
+        warmup_steps: Optimizer steps of warm-up (ours).
+        weight_decay: Of AdamW, on matrices only (ours).
+        max_steps: Optimizer steps at most; 0 for none.
+    """
+
+    epochs: int = 10
+    lr: float = 5e-4
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_steps: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Args:
+        out: Folder of the run.
+        model: The base CLIP.
+        prompt: Architecture of the prompts.
+        data: The shards.
+        stages: Which stages run, in order: ``[1, 2]``, ``[1]`` or ``[2]``.
+        stage1: Contrastive stage (eq. 10).
+        stage2: Triplet stage (eq. 11).
+        init: Adapter file to start from; needed for ``stages: [2]``.
+        conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
+            ``paired`` under its own caption's (literal eq. 10), ``none`` without knowledge (control).
+        negatives: Sampled negatives a direction for ``contrastive`` (ours).
+        margin: Margin of the triplet loss (ours).
+        mixed_precision: Autocast type; null takes what `accelerate launch` says.
+        gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.
+        max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
+        activation_checkpointing: Recompute the prompted blocks in the backward pass.
+        seed: Of order, captions, negatives and initial weights.
+        trackers: Accelerate trackers, such as ``[tensorboard]`` or ``[tensorboard, wandb]``.
+        log_every: Optimizer steps between two log entries.
+        validate_every: Epochs between two validations; 0 for none.
+        validation: How the validation split is searched.
+    """
+
+    out: str = "runs/train"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    stages: list[int] = field(default_factory=lambda: [1, 2])
+    stage1: StageSettings = field(default_factory=StageSettings)
+    stage2: StageSettings = field(default_factory=lambda: StageSettings(epochs=3, lr=1e-4))
+    init: str | None = None
+    conditioning: Conditioning = "contrastive"
+    negatives: int = 2
+    margin: float = 0.2
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    seed: int = 0
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    log_every: int = 10
+    validate_every: int = 1
+    validation: RetrievalSettings = field(default_factory=lambda: RetrievalSettings(max_queries=500))
+
+    def check(self) -> None:
+        """Raises AmpError where keys contradict each other."""
+        if not self.data.shards:
+            raise AmpError("data.shards is empty, expected a folder that tools/make_shards.py wrote; add --data.shards DIR")
+        if self.stages not in ([1], [2], [1, 2]):
+            raise AmpError(f"stages is {self.stages}, expected [1], [2] or [1, 2]")
+        if self.stages == [2] and not self.init:
+            raise AmpError("stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors")
+        if (self.conditioning == "none") != (self.prompt.knowledge == "none"):
+            raise AmpError(
+                f"conditioning is {self.conditioning!r} and prompt.knowledge is {self.prompt.knowledge!r}, expected both or "
+                "neither 'none'; the control without knowledge takes --conditioning none --prompt.knowledge none"
+            )
+        if self.data.cache_images and self.data.augment != "none":
+            raise AmpError(
+                f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of random "
+                "crops can't be stored; add --data.augment none"
+            )
+        low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
+               "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),
+               "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1)}  # fmt: skip
+        for key, (value, least) in low.items():
+            if value < least:
+                raise AmpError(f"{key} is {value}, expected at least {least}")

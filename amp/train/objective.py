@@ -1,0 +1,105 @@
+"""The loss of one step: which features are computed, which pairs are scored, and the stage's loss over them.
+
+`none` and `paired` score all N x N pairs of the global batch with one feature an image. `contrastive` scores an image
+conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from amp.data.stream import Batch
+from amp.train import losses
+from amp.distributed import all_gather, all_gather_with_grad, rank
+from amp.train.negatives import draw_negatives, gumbel_noise
+
+Conditioning = Literal["none", "paired", "contrastive"]
+
+
+@dataclass
+class Objective:
+    """Loss of one stage.
+
+    Args:
+        stage: 1 for eq. 10, 2 for eq. 11.
+        conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours, ``none`` the control without knowledge.
+        negatives: m, sampled negatives a direction for ``contrastive`` (ours).
+        margin: alpha of eq. 11 (ours).
+        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives.
+        seed: Of the run.
+    """
+
+    stage: int
+    conditioning: Conditioning
+    negatives: int = 2
+    margin: float = 0.2
+    sampling_scale: float = 1.0
+    seed: int = 0
+
+    def __call__(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss (a scalar, the same on every rank up to sampling) and logit scale (1,) of this rank's batch.
+
+        Args:
+            model: `ActionAwareCLIP`, or the engine around it; only called, never reached into.
+            batch: On the model's device; every rank gives as many samples.
+            step: Of the stage; seeds the draw of negatives.
+        """
+        if self.conditioning == "contrastive":
+            return self._contrastive(model, batch, step)
+        if self.conditioning == "paired":
+            features = model(batch.images, batch.knowledge)
+            image = features.conditioned
+        else:
+            features = model(batch.images, prompted=True)
+            image = features.prompted
+        cosines = losses.similarity(all_gather_with_grad(image), all_gather(batch.text))
+        ignore = losses.same_image_mask(all_gather(batch.image_ids))
+        if self.stage == 1:
+            return losses.contrastive_loss(cosines, features.logit_scale, ignore), features.logit_scale
+        return losses.triplet_loss(cosines, self.margin, ignore), features.logit_scale
+
+    def _contrastive(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        early, base = batch.images, batch.base
+        if early.ndim == 4 or base is None:
+            frozen = model(early, only_frozen=True)
+            early, base = frozen.early, frozen.base
+        # The frozen tokens of all ranks: negatives for texts are images of the global batch.
+        early, base = all_gather(early), all_gather(base)
+        text, ids = all_gather(batch.text), all_gather(batch.image_ids)
+        knowledge = batch.knowledge.map(all_gather)
+        size, total = len(batch.text), len(text)
+        m = min(self.negatives, total - 1)
+        own = torch.arange(rank() * size, (rank() + 1) * size, device=text.device)
+        cosines, forbidden = losses.similarity(base, text), ids[:, None] == ids[None, :]
+        texts_of_image = self._draw(cosines, forbidden, own, m, step, direction=0)
+        images_of_text = self._draw(cosines.T, forbidden, own, m, step, direction=1)
+        # Pairs in three runs: (own image, own caption), (own image, drawn captions), (drawn images, own caption).
+        repeated = own.repeat_interleave(m)
+        image_index = torch.cat([own, repeated, images_of_text.index.flatten()])
+        text_index = torch.cat([own, texts_of_image.index.flatten(), repeated])
+        text_of_pair = text[text_index]
+        if total > size * (1 + m):  # over many ranks, only the rows this rank needs
+            drawn = size + torch.arange(size * m, device=text.device)
+            local = torch.arange(size, device=text.device)
+            early = early[torch.cat([own, images_of_text.index.flatten()])]
+            knowledge = knowledge[torch.cat([own, texts_of_image.index.flatten()])]
+            image_index = torch.cat([local, local.repeat_interleave(m), drawn])
+            text_index = torch.cat([local, drawn, local.repeat_interleave(m)])
+        features = model(early, knowledge, image_index, text_index)
+        scores = losses.pair_similarity(features.conditioned, text_of_pair)
+        positive, by_image, by_text = scores.split([size, size * m, size * m])
+        parts = []
+        for negative, drawn in ((by_image, texts_of_image), (by_text, images_of_text)):
+            negative = negative.view(size, m)
+            if self.stage == 1:
+                parts.append(
+                    losses.candidate_contrastive_loss(positive, negative, drawn.log_weight, features.logit_scale)
+                )
+            else:
+                parts.append(losses.candidate_triplet_loss(positive, negative, drawn.log_weight, self.margin))
+        return sum(parts) / 2, features.logit_scale
+
+    def _draw(self, cosines, forbidden, own, m, step, direction):
+        noise = gumbel_noise(*cosines.shape, self.seed, step, direction).to(cosines.device)
+        return draw_negatives(cosines[own], forbidden[own], noise[own], m, self.sampling_scale)

@@ -1,0 +1,26 @@
+"""What each training stage optimises (paper, sec. 3.4): all new parameters first, then only the interaction."""
+
+import torch.nn as nn
+
+from amp.model import ActionAwareCLIP
+
+
+def trainable_names(model: ActionAwareCLIP, stage: int) -> set[str]:
+    """Names of the parameters a stage trains; CLIP itself is frozen in both.
+
+    Stage 1 trains every new parameter and the temperature. Stage 2 trains the interaction alone; the control without
+    knowledge has none, so there its visual prompts go on (ours), to give both the same number of steps.
+    """
+    names = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    if stage == 2:
+        part = "interaction." if model.knowledge_aware else "visual_prompts."
+        names = {name for name in names if name.startswith(part)}
+    return names
+
+
+def set_trainable(model: ActionAwareCLIP, stage: int) -> list[nn.Parameter]:
+    """Sets `requires_grad` for a stage and returns the parameters to optimise; call before any engine wraps the model."""
+    names = trainable_names(model, stage)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

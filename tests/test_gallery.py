@@ -1,0 +1,200 @@
+"""The picture of retrievals: which queries it shows, what it draws, what it survives."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor, ImageDraw
+
+from amp.errors import AmpError
+from amp.retrieval import gallery
+from amp.retrieval.gallery import (
+    CaptionHit,
+    ImageHit,
+    ImageToText,
+    TextToImage,
+    choose_queries,
+    draw_gallery,
+    outcome_note,
+)
+
+
+def scene(size=(64, 64), mode="RGB") -> Image.Image:
+    image = Image.new("RGB", size, "#a0c0ff")
+    ImageDraw.Draw(image).ellipse((size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2), "#603080")
+    return image.convert(mode)
+
+
+def image_hits(*right: bool) -> list[ImageHit]:
+    return [ImageHit(scene(), 0.3 - place / 100, mark) for place, mark in enumerate(right)]
+
+
+def caption_hits(*right: bool, caption: str = "A dog runs.") -> list[CaptionHit]:
+    return [CaptionHit(caption, 0.3 - place / 100, mark) for place, mark in enumerate(right)]
+
+
+def pixels(path, colour: str) -> int:
+    return int((np.asarray(Image.open(path)) == ImageColor.getrgb(colour)).all(2).sum())
+
+
+# Choice
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "count", "chosen"),
+    [
+        # Mended most first (from place 9, then 4), the worst broken last.
+        ([0, 4, 9, 0, 2, 0], [0, 0, 0, 7, 1, 3], 3, [2, 1, 3]),
+        # Room left: then the one that rose, then those that stood still, the best first.
+        ([0, 4, 9, 0, 2, 5], [0, 0, 0, 7, 1, 5], 6, [2, 1, 4, 0, 5, 3]),
+        # Nothing broken: one that fell from a lower place is shown instead.
+        ([3, 1, 2], [0, 6, 2], 2, [0, 1]),
+        # A lost first place weighs more than a deeper fall.
+        ([1, 0, 5], [19, 2, 0], 2, [2, 1]),
+        # Nothing fell.
+        ([3, 1, 2], [0, 1, 2], 2, [0, 1]),
+        # Ties go to the lower index.
+        ([5, 5, 5, 0, 0], [0, 0, 0, 2, 2], 3, [0, 1, 3]),
+        # All fell: the worst is last.
+        ([0, 0, 0], [1, 9, 3], 3, [0, 2, 1]),
+        ([5, 0], [0, 5], 1, [0]),
+        ([5, 0], [0, 5], 0, []),
+        ([5, 0], [0, 5], 9, [0, 1]),
+        ([], [], 4, []),
+    ],
+)
+def test_choice_by_hand(base, new, count, chosen):
+    assert choose_queries(np.array(base, dtype=int), np.array(new, dtype=int), count) == chosen
+
+
+def test_choice_shows_a_group_once_while_others_are_left():
+    base, new, groups = [9, 8, 7, 0, 0], [0, 0, 0, 0, 4], ["a", "a", "b", "c", "b"]
+    assert choose_queries(base, new, 3, groups) == [0, 3, 4]  # 1 repeats a; 2 repeats b, which is shown as broken
+    assert choose_queries(base, new, 5, groups) == [0, 3, 1, 2, 4]
+    with pytest.raises(ValueError, match="differ in number"):
+        choose_queries(base, new, 3, groups[:-1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_choice_always_confesses(seed):
+    rng = np.random.default_rng(seed)
+    base, new = rng.integers(0, 20, 200), rng.integers(0, 20, 200)
+    chosen = choose_queries(base, new, 6)
+    assert len(set(chosen)) == 6
+    assert all(new[q] == 0 < base[q] for q in chosen[:-1]) and base[chosen[-1]] == 0 < new[chosen[-1]]
+
+
+def test_note_counts_all_queries():
+    note = outcome_note([0, 4, 0, 3, 0] * 1000, [0, 0, 1, 2, 5] * 1000)
+    assert note == "of all 5,000 queries, re-ranking mended the first place of 1,000 and broke that of 2,000"
+
+
+# Drawing
+
+
+def test_frames_and_marks_follow_the_hits(tmp_path):
+    def draw(base, new):
+        path = draw_gallery(tmp_path / "gallery.png", [TextToImage("A dog.", ["dog, runs, "], base, new)])
+        return pixels(path, gallery.RIGHT), pixels(path, gallery.WRONG)
+
+    none_right, all_wrong = draw(image_hits(False, False, False), image_hits(False, False, False))
+    all_right, none_wrong = draw(image_hits(True, True, True), image_hits(True, True, True))
+    assert none_right == 0 and none_wrong == 0
+    assert all_right > 6 * 4 * gallery.THUMB and all_wrong > 6 * 4 * gallery.THUMB  # 6 frames of several pixels
+    right, wrong = draw(image_hits(False, True, False), image_hits(True, False, False))
+    assert 0.2 < right / all_right < 0.45 and 0.5 < wrong / all_wrong < 0.8  # 2 and 4 of 6
+
+
+def test_right_frame_is_around_the_right_image(tmp_path):
+    example = TextToImage("A dog.", [], image_hits(False, True, False), image_hits(True, False, False))
+    page = np.asarray(Image.open(draw_gallery(tmp_path / "gallery.png", [example])))
+    green = (page == ImageColor.getrgb(gallery.RIGHT)).all(2)
+    for group, place in ((0, 1), (1, 0)):
+        left = gallery.MARGIN + gallery.GROUP_X[group] + place * (gallery.THUMB + gallery.GAP)
+        frame = green[:, left + 1 : left + gallery.FRAME - 1]
+        assert frame.any(0).all() and frame.sum(0).min() > gallery.THUMB / 2
+        green[:, left : left + gallery.THUMB + gallery.GAP] = False
+    heading = gallery.MARGIN + gallery.GROUP_X[0]
+    assert not green[:, heading:].any()  # nothing else is green right of the text
+
+
+def test_captions_are_tinted_by_their_marks(tmp_path):
+    def draw(base, new):
+        path = draw_gallery(tmp_path / "gallery.png", (), [ImageToText(scene((500, 333)), base, new)])
+        return pixels(path, gallery.RIGHT_TINT), pixels(path, gallery.WRONG_TINT)
+
+    assert draw(caption_hits(True, True, True), caption_hits(True, True, True))[1] == 0
+    assert draw(caption_hits(False, False, False), caption_hits(False, False, False))[0] == 0
+    right, wrong = draw(caption_hits(False, True, True), caption_hits(True, True, False))
+    assert right > 1.5 * wrong > 0
+
+
+def test_picture_is_deterministic(tmp_path):
+    example = TextToImage("A dog.", ["dog, runs, "], image_hits(False, True, False), image_hits(True, False, False))
+    first, second = (draw_gallery(tmp_path / name, [example]).read_bytes() for name in ("a.png", "b.png"))
+    assert first == second and sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("size", [(64, 64), (1, 1), (1, 3000), (3000, 2), (500, 333)])
+def test_any_image_fits(mode, size):
+    image = scene(size, "L").convert("I").convert("I;16") if mode == "I;16" else scene(size, mode)
+    fit = gallery._fit(image, (156, 156))
+    assert fit.size == (156, 156) and fit.mode == "RGB"
+
+
+def test_image_is_whole_and_undistorted():
+    wide = Image.new("RGB", (400, 200), "#ff0000")
+    fit = np.asarray(gallery._fit(wide, (100, 100)))
+    red = (fit == (255, 0, 0)).all(2)
+    assert red[25:75].all() and not red[:25].any() and not red[75:].any()
+
+
+def test_small_drawings_stay_sharp():
+    """An edge of a 64-pixel drawing is at most one pixel soft at a size that is no multiple of 64."""
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("black", (0, 0, 31, 64))
+    row = np.asarray(gallery._fit(image, (156, 156)))[78, :, 0]
+    assert ((row > 30) & (row < 225)).sum() <= 1
+
+
+def test_transparent_images_stand_on_the_mat():
+    fit = gallery._fit(Image.new("RGBA", (64, 64), (0, 0, 0, 0)), (50, 50))
+    assert fit.getpixel((25, 25)) == ImageColor.getrgb(gallery.MAT)
+
+
+def test_sixteen_bit_grey_is_not_clipped():
+    grey = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
+    assert abs(gallery._fit(grey, (20, 20)).getpixel((10, 10))[0] - 128) <= 1
+
+
+@pytest.mark.parametrize(
+    "text", ["a " * 500, "word " * 500, "x" * 5000, "", "One. Two three four five six seven.", "犬が走る" * 40]
+)
+def test_wrapped_lines_fit(text):
+    font = gallery._font(22)
+    lines = gallery._wrap(text, font, 300, 5)
+    assert 1 <= len(lines) <= 5 and all(font.getlength(line) <= 300 for line in lines)
+    whole = gallery._wrap(text, font, 300, 1000)
+    assert "".join(whole).replace(" ", "") == text[: gallery.LONGEST_TEXT].replace(" ", "")
+    assert (lines == whole) if len(whole) <= 5 else lines[-1].endswith("…")
+
+
+def test_hostile_text_and_short_lists_are_drawn(tmp_path):
+    text = "Mädchen läuft\n\tüber \ud800 die \x00 Straße 犬が走る 🐕 \u202e" + "word" * 400
+    draw_gallery(
+        tmp_path / "gallery.png",
+        [TextToImage(text, [text] * 12, image_hits(True), []), TextToImage("", [], [], [])],
+        [
+            ImageToText(scene((1, 900)), caption_hits(True, False, True, True, caption=text), []),
+            ImageToText(scene(), [], []),
+        ],
+        text,
+        text,
+        text,
+        text,
+    )
+    assert Image.open(tmp_path / "gallery.png").width == gallery.CARD_WIDTH + 2 * gallery.MARGIN
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    with pytest.raises(AmpError, match=r"gallery\.png: no query to draw"):
+        draw_gallery(tmp_path / "gallery.png")

@@ -1,0 +1,187 @@
+"""Result rows: figures that agree, files that come back, a table that shows them."""
+
+import csv
+import io
+import json
+import os
+
+import pytest
+import torch
+from rich.console import Console
+
+from amp.errors import AmpError
+from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow, write_atomically
+
+
+def direction(r1: float, r5: float, r10: float, ceiling: float = 90.0, top_k: int = 20) -> DirectionResult:
+    flat = dict.fromkeys((1, 5, 10), ceiling)
+    return DirectionResult({1: r1, 5: r5, 10: r10}, flat, {1: 5.0, 5: 25.0, 10: 50.0}, 1000, top_k, 12.5)
+
+
+@pytest.fixture
+def results():
+    protocol = {
+        "dataset": "flickr8k",
+        "split": "test",
+        "images": 1000,
+        "captions": 5000,
+        "model": "ViT-B-32",
+        "top_k": 20,
+        "fusion_weight": 0.0,
+        "seed": None,
+        "command": ["evaluate.py", "--naïve"],
+    }
+    rows = [
+        RetrievalRow("base CLIP", direction(10.04, 30.0, 50.0), direction(11.123456789, 31.0, 51.0)),
+        RetrievalRow("action-aware [pairwise] (ä)", direction(10.01, 33.0, 49.0), direction(12.0, 30.0, 55.0)),
+    ]
+    return ResultFile(protocol, rows)
+
+
+def printed(results: ResultFile, width: int = 100, colour: bool = False) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None
+    )
+    results.print_table(console)
+    return console.file.getvalue()
+
+
+def test_measure_by_hand():
+    """Four queries, three candidates: found first, found third, outside at place 7, two positives."""
+    mask = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    first = torch.tensor([0, 2, 7, 1])
+    found = DirectionResult.measure(torch.tensor([1, 0, 7, 0]), first, mask, seconds=0.5)
+    assert found.recall == {1: 50.0, 5: 75.0, 10: 100.0}
+    assert found.ceiling == {1: 75.0, 5: 75.0, 10: 100.0}
+    assert found.chance == {1: pytest.approx(100 / 4 * (1 / 3 + 1 / 3 + 0 + 2 / 3)), 5: 75.0, 10: 100.0}
+    assert (found.queries, found.top_k, found.queries_per_second) == (4, 3, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recall": {1: 95.0, 5: 95.0, 10: 95.0}}, r"recall@1 is 95.0, expected 0 <= recall <= ceiling \(90.0\)"),
+        ({"recall": {1: float("nan"), 5: 1.0, 10: 2.0}}, "recall@1 is nan"),
+        ({"ceiling": {1: 101.0, 5: 101.0, 10: 101.0}}, "<= 100"),
+        ({"chance": {1: -0.1, 5: 1.0, 10: 2.0}}, "chance@1 is -0.1"),
+        ({"recall": {1: 10.0, 5: 20.0}}, r"recall holds K = \[1, 5\], expected \[1, 5, 10\]"),
+        ({"queries": 0}, "queries 0"),
+        ({"seconds": 0.0}, "seconds is 0.0"),
+    ],
+)
+def test_impossible_figures_are_refused(change, message):
+    good = direction(10.0, 30.0, 50.0)
+    with pytest.raises(AmpError, match=message):
+        DirectionResult(**({name: getattr(good, name) for name in good.__dataclass_fields__} | change))
+
+
+def test_json_comes_back_unrounded(results, tmp_path):
+    path = results.save_json(tmp_path / "runs" / "demo" / "results.json")
+    again = ResultFile.load_json(path)
+    assert again == results
+    assert [row.rsum for row in again.rows] == [pytest.approx(183.163456789), pytest.approx(189.01)]
+    entry = json.loads(path.read_text(encoding="utf-8"))["rows"][0]
+    assert entry["t2i"]["recall"] == {"R@1": 11.123456789, "R@5": 31.0, "R@10": 51.0}
+    assert (entry["i2t"]["queries_per_second"], entry["rsum"]) == (80.0, results.rows[0].rsum)
+
+
+def test_csv_holds_a_line_a_method(results, tmp_path):
+    path = results.save_csv(tmp_path / "results.csv")
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["base CLIP", "action-aware [pairwise] (ä)"]
+    assert lines[0]["t2i_R@1"] == "11.12" and lines[1]["i2t_R@10"] == "49.00" and lines[0]["Rsum"] == "183.16"
+    assert lines[0]["i2t_ceiling_R@1"] == "90.00" and lines[0]["t2i_chance_R@5"] == "25.00"
+    assert (lines[0]["i2t_queries"], lines[0]["i2t_top_k"], lines[0]["i2t_queries_per_second"]) == ("1000", "20", "80")
+
+
+def test_table_shows_rows_references_and_protocol(results):
+    lines = [line.rstrip() for line in printed(results, width=80).splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["method", *["R@1", "R@5", "R@10"] * 2, "Rsum"]
+    table = {line[:30].strip(): line[30:].split() for line in lines[2:]}
+    assert table["base CLIP"] == ["10.0", "30.0", "50.0", "11.1", "31.0", "51.0", "183.2"]
+    # A name in brackets is not taken for rich's markup.
+    assert table["action-aware [pairwise] (ä)"] == ["10.0", "33.0", "49.0", "12.0", "30.0", "55.0", "189.0"]
+    assert table["ceiling (top 20)"] == ["90.0"] * 6 + ["540.0"]
+    assert table["chance (top 20)"] == ["5.0", "25.0", "50.0"] * 2 + ["160.0"]
+    assert lines[-2:] == [
+        "flickr8k · test · 1,000 images · 5,000 captions",
+        "ViT-B-32 · top k 20 · fusion weight 0.0",
+    ]
+
+
+def bold_figures(text: str, name: str) -> list[str]:
+    line = next(line for line in text.splitlines() if name in line)
+    return [part.split("\x1b")[0].strip() for part in line.split("\x1b[1m")[1:]]
+
+
+def test_best_of_each_column_is_bold(results):
+    text = printed(results, colour=True)
+    assert bold_figures(text, "base CLIP") == ["10.0", "50.0", "31.0"]
+    assert bold_figures(text, "action-aware") == ["10.0", "33.0", "12.0", "55.0", "189.0"]  # 10.0 twice: equal as shown
+    assert bold_figures(text, "ceiling") == []
+    assert bold_figures(printed(ResultFile({}, results.rows[:1]), colour=True), "base CLIP") == []
+
+
+def test_each_preselection_has_its_references(results):
+    results.rows.append(RetrievalRow("larger CLIP", direction(1.0, 2.0, 3.0, 99.0, 16), direction(1.0, 2.0, 3.0, 99.0)))
+    text = printed(results, width=120)
+    assert "ceiling (top 20, base CLIP)" in text and "ceiling (top 16/20, larger CLIP)" in text
+    assert text.count("ceiling") == 2
+
+
+def test_empty_results_print_and_save(tmp_path):
+    empty = ResultFile({})
+    assert "Rsum" in printed(empty)
+    assert ResultFile.load_json(empty.save_json(tmp_path / "empty.json")) == empty
+    assert empty.save_csv(tmp_path / "empty.csv").read_text() == "method\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, "can't be read"),
+        (lambda content: "{", "not JSON"),
+        (lambda content: "[]", "format and version are list"),
+        (lambda content: json.dumps(content | {"version": 9}), r"\('open-clip-amp retrieval results', 9\), expected"),
+        (lambda content: json.dumps(content | {"rows": [{"name": "x"}]}), r"rows\[0\]: key 'i2t' is missing"),
+        (lambda content: json.dumps(content).replace('"R@1": 10.04', '"R@1": 98'), r"rows\[0\]: recall@1 is 98"),
+        (lambda content: json.dumps(content).replace('"R@1": 10.04', '"R@1": "much"'), r"rows\[0\]: .*much"),
+        (lambda content: json.dumps(content | {"rows": 3}), "rows"),
+        (lambda content: json.dumps(content | {"protocol": 3}), "protocol"),
+    ],
+)
+def test_bad_files_are_named(results, tmp_path, spoil, message):
+    path = tmp_path / "results.json"
+    if spoil:
+        path.write_text(spoil(json.loads(results.save_json(path).read_text(encoding="utf-8"))), encoding="utf-8")
+    with pytest.raises(AmpError, match=message) as error:
+        ResultFile.load_json(path)
+    assert str(path) in str(error.value) and "evaluate.py" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}])
+def test_protocol_must_be_json(results, tmp_path, value):
+    results.protocol["precision"] = value
+    with pytest.raises(AmpError, match=r"results\.json: the protocol holds a value that JSON can't"):
+        results.save_json(tmp_path / "results.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_atomically(tmp_path / "file", b"old")
+
+    def cut(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_path_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(AmpError, match=r"file/results\.csv: can't be written"):
+        write_atomically(tmp_path / "file" / "results.csv", b"")

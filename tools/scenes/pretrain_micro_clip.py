@@ -1,0 +1,242 @@
+"""Pre-trains the micro CLIP of the embedded default on scenes of another seed, and saves it as an open_clip folder.
+
+    OMP_NUM_THREADS=1 python tools/scenes/pretrain_micro_clip.py --out tools/scenes/micro-clip
+
+The aim is a CLIP with the usual strength and the usual weakness: it finds the right objects and often takes the wrong action
+or role. It gets there as CLIPs do, by its texts: most say only who and what is there (like alt texts), some are full
+captions, some describe a state; and no batch holds twins, so that objects alone settle nearly every comparison.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from jsonargparse import auto_cli
+from open_clip.model import CLIP
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from scene_language import PLACE_WORDS, noun_phrase, pick
+from scenes import captions, draw, make_scene
+
+STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 96,
+        # three different widths on purpose: nothing downstream may assume that they are equal
+        "vision_cfg": {"image_size": 72, "patch_size": 12, "width": 128, "head_width": 32, "layers": 6},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
+    },
+    "preprocess_cfg": {
+        "size": 72,
+        "mode": "RGB",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
+}
+PIXELS = CONFIG["preprocess_cfg"]["size"]
+
+
+def render(scenes) -> torch.Tensor:
+    """Pictures of scenes at the model's size: (N, 3, PIXELS, PIXELS) uint8."""
+    pictures = np.empty((len(scenes), PIXELS, PIXELS, 3), np.uint8)
+    for k, scene in enumerate(scenes):
+        pictures[k] = draw(scene, STORED).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 to what the preprocess_cfg's mean and std make of it."""
+    return pictures.float().div_(127.5).sub_(1.0)
+
+
+def alt_text(scene, rng: random.Random) -> str:
+    """Who is there, in either order, and sometimes where; never who does what."""
+    mentions = [frozenset(m for m, p in (("colour", 0.8), ("size", 0.3)) if rng.random() < p) for _ in range(2)]
+    nouns = [noun_phrase(actor, m, "a") for actor, m in zip(scene.actors, mentions, strict=True)]
+    if rng.random() < 0.5:
+        nouns.reverse()
+    text = pick(rng, ["{} and {}", "a picture of {} and {}", "{} with {}", "{} near {}"]).format(*nouns)
+    if rng.random() < 0.3:
+        text += " " + pick(rng, PLACE_WORDS[scene.place])
+    return text
+
+
+def texts(scene, count: int, caption_share: float, state_share: float) -> list[str]:
+    """`count` pre-training texts of a scene: alt texts, and the given shares of captions and state descriptions."""
+    rng = random.Random(f"open-clip-amp pre-training texts {scene.name}")
+    said = captions(scene, 2 * count)
+    out = []
+    for _ in range(count):
+        kind, one = rng.random(), pick(rng, said)
+        if kind < caption_share:
+            out.append(one.text)
+        elif kind < caption_share + state_share:
+            k = int(rng.random() * len(one.states))
+            t, state = one.triplets[k], one.states[k]
+            triplet = f"{t['subject']}, {t['action']}, {t['object']}"
+            # the long form's words and length must not be news to the text tower when knowledge is rendered with it
+            forms = [state, f"{one.text} {state}", f"Fine-grained state description of action triplet <{triplet}> is {state}"]
+            out.append(pick(rng, forms))
+        else:
+            out.append(alt_text(scene, rng))
+    return out
+
+
+def encode_text(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """CLIP.encode_text for tokens trimmed to the longest text: exact, since attention is causal and pooling at the end token."""
+    n = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:n]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))
+    return x[torch.arange(len(x)), tokens.argmax(-1)] @ model.text_projection
+
+
+def recalls(ranks: torch.Tensor) -> dict[str, float]:
+    """R@1/5/10/20 in percent of ranks counted from 0."""
+    return {f"R@{k}": round(100 * (ranks < k).double().mean().item(), 1) for k in (1, 5, 10, 20)}
+
+
+@torch.no_grad()
+def measure(model: CLIP, tokenizer, seed: int, split: str, count: int) -> dict:
+    """Retrieval on a demo split, all captions, both directions; and how often twins are told apart (chance: 50).
+
+    twin accuracy: a caption scores its own picture above that of the scene's twin.
+    """
+    model.eval()
+    scenes = [make_scene(seed, split, i) for i in range(count)]
+    sentences = [[c.text for c in captions(scene)] for scene in scenes]
+    owner = torch.tensor([i for i, group in enumerate(sentences) for _ in group])
+    tokens = tokenizer([text for group in sentences for text in group])
+    image = F.normalize(model.encode_image(normalise(render(scenes))), dim=-1)
+    text = F.normalize(model.encode_text(tokens), dim=-1)
+    similarity = text @ image.T  # captions x images
+    own = similarity[torch.arange(len(owner)), owner]
+    t2i = (similarity > own[:, None]).sum(1)
+    best = torch.stack([similarity[owner == i, i].max() for i in range(count)])
+    i2t = (similarity > best[None]).sum(0)
+    result = {"images": count, "captions": len(owner), "t2i": recalls(t2i), "i2t": recalls(i2t)}
+    for change in ("roles", "action"):
+        pairs = [(i, s.twin) for i, s in enumerate(scenes) if s.change == change]
+        wins = [(own[owner == x] > similarity[owner == x, y]).double() for i, j in pairs for x, y in ((i, j), (j, i))]
+        result[f"twin_accuracy_{change}"] = round(100 * torch.cat(wins).mean().item(), 1)
+    return result
+
+
+def pretrain(
+    out: Path,
+    seed: int = 1000,
+    scenes: int = 24000,
+    texts_per_scene: int = 6,
+    caption_share: float = 0.25,
+    state_share: float = 0.15,
+    steps: int = 900,
+    batch: int = 256,
+    lr: float = 1.5e-3,
+    weight_decay: float = 0.1,
+    warmup: int = 60,
+    demo_seed: int = 0,
+    demo_images: int = 200,
+) -> dict:
+    """Pre-trains the micro CLIP and writes OUT/open_clip_config.json, OUT/open_clip_model.safetensors, OUT/figures.json.
+
+    Args:
+        out: folder to write, loadable as open_clip's `local-dir:OUT`
+        seed: of the pre-training scenes, of initialisation and of the batch order; differs from the demo's
+        scenes: how many scenes to pre-train on
+        texts_per_scene: texts prepared for each scene; a batch takes one of them
+        caption_share: share of texts that are full captions
+        state_share: share of texts that describe a state; the rest are alt texts, which say no action
+        steps: optimizer steps
+        batch: pairs a step
+        lr: peak learning rate (AdamW, cosine schedule to zero)
+        weight_decay: of matrices; vectors and embeddings have none
+        warmup: steps of linear warm-up
+        demo_seed: seed of the demo data, on whose test split the figures are measured
+        demo_images: size of that split
+    """
+    if seed == demo_seed:
+        raise ValueError(f"seed is {seed} for pre-training and demo alike: the demo would test on scenes seen here")
+    torch.manual_seed(seed)
+    started = time.time()
+    tokenizer = open_clip.tokenizer.SimpleTokenizer()
+    model = CLIP(**CONFIG["model_cfg"])
+    world = [make_scene(seed, "pretrain", i) for i in range(scenes)]
+    pictures = render(world)
+    tokens = torch.stack([tokenizer(texts(s, texts_per_scene, caption_share, state_share)) for s in world]).int()
+    print(f"{scenes} scenes rendered, {scenes * texts_per_scene} texts tokenised in {time.time() - started:.0f} s", flush=True)
+
+    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(scenes, generator=generator) for _ in range(-(-steps * batch // scenes))])
+    target = torch.arange(batch)
+    model.train()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("pre-training", total=steps)
+        for step in range(steps):
+            rows = order[step * batch : (step + 1) * batch]
+            images = normalise(pictures[rows])
+            flip = torch.rand(batch, generator=generator) < 0.5  # no text of this world says left or right
+            images[flip] = images[flip].flip(-1)
+            chosen = tokens[rows, torch.randint(texts_per_scene, (batch,), generator=generator)].long()
+            chosen = chosen[:, : int(chosen.argmax(-1).max()) + 1]
+            image = F.normalize(model.encode_image(images), dim=-1)
+            text = F.normalize(encode_text(model, chosen), dim=-1)
+            logits = model.logit_scale.exp() * image @ text.T
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            rate = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            progress.update(task, advance=1, description=f"loss {loss.item():.3f}  scale {model.logit_scale.exp().item():.1f}")
+            if step % 100 == 0:
+                print(f"step {step} loss {loss.item():.3f}", flush=True)
+
+    with torch.no_grad():  # words never seen: zero instead of noise, which git also stores in no space
+        seen = torch.zeros(len(model.token_embedding.weight), dtype=torch.bool)
+        seen[tokens.unique().long()] = True
+        model.token_embedding.weight[~seen] = 0
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)  # the figures are those of the weights as saved
+    out.mkdir(parents=True, exist_ok=True)
+    weights = out / "open_clip_model.safetensors"
+    save_file(state, out / "open_clip_model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(out / "open_clip_model.safetensors.tmp", weights)
+    figures = {
+        "settings": {"seed": seed, "scenes": scenes, "texts_per_scene": texts_per_scene, "caption_share": caption_share,
+                     "state_share": state_share, "steps": steps, "batch": batch, "lr": lr, "weight_decay": weight_decay},
+        "final_loss": round(loss.item(), 3),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "words_seen": int(seen.sum()),
+        "bytes": weights.stat().st_size,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "minutes": round((time.time() - started) / 60, 1),
+        "demo_test": measure(model, tokenizer, demo_seed, "test", demo_images),
+    }  # fmt: skip
+    for name, content in (("open_clip_config.json", CONFIG), ("figures.json", figures)):
+        (out / f"{name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(out / f"{name}.tmp", out / name)
+    print(json.dumps(figures, indent=2))
+    return figures
+
+
+if __name__ == "__main__":
+    auto_cli(pretrain, as_positional=False)
