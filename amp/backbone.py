@@ -9,7 +9,7 @@ import hashlib
 import torch
 import torch.nn as nn
 from open_clip.model import CLIP
-from open_clip.transformer import QuickGELU, VisionTransformer, text_global_pool
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer, text_global_pool
 from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
@@ -88,18 +88,40 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W) to what enters block 0: class token and patches after ln_pre, (B, 1 + M, d_v)."""
         return self.visual._embeds(images.to(self.dtype))
 
-    def blocks(self, tokens: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v)."""
+    def blocks(self, tokens: torch.Tensor, start: int, stop: int, recompute: bool = False) -> torch.Tensor:
+        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v); `recompute` trades activations for a second forward."""
         for block in self.visual.transformer.resblocks[start:stop]:
-            tokens = block(tokens)
+            tokens = self._run(block, tokens, recompute)
         return tokens
 
-    def block(self, index: int, tokens: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-        """Runs one block on tokens (B, T, d_v); `recompute` trades its activations for a second forward."""
-        block = self.visual.transformer.resblocks[index]
+    def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        """Runs one block on tokens (B, T, d_v); the last one may return the class token alone, (B, 1, d_v)."""
+        last = index == self.num_layers - 1 and self._reads_only_class_token
+        return self._run(self._last_block if last else self.visual.transformer.resblocks[index], tokens, recompute)
+
+    @staticmethod
+    def _run(block, tokens: torch.Tensor, recompute: bool) -> torch.Tensor:
         if recompute and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False)
         return block(tokens)
+
+    @property
+    def _reads_only_class_token(self) -> bool:
+        """Whether features come from the class token of the last block and from nothing else."""
+        visual = self.visual
+        plain = type(visual.transformer.resblocks[-1]) is ResidualAttentionBlock
+        return plain and visual.attn_pool is None and visual.pool_type == "tok"
+
+    def _last_block(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The last block for the class token alone, (B, T, d_v) -> (B, 1, d_v).
+
+        Every token is a key and a value, only the class token asks and passes through the MLP: about a fifth of a
+        block's work, which counts where few blocks run a pair. Equal to the whole block but for rounding.
+        """
+        block = self.visual.transformer.resblocks[-1]
+        normed = block.ln_1(tokens)
+        x = tokens[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens after the last block (B, T, d_v) to features (B, d), not normalised.

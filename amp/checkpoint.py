@@ -85,7 +85,9 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
                 )
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except FileNotFoundError as error:
-        raise AmpError(f"{path}: no such adapter file. launchers/train.py writes it to OUT/stage2/adapter.safetensors") from error
+        raise AmpError(
+            f"{path}: no such adapter file. launchers/train.py writes it to OUT/stage2/adapter.safetensors"
+        ) from error
     except SafetensorError as error:
         raise AmpError(f"{path}: not a whole safetensors file ({error}). Copy or train it again") from error
     record = json.loads(metadata["header"])

@@ -172,11 +172,13 @@ class ActionAwareCLIP(nn.Module):
         return self._prompted_blocks(early)
 
     def _prompted_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
-        length, first = 1 + self.backbone.num_patches, self.config.interaction_layer
-        for index in range(self.backbone.num_layers - first):
+        backbone, length, first = self.backbone, 1 + self.backbone.num_patches, self.config.interaction_layer
+        if self.config.num_prompts == 0:  # the base CLIP's own calls, so that its features come out bit for bit
+            return backbone.pool(backbone.blocks(tokens, first, backbone.num_layers, self.activation_checkpointing))
+        for index in range(backbone.num_layers - first):
             tokens = self.visual_prompts(tokens, index, length)
-            tokens = self.backbone.block(first + index, tokens, recompute=self.activation_checkpointing)
-        return self.backbone.pool(tokens)
+            tokens = backbone.prompted_block(first + index, tokens, self.activation_checkpointing)
+        return backbone.pool(tokens)
 
     def _require_knowledge_aware(self) -> None:
         if not self.knowledge_aware:

@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
     parsed = options.parse_args(arguments)
-    settings = options.instantiate_classes(parsed)
+    settings = options.instantiate(parsed)
     del settings["config"]
     config = TrainConfig(**settings)
     with exit_on_error():
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             Path(config.out).mkdir(parents=True, exist_ok=True)
             parsed.config = None
-            options.save(parsed, Path(config.out) / "config.yaml", overwrite=True, skip_none=False)
+            options.save(parsed, Path(config.out) / "config.yaml", overwrite=True)
         from amp.train.engine import train  # after the checks, which need none of its imports
 
         train(config)

@@ -1,5 +1,7 @@
 """The two stages against full sorting in numpy."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -165,10 +167,12 @@ def test_oracle_reaches_the_ceiling_and_random_orders_are_chance(gallery):
         assert expected[1] < expected[5] < expected[10] == recalls(first.ranks)[10]
 
 
-def test_low_precision_scores_are_fused_in_float32(gallery):
+def test_scores_are_fused_in_float32(gallery):
     query, items, positives = next(directions(gallery))
     first = first_stage(query, items, positives, 5)
-    assert fuse(first, torch.ones_like(first.scores, dtype=torch.bfloat16), 1.0).tolist() == (first.scores + 1).tolist()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        fused = fuse(first, torch.ones_like(first.scores, dtype=dtype), 1.0)
+        assert fused.dtype == torch.float32 and torch.equal(fused, first.scores + 1)
 
 
 def test_rerank_refuses_bad_input(gallery):
@@ -234,7 +238,7 @@ def test_shards_sum_to_the_whole(candidates, group_by, world):
 def test_shards_are_contiguous_and_balanced(total, world):
     bounds = [shard_bounds(total, rank, world) for rank in range(world)]
     assert bounds[0][0] == 0 and bounds[-1][1] == total
-    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in pairwise(bounds))
     sizes = [stop - start for start, stop in bounds]
     assert max(sizes) - min(sizes) <= 1
 

@@ -1,4 +1,4 @@
-"""An image file on its way into a shard: really decoded to see that it is whole, then passed on as it is, or resized."""
+"""An image file on its way into a shard: decoded to see that it is whole, then passed on as it is, or resized."""
 
 from __future__ import annotations
 

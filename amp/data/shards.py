@@ -4,11 +4,12 @@ A folder holds WebDataset tars, ``train-000000.tar`` and so on, and ``manifest.j
 ``KEY.jpg`` (or another image extension, lower-cased) and ``KEY.json``::
 
     {"schema": 1, "key": KEY, "image_id": int | str, "filename": path under the images folder, "split": "train",
-     "captions": [{"id": int | str, "text": str, "triplets": [{"subject", "action", "object", "kind"}], "states": [str]}]}
+     "captions": [{"id": int | str, "text": str,
+                   "triplets": [{"subject", "action", "object", "kind"}], "states": [str]}]}
 
-The tars are plain enough for any WebDataset reader. Training wants more than a sequential reader gives: an order that is
-a pure function of (seed, epoch) and a resume that skips without decoding. So a shard's headers are indexed once and its
-samples are then read by number.
+Any WebDataset reader reads these tars. Training wants more than a sequential reader gives: an order that is a pure
+function of (seed, epoch) and a resume that skips without decoding. So a shard's headers are indexed once, after which
+its samples are read by number.
 """
 
 from __future__ import annotations
@@ -193,8 +194,8 @@ class ShardManifest:
                 digest = sha256_of(shard.path)
                 if digest != shard.sha256:
                     raise ShardFormatError(
-                        f"{shard.path}: sha256 is {digest}; expected {shard.sha256} (from {self.root / MANIFEST_NAME}); "
-                        f"copy it again, or {_REMAKE}"
+                        f"{shard.path}: sha256 is {digest}; expected {shard.sha256}, as in {MANIFEST_NAME}; copy it "
+                        f"again, or {_REMAKE}"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,11 +255,14 @@ class ShardReader:
         self.path = Path(path)
         self._file: int | None = None
         try:
-            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardFormatError(f"{self.path}: {error.strerror}; expected a tar shard; {_REMAKE}") from None
-        try:
+            # Not blocking, or a named pipe of this name would hang here.
+            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self.keys, self._spans = self._index()
+        except OSError as error:
+            self.close()
+            raise ShardFormatError(
+                f"{self.path}: can't be read ({error.strerror}); expected a tar shard; {_REMAKE}"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -328,8 +332,7 @@ class ShardReader:
         """Keys (n), and int64 (n, 2, 2): for image and record, the offset and the size in bytes."""
         found: dict[str, dict[str, tuple[int, int]]] = {}
         last_key = None
-        # A descriptor of its own: tarfile moves the file position, which descriptors made by dup() would share.
-        with open(self.path, "rb") as file:
+        with open(self._file, "rb", closefd=False) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:

@@ -1,8 +1,8 @@
 """Where captions and their knowledge come from: Karpathy JSON, CSV and JSONL, all read to the same list of images.
 
-Two sorts of trouble are kept apart. A file that isn't in its format (a missing key, a cut line) is an error at once, with
-the place, since nothing read from it can be trusted. A gap in the data (an empty caption, an image listed twice) is
-recorded as :class:`Skip`, counted, and judged by the caller.
+Two sorts of trouble are kept apart. A file that isn't in its format (a missing key, a cut line) is an error at once,
+with the place, since nothing read from it can be trusted. A gap in the data (an empty caption, an image listed twice)
+is recorded as :class:`Skip`, counted, and judged by the caller.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def load_captions(
         format = _SUFFIXES.get(path.suffix.lower(), "")
         if not format:
             raise SourceFormatError(
-                f"{path}: can't tell the format from the suffix {path.suffix!r}; expected one of {', '.join(_SUFFIXES)}; "
+                f"{path}: the suffix {path.suffix!r} doesn't tell the format; expected one of {', '.join(_SUFFIXES)}; "
                 "name it with --format karpathy, csv or jsonl"
             )
     if format == "karpathy":
@@ -169,8 +169,8 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
     with the captions file where present, since knowledge of another data set would fit by number.
 
     Raises:
-        SourceFormatError: a malformed line, two differing records of one caption, a record that contradicts the captions
-            file, or a file of which nothing fits.
+        SourceFormatError: a malformed line, two differing records of one caption, a record that contradicts the
+            captions file, or a file of which nothing fits.
         KnowledgeFormatError: triplets or states out of form.
     """
     path = Path(path)
@@ -208,14 +208,14 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
             first = lines.setdefault(id(caption), number)
             if first != number and caption.knowledge != knowledge:
                 raise SourceFormatError(
-                    f"{where}: other knowledge of the same caption stands in line {first}; expected one record a caption; "
-                    "remove one of them"
+                    f"{where}: other knowledge of the same caption stands in line {first}; expected one record a "
+                    "caption; remove one of them"
                 )
             caption.knowledge = knowledge
     if records and unused == records:
         raise SourceFormatError(
-            f"{path}: none of its {records} records belongs to a caption of the captions file; expected matching 'sentid', "
-            "or 'image' and 'caption'; give the knowledge of this data set"
+            f"{path}: none of its {records} records belongs to a caption of the captions file; expected matching "
+            "'sentid', or 'image' and 'caption'; give the knowledge of this data set"
         )
     if not records:
         raise SourceFormatError(f"{path}: no record in it; expected one JSON object a line; check the file")
@@ -253,8 +253,8 @@ def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
         content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise SourceFormatError(
-            f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); expected a Karpathy JSON; "
-            "download it again, or name another format with --format"
+            f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); expected a Karpathy "
+            "JSON; download it again, or name another format with --format"
         ) from None
     if isinstance(content, dict) and "annotations" in content:
         raise SourceFormatError(
@@ -344,8 +344,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 header = [name.strip() for name in fields]
                 if not {"image", "caption"} <= set(header) or len(set(header)) != len(header):
                     raise SourceFormatError(
-                        f"{path} line 1: the header is {shorten(','.join(header))}; expected the columns image, caption "
-                        "and, if wanted, split, each once; add the header"
+                        f"{path} line 1: the header is {shorten(','.join(header))}; expected the columns image, "
+                        "caption and, if wanted, split, each once; add the header"
                     )
             elif fields and len(fields) != len(header):
                 raise SourceFormatError(
@@ -357,8 +357,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise SourceFormatError(
-            f"{path} line {line}: not valid CSV ({error}); expected a quote inside a quoted field to be doubled; correct "
-            "the line"
+            f"{path} line {line}: not valid CSV ({error}); expected a quote inside a quoted field to be doubled; "
+            "correct the line"
         ) from None
     if header is None:
         raise SourceFormatError(f"{path}: empty; expected a header with the columns image and caption; check the file")
@@ -418,8 +418,8 @@ def _relative(file: str, where: str) -> str:
     # A backslash would be a separator elsewhere, so it could hide a parent part.
     if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.parts:
         raise SourceFormatError(
-            f"{where}: image file {shorten(file)} is refused; expected a path inside the images folder, without '..', a "
-            "leading '/', or backslashes; correct it"
+            f"{where}: image file {shorten(file)} is refused; expected a path inside the images folder, without '..', "
+            "a leading '/', or backslashes; correct it"
         )
     return str(path)
 

@@ -1,9 +1,9 @@
 """Write shards: plan first, then fill what is missing, in parallel, the manifest last.
 
-The plan is a pure function of the inputs, and each shard's plan has a hash (what goes in, in which order, which bytes on
-disk, how resized). Beside the shards, ``.plan/`` keeps one small file a finished shard with that hash, so a second run
-writes only shards that are missing, of the wrong size, or planned differently. Nothing appears under its final name before
-it is complete.
+The plan is a pure function of the inputs, and each shard's plan has a hash: what goes in, in which order, size and
+time of each image file, how resized. Beside the shards, ``.plan/`` keeps one small file a finished shard with that
+hash, so a second run writes only shards that are missing, of the wrong size, or planned differently. Nothing appears
+under its final name before it is complete.
 """
 
 from __future__ import annotations
@@ -196,29 +196,17 @@ def make_shards(
 
     every_plan = [plan for split_plans in plans.values() for plan in split_plans]
     with _lock(out_root):
-        missing_shards = [plan for plan in every_plan if (_finished(plan) or {"retry": True})["retry"]]
+        missing_shards = [plan for plan in every_plan if _to_write(plan)]
         _clear_stale(out_root, every_plan, changed=bool(missing_shards))
         done = len(every_plan) - len(missing_shards)
         if done:
             console.print(f"{done} of {len(every_plan)} shards are there already and stay")
         _write_all(missing_shards, workers, console)
 
-        infos: dict[str, list[ShardInfo]] = {split: [] for split in plans}
-        without_knowledge = dict.fromkeys(plans, 0)
-        for split, split_plans in plans.items():
-            for plan in split_plans:
-                sidecar = _finished(plan)
-                if sidecar is None:
-                    raise ShardWriteError(f"{plan.path}: changed while shards were written; run the same command again")
-                lost_files += [Skip(**entry) for entry in sidecar["skipped"]]
-                without_knowledge[split] += sidecar["captions_without_knowledge"]
-                if sidecar["samples"]:
-                    counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
-                    infos[split].append(ShardInfo(path=plan.path, **counts))
-            if not infos[split]:
-                raise ShardWriteError(f"{images}: no image of split {split!r} can be read; expected at least one")
-        unreadable = {skip.file for skip in lost_files}
-        _check_skipped(lost_files, [image for image in planned if image.path not in unreadable], max_skipped, images)
+        infos, without_knowledge, unreadable = _collect(plans, images)
+        lost_files += unreadable
+        gone = {skip.file for skip in unreadable}
+        _check_skipped(lost_files, [image for image in planned if image.path not in gone], max_skipped, images)
         manifest = ShardManifest(
             root=out_root,
             splits=infos,
@@ -241,8 +229,8 @@ def make_shards(
 def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) -> None:
     """Write one shard and its sidecar, images checked by decoding them; ``progress`` is called once an image.
 
-    ``webdataset.TarWriter`` would do for the bytes (it takes an mtime), but importing webdataset brings torch, seconds and
-    hundreds of megabytes a worker process, and it sorts a sample's members, which puts ``KEY.json`` before ``KEY.png``.
+    ``webdataset.TarWriter`` would do for the bytes (it takes an mtime), but importing webdataset brings torch, seconds
+    and hundreds of megabytes a worker process, and it sorts members, which puts ``KEY.json`` before ``KEY.png``.
 
     Raises:
         ShardWriteError: the shard can't be written (a full disk, say).
@@ -277,7 +265,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) ->
         if samples:
             os.replace(temporary, plan.path)
         else:
-            temporary.unlink()
+            plan.path.unlink(missing_ok=True)
         write_json(
             plan.sidecar,
             {
@@ -293,8 +281,8 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) ->
         )
     except OSError as error:
         raise ShardWriteError(
-            f"{plan.path}: can't be written ({error.strerror or error}); make room or mend the folder, and run the same "
-            "command again: finished shards are kept"
+            f"{plan.path}: can't be written ({error.strerror or error}); make room or mend the folder, and run the "
+            "same command again: finished shards are kept"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -344,7 +332,7 @@ def _assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage
     """A key an image: its file's stem with anything but ASCII letters, digits, ``_`` and ``-`` replaced by ``_``.
 
     Files that would share a key (``cats/1.jpg``, ``dogs/1.jpg``) all get a piece of their path's hash behind it. Keys
-    depend on the captions file alone, not on what is chosen of it.
+    depend on the captions file alone, not on what is chosen from it.
     """
     stems = [re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(image.path).stem) for image in images]
     counts = Counter(stems)
@@ -381,8 +369,8 @@ def _exclude(
     kept = [(key, image) for key, image in keyed if image.split != split or names.isdisjoint((image.path, image.name))]
     if len(kept) == len(keyed):
         raise ShardWriteError(
-            f"{list_file}: none of its {len(names)} names is an image of split {split!r}; expected file names as in the "
-            "captions file; check the list and --exclude_split"
+            f"{list_file}: none of its {len(names)} names is an image of split {split!r}; expected file names as in "
+            "the captions file; check the list and --exclude_split"
         )
     return kept
 
@@ -451,6 +439,34 @@ def _finished(plan: ShardPlan) -> dict[str, Any] | None:
         return None
 
 
+def _collect(
+    plans: dict[str, list[ShardPlan]], images: str
+) -> tuple[dict[str, list[ShardInfo]], dict[str, int], list[Skip]]:
+    """What the sidecars say: the shards of each split, its captions without knowledge, and the unreadable images."""
+    infos: dict[str, list[ShardInfo]] = {split: [] for split in plans}
+    without_knowledge = dict.fromkeys(plans, 0)
+    unreadable: list[Skip] = []
+    for split, split_plans in plans.items():
+        for plan in split_plans:
+            sidecar = _finished(plan)
+            if sidecar is None:
+                raise ShardWriteError(f"{plan.path}: changed while shards were written; run the same command again")
+            unreadable += [Skip(**entry) for entry in sidecar["skipped"]]
+            without_knowledge[split] += sidecar["captions_without_knowledge"]
+            if sidecar["samples"]:
+                counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
+                infos[split].append(ShardInfo(path=plan.path, **counts))
+        if not infos[split]:
+            raise ShardWriteError(f"{images}: no image of split {split!r} can be read; expected at least one")
+    return infos, without_knowledge, unreadable
+
+
+def _to_write(plan: ShardPlan) -> bool:
+    """Whether a shard is missing, or lacks images that could be readable by now."""
+    sidecar = _finished(plan)
+    return sidecar is None or sidecar["retry"]
+
+
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """Make the folder and keep other runs out of it; the lock dies with the process."""
@@ -458,8 +474,8 @@ def _lock(out: Path) -> Iterator[None]:
     try:
         if not plan_folder.is_dir() and any(out.glob("*.tar")):
             raise ShardWriteError(
-                f"{out}: holds tar files that this tool didn't make; expected a new or empty folder, or one of its own; "
-                "choose another --out"
+                f"{out}: holds tar files that this tool didn't make; expected a new or empty folder, or one of its "
+                "own; choose another --out"
             )
         plan_folder.mkdir(parents=True, exist_ok=True)
         lock = open(plan_folder / "lock", "w")  # noqa: SIM115, closed below

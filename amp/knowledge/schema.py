@@ -1,6 +1,6 @@
 """Action knowledge of a caption: triplets (eq. 1-2 of arXiv 2506.23502), one state description each (eq. 3).
 
-This module says what well-formed knowledge is and nothing else; how it is rendered as text and tokenised lives beside it.
+This module says what well-formed knowledge is, nothing else; rendering it as text and tokenising it live beside it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Knowledge:
     def __post_init__(self) -> None:
         if len(self.triplets) != len(self.states):
             raise KnowledgeFormatError(
-                f"knowledge has {len(self.triplets)} triplets but {len(self.states)} states; expected one state a triplet"
+                f"knowledge has {len(self.triplets)} triplets, {len(self.states)} states; expected one state a triplet"
             )
 
     def to_dict(self) -> dict[str, list]:

@@ -103,7 +103,10 @@ class ActionAwareInteraction(nn.Module):
             Conditioned patches (P, M, d_v); with `return_maps` also A^t and A^s, each (P, M, M).
         """
         normed = self.norm(patches)
-        queries_t, queries_s = self.cross_triplet.query(normed)[image_index], self.cross_state.query(normed)[image_index]
+        queries_t, queries_s = (
+            self.cross_triplet.query(normed)[image_index],
+            self.cross_state.query(normed)[image_index],
+        )
         value_t, map_t = self.self_triplet(self.cross_triplet(queries_t, triplet_prompts, mask))
         value_s, map_s = self.self_state(self.cross_state(queries_s, state_prompts, mask))
         value = self.mlp(torch.cat([value_t, value_s], dim=-1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from amp.errors import AmpError
 from amp.retrieval.metrics import rank_of_best_positive, require_finite, stable_topk
 
-# Scores held at once: 2^22 float32 are 16 MB, some 100 MB with the masks and sums of ranking.
+# Scores held at once: 2^22 float32 are 16 MB, some 150 MB with the masks and sums of ranking.
 CHUNK_SCORES = 1 << 22
 
 
@@ -135,13 +135,16 @@ def first_stage(query_features: Tensor, gallery_features: Tensor, positives: Pos
         gallery = len(gallery_features)
         k = min(k, gallery)
         chunk = max(1, CHUNK_SCORES // gallery)
-        parts = []
-        for start in range(0, len(query_features), chunk):
-            stop = min(start + chunk, len(query_features))
+        # Filled in place: small results kept between the chunks would scatter the heap (GB at COCO size).
+        queries = len(query_features)
+        candidates = torch.empty(queries, k, dtype=torch.int64, device=device)
+        best = torch.empty(queries, k, device=device)
+        ranks = torch.empty(queries, dtype=torch.int64, device=device)
+        for start in range(0, queries, chunk):
+            stop = min(start + chunk, queries)
             scores = query_features[start:stop] @ gallery_features.T
-            best, candidates = stable_topk(scores, k)
-            parts.append((candidates, best, rank_of_best_positive(scores, positives.rows(start, stop))))
-    candidates, best, ranks = (torch.cat(part) for part in zip(*parts, strict=True))
+            best[start:stop], candidates[start:stop] = stable_topk(scores, k)
+            ranks[start:stop] = rank_of_best_positive(scores, positives.rows(start, stop))
     if (ranks == gallery).any():
         raise AmpError(
             f"{int((ranks == gallery).sum()):,} of {len(ranks):,} queries have no positive in the gallery (first: "

@@ -5,6 +5,7 @@ Drawing knows nothing of models or datasets: it takes images, strings, scores an
 
 import io
 import os
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,9 +144,7 @@ def outcome_note(base_ranks: Sequence[int], reranked_ranks: Sequence[int]) -> st
     pairs = [(int(b), int(n)) for b, n in zip(base_ranks, reranked_ranks, strict=True)]
     mended = sum(new == 0 < base for base, new in pairs)
     broken = sum(base == 0 < new for base, new in pairs)
-    return (
-        f"of all {len(pairs):,} queries, re-ranking mended the first place of {mended:,} and broke that of {broken:,}"
-    )
+    return f"of all {len(pairs):,} queries, re-ranking mended {mended:,} and broke {broken:,} (first place won, lost)"
 
 
 def draw_gallery(
@@ -324,8 +323,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width:
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+        while len(word) > 1 and font.getlength(word) > width:
+            # Bisection: measuring every prefix of a very long word would take seconds.
+            cut = 1 + bisect_right(range(2, len(word)), width, key=lambda n: font.getlength(word[:n]))
             lines.append(word[:cut])
             word = word[cut:]
         line = word

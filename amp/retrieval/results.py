@@ -186,6 +186,7 @@ class ResultFile:
         where = "protocol"
         try:
             result = cls(dict(content["protocol"]))
+            where = "rows"
             for number, entry in enumerate(content["rows"]):
                 where = f"rows[{number}]"
                 i2t, t2i = (_read_direction(entry[name]) for name in _DIRECTIONS)

@@ -132,11 +132,15 @@ class TrainConfig:
     def check(self) -> None:
         """Raises AmpError where keys contradict each other."""
         if not self.data.shards:
-            raise AmpError("data.shards is empty, expected a folder that tools/make_shards.py wrote; add --data.shards DIR")
+            raise AmpError(
+                "data.shards is empty, expected a folder that tools/make_shards.py wrote; add --data.shards DIR"
+            )
         if self.stages not in ([1], [2], [1, 2]):
             raise AmpError(f"stages is {self.stages}, expected [1], [2] or [1, 2]")
         if self.stages == [2] and not self.init:
-            raise AmpError("stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors")
+            raise AmpError(
+                "stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors"
+            )
         if (self.conditioning == "none") != (self.prompt.knowledge == "none"):
             raise AmpError(
                 f"conditioning is {self.conditioning!r} and prompt.knowledge is {self.prompt.knowledge!r}, expected both or "

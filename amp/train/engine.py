@@ -1,31 +1,25 @@
 """A training run: data once, then one engine a stage, with validation, logs and adapter checkpoints."""
 
-import json
 import math
-import os
-import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from accelerate.utils import set_seed
 
 from amp.checkpoint import load_adapter, save_adapter
-from amp.data.frozen_features import compute_frozen_features, features_folder
+from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
+from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
-from amp.data.stream import KnowledgeCollator, TrainingSamples, training_loader
-from amp.data.text_features import TextFeatureStore, encode_texts
+from amp.data.stream import TrainingSamples, training_loader
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
-from amp.knowledge.batch import TripletTokenizer
 from amp.model import ActionAwareCLIP
 from amp.retrieval.evaluate import Retrieval, SplitCaptions
+from amp.terminal import Terminal
 from amp.train.config import StageSettings, TrainConfig
+from amp.train.launch import make_accelerator
 from amp.train.objective import Objective
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable
@@ -72,51 +66,12 @@ def train(config: TrainConfig) -> Path:
     return adapter
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The Accelerator of a run; on machines without an accelerator processes talk over gloo."""
-    handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=config.trackers,
-        project_dir=config.out,
-        kwargs_handlers=handlers,
-        deepspeed_plugin=deepspeed_plugin(config),
-    )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise AmpError(
-            f"this process sees {accelerator.num_processes} processes, the launcher started {expected}. Without a GPU "
-            "launch with DS_ACCELERATOR=cpu and without --cpu"
-        )
-    return accelerator
-
-
-def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
-    """DeepSpeed's settings with our integers filled in: its "auto" can't read a stream that Accelerate doesn't own."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
-        return None
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if path is None:
-        raise AmpError("launched with --use_deepspeed and without a DeepSpeed file; add --deepspeed_config_file ds_configs/zero2.json")
-    settings = json.loads(Path(path).read_text())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    settings |= {
-        "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation,
-        "train_batch_size": config.data.batch_size * config.gradient_accumulation * world,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
-    }
-    return DeepSpeedPlugin(hf_ds_config=settings)
-
-
 class Run:
     """What the stages of a run share."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, model: ActionAwareCLIP, terminal: "Terminal", out: Path):
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, model: ActionAwareCLIP, terminal: Terminal, out: Path
+    ):
         self.config, self.accelerator, self.model, self.terminal, self.out = config, accelerator, model, terminal, out
         self.step = 0  # of all stages, for the trackers
 
@@ -126,51 +81,33 @@ class Run:
         self.split = ShardSplit(data.shards, data.train_split)
         self.order = BatchOrder(self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes,
                                 config.seed, data.shuffle_window)  # fmt: skip
-        store = open_text_store(model, data.cache, data.cache_dtype)
-        tokenizer = TripletTokenizer(model.tokenizer, config.prompt.max_triplets, config.prompt.slot_tokens)
-        self.collate = KnowledgeCollator(tokenizer, store)
+        self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
         captions = SplitCaptions.read(self.split, data.kinds)
         val_split = ShardSplit(data.shards, data.val_split) if data.val_split and config.validate_every else None
         val_captions = None
         if val_split is not None:
             val_captions = SplitCaptions.read(val_split, data.kinds, config.validation.captions_per_image)
-        self.encode_texts(captions, val_captions)
+        texts = [t for c in (captions, val_captions) if c is not None for t in c.all_texts(config.prompt.max_triplets)]
+        prepare_texts(accelerator, self.terminal, self.collate.store, model, texts)
         preprocess = preprocess_val if data.augment == "none" else preprocess_train
-        frozen = self.frozen_features(self.split, preprocess_val) if data.cache_images else None
+        frozen = self.images(self.split, preprocess_val) if data.cache_images else None
         samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
         self.loader = training_loader(
             samples, self.order, self.collate, data.workers, pin_memory=accelerator.device.type == "cuda"
         )
         self.retrieval = None
         if val_split is not None:
-            features = self.frozen_features(val_split, preprocess_val)
+            features = self.images(val_split, preprocess_val)
             self.retrieval = Retrieval(val_captions, features, self.collate, config.validation, accelerator.device)
         self.terminal.say(
             f"{len(self.split):,} training images, {len(captions.texts):,} captions, {self.order.steps:,} steps of "
             f"{data.batch_size} x {accelerator.num_processes} an epoch"
         )
 
-    def encode_texts(self, *captions: SplitCaptions | None) -> None:
-        """Fills the text store with every caption and state prompt of the given splits, a share a rank."""
-        accelerator, store = self.accelerator, self.collate.store
-        texts = [t for c in captions if c is not None for t in c.all_texts(self.config.prompt.max_triplets)]
-        accelerator.wait_for_everyone()  # no rank may add texts while another still counts them
-        missing = store.missing(texts)
-        accelerator.wait_for_everyone()
-        if missing:
-            with self.terminal.progress("encoding texts") as report:
-                encode_texts(store, missing, self.model.backbone, self.model.tokenizer, rank=accelerator.process_index,
-                             world=accelerator.num_processes, progress=report)  # fmt: skip
-        accelerator.wait_for_everyone()
-        store.refresh()
-
-    def frozen_features(self, split: ShardSplit, preprocess):
-        """Features of the frozen blocks; the main process computes them, the others wait and open them."""
-        data, accelerator = self.config.data, self.accelerator
-        folder = features_folder(data.cache, split, self.model, preprocess, data.cache_dtype)
-        arguments = dict(workers=data.workers, folder=folder, dtype=data.cache_dtype)
-        with accelerator.main_process_first(), self.terminal.progress(f"encoding {split.name} images") as report:
-            return compute_frozen_features(split, self.model, preprocess, data.batch_size, progress=report, **arguments)
+    def images(self, split: ShardSplit, preprocess) -> FrozenFeatures:
+        data = self.config.data
+        return prepare_images(self.accelerator, self.terminal, split, self.model, preprocess, data.cache,
+                              data.cache_dtype, data.batch_size, data.workers)  # fmt: skip
 
     def stage(self, stage: int, settings: StageSettings) -> Path:
         """Trains one stage and writes its adapter."""
@@ -210,15 +147,19 @@ class Run:
                     step += 1
                     self.step += 1
                     if step % config.log_every == 0 or step == total or step == 1:
-                        mean = float(accelerator.reduce(loss.detach(), "mean"))
+                        mean, temperature = float(accelerator.reduce(loss.detach(), "mean")), 1.0 / float(scale.detach())
                         if not math.isfinite(mean):
                             raise AmpError(
                                 f"stage {stage} step {step}: the loss is {mean}. Lower stage{stage}.lr (now {settings.lr}), or "
                                 "use bf16 instead of fp16"
                             )
-                        values = {"loss": mean, "temperature": 1.0 / float(scale), "lr": optimizer.param_groups[0]["lr"]}
+                        values = {
+                            "loss": mean,
+                            "temperature": temperature,
+                            "lr": optimizer.param_groups[0]["lr"],
+                        }
                         self.log({f"stage{stage}/{k}": v for k, v in values.items()})
-                        show(step, mean, 1.0 / float(scale))
+                        show(step, mean, temperature)
                     if step == total:
                         break
                 last = step == total
@@ -259,12 +200,6 @@ class Run:
             save_adapter(self.out / f"stage{stage}" / ADAPTER, model, training, adapter)
 
 
-def open_text_store(model: ActionAwareCLIP, cache: str, dtype: str) -> TextFeatureStore:
-    """The text features that belong to a model's text tower and tokenizer."""
-    key = model.backbone.weights_hash("text")
-    return TextFeatureStore(cache, key, model.backbone.embed_dim, dtype)
-
-
 def flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
     """Nested settings as one level of scalars, which is what trackers store."""
     out = {}
@@ -274,44 +209,3 @@ def flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
         else:
             out[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return out
-
-
-class Terminal:
-    """What a run shows on the main process: lines and progress bars. Other processes stay silent."""
-
-    def __init__(self, main: bool):
-        self.main, self.console = main, Console(stderr=True, quiet=not main)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    @contextmanager
-    def progress(self, what: str):
-        """Yields report(done, total)."""
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-
-    @contextmanager
-    def training(self, stage: int, steps: int, images_a_step: int):
-        """Yields show(step, loss, temperature)."""
-        columns = (TextColumn("stage {task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("loss {task.fields[loss]} tau {task.fields[tau]} {task.fields[rate]} images/s"),
-                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        start = time.perf_counter()
-        interactive = self.console.is_terminal
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task("train", total=steps, stage=stage, loss="-", tau="-", rate="-")
-
-            def show(step: int, loss: float, temperature: float) -> None:
-                rate = step * images_a_step / (time.perf_counter() - start)
-                bar.update(task, completed=step, loss=f"{loss:.3f}", tau=f"{temperature:.4f}", rate=f"{rate:,.0f}")
-                if not interactive:  # a log file gets a line instead of a bar
-                    left = (steps - step) / step * (time.perf_counter() - start)
-                    self.say(f"stage {stage} step {step}/{steps} loss {loss:.3f} tau {temperature:.4f} "
-                             f"{rate:,.0f} images/s, {left / 60:.1f} min left")  # fmt: skip
-
-            yield show
-
-

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 
 from amp.data.stream import Batch
-from amp.train import losses
 from amp.distributed import all_gather, all_gather_with_grad, rank
+from amp.train import losses
 from amp.train.negatives import draw_negatives, gumbel_noise
 
 Conditioning = Literal["none", "paired", "contrastive"]

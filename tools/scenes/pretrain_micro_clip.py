@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/scenes/pretrain_micro_clip.py --out tools/scenes/micro-clip
 
-The aim is a CLIP with the usual strength and the usual weakness: it finds the right objects and often takes the wrong action
-or role. It gets there as CLIPs do, by its texts: most say only who and what is there (like alt texts), some are full
-captions, some describe a state; and no batch holds twins, so that objects alone settle nearly every comparison.
+The aim is a CLIP with the usual strength and the usual weakness: it finds the right objects and often takes the wrong
+action or role. It gets there as CLIPs do, by its texts: most say only who and what is there (like alt texts), some are
+full captions, some describe a state; and a batch seldom holds twins, so that objects settle nearly every comparison.
 """
 
 import hashlib
@@ -22,10 +22,14 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from open_clip.model import CLIP
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from scene_language import PLACE_WORDS, noun_phrase, pick
 from scenes import captions, draw, make_scene
+
+from amp.backbone import Backbone
+from amp.knowledge.schema import Triplet
+from amp.knowledge.text import state_text
 
 STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's
 CONFIG = {
@@ -83,22 +87,13 @@ def texts(scene, count: int, caption_share: float, state_share: float) -> list[s
             out.append(one.text)
         elif kind < caption_share + state_share:
             k = int(rng.random() * len(one.states))
-            t, state = one.triplets[k], one.states[k]
-            triplet = f"{t['subject']}, {t['action']}, {t['object']}"
-            # the long form's words and length must not be news to the text tower when knowledge is rendered with it
-            forms = [state, f"{one.text} {state}", f"Fine-grained state description of action triplet <{triplet}> is {state}"]
-            out.append(pick(rng, forms))
+            state = one.states[k]
+            # the prompt's words and length must not be news to the text tower when knowledge is rendered with it
+            prompt = state_text(Triplet(**one.triplets[k]), state)
+            out.append(pick(rng, [state, f"{one.text} {state}", prompt]))
         else:
             out.append(alt_text(scene, rng))
     return out
-
-
-def encode_text(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """CLIP.encode_text for tokens trimmed to the longest text: exact, since attention is causal and pooling at the end token."""
-    n = tokens.shape[1]
-    x = model.token_embedding(tokens) + model.positional_embedding[:n]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))
-    return x[torch.arange(len(x)), tokens.argmax(-1)] @ model.text_projection
 
 
 def recalls(ranks: torch.Tensor) -> dict[str, float]:
@@ -112,7 +107,6 @@ def measure(model: CLIP, tokenizer, seed: int, split: str, count: int) -> dict:
 
     twin accuracy: a caption scores its own picture above that of the scene's twin.
     """
-    model.eval()
     scenes = [make_scene(seed, split, i) for i in range(count)]
     sentences = [[c.text for c in captions(scene)] for scene in scenes]
     owner = torch.tensor([i for i, group in enumerate(sentences) for _ in group])
@@ -147,7 +141,7 @@ def pretrain(
     demo_seed: int = 0,
     demo_images: int = 200,
 ) -> dict:
-    """Pre-trains the micro CLIP and writes OUT/open_clip_config.json, OUT/open_clip_model.safetensors, OUT/figures.json.
+    """Pre-trains the micro CLIP and writes open_clip_config.json, open_clip_model.safetensors and figures.json.
 
     Args:
         out: folder to write, loadable as open_clip's `local-dir:OUT`
@@ -164,16 +158,21 @@ def pretrain(
         demo_seed: seed of the demo data, on whose test split the figures are measured
         demo_images: size of that split
     """
+    settings = {name: value for name, value in locals().items() if name != "out"}
     if seed == demo_seed:
         raise ValueError(f"seed is {seed} for pre-training and demo alike: the demo would test on scenes seen here")
     torch.manual_seed(seed)
     started = time.time()
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     model = CLIP(**CONFIG["model_cfg"])
+    backbone = Backbone(
+        model
+    )  # for its text tower, which trims padding without changing a result; it freezes the model
+    model.requires_grad_(True)
     world = [make_scene(seed, "pretrain", i) for i in range(scenes)]
     pictures = render(world)
     tokens = torch.stack([tokenizer(texts(s, texts_per_scene, caption_share, state_share)) for s in world]).int()
-    print(f"{scenes} scenes rendered, {scenes * texts_per_scene} texts tokenised in {time.time() - started:.0f} s", flush=True)
+    print(f"{scenes} scenes, {scenes * texts_per_scene} texts made in {time.time() - started:.0f} s", flush=True)
 
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
@@ -182,9 +181,9 @@ def pretrain(
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(scenes, generator=generator) for _ in range(-(-steps * batch // scenes))])
     target = torch.arange(batch)
-    model.train()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    ) as progress:
         task = progress.add_task("pre-training", total=steps)
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
@@ -192,9 +191,8 @@ def pretrain(
             flip = torch.rand(batch, generator=generator) < 0.5  # no text of this world says left or right
             images[flip] = images[flip].flip(-1)
             chosen = tokens[rows, torch.randint(texts_per_scene, (batch,), generator=generator)].long()
-            chosen = chosen[:, : int(chosen.argmax(-1).max()) + 1]
             image = F.normalize(model.encode_image(images), dim=-1)
-            text = F.normalize(encode_text(model, chosen), dim=-1)
+            text = F.normalize(backbone.encode_text(chosen), dim=-1)
             logits = model.logit_scale.exp() * image @ text.T
             loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
             rate = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -206,9 +204,7 @@ def pretrain(
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
-            progress.update(task, advance=1, description=f"loss {loss.item():.3f}  scale {model.logit_scale.exp().item():.1f}")
-            if step % 100 == 0:
-                print(f"step {step} loss {loss.item():.3f}", flush=True)
+            progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
 
     with torch.no_grad():  # words never seen: zero instead of noise, which git also stores in no space
         seen = torch.zeros(len(model.token_embedding.weight), dtype=torch.bool)
@@ -219,10 +215,10 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "open_clip_model.safetensors"
     save_file(state, out / "open_clip_model.safetensors.tmp", metadata={"format": "pt"})
+    (out / "open_clip_model.safetensors.tmp").chmod(0o644)  # safetensors lets only the owner read what it writes
     os.replace(out / "open_clip_model.safetensors.tmp", weights)
     figures = {
-        "settings": {"seed": seed, "scenes": scenes, "texts_per_scene": texts_per_scene, "caption_share": caption_share,
-                     "state_share": state_share, "steps": steps, "batch": batch, "lr": lr, "weight_decay": weight_decay},
+        "settings": settings,
         "final_loss": round(loss.item(), 3),
         "parameters": sum(p.numel() for p in model.parameters()),
         "words_seen": int(seen.sum()),
@@ -230,7 +226,7 @@ def pretrain(
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "minutes": round((time.time() - started) / 60, 1),
         "demo_test": measure(model, tokenizer, demo_seed, "test", demo_images),
-    }  # fmt: skip
+    }
     for name, content in (("open_clip_config.json", CONFIG), ("figures.json", figures)):
         (out / f"{name}.tmp").write_text(json.dumps(content, indent=2) + "\n")
         os.replace(out / f"{name}.tmp", out / name)

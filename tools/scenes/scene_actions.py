@@ -1,7 +1,7 @@
 """One arrangement an action: who stands where, which way they face, what their limbs and props do; and the backdrops.
 
-Arrangements are drawn facing right; the caller mirrors the finished picture for half of the scenes. The layout (x shift,
-ground height, jitter, distractors) is drawn from the scene's own random stream, so that position tells nothing.
+Arrangements are drawn facing right; the caller mirrors the finished picture for half of the scenes. The layout (shift,
+ground height, distractors) comes from the scene's own random stream, so that position tells nothing.
 """
 
 import math
@@ -121,7 +121,8 @@ def throw(pen, a, b, x, y, rng):
     bx, by = x + 5, min(start[1], y - 45) - 3
     for k in range(3):
         t = k / 3
-        pen.disc((start[0] + (bx - 5 - start[0]) * t, start[1] + (by - start[1]) * t - 4 * math.sin(t * 3)), 1.1, (255, 255, 255), 0.5)
+        tx, ty = start[0] + (bx - 5 - start[0]) * t, start[1] + (by - start[1]) * t - 4 * math.sin(t * 3)
+        pen.disc((tx, ty), 1.1, (255, 255, 255), 0.5)
     ball(pen, bx, by)
 
 
@@ -136,12 +137,14 @@ def hug(pen, a, b, x, y, rng):
             r2 = r + outline
             pen.disc((hx - r, hy), r2, paint)
             pen.disc((hx + r, hy), r2, paint)
-            pen.polygon([(hx - r * 1.9 - outline, hy + r * 0.4), (hx + r * 1.9 + outline, hy + r * 0.4), (hx, hy + r * 2.6 + outline)], paint)
+            half = r * 1.9 + outline
+            pen.polygon([(hx - half, hy + r * 0.4), (hx + half, hy + r * 0.4), (hx, hy + r * 2.6 + outline)], paint)
 
 
 def feed(pen, a, b, x, y, rng):
     eater = Figure(b, x + 20, y, facing=-1, hip=0.26)
-    pen.polygon([(x + 13, y - 0.26 * eater.height + 3), (x + 28, y - 0.26 * eater.height + 3), (x + 28, y), (x + 13, y)], WOOD, LINE)
+    seat = y - eater.hip * eater.height + 3
+    pen.polygon([(x + 13, seat), (x + 28, seat), (x + 28, y), (x + 13, y)], WOOD, LINE)
     eater.draw(pen, (eater.reach(0.08, -0.26), eater.reach(0.1, -0.24)), ((0.22, 0.03), (0.18, 0.04)), "open")
     mouth = eater.mouth
     server = Figure(a, x - 17, y, lean=0.2)
@@ -185,7 +188,10 @@ def spray(pen, a, b, x, y, rng):
     jet = []
     for k in range(7):
         t = k / 6
-        jet.append((nozzle[0] + 6 + (target[0] - nozzle[0] - 8) * t, nozzle[1] - 1 + (target[1] - nozzle[1]) * t - 7 * math.sin(math.pi * t)))
+        rise = 7 * math.sin(math.pi * t)
+        jet.append(
+            (nozzle[0] + 6 + (target[0] - nozzle[0] - 8) * t, nozzle[1] - 1 + (target[1] - nozzle[1]) * t - rise)
+        )
     pen.line(jet, 2.6, WATER, 0.6)
     for k in range(7):
         angle = 0.9 * k + rng.random()
@@ -247,10 +253,12 @@ def jump(pen, a, x, y, facing):
 
 def sleep(pen, a, x, y, facing):
     figure = Figure(a, 0, 0, facing, angle=-math.pi / 2)
+    half = 0.52 * figure.height
+    x = min(max(x, half + 3), 97 - half)
     figure.x = x + facing * 0.13 * figure.height
     figure.y = y - 5 + figure.hip * figure.height
-    half = 0.52 * figure.height
-    pen.polygon([(x - half, y + 3), (x + half, y + 3), (x + half - 2, y - 1), (x - half + 2, y - 1)], (230, 226, 240), LINE)
+    mat = [(x - half, y + 3), (x + half, y + 3), (x + half - 2, y - 1), (x - half + 2, y - 1)]
+    pen.polygon(mat, (230, 226, 240), LINE)
     figure.draw(pen, (figure.reach(0.12, -0.26), figure.reach(0.02, -0.28)), ((0.03, 0.0), (-0.02, 0.0)), "asleep")
     zx, zy = figure.at(0.3, 0.8)
     for k, size in enumerate((3.0, 4.2)):
@@ -289,8 +297,9 @@ def wave(pen, a, x, y, facing):
         pen.line(arc, 0.9, (255, 255, 255), 0.5)
 
 
-PAIR = {f.__name__: f for f in (chase, carry, lift, push, pull, kick, throw, hug, feed, photograph, spray, bow, net, shelter)}
-SOLO = {f.__name__: f for f in (jump, sleep, sit, read, wave)}
+_PAIR = (chase, carry, lift, push, pull, kick, throw, hug, feed, photograph, spray, bow, net, shelter)
+PAIR = {arrangement.__name__: arrangement for arrangement in _PAIR}
+SOLO = {arrangement.__name__: arrangement for arrangement in (jump, sleep, sit, read, wave)}
 
 
 # --- backdrops -------------------------------------------------------------------------------------------------------
@@ -308,7 +317,8 @@ PLACES = {  # sky, ground
 
 def _tree(pen, x, y, size, place):
     if place == "desert":
-        for points in ([(x, y), (x, y - size * 2.2)], [(x, y - size), (x + size * 0.8, y - size), (x + size * 0.8, y - size * 1.6)]):
+        arm = [(x, y - size), (x + size * 0.8, y - size), (x + size * 0.8, y - size * 1.6)]
+        for points in ([(x, y), (x, y - size * 2.2)], arm):
             pen.line(points, size * 0.4, (92, 150, 92), 0.6)
         return
     pen.line([(x, y), (x, y - size)], size * 0.35, (120, 84, 54), 0.6)
@@ -320,10 +330,13 @@ def _tree(pen, x, y, size, place):
 
 def backdrop(pen: Pen, place: str, horizon: float, rng: random.Random):
     """Ground, what stands far behind, and distractors that take part in no action."""
-    sky, ground = PLACES[place]
+    ground = PLACES[place][1]
     pen.polygon([(0, horizon), (100, horizon), (100, 100), (0, 100)], ground)
-    far = lambda: 6 + rng.random() * 88  # noqa: E731
-    if place == "meadow" or place == "night":
+
+    def far():
+        return 6 + rng.random() * 88
+
+    if place in ("meadow", "night"):
         pen.disc((far(), horizon + 24), 34, shade(ground, 0.92))
         pen.polygon([(0, horizon + 1), (100, horizon + 1), (100, 100), (0, 100)], ground)
     if place == "beach":

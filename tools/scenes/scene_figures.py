@@ -1,6 +1,7 @@
 """Jointed cartoon actors: a pen for outlined shapes, and a figure that reaches with its hands where it is told.
 
-Scene units: the picture is 100 x 100 and y grows downwards. Figure units: its height is 1, u points where it faces, v up.
+Scene units: the picture is 100 x 100 and y grows downwards. Figure units: its height is 1, u points where it faces,
+v points up.
 """
 
 import math
@@ -19,6 +20,7 @@ COLOURS = {
     "pink": (246, 140, 186),
     "white": (246, 246, 242),
 }
+HAIR = {"man": (92, 58, 34), "woman": (122, 62, 28), "king": (120, 116, 112), "wizard": (206, 206, 212)}
 ANIMALS = ("cat", "dog", "bear", "rabbit", "frog")
 HEIGHT = {"big": 48.0, "small": 34.0}  # scene units; the gap is wide enough to tell without a neighbour
 
@@ -72,7 +74,8 @@ class Pen:
 
 # --- actors ----------------------------------------------------------------------------------------------------------
 
-HIP, TORSO, NECK, HEAD = 0.36, 0.27, 0.15, 0.165  # of the height: hip above ground, hip-shoulder, shoulder-head centre, radius
+# In figure units: the hip above the ground, hip to shoulder, shoulder to the head's centre, the head's radius
+HIP, TORSO, NECK, HEAD = 0.36, 0.27, 0.15, 0.165
 ARM, LEG = 0.17, 0.19  # each of the two bones of a limb
 LINE = 0.9  # ink outline in scene units
 
@@ -116,7 +119,7 @@ class Figure:
         return self.at(self.head[0] + HEAD * 0.95, self.head[1] - HEAD * 0.45)
 
     def draw(self, pen: Pen, hands, feet, mood="smile"):
-        """Draws the figure. `hands` are two scene points (near, far), `feet` two points (u, v) relative to the ground point."""
+        """Draws the figure: `hands` are two scene points (near, far), `feet` two (u, v) from the ground point."""
         kind, h = self.actor.kind, self.height
         colour = COLOURS[self.actor.colour]
         clothed = kind not in ANIMALS and kind != "robot"
@@ -149,7 +152,8 @@ class Figure:
             pen.polygon([self.at(*p) for p in box], colour, LINE)
             pen.disc(self.at(su * 0.5 + 0.03, (sv + self.hip) / 2), h * 0.04, (250, 250, 250))
         else:
-            pen.line([self.at(0, self.hip + 0.05), self.at(self.shoulder[0], self.shoulder[1] - 0.05)], h * 0.2, colour, LINE)
+            spine = [self.at(0, self.hip + 0.05), self.at(self.shoulder[0], self.shoulder[1] - 0.05)]
+            pen.line(spine, h * 0.2, colour, LINE)
             if kind in ANIMALS:
                 belly = self.at(self.shoulder[0] * 0.5 + 0.035, (self.shoulder[1] + self.hip) / 2)
                 pen.disc(belly, h * 0.06, shade(colour, 1.45))
@@ -159,7 +163,8 @@ class Figure:
     def _tail(self, pen: Pen, colour: Colour):
         kind, h = self.actor.kind, self.height
         if kind == "cat":
-            pen.line([self.at(-0.06, self.hip), self.at(-0.2, self.hip + 0.02), self.at(-0.25, self.hip + 0.16)], h * 0.05, colour, LINE)
+            tail = [self.at(-0.06, self.hip), self.at(-0.2, self.hip + 0.02), self.at(-0.25, self.hip + 0.16)]
+            pen.line(tail, h * 0.05, colour, LINE)
         elif kind == "dog":
             pen.line([self.at(-0.06, self.hip + 0.02), self.at(-0.2, self.hip + 0.12)], h * 0.06, colour, LINE)
         elif kind in ("rabbit", "bear"):
@@ -180,7 +185,7 @@ class Figure:
             pen.polygon([at(*p) for p in points], paint, outline)
 
         dark, light = shade(colour, 0.7), shade(colour, 1.5)
-        hair = {"man": (92, 58, 34), "woman": (122, 62, 28), "king": (120, 116, 112), "wizard": (206, 206, 212)}.get(kind)
+        hair = HAIR.get(kind)
         if kind == "woman":
             poly([(-0.5, 1.05), (-1.15, 0.4), (-1.25, -1.35), (-0.45, -1.45), (0.1, 0.0)], hair)
         elif kind == "cat":
@@ -225,7 +230,8 @@ class Figure:
         if kind == "dog":  # hanging ears, over the head
             pen.line([at(-0.65, 0.6), at(-0.95, -0.5)], 0.5 * r * h, dark, LINE * 0.8)
         if kind == "man":
-            poly([(-1.0, 0.1), (-0.9, 0.75), (-0.2, 1.12), (0.6, 0.95), (0.85, 0.55), (-0.2, 0.5), (-0.55, -0.1)], hair, LINE * 0.6)
+            cut = [(-1.0, 0.1), (-0.9, 0.75), (-0.2, 1.12), (0.6, 0.95), (0.85, 0.55), (-0.2, 0.5), (-0.55, -0.1)]
+            poly(cut, hair, LINE * 0.6)
         elif kind == "woman":
             poly([(-1.0, 0.2), (-0.75, 0.85), (0.0, 1.12), (0.8, 0.7), (0.2, 0.55), (-0.45, 0.1)], hair, LINE * 0.6)
         elif kind == "king":

@@ -1,7 +1,8 @@
-"""What is said about a scene: captions in several phrasings, and the knowledge (triplets, states) that a caption carries.
+"""What is said about a scene: captions in several phrasings, and the knowledge (triplets, states) a caption carries.
 
 A caption's knowledge holds what the caption itself says, as a language model would extract it, never more: an attribute
-that goes unmentioned makes no triplet. A state says how its triplet looks, which is world knowledge, not a peek at the picture.
+that goes unmentioned makes no triplet. A state says how its triplet looks, which is world knowledge, not a peek at the
+picture.
 """
 
 import random
@@ -35,6 +36,11 @@ def _verb(doing, does, reduced, tail="", passive=""):
     return Verb(doing, does, reduced, tail, passive or "being " + reduced)
 
 
+def _both(reduced):
+    """A passive that takes no "being": what the second actor does meanwhile."""
+    return reduced, "", reduced
+
+
 VERBS = {
     "chase": [_verb("chasing", "chases", "chased by"), _verb("running after", "runs after", "pursued by")],
     "carry": [
@@ -54,18 +60,18 @@ VERBS = {
         _verb("pulling the cart of", "pulls the cart of", "pulled along in a cart by"),
     ],
     "kick": [
-        _verb("kicking a ball to", "kicks a ball to", "awaiting the ball kicked by", "", "awaiting the ball kicked by"),
-        _verb("shooting the ball at", "shoots the ball at", "facing a shot from", "", "facing a shot from"),
+        _verb("kicking a ball to", "kicks a ball to", *_both("awaiting the ball kicked by")),
+        _verb("shooting the ball at", "shoots the ball at", *_both("facing a shot from")),
     ],
     "throw": [
-        _verb("throwing a ball to", "throws a ball to", "catching the ball thrown by", "", "catching the ball thrown by"),
-        _verb("tossing a ball to", "tosses a ball to", "reaching for the ball tossed by", "", "reaching for the ball tossed by"),
+        _verb("throwing a ball to", "throws a ball to", *_both("catching the ball thrown by")),
+        _verb("tossing a ball to", "tosses a ball to", *_both("reaching for the ball tossed by")),
     ],
     "hug": [_verb("hugging", "hugs", "hugged by"), _verb("embracing", "embraces", "embraced by")],
     "feed": [_verb("feeding", "feeds", "fed by"), _verb("spoon-feeding", "spoon-feeds", "spoon-fed by")],
     "photograph": [
         _verb("photographing", "photographs", "photographed by"),
-        _verb("taking a picture of", "takes a picture of", "posing for a picture by", "", "posing for a picture by"),
+        _verb("taking a picture of", "takes a picture of", *_both("posing for a picture by")),
     ],
     "spray": [
         _verb("spraying", "sprays", "sprayed with water by", " with water"),
@@ -85,16 +91,22 @@ VERBS = {
     ],
 }
 SOLO_VERBS = {  # doing, does, triplet's action, triplet's object
-    "jump": [("jumping", "jumps", "jumping", ""), ("leaping into the air", "leaps into the air", "leaping into", "air")],
+    "jump": [
+        ("jumping", "jumps", "jumping", ""),
+        ("leaping into the air", "leaps into the air", "leaping into", "air"),
+    ],
     "sleep": [("sleeping", "sleeps", "sleeping", ""), ("lying asleep", "lies asleep", "lying", "asleep")],
     "sit": [("sitting on a chair", "sits on a chair", "sitting on", "chair"), ("sitting", "sits", "sitting", "")],
-    "read": [("reading a book", "reads a book", "reading", "book"), ("holding an open book", "holds an open book", "holding", "open book")],
+    "read": [
+        ("reading a book", "reads a book", "reading", "book"),
+        ("holding an open book", "holds an open book", "holding", "open book"),
+    ],
     "wave": [("waving", "waves", "waving", ""), ("raising a hand to wave", "raises a hand to wave", "raising", "hand")],
 }
 
 STATES = {
     "chase": [
-        "The {s} runs behind, leaning forward with both arms stretched out, while the {o} flees ahead with arms thrown up",
+        "The {s} runs behind, leaning forward with both arms stretched out, the {o} flees ahead with arms thrown up",
         "The {o} runs away in front, mouth open, and the {s} follows close behind with grasping hands",
         "The {s} is the hindmost of the two runners and reaches for the back of the {o}",
     ],
@@ -193,7 +205,7 @@ SIZE_STATES = {
     "small": ["The {s} is small and its head stays low in the picture", "The {s} is short and takes little room"],
 }
 PLACE_WORDS = {
-    "meadow": ["on a meadow", "on green grass"],
+    "meadow": ["on a meadow", "in the grass"],
     "beach": ["on a beach", "by the sea"],
     "snow": ["in the snow", "on a snowy day"],
     "desert": ["in a desert", "on hot sand"],
@@ -247,7 +259,7 @@ def _attribute_knowledge(actor, mentions, rng):
 
 
 def caption(scene, form: str, rng: random.Random) -> Caption:
-    """One caption of a scene in the wanted form, "active" or "passive" (for two actions of one actor each: the order)."""
+    """One caption of a scene in the form "active" or "passive" (if each actor does its own action: who comes first)."""
     a, b = scene.actors
     mentions_a, mentions_b = _mentions(rng)
     article = partial(pick, rng, ("a", "a", "the"))
@@ -257,24 +269,26 @@ def caption(scene, form: str, rng: random.Random) -> Caption:
         (action,) = scene.actions
         verb = pick(rng, VERBS[action])
         sentences = {
-            "active": [f"{na} is {verb.doing} {nb}{verb.tail}", f"{na} {verb.does} {nb}{verb.tail}", f"{na} {verb.doing} {nb}{verb.tail}"],
+            "active": [f"{na} {said} {nb}{verb.tail}" for said in ("is " + verb.doing, verb.does, verb.doing)],
             "passive": [f"{nb} is {verb.passive} {na}", f"{nb} {verb.reduced} {na}"],
         }
         text = pick(rng, sentences[form])
         state = pick(rng, STATES[action]).format(s=a.kind, o=b.kind)
         knowledge.append(({"subject": a.kind, "action": verb.doing, "object": b.kind, "kind": "action"}, state))
     else:
-        said = [(n, actor, action, pick(rng, SOLO_VERBS[action])) for n, actor, action in zip((na, nb), scene.actors, scene.actions, strict=True)]
-        if form == "passive":
-            said.reverse()
-        (n1, _, _, v1), (n2, _, _, v2) = said
-        text = pick(
-            rng,
-            [f"{n1} is {v1[0]} while {n2} is {v2[0]}", f"{n1} {v1[1]} and {n2} {v2[1]}", f"{n1} {v1[0]} next to {n2} {v2[0]}"],
-        )
-        for _, actor, action, verb in said:
+        verbs = [pick(rng, SOLO_VERBS[action]) for action in scene.actions]
+        for actor, action, verb in zip(scene.actors, scene.actions, verbs, strict=True):
             state = pick(rng, STATES[action]).format(s=actor.kind)
             knowledge.append(({"subject": actor.kind, "action": verb[2], "object": verb[3], "kind": "action"}, state))
+        (n1, (doing1, does1, *_)), (n2, (doing2, does2, *_)) = zip((na, nb), verbs, strict=True)
+        if form == "passive":
+            n1, doing1, does1, n2, doing2, does2 = n2, doing2, does2, n1, doing1, does1
+        sentences = [
+            f"{n1} is {doing1} while {n2} is {doing2}",
+            f"{n1} {does1} and {n2} {does2}",
+            f"{n1} {doing1} next to {n2} {doing2}",
+        ]
+        text = pick(rng, sentences)
     knowledge += _attribute_knowledge(a, mentions_a, rng)
     knowledge += _attribute_knowledge(b, mentions_b, rng)
     if rng.random() < 0.3:

@@ -1,8 +1,8 @@
 """The embedded world: action scenes, each a pure function of (seed, split, index).
 
-A scene is two actors (kind, colour, size), an action between them or one action each, and a place. In every block of eight
-scenes two have a twin in the same split: one the same actors with roles swapped, one the same actors with another action.
-A model that only finds the right objects can't tell twins apart.
+A scene is two actors (kind, colour, size), an action between them or one action each, and a place. In every block of
+eight scenes two are twins of another: one has the roles swapped, one another action; both keep actors and place. A
+model that only finds the right objects can't tell twins apart.
 
     scene = make_scene(seed=0, split="test", index=5)
     picture = draw(scene, 144)          # PIL image
@@ -21,8 +21,8 @@ KINDS = ("man", "woman", "king", "wizard", "robot", *ANIMALS)
 BLOCK = 8
 TWINS = {5: (4, "roles"), 7: (6, "action")}  # slot in a block: (slot of its original, what changes)
 SYMMETRIC = ("hug",)  # swapping the roles changes nothing
-LOOKALIKE = {"push": "pull", "pull": "push", "kick": "throw", "throw": "kick", "carry": "lift", "lift": "carry", "feed": "photograph",
-             "photograph": "feed", "net": "shelter", "shelter": "net", "chase": "net", "spray": "photograph"}  # fmt: skip
+_ALIKE = (("push", "pull"), ("kick", "throw"), ("carry", "lift"), ("feed", "photograph"), ("net", "shelter"))
+LOOKALIKE = {one: other for pair in _ALIKE for one, other in (pair, pair[::-1])}
 SOLO_SHARE = 0.15
 
 
@@ -100,10 +100,13 @@ def draw(scene: Scene, size: int = 144) -> Image.Image:
 
 
 def captions(scene: Scene, count: int = 3) -> list[Caption]:
-    """`count` captions: the first active, the second passive, the others either."""
-    rng = random.Random(f"open-clip-amp captions {scene.name}")
-    forms = ["active", "passive", *("active" if rng.random() < 0.5 else "passive" for _ in range(count - 2))]
-    return [caption(scene, form, rng) for form in forms[:count]]
+    """`count` captions, whatever the count the same ones: the first active, the second passive, the others either."""
+    said = []
+    for k in range(count):
+        rng = random.Random(f"open-clip-amp caption {scene.name} {k}")
+        form = ("active", "passive")[k] if k < 2 else pick(rng, ("active", "passive"))
+        said.append(caption(scene, form, rng))
+    return said
 
 
 def contact_sheet(scenes: list[Scene], columns: int = 4, size: int = 200) -> Image.Image:

@@ -1,0 +1,45 @@
+"""What a run computes once before it starts: features of texts and of the frozen image blocks, over all ranks."""
+
+from collections.abc import Iterable
+
+from accelerate import Accelerator
+
+from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folder
+from amp.data.split import ShardSplit
+from amp.data.stream import KnowledgeCollator
+from amp.data.text_features import TextFeatureStore, encode_texts
+from amp.knowledge.batch import TripletTokenizer
+from amp.model import ActionAwareCLIP
+from amp.terminal import Terminal
+
+
+def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str) -> KnowledgeCollator:
+    """Tokenizer and text store that belong to a model: its tokenizer and the weights of its text tower."""
+    store = TextFeatureStore(cache, model.backbone.weights_hash("text"), model.backbone.embed_dim, dtype)
+    tokenizer = TripletTokenizer(model.tokenizer, model.config.max_triplets, model.config.slot_tokens)
+    return KnowledgeCollator(tokenizer, store)
+
+
+def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatureStore, model: ActionAwareCLIP,
+                  texts: Iterable[str]) -> None:  # fmt: skip
+    """Fills the store with the texts that it lacks, a share a rank."""
+    accelerator.wait_for_everyone()  # no rank may add texts while another still counts them
+    missing = store.missing(texts)
+    accelerator.wait_for_everyone()
+    if missing:
+        with terminal.progress("encoding texts") as report, accelerator.autocast():
+            encode_texts(store, missing, model.backbone, model.tokenizer, rank=accelerator.process_index,
+                         world=accelerator.num_processes, progress=report)  # fmt: skip
+    accelerator.wait_for_everyone()
+    store.refresh()
+
+
+def prepare_images(accelerator: Accelerator, terminal: Terminal, split: ShardSplit, model: ActionAwareCLIP, preprocess,
+                   cache: str, dtype: str, batch_size: int, workers: int) -> FrozenFeatures:  # fmt: skip
+    """Frozen features of a split: the main process computes and stores them, the others wait and open them."""
+    folder = features_folder(cache, split, model, preprocess, dtype)
+    with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images") as report:
+        return compute_frozen_features(
+            split, model, preprocess, batch_size, workers, folder=folder, dtype=dtype, progress=report,
+            autocast=accelerator.autocast,
+        )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What a run shows: lines and progress bars on the main process; other processes stay silent."""
+
+import time
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Terminal:
+    """Standard error of a run.
+
+    Args:
+        main: Whether this process shows anything.
+    """
+
+    def __init__(self, main: bool):
+        self.main, self.console = main, Console(stderr=True, quiet=not main)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def progress(self, what: str):
+        """Yields report(done, total)."""
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+    @contextmanager
+    def training(self, stage: int, steps: int, images_a_step: int):
+        """Yields show(step, loss, temperature)."""
+        columns = (TextColumn("stage {task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("loss {task.fields[loss]} tau {task.fields[tau]} {task.fields[rate]} images/s"),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        start = time.perf_counter()
+        interactive = self.console.is_terminal
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task("train", total=steps, stage=stage, loss="-", tau="-", rate="-")
+
+            def show(step: int, loss: float, temperature: float) -> None:
+                rate = step * images_a_step / (time.perf_counter() - start)
+                bar.update(task, completed=step, loss=f"{loss:.3f}", tau=f"{temperature:.4f}", rate=f"{rate:,.0f}")
+                if not interactive:  # a log file gets a line instead of a bar
+                    left = (steps - step) / step * (time.perf_counter() - start)
+                    self.say(f"stage {stage} step {step}/{steps} loss {loss:.3f} tau {temperature:.4f} "
+                             f"{rate:,.0f} images/s, {left / 60:.1f} min left")  # fmt: skip
+
+            yield show

@@ -1,0 +1,62 @@
+"""Evaluates retrieval: base CLIP and any number of adapters in one table, both directions, re-ranked top k.
+
+    python launchers/evaluate.py --config launchers/configs/flickr8k.yaml --split test --out runs/flickr8k/results.json \
+        --adapters '["control=runs/control/stage2/adapter.safetensors", "action-aware=runs/full/stage2/adapter.safetensors"]'
+    accelerate launch --multi_gpu --num_processes 8 launchers/evaluate.py ...        (pairs are split over processes)
+
+The configuration is the one of training: of it, `model`, `data`, `validation`, `mixed_precision` are read. Adapters carry
+their own prompt settings. Writes OUT (JSON), OUT with .csv, and with --gallery a picture of some retrievals.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from amp.errors import exit_on_error
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.train.config import TrainConfig
+
+
+@dataclass
+class EvaluationSettings:
+    """What is evaluated.
+
+    Args:
+        split: Split of the shards.
+        adapters: ``NAME=FILE`` each, in the order of the table; none evaluates the base model alone.
+        out: JSON file of the result; the CSV file stands beside it.
+        gallery: PNG file with retrievals of the last adapter; null draws none.
+        search: How the split is searched.
+    """
+
+    split: str = "test"
+    adapters: list[str] = field(default_factory=list)
+    out: str = "runs/results.json"
+    gallery: str | None = None
+    search: RetrievalSettings = field(default_factory=RetrievalSettings)
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__.split("\n")[0], prog="launchers/evaluate.py")
+    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
+    parser.add_class_arguments(EvaluationSettings, as_group=False)
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser()
+    settings = options.instantiate(options.parse_args(arguments))
+    evaluation = EvaluationSettings(**{k: settings[k] for k in EvaluationSettings.__dataclass_fields__})
+    config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
+    with exit_on_error():
+        from amp.retrieval.run import evaluate
+
+        evaluate(
+            config, evaluation.split, evaluation.adapters, evaluation.search, Path(evaluation.out), evaluation.gallery
+        )
+
+
+if __name__ == "__main__":
+    main()

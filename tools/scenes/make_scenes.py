@@ -1,0 +1,118 @@
+"""Draws the demo data set: pictures, captions in the Karpathy format of COCO and Flickr30K, and knowledge.
+
+    python tools/scenes/make_scenes.py --out data/scenes
+    python tools/scenes/make_scenes.py --sheet docs/scenes.png          # only a contact sheet, for looking
+
+OUT/images/*.jpg, OUT/dataset.json, OUT/knowledge.jsonl (a line a caption), OUT/knowledge_provenance.json: what
+tools/make_shards.py takes from any data set. Twins are marked in dataset.json: "twin" is the filename of the scene that
+an image was made from, "change" what differs ("roles" or "action").
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import scene_actions
+import scene_figures
+import scene_language
+import scenes as world
+from jsonargparse import auto_cli
+
+
+def _write(path: Path, text: str):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def filename(split: str, index: int) -> str:
+    """The picture's name in OUT/images."""
+    return f"{split}_{index:05d}.jpg"
+
+
+def make_scenes(
+    out: Path | None = None,
+    train: int = 1200,
+    val: int = 100,
+    test: int = 200,
+    captions: int = 3,
+    size: int = 144,
+    quality: int = 95,
+    seed: int = 0,
+    sheet: Path | None = None,
+    sheet_scenes: int = 16,
+) -> None:
+    """Writes the data set and, if asked, a contact sheet of the test split with captions.
+
+    Args:
+        out: folder to write
+        train: training images
+        val: validation images
+        test: test images
+        captions: captions an image
+        size: side of a picture in pixels
+        quality: JPEG quality
+        seed: every picture and caption is a function of (seed, split, index) alone
+        sheet: PNG file for a contact sheet
+        sheet_scenes: pictures on the contact sheet
+    """
+    if out is None and sheet is None:
+        raise SystemExit(
+            "nothing to do: give --out FOLDER for the data set, --sheet FILE.png for a picture of it, or both"
+        )
+    counts = {"train": train, "val": val, "test": test}
+    for name, value in {**counts, "captions": captions, "size": size}.items():
+        low = 0 if name in counts else 1
+        if value < low:
+            raise SystemExit(f"--{name} is {value}, expected {low} or more")
+    if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        temporary = sheet.with_name("." + sheet.name)
+        shown = [world.make_scene(seed, "test", index) for index in range(sheet_scenes)]
+        world.contact_sheet(shown).save(temporary, "PNG")
+        os.replace(temporary, sheet)
+        print(f"{sheet}: {sheet_scenes} scenes")
+    if out is None:
+        return
+
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    images, knowledge = [], []
+    for split, count in counts.items():
+        for index in range(count):
+            scene, name, imgid = world.make_scene(seed, split, index), filename(split, index), len(images)
+            temporary = out / "images" / f".{name}"
+            world.draw(scene, size).save(temporary, "JPEG", quality=quality, subsampling=0)
+            os.replace(temporary, out / "images" / name)
+            sentences = []
+            for said in world.captions(scene, captions):
+                tokens = re.findall(r"[a-z]+", said.text.lower())
+                sentences.append({"raw": said.text, "tokens": tokens, "imgid": imgid, "sentid": len(knowledge)})
+                line = {"sentid": len(knowledge), "image": name, "triplets": said.triplets, "states": said.states}
+                knowledge.append(json.dumps(line))
+            sentids = [sentence["sentid"] for sentence in sentences]
+            image = {"filename": name, "split": split, "imgid": imgid, "sentids": sentids, "sentences": sentences}
+            if scene.twin is not None:
+                image |= {"twin": filename(split, scene.twin), "change": scene.change}
+            images.append(image)
+
+    modules = (scene_figures, scene_actions, scene_language, world)
+    source = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+    provenance = {
+        "triplets": "known by construction (tools/scenes)",
+        "states": "templates of tools/scenes/scene_language.py, an action's or attribute's look",
+        "world_sha256": source,
+        "seed": seed,
+        "images": counts,
+        "captions": len(knowledge),
+        "picture": {"size": size, "format": "JPEG", "quality": quality},
+    }
+    _write(out / "dataset.json", json.dumps({"images": images, "dataset": "scenes"}) + "\n")
+    _write(out / "knowledge.jsonl", "".join(line + "\n" for line in knowledge))
+    _write(out / "knowledge_provenance.json", json.dumps(provenance, indent=2) + "\n")
+    print(f"{out}: {len(images)} images, {len(knowledge)} captions with knowledge")
+
+
+if __name__ == "__main__":
+    auto_cli(make_scenes, as_positional=False)
