@@ -52,6 +52,11 @@ class Backbone(nn.Module):
         self.text_width: int = self._text.token_embedding.weight.shape[1]
         self.embed_dim: int = visual.output_dim
         self.context_length: int = clip.context_length
+        for name in ("logit_scale", "logit_bias"):
+            value = getattr(clip, name, None)
+            if isinstance(value, nn.Parameter) and value.ndim == 0:
+                # DeepSpeed can't send parameters without dimensions; open_clip loads and multiplies either shape.
+                setattr(clip, name, nn.Parameter(value.detach().reshape(1)))
         self.requires_grad_(False)
         self.eval()
 

@@ -310,6 +310,8 @@ def spoil(path, how):
         path.write_text("<html>404</html>")
     elif how == "flipped":  # inside the pixels of a PNG, whose checksum tells
         path.write_bytes(content[:60] + bytes(255 - b for b in content[60:64]) + content[64:])
+    elif how == "checksum":  # of a PNG's last pixel chunk; decoding alone wouldn't tell
+        path.write_bytes(content[:-16] + bytes([content[-16] ^ 1]) + content[-15:])
     elif how == "postscript":
         path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
 
@@ -321,6 +323,7 @@ def spoil(path, how):
         ("cut", "png", "damaged"),
         ("cut", "webp", "damaged|not an image"),
         ("flipped", "png", "damaged"),
+        ("checksum", "png", "checksum"),
         ("empty", "jpg", "0 bytes, not an image"),
         ("text", "jpg", "16 bytes, not an image of JPEG"),
         ("postscript", "jpg", "not an image"),

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from amp.data.split import ShardSplit
+from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
 
@@ -31,7 +32,15 @@ class FrozenFeatures:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "FrozenFeatures":
-        return cls(*(np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("early", "base")))
+        """Maps what `compute_frozen_features` left in a folder.
+
+        Raises:
+            AmpError: A file is missing or cut short.
+        """
+        try:
+            return cls(*(np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("early", "base")))
+        except (OSError, ValueError, EOFError) as error:
+            raise AmpError(f"{folder}: can't be read ({error}). Remove the folder; it is made again") from error
 
 
 class _Images(Dataset):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from amp.errors import AmpError
 
@@ -82,9 +82,8 @@ def read_image(path: Path, resize: Resize | None = None) -> tuple[bytes, str]:
             with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
                 image.verify()
             with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
-                image.load()
-                rgb = image.convert("RGB")  # what training will ask for
-    except Image.UnidentifiedImageError:
+                rgb = image.convert("RGB")  # decodes all pixels, into what training will ask for
+    except UnidentifiedImageError:
         raise UnreadableImageError(f"{len(content)} bytes, not an image of {', '.join(_PILLOW_FORMATS)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"refused as a decompression bomb: {error}") from None

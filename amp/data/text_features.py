@@ -38,7 +38,10 @@ class TextFeatureStore:
         """Maps the segments that other processes have added since."""
         for path in sorted(self.folder.glob("segment-*")):
             if path.name not in self._segments:
-                keys, features = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("keys", "features"))
+                try:
+                    keys, features = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("keys", "features"))
+                except (OSError, ValueError, EOFError) as error:
+                    raise AmpError(f"{path}: can't be read ({error}). Remove the folder; it is made again") from error
                 if features.shape != (len(keys), self.dim):
                     raise AmpError(
                         f"{path}: features of shape {features.shape}, expected {(len(keys), self.dim)}. Remove the folder; "

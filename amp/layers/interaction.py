@@ -58,8 +58,13 @@ class SelfAttentionWithMap(nn.Module):
 class ActionAwareInteraction(nn.Module):
     """AIM: V = MLP([V^t; V^s]), V~ = (lam A^t + (1 - lam) A^s) V (eq. 7-8).
 
-    With `residual` (ours, default) patches become E + gate * V~, where the gate starts at zero: at step 0 patches pass
-    through unchanged and CLIP's features are what training starts from. Without it they become V~, the literal eq. 8.
+    With `residual` (ours, default) P~ = LN(E) + CrossAttn(E, p): without the sum P~ holds nothing but knowledge, one and
+    the same row for all patches where a caption has a single triplet, and A is uniform. With it the maps compare patches
+    in the light of the knowledge. And patches become E + gate * rms(E) * LN(V~), where the gate, one number a channel, starts at zero:
+    at step 0 patches pass through unchanged and CLIP's features are what training starts from. The normalisation gives
+    the gate a gradient worth its name: V~ has passed seven linear maps and two averages and is some hundred times
+    smaller than the patches it is added to. Without `residual` patches become V~ of P~ = CrossAttn(E, p), the literal
+    equations.
     Patches are normalised before they ask (ours): deep in the tower their scale is far from the prompts'.
 
     Args:
@@ -78,7 +83,12 @@ class ActionAwareInteraction(nn.Module):
         self.self_triplet = SelfAttentionWithMap(width, heads)
         self.self_state = SelfAttentionWithMap(width, heads)
         self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width))
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False) if residual else None
         self.gate = nn.Parameter(torch.zeros(width)) if residual else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # keeps the scale of what passes; the default shrinks it by 1.7 a layer
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -102,18 +112,25 @@ class ActionAwareInteraction(nn.Module):
         Returns:
             Conditioned patches (P, M, d_v); with `return_maps` also A^t and A^s, each (P, M, M).
         """
-        normed = self.norm(patches)
+        normed = self.norm(patches.to(self.norm.weight.dtype))  # the frozen tower may be in low precision
         queries_t, queries_s = (
             self.cross_triplet.query(normed)[image_index],
             self.cross_state.query(normed)[image_index],
         )
-        value_t, map_t = self.self_triplet(self.cross_triplet(queries_t, triplet_prompts, mask))
-        value_s, map_s = self.self_state(self.cross_state(queries_s, state_prompts, mask))
+        augmented_t = self.cross_triplet(queries_t, triplet_prompts, mask)
+        augmented_s = self.cross_state(queries_s, state_prompts, mask)
+        if self.gate is not None:
+            pairs = normed[image_index]
+            augmented_t, augmented_s = pairs + augmented_t, pairs + augmented_s
+        value_t, map_t = self.self_triplet(augmented_t)
+        value_s, map_s = self.self_state(augmented_s)
         value = self.mlp(torch.cat([value_t, value_s], dim=-1))
         enhanced = (self.lam * map_t + (1 - self.lam) * map_s).to(value.dtype) @ value
         if self.gate is not None:
-            pairs = patches[image_index]
-            enhanced = pairs + (self.gate * enhanced).to(pairs.dtype)
+            # In units of the patches' own scale, which differs tenfold between towers and depths.
+            scale = patches.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
+            update = self.gate * scale[image_index] * self.norm_out(enhanced)
+            enhanced = patches[image_index] + update.to(patches.dtype)
         return (enhanced, map_t, map_s) if return_maps else enhanced
 
 

@@ -18,8 +18,9 @@ class TripletEncoder(nn.Module):
 
     def __init__(self, width: int, layers: int = 2, heads: int = 8):
         super().__init__()
+        # Ours: token embeddings of a trained CLIP have a scale of about 0.01, and the bias would drown them.
+        self.norm = nn.LayerNorm(3 * width)
         self.project = nn.Linear(3 * width, width)
-        # Token embeddings of a trained CLIP have a scale of about 0.01; pre-norm blocks do not depend on it.
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -41,7 +42,7 @@ class TripletEncoder(nn.Module):
         """
         present = token_mask.unsqueeze(-1).to(embedded.dtype)
         slots = (embedded * present).sum(dim=-2) / present.sum(dim=-2).clamp(min=1)
-        prompts, mask = with_null(self.project(slots.flatten(-2)), mask, self.null)
+        prompts, mask = with_null(self.project(self.norm(slots.flatten(-2))), mask, self.null)
         padding = ~mask
         for block in self.blocks:
             prompts = block(prompts, src_key_padding_mask=padding)

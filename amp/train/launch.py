@@ -14,6 +14,8 @@ from amp.train.config import TrainConfig
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The Accelerator of a run; on machines without an accelerator processes talk over gloo."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     handlers = [] if alone or torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(

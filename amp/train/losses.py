@@ -52,8 +52,8 @@ def candidate_contrastive_loss(positive: torch.Tensor, negative: torch.Tensor, l
                                logit_scale: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """One direction of eq. 10 with the sum over the batch estimated from m sampled negatives.
 
-    log(exp(s+) + sum_j w_j exp(s_j)), where w_j = 1 / (m q_j) undoes that negative j was drawn with probability q_j: the
-    expectation of the inner sum is that over all negatives.
+    log(exp(s+) + sum_j w_j exp(s_j)), where w_j undoes that some negatives are drawn more often than others: the
+    expectation of the inner sum is that over all negatives (`draw_negatives`).
 
     Args:
         positive: Cosines of the true pairs (B,).

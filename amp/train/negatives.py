@@ -1,11 +1,10 @@
 """Negatives for `conditioning: contrastive`: which captions an image is conditioned on besides its own.
 
-Scoring all N x N pairs of a batch, each with its own knowledge, costs N forward passes an image. Instead m negatives are
-drawn where the frozen CLIP is most confused, and the loss undoes the bias of the draw (`candidate_contrastive_loss`).
-Always taking the m hardest would teach that what CLIP finds similar is wrong: the coarse ranking is unlearnt.
+Scoring all N x N pairs of a batch, each with its own knowledge, costs N forward passes an image. Instead m negatives
+are drawn where the frozen CLIP is most confused, and their weights undo the bias of the draw. Always taking the m
+hardest would teach that what CLIP finds similar is wrong: the coarse ranking is unlearnt.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,8 @@ def draw_negatives(cosines: torch.Tensor, forbidden: torch.Tensor, noise: torch.
                    uniform: float = 0.1) -> Negatives:  # fmt: skip
     """Draws m distinct negatives a row with q = (1 - uniform) softmax(scale * cosines) + uniform / N.
 
-    The uniform part bounds the importance weights at N / (uniform m) (defensive importance sampling).
+    The weighted sum over the m has the sum over all negatives as its expectation. The uniform part bounds the weights
+    at N / (uniform m) + 1 (defensive importance sampling).
 
     Args:
         cosines: The frozen CLIP's, (B, N).
@@ -38,7 +38,13 @@ def draw_negatives(cosines: torch.Tensor, forbidden: torch.Tensor, noise: torch.
     flat = allowed.float() / allowed.sum(dim=1, keepdim=True).clamp(min=1)
     log_q = ((1 - uniform) * soft + uniform * flat).log()
     index = (log_q + noise).masked_fill(forbidden, float("-inf")).topk(m, dim=1).indices
-    log_weight = -log_q.gather(1, index) - math.log(m)
+    # The Gumbel trick lists the m as if drawn one after another without replacement, where 1 / (m q) would be biased.
+    # After each draw, the terms drawn before plus this one by its share of what was left estimate the whole sum
+    # (Des Raj 1956); the weights are the mean of these m estimates.
+    q = log_q.gather(1, index).exp()
+    left = torch.maximum(1 - (q.cumsum(dim=1) - q), q)  # at least its own share, whatever the rounding
+    later = torch.arange(m - 1, -1, -1, device=q.device)
+    log_weight = ((left / q + later) / m).log()
     return Negatives(index, log_weight.masked_fill(forbidden.gather(1, index), float("-inf")))
 
 

@@ -1,0 +1,263 @@
+"""The wrapped open_clip model: its own numbers, cut into pieces; the towers it refuses; the hash that names it."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from conftest import CLIP_VARIANTS, EMBED_DIM, TEXT, VISION, make_clip
+from torch import nn
+from torch.testing import assert_close
+
+from amp.backbone import Backbone
+from amp.errors import AmpError
+
+VARIANTS = sorted(CLIP_VARIANTS)
+TEXTS = [
+    "",
+    "a dog",
+    "A man in a red shirt climbs a rock wall, while two others watch from below.",
+    "word " * 500,  # far over the 77 tokens: cut by the tokenizer
+    "Fine-grained state description of action triplet <girl, studies, laptop> is She focuses on the laptop screen, "
+    "types on the keyboard, and maintains a stable posture",
+    "¿Qué? 犬が走る 🐕",
+]
+
+
+# -- what it is -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sizes_come_from_the_towers(variant):
+    backbone = Backbone(make_clip(variant))
+    assert (backbone.vision_width, backbone.text_width, backbone.embed_dim) == (
+        VISION["width"],
+        TEXT["width"],
+        EMBED_DIM,
+    )
+    assert (backbone.vision_heads, backbone.num_layers, backbone.num_patches) == (2, 3, 16)
+    assert (backbone.patch_size, backbone.context_length) == ((8, 8), 77)
+    assert backbone.quick_gelu == (variant == "quickgelu")
+    assert backbone.causal_text and backbone.dtype == torch.float32
+
+
+def test_clip_is_frozen_and_stays_in_eval_mode():
+    backbone = Backbone(make_clip().train())
+    for mode in (True, False):
+        backbone.train(mode)
+        assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+# -- what it refuses --------------------------------------------------------------------------------------------------
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return open_clip.create_model(name, device="meta", pretrained_image=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("RN50", "ModifiedResNet"), ("ViT-B-16-SigLIP", "TimmModel")], ids=["resnet", "timm"]
+)
+def test_foreign_image_towers_are_refused(name, kind):
+    with pytest.raises(
+        AmpError, match=rf"image tower is {kind}.*expected open_clip's native VisionTransformer.*ViT-B-16"
+    ):
+        Backbone(on_meta(name))
+
+
+def test_text_tower_without_token_embedding_is_refused():
+    clip = make_clip("custom_text")
+    clip.text = nn.Linear(2, 2)  # as a Hugging Face tower, it has no `token_embedding`
+    with pytest.raises(AmpError, match=r"text tower is Linear.*native TextTransformer.*hf_model_name"):
+        Backbone(clip)
+
+
+def test_sequence_first_towers_are_refused():
+    clip = make_clip()
+    clip.visual.transformer.batch_first = False
+    with pytest.raises(AmpError, match="batch_first=False, expected True"):
+        Backbone(clip)
+
+
+def test_something_else_is_refused():
+    with pytest.raises(AmpError, match="image tower is NoneType"):
+        Backbone(nn.Linear(2, 2))
+
+
+# -- image tower ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_pieces_make_encode_image_bit_for_bit(variant, images):
+    clip = make_clip(variant)
+    expected, backbone = clip.encode_image(images), Backbone(clip)
+    for cut in range(4):
+        tokens = backbone.blocks(backbone.embed(images), 0, cut)
+        assert tokens.shape == (4, 17, 32)
+        assert torch.equal(backbone.pool(backbone.blocks(tokens, cut, 3)), expected)
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_last_block_for_the_class_token_equals_the_whole_block(variant, extra):
+    backbone, tokens = Backbone(make_clip(variant)), torch.randn(4, 17 + extra, 32)
+    whole, short = backbone.blocks(tokens, 2, 3), backbone.prompted_block(2, tokens)
+    only_class = variant not in ("average_pooled", "attention_pooled")
+    assert short.shape == (4, 1 if only_class else 17 + extra, 32)
+    assert_close(short, whole[:, : short.shape[1]], atol=1e-5, rtol=1e-5)
+    assert_close(backbone.pool(short), backbone.pool(whole), atol=1e-5, rtol=1e-5)
+    assert_close(backbone._last_block(tokens), whole[:, :1], atol=1e-5, rtol=1e-5)
+    for index in (0, 1):
+        assert torch.equal(backbone.prompted_block(index, tokens), backbone.blocks(tokens, index, index + 1))
+
+
+@torch.no_grad()
+def test_custom_blocks_run_whole():
+    """open_clip's CustomResidualAttentionBlock has other parts; the short last block must not guess them."""
+    config = {**VISION, "qk_norm": True, "scale_fc": True}
+    clip = open_clip.CLIP(EMBED_DIM, open_clip.CLIPVisionCfg(**config), open_clip.CLIPTextCfg(**TEXT)).eval()
+    backbone, tokens = Backbone(clip), torch.randn(2, 17, 32)
+    assert torch.equal(backbone.prompted_block(2, tokens), backbone.blocks(tokens, 2, 3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_pooling_never_sees_tokens_behind_the_patches(variant):
+    backbone, tokens = Backbone(make_clip(variant)), torch.randn(4, 17, 32)
+    extended = torch.cat([tokens, 1e4 * torch.randn(4, 5, 32)], dim=1)
+    assert torch.equal(backbone.pool(extended), backbone.pool(tokens))
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_recomputing_changes_neither_values_nor_gradients(index, monkeypatch):
+    backbone, found = Backbone(make_clip()), []
+    block = backbone.visual.transformer.resblocks[index]
+    calls, mlp_forward = [], block.mlp.forward
+    monkeypatch.setattr(block.mlp, "forward", lambda x: calls.append(1) or mlp_forward(x))
+    for recompute in (False, True):
+        tokens = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        backbone.prompted_block(index, tokens, recompute).square().sum().backward()
+        found.append(tokens.grad)
+    assert torch.equal(*found)
+    assert len(calls) == 3  # once, then once forward and once again backward
+
+
+# -- text tower -------------------------------------------------------------------------------------------------------
+
+
+def text_tower(text=None, **own):
+    """A tiny CLIP with other settings of its text tower."""
+    text_config = open_clip.CLIPTextCfg(**TEXT, **(text or {}))
+    clip = open_clip.CLIP(EMBED_DIM, open_clip.CLIPVisionCfg(**VISION), text_config, **own)
+    return clip.eval()
+
+
+@pytest.mark.parametrize("chosen", [slice(0, 1), slice(0, 2), slice(0, 3), slice(0, 6)], ids=["empty", "2", "3", "all"])
+@torch.no_grad()
+def test_trimmed_text_equals_full_text(chosen, tokenizer):
+    """Padding changes only the order in which sums are rounded: equal to 1e-13 in double, to 4e-6 in single precision.
+
+    Features are of size 1 to 4, so that 4e-6 is about ten units in the last place.
+    """
+    ids = tokenizer(TEXTS[chosen])
+    longest = int(ids.argmax(dim=1).max()) + 1
+    assert longest == {1: 2, 2: 4, 3: 20, 6: 77}[len(ids)]
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 4e-6)):
+        clip = make_clip().to(dtype)
+        expected, lengths = clip.encode_text(ids), []
+        assert 0.1 < expected.abs().max() < 10
+        clip.transformer.register_forward_hook(lambda _, args, out, seen=lengths: seen.append(args[0].shape[1]))
+        assert_close(Backbone(clip).encode_text(ids), expected, atol=tolerance, rtol=0)
+        assert lengths == [longest]
+
+
+@torch.no_grad()
+def test_trimmed_text_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
+    ids = tokenizer(TEXTS)
+    for clip in (
+        text_tower({"proj_bias": True}),  # a Linear
+        text_tower({"pool_type": "eos", "eos_id": 49407}),
+        text_tower({"pool_type": "eos", "eos_id": 11}),  # in no text: the first token is read
+        text_tower(quick_gelu=True),
+    ):
+        assert_close(Backbone(clip).encode_text(ids), clip.encode_text(ids), atol=4e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_towers_that_cannot_be_trimmed_run_whole(tokenizer):
+    """Without a causal mask the padding is read, and pooling at the last position needs all of them."""
+    ids = tokenizer(TEXTS[:3])
+    for clip in (text_tower({"no_causal_mask": True}), text_tower({"pool_type": "last"}), make_clip("custom_text")):
+        assert torch.equal(Backbone(clip).encode_text(ids), clip.encode_text(ids))
+    assert not Backbone(text_tower({"no_causal_mask": True})).causal_text
+
+
+@torch.no_grad()
+def test_trimmed_text_of_the_real_small_clip(clip_small, tokenizer):
+    clip = open_clip.create_model(clip_small).eval()
+    ids = tokenizer(TEXTS)
+    whole, trimmed = clip.encode_text(ids), torch.cat([Backbone(clip).encode_text(row[None]) for row in ids])
+    assert_close(trimmed, whole, atol=2e-6 * float(whole.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["native", "custom_text"])
+def test_embed_tokens_is_the_vocabulary_table(variant):
+    clip = make_clip(variant)
+    table = (clip if variant == "native" else clip.text).token_embedding.weight
+    ids = torch.tensor([[[0, 49407], [5, 5]]])
+    assert torch.equal(Backbone(clip).embed_tokens(ids), table[ids])
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["native", "custom_text", "layer_scale"])
+def test_hash_changes_with_any_weight(variant):
+    clip = make_clip(variant)
+    backbone = Backbone(clip)
+    before = {tower: backbone.weights_hash(tower) for tower in ("both", "vision", "text")}
+    assert len(set(before.values())) == 3
+    weights = {k: v for k, v in clip.state_dict().items() if k != "logit_scale"}
+    assert len(weights) > 30
+    for name, tensor in weights.items():
+        kept, flat = tensor.clone(), tensor.view(-1)
+        flat[-1] += 1e-3  # the last element: all bytes count
+        changed = "vision" if name.startswith("visual.") else "text"
+        assert backbone.weights_hash(changed) != before[changed], name
+        assert backbone.weights_hash("vision" if changed == "text" else "text") != before[changed]
+        tensor.copy_(kept)
+    assert {tower: backbone.weights_hash(tower) for tower in before} == before
+
+
+def test_hash_of_both_towers_sees_each_tower():
+    clip = make_clip()
+    before = Backbone(clip).weights_hash()
+    for name in ("visual.proj", "text_projection"):
+        changed = copy.deepcopy(clip)
+        changed.state_dict()[name][0, 0] += 1
+        assert Backbone(changed).weights_hash() != before
+
+
+def test_hash_leaves_the_temperature_out():
+    clip = make_clip()
+    expected = Backbone(clip).weights_hash()
+    clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
+    assert Backbone(clip).weights_hash() == expected
+    clip.logit_scale.data += 1
+    assert Backbone(clip).weights_hash() == expected
+
+
+def test_hash_sees_what_the_weights_do_not_say():
+    """The same weights with another activation, another shape or another type are another model."""
+    clip = make_clip()
+    quick = make_clip("quickgelu")
+    quick.load_state_dict(clip.state_dict())
+    reshaped = copy.deepcopy(clip)
+    reshaped.visual.proj.data = reshaped.visual.proj.data.reshape(24, 32)
+    models = [clip, quick, reshaped, copy.deepcopy(clip).half(), make_clip(seed=1)]
+    assert len({Backbone(m).weights_hash() for m in models}) == len(models)
+    assert Backbone(make_clip()).weights_hash() == Backbone(clip).weights_hash()

@@ -1,0 +1,208 @@
+"""Every shipped configuration: it loads, a wrong key is refused, and the big ones take a step on meta tensors."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, launcher
+
+import amp
+from amp.data.stream import Batch
+from amp.errors import AmpError
+from amp.factory import refuse_quick_gelu_mismatch
+from amp.knowledge.batch import KnowledgeBatch
+from amp.train.config import TrainConfig
+from amp.train.launch import deepspeed_plugin
+from amp.train.objective import Objective
+from amp.train.schedule import adamw
+from amp.train.stages import set_trainable
+
+CONFIGS = sorted((ROOT / "launchers/configs").glob("*.yaml"))
+PAPER = [path for path in CONFIGS if path.stem.startswith(("coco_", "flickr30k_"))]
+FLAGSHIP = ROOT / "launchers/configs/coco_vit_l14_336.yaml"
+
+
+def name_of(path: Path) -> str:
+    return path.stem
+
+
+@pytest.fixture(scope="module")
+def read():
+    """`read(*arguments)`: the TrainConfig that `launchers/train.py` would train with."""
+    script = launcher("launchers/train.py")
+
+    def read(*arguments) -> TrainConfig:
+        options = script.parser()
+        settings = options.instantiate(options.parse_args([str(a) for a in arguments]))
+        del settings["config"]
+        return TrainConfig(**settings)
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def meta_models():
+    """`meta_models(name, prompt)`: a model without weights or memory, built once a backbone."""
+    built = {}
+
+    def model(name, prompt):
+        key = (name, repr(prompt))
+        if key not in built:
+            # pretrained=None: the weights' values don't matter here, and tests download nothing.
+            built[key], _, _ = amp.create_model_and_transforms(name, None, device="meta", prompt_config=prompt)
+        return built[key]
+
+    return model
+
+
+def meta_batch(model: amp.ActionAwareCLIP, size: int = 3) -> Batch:
+    """A batch of `size` images with a caption each, shapes only."""
+    config, backbone = model.config, model.backbone
+    with torch.device("meta"):
+        ids = torch.zeros(size, config.max_triplets, 3, config.slot_tokens, dtype=torch.long)
+        states = torch.zeros(size, config.max_triplets, backbone.embed_dim)
+        knowledge = KnowledgeBatch(ids, ids.bool(), states, torch.zeros(size, config.max_triplets, dtype=torch.bool))
+        images = torch.zeros(size, 3, *backbone.visual.image_size)
+        return Batch(images, None, torch.zeros(size, backbone.embed_dim), knowledge, torch.arange(size))
+
+
+def step(model: amp.ActionAwareCLIP, config: TrainConfig, stage: int) -> set[str]:
+    """One optimizer step as the engine takes it; returns the names of the parameters that got a gradient."""
+    model.zero_grad(set_to_none=True)
+    model.activation_checkpointing = config.activation_checkpointing
+    trained = set_trainable(model, stage)
+    settings = config.stage1 if stage == 1 else config.stage2
+    optimizer = adamw(model, settings.lr, settings.weight_decay)
+    loss, scale = Objective(stage, config.conditioning, config.negatives, config.margin)(model, meta_batch(model), 0)
+    assert loss.shape == () and scale.shape == (1,)
+    loss.backward()
+    optimizer.step()
+    count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    print(f"{config.model.name}, stage {stage}, {config.conditioning}: {count:,} of {total:,} parameters are trained")
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.shape == p.shape}
+
+
+def test_the_configs_are_there():
+    assert {name_of(path) for path in PAPER} == {
+        f"{dataset}_vit_{size}" for dataset in ("coco", "flickr30k") for size in ("b32", "b16", "l14_336")
+    }
+    assert {"scenes", "flickr8k"} <= {name_of(path) for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_config_loads_and_agrees_with_itself(path, read):
+    config = read("--config", path)
+    config.check()
+    assert config.out.startswith("runs/") and config.data.shards.startswith("data/")
+    assert config.prompt.lam == 0.7 and config.validation.top_k == 20  # the paper's two
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_printed_config_reads_back_equal(path, read, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--config", path, "--seed", 7, "--print_config")
+    assert stop.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert set(yaml.safe_load(printed.read_text())) == set(TrainConfig.__dataclass_fields__)
+    expected = replace(read("--config", path), seed=7)
+    assert asdict(read("--config", printed)) == asdict(expected)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+@pytest.mark.parametrize(
+    "change", [{"lerning_rate": 1}, {"data": {"batchsize": 8}}, {"stage1": {"lr": "fast"}}, {"conditioning": "both"}]
+)
+def test_unknown_key_or_value_is_one_error(path, change, read, tmp_path, capsys):
+    content = yaml.safe_load(path.read_text())
+    for key, value in change.items():
+        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit) as stop:
+        read("--config", wrong)
+    assert stop.value.code == 2
+    key = next(iter(change))
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert (next(iter(change[key])) if isinstance(change[key], dict) else key) in said
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_header_and_comments(path):
+    """The paper's rows add up (it rounds, and misprints one Rsum), and each key says what it is and whose it is."""
+    lines = path.read_text().splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    rows = [[float(x) for x in re.findall(r"\d+\.\d", line)] for line in header]
+    rows = [row for row in rows if len(row) >= 7]
+    assert len(rows) >= 2
+    for row in rows:
+        assert sum(row[:6]) == pytest.approx(row[-1], abs=0.11)
+    assert any("The paper reports" in line for line in header)
+    assert any("Nothing has been trained or evaluated here with this file" in line for line in header)
+    for line in lines:
+        if not line.startswith("#") and not line.endswith(":"):
+            key, _, comment = line.partition("#")
+            assert comment.strip(), f"no comment: {line}"
+            if key.split(":")[0].strip() not in ("out", "shards"):
+                assert comment.strip().startswith(("paper", "ours")), line
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_base_model_is_the_one_the_weights_were_made_for(path, read, meta_models):
+    config = read("--config", path)
+    refuse_quick_gelu_mismatch(config.model.name, config.model.pretrained)
+    assert meta_models(config.model.name, config.prompt).backbone.quick_gelu
+    with pytest.raises(AmpError, match="quick_gelu"):
+        refuse_quick_gelu_mismatch(config.model.name.removesuffix("-quickgelu"), config.model.pretrained)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_one_step_on_meta_tensors(path, stage, read, meta_models):
+    config = read("--config", path)
+    model = meta_models(config.model.name, config.prompt)
+    got_gradient = step(model, config, stage)
+    new = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    expected = new if stage == 1 else {name for name in new if name.startswith("interaction.")}
+    assert got_gradient == expected
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "stage, trained", [(1, {"visual_prompts.prompts", "logit_scale"}), (2, {"visual_prompts.prompts"})]
+)
+def test_one_step_of_the_control_on_meta_tensors(stage, trained, read, meta_models):
+    config = read("--config", FLAGSHIP, "--conditioning", "none", "--prompt.knowledge", "none")
+    config.check()
+    assert step(meta_models(config.model.name, config.prompt), config, stage) == trained
+
+
+def test_flagship_under_zero_2(read, monkeypatch):
+    """Accelerate gets the integers and the precision of the run beside what the file says."""
+    file = ROOT / "ds_configs/zero2.json"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    config = read("--config", FLAGSHIP)
+    assert config.activation_checkpointing and config.mixed_precision == "bf16"
+    settings = deepspeed_plugin(config).hf_ds_config.config
+    assert settings["zero_optimization"] == json.loads(file.read_text())["zero_optimization"]
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["train_micro_batch_size_per_gpu"] == config.data.batch_size
+    assert settings["train_batch_size"] == 8 * config.data.batch_size * config.gradient_accumulation
+    assert settings["bf16"] == {"enabled": True} and settings["fp16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launchers/accelerate").glob("*.yaml")), ids=name_of)
+def test_accelerate_reads_the_launch_files(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    processes = {"one_process": ("NO", 1), "one_node": ("MULTI_GPU", 8)}[path.stem]
+    assert (config.distributed_type.value, config.num_processes) == processes
+    assert config.mixed_precision is None  # the run's own file decides

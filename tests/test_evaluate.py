@@ -1,0 +1,257 @@
+"""Re-ranked retrieval against a naive loop: one query, one candidate and one forward pass at a time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_benchmark.metrics import zeroshot_retrieval
+from helpers import run_ranks
+
+import amp
+from amp.data.frozen_features import compute_frozen_features
+from amp.data.prepare import knowledge_collator
+from amp.data.split import ShardSplit
+from amp.data.text_features import encode_texts
+from amp.model import Prompts
+from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions, spaced
+from amp.retrieval.metrics import recalls
+
+KINDS = ("action", "attribute")
+
+
+class World:
+    """A model, its transform and everything a `Retrieval` of the test split needs."""
+
+    def __init__(self, clip_folder: str, shards: Path, cache: Path, knowledge: str = "both"):
+        torch.manual_seed(3)
+        config = amp.PromptConfig(knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4)
+        self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
+        self.model.eval()
+        if self.model.knowledge_aware:  # far from the base model, so that every piece of knowledge shows in the scores
+            self.model.interaction.gate.data.normal_(std=2.0)
+        self.split = ShardSplit(shards, "test")
+        self.captions = SplitCaptions.read(self.split, KINDS)
+        self.collate = knowledge_collator(self.model, str(cache), "float32")
+        encode_texts(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
+        self.frozen = compute_frozen_features(self.split, self.model, self.preprocess, batch_size=5, workers=0)
+        self.images = torch.stack([self.preprocess(self.split.image(i)) for i in range(len(self.split))])
+
+    def retrieval(self, captions=None, **settings) -> Retrieval:
+        settings = RetrievalSettings(**{"top_k": 4, **settings})
+        return Retrieval(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
+
+    def text(self, caption: int) -> torch.Tensor:
+        return self.model.encode_text(self.model.tokenizer([self.captions.texts[caption]]))[0]
+
+    def pair_score(self, image: int, caption: int) -> float:
+        """Of an image conditioned on a caption's knowledge, through the public call."""
+        if self.model.knowledge_aware:
+            feature = self.model.encode_image(self.images[[image]], [self.captions.knowledge[caption]])[0]
+        else:
+            feature = self.model(self.images[[image]], prompted=True).prompted[0]
+        return float(F.cosine_similarity(feature, self.text(caption), dim=0))
+
+    def pooled_score(self, image: int, captions: list[int], caption: int) -> float:
+        """Of an image conditioned on the existing prompts of all these captions, joined without any padding."""
+        triplets, states = [], []
+        for number in captions:
+            prompts = self.model.encode_knowledge(self.model.prepare_knowledge([self.captions.knowledge[number]]))
+            # A caption without knowledge brings its null prompts.
+            triplets.append(prompts.triplets[0][prompts.mask[0]])
+            states.append(prompts.states[0][prompts.mask[0]])
+        triplets, states = torch.cat(triplets)[None], torch.cat(states)[None]
+        joined = Prompts(triplets, states, torch.ones(1, triplets.shape[1], dtype=torch.bool))
+        early = self.model.encode_early(self.images[[image]])
+        feature = self.model.encode_pairs(early, joined, torch.tensor([0]))[0]
+        return float(F.cosine_similarity(feature, self.text(caption), dim=0))
+
+
+@torch.no_grad()
+def naive(world: World, name: str, top_k: int, fusion_weight: float = 0.0):
+    """Scores (Q, k) and 0-based ranks (Q,) of one direction, in Python lists and stable sorts."""
+    base = world.model.encode_image(world.images, normalize=True)
+    text = F.normalize(torch.stack([world.text(c) for c in range(len(world.captions.texts))]), dim=-1)
+    owner = world.captions.image.tolist()
+    queries = range(len(owner)) if name == "t2i" else range(len(base))
+    all_scores, ranks = [], []
+    for query in queries:
+        first = (base @ text[query] if name == "t2i" else text @ base[query]).tolist()
+        order = sorted(range(len(first)), key=lambda item: -first[item])
+        top = order[:top_k]
+        if name == "t2i":
+            scores = [world.pair_score(image, query) for image in top]
+        elif name == "i2t pooled":
+            scores = [world.pooled_score(query, top, caption) for caption in top]
+        else:
+            scores = [world.pair_score(query, caption) for caption in top]
+        final = [score + fusion_weight * first[item] for score, item in zip(scores, top, strict=True)]
+        reranked = [top[i] for i in sorted(range(len(top)), key=lambda i: -final[i])] + order[top_k:]
+        hits = [owner[query] == item if name == "t2i" else owner[item] == query for item in reranked]
+        all_scores.append(scores)
+        ranks.append(hits.index(True))
+    return torch.tensor(all_scores), torch.tensor(ranks)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def aware(clip_folder, shards, cache):
+    return World(clip_folder, shards, cache)
+
+
+@pytest.fixture(scope="module")
+def control(clip_folder, shards, cache):
+    return World(clip_folder, shards, cache, knowledge="none")
+
+
+def assert_same(ranking, expected):
+    scores, ranks = expected
+    torch.testing.assert_close(ranking.scores, scores, rtol=0, atol=1e-5)
+    assert ranking.ranks.tolist() == ranks.tolist()
+    assert ranking.result.recall == recalls(ranks)
+    assert ranking.result.queries == len(ranks)
+
+
+@pytest.mark.parametrize("name", ["t2i", "i2t pairwise", "i2t pooled"])
+def test_knowledge_aware_ranking_equals_the_naive_loop(aware, name):
+    rankings = aware.retrieval(batch_size=7).rank(aware.model)
+    assert list(rankings) == ["t2i", "i2t pairwise", "i2t pooled"]
+    assert_same(rankings[name], naive(aware, name, top_k=4))
+    # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
+    assert (rankings[name].ranks != rankings[name].first.ranks).sum() > 2
+    assert rankings[name].scores.std() > 1e-2
+
+
+def test_pooled_and_pairwise_conditioning_differ(aware):
+    rankings = aware.retrieval().rank(aware.model)
+    assert (rankings["i2t pooled"].scores - rankings["i2t pairwise"].scores).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["t2i", "i2t"])
+def test_the_control_ranks_with_one_feature_an_image(control, name):
+    rankings = control.retrieval(batch_size=5).rank(control.model)
+    assert list(rankings) == ["t2i", "i2t"]
+    assert_same(rankings[name], naive(control, name, top_k=4))
+
+
+@pytest.mark.parametrize("name", ["t2i", "i2t pooled"])
+def test_fewer_candidates_than_top_k(aware, name):
+    world, top_k = aware, 500  # the whole gallery is re-ranked
+    ranking = world.retrieval(top_k=top_k, i2t=["pooled"]).rank(world.model)[name]
+    scores, ranks = naive(world, name, top_k)
+    assert ranking.scores.shape == (len(ranks), 12 if name == "t2i" else len(world.captions.texts))
+    assert_same(ranking, (scores, ranks))
+
+
+def test_fusion_adds_the_first_stages_score(aware):
+    ranking = aware.retrieval(fusion_weight=0.7).rank(aware.model)["t2i"]
+    assert_same(ranking, naive(aware, "t2i", top_k=4, fusion_weight=0.7))
+    assert ranking.ranks.tolist() != aware.retrieval().rank(aware.model)["t2i"].ranks.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_the_batch_size_changes_nothing(aware, batch_size):
+    expected = aware.retrieval().rank(aware.model)
+    rankings = aware.retrieval(batch_size=batch_size).rank(aware.model)
+    for name, ranking in rankings.items():
+        torch.testing.assert_close(ranking.scores, expected[name].scores, rtol=0, atol=1e-5)
+        assert torch.equal(ranking.ranks, expected[name].ranks)
+
+
+@pytest.mark.parametrize("chosen", [["pairwise"], ["pooled"]])
+def test_only_the_asked_ways_of_conditioning_run(aware, chosen):
+    retrieval = aware.retrieval(i2t=chosen)
+    rankings = retrieval.rank(aware.model)
+    assert list(rankings) == ["t2i", f"i2t {chosen[0]}"]
+    (row,) = retrieval.rows("ours", rankings)
+    assert row.name == f"ours ({chosen[0]})"
+    assert row.t2i is rankings["t2i"].result and row.i2t is rankings[f"i2t {chosen[0]}"].result
+
+
+def test_rows_of_the_control_bear_its_name(control):
+    retrieval = control.retrieval()
+    assert [row.name for row in retrieval.rows("control", retrieval.rank(control.model))] == ["control"]
+
+
+def test_the_base_row_equals_clip_benchmark(aware):
+    by_image = [[] for _ in range(len(aware.split))]
+    for text, image in zip(aware.captions.texts, aware.captions.image.tolist(), strict=True):
+        by_image[image].append(text)
+    loader = [(aware.images[low : low + 4], by_image[low : low + 4]) for low in range(0, 12, 4)]
+    clip = aware.model.backbone.clip
+    expected = zeroshot_retrieval.evaluate(
+        clip, loader, aware.model.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    row = aware.retrieval().base_row()
+    for k in (1, 5, 10):
+        assert row.t2i.recall[k] == pytest.approx(100 * expected[f"image_retrieval_recall@{k}"], abs=1e-4)
+        assert row.i2t.recall[k] == pytest.approx(100 * expected[f"text_retrieval_recall@{k}"], abs=1e-4)
+    assert 0 < row.t2i.recall[5] < 100 and 0 < row.i2t.recall[5] < 100
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_max_queries_search_the_whole_gallery_for_some(aware, count):
+    whole = aware.retrieval().rank(aware.model)
+    retrieval = aware.retrieval(max_queries=count)
+    some = retrieval.rank(aware.model)
+    for name, ranking in some.items():
+        total = len(whole[name].queries)
+        chosen = torch.tensor([i * total // count for i in range(count)])
+        assert torch.equal(ranking.queries, chosen)
+        torch.testing.assert_close(ranking.scores, whole[name].scores[chosen], rtol=0, atol=1e-5)
+        assert torch.equal(ranking.ranks, whole[name].ranks[chosen])
+        assert torch.equal(ranking.first.candidates, whole[name].first.candidates[chosen])
+    assert retrieval.base_row().t2i.queries == count
+
+
+def test_spaced_indices():
+    assert spaced(10, 0).tolist() == spaced(10, 10).tolist() == spaced(10, 99).tolist() == list(range(10))
+    assert spaced(10, 4).tolist() == [0, 2, 5, 7]
+    assert spaced(25_010, 500).unique().numel() == 500
+
+
+def test_captions_are_read_in_order_and_can_be_limited(aware):
+    records = list(aware.split.records())
+    assert aware.captions.images == len(records) == 12
+    texts = [(c["text"], i) for i, record in enumerate(records) for c in record["captions"]]
+    assert list(zip(aware.captions.texts, aware.captions.image.tolist(), strict=True)) == texts
+    first = SplitCaptions.read(aware.split, ("action",), captions_per_image=1)
+    assert first.texts == [record["captions"][0]["text"] for record in records]
+    assert first.image.tolist() == list(range(12))
+    assert {t.kind for item in first.knowledge for t in item.triplets} == {"action"}
+    result = aware.retrieval(captions=first).rank(aware.model)["t2i"].result
+    assert result.queries == 12
+
+
+def test_progress_counts_every_direction_to_its_end(aware):
+    reports = {}
+    aware.retrieval(batch_size=10).rank(
+        aware.model, progress=lambda name, done, total: reports.update({name: (done, total)})
+    )
+    captions = len(aware.captions.texts)
+    assert reports == {"t2i": (4 * captions, 4 * captions), "i2t pairwise": (48, 48), "i2t pooled": (12, 12)}
+
+
+def _rank_both(clip_folder, shards, cache):
+    out = {}
+    for knowledge in ("both", "none"):
+        world = World(clip_folder, shards, cache, knowledge)
+        for name, ranking in world.retrieval(batch_size=6, max_queries=11).rank(world.model).items():
+            out[knowledge, name] = ranking.scores.numpy(), ranking.ranks.numpy()
+    return out
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_scores_of_one(aware, control, clip_folder, shards, cache, tmp_path):
+    # The store is filled by now; both ranks read it.
+    expected = _rank_both(clip_folder, shards, cache)
+    for result in run_ranks(_rank_both, tmp_path, clip_folder, shards, cache):
+        assert result.keys() == expected.keys()
+        for key, (scores, ranks) in result.items():
+            np.testing.assert_allclose(scores, expected[key][0], rtol=0, atol=1e-5)
+            np.testing.assert_array_equal(ranks, expected[key][1])

@@ -1,0 +1,152 @@
+"""Stored outputs of the frozen image blocks: what a direct computation gives, kept where its inputs say."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_clip
+
+import amp
+from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folder
+from amp.data.split import ShardSplit
+
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def made(clip_folder):
+    """A model and its validation transform."""
+    config = amp.PromptConfig(interaction_layer=LAYER, triplet_heads=4)
+    model, _, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
+    return model.eval(), preprocess
+
+
+@pytest.fixture
+def split(shards):
+    return ShardSplit(shards, "test")
+
+
+def compute(split, made, **options):
+    return compute_frozen_features(split, *made, **{"batch_size": 5, "workers": 0, **options})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@torch.no_grad()
+def test_features_equal_a_direct_computation(split, made, workers):
+    features = compute(split, made, workers=workers)
+    model, preprocess = made
+    assert len(features) == len(split) == 12 and features.early.dtype == features.base.dtype == np.float32
+    for index in range(len(split)):
+        image = preprocess(split.image(index))[None]
+        visual = model.backbone.clip.visual
+        tokens = visual._embeds(image)
+        for block in visual.transformer.resblocks[:LAYER]:
+            tokens = block(tokens)
+        torch.testing.assert_close(torch.from_numpy(features.early[index]), tokens[0], rtol=0, atol=1e-5)
+        base = model.backbone.clip.encode_image(image)
+        torch.testing.assert_close(torch.from_numpy(features.base[index]), base[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_stored_tokens_lead_to_the_same_features_as_the_images(split, made):
+    features = compute(split, made)
+    model, preprocess = made
+    images = torch.stack([preprocess(split.image(i)) for i in range(len(split))])
+    from_images = model(images, prompted=True).prompted
+    from_tokens = model(torch.from_numpy(features.early), prompted=True).prompted
+    torch.testing.assert_close(from_tokens, from_images, rtol=0, atol=1e-5)
+
+
+def test_float16_tokens_are_rounded_and_base_features_are_not(split, made):
+    whole, half = compute(split, made), compute(split, made, dtype="float16")
+    assert half.early.dtype == np.float16 and half.base.dtype == np.float32
+    np.testing.assert_array_equal(half.early, whole.early.astype(np.float16))
+    np.testing.assert_array_equal(half.base, whole.base)
+
+
+def test_a_folder_is_written_once_and_then_read(split, made, tmp_path, monkeypatch):
+    folder = tmp_path / "image-ab"
+    reports = []
+    first = compute(split, made, folder=folder, progress=lambda *done: reports.append(done))
+    assert reports == [(5, 12), (10, 12), (12, 12)]
+    assert isinstance(first.early, np.memmap) and not first.early.flags.writeable
+    direct = compute(split, made)
+    np.testing.assert_array_equal(first.early, direct.early)
+    np.testing.assert_array_equal(first.base, direct.base)
+    assert [path.name for path in tmp_path.iterdir()] == ["image-ab"]
+
+    def no_image(*_):
+        raise AssertionError("the second run decodes an image")
+
+    monkeypatch.setattr(ShardSplit, "image", no_image)
+    second = compute(split, made, folder=folder)
+    np.testing.assert_array_equal(second.early, direct.early)
+    np.testing.assert_array_equal(second.base, direct.base)
+
+
+def test_an_interrupted_build_leaves_nothing_that_counts(split, made, tmp_path):
+    folder = tmp_path / "image-ab"
+
+    def interrupt(done, total):
+        if done > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute(split, made, folder=folder, progress=interrupt)
+    assert not folder.exists()
+    again = compute(split, made, folder=folder)
+    np.testing.assert_array_equal(again.early, compute(split, made).early)
+
+
+def test_two_builds_at_once_end_with_one_folder(split, made, tmp_path):
+    folder = tmp_path / "image-ab"
+
+    def another(done, total):
+        if done == total:
+            compute(split, made, folder=folder)
+
+    slower = compute(split, made, folder=folder, progress=another)
+    np.testing.assert_array_equal(slower.early, compute(split, made).early)
+    assert [path.name for path in tmp_path.iterdir()] == ["image-ab"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("file", ["early.npy", "base.npy"])
+def test_a_damaged_folder_is_refused_by_name(split, made, tmp_path, damage, file):
+    folder = tmp_path / "image-ab"
+    compute(split, made, folder=folder)
+    path = folder / file
+    path.write_bytes(path.read_bytes()[:-8]) if damage == "cut" else path.unlink()
+    with pytest.raises(amp.AmpError, match=r"image-ab.*Remove the folder"):
+        FrozenFeatures.load(folder)
+
+
+def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shards, clip_folder, tmp_path):
+    model, preprocess = made
+    name = features_folder(tmp_path, split, model, preprocess, "float32")
+
+    def build(layer=LAYER, seed=0, **transform):
+        _, _, other = amp.create_model_and_transforms(clip_folder, prompt_config=model.config, **transform)
+        config = amp.PromptConfig(interaction_layer=layer, triplet_heads=4)
+        return amp.ActionAwareCLIP(make_clip(seed=seed), config), other
+
+    same = [
+        features_folder(tmp_path, ShardSplit(shards, "test"), *build(), "float32"),
+        # What the frozen blocks don't see: prompts of another number, and no knowledge at all.
+        features_folder(tmp_path, split, amp.ActionAwareCLIP(
+            make_clip(), amp.PromptConfig("none", LAYER, num_prompts=2)), preprocess, "float32"),
+    ]  # fmt: skip
+    assert set(same) == {name}
+    others = {
+        "layer": features_folder(tmp_path, split, *build(layer=1), "float32"),
+        "weights": features_folder(tmp_path, split, *build(seed=1), "float32"),
+        "transform": features_folder(tmp_path, split, *build(image_resize_mode="shortest"), "float32"),
+        "type": features_folder(tmp_path, split, model, preprocess, "float16"),
+        "shards": features_folder(tmp_path, ShardSplit(shards, "val"), model, preprocess, "float32"),
+    }
+    assert len({name, *others.values()}) == 6, others
+
+
+@pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
+def test_the_folder_is_the_same_in_every_process(made, mode):
+    _, _, preprocess = amp.create_model_and_transforms("ViT-B-32", device="meta", image_resize_mode=mode)
+    assert " at 0x" not in repr(preprocess)  # an address would make a folder of its own for each run and rank
