@@ -65,8 +65,11 @@ def save_adapter(path: str | os.PathLike, model: ActionAwareCLIP, training: dict
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary, metadata={"format": FORMAT, "header": json.dumps(asdict(header))})
-    os.replace(temporary, path)
+    try:
+        save_file(weights, temporary, metadata={"format": FORMAT, "header": json.dumps(asdict(header))})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torch.Tensor]]:
@@ -90,12 +93,17 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
         ) from error
     except SafetensorError as error:
         raise AmpError(f"{path}: not a whole safetensors file ({error}). Copy or train it again") from error
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error}), expected a file") from error
     record = json.loads(metadata["header"])
-    known = {f.name for f in fields(PromptConfig)}
-    unknown = sorted(set(record["prompt_config"]) - known)
-    if unknown:
-        raise AmpError(f"{path}: prompt settings {unknown} are unknown to open-clip-amp {__version__}, the file was "
-                       f"written by {record['version']}. Install that version or a newer one")  # fmt: skip
+    for what, seen, known in (
+        ("header keys", record, AdapterHeader),
+        ("prompt settings", record["prompt_config"], PromptConfig),
+    ):
+        unknown = sorted(set(seen) - {f.name for f in fields(known)})
+        if unknown:
+            raise AmpError(f"{path}: {what} {unknown} are unknown to open-clip-amp {__version__}, the file was "
+                           f"written by {record['version']}. Install that version or a newer one")  # fmt: skip
     record["prompt_config"] = PromptConfig(**record["prompt_config"])
     return AdapterHeader(**record), weights
 

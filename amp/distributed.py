@@ -39,7 +39,8 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     # Bytes for booleans: gloo and NCCL have no reduction-free type for them in common.
     wire = x.to(torch.uint8) if x.dtype == torch.bool else x
     out = wire.new_empty((world_size() * wire.shape[0], *wire.shape[1:]))
-    dist.all_gather_into_tensor(out, wire)
+    # torch 2.14 renames it and warns at the old name.
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, wire)
     return out.to(x.dtype)
 
 

@@ -20,7 +20,10 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except AmpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # from a DataLoader's worker, which passes it on below a traceback
+            message = message.rstrip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -1,6 +1,8 @@
 """Building models the way open_clip's users know it."""
 
 import logging
+from difflib import get_close_matches
+from pathlib import Path
 
 import open_clip
 import torch
@@ -46,6 +48,7 @@ def create_model_and_transforms(
     if adapter is not None and prompt_config is not None:
         raise AmpError("give either prompt_config or adapter: an adapter file holds the settings it was trained with")
     refuse_quick_gelu_mismatch(model_name, pretrained, open_clip_kwargs.get("force_quick_gelu", False))
+    refuse_unknown_model(model_name, pretrained)
     meta = torch.device(device).type == "meta"
     with torch.device("meta" if meta else "cpu"):
         # Weights are loaded in fp32 whatever the precision: their hash names the base model in adapters and caches.
@@ -76,6 +79,32 @@ def get_tokenizer(model_name: str):
     return open_clip.get_tokenizer(model_name)
 
 
+def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
+    """Refuses what can't be found, before open_clip lists all it has in a traceback.
+
+    Raises:
+        AmpError: With the closest names.
+    """
+    if model_name.startswith("local-dir:"):
+        folder = Path(model_name.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise AmpError(
+                f"model {model_name!r}: no file {folder / 'open_clip_config.json'}, expected a folder that open_clip saved; "
+                "mend --model.name"
+            )
+    elif ":" not in model_name:
+        name = model_name.replace("/", "-")
+        if open_clip.get_model_config(name) is None:
+            close = get_close_matches(name, open_clip.list_models(), cutoff=0.5)
+            raise AmpError(
+                f"model {model_name!r} is unknown to open_clip {open_clip.__version__}, expected a name of "
+                f"open_clip.list_models(){', such as ' + ', '.join(close) if close else ''}, or local-dir:FOLDER"
+            )
+        if pretrained and not open_clip.get_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise AmpError(f"weights {pretrained!r} of model {model_name!r}: no such tag or file; tags known: {tags}")
+
+
 def refuse_quick_gelu_mismatch(model_name: str, pretrained: str | None, force_quick_gelu: bool = False) -> None:
     """Refuses weights trained with one GELU in a model that computes the other; open_clip itself only warns.
 
@@ -85,16 +114,18 @@ def refuse_quick_gelu_mismatch(model_name: str, pretrained: str | None, force_qu
     if not pretrained or ":" in model_name:
         return
     name = model_name.replace("/", "-")
-    config, tag = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained)
+    # A tag may be known under the other name alone: ViT-B-32-quickgelu has no laion2b_s34b_b79k.
+    other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    tag = open_clip.get_pretrained_cfg(name, pretrained) or open_clip.get_pretrained_cfg(other, pretrained)
+    config = open_clip.get_model_config(name)
     if config is None or not tag:
         return
     has = bool(config.get("quick_gelu", False)) or force_quick_gelu
     needs = bool(tag.get("quick_gelu", False))
     if has != needs:
-        use = f"{name}-quickgelu" if needs else name.removesuffix("-quickgelu")
         raise AmpError(
             f"model {model_name!r} has quick_gelu={has}, but its weights {pretrained!r} were trained with "
-            f"quick_gelu={needs}, expected the same. Use model {use!r}"
+            f"quick_gelu={needs}, expected the same. Use model {other!r}"
         )
 
 

@@ -1,5 +1,6 @@
 """ActionAwareCLIP: a frozen CLIP whose image encoder is prompted with the action knowledge of a caption."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,7 +65,8 @@ class ActionAwareCLIP(nn.Module):
         tokenizer: The base model's tokenizer; needed where knowledge is given as text.
 
     Raises:
-        AmpError: Timm or ResNet towers, or an `interaction_layer` outside the tower.
+        AmpError: Timm or ResNet towers, an `interaction_layer` outside the tower, `triplet_heads` that don't divide the
+            text width.
     """
 
     def __init__(self, clip: nn.Module, config: PromptConfig | None = None, tokenizer=None):
@@ -82,6 +84,11 @@ class ActionAwareCLIP(nn.Module):
         self.knowledge_aware = config.knowledge != "none"
         if self.knowledge_aware:
             d_t, d = backbone.text_width, backbone.embed_dim
+            if d_t % config.triplet_heads:
+                raise AmpError(
+                    f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
+                    f"{math.gcd(d_t, config.triplet_heads)}"
+                )
             self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
             self.null_state = nn.Parameter(0.02 * torch.randn(d))
             # Eq. 6 shares W_down and W_up between triplets and states, which asks for one width.
@@ -209,7 +216,8 @@ class ActionAwareCLIP(nn.Module):
             prompted: Also return features without knowledge.
             only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
         """
-        early = self.encode_early(images) if images.ndim == 4 else images
+        # Stored tokens may have another type than the blocks: float16 on disk, or weights that DeepSpeed has cast.
+        early = self.encode_early(images) if images.ndim == 4 else images.to(self.backbone.dtype)
         if only_frozen:
             with torch.no_grad():
                 rest = self.backbone.blocks(early, self.config.interaction_layer, self.backbone.num_layers)

@@ -24,7 +24,9 @@ class Terminal:
     def progress(self, what: str):
         """Yields report(done, total)."""
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        # In a log file a bar that goes away again would leave an empty line.
+        off = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=off) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -1,11 +1,12 @@
 """Evaluates retrieval: base CLIP and any number of adapters in one table, both directions, re-ranked top k.
 
-    python launchers/evaluate.py --config launchers/configs/flickr8k.yaml --split test --out runs/flickr8k/results.json \
-        --adapters '["control=runs/control/stage2/adapter.safetensors", "action-aware=runs/full/stage2/adapter.safetensors"]'
-    accelerate launch --multi_gpu --num_processes 8 launchers/evaluate.py ...        (pairs are split over processes)
+    python launchers/evaluate.py --config launchers/configs/flickr8k.yaml --split test \
+        --out runs/flickr8k/results.json --adapters '["control=runs/flickr8k/control/stage2/adapter.safetensors"]'
+    accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/evaluate.py ...   (pairs are split)
 
-The configuration is the one of training: of it, `model`, `data`, `validation`, `mixed_precision` are read. Adapters carry
-their own prompt settings. Writes OUT (JSON), OUT with .csv, and with --gallery a picture of some retrievals.
+The configuration is the one of training: of it `model`, `data` and `mixed_precision` are read, and `prompt` for the
+base model alone; adapters carry their own prompt settings. How the split is searched is set by --search. Writes OUT
+(JSON), OUT with .csv, and with --gallery a picture of some retrievals.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from amp.errors import exit_on_error
+from amp.errors import AmpError, exit_on_error
 from amp.retrieval.evaluate import RetrievalSettings
 from amp.train.config import TrainConfig
 
@@ -38,7 +39,11 @@ class EvaluationSettings:
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.split("\n")[0], prog="launchers/evaluate.py")
+    parser = ArgumentParser(
+        prog="launchers/evaluate.py",
+        usage="launchers/evaluate.py [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
+        description=__doc__.split("\n")[0],
+    )
     parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
     parser.add_class_arguments(EvaluationSettings, as_group=False)
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
@@ -47,10 +52,16 @@ def parser() -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
-    settings = options.instantiate(options.parse_args(arguments))
-    evaluation = EvaluationSettings(**{k: settings[k] for k in EvaluationSettings.__dataclass_fields__})
-    config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
+    parsed = options.parse_args(arguments)
     with exit_on_error():
+        settings = options.instantiate(parsed)
+        evaluation = EvaluationSettings(**{k: settings[k] for k in EvaluationSettings.__dataclass_fields__})
+        config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
+        if Path(evaluation.out).suffix != ".json":  # said before hours of work
+            raise AmpError(
+                f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "
+                "so add --out FILE.json"
+            )
         from amp.retrieval.run import evaluate
 
         evaluate(

@@ -14,6 +14,7 @@ from helpers import fresh_accelerate, shards  # noqa: F401, fixtures
 
 from amp.knowledge.schema import Knowledge, Triplet
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and threads that spin stop the other tests
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("AMP_SHARED", ROOT.parent / "shared"))
 

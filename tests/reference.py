@@ -95,7 +95,8 @@ def self_attention(x, layer):
 def interact(aim, patches, triplets, states):
     """Conditioned patches of one image and one caption (M, d_v), and the maps A^t and A^s (M, M).
 
-    Without a gate the literal eq. 7-8; with one, P~ keeps the patches and V~ is normalised, scaled and added to them.
+    Without a gate the literal eq. 7-8; with one, P~ keeps the patches, and V~ is added to them, normalised and in their
+    scale.
     """
     normed = layer_norm(patches, aim.norm)
     augmented_t = cross_attention(normed, triplets, aim.cross_triplet)
@@ -107,7 +108,8 @@ def interact(aim, patches, triplets, states):
     value = linear(gelu(linear(torch.cat([value_t, value_s], dim=1), aim.mlp[0])), aim.mlp[2])
     enhanced = (aim.lam * map_t + (1 - aim.lam) * map_s) @ value
     if aim.gate is not None:
-        enhanced = patches + aim.gate * layer_norm(enhanced)
+        scale = math.sqrt(sum(float(x) ** 2 for x in patches.flatten()) / patches.numel())
+        enhanced = patches + aim.gate * scale * layer_norm(enhanced)
     return enhanced, map_t, map_s
 
 

@@ -83,7 +83,10 @@ def step(model: amp.ActionAwareCLIP, config: TrainConfig, stage: int) -> set[str
     optimizer.step()
     count, total = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
     print(f"{config.model.name}, stage {stage}, {config.conditioning}: {count:,} of {total:,} parameters are trained")
-    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.shape == p.shape}
+    named = dict(model.named_parameters())
+    got_gradient = {name for name, p in named.items() if p.grad is not None and p.grad.shape == p.shape}
+    assert got_gradient == {name for name, p in named.items() if p.requires_grad}  # none is optimised for nothing
+    return got_gradient
 
 
 def test_the_configs_are_there():
@@ -111,6 +114,23 @@ def test_printed_config_reads_back_equal(path, read, tmp_path, capsys):
     assert set(yaml.safe_load(printed.read_text())) == set(TrainConfig.__dataclass_fields__)
     expected = replace(read("--config", path), seed=7)
     assert asdict(read("--config", printed)) == asdict(expected)
+
+
+def test_saved_config_of_a_run_reads_back_equal(read, tmp_path, monkeypatch):
+    """A null must stay one: `pretrained: null` left out would be read back as OpenAI's weights."""
+    ran = []
+    monkeypatch.setattr("amp.train.engine.train", ran.append)
+    arguments = [
+        "--config",
+        ROOT / "launchers/configs/scenes.yaml",
+        "--data.val_split",
+        "null",
+        "--out",
+        tmp_path / "run",
+    ]
+    launcher("launchers/train.py").main([str(a) for a in arguments])
+    assert ran[0].model.pretrained is None and ran[0].data.val_split is None
+    assert asdict(read("--config", tmp_path / "run/config.yaml")) == asdict(ran[0]) == asdict(read(*arguments))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)

@@ -7,7 +7,9 @@ from conftest import make_clip
 
 import amp
 from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folder
+from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
+from amp.terminal import Terminal
 
 LAYER = 2
 
@@ -150,3 +152,23 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
 def test_the_folder_is_the_same_in_every_process(made, mode):
     _, _, preprocess = amp.create_model_and_transforms("ViT-B-32", device="meta", image_resize_mode=mode)
     assert " at 0x" not in repr(preprocess)  # an address would make a folder of its own for each run and rank
+
+
+def test_stored_features_do_not_depend_on_mixed_precision(split, made, tmp_path, monkeypatch):
+    """The folders' names don't hold it, so an evaluation in fp32 reads what a training run in bf16 has left."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    accelerator, terminal, (model, preprocess) = Accelerator(mixed_precision="bf16"), Terminal(False), made
+    images = prepare_images(accelerator, terminal, split, model, preprocess, tmp_path, "float32", 5, 0)
+    expected = compute(split, made)
+    np.testing.assert_array_equal(images.early, expected.early)
+    np.testing.assert_array_equal(images.base, expected.base)
+    store, texts = knowledge_collator(model, tmp_path, "float32").store, ["A dog runs", "A red ball"]
+    prepare_texts(accelerator, terminal, store, model, texts)
+    with torch.no_grad():
+        direct = model.encode_text(model.tokenizer(texts))
+    torch.testing.assert_close(torch.from_numpy(store.lookup(texts)), direct, rtol=0, atol=1e-5)

@@ -172,7 +172,7 @@ def test_a_truncated_image_names_its_shard_and_key(world, shards, tmp_path, work
     key = world[5][2][1]["key"]
     shard = damaged(shards, tmp_path / "bad", key)
     split = ShardSplit(tmp_path / "bad", "train")
-    order, loader = loader_of((*world[:3], split, *world[4:]), workers=workers)
+    _, loader = loader_of((*world[:3], split, *world[4:]), workers=workers)
     with pytest.raises(amp.AmpError) as error:
         list(loader)
     message = str(error.value)

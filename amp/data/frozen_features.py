@@ -9,7 +9,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +70,10 @@ def compute_frozen_features(
     folder: Path | None = None,
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> FrozenFeatures:
     """Runs the frozen blocks over a split, or opens what an earlier call has left in `folder`.
+
+    In the weights' own precision, never under autocast: runs of any mixed precision share a folder.
 
     Args:
         split: The images.
@@ -84,7 +84,6 @@ def compute_frozen_features(
         folder: Where to keep the arrays; None keeps them in memory.
         dtype: Of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
-        autocast: Makes the context of a forward pass, such as `accelerator.autocast`.
     """
     if folder is not None and folder.is_dir():
         return FrozenFeatures.load(folder)
@@ -101,8 +100,7 @@ def compute_frozen_features(
     done = 0
     for images in loader:
         images = images.to(device, non_blocking=True)
-        with autocast():
-            features = model(images, only_frozen=True)
+        features = model(images, only_frozen=True)
         stop = done + len(images)
         early[done:stop] = features.early.float().cpu().numpy()
         base[done:stop] = features.base.float().cpu().numpy()

@@ -27,7 +27,7 @@ def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatu
     missing = store.missing(texts)
     accelerator.wait_for_everyone()
     if missing:
-        with terminal.progress("encoding texts") as report, accelerator.autocast():
+        with terminal.progress("encoding texts") as report:  # not under autocast: runs of any precision share the store
             encode_texts(store, missing, model.backbone, model.tokenizer, rank=accelerator.process_index,
                          world=accelerator.num_processes, progress=report)  # fmt: skip
     accelerator.wait_for_everyone()
@@ -41,5 +41,4 @@ def prepare_images(accelerator: Accelerator, terminal: Terminal, split: ShardSpl
     with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images") as report:
         return compute_frozen_features(
             split, model, preprocess, batch_size, workers, folder=folder, dtype=dtype, progress=report,
-            autocast=accelerator.autocast,
         )  # fmt: skip

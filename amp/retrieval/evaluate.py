@@ -14,6 +14,7 @@ from amp.data.frozen_features import FrozenFeatures
 from amp.data.split import ShardSplit
 from amp.data.stream import KnowledgeCollator
 from amp.distributed import all_reduce_sum, rank, world_size
+from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import state_texts
@@ -35,6 +36,8 @@ class RetrievalSettings:
         batch_size: Pairs a forward pass.
         captions_per_image: Keep only the first n captions of an image; 0 keeps all (COCO 5K: 25,010).
         max_queries: Search for this many queries a direction, evenly spaced, in the whole gallery; 0 for all.
+        skip_decided: Score only queries with an answer among their candidates. The others keep their first-stage rank
+            whatever they score, so the recalls are the same for a fraction of the work.
     """
 
     top_k: int = 20
@@ -43,6 +46,15 @@ class RetrievalSettings:
     batch_size: int = 128
     captions_per_image: int = 0
     max_queries: int = 0
+    skip_decided: bool = False
+
+    def __post_init__(self):
+        least = {"top_k": 1, "batch_size": 1, "captions_per_image": 0, "max_queries": 0}
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise AmpError(f"search setting {key} is {getattr(self, key)}, expected an integer of at least {low}")
+        if not self.i2t:
+            raise AmpError("search setting i2t is [], expected pairwise, pooled or both")
 
 
 @dataclass
@@ -84,7 +96,7 @@ class Ranking:
     Attributes:
         queries: Indices of the queries among images or captions, int64 (Q,).
         first: The frozen CLIP's answer.
-        scores: New scores of its candidates (Q, k).
+        scores: New scores of its candidates (Q, k); zeros for queries that `skip_decided` left out.
         ranks: 0-based rank of the best positive after re-ranking (Q,).
         result: The figures.
     """
@@ -150,7 +162,7 @@ class Retrieval:
         """
         aware = getattr(model, "module", model).knowledge_aware
         if not aware:
-            features = self._over_images(model, autocast, lambda rows: {"prompted": True}, "prompted")
+            features = self._over_images(model, autocast)
             scorers = {"t2i": self._feature_scorer(features, "t2i"), "i2t": self._feature_scorer(features, "i2t")}
         else:
             scorers = {"t2i": self._pair_scorer(model, autocast, "t2i")}
@@ -162,19 +174,26 @@ class Retrieval:
             direction = name[:3]
             start = time.perf_counter()
             report = None if progress is None else (lambda done, total, name=name: progress(name, done, total))
+            first, mask = self.first[direction], self.positives[direction].of(self.first[direction].candidates)
+            rows = mask.any(dim=1).nonzero().flatten() if self.settings.skip_decided else torch.arange(len(mask))
             if scorer is None:
-                features = self._over_images(model, autocast, self._pooled_knowledge, "conditioned", report)
+                features = self._over_images(model, autocast, rows, report)
                 scorer = self._feature_scorer(features, "i2t", by_query=True)
                 report = None
-            scores = score_candidates(
-                self.first[direction].candidates, scorer, self.settings.batch_size,
-                group_by="query" if direction == "i2t" else "candidate", shard=(rank(), world_size()), progress=report,
-            )  # fmt: skip
-            scores = all_reduce_sum(scores.to(self.device)).cpu()
-            mask = self.positives[direction].of(self.first[direction].candidates)
-            ranks = rerank(self.first[direction], scores, mask, self.settings.fusion_weight)
-            result = self._result(direction, ranks, time.perf_counter() - start)
-            rankings[name] = Ranking(self.queries[direction], self.first[direction], scores, ranks, result)
+            part = score_candidates(
+                first.candidates[rows],
+                lambda query, candidate, scorer=scorer, rows=rows: scorer(rows[query], candidate),
+                self.settings.batch_size,
+                group_by="query" if direction == "i2t" else "candidate",
+                shard=(rank(), world_size()),
+                progress=report,
+            )
+            scores = torch.zeros_like(first.scores)
+            scores[rows] = all_reduce_sum(part.to(self.device)).cpu()
+            ranks = rerank(first, scores, mask, self.settings.fusion_weight)
+            # Time of the queries left out is counted as that of the others.
+            seconds = (time.perf_counter() - start) * len(mask) / max(1, len(rows))
+            rankings[name] = Ranking(self.queries[direction], first, scores, ranks, self._result(direction, ranks, seconds))
         return rankings
 
     def rows(self, name: str, rankings: dict[str, Ranking]) -> list[RetrievalRow]:
@@ -224,27 +243,28 @@ class Retrieval:
 
         return score
 
-    def _pooled_knowledge(self, rows: torch.Tensor) -> dict:
-        candidates = self.first["i2t"].candidates[rows]
-        return {
-            "knowledge": self.knowledge[candidates.flatten()].to(self.device),
-            "captions_a_pair": candidates.shape[1],
-        }
-
-    def _over_images(self, model, autocast, arguments, output: str, progress=None) -> torch.Tensor:
-        """One feature a row, of all images (control) or of the image queries (pooled), split over ranks."""
-        pooled = output == "conditioned"
-        images = self.queries["i2t"] if pooled else torch.arange(self.captions.images)
+    def _over_images(self, model, autocast, rows: torch.Tensor | None = None, progress=None) -> torch.Tensor:
+        """One feature an image, split over ranks: without knowledge of all images (I, d), or with `rows` of those image
+        queries, each conditioned on the union of its candidates' knowledge (Q, d)."""
+        pooled = rows is not None
+        if not pooled:
+            rows = torch.arange(self.captions.images)
+        features = torch.zeros(len(self.queries["i2t"]) if pooled else len(rows), self.text.shape[1], device=self.device)
         size = max(1, self.settings.batch_size // (self.settings.top_k if pooled else 1))
-        start, stop = shard_bounds(len(images), rank(), world_size())
-        features = torch.zeros(len(images), self.text.shape[1], device=self.device)
+        start, stop = shard_bounds(len(rows), rank(), world_size())
         for low in range(start, stop, size):
-            rows = torch.arange(low, min(low + size, stop))
+            part = rows[low : min(low + size, stop)]
             with torch.no_grad(), autocast():
-                out = model(self._early(images[rows]), **arguments(rows))
-            features[low : low + len(rows)] = getattr(out, output).float()
+                if pooled:
+                    candidates = self.first["i2t"].candidates[part]
+                    knowledge = self.knowledge[candidates.flatten()].to(self.device)
+                    early = self._early(self.queries["i2t"][part])
+                    out = model(early, knowledge, captions_a_pair=candidates.shape[1]).conditioned
+                else:
+                    out = model(self._early(part), prompted=True).prompted
+            features[part.to(self.device)] = out.float()
             if progress is not None:
-                progress(low + len(rows) - start, stop - start)
+                progress(low + len(part) - start, stop - start)
         return all_reduce_sum(features)
 
 

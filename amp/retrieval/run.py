@@ -41,6 +41,8 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         AmpError: Wrong input, such as an adapter of another base model.
     """
     named = [named_adapter(text) for text in adapters]
+    if gallery is not None and not named:
+        raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
     accelerator = make_accelerator(config)
     terminal = Terminal(accelerator.is_main_process)
     split = ShardSplit(config.data.shards, split_name)
@@ -74,8 +76,6 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         result.save_csv(out.with_suffix(".csv"))
         result.print_table(Console())
         if gallery is not None:
-            if not named:
-                raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
             draw_retrievals(Path(gallery), split, captions, rankings)
     accelerator.end_training()
     return result

@@ -127,7 +127,7 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
     validate_every: int = 1
-    validation: RetrievalSettings = field(default_factory=lambda: RetrievalSettings(max_queries=500))
+    validation: RetrievalSettings = field(default_factory=lambda: RetrievalSettings(max_queries=500, skip_decided=True))
 
     def check(self) -> None:
         """Raises AmpError where keys contradict each other."""

@@ -4,9 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, LoggerType
 
 from amp.errors import AmpError
 from amp.train.config import TrainConfig
@@ -14,6 +15,12 @@ from amp.train.config import TrainConfig
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The Accelerator of a run; on machines without an accelerator processes talk over gloo."""
+    unknown = sorted(set(config.trackers) - {tracker.value for tracker in LoggerType})
+    if unknown:
+        raise AmpError(
+            f"trackers holds {unknown}, which Accelerate {accelerate.__version__} doesn't know; expected some of "
+            f"{', '.join(sorted(tracker.value for tracker in LoggerType))}"
+        )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -21,7 +28,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=config.trackers,
+        log_with=config.trackers or None,  # an empty list would make Accelerate warn
         project_dir=config.out,
         kwargs_handlers=handlers,
         deepspeed_plugin=deepspeed_plugin(config),

@@ -1,0 +1,367 @@
+"""Wrong input through the real command lines: one clear error each, exit status 2, no traceback."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_clip_folder
+from helpers import draw_dataset, launcher
+from safetensors.torch import save_file
+
+import amp
+from amp.data.shards import ShardManifest, sha256_of
+
+TINY_PROMPT = {"knowledge": "both", "num_prompts": 2, "triplet_heads": 4, "interaction_layer": 1}
+
+
+@pytest.fixture(scope="module")
+def train():
+    return launcher("launchers/train.py").main
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    return launcher("launchers/evaluate.py").main
+
+
+@pytest.fixture(scope="module")
+def convert():
+    return launcher("tools/make_shards.py").main
+
+
+@pytest.fixture(autouse=True)
+def _alone(fresh_accelerate):
+    pass
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Arguments of make_shards.py for a fresh small data set."""
+    given = draw_dataset(tmp_path / "drawn", {"train": 8, "val": 2, "test": 4})
+    return {**given, "out": str(tmp_path / "out"), "workers": "1"}
+
+
+@pytest.fixture
+def run(shards, clip_folder, tmp_path):
+    """`run(main, **changes)` calls a launcher with settings that work but for the changes; dots are written as `__`."""
+
+    def call(main, *more, **changes):
+        settings = {"model.name": clip_folder, "model.pretrained": "null", "data.shards": shards,
+                    "data.cache": tmp_path / "cache", "data.batch_size": 4, "data.workers": 0, "data.augment": "none",
+                    "data.val_split": "null", "stages": "[1]", "stage1.max_steps": 2, "trackers": "[]",
+                    "out": tmp_path / "run" / "out.json"}  # fmt: skip
+        settings |= {f"prompt.{key}": value for key, value in TINY_PROMPT.items()}
+        settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        main([*arguments(settings), *more])
+
+    return call
+
+
+def arguments(settings: dict) -> list[str]:
+    return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def refused(capsys):
+    """`refused(call)` expects one error and returns its line."""
+
+    def expect(call) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert ended.value.code == 2
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err and "Traceback" not in shown.out
+        lines = [line for line in shown.err.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and lines[-1] == errors[0], shown.err
+        return errors[0]
+
+    return expect
+
+
+def test_the_settings_work_without_changes(run, train, evaluate, tmp_path, capsys):
+    """Otherwise every test below could pass for another reason than its own."""
+    run(train, out=tmp_path / "run")
+    assert (tmp_path / "run" / "stage1" / "adapter.safetensors").is_file()
+    run(evaluate, adapters=f"[mine={tmp_path}/run/stage1/adapter.safetensors]")
+    assert json.loads((tmp_path / "run" / "out.json").read_text())["rows"]
+    assert "error" not in capsys.readouterr().err
+
+
+# -- captions, photos, knowledge --------------------------------------------------------------------------------------
+
+
+def test_missing_captions_file(convert, dataset, refused):
+    dataset["captions"] += ".gone"
+    assert dataset["captions"] in refused(lambda: convert(arguments(dataset)))
+
+
+def test_missing_images_folder(convert, dataset, refused):
+    dataset["images"] += "-gone"
+    assert dataset["images"] in refused(lambda: convert(arguments(dataset)))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "named"),
+    [
+        ("dataset.json", '"images"', '"imags"', "images"),
+        ("dataset.json", '"sentences"', '"sentenses"', "sentences"),
+        ("dataset.json", '"raw"', '"rwa"', "raw"),
+        ("knowledge.jsonl", '"triplets"', '"triples"', "triplets"),
+        ("knowledge.jsonl", '"subject"', '"subjekt"', "subject"),
+    ],
+)
+def test_wrong_json_key(convert, dataset, refused, name, old, new, named):
+    path = Path(dataset["captions"]).with_name(name)
+    path.write_text(path.read_text().replace(old, new))
+    line = refused(lambda: convert(arguments(dataset)))
+    assert name in line and named in line and new.strip('"') in line
+
+
+def test_captions_file_that_is_no_json(convert, dataset, refused):
+    Path(dataset["captions"]).write_text('{"images": [')
+    assert "dataset.json" in refused(lambda: convert(arguments(dataset)))
+
+
+def test_too_many_truncated_photos(convert, dataset, refused):
+    for index in range(3):
+        path = Path(dataset["images"]) / f"train_{index:03d}.jpg"
+        path.write_bytes(path.read_bytes()[:-200])
+    line = refused(lambda: convert(arguments(dataset)))
+    assert "train_000.jpg" in line and "max_skipped" in line
+    assert not Path(dataset["out"], "manifest.json").exists()
+
+
+def test_a_truncated_photo_below_the_threshold_is_listed(convert, dataset):
+    path = Path(dataset["images"]) / "train_001.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    convert([*arguments(dataset), "--max_skipped", "0.5"])
+    manifest = ShardManifest.load(dataset["out"])
+    assert manifest.samples("train") == 7
+    assert "train_001.jpg" in json.dumps(manifest.skipped)
+
+
+def test_a_caption_of_500_words_passes(convert, dataset, run, train, evaluate, tmp_path, capsys):
+    content = json.loads(Path(dataset["captions"]).read_text())
+    for image in content["images"]:
+        image["sentences"][0]["raw"] = " ".join(f"word{i}" for i in range(500)) + f" {image['filename']}"
+    Path(dataset["captions"]).write_text(json.dumps(content))
+    convert(arguments(dataset))
+    shards = dataset["out"]
+    record = json.loads(_members(next(Path(shards).glob("test-*.tar")))[1][1])
+    assert len(record["captions"][0]["text"].split()) == 501
+    run(train, data__shards=shards, out=tmp_path / "run")
+    run(evaluate, data__shards=shards, adapters=f"[{tmp_path}/run/stage1/adapter.safetensors]")
+    assert "error" not in capsys.readouterr().err
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+def _members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]
+
+
+def _replace(shards: Path, split: str, members: list[tuple[str, bytes]], honest: bool) -> Path:
+    """Writes the first shard of a split anew; with `honest` the manifest states its new size."""
+    path = ShardManifest.load(shards).split(split)[0].path
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    if honest:
+        content = json.loads((shards / "manifest.json").read_text())
+        entry = content["splits"][split]["shards"][0]
+        entry |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        (shards / "manifest.json").write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def copied(shards, tmp_path):
+    return Path(shutil.copytree(shards, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("launched", ["train", "evaluate"])
+def test_missing_shards_folder(run, refused, request, tmp_path, launched):
+    main = request.getfixturevalue(launched)
+    line = refused(lambda: run(main, data__shards=tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in line and "make_shards.py" in line
+
+
+def test_shards_are_not_given(run, train, refused):
+    assert "data.shards" in refused(lambda: run(train, data__shards=None))
+
+
+def test_unfinished_shards(run, train, refused, copied):
+    (copied / "manifest.json").unlink()
+    assert "manifest.json" in refused(lambda: run(train, data__shards=copied))
+
+
+def test_manifest_with_a_wrong_key(run, train, refused, copied):
+    path = copied / "manifest.json"
+    path.write_text(path.read_text().replace('"samples"', '"smaples"'))
+    line = refused(lambda: run(train, data__shards=copied))
+    assert str(path) in line and "'samples' is missing" in line
+
+
+@pytest.mark.parametrize(("honest", "said"), [(True, "holds no sample"), (False, "bytes; expected")])
+def test_empty_shard(run, train, refused, copied, honest, said):
+    path = _replace(copied, "train", [], honest)
+    line = refused(lambda: run(train, data__shards=copied))
+    assert str(path) in line and said in line
+
+
+def test_unknown_split(run, train, evaluate, refused):
+    assert "'trian'" in refused(lambda: run(train, data__train_split="trian"))
+    assert "train, val, test" in refused(lambda: run(evaluate, split="tset"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("launched", ["train", "evaluate"])
+def test_truncated_image_in_a_shard(run, refused, request, copied, launched, workers):
+    split = {"train": "train", "evaluate": "test"}[launched]
+    name, content = _members(ShardManifest.load(copied).split(split)[0].path)[0]
+    members = _members(ShardManifest.load(copied).split(split)[0].path)
+    path = _replace(copied, split, [(name, content[: len(content) // 2]), *members[1:]], honest=True)
+    main = request.getfixturevalue(launched)
+    # All of an epoch, so that the sample comes whatever the order.
+    changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
+    line = refused(lambda: run(main, data__shards=copied, data__workers=workers, **changes))
+    assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "make_shards.py" in line
+
+
+def test_a_batch_larger_than_the_split(run, train, refused):
+    line = refused(lambda: run(train, data__batch_size=23))
+    assert "22 images" in line and "data.batch_size" in line
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launched", ["train", "evaluate"])
+def test_unknown_key_on_the_command_line(run, refused, request, launched):
+    main = request.getfixturevalue(launched)
+    assert "data.nonsense" in refused(lambda: run(main, "--data.nonsense", "3"))
+    assert "--nonsense" in refused(lambda: run(main, "--nonsense", "3"))
+
+
+@pytest.mark.parametrize("launched", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("text", "named"), [("data:\n  shrads: x\n", "shrads"), ("learning_rate: 1\n", "learning_rate")]
+)
+def test_unknown_key_in_the_file(run, refused, request, tmp_path, launched, text, named):
+    (tmp_path / "config.yaml").write_text(text)
+    main = request.getfixturevalue(launched)
+    assert named in refused(lambda: run(main, config=tmp_path / "config.yaml"))
+
+
+def test_unknown_option_of_make_shards(convert, dataset, refused):
+    assert "--nonsense" in refused(lambda: convert([*arguments(dataset), "--nonsense", "3"]))
+
+
+def test_missing_config_file(run, train, refused, tmp_path):
+    assert "gone.yaml" in refused(lambda: run(train, config=tmp_path / "gone.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stages": "[2]"}, ["stages is [2]", "init", "stage1/adapter.safetensors"]),
+        ({"stages": "[2, 1]"}, ["stages is [2, 1]"]),
+        ({"conditioning": "none"}, ["conditioning is 'none'", "prompt.knowledge is 'both'"]),
+        ({"prompt.knowledge": "none"}, ["conditioning is 'contrastive'", "prompt.knowledge is 'none'"]),
+        ({"data.cache_images": "true", "data.augment": "crop"}, ["data.cache_images", "data.augment"]),
+        ({"data.batch_size": 0}, ["data.batch_size is 0"]),
+        ({"gradient_accumulation": 0}, ["gradient_accumulation is 0"]),
+        ({"prompt.lam": 1.5}, ["lam is 1.5", "0 to 1"]),
+        ({"prompt.interaction_layer": 3}, ["interaction_layer is 3", "0 to 2"]),
+        ({"prompt.triplet_heads": 7}, ["triplet_heads is 7", "40"]),
+        ({"validation.top_k": 0}, ["top_k is 0"]),
+        ({"validation.i2t": "[]"}, ["i2t is []"]),
+        ({"stage1.epochs": 0}, ["stage 1", "0 epochs"]),
+        ({"trackers": "[tensorbord]"}, ["tensorbord", "tensorboard"]),
+        ({"model.name": "local-dir:/nowhere"}, ["local-dir:/nowhere", "open_clip_config.json"]),
+        ({"model.name": "ViT-B-61"}, ["ViT-B-61", "ViT-B-16"]),
+        ({"model.name": "ViT-B-16", "model.pretrained": "opnai"}, ["opnai", "openai"]),
+        ({"model.name": "ViT-B-16", "model.pretrained": "openai"}, ["quick_gelu", "ViT-B-16-quickgelu"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_make_no_sense(run, train, refused, changes, named):
+    line = refused(lambda: run(train, **changes))
+    for part in named:
+        assert part in line
+
+
+def test_a_value_of_the_wrong_type_names_its_key(run, train, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(train, stage1__lr="fast")
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and "stage1.lr" in shown and "fast" in shown and "Traceback" not in shown
+    assert len(shown.splitlines()) < 6  # the usage of every key would bury it
+
+
+@pytest.mark.parametrize(("key", "value"), [("top_k", 0), ("batch_size", 0), ("i2t", "[]"), ("max_queries", -1)])
+def test_search_settings_that_make_no_sense(run, evaluate, refused, key, value):
+    assert f"{key} is {value}" in refused(lambda: run(evaluate, **{f"search.{key}": value}))
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign_adapter(tmp_path_factory):
+    """An adapter of a base model with the same shapes and other weights."""
+    folder = tmp_path_factory.mktemp("foreign")
+    name = write_clip_folder(folder / "clip", seed=1)
+    model, _, _ = amp.create_model_and_transforms(name, prompt_config=amp.PromptConfig(**TINY_PROMPT))
+    amp.save_adapter(folder / "adapter.safetensors", model)
+    return folder / "adapter.safetensors"
+
+
+def test_checkpoint_of_another_base_model(run, train, evaluate, refused, foreign_adapter, clip_folder):
+    for line in (
+        refused(lambda: run(evaluate, adapters=f"[other={foreign_adapter}]")),
+        refused(lambda: run(train, stages="[2]", init=foreign_adapter)),
+    ):
+        assert str(foreign_adapter) in line and "base model" in line and clip_folder in line
+    with pytest.raises(amp.AmpError, match="base model"):
+        amp.create_model_and_transforms(clip_folder, adapter=str(foreign_adapter))
+
+
+@pytest.mark.parametrize("entry", ["mine=", "mine=gone.safetensors", "gone.safetensors", "="])
+def test_adapters_entry_without_a_file(run, evaluate, refused, entry):
+    line = refused(lambda: run(evaluate, adapters=f'["{entry}"]'))
+    assert repr(entry) in line and "NAME=FILE" in line
+
+
+def test_missing_init(run, train, refused):
+    assert "gone.safetensors" in refused(lambda: run(train, stages="[2]", init="gone.safetensors"))
+
+
+def test_files_that_are_no_adapters(run, evaluate, refused, tmp_path, foreign_adapter):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "'format' is None" in refused(lambda: run(evaluate, adapters=f"[{tmp_path}/other.safetensors]"))
+    (tmp_path / "cut.safetensors").write_bytes(foreign_adapter.read_bytes()[:-100])
+    assert "not a whole safetensors file" in refused(lambda: run(evaluate, adapters=f"[{tmp_path}/cut.safetensors]"))
+
+
+def test_init_with_other_prompt_settings(run, train, refused, clip_folder, tmp_path):
+    config = amp.PromptConfig(**{**TINY_PROMPT, "num_prompts": 3})
+    model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
+    amp.save_adapter(tmp_path / "adapter.safetensors", model)
+    line = refused(lambda: run(train, stages="[2]", init=tmp_path / "adapter.safetensors"))
+    assert "num_prompts is 3 in the file and 2 in the model" in line
+
+
+def test_a_picture_without_adapters_is_refused_before_anything_runs(run, evaluate, refused, tmp_path):
+    assert "--adapters" in refused(lambda: run(evaluate, gallery=tmp_path / "picture.png"))
+    assert not (tmp_path / "run" / "out.json").exists()

@@ -1,0 +1,185 @@
+"""Building models: open_clip's call and triple, its transforms, and the mistakes refused before any download."""
+
+import open_clip
+import pytest
+import torch
+from conftest import make_clip, write_clip_folder
+from PIL import Image
+
+import amp
+from amp.checkpoint import save_adapter
+from amp.config import PromptConfig
+from amp.errors import AmpError
+from amp.factory import refuse_quick_gelu_mismatch
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    """Fails where open_clip would fetch anything."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail(f"open_clip was asked to fetch {args}")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", refuse)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", refuse)
+
+
+@pytest.fixture
+def photo():
+    """Left half black, right half white."""
+    picture = Image.new("RGB", (40, 30), "black")
+    picture.paste("white", (20, 0, 40, 30))
+    return picture
+
+
+def test_mirrors_open_clips_call_and_triple(clip_folder, tokenizer, images):
+    model, train_transform, val_transform = amp.create_model_and_transforms(clip_folder)
+    clip, _, expected = open_clip.create_model_and_transforms(clip_folder)
+    assert isinstance(model, amp.ActionAwareCLIP) and model.config == PromptConfig()
+    assert repr(val_transform) == repr(expected) and "RandomResizedCrop" in repr(train_transform)
+    clip.eval().requires_grad_(False)
+    ids = amp.get_tokenizer(clip_folder)(["a dog", ""])
+    assert torch.equal(ids, tokenizer(["a dog", ""]))
+    assert torch.equal(model.encode_image(images), clip.encode_image(images))
+    assert torch.equal(model.encode_text(ids), clip.encode_text(ids))
+    assert model.logit_scale.item() == pytest.approx(clip.logit_scale.item())
+    assert (model.base_name, model.base_pretrained) == (clip_folder, None)
+    assert model.base_hash == model.backbone.weights_hash()
+
+
+def test_options_go_to_open_clip(clip_folder):
+    *_, val_transform = amp.create_model_and_transforms(clip_folder, image_resize_mode="shortest")
+    assert "CenterCrop" in repr(val_transform)
+
+
+def test_no_transform_swaps_left_and_right(clip_folder, photo):
+    _, train_transform, val_transform = amp.create_model_and_transforms(clip_folder)
+    torch.manual_seed(0)
+    for transform in [val_transform] + [train_transform] * 50:
+        pixels = transform(photo)
+        assert pixels.shape == (3, 32, 32)
+        assert pixels[:, :, 0].max() < 0 < pixels[:, :, -1].min()
+
+
+def test_prompt_settings(clip_folder):
+    config = PromptConfig(interaction_layer=2, num_prompts=1)
+    model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
+    assert model.config is config and model.visual_prompts.prompts.shape == (1, 1, 32)
+
+
+def test_meta_device_builds_shapes_only():
+    model, *_ = amp.create_model_and_transforms("ViT-L-14-336-quickgelu", device="meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    sizes = (
+        model.backbone.vision_width,
+        model.backbone.text_width,
+        model.backbone.num_patches,
+        model.backbone.num_layers,
+    )
+    assert sizes == (1024, 768, 576, 24)
+    assert model.backbone.quick_gelu
+    features = model(torch.empty(2, 3, 336, 336, device="meta"), prompted=True)
+    assert features.prompted.shape == (2, 768)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_casts_the_backbone_alone_and_keeps_its_hash(precision, clip_folder, images, knowledge):
+    model, *_ = amp.create_model_and_transforms(clip_folder, precision=precision)
+    full, *_ = amp.create_model_and_transforms(clip_folder)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert model.backbone.dtype == dtype and model.interaction.mlp[0].weight.dtype == torch.float32
+    assert model.base_hash == full.base_hash
+    assert model.encode_image(images, knowledge).isfinite().all()
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_adapter_brings_its_settings_and_weights(clip_folder, tmp_path, images, knowledge):
+    config = PromptConfig(interaction_layer=1, num_prompts=2)
+    trained, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
+    for parameter in trained.interaction.parameters():
+        parameter.data += 0.1
+    save_adapter(tmp_path / "adapter.safetensors", trained)
+    loaded, *_ = amp.create_model_and_transforms(clip_folder, adapter=tmp_path / "adapter.safetensors")
+    assert loaded.config == config
+    assert torch.equal(loaded.encode_image(images, knowledge), trained.encode_image(images, knowledge))
+
+
+def test_adapter_of_another_base_model_is_refused(clip_folder, tmp_path):
+    trained, *_ = amp.create_model_and_transforms(clip_folder)
+    save_adapter(tmp_path / "adapter.safetensors", trained)
+    other = write_clip_folder(tmp_path / "other", seed=1)
+    with pytest.raises(AmpError, match=r"adapter\.safetensors: was trained on base model .*tiny-clip.*other"):
+        amp.create_model_and_transforms(other, adapter=tmp_path / "adapter.safetensors")
+
+
+def test_adapter_and_settings_exclude_each_other(clip_folder):
+    with pytest.raises(AmpError, match="give either prompt_config or adapter"):
+        amp.create_model_and_transforms(clip_folder, adapter="a.safetensors", prompt_config=PromptConfig())
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "has", "use"),
+    [
+        ("ViT-B-32", "openai", False, "ViT-B-32-quickgelu"),
+        ("ViT-B/32", "openai", False, "ViT-B-32-quickgelu"),
+        ("ViT-L-14-336", "OpenAI", False, "ViT-L-14-336-quickgelu"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", True, "ViT-B-32"),
+    ],
+)
+def test_quick_gelu_mismatch_is_refused(name, weights, has, use, no_download):
+    expected = f"model '{name}' has quick_gelu={has}, .* '{weights}' .* quick_gelu={not has}, .* Use model '{use}'$"
+    with pytest.raises(AmpError, match=expected):
+        amp.create_model_and_transforms(name, weights)
+    refuse_quick_gelu_mismatch(use, weights)
+
+
+def test_forced_quick_gelu_counts(no_download):
+    refuse_quick_gelu_mismatch("ViT-B-32", "openai", force_quick_gelu=True)
+    with pytest.raises(AmpError, match="quick_gelu=True"):
+        amp.create_model_and_transforms("ViT-B-32", "laion2b_s34b_b79k", force_quick_gelu=True)
+
+
+def test_every_suggested_model_exists_and_is_accepted():
+    refused = 0
+    for name, weights in open_clip.list_pretrained():
+        try:
+            refuse_quick_gelu_mismatch(name, weights)
+        except AmpError as error:
+            use = str(error).split("'")[-2]
+            if name.startswith("roberta"):  # its text tower isn't supported anyway
+                continue
+            refused += 1
+            refuse_quick_gelu_mismatch(use, weights)
+            assert weights in open_clip.list_pretrained_tags_by_model(use)
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"model_name": "ViT-B-31"}, r"model 'ViT-B-31' is unknown to open_clip.*ViT-B-32"),
+        ({"model_name": "ViT-B-32", "pretrained": "nonsense"}, r"weights 'nonsense' of model 'ViT-B-32': no such tag"),
+        ({"model_name": "local-dir:nowhere"}, r"no file nowhere/open_clip_config\.json"),
+        ({"model_name": "ViT-B-32", "precision": "fp8"}, r"precision is 'fp8', expected one of fp32, bf16, fp16"),
+    ],
+)
+def test_what_does_not_exist_is_refused(call, said, no_download):
+    with pytest.raises(AmpError, match=said):
+        amp.create_model_and_transforms(**call)
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP"])
+def test_foreign_towers_are_refused(name):
+    with pytest.raises(AmpError, match="expected open_clip's native VisionTransformer"):
+        amp.create_model_and_transforms(name, device="meta", pretrained_image=False)
+
+
+def test_weights_in_a_file_have_no_tag_to_compare(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(make_clip().state_dict(), path)
+    refuse_quick_gelu_mismatch("ViT-B-32-quickgelu", str(path))

@@ -1,0 +1,92 @@
+"""What `import amp` costs and what the wheel installs."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from email.parser import Parser
+
+import pytest
+from helpers import QUIET_ENVIRONMENT, ROOT
+
+HEAVY = ("torch", "open_clip", "deepspeed", "accelerate", "transformers", "webdataset", "matplotlib", "tensorboard",
+         "jsonargparse", "numpy", "PIL", "rich")  # fmt: skip
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], env=QUIET_ENVIRONMENT, text=True,
+                          capture_output=True, **options)  # fmt: skip
+
+
+def test_import_is_quick_and_light():
+    start = time.perf_counter()
+    done = python(f"import sys, amp; print(*(m for m in {HEAVY} if m in sys.modules)); print(amp.__version__)")
+    assert done.returncode == 0 and done.stderr == ""
+    loaded, version = done.stdout.splitlines()
+    assert loaded == "" and version
+    assert time.perf_counter() - start < 5
+
+
+def test_light_names_need_no_torch():
+    done = python(
+        "import sys, amp; amp.Knowledge, amp.Triplet, amp.AmpError, amp.PromptConfig; print('torch' in sys.modules)"
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_every_exported_name_is_there():
+    import amp
+
+    assert set(amp.__all__) <= set(dir(amp))
+    for name in amp.__all__:
+        assert getattr(amp, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = amp.nonsense
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Wheel and source archive, built without network from a copy, so that no build folder is left behind."""
+    pytest.importorskip("build")
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
+    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                           capture_output=True, text=True)  # fmt: skip
+    if files.returncode != 0:
+        pytest.skip("needs git and a checkout to know which files belong to the source")
+    for name in filter(None, files.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", folder, source],
+        env=QUIET_ENVIRONMENT, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+def test_the_wheel_installs_amp_only(distributions):
+    with zipfile.ZipFile(distributions[0]) as wheel:
+        names = wheel.namelist()
+        top = {name.split("/")[0] for name in names}
+        metadata = Parser().parsestr(wheel.read(next(n for n in names if n.endswith("METADATA"))).decode())
+    dist_info = next(name for name in top if name.endswith(".dist-info"))
+    assert top == {"amp", dist_info} and dist_info.startswith("open_clip_amp-")
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "amp").rglob("*.py")}
+    assert modules <= set(names) and "amp/py.typed" in names
+    assert metadata["Name"] == "open-clip-amp"
+    wanted = {re.match(r"[\w-]+", line)[0] for line in metadata.get_all("Requires-Dist")}
+    assert {"torch", "open_clip_torch", "accelerate", "deepspeed", "webdataset"} <= wanted
+    # Bounded on both sides, so that an installation of next year still works.
+    for line in metadata.get_all("Requires-Dist"):
+        assert ">=" in line and "<" in line, line
+
+
+def test_the_source_archive_can_build_the_wheel(distributions):
+    with tarfile.open(distributions[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "amp/__init__.py", "amp/train/engine.py"} <= names

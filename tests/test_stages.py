@@ -1,0 +1,184 @@
+"""What a stage's optimizer step moves, with each kind of conditioning; and the step's loss itself."""
+
+import pytest
+import reference
+import torch
+from conftest import make_model
+
+from amp.data.stream import Batch
+from amp.train import objective
+from amp.train.losses import similarity
+from amp.train.negatives import draw_negatives, gumbel_noise
+from amp.train.objective import Objective
+from amp.train.schedule import adamw
+from amp.train.stages import set_trainable, trainable_names
+
+NEW = {"logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction"}
+IDS = torch.tensor([4, 8, 4, 6])  # images 0 and 2 are one
+
+
+@pytest.fixture
+def batch(images, knowledge, tokenizer):
+    model = make_model()
+    text = model.encode_text(tokenizer(["a dog jumps", "a small girl", "nothing", "men chase horses"]))
+    return Batch(images, None, text, model.prepare_knowledge(knowledge), IDS)
+
+
+def parts(names):
+    return {name.partition(".")[0] for name in names}
+
+
+def test_stage_1_trains_all_that_is_new():
+    model = make_model()
+    names = trainable_names(model, 1)
+    assert names == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    assert parts(names) == NEW
+
+
+def test_stage_2_trains_the_interaction_alone():
+    assert parts(trainable_names(make_model(), 2)) == {"interaction"}
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(1, {"logit_scale", "visual_prompts"}), (2, {"visual_prompts"})])
+def test_the_control_trains_what_it_has(stage, expected):
+    assert parts(trainable_names(make_model(knowledge="none"), stage)) == expected
+
+
+def test_set_trainable_goes_back_and_forth():
+    model = make_model()
+    for stage in (1, 2, 1):
+        names = trainable_names(model, stage)
+        chosen = set_trainable(model, stage)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == names
+        assert {id(p) for p in chosen} == {id(model.get_parameter(name)) for name in names}
+
+
+@pytest.mark.parametrize("conditioning", ["none", "paired", "contrastive"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_step_moves_exactly_the_stages_parameters(stage, conditioning, batch):
+    settings = {"knowledge": "none"} if conditioning == "none" else {}
+    model = make_model(trained=True, **settings).train()
+    set_trainable(model, stage)
+    optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # A margin of 2 keeps every hinge of eq. 11 open.
+    loss, scale = Objective(stage, conditioning, margin=2.0, sampling_scale=10.0)(model, batch, step=0)
+    loss.backward()
+    assert loss.shape == () and loss.dtype == torch.float32 and scale.shape == (1,)
+    assert not model.backbone.training
+    assert not [name for name, p in model.backbone.named_parameters() if p.grad is not None or p.requires_grad]
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == trainable_names(model, stage)
+
+
+def test_stage_1_moves_only_what_the_gate_lets_through_at_first(batch):
+    """At step 0 the gate is closed: it and the visual prompts learn, the rest from step 1 on."""
+    model = make_model()
+    set_trainable(model, 1)
+    loss, _ = Objective(1, "paired")(model, batch, step=0)
+    loss.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {"interaction.gate", "visual_prompts.prompts", "logit_scale"}
+
+
+# -- the loss of a step -----------------------------------------------------------------------------------------------
+
+
+def cosine_of(model, batch, image, caption):
+    """One image conditioned on one caption's knowledge against that caption's text."""
+    feature = model.encode_image(batch.images[image : image + 1], batch.knowledge[caption : caption + 1])
+    return similarity(feature, batch.text[caption : caption + 1]).item()
+
+
+@pytest.mark.parametrize("conditioning", ["none", "paired"])
+@pytest.mark.parametrize("stage", [1, 2])
+@torch.no_grad()
+def test_one_feature_an_image_is_scored_against_all_texts(stage, conditioning, batch):
+    model = make_model(trained=True, **({"knowledge": "none"} if conditioning == "none" else {}))
+    if conditioning == "none":
+        features = model(batch.images, prompted=True).prompted
+    else:
+        features = model.encode_image(batch.images, batch.knowledge)
+    cosines = similarity(features, batch.text).double().tolist()
+    loss, scale = Objective(stage, conditioning, margin=0.3)(model, batch, step=3)
+    naive = reference.contrastive(cosines, scale.item(), IDS) if stage == 1 else reference.triplet(cosines, 0.3, IDS)
+    assert loss.item() == pytest.approx(naive, rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["images", "early tokens"])
+@pytest.mark.parametrize("stage", [1, 2])
+@torch.no_grad()
+def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage, cached, batch):
+    """Every pair encoded by itself, the weighted sums written out."""
+    m, margin, sampling, step = 2, 0.3, 10.0, 5
+    model = make_model(trained=True, interaction_layer=1)
+    frozen = model(batch.images, only_frozen=True)
+    given = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS) if cached else batch
+    loss, scale = Objective(stage, "contrastive", m, margin, sampling, seed=11)(model, given, step)
+
+    base, same = similarity(frozen.base, batch.text), IDS[:, None] == IDS[None, :]
+    total = 0.0
+    for direction, scores in enumerate((base, base.T)):
+        noise = gumbel_noise(4, 4, 11, step, direction)
+        drawn = draw_negatives(scores, same, noise, m, sampling)
+        for i in range(4):
+            own = cosine_of(model, batch, i, i)
+            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.index[i].tolist()]
+            others = [cosine_of(model, batch, image, caption) for image, caption in pairs]
+            if stage == 1:
+                terms = sum(
+                    w * torch.tensor(scale.item() * c).exp().item()
+                    for w, c in zip(drawn.log_weight[i].exp().tolist(), others, strict=True)
+                )
+                own_term = torch.tensor(scale.item() * own).exp().item()
+                total -= torch.tensor(own_term / (own_term + terms)).log().item() / 8
+            else:
+                allowed = [c for c, w in zip(others, drawn.log_weight[i].tolist(), strict=True) if w > -1e30]
+                total += max(0.0, margin + max(allowed) - own) / 8
+    assert loss.item() == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize("negatives", [1, 3], ids=["only rows needed", "all rows"])
+@pytest.mark.parametrize("stage", [1, 2])
+@torch.no_grad()
+def test_four_ranks_of_one_make_the_loss_of_one_rank_of_four(stage, negatives, batch, monkeypatch):
+    """Without processes: gathering is looked up."""
+    model = make_model(trained=True, interaction_layer=1)
+    frozen = model(batch.images, only_frozen=True)
+    whole = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS)
+    score = Objective(stage, "contrastive", negatives, sampling_scale=10.0)
+    expected, _ = score(model, whole, 2)
+    shares = []
+    for rank in range(4):
+        gathered = {}
+
+        def share(tensor, rank=rank, gathered=gathered):
+            part = tensor[rank : rank + 1].clone()
+            gathered[id(part)] = tensor
+            return part
+
+        local = Batch(
+            *(share(x) for x in (whole.images, whole.base, whole.text)), whole.knowledge.map(share), share(IDS)
+        )
+        monkeypatch.setattr(objective, "all_gather", lambda x, gathered=gathered: gathered[id(x)])
+        monkeypatch.setattr(objective, "rank", lambda rank=rank: rank)
+        shares.append(score(model, local, 2)[0].item())
+    assert sum(shares) / 4 == pytest.approx(expected.item(), rel=1e-4)
+    assert max(shares) - min(shares) > 1e-3
+
+
+def test_the_draw_depends_on_the_step(batch):
+    model = make_model(trained=True)
+    with torch.no_grad():
+        same = [Objective(1, "contrastive", 1, seed=s)(model, batch, 0)[0].item() for s in (0, 0)]
+        steps = {round(Objective(1, "contrastive", 1, seed=0)(model, batch, step)[0].item(), 5) for step in range(8)}
+    assert same[0] == same[1] and len(steps) > 1
+
+
+@torch.no_grad()
+def test_more_negatives_than_the_batch_has(batch):
+    model = make_model(trained=True)
+    for stage in (1, 2):
+        loss, _ = Objective(stage, "contrastive", negatives=50, sampling_scale=10.0)(model, batch, 0)
+        assert loss.isfinite()
