@@ -1,7 +1,7 @@
 """The frozen open_clip model behind the few calls that prompting needs.
 
 This is the only file that touches open_clip's internals (`visual._embeds`, `visual.transformer.resblocks`,
-`visual._pool`, `visual.proj`, `token_embedding`, and the text tower's tables), so that a change upstream is mended here.
+`visual._pool`, `visual.proj`, `token_embedding`, and the text tower's tables): a change upstream is mended here.
 """
 
 import hashlib
@@ -33,8 +33,9 @@ class Backbone(nn.Module):
         if not isinstance(visual, VisionTransformer):
             inner = type(getattr(visual, "trunk", visual)).__name__
             raise AmpError(
-                f"image tower is {type(visual).__name__} ({inner}), expected open_clip's native VisionTransformer: prompts "
-                "are put between its blocks. Choose a model whose config has no 'timm_model_name', such as ViT-B-16"
+                f"image tower is {type(visual).__name__} ({inner}), expected open_clip's native "
+                "VisionTransformer: prompts are put between its blocks. Choose a model whose config has no "
+                "'timm_model_name', such as ViT-B-16"
             )
         if not visual.transformer.batch_first:
             raise AmpError("image tower has batch_first=False, expected True, the default of open_clip")
@@ -84,7 +85,7 @@ class Backbone(nn.Module):
 
     @property
     def causal_text(self) -> bool:
-        """Whether a token of the text tower sees only those before it, so that padding after the end changes nothing."""
+        """Whether a text token sees only those before it, so that padding after the end changes nothing."""
         return getattr(self._text, "attn_mask", None) is not None and getattr(self._text, "cls_emb", None) is None
 
     # -- image tower ------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Backbone(nn.Module):
         return self.visual._embeds(images.to(self.dtype))
 
     def blocks(self, tokens: torch.Tensor, start: int, stop: int, recompute: bool = False) -> torch.Tensor:
-        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v); `recompute` trades activations for a second forward."""
+        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v); `recompute` trades memory for a second forward."""
         for block in self.visual.transformer.resblocks[start:stop]:
             tokens = self._run(block, tokens, recompute)
         return tokens
@@ -151,10 +152,8 @@ class Backbone(nn.Module):
         text = self._text
         if not (isinstance(self.clip, CLIP) and self.causal_text and text.text_pool_type in ("argmax", "eos")):
             return self.clip.encode_text(ids)
-        if text.text_pool_type == "argmax":
-            ends = ids.argmax(dim=-1)
-        else:
-            ends = (ids == text.text_eos_id).int().argmax(dim=-1)
+        at_end = ids if text.text_pool_type == "argmax" else (ids == text.text_eos_id).int()
+        ends = at_end.argmax(dim=-1)
         length = int(ends.max()) + 1 if ids.device.type != "meta" else ids.shape[1]
         ids = ids[:, :length]
         dtype = text.transformer.get_cast_dtype()

@@ -43,8 +43,9 @@ class AdapterHeader:
         """Raises AmpError where the weights at hand are not those that the adapter was trained on."""
         if base_hash != self.base_hash:
             raise AmpError(
-                f"{where}: was trained on base model {self.base_name!r} (pretrained {self.base_pretrained!r}, weights "
-                f"{self.base_hash[:12]}), but {model_name!r} has weights {base_hash[:12]}. Load it with its own base model"
+                f"{where}: was trained on base model {self.base_name!r} (pretrained {self.base_pretrained!r}, "
+                f"weights {self.base_hash[:12]}), but {model_name!r} has weights {base_hash[:12]}. "
+                "Load it with its own base model"
             )
 
 

@@ -89,8 +89,8 @@ def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
         folder = Path(model_name.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise AmpError(
-                f"model {model_name!r}: no file {folder / 'open_clip_config.json'}, expected a folder that open_clip saved; "
-                "mend --model.name"
+                f"model {model_name!r}: no file {folder / 'open_clip_config.json'}, expected a folder that open_clip "
+                "saved; mend --model.name"
             )
     elif ":" not in model_name:
         name = model_name.replace("/", "-")

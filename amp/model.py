@@ -21,7 +21,7 @@ from amp.layers.visual_prompts import VisualPrompts
 
 
 class Prompts(NamedTuple):
-    """Action-aware prompts of C captions (eq. 6): triplets (C, K, d_v), states (C, K, d_v), which exist: bool (C, K)."""
+    """Prompts of C captions (eq. 6): of triplets (C, K, d_v), of states (C, K, d_v), and which exist, bool (C, K)."""
 
     triplets: torch.Tensor
     states: torch.Tensor
@@ -32,7 +32,7 @@ class Prompts(NamedTuple):
         return Prompts(*(x[index] for x in self))
 
     def unite(self, captions: int) -> "Prompts":
-        """Joins the prompts of each run of `captions` rows into one row: (C, K, ...) -> (C / captions, captions K, ...)."""
+        """Joins each run of n = `captions` rows into one: (C, K, ...) -> (C / n, n K, ...)."""
         return Prompts(*(x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self))
 
 
@@ -109,7 +109,7 @@ class ActionAwareCLIP(nn.Module):
         knowledge: KnowledgeBatch | Sequence[Knowledge] | None = None,
         normalize: bool = False,
     ) -> torch.Tensor:
-        """Image features (B, d): the base CLIP's, or action-aware ones conditioned on `knowledge`, a caption's an image.
+        """Image features (B, d): the base CLIP's, or action-aware ones under `knowledge`, one caption's an image.
 
         Args:
             images: Preprocessed images (B, 3, H, W).
@@ -148,7 +148,7 @@ class ActionAwareCLIP(nn.Module):
 
     @torch.no_grad()
     def encode_early(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, 1 + M, d_v), the same for every caption."""
+        """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, 1 + M, d_v), whatever the caption."""
         return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
 
     def encode_knowledge(self, knowledge: KnowledgeBatch) -> Prompts:

@@ -37,7 +37,7 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) 
 
 
 def caption_of_epoch(seed: int, epoch: int, sample: int, captions: int) -> int:
-    """The one caption a sample shows in an epoch; in `captions` epochs each is shown once, in an order of the sample's."""
+    """The one caption a sample shows in an epoch; in `captions` epochs each is shown once, in an order of its own."""
     cycle, turn = divmod(epoch, captions)
     return int(np.random.default_rng([seed, sample, cycle]).permutation(captions)[turn])
 

@@ -1,4 +1,7 @@
-"""What a run computes once before it starts: features of texts and of the frozen image blocks, over all ranks."""
+"""What a run computes once before it starts: features of texts and of the frozen image blocks, over all ranks.
+
+Both are computed without autocast: they are the base model's row of the table, and runs of any precision share them.
+"""
 
 from collections.abc import Iterable
 

@@ -71,8 +71,8 @@ class ShardSplit:
             return Image.open(io.BytesIO(content)).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise AmpError(
-                f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run tools/make_shards.py "
-                "again, which leaves out and lists unreadable images"
+                f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run "
+                "tools/make_shards.py again, which leaves out and lists unreadable images"
             ) from error
 
     def captions(self, record: dict, keep: Sequence[str] = ("action", "attribute")) -> list[tuple[str, Knowledge]]:

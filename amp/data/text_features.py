@@ -44,8 +44,8 @@ class TextFeatureStore:
                     raise AmpError(f"{path}: can't be read ({error}). Remove the folder; it is made again") from error
                 if features.shape != (len(keys), self.dim):
                     raise AmpError(
-                        f"{path}: features of shape {features.shape}, expected {(len(keys), self.dim)}. Remove the folder; "
-                        "it is made again"
+                        f"{path}: features of shape {features.shape}, expected {(len(keys), self.dim)}. Remove the "
+                        "folder; it is made again"
                     )
                 self._segments[path.name] = (keys, features)
 

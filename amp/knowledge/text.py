@@ -12,7 +12,7 @@ def state_text(triplet: Triplet, state: str) -> str:
 
 
 def select(knowledge: Knowledge, max_triplets: int) -> list[tuple[Triplet, str]]:
-    """The (triplet, state) pairs a caption keeps: actions before attributes, each in their order, `max_triplets` at most."""
+    """The (triplet, state) pairs a caption keeps: actions before attributes, `max_triplets` at most."""
     pairs = list(zip(knowledge.triplets, knowledge.states, strict=True))
     return sorted(pairs, key=lambda pair: pair[0].kind != "action")[:max_triplets]
 

@@ -37,8 +37,8 @@ class SelfAttentionWithMap(nn.Module):
     """Self-Attn of eq. 7: returns the attended values and the attention map averaged over heads.
 
     The map is materialised, M x M a head. The alternative, the mean over heads of SDPA(q_h, k_h, V), needs no map but
-    multiplies d_v channels once a head: 16 times the work of eq. 8's product for ViT-L/14-336 (10.9 against 0.68 GFLOP an
-    image), to save 21 MB of activations an image in bf16, about what one frozen block keeps.
+    multiplies d_v channels once a head: 16 times the work of eq. 8's product for ViT-L/14-336 (by count, 10.9 against
+    0.68 GFLOP an image), to save 21 MB of activations an image in bf16, about what one frozen block keeps.
     """
 
     def __init__(self, width: int, heads: int):
@@ -58,13 +58,13 @@ class SelfAttentionWithMap(nn.Module):
 class ActionAwareInteraction(nn.Module):
     """AIM: V = MLP([V^t; V^s]), V~ = (lam A^t + (1 - lam) A^s) V (eq. 7-8).
 
-    With `residual` (ours, default) P~ = LN(E) + CrossAttn(E, p): without the sum P~ holds nothing but knowledge, one and
-    the same row for all patches where a caption has a single triplet, and A is uniform. With it the maps compare patches
-    in the light of the knowledge. And patches become E + gate * rms(E) * LN(V~), where the gate, one number a channel, starts at zero:
-    at step 0 patches pass through unchanged and CLIP's features are what training starts from. The normalisation gives
-    the gate a gradient worth its name: V~ has passed seven linear maps and two averages and is some hundred times
-    smaller than the patches it is added to. Without `residual` patches become V~ of P~ = CrossAttn(E, p), the literal
-    equations.
+    With `residual` (ours, default) P~ = LN(E) + CrossAttn(E, p): without the sum P~ holds nothing but knowledge, one
+    and the same row for all patches where a caption has a single triplet, and A is uniform. With it the maps compare
+    patches in the light of the knowledge. And patches become E + gate * rms(E) * LN(V~), where the gate, one number a
+    channel, starts at zero: at step 0 patches pass through unchanged and CLIP's features are what training starts from.
+    The normalisation gives the gate a gradient worth its name: V~ has passed seven linear maps and two averages, and
+    the scale of patches differs tenfold between towers. Without `residual` patches become V~ of
+    P~ = CrossAttn(E, p), the literal equations.
     Patches are normalised before they ask (ours): deep in the tower their scale is far from the prompts'.
 
     Args:

@@ -1,4 +1,4 @@
-"""Retrieval with an action-aware model: frozen CLIP pre-selects, the model re-ranks, both directions (paper, sec. 3.5)."""
+"""Retrieval: the frozen CLIP pre-selects, the action-aware model re-ranks, in both directions (paper, sec. 3.5)."""
 
 import contextlib
 import time
@@ -193,7 +193,8 @@ class Retrieval:
             ranks = rerank(first, scores, mask, self.settings.fusion_weight)
             # Time of the queries left out is counted as that of the others.
             seconds = (time.perf_counter() - start) * len(mask) / max(1, len(rows))
-            rankings[name] = Ranking(self.queries[direction], first, scores, ranks, self._result(direction, ranks, seconds))
+            result = self._result(direction, ranks, seconds)
+            rankings[name] = Ranking(self.queries[direction], first, scores, ranks, result)
         return rankings
 
     def rows(self, name: str, rankings: dict[str, Ranking]) -> list[RetrievalRow]:
@@ -249,7 +250,8 @@ class Retrieval:
         pooled = rows is not None
         if not pooled:
             rows = torch.arange(self.captions.images)
-        features = torch.zeros(len(self.queries["i2t"]) if pooled else len(rows), self.text.shape[1], device=self.device)
+        total = len(self.queries["i2t"]) if pooled else len(rows)
+        features = torch.zeros(total, self.text.shape[1], device=self.device)
         size = max(1, self.settings.batch_size // (self.settings.top_k if pooled else 1))
         start, stop = shard_bounds(len(rows), rank(), world_size())
         for low in range(start, stop, size):

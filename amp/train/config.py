@@ -143,13 +143,13 @@ class TrainConfig:
             )
         if (self.conditioning == "none") != (self.prompt.knowledge == "none"):
             raise AmpError(
-                f"conditioning is {self.conditioning!r} and prompt.knowledge is {self.prompt.knowledge!r}, expected both or "
-                "neither 'none'; the control without knowledge takes --conditioning none --prompt.knowledge none"
+                f"conditioning is {self.conditioning!r} and prompt.knowledge is {self.prompt.knowledge!r}, expected "
+                "both or neither 'none'; the control takes --conditioning none --prompt.knowledge none"
             )
         if self.data.cache_images and self.data.augment != "none":
             raise AmpError(
-                f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of random "
-                "crops can't be stored; add --data.augment none"
+                f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of "
+                "random crops can't be stored; add --data.augment none"
             )
         low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
                "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),

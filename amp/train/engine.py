@@ -40,8 +40,8 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     if accelerator.state.deepspeed_plugin is not None and len(config.stages) > 1:
         raise AmpError(
-            "stages is [1, 2] under DeepSpeed, expected one stage a launch: an engine can't change what it trains. Launch "
-            "--stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
+            "stages is [1, 2] under DeepSpeed, expected one stage a launch: an engine can't change what it trains. "
+            "Launch --stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
         )
     set_seed(config.seed)
     model, preprocess_train, preprocess_val = create_model_and_transforms(
@@ -123,8 +123,8 @@ class Run:
         total = settings.epochs * self.order.steps // config.gradient_accumulation
         total = min(total, settings.max_steps) if settings.max_steps else total
         if total == 0:
-            raise AmpError(f"stage {stage} has no optimizer step: {settings.epochs} epochs of {self.order.steps} batches, "
-                           f"{config.gradient_accumulation} a step. Give more epochs")  # fmt: skip
+            raise AmpError(f"stage {stage} has no optimizer step: {settings.epochs} epochs of {self.order.steps} "
+                           f"batches, {config.gradient_accumulation} a step. Give more epochs")  # fmt: skip
         images_a_step = config.data.batch_size * accelerator.num_processes * config.gradient_accumulation
         step = batches = 0
         with self.terminal.training(stage, total, images_a_step) as show:
@@ -147,11 +147,12 @@ class Run:
                     step += 1
                     self.step += 1
                     if step % config.log_every == 0 or step == total or step == 1:
-                        mean, temperature = float(accelerator.reduce(loss.detach(), "mean")), 1.0 / float(scale.detach())
+                        mean = float(accelerator.reduce(loss.detach(), "mean"))
+                        temperature = 1.0 / float(scale.detach())
                         if not math.isfinite(mean):
                             raise AmpError(
-                                f"stage {stage} step {step}: the loss is {mean}. Lower stage{stage}.lr (now {settings.lr}), or "
-                                "use bf16 instead of fp16"
+                                f"stage {stage} step {step}: the loss is {mean}. Lower stage{stage}.lr, now "
+                                f"{settings.lr}, or use bf16 instead of fp16"
                             )
                         values = {
                             "loss": mean,

@@ -49,7 +49,8 @@ def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path is None:
         raise AmpError(
-            "launched with --use_deepspeed and without a DeepSpeed file; add --deepspeed_config_file ds_configs/zero2.json"
+            "launched with --use_deepspeed and without a DeepSpeed file; add "
+            "--deepspeed_config_file ds_configs/zero2.json"
         )
     settings = json.loads(Path(path).read_text())
     world = int(os.environ.get("WORLD_SIZE", "1"))

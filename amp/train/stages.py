@@ -19,7 +19,7 @@ def trainable_names(model: ActionAwareCLIP, stage: int) -> set[str]:
 
 
 def set_trainable(model: ActionAwareCLIP, stage: int) -> list[nn.Parameter]:
-    """Sets `requires_grad` for a stage and returns the parameters to optimise; call before any engine wraps the model."""
+    """Sets `requires_grad` for a stage and returns what it optimises; call before an engine wraps the model."""
     names = trainable_names(model, stage)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
