@@ -49,6 +49,16 @@ def test_clip_is_frozen_and_stays_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
+def test_every_parameter_has_a_dimension_and_its_value():
+    """DeepSpeed can't send those without (CLIP's temperature)."""
+    clip = make_clip()
+    clip.logit_scale.data.fill_(3.25)
+    assert clip.logit_scale.ndim == 0
+    backbone = Backbone(clip)
+    assert all(parameter.ndim > 0 for parameter in backbone.parameters())
+    assert clip.logit_scale.tolist() == [3.25] and not clip.logit_scale.requires_grad
+
+
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -243,12 +253,14 @@ def test_hash_of_both_towers_sees_each_tower():
 
 
 def test_hash_leaves_the_temperature_out():
-    clip = make_clip()
-    expected = Backbone(clip).weights_hash()
-    clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
-    assert Backbone(clip).weights_hash() == expected
-    clip.logit_scale.data += 1
-    assert Backbone(clip).weights_hash() == expected
+    backbone = Backbone(make_clip())
+    expected = backbone.weights_hash()
+    for shape in ((), (1,)):
+        value = backbone.clip.logit_scale.detach().reshape(shape)
+        backbone.clip.logit_scale = nn.Parameter(value)
+        assert backbone.weights_hash() == expected
+    backbone.clip.logit_scale.data += 1
+    assert backbone.weights_hash() == expected
 
 
 def test_hash_sees_what_the_weights_do_not_say():

@@ -1,6 +1,5 @@
 """Re-ranked retrieval against a naive loop: one query, one candidate and one forward pass at a time."""
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +38,12 @@ class World:
         encode_texts(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
         self.frozen = compute_frozen_features(self.split, self.model, self.preprocess, batch_size=5, workers=0)
         self.images = torch.stack([self.preprocess(self.split.image(i)) for i in range(len(self.split))])
+        with torch.no_grad():
+            self.text = [self.model.encode_text(self.model.tokenizer([text]))[0] for text in self.captions.texts]
 
     def retrieval(self, captions=None, **settings) -> Retrieval:
         settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
         return Retrieval(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
-
-    @cache
-    def text(self, caption: int) -> torch.Tensor:
-        return self.model.encode_text(self.model.tokenizer([self.captions.texts[caption]]))[0]
 
     def pair_score(self, image: int, caption: int) -> float:
         """Of an image conditioned on a caption's knowledge, through the public call."""
@@ -54,7 +51,7 @@ class World:
             feature = self.model.encode_image(self.images[[image]], [self.captions.knowledge[caption]])[0]
         else:
             feature = self.model(self.images[[image]], prompted=True).prompted[0]
-        return float(F.cosine_similarity(feature, self.text(caption), dim=0))
+        return float(F.cosine_similarity(feature, self.text[caption], dim=0))
 
     def pooled_scores(self, image: int, captions: list[int]) -> list[float]:
         """Of an image conditioned on the existing prompts of all these captions, joined without any padding."""
@@ -68,14 +65,14 @@ class World:
         joined = Prompts(triplets, states, torch.ones(1, triplets.shape[1], dtype=torch.bool))
         early = self.model.encode_early(self.images[[image]])
         feature = self.model.encode_pairs(early, joined, torch.tensor([0]))[0]
-        return [float(F.cosine_similarity(feature, self.text(caption), dim=0)) for caption in captions]
+        return [float(F.cosine_similarity(feature, self.text[caption], dim=0)) for caption in captions]
 
 
 @torch.no_grad()
 def naive(world: World, name: str, top_k: int, fusion_weight: float = 0.0):
     """Scores (Q, k) and 0-based ranks (Q,) of one direction, in Python lists and stable sorts."""
     base = world.model.encode_image(world.images, normalize=True)
-    text = F.normalize(torch.stack([world.text(c) for c in range(len(world.captions.texts))]), dim=-1)
+    text = F.normalize(torch.stack(world.text), dim=-1)
     owner = world.captions.image.tolist()
     queries = range(len(owner)) if name == "t2i" else range(len(base))
     all_scores, ranks = [], []
@@ -166,6 +163,34 @@ def test_the_batch_size_changes_nothing(aware, batch_size):
         assert torch.equal(ranking.ranks, expected[name].ranks)
 
 
+def test_decided_queries_can_be_skipped(aware):
+    whole = aware.retrieval(top_k=3).rank(aware.model)
+    pairs = {}
+    retrieval = aware.retrieval(top_k=3, skip_decided=True)
+    some = retrieval.rank(aware.model, progress=lambda name, _, total: pairs.update({name: total}))
+    assert list(some) == list(whole)
+    for name, ranking in some.items():
+        decided = ranking.first.ranks >= 3  # no answer among the candidates
+        assert 0 < decided.sum() < len(decided)
+        assert torch.equal(ranking.ranks, whole[name].ranks) and ranking.result.recall == whole[name].result.recall
+        torch.testing.assert_close(ranking.scores[~decided], whole[name].scores[~decided], rtol=0, atol=1e-5)
+        assert not ranking.scores[decided].any()
+        assert pairs[name] == int((~decided).sum()) * (1 if name == "i2t pooled" else 3)
+
+
+def test_no_query_may_be_left_to_score(aware):
+    """One query, and the first stage didn't find its answer."""
+    captions = aware.captions
+    lost = int((aware.retrieval().first["t2i"].ranks > 0).nonzero()[0])
+    order = [lost, *(i for i in range(len(captions.texts)) if i != lost)]
+    captions = SplitCaptions(
+        [captions.texts[i] for i in order], [captions.knowledge[i] for i in order], captions.image[order], 12
+    )
+    ranking = aware.retrieval(captions, top_k=1, max_queries=1, skip_decided=True).rank(aware.model)["t2i"]
+    assert ranking.ranks.tolist() == ranking.first.ranks.tolist() != [0]
+    assert ranking.scores.tolist() == [[0.0]]
+
+
 @pytest.mark.parametrize("chosen", [["pairwise"], ["pooled"]])
 def test_only_the_asked_ways_of_conditioning_run(aware, chosen):
     retrieval = aware.retrieval(i2t=chosen)
@@ -247,8 +272,10 @@ def _rank_both(clip_folder, shards, cache_folder):
     out = {}
     for knowledge in ("both", "none"):
         world = World(clip_folder, shards, cache_folder, knowledge)
-        for name, ranking in world.retrieval(batch_size=6, max_queries=11).rank(world.model).items():
-            out[knowledge, name] = ranking.scores.numpy(), ranking.ranks.numpy()
+        for skip in (False, True):
+            retrieval = world.retrieval(batch_size=6, max_queries=11, skip_decided=skip)
+            for name, ranking in retrieval.rank(world.model).items():
+                out[knowledge, skip, name] = ranking.scores.numpy(), ranking.ranks.numpy()
     return out
 
 

@@ -125,6 +125,7 @@ def test_an_interrupted_add_leaves_nothing_that_counts(store, tmp_path, monkeypa
     with pytest.raises(OSError, match="No space"):
         store.add(TEXTS, features_of(TEXTS))
     monkeypatch.undo()
+    assert list(store.folder.iterdir()) == []
     again = TextFeatureStore(tmp_path, "0123456789abcdef0123", dim=6)
     assert len(again) == 0 and again.missing(TEXTS[:1]) == TEXTS[:1]
 

@@ -6,8 +6,6 @@ output never changes: (1 + M) x d_v numbers an image, memory-mapped.
 
 import hashlib
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from amp.data.folders import build_folder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
@@ -89,30 +88,25 @@ def compute_frozen_features(
         return FrozenFeatures.load(folder)
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), 1 + backbone.num_patches, backbone.vision_width)
-    if folder is None:
-        early, temporary = np.empty(shape, dtype), None
-    else:
-        temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
-        temporary.mkdir(parents=True)
-        early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
-    base = np.empty((len(split), backbone.embed_dim), np.float32)
     loader = DataLoader(_Images(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda")
-    done = 0
-    for images in loader:
-        images = images.to(device, non_blocking=True)
-        features = model(images, only_frozen=True)
-        stop = done + len(images)
-        early[done:stop] = features.early.float().cpu().numpy()
-        base[done:stop] = features.base.float().cpu().numpy()
-        done = stop
-        if progress is not None:
-            progress(done, len(split))
-    if temporary is None:
-        return FrozenFeatures(early, base)
-    early.flush()
-    np.save(temporary / "base.npy", base)
-    try:
-        os.rename(temporary, folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(temporary)
+
+    def fill(early: np.ndarray) -> np.ndarray:
+        base, done = np.empty((len(split), backbone.embed_dim), np.float32), 0
+        for images in loader:
+            features = model(images.to(device, non_blocking=True), only_frozen=True)
+            stop = done + len(images)
+            early[done:stop] = features.early.float().cpu().numpy()
+            base[done:stop] = features.base.float().cpu().numpy()
+            done = stop
+            if progress is not None:
+                progress(done, len(split))
+        return base
+
+    if folder is None:
+        early = np.empty(shape, dtype)
+        return FrozenFeatures(early, fill(early))
+    with build_folder(folder) as temporary:
+        early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
+        np.save(temporary / "base.npy", fill(early))
+        early.flush()
     return FrozenFeatures.load(folder)

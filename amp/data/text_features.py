@@ -6,8 +6,6 @@ store belongs to the weights that made it, so a folder can be shared by runs, sp
 
 import hashlib
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from amp.backbone import Backbone
+from amp.data.folders import build_folder
 from amp.errors import AmpError
 
 
@@ -78,15 +77,10 @@ class TextFeatureStore:
         order = np.argsort(keys)
         if len(keys) and (np.diff(keys[order]) == 0).any():
             raise AmpError("two texts share a 64-bit hash or a text is given twice; expected distinct texts")
-        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        temporary.mkdir(parents=True)
-        np.save(temporary / "keys.npy", keys[order])
-        np.save(temporary / "features.npy", features[order].astype(self.dtype))
         name = f"segment-{hashlib.blake2b(keys[order].tobytes(), digest_size=8).hexdigest()}"
-        try:
-            os.rename(temporary, self.folder / name)
-        except OSError:  # another process stored the same texts
-            shutil.rmtree(temporary)
+        with build_folder(self.folder / name) as temporary:
+            np.save(temporary / "keys.npy", keys[order])
+            np.save(temporary / "features.npy", features[order].astype(self.dtype))
         self.refresh()
 
     def lookup(self, texts: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,96 @@
+"""What README, docs and the configurations' headers tell the reader to type is understood by the scripts."""
+
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, launcher
+
+from amp.knowledge.schema import parse_knowledge
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "launchers/configs").glob("*.yaml")),
+]
+SCRIPT = re.compile(r"(?:launchers/(?:train|evaluate)|tools/make_shards)\.py")
+
+
+def blocks(page: Path) -> list[str]:
+    """Code blocks of a page; of a YAML file its header."""
+    text = page.read_text()
+    if page.suffix == ".yaml":
+        return ["\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))]
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The calls of our scripts on a page, each as script and arguments."""
+    found = []
+    for block in blocks(page):
+        lines = block.replace("\\\n", " ").splitlines()
+        for number, line in enumerate(lines):
+            if not line.startswith(("accelerate launch ", "python ")) or "..." in line:
+                continue
+            while line.count("'") % 2:  # a quoted list goes on in the next line
+                number += 1
+                line += lines[number]
+            words = shlex.split(line, comments=True)
+            start = next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
+            if start is not None and "--help" not in words:
+                for option, file in pairwise(words[:start]):
+                    assert not option.endswith("_file") or (ROOT / file).is_file(), f"{option} {file}"
+                found.append(words[start:])
+    return found
+
+
+ALL = [(page.name, *words) for page in PAGES for words in commands(page)]
+
+
+def test_commands_are_found():
+    """So that a change of style can't empty the test below."""
+    assert len([words for words in ALL if words[0] == "README.md"]) >= 9
+    assert {words[1] for words in ALL} == {"launchers/train.py", "launchers/evaluate.py", "tools/make_shards.py"}
+    for config in ("coco_vit_b16.yaml", "flickr30k_vit_l14_336.yaml"):
+        assert {words[1] for words in ALL if words[0] == config} >= {"launchers/train.py", "launchers/evaluate.py"}
+
+
+@pytest.mark.parametrize("words", ALL, ids=lambda words: " ".join(words[:2]))
+def test_scripts_understand_the_commands(words, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    _, script, *arguments = words
+    if script == "tools/make_shards.py":
+        monkeypatch.chdir(tmp_path)  # nothing is here: once its options are understood, it misses the photos
+        with pytest.raises(SystemExit):
+            launcher(script).main(arguments)
+        assert "no such folder; expected the folder of image files" in " ".join(capsys.readouterr().err.split())
+        return
+    # A file that a training run would leave is replaced by one of ours.
+    made = re.compile(r"runs/.*\.yaml")
+    arguments = ["launchers/configs/scenes.yaml" if made.fullmatch(word) else word for word in arguments]
+    launcher(script).parser().parse_args(arguments)
+
+
+def test_knowledge_example_is_well_formed():
+    for page in (ROOT / "README.md", ROOT / "docs/data.md"):
+        records = [json.loads(block) for block in blocks(page) if '"triplets"' in block]
+        assert records
+        for record in records:
+            knowledge = parse_knowledge(record, page.name)
+            assert len(knowledge.triplets) == 2
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.is_file(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in slugs, target
