@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from amp.data.folders import build_folder
-from amp.data.split import ShardSplit
+from amp.data.split import ShardSplit, decoding_workers
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
@@ -88,6 +88,7 @@ def compute_frozen_features(
         return FrozenFeatures.load(folder)
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), 1 + backbone.num_patches, backbone.vision_width)
+    workers = decoding_workers(workers)
     loader = DataLoader(_Images(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda")
 
     def fill(early: np.ndarray) -> np.ndarray:

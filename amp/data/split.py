@@ -1,6 +1,7 @@
 """Random access to the samples of a split, over all its shards."""
 
 import io
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,11 @@ from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge, parse_knowledge
 
 MAX_OPEN = 256
+
+
+def decoding_workers(wanted: int) -> int:
+    """`wanted` worker processes, or fewer where this process may use fewer cores."""
+    return min(wanted, len(os.sched_getaffinity(0)))
 
 
 class ShardSplit:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder, caption_of_epoch
-from amp.data.split import ShardSplit
+from amp.data.split import ShardSplit, decoding_workers
 from amp.data.text_features import TextFeatureStore
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.schema import Knowledge
@@ -109,6 +109,7 @@ def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: Know
 
     The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
     """
+    workers = decoding_workers(workers)
     return DataLoader(
         samples,
         batch_sampler=order,

@@ -38,7 +38,7 @@ class DataSettings:
         train_split: Split to train on.
         val_split: Split to validate on; null trains without validation.
         batch_size: Images a process and step.
-        workers: Decoding processes a training process.
+        workers: Decoding processes a training process; fewer where there are fewer cores.
         shuffle_window: Shards mixed at a time.
         augment: ``none`` uses the validation transform, ``crop`` open_clip's training transform (no flip in either).
         kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".

@@ -14,11 +14,10 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients; norms, biases, gates and prompts do not decay."""
+    """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts."""
     decay, plain = [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim == 2 and not name.startswith("visual_prompts")
-            (decay if matrix else plain).append(parameter)
+            (decay if parameter.ndim == 2 else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), eps=1e-6)

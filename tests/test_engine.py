@@ -1,0 +1,167 @@
+"""Training runs in this process: what a setting may change in the result, and what it may not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import amp
+from amp.checkpoint import read_adapter
+from amp.errors import AmpError
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.train.config import DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.engine import train
+
+
+@pytest.fixture(autouse=True)
+def _alone(fresh_accelerate):
+    pass
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
+    """One short stage: 5 batches of 4 an epoch."""
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=ModelSettings(clip_folder, None),
+        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
+        data=DataSettings(str(shards), val_split=None, batch_size=4, workers=0, augment="none", cache=cache),
+        stages=[1],
+        stage1=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
+        stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
+        trackers=[],
+    )
+
+
+def weights_of(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return load_file(train(replace(config, **changes)))
+
+
+def difference(first, second) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_a_run_can_be_repeated_bit_for_bit(config):
+    first = weights_of(config)
+    assert difference(first, weights_of(config)) == 0
+    assert difference(first, weights_of(config, seed=1)) > 1e-3
+
+
+@pytest.mark.parametrize("conditioning", ["none", "paired", "contrastive"])
+def test_what_only_saves_memory_or_time_changes_nothing(config, conditioning):
+    if conditioning == "none":
+        config = replace(config, prompt=replace(config.prompt, knowledge="none"))
+    config = replace(config, conditioning=conditioning, stages=[1, 2])
+    expected = weights_of(config)
+    for changes in (
+        {"activation_checkpointing": True},
+        {"data": replace(config.data, cache_images=True)},
+        {"data": replace(config.data, workers=1)},
+        {"val": 1},
+    ):
+        if "val" in changes:  # validating takes no random number and leaves the model in training mode
+            search = RetrievalSettings(top_k=3, max_queries=3)
+            changes = {"data": replace(config.data, val_split="val"), "validation": search}
+        assert difference(weights_of(config, **changes), expected) < 2e-5, changes
+
+
+def test_two_launches_of_one_stage_are_the_run_of_both(config):
+    both = weights_of(config, stages=[1, 2])
+    first = f"{config.out}/stage1/adapter.safetensors"
+    again = weights_of(config, stages=[2], init=first, out=config.out + "-2")
+    assert difference(again, both) < 2e-5
+    assert difference(load_file(first), both) > 1e-3
+
+
+@pytest.mark.parametrize("cache_images", [False, True])
+def test_stored_features_in_float16_are_close(config, cache_images):
+    data = replace(config.data, cache_images=cache_images)
+    exact = weights_of(config, data=data)
+    rounded = weights_of(config, data=replace(data, cache_dtype="float16"))
+    # AdamW's first steps follow the sign of a gradient, so single weights may part.
+    assert 0 < difference(exact, rounded) < 3e-2
+    for name, value in exact.items():
+        assert float((value - rounded[name]).abs().mean()) < 1e-3, name
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_trains_fp32_weights(config, precision):
+    weights = weights_of(config, mixed_precision=precision, stages=[1, 2])
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+    exact = weights_of(config, stages=[1, 2])
+    assert 0 < difference(exact, weights) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulation", "max_steps", "steps"),
+    [(1, 1, 0, 5), (2, 1, 0, 10), (2, 1, 7, 7), (2, 2, 0, 5), (1, 2, 0, 2), (3, 2, 4, 4), (1, 5, 0, 1)],
+)
+def test_the_number_of_optimizer_steps(config, epochs, accumulation, max_steps, steps):
+    settings = StageSettings(epochs=epochs, max_steps=max_steps)
+    path = train(replace(config, stage1=settings, gradient_accumulation=accumulation))
+    assert read_adapter(path)[0].training["step"] == steps
+
+
+def test_fewer_batches_than_an_optimizer_step_are_refused(config):
+    with pytest.raises(AmpError, match="1 epochs of 5 batches, 6 a step"):
+        train(replace(config, gradient_accumulation=6))
+
+
+def test_accumulated_gradients_are_the_mean_of_the_batches(config, monkeypatch):
+    """With plain SGD, one step of two batches moves as far as the mean of two steps from the same place."""
+    from amp.train import engine
+
+    monkeypatch.setattr(engine, "adamw", lambda model, lr, _: torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr))  # fmt: skip
+    monkeypatch.setattr(engine, "learning_rate", lambda *_: 0.1)
+    plain = {"max_grad_norm": 0.0, "conditioning": "paired"}
+    two = weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain)
+    start, parts = {}, []
+    objective = engine.Objective.__call__
+
+    def only(batch):
+        """Zeroes the loss of every batch but one."""
+
+        def call(self, model, data, step):
+            if not start:
+                start.update(
+                    {k: v.detach().clone() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+                )
+            loss, scale = objective(self, model, data, step)
+            return loss * (step == batch), scale
+
+        return call
+
+    for batch in (0, 1):
+        monkeypatch.setattr(engine.Objective, "__call__", only(batch))
+        parts.append(weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain))
+    moved = 0.0
+    for name, value in two.items():
+        expected = start[name] + sum(part[name] - start[name] for part in parts)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 1e-3
+
+
+def test_random_crops_differ_from_the_validation_transform(config):
+    assert difference(weights_of(config), weights_of(config, data=replace(config.data, augment="crop"))) > 1e-4
+
+
+def test_dropped_attributes_change_the_result(config):
+    assert difference(weights_of(config), weights_of(config, data=replace(config.data, kinds=["action"]))) > 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    stage = StageSettings(epochs=5, lr=1e30, warmup_steps=1)
+    with pytest.raises(AmpError, match=r"the loss is nan.*stage1\.lr"):
+        train(replace(config, stage1=stage, log_every=1, max_grad_norm=0.0))
