@@ -92,6 +92,11 @@ def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
                 f"model {model_name!r}: no file {folder / 'open_clip_config.json'}, expected a folder that open_clip "
                 "saved; mend --model.name"
             )
+        if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+            raise AmpError(
+                f"model {model_name!r}: no weights in {folder}, expected a file such as open_clip_model.safetensors; "
+                "without one open_clip goes on with random weights. Copy the whole folder"
+            )
     elif ":" not in model_name:
         name = model_name.replace("/", "-")
         if open_clip.get_model_config(name) is None:

@@ -173,6 +173,14 @@ def test_what_does_not_exist_is_refused(call, said, no_download):
         amp.create_model_and_transforms(**call)
 
 
+def test_a_folder_without_weights_is_refused(tmp_path):
+    """open_clip only warns, and would train around random weights."""
+    name = write_clip_folder(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(AmpError, match=r"no weights in .*open_clip_model\.safetensors"):
+        amp.create_model_and_transforms(name)
+
+
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP"])
 def test_foreign_towers_are_refused(name):
     with pytest.raises(AmpError, match="expected open_clip's native VisionTransformer"):
