@@ -16,7 +16,7 @@ from amp.errors import AmpError
 
 
 class Backbone(nn.Module):
-    """A frozen CLIP, always in eval mode.
+    """A frozen CLIP, always in eval mode. The model given is kept, frozen, and its temperature made a vector of one.
 
     Args:
         clip: A model of `open_clip.create_model` with a native `VisionTransformer` and a native text transformer;

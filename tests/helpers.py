@@ -14,8 +14,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tiny models gain nothing from threads, and where cores are few, threads that spin stop everything else.
-torch.set_num_threads(1)
+# Tiny models gain nothing from OpenMP's threads, and where cores are few, threads that spin stop everything else.
 QUIET_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SPLIT_SIZES = {"train": 22, "val": 6, "test": 12}
 

@@ -63,16 +63,14 @@ def test_what_only_saves_memory_or_time_changes_nothing(config, conditioning):
         config = replace(config, prompt=replace(config.prompt, knowledge="none"))
     config = replace(config, conditioning=conditioning, stages=[1, 2])
     expected = weights_of(config)
-    for changes in (
-        {"activation_checkpointing": True},
-        {"data": replace(config.data, cache_images=True)},
-        {"data": replace(config.data, workers=1)},
-        {"val": 1},
-    ):
-        if "val" in changes:  # validating takes no random number and leaves the model in training mode
-            search = RetrievalSettings(top_k=3, max_queries=3)
-            changes = {"data": replace(config.data, val_split="val"), "validation": search}
-        assert difference(weights_of(config, **changes), expected) < 2e-5, changes
+    # Stored features, recomputed activations; and validating, which takes no random number and must put the model back
+    # into training mode.
+    changed = replace(
+        config, activation_checkpointing=True, data=replace(config.data, cache_images=True, val_split="val"),
+        validation=RetrievalSettings(top_k=3, max_queries=3),
+    )  # fmt: skip
+    assert difference(weights_of(changed), expected) < 2e-5
+    assert difference(weights_of(config, data=replace(config.data, workers=1)), expected) == 0
 
 
 def test_two_launches_of_one_stage_are_the_run_of_both(config):
@@ -94,9 +92,8 @@ def test_stored_features_in_float16_are_close(config, cache_images):
         assert float((value - rounded[name]).abs().mean()) < 1e-3, name
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision_trains_fp32_weights(config, precision):
-    weights = weights_of(config, mixed_precision=precision, stages=[1, 2])
+def test_mixed_precision_trains_fp32_weights(config):
+    weights = weights_of(config, mixed_precision="bf16", stages=[1, 2])
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
     exact = weights_of(config, stages=[1, 2])
     assert 0 < difference(exact, weights) < 0.1
@@ -104,7 +101,7 @@ def test_mixed_precision_trains_fp32_weights(config, precision):
 
 @pytest.mark.parametrize(
     ("epochs", "accumulation", "max_steps", "steps"),
-    [(1, 1, 0, 5), (2, 1, 0, 10), (2, 1, 7, 7), (2, 2, 0, 5), (1, 2, 0, 2), (3, 2, 4, 4), (1, 5, 0, 1)],
+    [(2, 1, 7, 7), (2, 2, 0, 5), (1, 2, 0, 2), (1, 5, 0, 1)],
 )
 def test_the_number_of_optimizer_steps(config, epochs, accumulation, max_steps, steps):
     settings = StageSettings(epochs=epochs, max_steps=max_steps)

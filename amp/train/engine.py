@@ -81,6 +81,12 @@ class Run:
         self.split = ShardSplit(data.shards, data.train_split)
         self.order = BatchOrder(self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes,
                                 config.seed, data.shuffle_window)  # fmt: skip
+        images = data.batch_size * accelerator.num_processes
+        if images < 2:
+            raise AmpError(
+                f"data.batch_size is {data.batch_size} on {accelerator.num_processes} process, expected 2 or "
+                "more images over all processes: both losses need negatives"
+            )
         self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
         captions = SplitCaptions.read(self.split, data.kinds)
         val_split = ShardSplit(data.shards, data.val_split) if data.val_split and config.validate_every else None
