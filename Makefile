@@ -8,7 +8,7 @@ DEMO := runs/demo
 ADAPTERS := ["control=$(DEMO)/control/stage2/adapter.safetensors", \
              "action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors"]
 
-# Two workers with one OpenMP thread each beat spinning threads on two cores.
+# OpenMP threads that spin while they wait take the core from the decoding worker.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -33,22 +33,6 @@ demo: $(VENV)/.installed
 	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
 	$(BIN)/python launchers/evaluate.py --config launchers/configs/scenes.yaml --split test --out $(DEMO)/results.json \
 	    --gallery $(DEMO)/retrievals.png --adapters '$(ADAPTERS)'
-
-test: $(VENV)/.installed
-	$(PIP) -e ".[test,lint]"
-	touch $@
-
-# The whole job on the embedded default: drawn scenes -> shards -> two-stage training -> re-ranked retrieval.
-demo: $(VENV)/.installed
-	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
-	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
-	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
-	    --out data/demo/shards
-	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/control --conditioning none --prompt.knowledge none
-	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
-	$(BIN)/python launchers/evaluate.py --config launchers/configs/scenes.yaml --split test --out $(DEMO)/results.json \
-	    --gallery $(DEMO)/retrievals.png --adapters '["control=$(DEMO)/control/stage2/adapter.safetensors", \
-	    "action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors"]'
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
