@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-LAUNCH := $(BIN)/accelerate launch --config_file launchers/accelerate/one_process.yaml launchers/train.py
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file launchers/accelerate/one_process.yaml launchers/train.py
 DEMO := runs/demo
 ADAPTERS := ["control=$(DEMO)/control/stage2/adapter.safetensors", \
              "action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors"]

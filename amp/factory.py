@@ -6,6 +6,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 
 from amp.backbone import Backbone
 from amp.config import PromptConfig
@@ -41,7 +42,8 @@ def create_model_and_transforms(
         left and right.
 
     Raises:
-        AmpError: QuickGELU of model and weights differ, an unsupported tower, or an adapter of another base model.
+        AmpError: QuickGELU of model and weights differ, an unsupported tower, an adapter of another base model, or
+            weights that can't be downloaded or read.
     """
     if precision not in ("fp32", *LOW_PRECISION):
         raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
@@ -52,9 +54,16 @@ def create_model_and_transforms(
     meta = torch.device(device).type == "meta"
     with torch.device("meta" if meta else "cpu"):
         # Weights are loaded in fp32 whatever the precision: their hash names the base model in adapters and caches.
-        clip, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
-            model_name, pretrained, device="meta" if meta else "cpu", **open_clip_kwargs
-        )
+        try:
+            clip, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
+                model_name, pretrained, device="meta" if meta else "cpu", **open_clip_kwargs
+            )
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise AmpError(
+                f"model {model_name!r} with pretrained {pretrained!r}: open_clip can't load it ({reason[:300]}). Check "
+                "the network, or give files that are there: --model.name local-dir:FOLDER, or --model.pretrained FILE"
+            ) from error
         base_hash = Backbone(clip).weights_hash()
         if precision in LOW_PRECISION:
             open_clip.convert_weights_to_lp(clip, LOW_PRECISION[precision])

@@ -1,5 +1,7 @@
 """Building models: open_clip's call and triple, its transforms, and the mistakes refused before any download."""
 
+import shutil
+
 import open_clip
 import pytest
 import torch
@@ -191,3 +193,12 @@ def test_weights_in_a_file_have_no_tag_to_compare(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(make_clip().state_dict(), path)
     refuse_quick_gelu_mismatch("ViT-B-32-quickgelu", str(path))
+
+
+def test_damaged_weights_are_one_clear_error(clip_folder, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder.removeprefix("local-dir:"), folder)
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(AmpError, match="open_clip can't load it"):
+        amp.create_model_and_transforms(f"local-dir:{folder}")

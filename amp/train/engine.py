@@ -44,6 +44,8 @@ def train(config: TrainConfig) -> Path:
             "Launch --stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
         )
     set_seed(config.seed)
+    # Opened before the model is built, which may mean a download: a wrong folder shows at once.
+    splits = open_splits(config)
     model, preprocess_train, preprocess_val = create_model_and_transforms(
         config.model.name,
         config.model.pretrained,
@@ -57,7 +59,7 @@ def train(config: TrainConfig) -> Path:
     model.activation_checkpointing = config.activation_checkpointing
     out = Path(config.out)
     run = Run(config, accelerator, model, Terminal(accelerator.is_main_process), out)
-    run.prepare_data(preprocess_train, preprocess_val)
+    run.prepare_data(*splits, preprocess_train, preprocess_val)
     if accelerator.is_main_process:
         accelerator.init_trackers("open-clip-amp", config=flat(asdict(config)))
     for stage in config.stages:
@@ -75,10 +77,10 @@ class Run:
         self.config, self.accelerator, self.model, self.terminal, self.out = config, accelerator, model, terminal, out
         self.step = 0  # of all stages, for the trackers
 
-    def prepare_data(self, preprocess_train, preprocess_val) -> None:
+    def prepare_data(self, split: ShardSplit, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
         """Opens the splits, encodes their texts once, and stores frozen image features where asked."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
-        self.split = ShardSplit(data.shards, data.train_split)
+        self.split = split
         self.order = BatchOrder(self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes,
                                 config.seed, data.shuffle_window)  # fmt: skip
         images = data.batch_size * accelerator.num_processes
@@ -89,7 +91,6 @@ class Run:
             )
         self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
         captions = SplitCaptions.read(self.split, data.kinds)
-        val_split = ShardSplit(data.shards, data.val_split) if data.val_split and config.validate_every else None
         val_captions = None
         if val_split is not None:
             val_captions = SplitCaptions.read(val_split, data.kinds, config.validation.captions_per_image)
@@ -205,6 +206,13 @@ class Run:
             adapter = {k: v for k, v in state.items() if not k.startswith("backbone.")}
             training = {"stage": stage, "step": step, "config": asdict(self.config)}
             save_adapter(self.out / f"stage{stage}" / ADAPTER, model, training, adapter)
+
+
+def open_splits(config: TrainConfig) -> tuple[ShardSplit, ShardSplit | None]:
+    """The training split and, where the run validates, the validation split."""
+    data = config.data
+    validates = data.val_split and config.validate_every
+    return ShardSplit(data.shards, data.train_split), ShardSplit(data.shards, data.val_split) if validates else None
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
