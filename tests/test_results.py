@@ -98,11 +98,12 @@ def test_csv_holds_a_line_a_method(results, tmp_path):
 def test_table_shows_rows_references_and_protocol(results):
     lines = [line.rstrip() for line in printed(results, width=80).splitlines()]
     assert max(map(len, lines)) <= 80
-    assert lines[1].split() == ["method", *["R@1", "R@5", "R@10"] * 2, "Rsum"]
-    table = {name.strip(): cells for name, *cells in (line.rsplit(maxsplit=7) for line in lines[2:])}
-    assert table["base CLIP"] == ["10.0", "30.0", "50.0", "11.1", "31.0", "51.0", "183.2"]
+    assert lines[1].split() == ["method", *["R@1", "R@5", "R@10"] * 2, "Rsum", "q/s", "q/s"]
+    rows = [line.rsplit(maxsplit=9) for line in lines[2:4]] + [line.rsplit(maxsplit=7) for line in lines[4:]]
+    table = {name.strip(): cells for name, *cells in rows}
+    assert table["base CLIP"] == ["10.0", "30.0", "50.0", "11.1", "31.0", "51.0", "183.2", "80", "80"]
     # A name in brackets is not taken for rich's markup.
-    assert table["action-aware [pairwise] (ä)"] == ["10.0", "33.0", "49.0", "12.0", "30.0", "55.0", "189.0"]
+    assert table["action-aware [pairwise] (ä)"] == ["10.0", "33.0", "49.0", "12.0", "30.0", "55.0", "189.0", "80", "80"]
     assert table["ceiling (top 20)"] == ["90.0"] * 6 + ["540.0"]
     assert table["chance (top 20)"] == ["5.0", "25.0", "50.0"] * 2 + ["160.0"]
     assert lines[-2:] == [

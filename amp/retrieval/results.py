@@ -222,7 +222,7 @@ class ResultFile:
         return write_atomically(path, text.getvalue().encode())
 
     def print_table(self, console: Console | None = None) -> None:
-        """Prints the rows with the best of each column in bold, then ceiling, chance and protocol.
+        """Prints the rows with the best of each column in bold and queries a second, then ceiling, chance and protocol.
 
         Args:
             console: Where to print; standard output if None.
@@ -234,17 +234,20 @@ class ResultFile:
             for k in KS:
                 table.add_column(f"{name}\nR@{k}", justify="right", no_wrap=True)
         table.add_column("\nRsum", justify="right", no_wrap=True)
+        for name in _DIRECTIONS:
+            table.add_column(f"{name}\nq/s", justify="right", no_wrap=True)
 
         methods = [(row.name, row.i2t.recall, row.t2i.recall) for row in self.rows]
         # Compared as printed, so that two equal figures are both bold or both not.
         figures = [_figures(i2t, t2i) for _, i2t, t2i in methods]
         best = [max(column) for column in zip(*figures, strict=True)] if len(figures) > 1 else None
-        for (name, _, _), values in zip(methods, figures, strict=True):
+        for row, values in zip(self.rows, figures, strict=True):
             cells = [
                 Text(f"{value:.1f}", style="bold" if best and value == best[i] else "")
                 for i, value in enumerate(values)
             ]
-            table.add_row(Text(name), *cells)
+            speeds = [_speed(side.queries_per_second) for side in (row.i2t, row.t2i)]
+            table.add_row(Text(row.name), *cells, *speeds)
         if self.rows:
             table.add_section()
         for label, i2t, t2i in self._references():
@@ -285,6 +288,11 @@ def _read_direction(entry: dict) -> DirectionResult:
 
 def _figures(i2t: dict[int, float], t2i: dict[int, float]) -> Sequence[float]:
     return [round(value, 1) for value in (*i2t.values(), *t2i.values(), rsum(i2t, t2i))]
+
+
+def _speed(queries_per_second: float) -> str:
+    """Two digits at least, without decimals from 10 on."""
+    return f"{queries_per_second:,.0f}" if queries_per_second >= 10 else f"{queries_per_second:.1f}"
 
 
 def _protocol_part(key: str, value: object) -> str:
