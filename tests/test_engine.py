@@ -162,3 +162,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
     stage = StageSettings(epochs=5, lr=1e30, warmup_steps=1)
     with pytest.raises(AmpError, match=r"the loss is nan.*stage1\.lr"):
         train(replace(config, stage1=stage, log_every=1, max_grad_norm=0.0))
+
+
+def test_a_wrong_shards_folder_shows_before_the_model_is_built(config, monkeypatch, tmp_path):
+    def build(*args, **kwargs):
+        raise AssertionError("the model, perhaps a download of gigabytes, was built first")
+
+    monkeypatch.setattr("amp.train.engine.create_model_and_transforms", build)
+    missing = replace(config, data=replace(config.data, shards=str(tmp_path / "nowhere")))
+    with pytest.raises(AmpError, match="nowhere: no such folder"):
+        train(missing)

@@ -13,9 +13,9 @@ from amp.errors import AmpError
 from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow, write_atomically
 
 
-def direction(r1: float, r5: float, r10: float, ceiling: float = 90.0, top_k: int = 20) -> DirectionResult:
+def direction(r1: float, r5: float, r10: float, ceiling: float = 90.0, top_k: int = 20, seconds: float = 12.5):
     flat = dict.fromkeys((1, 5, 10), ceiling)
-    return DirectionResult({1: r1, 5: r5, 10: r10}, flat, {1: 5.0, 5: 25.0, 10: 50.0}, 1000, top_k, 12.5)
+    return DirectionResult({1: r1, 5: r5, 10: r10}, flat, {1: 5.0, 5: 25.0, 10: 50.0}, 1000, top_k, seconds)
 
 
 @pytest.fixture
@@ -32,8 +32,10 @@ def results():
         "command": ["evaluate.py", "--naïve"],
     }
     rows = [
-        RetrievalRow("base CLIP", direction(10.04, 30.0, 50.0), direction(11.123456789, 31.0, 51.0)),
-        RetrievalRow("action-aware [pairwise] (ä)", direction(10.01, 33.0, 49.0), direction(12.0, 30.0, 55.0)),
+        RetrievalRow("base CLIP", direction(10.04, 30.0, 50.0), direction(11.123456789, 31.0, 51.0, seconds=400.0)),
+        RetrievalRow(
+            "action-aware [pairwise] (ä)", direction(10.01, 33.0, 49.0), direction(12.0, 30.0, 55.0, seconds=400.0)
+        ),
     ]
     return ResultFile(protocol, rows)
 
@@ -101,9 +103,19 @@ def test_table_shows_rows_references_and_protocol(results):
     assert lines[1].split() == ["method", *["R@1", "R@5", "R@10"] * 2, "Rsum", "q/s", "q/s"]
     rows = [line.rsplit(maxsplit=9) for line in lines[2:4]] + [line.rsplit(maxsplit=7) for line in lines[4:]]
     table = {name.strip(): cells for name, *cells in rows}
-    assert table["base CLIP"] == ["10.0", "30.0", "50.0", "11.1", "31.0", "51.0", "183.2", "80", "80"]
+    assert table["base CLIP"] == ["10.0", "30.0", "50.0", "11.1", "31.0", "51.0", "183.2", "80", "2.5"]
     # A name in brackets is not taken for rich's markup.
-    assert table["action-aware [pairwise] (ä)"] == ["10.0", "33.0", "49.0", "12.0", "30.0", "55.0", "189.0", "80", "80"]
+    assert table["action-aware [pairwise] (ä)"] == [
+        "10.0",
+        "33.0",
+        "49.0",
+        "12.0",
+        "30.0",
+        "55.0",
+        "189.0",
+        "80",
+        "2.5",
+    ]
     assert table["ceiling (top 20)"] == ["90.0"] * 6 + ["540.0"]
     assert table["chance (top 20)"] == ["5.0", "25.0", "50.0"] * 2 + ["160.0"]
     assert lines[-2:] == [
