@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
-	    --out data/demo/shards
+	    --out data/demo/drawn-scenes
 	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/control --conditioning none --prompt.knowledge none
 	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
 	$(BIN)/python launchers/evaluate.py --config launchers/configs/scenes.yaml --split test --out $(DEMO)/results.json \

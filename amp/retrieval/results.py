@@ -291,8 +291,10 @@ def _figures(i2t: dict[int, float], t2i: dict[int, float]) -> Sequence[float]:
 
 
 def _speed(queries_per_second: float) -> str:
-    """Two digits at least, without decimals from 10 on."""
-    return f"{queries_per_second:,.0f}" if queries_per_second >= 10 else f"{queries_per_second:.1f}"
+    """Short enough for a table of 80 columns: 4.6, 53, 5584, 30k."""
+    if queries_per_second < 10:
+        return f"{queries_per_second:.1f}"
+    return f"{queries_per_second:.0f}" if queries_per_second < 10_000 else f"{queries_per_second / 1000:.0f}k"
 
 
 def _protocol_part(key: str, value: object) -> str:
