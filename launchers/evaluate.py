@@ -11,6 +11,7 @@ base model alone; adapters carry their own prompt settings. How the split is sea
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 
@@ -29,6 +30,9 @@ class EvaluationSettings:
         out: JSON file of the result; the CSV file stands beside it.
         gallery: PNG file with retrievals of the last adapter; null draws none.
         search: How the split is searched.
+        probes: Rows beside each knowledge-aware adapter with one input spoilt: ``shuffled`` knowledge, ``blank``
+            knowledge, knowledge of a ``sibling`` caption of the same image, ``grey`` images.
+        text_only: Add the text-only control: captions with their states, no action-aware image.
     """
 
     split: str = "test"
@@ -36,6 +40,8 @@ class EvaluationSettings:
     out: str = "runs/results.json"
     gallery: str | None = None
     search: RetrievalSettings = field(default_factory=RetrievalSettings)
+    probes: list[Literal["shuffled", "blank", "sibling", "grey"]] = field(default_factory=list)
+    text_only: bool = False
 
 
 def parser() -> ArgumentParser:
@@ -65,7 +71,14 @@ def main(arguments: list[str] | None = None) -> None:
         from amp.retrieval.run import evaluate
 
         evaluate(
-            config, evaluation.split, evaluation.adapters, evaluation.search, Path(evaluation.out), evaluation.gallery
+            config,
+            evaluation.split,
+            evaluation.adapters,
+            evaluation.search,
+            Path(evaluation.out),
+            evaluation.gallery,
+            evaluation.probes,
+            evaluation.text_only,
         )
 
 

@@ -148,6 +148,20 @@ class Retrieval:
         """The frozen CLIP alone."""
         return RetrievalRow(name, *(self._result(d, self.first[d].ranks, 0.0) for d in ("i2t", "t2i")))
 
+    def rank_text(self, text: torch.Tensor) -> dict[str, Ranking]:
+        """Re-ranks with other caption features (C, d) against the frozen CLIP's image features, without any model."""
+        features = torch.from_numpy(np.array(self.frozen.base)).to(self.device)
+        rankings = {}
+        for direction, first in self.first.items():
+            start = time.perf_counter()
+            scorer = self._feature_scorer(features, direction, text=text)
+            mask = self.positives[direction].of(first.candidates)
+            scores = score_candidates(first.candidates, scorer, self.settings.batch_size)
+            ranks = rerank(first, scores, mask, self.settings.fusion_weight)
+            result = self._result(direction, ranks, time.perf_counter() - start)
+            rankings[direction] = Ranking(self.queries[direction], first, scores, ranks, result)
+        return rankings
+
     def rank(self, model, autocast=contextlib.nullcontext, progress: Callable[[str, int, int], None] | None = None,
              ) -> dict[str, Ranking]:  # fmt: skip
         """Re-ranks with a model.
@@ -232,9 +246,10 @@ class Retrieval:
 
         return score
 
-    def _feature_scorer(self, features: torch.Tensor, direction: str, by_query: bool = False):
+    def _feature_scorer(self, features: torch.Tensor, direction: str, by_query: bool = False, text=None):
         """Scores from one feature an image (I, d), or with `by_query` one an image query (Q, d)."""
-        features, text = F.normalize(features.float(), dim=-1), F.normalize(self.text.float(), dim=-1)
+        features = F.normalize(features.float(), dim=-1)
+        text = F.normalize((self.text if text is None else text).float(), dim=-1)
 
         def score(query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
             item = self.queries[direction][query]

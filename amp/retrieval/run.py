@@ -1,6 +1,7 @@
 """An evaluation run: one split, the base model and any number of adapters, one table."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import accelerate
@@ -18,6 +19,7 @@ from amp.factory import create_model_and_transforms
 from amp.model import ActionAwareCLIP
 from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
 from amp.retrieval.picture import draw_retrievals
+from amp.retrieval.probes import Probe, enriched_text, probe
 from amp.retrieval.results import ResultFile
 from amp.terminal import Terminal
 from amp.train.config import TrainConfig
@@ -26,7 +28,8 @@ from amp.version import __version__
 
 
 def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: RetrievalSettings, out: Path,
-             gallery: str | None = None) -> ResultFile:  # fmt: skip
+             gallery: str | None = None, probes: Sequence[Probe] = (), text_only: bool = False,
+             ) -> ResultFile:  # fmt: skip
     """Evaluates the base model and adapters, prints the table and writes JSON, CSV and the picture.
 
     Args:
@@ -36,6 +39,8 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         search: How the split is searched.
         out: JSON file; the CSV file takes its name.
         gallery: PNG file with retrievals of the last adapter.
+        probes: Each adds rows of every knowledge-aware adapter with one input spoilt.
+        text_only: Add the row of the text-only control: captions with their states, without any action-aware image.
 
     Raises:
         AmpError: Wrong input, such as an adapter of another base model.
@@ -62,6 +67,9 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         retrieval = Retrieval(captions, frozen, collate, search, accelerator.device)
         if first_hash is None:
             result.rows.append(retrieval.base_row())
+            if text_only:
+                text = enriched_text(retrieval.text, retrieval.knowledge)
+                result.rows += retrieval.rows("captions with states", retrieval.rank_text(text))
             first_hash = base.base_hash
         if not named:
             break
@@ -69,6 +77,12 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         with terminal.progress(f"re-ranking with {name}") as report:
             rankings = retrieval.rank(model, accelerator.autocast, lambda _, done, total, r=report: r(done, total))
         result.rows += retrieval.rows(name, rankings)
+        for kind in probes if model.knowledge_aware else ():
+            with terminal.progress(f"probe {kind} of {name}") as report:
+                spoilt = probe(retrieval, kind, model, preprocess, config.seed).rank(
+                    model, accelerator.autocast, lambda _, done, total, r=report: r(done, total)
+                )
+            result.rows += retrieval.rows(f"{name}, {kind}", spoilt)
         if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
             result.save_json(out)
     if accelerator.is_main_process:

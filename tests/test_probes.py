@@ -1,0 +1,79 @@
+"""Leak probes: what is spoilt is spoilt, and nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_evaluate import TOP_K, World
+
+from amp.errors import AmpError
+from amp.retrieval.probes import enriched_text, probe, shuffled, siblings
+
+
+@pytest.fixture(scope="module")
+def world(clip_folder, shards, tmp_path_factory):
+    return World(clip_folder, shards, tmp_path_factory.mktemp("cache"))
+
+
+def expected(world, query, image_of, knowledge_of):
+    """t2i scores of one caption by the public call: `image_of` and `knowledge_of` say what is seen instead."""
+    first = world.retrieval().first["t2i"].candidates[query]
+    images = torch.stack([image_of(int(i)) for i in first])
+    knowledge = [knowledge_of(query)] * len(first)
+    with torch.no_grad():
+        return F.cosine_similarity(world.model.encode_image(images, knowledge), world.text[query][None], dim=-1)
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1, 1], [2, 0, 1, 1, 0, 2, 2], [0, 0, 0, 1, 2, 3], list(range(9))])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_knowledge_is_each_once_and_never_of_the_same_image(owner, seed):
+    owner = torch.tensor(owner)
+    source = shuffled(owner, seed)
+    assert sorted(source.tolist()) == list(range(len(owner)))
+    assert (owner[source] != owner).all()
+
+
+def test_shuffle_that_can_not_exist_is_refused():
+    with pytest.raises(AmpError, match="one image has 3 of 4 captions"):
+        shuffled(torch.tensor([0, 0, 0, 1]))
+
+
+def test_sibling_is_the_next_caption_of_the_image_and_itself_where_alone():
+    assert siblings(torch.tensor([0, 1, 0, 2, 0, 1])).tolist() == [2, 5, 4, 3, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["shuffled", "sibling"])
+def test_knowledge_of_another_caption_is_what_the_public_call_gives_with_it(world, name):
+    source = {"shuffled": shuffled, "sibling": siblings}[name](world.captions.image)
+    scores = probe(world.retrieval(), name, world.model, world.preprocess).rank(world.model)["t2i"].scores
+    for query in (0, len(source) - 1):
+        want = expected(world, query, lambda i: world.images[i], lambda q: world.captions.knowledge[int(source[q])])
+        torch.testing.assert_close(scores[query], want, rtol=0, atol=1e-5)
+
+
+def test_grey_images_all_score_alike_for_one_caption_and_the_candidates_stay(world):
+    clean = world.retrieval()
+    spoilt = probe(clean, "grey", world.model, world.preprocess)
+    scores = spoilt.rank(world.model)["t2i"].scores
+    assert torch.equal(spoilt.first["t2i"].candidates, clean.first["t2i"].candidates)
+    assert scores.shape[1] == TOP_K and float((scores - scores[:, :1]).abs().max()) < 1e-5
+    assert float((scores - clean.rank(world.model)["t2i"].scores).abs().max()) > 1e-3
+
+
+def test_blank_knowledge_makes_the_image_deaf_to_the_caption(world):
+    ranking = probe(world.retrieval(), "blank", world.model, world.preprocess).rank(world.model)["i2t pairwise"]
+    with torch.no_grad():
+        feature = world.model(world.images[:1], world.retrieval().knowledge[torch.tensor([0])].blank()).conditioned[0]
+    want = [float(F.cosine_similarity(feature, world.text[int(c)], dim=0)) for c in ranking.first.candidates[0]]
+    torch.testing.assert_close(ranking.scores[0], torch.tensor(want), rtol=0, atol=1e-5)
+
+
+def test_text_only_control_by_hand(world):
+    retrieval = world.retrieval()
+    text = enriched_text(retrieval.text, retrieval.knowledge)
+    number = next(i for i, item in enumerate(world.captions.knowledge) if len(item.triplets) == 2)
+    states = retrieval.knowledge.states[number][:2]
+    want = F.normalize(F.normalize(retrieval.text[number], dim=0) + F.normalize(states, dim=-1).mean(0), dim=0)
+    torch.testing.assert_close(text[number], want)
+    scores = retrieval.rank_text(text)["t2i"].scores
+    base = F.normalize(torch.from_numpy(world.frozen.base.copy()), dim=-1)
+    torch.testing.assert_close(scores[number], base[retrieval.first["t2i"].candidates[number]] @ want)
