@@ -90,6 +90,7 @@ class TrainConfig:
         prompt: Architecture of the prompts.
         data: The shards.
         stages: Which stages run, in order: ``[1, 2]``, ``[1]`` or ``[2]``.
+        combined: Stage 1 minimises eq. 10 + eq. 11 at once, the "combined training" of Table 5; asks for ``[1]``.
         stage1: Contrastive stage (eq. 10).
         stage2: Triplet stage (eq. 11).
         init: Adapter file to start from; needed for ``stages: [2]``.
@@ -113,6 +114,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataSettings = field(default_factory=DataSettings)
     stages: list[int] = field(default_factory=lambda: [1, 2])
+    combined: bool = False
     stage1: StageSettings = field(default_factory=StageSettings)
     stage2: StageSettings = field(default_factory=lambda: StageSettings(epochs=3, lr=1e-4))
     init: str | None = None
@@ -137,6 +139,11 @@ class TrainConfig:
             )
         if self.stages not in ([1], [2], [1, 2]):
             raise AmpError(f"stages is {self.stages}, expected [1], [2] or [1, 2]")
+        if self.combined and self.stages != [1]:
+            raise AmpError(
+                f"combined is true and stages is {self.stages}, expected [1]: both losses are minimised in one stage; "
+                "add --stages '[1]'"
+            )
         if self.stages == [2] and not self.init:
             raise AmpError(
                 "stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors"

@@ -123,7 +123,7 @@ class Run:
         optimizer = adamw(self.model, settings.lr, settings.weight_decay)
         objective = Objective(
             stage, config.conditioning, config.negatives, config.margin,
-            float(self.model.backbone.clip.logit_scale.detach().exp()), config.seed,
+            float(self.model.backbone.clip.logit_scale.detach().exp()), config.seed, config.combined,
         )  # fmt: skip
         engine, optimizer = accelerator.prepare(self.model, optimizer)
         engine.train()

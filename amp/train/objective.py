@@ -28,6 +28,7 @@ class Objective:
         margin: alpha of eq. 11 (ours).
         sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives.
         seed: Of the run.
+        combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
     """
 
     stage: int
@@ -36,6 +37,7 @@ class Objective:
     margin: float = 0.2
     sampling_scale: float = 1.0
     seed: int = 0
+    combined: bool = False
 
     def __call__(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss (a scalar, the same on every rank up to sampling) and logit scale (1,) of this rank's batch.
@@ -55,9 +57,12 @@ class Objective:
             image = features.prompted
         cosines = losses.similarity(all_gather_with_grad(image), all_gather(batch.text))
         ignore = losses.same_image_mask(all_gather(batch.image_ids))
+        loss = 0.0
         if self.stage == 1:
-            return losses.contrastive_loss(cosines, features.logit_scale, ignore), features.logit_scale
-        return losses.triplet_loss(cosines, self.margin, ignore), features.logit_scale
+            loss = losses.contrastive_loss(cosines, features.logit_scale, ignore)
+        if self.stage == 2 or self.combined:
+            loss = loss + losses.triplet_loss(cosines, self.margin, ignore)
+        return loss, features.logit_scale
 
     def _contrastive(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         early, base = batch.images, batch.base
@@ -96,7 +101,7 @@ class Objective:
                 parts.append(
                     losses.candidate_contrastive_loss(positive, negative, drawn.log_weight, features.logit_scale)
                 )
-            else:
+            if self.stage == 2 or self.combined:
                 parts.append(losses.candidate_triplet_loss(positive, negative, drawn.log_weight, self.margin))
         return sum(parts) / 2, features.logit_scale
 
