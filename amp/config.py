@@ -24,6 +24,8 @@ class PromptConfig:
         triplet_heads: Attention heads of the triplet encoder (ours).
         bottleneck: The adapter's hidden width is its input width divided by this (ours).
         lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7).
+        text_enrichment: True adds a learned map of the states' features to the caption's feature that images are
+            scored against (ours, `TextEnrichment`); False scores against the plain feature, as the paper does.
         residual: True adds the interaction to the patches through a gate that starts at zero (ours); False replaces
             the patches by it, the literal eq. 8.
     """
@@ -38,6 +40,7 @@ class PromptConfig:
     bottleneck: int = 16
     lam: float = 0.7
     residual: bool = True
+    text_enrichment: bool = False
 
     def __post_init__(self):
         minimum = {"interaction_layer": 0, "num_prompts": 0, "max_triplets": 1, "slot_tokens": 1, "triplet_layers": 1,

@@ -16,6 +16,7 @@ from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import state_texts
 from amp.layers.interaction import ActionAwareInteraction
 from amp.layers.prompt_adapter import PromptAdapter
+from amp.layers.text_enrichment import TextEnrichment
 from amp.layers.triplet_encoder import TripletEncoder, with_null
 from amp.layers.visual_prompts import VisualPrompts
 
@@ -44,6 +45,7 @@ class Features(NamedTuple):
         base: The frozen CLIP's image features (B, d).
         prompted: Features under visual prompts alone, without knowledge (B, d).
         conditioned: Action-aware features, a row a pair (P, d).
+        text: Caption features that images are scored against, enriched where the model does that (C, d).
         logit_scale: Temperature 1 / tau, fp32 (1,).
     """
 
@@ -51,6 +53,7 @@ class Features(NamedTuple):
     base: torch.Tensor | None = None
     prompted: torch.Tensor | None = None
     conditioned: torch.Tensor | None = None
+    text: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
 
 
@@ -97,6 +100,9 @@ class ActionAwareCLIP(nn.Module):
             self.interaction = ActionAwareInteraction(
                 backbone.vision_width, backbone.vision_heads, config.lam, config.residual
             )
+        self.text_enrichment = (
+            TextEnrichment(backbone.embed_dim) if self.knowledge_aware and config.text_enrichment else None
+        )
         # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().float().reshape(1))
         self.activation_checkpointing = False
@@ -125,9 +131,20 @@ class ActionAwareCLIP(nn.Module):
         features = self(images, knowledge).conditioned
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-        """Text features (B, d) of the frozen text tower, the base CLIP's own call."""
-        return self.backbone.clip.encode_text(text, normalize=normalize)
+    def encode_text(
+        self,
+        text: torch.Tensor,
+        normalize: bool = False,
+        knowledge: KnowledgeBatch | Sequence[Knowledge] | None = None,
+    ) -> torch.Tensor:
+        """Text features (B, d): the base CLIP's own call, or with `knowledge` what action-aware images are scored
+        against, which differs only in models with `text_enrichment`."""
+        if knowledge is None:
+            return self.backbone.clip.encode_text(text, normalize=normalize)
+        if not isinstance(knowledge, KnowledgeBatch):
+            knowledge = self.prepare_knowledge(knowledge)
+        features = self(None, knowledge, text=self.backbone.clip.encode_text(text)).text
+        return F.normalize(features, dim=-1) if normalize else features
 
     @torch.no_grad()
     def prepare_knowledge(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
@@ -198,33 +215,45 @@ class ActionAwareCLIP(nn.Module):
 
     def forward(
         self,
-        images: torch.Tensor,
-        knowledge: KnowledgeBatch | Prompts | None = None,
+        images: torch.Tensor | None,
+        knowledge: KnowledgeBatch | None = None,
         image_index: torch.Tensor | None = None,
         knowledge_index: torch.Tensor | None = None,
         captions_a_pair: int = 1,
-        prompted: bool = False,
+        prompted: bool | torch.Tensor | None = False,
         only_frozen: bool = False,
+        text: torch.Tensor | None = None,
     ) -> Features:
         """All computation of training and re-ranking passes here, where DDP's and ZeRO's hooks can see it.
 
         Args:
-            images: Images (B, 3, H, W), or tokens (B, 1 + M, d_v) of an earlier call with `only_frozen`.
-            knowledge: Knowledge of C captions, or their prompts.
+            images: Images (B, 3, H, W), or tokens (B, 1 + M, d_v) of an earlier call with `only_frozen`; None for texts
+                alone.
+            knowledge: Knowledge of C captions.
             image_index, knowledge_index: The P pairs to encode; by default pair i is image i with caption i.
             captions_a_pair: With n > 1 each pair is conditioned on the union of n consecutive captions' knowledge.
-            prompted: Also return features without knowledge.
+            prompted: Also return features without knowledge: of all images, or of those an int64 tensor names.
             only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
+            text: The frozen features of the C captions (C, d); returned as `text`, enriched.
         """
+        if text is not None and knowledge is not None and self.text_enrichment is not None:
+            text = self.text_enrichment(text, knowledge.states, knowledge.mask)
+        if images is None:
+            return Features(text=text)
         # Stored tokens may have another type than the blocks: float16 on disk, or weights that DeepSpeed has cast.
         early = self.encode_early(images) if images.ndim == 4 else images.to(self.backbone.dtype)
         if only_frozen:
             with torch.no_grad():
                 rest = self.backbone.blocks(early, self.config.interaction_layer, self.backbone.num_layers)
                 return Features(early=early, base=self.backbone.pool(rest))
+        plain = None
+        if isinstance(prompted, torch.Tensor):
+            plain = self.encode_prompted(early[prompted])
+        elif prompted:
+            plain = self.encode_prompted(early)
         conditioned = None
         if knowledge is not None:
-            prompts = knowledge if isinstance(knowledge, Prompts) else self.encode_knowledge(knowledge)
+            prompts = self.encode_knowledge(knowledge)
             if knowledge_index is not None:
                 prompts = prompts.take(knowledge_index)
             if captions_a_pair > 1:
@@ -234,8 +263,9 @@ class ActionAwareCLIP(nn.Module):
             conditioned = self.encode_pairs(early, prompts, image_index)
         return Features(
             early=early,
-            prompted=self.encode_prompted(early) if prompted else None,
+            prompted=plain,
             conditioned=conditioned,
+            text=text,
             logit_scale=self.logit_scale.float().exp().clamp(1.0, 100.0),
         )
 

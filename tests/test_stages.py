@@ -136,6 +136,9 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
             else:
                 allowed = [c for c, w in zip(others, drawn.log_weight[i].tolist(), strict=True) if w > -1e30]
                 total += max(0.0, margin + max(allowed) - own) / 8
+    if stage == 1:  # and eq. 10 over the whole batch without knowledge
+        plain = similarity(model(frozen.early, prompted=True).prompted, batch.text)
+        total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)
     assert loss.item() == pytest.approx(total, rel=1e-3)
 
 
@@ -148,6 +151,8 @@ def test_four_ranks_of_one_make_the_loss_of_one_rank_of_four(stage, negatives, b
     frozen = model(batch.images, only_frozen=True)
     whole = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS)
     score = Objective(stage, "contrastive", negatives, sampling_scale=10.0)
+    # The part without knowledge gathers features, not inputs: tests/test_distributed.py runs it in real processes.
+    monkeypatch.setattr(objective.losses, "contrastive_loss", lambda *_: 0.0)
     expected, _ = score(model, whole, 2)
     shares = []
     for rank in range(4):

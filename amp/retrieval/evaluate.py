@@ -23,6 +23,8 @@ from amp.retrieval.rerank import rerank, score_candidates, shard_bounds
 from amp.retrieval.results import DirectionResult, RetrievalRow
 from amp.train.losses import pair_similarity
 
+ENRICH_ROWS = 65_536
+
 
 @dataclass
 class RetrievalSettings:
@@ -179,9 +181,10 @@ class Retrieval:
             features = self._over_images(model, autocast)
             scorers = {"t2i": self._feature_scorer(features, "t2i"), "i2t": self._feature_scorer(features, "i2t")}
         else:
-            scorers = {"t2i": self._pair_scorer(model, autocast, "t2i")}
+            text = self._enriched(model)
+            scorers = {"t2i": self._pair_scorer(model, text, autocast, "t2i")}
             for mode in self.settings.i2t:
-                pair = self._pair_scorer(model, autocast, "i2t")
+                pair = self._pair_scorer(model, text, autocast, "i2t")
                 scorers[f"i2t {mode}"] = pair if mode == "pairwise" else None
         rankings = {}
         for name, scorer in scorers.items():
@@ -192,7 +195,7 @@ class Retrieval:
             rows = mask.any(dim=1).nonzero().flatten() if self.settings.skip_decided else torch.arange(len(mask))
             if scorer is None:
                 features = self._over_images(model, autocast, rows, report)
-                scorer = self._feature_scorer(features, "i2t", by_query=True)
+                scorer = self._feature_scorer(features, "i2t", by_query=True, text=text)
                 report = None
             part = score_candidates(
                 first.candidates[rows],
@@ -231,7 +234,18 @@ class Retrieval:
         # Memory-mapped rows are read in order and copied once.
         return torch.from_numpy(np.asarray(self.frozen.early[images.numpy()], dtype=np.float32)).to(self.device)
 
-    def _pair_scorer(self, model, autocast, direction: str):
+    def _enriched(self, model) -> torch.Tensor:
+        """What images are scored against: the caption features, enriched where the model does that (C, d)."""
+        rows = range(0, len(self.text), ENRICH_ROWS)
+        knowledge = (self.knowledge[low : low + ENRICH_ROWS].to(self.device) for low in rows)
+        with torch.no_grad():
+            parts = [
+                model(None, k, text=self.text[low : low + ENRICH_ROWS]).text
+                for low, k in zip(rows, knowledge, strict=True)
+            ]
+        return torch.cat(parts)
+
+    def _pair_scorer(self, model, text: torch.Tensor, autocast, direction: str):
         def score(query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
             query = self.queries[direction][query]
             image, caption = (query, candidate) if direction == "i2t" else (candidate, query)
@@ -242,7 +256,7 @@ class Retrieval:
                     self._early(images), self.knowledge[captions].to(self.device),
                     image_index.to(self.device), caption_index.to(self.device),
                 ).conditioned  # fmt: skip
-            return pair_similarity(features, self.text[caption.to(self.device)]).cpu()
+            return pair_similarity(features, text[caption.to(self.device)]).cpu()
 
         return score
 

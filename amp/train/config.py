@@ -68,6 +68,7 @@ class StageSettings:
     Args:
         epochs: Passes over the training images.
         lr: Peak learning rate (ours); warm-up is linear, then it falls to zero on a cosine.
+        prompt_lr: Peak rate of visual prompts, the interaction's gate and the temperature (ours); null takes `lr`.
         warmup_steps: Optimizer steps of warm-up (ours).
         weight_decay: Of AdamW, on matrices only (ours).
         max_steps: Optimizer steps at most; 0 for none.
@@ -75,6 +76,7 @@ class StageSettings:
 
     epochs: int = 10
     lr: float = 5e-4
+    prompt_lr: float | None = None
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_steps: int = 0
@@ -97,6 +99,8 @@ class TrainConfig:
         conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
             ``paired`` under its own caption's (literal eq. 10), ``none`` without knowledge (control).
         negatives: Sampled negatives a direction for ``contrastive`` (ours).
+        knowledge_share: Part of a batch that ``contrastive`` scores under knowledge (ours); in stage 1 all of it is
+            scored without knowledge besides.
         margin: Margin of the triplet loss (ours).
         mixed_precision: Autocast type; null takes what `accelerate launch` says.
         gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.
@@ -120,6 +124,7 @@ class TrainConfig:
     init: str | None = None
     conditioning: Conditioning = "contrastive"
     negatives: int = 2
+    knowledge_share: float = 1.0
     margin: float = 0.2
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_accumulation: int = 1
@@ -158,6 +163,8 @@ class TrainConfig:
                 f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of "
                 "random crops can't be stored; add --data.augment none"
             )
+        if not 0.0 < self.knowledge_share <= 1.0:
+            raise AmpError(f"knowledge_share is {self.knowledge_share}, expected a number above 0, at most 1")
         low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
                "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),
                "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1)}  # fmt: skip

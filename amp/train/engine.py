@@ -120,10 +120,11 @@ class Run:
         """Trains one stage and writes its adapter."""
         config, accelerator = self.config, self.accelerator
         set_trainable(self.model, stage)
-        optimizer = adamw(self.model, settings.lr, settings.weight_decay)
+        optimizer = adamw(self.model, settings.lr, settings.weight_decay, settings.prompt_lr)
         objective = Objective(
             stage, config.conditioning, config.negatives, config.margin,
-            float(self.model.backbone.clip.logit_scale.detach().exp()), config.seed, config.combined,
+            float(self.model.backbone.clip.logit_scale.detach().exp()), config.seed,
+            config.knowledge_share, config.combined,
         )  # fmt: skip
         engine, optimizer = accelerator.prepare(self.model, optimizer)
         engine.train()
@@ -139,7 +140,7 @@ class Run:
                 self.order.set_epoch(epoch)
                 for batch in self.loader:
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(step, total, settings.warmup_steps, settings.lr)
+                        group["lr"] = learning_rate(step, total, settings.warmup_steps, group["peak"])
                     with accelerator.accumulate(engine):
                         with accelerator.autocast():
                             loss, scale = objective(engine, batch.to(accelerator.device), batches)

@@ -1,7 +1,9 @@
 """The loss of one step: which features are computed, which pairs are scored, and the stage's loss over them.
 
 `none` and `paired` score all N x N pairs of the global batch with one feature an image. `contrastive` scores an image
-conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer.
+conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer. Beside these
+few pairs its stage 1 scores all N x N pairs without knowledge: that costs one feature an image and keeps the coarse
+ranking, which a few hard negatives unlearn.
 """
 
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ class Objective:
         margin: alpha of eq. 11 (ours).
         sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives.
         seed: Of the run.
+        knowledge_share: Part of this rank's images that are scored under knowledge in a `contrastive` step.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
     """
 
@@ -37,6 +40,7 @@ class Objective:
     margin: float = 0.2
     sampling_scale: float = 1.0
     seed: int = 0
+    knowledge_share: float = 1.0
     combined: bool = False
 
     def __call__(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,12 +54,12 @@ class Objective:
         if self.conditioning == "contrastive":
             return self._contrastive(model, batch, step)
         if self.conditioning == "paired":
-            features = model(batch.images, batch.knowledge)
-            image = features.conditioned
+            features = model(batch.images, batch.knowledge, text=batch.text)
+            image, text = features.conditioned, features.text
         else:
             features = model(batch.images, prompted=True)
-            image = features.prompted
-        cosines = losses.similarity(all_gather_with_grad(image), all_gather(batch.text))
+            image, text = features.prompted, batch.text
+        cosines = losses.similarity(all_gather_with_grad(image), all_gather_with_grad(text))
         ignore = losses.same_image_mask(all_gather(batch.image_ids))
         loss = 0.0
         if self.stage == 1:
@@ -76,23 +80,35 @@ class Objective:
         size, total = len(batch.text), len(text)
         m = min(self.negatives, total - 1)
         own = torch.arange(rank() * size, (rank() + 1) * size, device=text.device)
+        everyone = own
+        # The first ones: batches are shuffled.
+        size = max(1, round(self.knowledge_share * size))
+        own = own[:size]
         cosines, forbidden = losses.similarity(base, text), ids[:, None] == ids[None, :]
         texts_of_image = self._draw(cosines, forbidden, own, m, step, direction=0)
         images_of_text = self._draw(cosines.T, forbidden, own, m, step, direction=1)
+        # Rows of the batch this rank needs: all of them, or over many ranks its own and those it has drawn.
+        images = texts = torch.arange(total, device=text.device)
+        mine, scored, drawn_texts, drawn_images = (
+            everyone,
+            own,
+            texts_of_image.index.flatten(),
+            images_of_text.index.flatten(),
+        )
+        if total > len(mine) + size * m:
+            images, texts = torch.cat([mine, drawn_images]), torch.cat([mine, drawn_texts])
+            mine = torch.arange(len(mine), device=text.device)
+            scored = mine[:size]
+            drawn_texts = drawn_images = len(mine) + torch.arange(size * m, device=text.device)
         # Pairs in three runs: (own image, own caption), (own image, drawn captions), (drawn images, own caption).
-        repeated = own.repeat_interleave(m)
-        image_index = torch.cat([own, repeated, images_of_text.index.flatten()])
-        text_index = torch.cat([own, texts_of_image.index.flatten(), repeated])
-        text_of_pair = text[text_index]
-        if total > size * (1 + m):  # over many ranks, only the rows this rank needs
-            drawn = size + torch.arange(size * m, device=text.device)
-            local = torch.arange(size, device=text.device)
-            early = early[torch.cat([own, images_of_text.index.flatten()])]
-            knowledge = knowledge[torch.cat([own, texts_of_image.index.flatten()])]
-            image_index = torch.cat([local, local.repeat_interleave(m), drawn])
-            text_index = torch.cat([local, drawn, local.repeat_interleave(m)])
-        features = model(early, knowledge, image_index, text_index)
-        scores = losses.pair_similarity(features.conditioned, text_of_pair)
+        repeated = scored.repeat_interleave(m)
+        image_index, text_index = (torch.cat(x) for x in zip(
+            (scored, scored), (repeated, drawn_texts), (drawn_images, repeated), strict=True))  # fmt: skip
+        features = model(
+            early[images], knowledge[texts], image_index, text_index, text=text[texts],
+            prompted=mine if self.stage == 1 else False,
+        )  # fmt: skip
+        scores = losses.pair_similarity(features.conditioned, features.text[text_index])
         positive, by_image, by_text = scores.split([size, size * m, size * m])
         parts = []
         for negative, drawn in ((by_image, texts_of_image), (by_text, images_of_text)):
@@ -103,7 +119,13 @@ class Objective:
                 )
             if self.stage == 2 or self.combined:
                 parts.append(losses.candidate_triplet_loss(positive, negative, drawn.log_weight, self.margin))
-        return sum(parts) / 2, features.logit_scale
+        loss = sum(parts) / 2
+        if self.stage == 1:
+            image, text = (all_gather_with_grad(x) for x in (features.prompted, features.text[mine]))
+            loss = loss + losses.contrastive_loss(
+                losses.similarity(image, text), features.logit_scale, losses.same_image_mask(ids)
+            )
+        return loss, features.logit_scale
 
     def _draw(self, cosines, forbidden, own, m, step, direction):
         noise = gumbel_noise(*cosines.shape, self.seed, step, direction).to(cosines.device)

@@ -13,11 +13,21 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts."""
-    decay, plain = [], []
-    for parameter in model.parameters():
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr: float | None = None) -> torch.optim.AdamW:
+    """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts.
+
+    Visual prompts, the interaction's gate and the temperature take `prompt_lr`: their values are few and far from where
+    they must go, and at the rate of the matrices they hardly move. Each group keeps its peak rate as ``peak``.
+    """
+    prompt_lr = lr if prompt_lr is None else prompt_lr
+    decay, plain, prompts = [], [], []
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decay if parameter.ndim == 2 else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            fast = name.startswith("visual_prompts.") or name in ("interaction.gate", "logit_scale")
+            (prompts if fast else decay if parameter.ndim == 2 else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay, "peak": lr},
+        {"params": plain, "weight_decay": 0.0, "peak": lr},
+        {"params": prompts, "weight_decay": 0.0, "peak": prompt_lr},
+    ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), eps=1e-6)

@@ -8,8 +8,9 @@ from amp.model import ActionAwareCLIP
 def trainable_names(model: ActionAwareCLIP, stage: int) -> set[str]:
     """Names of the parameters a stage trains; CLIP itself is frozen in both.
 
-    Stage 1 trains every new parameter and the temperature. Stage 2 trains the interaction alone; the control without
-    knowledge has none, so there its visual prompts go on (ours), to give both the same number of steps.
+    Stage 1 trains every new parameter and the temperature. Stage 2 trains the interaction alone; the texts' enrichment
+    stays as stage 1 left it. The control without knowledge has no interaction, so there its visual prompts go on
+    (ours), to give both the same number of steps.
     """
     names = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     if stage == 2:
