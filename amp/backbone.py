@@ -5,6 +5,7 @@ This is the only file that touches open_clip's internals (`visual._embeds`, `vis
 """
 
 import hashlib
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -100,10 +101,23 @@ class Backbone(nn.Module):
             tokens = self._run(block, tokens, recompute)
         return tokens
 
-    def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-        """Runs one block on tokens (B, T, d_v); the last one may return the class token alone, (B, 1, d_v)."""
-        last = index == self.num_layers - 1 and self._reads_only_class_token
-        return self._run(self._last_block if last else self.visual.transformer.resblocks[index], tokens, recompute)
+    def prompted_block(
+        self, index: int, tokens: torch.Tensor, recompute: bool = False, absent: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs one block on tokens (B, T, d_v); the last one may return the class token alone, (B, 1, d_v).
+
+        Args:
+            index: Of the block.
+            tokens: What enters it.
+            recompute: Trades memory for a second forward.
+            absent: Which tokens nobody attends to, bool (B, T); needs `masks_tokens`.
+        """
+        block = self.visual.transformer.resblocks[index]
+        if index == self.num_layers - 1 and self._reads_only_class_token:
+            block = partial(self._last_block, absent=absent)
+        elif absent is not None:
+            block = partial(self._plain_block, block, absent=absent)
+        return self._run(block, tokens, recompute)
 
     @staticmethod
     def _run(block, tokens: torch.Tensor, recompute: bool) -> torch.Tensor:
@@ -118,15 +132,30 @@ class Backbone(nn.Module):
         plain = type(visual.transformer.resblocks[-1]) is ResidualAttentionBlock
         return plain and visual.attn_pool is None and visual.pool_type == "tok"
 
-    def _last_block(self, tokens: torch.Tensor) -> torch.Tensor:
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether single tokens can be taken out of the image blocks' attention."""
+        return all(type(block) is ResidualAttentionBlock for block in self.visual.transformer.resblocks)
+
+    def _last_block(self, tokens: torch.Tensor, absent: torch.Tensor | None = None) -> torch.Tensor:
         """The last block for the class token alone, (B, T, d_v) -> (B, 1, d_v).
 
         Every token is a key and a value, only the class token asks and passes through the MLP: about a fifth of a
         block's work, which counts where few blocks run a pair. Equal to the whole block but for rounding.
         """
-        block = self.visual.transformer.resblocks[-1]
+        return self._plain_block(self.visual.transformer.resblocks[-1], tokens, 1, absent)
+
+    @staticmethod
+    def _plain_block(block: ResidualAttentionBlock, tokens: torch.Tensor, queries: int | None = None,
+                     absent: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """A block for the first `queries` tokens or all, (B, T, d_v) -> (B, queries, d_v); nobody attends to `absent`
+        ones, bool (B, T)."""
+        padding = None
+        if absent is not None:  # a mask of keys, (B, T): the block's own `attn_mask` would be (B heads, T, T)
+            padding = torch.zeros_like(absent, dtype=tokens.dtype).masked_fill(absent, -torch.inf)
         normed = block.ln_1(tokens)
-        x = tokens[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+        attended, _ = block.attn(normed[:, :queries], normed, normed, need_weights=False, key_padding_mask=padding)
+        x = tokens[:, :queries] + block.ls_1(attended)
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,13 @@ class PromptConfig:
     The paper's supplement with its hyper-parameters is not public: only `lam` is the paper's, the rest is ours.
 
     Args:
-        knowledge: ``both`` conditions patches on triplets and states; ``none`` leaves only the visual prompts, which is
-            the control "without action knowledge" of Table 3 (deep visual prompt tuning).
+        knowledge: What images are conditioned on, a row of the paper's Table 2 each: ``both`` triplets and states;
+            ``triplets`` or ``states`` alone; ``template`` the hand-crafted triplet, a sentence of it that takes the
+            states' place. ``none`` leaves only the visual prompts, which is the control "without action knowledge" of
+            Table 3 (deep visual prompt tuning).
+        interaction: ``aim`` lets patches attend to the prompts (eq. 7-8); ``cat`` is Table 3's "CAT": the prompts join
+            the tokens behind the patches and pass through all later blocks (paper; where they join is ours). ``cat``
+            has no gate: at step 0 it is not equal to the base CLIP.
         interaction_layer: Vision block before which patches meet the knowledge. 0 is the paper's; larger values let the
             blocks below run once an image instead of once a pair (ours).
         num_prompts: Learnable visual prompts a block, N (ours).
@@ -23,14 +28,17 @@ class PromptConfig:
         triplet_layers: Transformer layers of the triplet encoder (ours).
         triplet_heads: Attention heads of the triplet encoder (ours).
         bottleneck: The adapter's hidden width is its input width divided by this (ours).
-        lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7).
+        lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7). Of no
+            effect where there is one map or none.
         text_enrichment: True adds a learned map of the states' features to the caption's feature that images are
             scored against (ours, `TextEnrichment`); False scores against the plain feature, as the paper does.
+            Of no effect where no text of the knowledge is encoded (``triplets`` and ``none``).
         residual: True adds the interaction to the patches through a gate that starts at zero (ours); False replaces
-            the patches by it, the literal eq. 8.
+            the patches by it, the literal eq. 8. Of no effect on ``cat``.
     """
 
-    knowledge: Literal["both", "none"] = "both"
+    knowledge: Literal["both", "triplets", "template", "states", "none"] = "both"
+    interaction: Literal["aim", "cat"] = "aim"
     interaction_layer: int = 0
     num_prompts: int = 4
     max_triplets: int = 6
@@ -51,7 +59,25 @@ class PromptConfig:
                 raise AmpError(f"prompt setting {key} is {value}, expected an integer of at least {low}")
         if not 0.0 <= self.lam <= 1.0:
             raise AmpError(f"prompt setting lam is {self.lam}, expected a number from 0 to 1 (paper: 0.7)")
-        if self.knowledge not in ("both", "none"):
-            raise AmpError(f"prompt setting knowledge is {self.knowledge!r}, expected 'both' or 'none'")
+        choices = {"knowledge": ("both", "triplets", "template", "states", "none"), "interaction": ("aim", "cat")}
+        for key, known in choices.items():
+            value = getattr(self, key)
+            if value not in known:
+                raise AmpError(f"prompt setting {key} is {value!r}, expected one of {', '.join(known)}")
         if self.knowledge == "none" and self.num_prompts == 0:
             raise AmpError("knowledge 'none' with num_prompts 0 leaves nothing to train; give at least 1 visual prompt")
+        if self.knowledge == "none" and self.interaction == "cat":
+            raise AmpError(
+                "prompt setting interaction is 'cat' and knowledge is 'none', expected 'aim' (without effect here): "
+                "without knowledge there is nothing to concatenate. Leave interaction out, or choose other knowledge"
+            )
+
+    @property
+    def reads_triplets(self) -> bool:
+        """Whether action triplet prompts exist (eq. 4-5)."""
+        return self.knowledge in ("both", "triplets")
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether prompts from the frozen text tower exist: of states, or of sentences in their place."""
+        return self.knowledge in ("both", "states", "template")

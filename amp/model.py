@@ -13,28 +13,31 @@ from amp.config import PromptConfig
 from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.schema import Knowledge
-from amp.knowledge.text import state_texts
+from amp.knowledge.text import tower_texts
 from amp.layers.interaction import ActionAwareInteraction
 from amp.layers.prompt_adapter import PromptAdapter
 from amp.layers.text_enrichment import TextEnrichment
-from amp.layers.triplet_encoder import TripletEncoder, with_null
+from amp.layers.triplet_encoder import TripletEncoder, null_rows, with_null
 from amp.layers.visual_prompts import VisualPrompts
 
 
 class Prompts(NamedTuple):
-    """Prompts of C captions (eq. 6): of triplets (C, K, d_v), of states (C, K, d_v), and which exist, bool (C, K)."""
+    """Prompts of C captions (eq. 6): of triplets (C, K, d_v), of states (C, K, d_v), and which exist, bool (C, K).
 
-    triplets: torch.Tensor
-    states: torch.Tensor
+    A kind that the model doesn't read is None.
+    """
+
+    triplets: torch.Tensor | None
+    states: torch.Tensor | None
     mask: torch.Tensor
 
     def take(self, index: torch.Tensor) -> "Prompts":
         """Rows of captions, index int64 (P,)."""
-        return Prompts(*(x[index] for x in self))
+        return Prompts(*(None if x is None else x[index] for x in self))
 
     def unite(self, captions: int) -> "Prompts":
         """Joins each run of n = `captions` rows into one: (C, K, ...) -> (C / n, n K, ...)."""
-        return Prompts(*(x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self))
+        return Prompts(*(None if x is None else x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self))
 
 
 class Features(NamedTuple):
@@ -69,7 +72,7 @@ class ActionAwareCLIP(nn.Module):
 
     Raises:
         AmpError: Timm or ResNet towers, an `interaction_layer` outside the tower, `triplet_heads` that don't divide the
-            text width.
+            text width, `cat` with image blocks that can't leave tokens out.
     """
 
     def __init__(self, clip: nn.Module, config: PromptConfig | None = None, tokenizer=None):
@@ -87,21 +90,31 @@ class ActionAwareCLIP(nn.Module):
         self.knowledge_aware = config.knowledge != "none"
         if self.knowledge_aware:
             d_t, d = backbone.text_width, backbone.embed_dim
-            if d_t % config.triplet_heads:
+            if config.reads_triplets and d_t % config.triplet_heads:
                 raise AmpError(
                     f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
                     f"{math.gcd(d_t, config.triplet_heads)}"
                 )
-            self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
-            self.null_state = nn.Parameter(0.02 * torch.randn(d))
-            # Eq. 6 shares W_down and W_up between triplets and states, which asks for one width.
-            self.state_projection = nn.Linear(d, d_t) if d != d_t else nn.Identity()
+            if config.interaction == "cat" and not backbone.masks_tokens:
+                raise AmpError(
+                    "interaction is 'cat' and the image tower's blocks are not open_clip's ResidualAttentionBlock, "
+                    "expected that class, which can leave padding prompts out; choose interaction 'aim'"
+                )
+            # What a variant doesn't read doesn't exist: distributed engines fail on parameters that take no part.
+            if config.reads_triplets:
+                self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
+            if config.reads_states:
+                self.null_state = nn.Parameter(0.02 * torch.randn(d))
+                # Eq. 6 shares W_down and W_up between triplets and states, which asks for one width.
+                self.state_projection = nn.Linear(d, d_t) if d != d_t else nn.Identity()
             self.adapter = PromptAdapter(d_t, max(1, d_t // config.bottleneck), backbone.vision_width)
-            self.interaction = ActionAwareInteraction(
-                backbone.vision_width, backbone.vision_heads, config.lam, config.residual
-            )
+            if config.interaction == "aim":
+                self.interaction = ActionAwareInteraction(
+                    backbone.vision_width, backbone.vision_heads, config.lam, config.residual, config.reads_triplets,
+                    config.reads_states,
+                )  # fmt: skip
         self.text_enrichment = (
-            TextEnrichment(backbone.embed_dim) if self.knowledge_aware and config.text_enrichment else None
+            TextEnrichment(backbone.embed_dim) if config.reads_states and config.text_enrichment else None
         )
         # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().float().reshape(1))
@@ -148,13 +161,14 @@ class ActionAwareCLIP(nn.Module):
 
     @torch.no_grad()
     def prepare_knowledge(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
-        """Turns knowledge of C captions into tensors on the model's device, encoding the states with the text tower."""
+        """Turns knowledge of C captions into tensors on the model's device, encoding the texts that the model reads
+        (states, or sentences in their place) with the text tower."""
         if self.tokenizer is None:
             raise AmpError("this model was built without a tokenizer; pass tokenizer=amp.get_tokenizer(model_name)")
         device, k = self.logit_scale.device, self.config.max_triplets
         tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k, self.config.slot_tokens)(knowledge)
         states = torch.zeros(*mask.shape, self.backbone.embed_dim, device=device)
-        texts = [text for item in knowledge for text in state_texts(item, k)]
+        texts = [text for item in knowledge for text in tower_texts(item, k, self.config.knowledge)]
         if texts:
             encoded = self.backbone.encode_text(self.tokenizer(texts).to(device))
             states = states.to(encoded.dtype)
@@ -171,10 +185,14 @@ class ActionAwareCLIP(nn.Module):
     def encode_knowledge(self, knowledge: KnowledgeBatch) -> Prompts:
         """Action-aware prompts of C captions, after the adapter (eq. 4-6)."""
         self._require_knowledge_aware()
-        embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.null_state.dtype)
-        triplets = self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
-        states, mask = with_null(knowledge.states.to(self.null_state.dtype), knowledge.mask, self.null_state)
-        return Prompts(self.adapter(triplets), self.adapter(self.state_projection(states)), mask)
+        triplets = states = None
+        if self.config.reads_triplets:
+            embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
+            triplets = self.adapter(self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask))
+        if self.config.reads_states:
+            states, _ = with_null(knowledge.states.to(self.null_state.dtype), knowledge.mask, self.null_state)
+            states = self.adapter(self.state_projection(states))
+        return Prompts(triplets, states, knowledge.mask | null_rows(knowledge.mask))
 
     def encode_pairs(self, early: torch.Tensor, prompts: Prompts, image_index: torch.Tensor) -> torch.Tensor:
         """Action-aware features of P pairs of an image and a caption.
@@ -188,6 +206,10 @@ class ActionAwareCLIP(nn.Module):
             (P, d), not normalised.
         """
         self._require_knowledge_aware()
+        if self.config.interaction == "cat":
+            kinds = [x for x in (prompts.triplets, prompts.states) if x is not None]
+            absent = (~prompts.mask).repeat(1, len(kinds))
+            return self._prompted_blocks(early[image_index], torch.cat(kinds, dim=1).to(early.dtype), absent)
         patches = self.interaction(early[:, 1:], *prompts, image_index)
         return self._prompted_blocks(torch.cat([early[image_index, :1], patches.to(early.dtype)], dim=1))
 
@@ -195,13 +217,23 @@ class ActionAwareCLIP(nn.Module):
         """Features under visual prompts alone (B, d): the control of Table 3, "w/o action knowledge"."""
         return self._prompted_blocks(early)
 
-    def _prompted_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
-        backbone, length, first = self.backbone, 1 + self.backbone.num_patches, self.config.interaction_layer
-        if self.config.num_prompts == 0:  # the base CLIP's own calls, so that its features come out bit for bit
+    def _prompted_blocks(
+        self, tokens: torch.Tensor, joined: torch.Tensor | None = None, absent: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tokens before block `interaction_layer` to features: (B, 1 + M, d_v) -> (B, d).
+
+        `joined` (B, E, d_v) stands behind the patches in all blocks (`cat`), but for its rows `absent`, bool (B, E).
+        """
+        backbone, first = self.backbone, self.config.interaction_layer
+        if self.config.num_prompts == 0 and joined is None:  # the base CLIP's own calls: its features bit for bit
             return backbone.pool(backbone.blocks(tokens, first, backbone.num_layers, self.activation_checkpointing))
+        if joined is not None:
+            absent = F.pad(absent, (tokens.shape[1], self.config.num_prompts))
+            tokens = torch.cat([tokens, joined], dim=1)
+        length = tokens.shape[1]  # visual prompts are replaced behind it, at each block
         for index in range(backbone.num_layers - first):
             tokens = self.visual_prompts(tokens, index, length)
-            tokens = backbone.prompted_block(first + index, tokens, self.activation_checkpointing)
+            tokens = backbone.prompted_block(first + index, tokens, self.activation_checkpointing, absent)
         return backbone.pool(tokens)
 
     def _require_knowledge_aware(self) -> None:
@@ -216,7 +248,7 @@ class ActionAwareCLIP(nn.Module):
     def forward(
         self,
         images: torch.Tensor | None,
-        knowledge: KnowledgeBatch | None = None,
+        knowledge: KnowledgeBatch | Prompts | None = None,
         image_index: torch.Tensor | None = None,
         knowledge_index: torch.Tensor | None = None,
         captions_a_pair: int = 1,
@@ -229,14 +261,14 @@ class ActionAwareCLIP(nn.Module):
         Args:
             images: Images (B, 3, H, W), or tokens (B, 1 + M, d_v) of an earlier call with `only_frozen`; None for texts
                 alone.
-            knowledge: Knowledge of C captions.
+            knowledge: Knowledge of C captions, or their prompts.
             image_index, knowledge_index: The P pairs to encode; by default pair i is image i with caption i.
             captions_a_pair: With n > 1 each pair is conditioned on the union of n consecutive captions' knowledge.
             prompted: Also return features without knowledge: of all images, or of those an int64 tensor names.
             only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
             text: The frozen features of the C captions (C, d); returned as `text`, enriched.
         """
-        if text is not None and knowledge is not None and self.text_enrichment is not None:
+        if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
             text = self.text_enrichment(text, knowledge.states, knowledge.mask)
         if images is None:
             return Features(text=text)
@@ -253,7 +285,7 @@ class ActionAwareCLIP(nn.Module):
             plain = self.encode_prompted(early)
         conditioned = None
         if knowledge is not None:
-            prompts = self.encode_knowledge(knowledge)
+            prompts = knowledge if isinstance(knowledge, Prompts) else self.encode_knowledge(knowledge)
             if knowledge_index is not None:
                 prompts = prompts.take(knowledge_index)
             if captions_a_pair > 1:

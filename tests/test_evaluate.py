@@ -25,9 +25,10 @@ TOP_K = 8
 class World:
     """A model, its transform and everything a `Retrieval` of the test split needs."""
 
-    def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both"):
+    def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
         torch.manual_seed(3)
-        config = amp.PromptConfig(knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4)
+        config = amp.PromptConfig(knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4,
+                                  **prompt)  # fmt: skip
         self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
         self.model.eval()
         if self.model.knowledge_aware:  # far from the base model, so that every piece of knowledge shows in the scores

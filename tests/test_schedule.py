@@ -47,10 +47,12 @@ def test_the_shortest_runs_start_at_the_peak(steps, warmup):
 def test_matrices_decay_and_nothing_else_does():
     model = make_model()
     set_trainable(model, 1)
-    decay, plain = adamw(model, lr=5e-4, weight_decay=0.01).param_groups
-    assert (decay["weight_decay"], plain["weight_decay"], decay["lr"], plain["lr"]) == (0.01, 0.0, 5e-4, 5e-4)
+    decay, *rest = adamw(model, lr=5e-4, weight_decay=0.01).param_groups
+    assert [group["weight_decay"] for group in (decay, *rest)] == [0.01, 0.0, 0.0]
+    assert {group["lr"] for group in (decay, *rest)} == {5e-4}
     names = {id(p): name for name, p in model.named_parameters()}
-    decays, stays = ({names[id(p)] for p in group["params"]} for group in (decay, plain))
+    decays = {names[id(p)] for p in decay["params"]}
+    stays = {names[id(p)] for group in rest for p in group["params"]}
     assert "interaction.mlp.0.weight" in decays and "adapter.down.weight" in decays
     assert all(model.get_parameter(name).ndim == 2 for name in decays)
     assert {"logit_scale", "visual_prompts.prompts", "triplet_encoder.null", "null_state", "interaction.gate",
@@ -72,3 +74,15 @@ def test_only_what_a_stage_trains_is_optimised():
     optimizer = adamw(model, lr=1.0, weight_decay=0.0)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == expected
+
+
+def test_prompts_and_temperature_have_a_rate_of_their_own():
+    model = make_model()
+    set_trainable(model, 1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    peaks = {}
+    for group in adamw(model, lr=1e-3, weight_decay=0.0, prompt_lr=1e-2).param_groups:
+        peaks |= {names[id(p)]: group["peak"] for p in group["params"]}
+    fast = {name for name, peak in peaks.items() if peak == 1e-2}
+    assert fast == {"visual_prompts.prompts", "logit_scale"}
+    assert {peak for name, peak in peaks.items() if name not in fast} == {1e-3}

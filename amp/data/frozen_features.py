@@ -20,23 +20,24 @@ from amp.model import ActionAwareCLIP
 
 
 class FrozenFeatures:
-    """Early tokens (I, 1 + M, d_v) and base features (I, d) of the I images of a split, as arrays."""
+    """Early tokens (I, 1 + M, d_v), or None, and base features (I, d) of the I images of a split, as arrays."""
 
-    def __init__(self, early: np.ndarray, base: np.ndarray):
+    def __init__(self, early: np.ndarray | None, base: np.ndarray):
         self.early, self.base = early, base
 
     def __len__(self) -> int:
         return len(self.base)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "FrozenFeatures":
+    def load(cls, folder: str | os.PathLike, tokens: bool = True) -> "FrozenFeatures":
         """Maps what `compute_frozen_features` left in a folder.
 
         Raises:
             AmpError: A file is missing or cut short.
         """
         try:
-            return cls(*(np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("early", "base")))
+            early = np.load(Path(folder) / "early.npy", mmap_mode="r") if tokens else None
+            return cls(early, np.load(Path(folder) / "base.npy", mmap_mode="r"))
         except (OSError, ValueError, EOFError) as error:
             raise AmpError(f"{folder}: can't be read ({error}). Remove the folder; it is made again") from error
 
@@ -69,6 +70,7 @@ def compute_frozen_features(
     folder: Path | None = None,
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
+    tokens: bool = True,
 ) -> FrozenFeatures:
     """Runs the frozen blocks over a split, or opens what an earlier call has left in `folder`.
 
@@ -83,20 +85,22 @@ def compute_frozen_features(
         folder: Where to keep the arrays; None keeps them in memory.
         dtype: Of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
+        tokens: False keeps the base features alone.
     """
     if folder is not None and folder.is_dir():
-        return FrozenFeatures.load(folder)
+        return FrozenFeatures.load(folder, tokens)
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), 1 + backbone.num_patches, backbone.vision_width)
     workers = decoding_workers(workers)
     loader = DataLoader(_Images(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda")
 
-    def fill(early: np.ndarray) -> np.ndarray:
+    def fill(early: np.ndarray | None) -> np.ndarray:
         base, done = np.empty((len(split), backbone.embed_dim), np.float32), 0
         for images in loader:
             features = model(images.to(device, non_blocking=True), only_frozen=True)
             stop = done + len(images)
-            early[done:stop] = features.early.float().cpu().numpy()
+            if early is not None:
+                early[done:stop] = features.early.float().cpu().numpy()
             base[done:stop] = features.base.float().cpu().numpy()
             done = stop
             if progress is not None:
@@ -104,10 +108,13 @@ def compute_frozen_features(
         return base
 
     if folder is None:
-        early = np.empty(shape, dtype)
+        early = np.empty(shape, dtype) if tokens else None
         return FrozenFeatures(early, fill(early))
     with build_folder(folder) as temporary:
-        early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
+        early = None
+        if tokens:
+            early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
         np.save(temporary / "base.npy", fill(early))
-        early.flush()
-    return FrozenFeatures.load(folder)
+        if tokens:
+            early.flush()
+    return FrozenFeatures.load(folder, tokens)

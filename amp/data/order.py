@@ -11,7 +11,8 @@ import numpy as np
 from amp.errors import AmpError
 
 
-def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
+def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int,
+                neighbours: np.ndarray | None = None, group: int = 1) -> np.ndarray:  # fmt: skip
     """Shuffled sample indices of a split, one an image.
 
     Shards are shuffled, then samples within windows of `window` shards: a batch mixes that many shards, and reads stay
@@ -22,6 +23,8 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) 
         seed: Of the run.
         epoch: 0-based.
         window: Shards mixed at a time.
+        neighbours: Samples that belong beside each sample, best first (I, k); those of other windows are left out.
+        group: Samples that `neighbours` bring together.
 
     Returns:
         int64 (sum of sizes,): sample i of the split stands at position i of the concatenated shards.
@@ -32,8 +35,26 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int) 
     parts = []
     for low in range(0, len(shards), window):
         samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[low : low + window]])
-        parts.append(rng.permutation(samples))
+        samples = rng.permutation(samples)
+        parts.append(samples if neighbours is None or group < 2 else in_groups(samples, neighbours, group, rng))
     return np.concatenate(parts).astype(np.int64)
+
+
+def in_groups(samples: np.ndarray, neighbours: np.ndarray, group: int, rng: np.random.Generator) -> np.ndarray:
+    """The same samples, each followed by up to `group` - 1 of its neighbours, drawn from those that are still free.
+
+    The groups come in random order, so that a batch holds easy and hard negatives.
+    """
+    free = set(samples.tolist())
+    groups = []
+    for sample in samples.tolist():
+        if sample not in free:
+            continue
+        near = [other for other in neighbours[sample].tolist() if other in free and other != sample]
+        chosen = rng.permutation(len(near))[: group - 1]
+        groups.append([sample, *(near[i] for i in chosen)])
+        free.difference_update(groups[-1])
+    return np.concatenate([groups[i] for i in rng.permutation(len(groups))])
 
 
 def caption_of_epoch(seed: int, epoch: int, sample: int, captions: int) -> int:
@@ -50,15 +71,17 @@ class BatchOrder:
         batch_size: Samples a rank and step.
         rank, world: This process and how many there are.
         seed: Of the run.
-        window: See `epoch_order`.
+        window, neighbours, group: See `epoch_order`.
 
     Raises:
         AmpError: The split is smaller than one global batch.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], batch_size: int, rank: int, world: int, seed: int, window: int):
+    def __init__(self, shard_sizes: Sequence[int], batch_size: int, rank: int, world: int, seed: int, window: int,
+                 neighbours: np.ndarray | None = None, group: int = 1):  # fmt: skip
         self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
         self.seed, self.window, self.epoch = seed, window, 0
+        self.neighbours, self.group = neighbours, group
         samples = sum(self.shard_sizes)
         self.steps = samples // (batch_size * world)
         if self.steps == 0:
@@ -75,7 +98,7 @@ class BatchOrder:
         return self.steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window)
+        order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window, self.neighbours, self.group)
         size = self.batch_size * self.world
         for step in range(self.steps):
             start = step * size + self.rank * self.batch_size

@@ -16,11 +16,14 @@ from amp.model import ActionAwareCLIP
 from amp.terminal import Terminal
 
 
-def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str) -> KnowledgeCollator:
-    """Tokenizer and text store that belong to a model: its tokenizer and the weights of its text tower."""
+def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str, setting: str | None = None) -> KnowledgeCollator:
+    """Tokenizer and text store that belong to a model: its tokenizer and the weights of its text tower.
+
+    The texts are those of the model's `knowledge`, or of another `setting` of it.
+    """
     store = TextFeatureStore(cache, model.backbone.weights_hash("text"), model.backbone.embed_dim, dtype)
     tokenizer = TripletTokenizer(model.tokenizer, model.config.max_triplets, model.config.slot_tokens)
-    return KnowledgeCollator(tokenizer, store)
+    return KnowledgeCollator(tokenizer, store, setting or model.config.knowledge)
 
 
 def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatureStore, model: ActionAwareCLIP,
@@ -38,10 +41,12 @@ def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatu
 
 
 def prepare_images(accelerator: Accelerator, terminal: Terminal, split: ShardSplit, model: ActionAwareCLIP, preprocess,
-                   cache: str, dtype: str, batch_size: int, workers: int) -> FrozenFeatures:  # fmt: skip
+                   cache: str, dtype: str, batch_size: int, workers: int, tokens: bool = True,
+                   ) -> FrozenFeatures:  # fmt: skip
     """Frozen features of a split: the main process computes and stores them, the others wait and open them."""
-    folder = features_folder(cache, split, model, preprocess, dtype)
+    folder = features_folder(cache, split, model, preprocess, dtype if tokens else "base")
     with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images") as report:
         return compute_frozen_features(
             split, model, preprocess, batch_size, workers, folder=folder, dtype=dtype, progress=report,
+            tokens=tokens,
         )  # fmt: skip

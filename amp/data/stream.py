@@ -13,7 +13,7 @@ from amp.data.split import ShardSplit, decoding_workers
 from amp.data.text_features import TextFeatureStore
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.schema import Knowledge
-from amp.knowledge.text import state_texts
+from amp.knowledge.text import tower_texts
 
 
 @dataclass
@@ -44,15 +44,22 @@ class Batch:
 
 
 class KnowledgeCollator:
-    """Knowledge of captions to a `KnowledgeBatch`, state features read from the store."""
+    """Knowledge of captions to a `KnowledgeBatch`, state features read from the store.
 
-    def __init__(self, tokenizer: TripletTokenizer, store: TextFeatureStore):
-        self.tokenizer, self.store = tokenizer, store
+    Args:
+        tokenizer: Cuts triplets into tokens.
+        store: Holds the features of the texts that `setting` asks for.
+        setting: `PromptConfig.knowledge`; where it asks for no text, `states` are zeros.
+    """
+
+    def __init__(self, tokenizer: TripletTokenizer, store: TextFeatureStore, setting: str = "both"):
+        self.tokenizer, self.store, self.setting = tokenizer, store, setting
 
     def __call__(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
         tokens, token_mask, mask = self.tokenizer(knowledge)
         states = torch.zeros(*mask.shape, self.store.dim)
-        texts = [text for item in knowledge for text in state_texts(item, self.tokenizer.max_triplets)]
+        k = self.tokenizer.max_triplets
+        texts = [text for item in knowledge for text in tower_texts(item, k, self.setting)]
         if texts:
             states[mask] = torch.from_numpy(self.store.lookup(texts))
         return KnowledgeBatch(tokens, token_mask, states, mask)

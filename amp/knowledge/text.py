@@ -4,11 +4,18 @@ from amp.knowledge.schema import Knowledge, Triplet
 
 STATE_TEMPLATE = "Fine-grained state description of action triplet <{subject}, {action}, {object}> is {state}"
 """The template of the paper, sec. 3.3 "Action State Prompts"."""
+TRIPLET_TEMPLATE = "A photo capturing a {subject} performing {action} in relation to {object}."
+"""The hand-crafted template of the paper's Table 2, which an intransitive action leaves without an object."""
 
 
 def state_text(triplet: Triplet, state: str) -> str:
     """The action state prompt of one triplet."""
     return STATE_TEMPLATE.format(subject=triplet.subject, action=triplet.action, object=triplet.object, state=state)
+
+
+def triplet_text(triplet: Triplet) -> str:
+    """The hand-crafted prompt of one triplet."""
+    return TRIPLET_TEMPLATE.format(subject=triplet.subject, action=triplet.action, object=triplet.object)
 
 
 def select(knowledge: Knowledge, max_triplets: int) -> list[tuple[Triplet, str]]:
@@ -20,3 +27,18 @@ def select(knowledge: Knowledge, max_triplets: int) -> list[tuple[Triplet, str]]
 def state_texts(knowledge: Knowledge, max_triplets: int) -> list[str]:
     """The action state prompts of a caption, in the order of `select`."""
     return [state_text(triplet, state) for triplet, state in select(knowledge, max_triplets)]
+
+
+def tower_texts(knowledge: Knowledge, max_triplets: int, setting: str) -> list[str]:
+    """What the frozen text tower reads of a caption's knowledge, one text a kept triplet, in the order of `select`.
+
+    Args:
+        knowledge: Of the caption.
+        max_triplets: K.
+        setting: `PromptConfig.knowledge`; nothing is read for ``triplets`` and ``none``.
+    """
+    if setting in ("both", "states"):
+        return state_texts(knowledge, max_triplets)
+    if setting == "template":
+        return [triplet_text(triplet) for triplet, _ in select(knowledge, max_triplets)]
+    return []

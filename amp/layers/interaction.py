@@ -66,23 +66,27 @@ class ActionAwareInteraction(nn.Module):
     the scale of patches differs tenfold between towers. Without `residual` patches become V~ of
     P~ = CrossAttn(E, p), the literal equations.
     Patches are normalised before they ask (ours): deep in the tower their scale is far from the prompts'.
+    With one kind of prompts alone (Table 2) V~ = A V with V = MLP of that kind's values, and `lam` has no effect.
 
     Args:
         width: Channels of the vision tower, d_v.
         heads: Attention heads, as many as a vision block has (ours).
         lam: Weight of the triplets' map (paper: 0.7).
         residual: See above.
+        triplets, states: Which kinds of prompts there are, at least one.
     """
 
-    def __init__(self, width: int, heads: int, lam: float = 0.7, residual: bool = True):
+    def __init__(self, width: int, heads: int, lam: float = 0.7, residual: bool = True, triplets: bool = True,
+                 states: bool = True):  # fmt: skip
         super().__init__()
         self.lam = lam
         self.norm = nn.LayerNorm(width)
-        self.cross_triplet = CrossAttention(width, heads)
-        self.cross_state = CrossAttention(width, heads)
-        self.self_triplet = SelfAttentionWithMap(width, heads)
-        self.self_state = SelfAttentionWithMap(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width))
+        self.cross_triplet = CrossAttention(width, heads) if triplets else None
+        self.cross_state = CrossAttention(width, heads) if states else None
+        self.self_triplet = SelfAttentionWithMap(width, heads) if triplets else None
+        self.self_state = SelfAttentionWithMap(width, heads) if states else None
+        kinds = triplets + states
+        self.mlp = nn.Sequential(nn.Linear(kinds * width, width), nn.GELU(), nn.Linear(width, width))
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False) if residual else None
         self.gate = nn.Parameter(torch.zeros(width)) if residual else None
         for module in self.modules():
@@ -93,8 +97,8 @@ class ActionAwareInteraction(nn.Module):
     def forward(
         self,
         patches: torch.Tensor,
-        triplet_prompts: torch.Tensor,
-        state_prompts: torch.Tensor,
+        triplet_prompts: torch.Tensor | None,
+        state_prompts: torch.Tensor | None,
         mask: torch.Tensor,
         image_index: torch.Tensor,
         return_maps: bool = False,
@@ -103,29 +107,36 @@ class ActionAwareInteraction(nn.Module):
 
         Args:
             patches: E, (B, M, d_v), a row an image.
-            triplet_prompts: p_0^t of the pairs' captions (P, K, d_v).
-            state_prompts: p_0^s likewise (P, K, d_v).
+            triplet_prompts: p_0^t of the pairs' captions (P, K, d_v), or None where there are none.
+            state_prompts: p_0^s likewise (P, K, d_v), or None.
             mask: Which prompts exist, bool (P, K), at least one True a row.
             image_index: The image of each pair, int64 (P,) with values below B.
             return_maps: Also return A^t and A^s, for pictures.
 
         Returns:
-            Conditioned patches (P, M, d_v); with `return_maps` also A^t and A^s, each (P, M, M).
+            Conditioned patches (P, M, d_v); with `return_maps` also A^t and A^s, each (P, M, M) or None.
         """
         normed = self.norm(patches.to(self.norm.weight.dtype))  # the frozen tower may be in low precision
-        queries_t, queries_s = (
-            self.cross_triplet.query(normed)[image_index],
-            self.cross_state.query(normed)[image_index],
-        )
-        augmented_t = self.cross_triplet(queries_t, triplet_prompts, mask)
-        augmented_s = self.cross_state(queries_s, state_prompts, mask)
-        if self.gate is not None:
-            pairs = normed[image_index]
-            augmented_t, augmented_s = pairs + augmented_t, pairs + augmented_s
-        value_t, map_t = self.self_triplet(augmented_t)
-        value_s, map_s = self.self_state(augmented_s)
-        value = self.mlp(torch.cat([value_t, value_s], dim=-1))
-        enhanced = (self.lam * map_t + (1 - self.lam) * map_s).to(value.dtype) @ value
+        pairs = normed[image_index] if self.gate is not None else None
+        values, maps = [], []
+        for cross, attend, prompts in (
+            (self.cross_triplet, self.self_triplet, triplet_prompts),
+            (self.cross_state, self.self_state, state_prompts),
+        ):
+            if cross is None:
+                maps.append(None)
+                continue
+            augmented = cross(cross.query(normed)[image_index], prompts, mask)
+            value, attention = attend(augmented if pairs is None else pairs + augmented)
+            values.append(value)
+            maps.append(attention)
+        value = self.mlp(torch.cat(values, dim=-1))
+        map_t, map_s = maps
+        if map_t is not None and map_s is not None:
+            attention = self.lam * map_t + (1 - self.lam) * map_s
+        else:
+            attention = map_s if map_t is None else map_t
+        enhanced = attention.to(value.dtype) @ value
         if self.gate is not None:
             # In units of the patches' own scale, which differs tenfold between towers and depths.
             scale = patches.float().square().mean(dim=(1, 2), keepdim=True).sqrt()

@@ -63,6 +63,12 @@ def with_null(prompts: torch.Tensor, mask: torch.Tensor, null: torch.Tensor) -> 
     Returns:
         prompts (C, K, D) and mask (C, K), every row of which holds at least one True.
     """
+    first = null_rows(mask)
+    return torch.where(first.unsqueeze(-1), null.to(prompts.dtype), prompts), mask | first
+
+
+def null_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Where `with_null` puts the null token: row 0 of captions without any prompt, bool (C, K)."""
     first = torch.zeros_like(mask)
     first[:, 0] = ~mask.any(dim=1)
-    return torch.where(first.unsqueeze(-1), null.to(prompts.dtype), prompts), mask | first
+    return first

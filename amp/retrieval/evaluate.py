@@ -17,7 +17,7 @@ from amp.distributed import all_reduce_sum, rank, world_size
 from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge
-from amp.knowledge.text import state_texts
+from amp.knowledge.text import tower_texts
 from amp.retrieval.first_stage import FirstStage, Positives, first_stage
 from amp.retrieval.rerank import rerank, score_candidates, shard_bounds
 from amp.retrieval.results import DirectionResult, RetrievalRow
@@ -86,9 +86,9 @@ class SplitCaptions:
                 image.append(index)
         return cls(texts, knowledge, torch.tensor(image), len(split))
 
-    def all_texts(self, max_triplets: int) -> list[str]:
-        """Every text that needs a feature: captions and state prompts."""
-        return self.texts + [text for item in self.knowledge for text in state_texts(item, max_triplets)]
+    def all_texts(self, max_triplets: int, setting: str = "both") -> list[str]:
+        """Every text that needs a feature: captions, and what `PromptConfig.knowledge` asks for beside them."""
+        return self.texts + [text for item in self.knowledge for text in tower_texts(item, max_triplets, setting)]
 
 
 @dataclass

@@ -61,14 +61,19 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     first_hash = None
     for name, model in models.items():
         collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
-        prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(model.config.max_triplets))
+        k = model.config.max_triplets
+        texts = captions.all_texts(k, model.config.knowledge)
+        prepare_texts(accelerator, terminal, collate.store, model, texts)
         frozen = prepare_images(accelerator, terminal, split, model, preprocess, config.data.cache,
                                 config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
         retrieval = Retrieval(captions, frozen, collate, search, accelerator.device)
         if first_hash is None:
             result.rows.append(retrieval.base_row())
             if text_only:
-                text = enriched_text(retrieval.text, retrieval.knowledge)
+                # The first model need not read states.
+                states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
+                prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
+                text = enriched_text(retrieval.text, states(captions.knowledge))
                 result.rows += retrieval.rows("captions with states", retrieval.rank_text(text))
             first_hash = base.base_hash
         if not named:

@@ -68,7 +68,7 @@ class StageSettings:
     Args:
         epochs: Passes over the training images.
         lr: Peak learning rate (ours); warm-up is linear, then it falls to zero on a cosine.
-        prompt_lr: Peak rate of visual prompts, the interaction's gate and the temperature (ours); null takes `lr`.
+        prompt_lr: Peak rate of visual prompts and the temperature (ours); null takes `lr`.
         warmup_steps: Optimizer steps of warm-up (ours).
         weight_decay: Of AdamW, on matrices only (ours).
         max_steps: Optimizer steps at most; 0 for none.
@@ -99,6 +99,8 @@ class TrainConfig:
         conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
             ``paired`` under its own caption's (literal eq. 10), ``none`` without knowledge (control).
         negatives: Sampled negatives a direction for ``contrastive`` (ours).
+        mined_group: Images that the frozen CLIP confuses come into one batch, this many together (first-stage mining,
+            ours); 1 leaves batches random.
         knowledge_share: Part of a batch that ``contrastive`` scores under knowledge (ours); in stage 1 all of it is
             scored without knowledge besides.
         margin: Margin of the triplet loss (ours).
@@ -124,6 +126,7 @@ class TrainConfig:
     init: str | None = None
     conditioning: Conditioning = "contrastive"
     negatives: int = 2
+    mined_group: int = 1
     knowledge_share: float = 1.0
     margin: float = 0.2
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -167,6 +170,7 @@ class TrainConfig:
             raise AmpError(f"knowledge_share is {self.knowledge_share}, expected a number above 0, at most 1")
         low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
                "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),
+               "mined_group": (self.mined_group, 1),
                "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1)}  # fmt: skip
         for key, (value, least) in low.items():
             if value < least:

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -20,11 +22,13 @@ from amp.retrieval.evaluate import Retrieval, SplitCaptions
 from amp.terminal import Terminal
 from amp.train.config import StageSettings, TrainConfig
 from amp.train.launch import make_accelerator
+from amp.train.mining import confusable
 from amp.train.objective import Objective
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable
 
 ADAPTER = "adapter.safetensors"
+NEIGHBOURS = 20  # as many as the first stage hands to re-ranking
 
 
 def train(config: TrainConfig) -> Path:
@@ -81,8 +85,6 @@ class Run:
         """Opens the splits, encodes their texts once, and stores frozen image features where asked."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
         self.split = split
-        self.order = BatchOrder(self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes,
-                                config.seed, data.shuffle_window)  # fmt: skip
         images = data.batch_size * accelerator.num_processes
         if images < 2:
             raise AmpError(
@@ -94,10 +96,31 @@ class Run:
         val_captions = None
         if val_split is not None:
             val_captions = SplitCaptions.read(val_split, data.kinds, config.validation.captions_per_image)
-        texts = [t for c in (captions, val_captions) if c is not None for t in c.all_texts(config.prompt.max_triplets)]
+        prompt = config.prompt
+        texts = [
+            text
+            for part in (captions, val_captions)
+            if part is not None
+            for text in part.all_texts(prompt.max_triplets, prompt.knowledge)
+        ]
         prepare_texts(accelerator, self.terminal, self.collate.store, model, texts)
         preprocess = preprocess_val if data.augment == "none" else preprocess_train
-        frozen = self.images(self.split, preprocess_val) if data.cache_images else None
+        mined = config.mined_group > 1
+        frozen = (
+            self.images(self.split, preprocess_val, tokens=data.cache_images) if data.cache_images or mined else None
+        )
+        neighbours = None
+        if mined:
+            text = torch.from_numpy(self.collate.store.lookup(captions.texts))
+            base = torch.from_numpy(np.array(frozen.base))
+            device = accelerator.device
+            neighbours = confusable(base.to(device), text.to(device), captions.image.to(device), NEIGHBOURS).numpy()
+        self.order = BatchOrder(
+            self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes, config.seed,
+            data.shuffle_window, neighbours, config.mined_group,
+        )  # fmt: skip
+        if not data.cache_images:
+            frozen = None
         samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
         self.loader = training_loader(
             samples, self.order, self.collate, data.workers, pin_memory=accelerator.device.type == "cuda"
@@ -111,10 +134,10 @@ class Run:
             f"{data.batch_size} x {accelerator.num_processes} an epoch"
         )
 
-    def images(self, split: ShardSplit, preprocess) -> FrozenFeatures:
+    def images(self, split: ShardSplit, preprocess, tokens: bool = True) -> FrozenFeatures:
         data = self.config.data
         return prepare_images(self.accelerator, self.terminal, split, self.model, preprocess, data.cache,
-                              data.cache_dtype, data.batch_size, data.workers)  # fmt: skip
+                              data.cache_dtype, data.batch_size, data.workers, tokens)  # fmt: skip
 
     def stage(self, stage: int, settings: StageSettings) -> Path:
         """Trains one stage and writes its adapter."""

@@ -16,14 +16,13 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts.
 
-    Visual prompts, the interaction's gate and the temperature take `prompt_lr`: their values are few and far from where
-    they must go, and at the rate of the matrices they hardly move. Each group keeps its peak rate as ``peak``.
+    Visual prompts and the temperature take `prompt_lr`: at the rate of the matrices they hardly move. Each group keeps its peak rate as ``peak``.
     """
     prompt_lr = lr if prompt_lr is None else prompt_lr
     decay, plain, prompts = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            fast = name.startswith("visual_prompts.") or name in ("interaction.gate", "logit_scale")
+            fast = name.startswith("visual_prompts.") or name == "logit_scale"
             (prompts if fast else decay if parameter.ndim == 2 else plain).append(parameter)
     groups = [
         {"params": decay, "weight_decay": weight_decay, "peak": lr},
