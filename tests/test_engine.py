@@ -118,8 +118,8 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(config, monkeypatch):
     """With plain SGD, one step of two batches moves as far as the mean of two steps from the same place."""
     from amp.train import engine
 
-    monkeypatch.setattr(engine, "adamw", lambda model, lr, _: torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr))  # fmt: skip
+    monkeypatch.setattr(engine, "adamw", lambda model, lr, *_: torch.optim.SGD(
+        [{"params": [p for p in model.parameters() if p.requires_grad], "peak": lr}], lr))  # fmt: skip
     monkeypatch.setattr(engine, "learning_rate", lambda *_: 0.1)
     plain = {"max_grad_norm": 0.0, "conditioning": "paired"}
     two = weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain)
@@ -172,3 +172,11 @@ def test_a_wrong_shards_folder_shows_before_the_model_is_built(config, monkeypat
     missing = replace(config, data=replace(config.data, shards=str(tmp_path / "nowhere")))
     with pytest.raises(AmpError, match="nowhere: no such folder"):
         train(missing)
+
+
+def test_mining_changes_the_batches_and_needs_no_stored_tokens(config):
+    """Base features alone are enough to mine by; stored tokens change nothing in who comes together."""
+    plain, mined = weights_of(config), weights_of(config, mined_group=2)
+    assert difference(plain, mined) > 1e-3
+    stored = weights_of(config, mined_group=2, data=replace(config.data, cache_images=True))
+    assert difference(stored, mined) < 1e-4

@@ -187,3 +187,26 @@ def test_more_negatives_than_the_batch_has(batch):
     for stage in (1, 2):
         loss, _ = Objective(stage, "contrastive", negatives=50, sampling_scale=10.0)(model, batch, 0)
         assert loss.isfinite()
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["images", "early tokens"])
+@torch.no_grad()
+def test_knowledge_share_conditions_the_first_images_and_all_are_scored_without(cached, batch, monkeypatch):
+    """Half of four images: their pairs stand in the conditioned sums, the negatives come from all four."""
+    model = make_model(trained=True, interaction_layer=1)
+    frozen = model(batch.images, only_frozen=True)
+    given = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS) if cached else batch
+    loss, scale = Objective(1, "contrastive", 2, sampling_scale=10.0, seed=11, knowledge_share=0.5)(model, given, 5)
+    base, same = similarity(frozen.base, batch.text), IDS[:, None] == IDS[None, :]
+    total = 0.0
+    for direction, scores in enumerate((base, base.T)):
+        drawn = draw_negatives(scores, same, gumbel_noise(4, 4, 11, 5, direction), 2, 10.0)
+        for i in range(2):
+            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.index[i].tolist()]
+            logits = [scale.item() * cosine_of(model, batch, i, i)]
+            logits += [scale.item() * cosine_of(model, batch, *pair) + w.item()
+                       for pair, w in zip(pairs, drawn.log_weight[i], strict=True)]  # fmt: skip
+            total -= torch.tensor(logits).log_softmax(0)[0].item() / 4
+    plain = similarity(model(frozen.early, prompted=True).prompted, batch.text)
+    total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)
+    assert loss.item() == pytest.approx(total, rel=1e-3)

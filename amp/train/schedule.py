@@ -16,7 +16,8 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts.
 
-    Visual prompts and the temperature take `prompt_lr`: at the rate of the matrices they hardly move. Each group keeps its peak rate as ``peak``.
+    Visual prompts and the temperature take `prompt_lr`: at the rate of the matrices they hardly move. Each group
+    keeps its peak rate as ``peak``.
     """
     prompt_lr = lr if prompt_lr is None else prompt_lr
     decay, plain, prompts = [], [], []

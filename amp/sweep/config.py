@@ -1,0 +1,109 @@
+"""What a sweep runs: tables of rows, each a configuration that is trained and evaluated once a seed."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from amp.errors import AmpError
+
+
+@dataclass
+class Row:
+    """One row of a table.
+
+    Args:
+        name: As shown.
+        configs: Configuration files laid over the sweep's `base`, in this order.
+        set: Keys of launchers/train.py, dotted, over the files.
+        paper: The paper's six recalls, i2t R@1, 5, 10 and t2i R@1, 5, 10, in percent; null shows none.
+        train: False for the base CLIP, which every evaluation holds.
+    """
+
+    name: str
+    configs: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    paper: list[float] | None = None
+    train: bool = True
+
+
+@dataclass
+class Table:
+    """Rows that are read together.
+
+    Args:
+        title: Of the table.
+        rows: In order. Rows with equal configurations are trained once, also across tables.
+    """
+
+    title: str
+    rows: list[Row]
+
+
+@dataclass
+class SweepConfig:
+    """A sweep.
+
+    Args:
+        tables: What is shown.
+        base: Configuration files of every run.
+        set: Keys of launchers/train.py for every run, dotted.
+        evaluate: Keys of launchers/evaluate.py, dotted, such as ``search.skip_decided: true`` or ``probes: [grey]``.
+        split: Split that is evaluated.
+        seeds: Seeds of every row.
+        launcher: Command that starts training, before ``launchers/train.py``.
+        out: Folder of the runs.
+        results: Path of the results without its ending: .csv, .md and .png are written.
+        control: Row that gains are also measured against; null for none.
+        paper_columns: What the paper's figures were measured on.
+        rows: Names of the rows to run; empty for all.
+        shard: ``i/n`` runs every n-th missing run from the i-th on (0-based), for job arrays.
+        dry_run: Say what is missing and run nothing.
+        report_only: Write the results of what is there and run nothing.
+    """
+
+    tables: list[Table] = field(default_factory=list)
+    base: list[str] = field(default_factory=list)
+    set: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    split: str = "test"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    launcher: list[str] = field(
+        default_factory=lambda: ["accelerate", "launch", "--config_file", "launchers/accelerate/one_process.yaml"]
+    )
+    out: str = "runs/sweep"
+    results: str = "results/sweep"
+    control: str | None = None
+    paper_columns: str = "paper"
+    rows: list[str] = field(default_factory=list)
+    shard: str = "0/1"
+    dry_run: bool = False
+    report_only: bool = False
+
+    def check(self) -> None:
+        """Raises AmpError where the sweep can't be run or shown."""
+        rows = [row for table in self.tables for row in table.rows]
+        if not rows or not self.base or not self.seeds:
+            raise AmpError(
+                "tables, base or seeds is empty, expected one each at least; add --config launchers/sweeps/FILE"
+            )
+        names = {row.name for row in rows if row.train}
+        for name in [*self.rows, *([self.control] if self.control else [])]:
+            if name not in names:
+                raise AmpError(f"row {name!r} is in no table, expected one of: {', '.join(sorted(names))}")
+        for row in rows:
+            if row.paper is not None and len(row.paper) != 6:
+                raise AmpError(
+                    f"row {row.name!r}: paper has {len(row.paper)} figures, expected 6: i2t R@1 5 10, t2i R@1 5 10"
+                )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise AmpError(f"seeds is {self.seeds}, expected each once")
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """`shard` as (i, n)."""
+        try:
+            index, count = (int(x) for x in self.shard.split("/"))
+        except ValueError:
+            index, count = 0, 0
+        if not 0 <= index < count:
+            raise AmpError(f"shard is {self.shard!r}, expected i/n with 0 <= i < n, such as 0/4")
+        return index, count
