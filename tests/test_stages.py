@@ -206,7 +206,7 @@ def test_knowledge_share_conditions_the_first_images_and_all_are_scored_without(
             logits = [scale.item() * cosine_of(model, batch, i, i)]
             logits += [scale.item() * cosine_of(model, batch, *pair) + w.item()
                        for pair, w in zip(pairs, drawn.log_weight[i], strict=True)]  # fmt: skip
-            total -= torch.tensor(logits).log_softmax(0)[0].item() / 4
+            total -= 0.5 * torch.tensor(logits).log_softmax(0)[0].item() / 4
     plain = similarity(model(frozen.early, prompted=True).prompted, batch.text)
     total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)
     assert loss.item() == pytest.approx(total, rel=1e-3)

@@ -101,8 +101,8 @@ class TrainConfig:
         negatives: Sampled negatives a direction for ``contrastive`` (ours).
         mined_group: Images that the frozen CLIP confuses come into one batch, this many together (first-stage mining,
             ours); 1 leaves batches random.
-        knowledge_share: Part of a batch that ``contrastive`` scores under knowledge (ours); in stage 1 all of it is
-            scored without knowledge besides.
+        knowledge_share: Part of a batch that ``contrastive`` scores under knowledge, and the weight of these scores in
+            stage 1, where all of it is scored without knowledge besides (ours).
         margin: Margin of the triplet loss (ours).
         mixed_precision: Autocast type; null takes what `accelerate launch` says.
         gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.

@@ -122,9 +122,11 @@ class Objective:
         loss = sum(parts) / 2
         if self.stage == 1:
             image, text = (all_gather_with_grad(x) for x in (features.prompted, features.text[mine]))
-            loss = loss + losses.contrastive_loss(
+            plain = losses.contrastive_loss(
                 losses.similarity(image, text), features.logit_scale, losses.same_image_mask(ids)
             )
+            # A mean over all images, of which only the share has conditioned pairs: few pairs are a noisy estimate.
+            loss = plain + self.knowledge_share * loss
         return loss, features.logit_scale
 
     def _draw(self, cosines, forbidden, own, m, step, direction):
