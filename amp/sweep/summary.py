@@ -77,9 +77,9 @@ def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, 
             base[run.seed] = figures(result.rows[0])
             first = first or (path, base[run.seed])
             if max(abs(a - b) for a, b in zip(first[1], base[run.seed], strict=True)) > 1e-3:
+                expected = f"{first[1][-1]:.2f} as in {first[0]}"
                 raise AmpError(
-                    f"{path}: base CLIP has Rsum {base[run.seed][-1]:.2f}, expected {first[1][-1]:.2f} as in {first[0]}; "
-                    "the runs differ in model, split or shards. Remove the one that is wrong"
+                    f"{path}: base CLIP has Rsum {base[run.seed][-1]:.2f}, expected {expected}; the runs differ in model, split or shards. Remove the one that is wrong"
                 )
             for row in result.rows[1:]:
                 # Named "ROW (mode)" or "ROW, probe (mode)", where ROW is the first with this configuration.
@@ -91,7 +91,7 @@ def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, 
 
 
 def with_sum(paper: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if paper is None else (*paper, sum(paper))
+    return None if paper is None else (*map(float, paper), float(sum(paper)))
 
 
 def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
