@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from amp.errors import AmpError
 from amp.retrieval.evaluate import RetrievalSettings
-from amp.retrieval.results import ResultFile, write_atomically
+from amp.retrieval.results import ResultFile
 from amp.sweep.config import Row, SweepConfig
 from amp.train.config import TrainConfig
 
@@ -58,9 +58,7 @@ class Run:
             return "changed"
         if self.results.is_file():
             return "done"
-        # Training writes its adapter after each epoch, so that the file alone doesn't say that it has ended.
-        ended = self.adapter.is_file() and self.record().get("ended")
-        return "trained" if ended else "missing"
+        return "trained" if self.adapter.is_file() else "missing"
 
     def digests(self) -> tuple[str | None, str | None]:
         """The digest that the folder's content carries, and the expected one; None for an empty folder."""
@@ -73,26 +71,15 @@ class Run:
 
     def trained_as(self) -> str | None:
         """Digest of the training that was last started in the folder; None if no sweep started one."""
-        return self.record().get("training")
-
-    def record(self) -> dict:
-        """What the sweep noted of the training in the folder; empty if no sweep started one."""
         path = self.folder / RUN
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return {"training": record["training"], "ended": record["ended"]}
+            return str(json.loads(path.read_text(encoding="utf-8"))["training"])
         except FileNotFoundError:
-            return {}
+            return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AmpError(
                 f"{path}: can't be read as what a sweep writes ({error!r}); remove {self.folder} to run it anew"
             ) from error
-
-    def write_record(self, ended: bool) -> None:
-        """Notes that this training begins, or has ended well."""
-        record = {"training": self.training, "ended": ended, "row": self.row, "seed": self.seed,
-                  "arguments": self.arguments}  # fmt: skip
-        write_atomically(self.folder / RUN, f"{json.dumps(record, indent=2)}\n".encode())
 
 
 def plan(config: SweepConfig) -> dict[str, list[Run]]:

@@ -58,13 +58,13 @@ def locked(config: SweepConfig, run: Run, launchers: Path, say: Callable[[str], 
     refuse_changed([run])
     if run.state() == "missing":
         say("training")
-        run.write_record(ended=False)
+        content = {"training": run.training, "row": run.row, "seed": run.seed, "arguments": run.arguments}
+        write_atomically(run.folder / RUN, f"{json.dumps(content, indent=2)}\n".encode())
         log = run.folder / "train.log"
         if not call([*config.launcher, str(launchers / "train.py"), *run.arguments, f"--out={run.folder}"], log):
             return f"failed, see {log}"
         if not run.adapter.is_file():
             return f"failed: training ended without {run.adapter}, see {log}"
-        run.write_record(ended=True)
     if run.state() == "trained":
         say("evaluating")
         log, out = run.folder / "evaluate.log", run.folder / EVALUATION

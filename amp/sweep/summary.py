@@ -1,19 +1,19 @@
-"""Means and standard errors over seeds, and differences paired by seed."""
+"""Means and standard errors over seeds, as CSV and as tables beside the paper's figures."""
 
+import csv
+import io
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from amp.errors import AmpError
 from amp.retrieval.metrics import KS
 from amp.retrieval.results import ResultFile, RetrievalRow
 from amp.sweep.config import SweepConfig
-from amp.sweep.plan import Run
+from amp.sweep.runs import RESULTS, Run
 
 METRICS = (*(f"i2t R@{k}" for k in KS), *(f"t2i R@{k}" for k in KS), "Rsum")
 BASE = "base CLIP"
-_AGREE = 1e-3  # percent; the same features ranked on another machine
 
 
 @dataclass(frozen=True)
@@ -21,53 +21,29 @@ class Line:
     """One method over its seeds.
 
     Attributes:
-        name: As shown.
-        values: The metrics of each seed, in the order of `METRICS`; under None what no seed changes.
+        name: Of the row; rows of probes carry the probe's name behind a comma.
+        values: The metrics of each seed, in the order of `METRICS`.
+        paper: The paper's seven figures, or None.
     """
 
     name: str
-    values: dict[int | None, tuple[float, ...]] = field(default_factory=dict)
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted(seed for seed in self.values if seed is not None)
+    values: dict[int, tuple[float, ...]]
+    paper: tuple[float, ...] | None = None
 
     def mean(self, metric: int) -> float | None:
-        return mean([v[metric] for v in self.values.values()])
+        return sum(v[metric] for v in self.values.values()) / len(self.values) if self.values else None
 
     def error(self, metric: int) -> float | None:
         return standard_error([v[metric] for v in self.values.values()])
 
     def gain(self, other: "Line", metric: int) -> tuple[float | None, float | None]:
-        """Mean difference to another line and its standard error, paired by seed, over the seeds that both have."""
-        seeds = [seed for seed in {*self.values, *other.values} if seed is not None] or [None]
-        pairs = [(self._of(seed), other._of(seed)) for seed in seeds]
-        differences = [a[metric] - b[metric] for a, b in pairs if a is not None and b is not None]
-        return mean(differences), standard_error(differences)
+        """Mean difference to another line and its standard error, over the seeds that both have.
 
-    def _of(self, seed: int | None) -> tuple[float, ...] | None:
-        return self.values.get(seed, self.values.get(None))
-
-
-@dataclass
-class Summary:
-    """What the runs of a sweep say so far.
-
-    Attributes:
-        base: The base CLIP, the same in all runs; without values where no run has a result.
-        rows: The trained rows by name; without values where nobody has run them.
-        extras: Text-only control, probes, and the way of conditioning image queries that tables don't show.
-        left_out: Runs of another configuration, whose results aren't shown.
-    """
-
-    base: Line
-    rows: dict[str, Line]
-    extras: list[Line]
-    left_out: list[Run]
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+        A line with a single value for all seeds (the base CLIP) is the same for each.
+        """
+        pairs = [(v[metric], other.values[seed][metric]) for seed, v in self.values.items() if seed in other.values]
+        differences = [a - b for a, b in pairs]
+        return (sum(differences) / len(differences) if differences else None), standard_error(differences)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -75,71 +51,111 @@ def standard_error(values: Sequence[float]) -> float | None:
     n = len(values)
     if n < 2:
         return None
-    centre = sum(values) / n
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
-
-
-def clear(gain: float | None, error: float | None) -> bool | None:
-    """Whether a difference exceeds two standard errors, above or below; None with a single seed."""
-    return None if gain is None or error is None else abs(gain) > 2 * error
+    mean = sum(values) / n
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
 def figures(row: RetrievalRow) -> tuple[float, ...]:
     return (*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum)
 
 
-def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> Summary:
-    """Reads the results that are there.
+def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, Line], Line]:
+    """Lines by name, those of probes behind their row's, and the line of the base CLIP.
 
     Raises:
         AmpError: Two runs disagree on the base CLIP: they weren't evaluated on the same split or model.
     """
-    base, first, left_out = {}, None, []
-    rows = {name: Line(name) for name in runs}
-    probes, texts = {}, {}
-    read = {}
+    lines, base, first = {}, {}, None
+    papers = {row.name: row.paper for table in config.tables for row in table.rows}
     for name, of_row in runs.items():
+        found: dict[str, dict[int, tuple[float, ...]]] = {name: {}}
         for run in of_row:
-            if run not in read:
-                state = run.state()
-                if state == "changed":
-                    left_out.append(run)
-                read[run] = ResultFile.load_json(run.results) if state == "done" else None
-                shown_before = False
-            else:
-                shown_before = True  # under another name
-            result = read[run]
-            if result is None:
+            if not run.done:
                 continue
-            own = figures(result.rows[0])
-            first = first or (run.results, own)
-            if max(abs(a - b) for a, b in zip(first[1], own, strict=True)) > _AGREE:
+            path = run.folder / RESULTS
+            result = ResultFile.load_json(path)
+            base[run.seed] = figures(result.rows[0])
+            first = first or (path, base[run.seed])
+            if max(abs(a - b) for a, b in zip(first[1], base[run.seed], strict=True)) > 1e-3:
+                expected = f"{first[1][-1]:.2f} as in {first[0]}"
                 raise AmpError(
-                    f"{run.results}: base CLIP has Rsum {own[-1]:.2f}, expected {first[1][-1]:.2f} as in {first[0]}: "
-                    "the runs differ in model, split or shards. Remove the wrong result and start the sweep again"
+                    f"{path}: base CLIP has Rsum {base[run.seed][-1]:.2f}, expected {expected}; the runs differ in model, split or shards. Remove the one that is wrong"
                 )
-            base[None] = first[1]
-            (adapter,) = result.protocol["adapters"]
             for row in result.rows[1:]:
-                part = re.fullmatch(rf"{re.escape(adapter)}(?:, (\w+))?(?: \((\w+)\))?", row.name)
-                if part is None:  # the one row without an adapter
-                    texts.setdefault((row.name, name), {})[run.seed] = figures(row)
-                    continue
-                probe, mode = part.groups()
-                if probe is None and mode in (None, config.i2t):
-                    rows[name].values[run.seed] = figures(row)
-                elif not shown_before:
-                    shown = name + (f", {probe}" if probe else "") + (f" ({mode})" if mode != config.i2t else "")
-                    probes.setdefault(shown, {})[run.seed] = figures(row)
-    extras = text_lines(texts) + [Line(shown, values) for shown, values in probes.items()]
-    return Summary(Line(BASE, base), rows, extras, left_out)
+                # Named "ROW (mode)" or "ROW, probe (mode)", where ROW is the first with this configuration.
+                shown = name + row.name.removeprefix(run.row).removesuffix(" (pairwise)")
+                found.setdefault(shown, {})[run.seed] = figures(row)
+        for shown, values in found.items():
+            lines[shown] = Line(shown, values, with_sum(papers[name]) if shown == name else None)
+    return lines, Line(BASE, base)
 
 
-def text_lines(found: dict[tuple[str, str], dict[int, tuple[float, ...]]]) -> list[Line]:
-    """The text-only control: one line for all rows that read the same texts, which no seed changes."""
-    lines = {}
-    for (what, row), values in found.items():
-        for value in values.values():
-            key = tuple(round(v, 3) for v in value)
-            lines.setdefault(key, Line(f"{what}, {row}" if lines else what, {None: value}))
-    return list(lines.values())
+def with_sum(paper: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if paper is None else (*map(float, paper), float(sum(paper)))
+
+
+def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
+    """A line a method and metric: mean, standard error, seeds, the paper's figure, gains over base and control."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "metric", "mean", "standard_error", "seeds", "paper", "over_base", "over_base_error",
+                     "over_control", "over_control_error"])  # fmt: skip
+    for line in (base, *lines.values()):
+        for i, metric in enumerate(METRICS):
+            gains = [*line.gain(base, i), *(line.gain(lines[control], i) if control else (None, None))]
+            figures = [line.mean(i), line.error(i), len(line.values), line.paper[i] if line.paper else None, *gains]
+            writer.writerow([line.name, metric, *("" if x is None else f"{x:.3f}" if isinstance(x, float) else x
+                                                  for x in figures)])  # fmt: skip
+    return out.getvalue()
+
+
+def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command: str) -> str:
+    """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold."""
+    parts = [
+        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
+        "nobody has run it. Bold: more than two standard errors above base CLIP"
+        + (f"; *: and above {config.control}" if config.control else "") + ". The paper's figures "
+        f"({config.paper_columns}) were measured on other data and another model: compare the order of rows, "
+        "not values."
+    ]  # fmt: skip
+    for table in config.tables:
+        papers = any(row.paper for row in table.rows)
+        head = ["row", "seeds", *METRICS] + ([f"paper {m}" for m in METRICS] if papers else [])
+        body = []
+        for row in table.rows:
+            shown = (
+                [base]
+                if not row.train
+                else [x for n, x in lines.items() if n == row.name or n.startswith(f"{row.name}, ")]
+            )
+            for line in shown:
+                name = row.name if line is base else line.name
+                cells = [
+                    name,
+                    str(len(line.values) or ""),
+                    *(cell(line, i, base, lines.get(config.control)) for i in range(7)),
+                ]
+                if papers:
+                    paper = with_sum(row.paper) if line is base or line.name == row.name else None
+                    cells += [f"{x:.1f}" for x in paper] if paper else [""] * len(METRICS)
+                body.append(cells)
+        rule = ["---"] + ["---:"] * (len(head) - 1)
+        parts.append(f"## {table.title}\n\n" + "\n".join("| " + " | ".join(c) + " |" for c in [head, rule, *body]))
+    return "\n\n".join(parts) + "\n"
+
+
+def cell(line: Line, metric: int, base: Line, control: Line | None) -> str:
+    mean, error = line.mean(metric), line.error(metric)
+    if mean is None:
+        return ""
+    text = f"{mean:.1f}" + (f" ± {error:.1f}" if error is not None and line is not base else "")
+    if line is not base and clear(*line.gain(base, metric)):
+        text = f"**{text}**"
+    if control is not None and line is not control and line is not base and clear(*line.gain(control, metric)):
+        text += " *"
+    return text
+
+
+def clear(gain: float | None, error: float | None) -> bool:
+    """Whether a gain is above zero by more than two standard errors; unknown with a single seed."""
+    return gain is not None and error is not None and gain > 2 * error
