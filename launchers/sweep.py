@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
             command = f"python launchers/sweep.py --config {names}"
             write_atomically(results.with_suffix(".csv"), to_csv(lines, base, config.control).encode())
             write_atomically(results.with_suffix(".md"), to_markdown(config, lines, base, command).encode())
-            write_atomically(results.with_suffix(".png"), draw(config, lines, base))
+            if picture := draw(config, lines, base):
+                write_atomically(results.with_suffix(".png"), picture)
             terminal.say(f"{results}.csv, .md and .png written")
         failed = [run for run, state in states.items() if state == "failed"]
         for run in failed:

@@ -106,7 +106,8 @@ def evaluated(monkeypatch):
         if "launchers/evaluate.py" not in command:
             return real(command, log)
         commands.append(command)
-        ResultFile({}, [BASE, row("x (pairwise)", (11, 21, 31), (6, 16, 26))]).save_json(
+        name = json.loads(command[command.index("--adapters") + 1])[0].partition("=")[0]
+        ResultFile({}, [BASE, row(f"{name} (pairwise)", (11, 21, 31), (6, 16, 26))]).save_json(
             command[command.index("--out") + 1]
         )
         return True

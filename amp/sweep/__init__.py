@@ -1,2 +1,1 @@
-"""Tables of trained rows over several seeds: what is run (config, plan, run, progress), what is shown (summary, table,
-plot)."""
+"""Tables of trained rows over several seeds: what is run (config, runs) and what is shown (summary, plot)."""

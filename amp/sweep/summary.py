@@ -77,9 +77,9 @@ def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, 
             base[run.seed] = figures(result.rows[0])
             first = first or (path, base[run.seed])
             if max(abs(a - b) for a, b in zip(first[1], base[run.seed], strict=True)) > 1e-3:
-                expected = f"{first[1][-1]:.2f} as in {first[0]}"
                 raise AmpError(
-                    f"{path}: base CLIP has Rsum {base[run.seed][-1]:.2f}, expected {expected}; the runs differ in model, split or shards. Remove the one that is wrong"
+                    f"{path}: base CLIP has Rsum {base[run.seed][-1]:.2f}, expected {first[1][-1]:.2f} ({first[0]}): "
+                    "the runs differ in model, split or shards. Remove the one that is wrong"
                 )
             for row in result.rows[1:]:
                 # Named "ROW (mode)" or "ROW, probe (mode)", where ROW is the first with this configuration.
@@ -112,12 +112,12 @@ def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
 def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command: str) -> str:
     """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold."""
     parts = [
-        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
-        "nobody has run it. Bold: more than two standard errors above base CLIP"
-        + (f"; *: and above {config.control}" if config.control else "") + ". The paper's figures "
-        f"({config.paper_columns}) were measured on other data and another model: compare the order of rows, "
-        "not values."
-    ]  # fmt: skip
+        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where nobody "
+        "has run it. Bold: more than two standard errors above base CLIP"
+        + (f"; *: and above {config.control}" if config.control else "")
+        + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the order "
+        "of rows, not values."
+    ]
     for table in config.tables:
         papers = any(row.paper for row in table.rows)
         head = ["row", "seeds", *METRICS] + ([f"paper {m}" for m in METRICS] if papers else [])

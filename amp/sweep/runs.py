@@ -1,0 +1,127 @@
+"""One run of a sweep: its identity, whether it is done, and the two commands that make it."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from amp.errors import AmpError
+from amp.retrieval.results import write_atomically
+from amp.sweep.config import Row, SweepConfig
+
+TRAINED, RESULTS, LOCK = "trained.json", "results.json", ".lock"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with a seed.
+
+    Attributes:
+        row: Name of the first row with this configuration.
+        seed: Of the training.
+        folder: Holds the adapters, logs and results. Its name depends on all that the result depends on, so that a
+            changed configuration is another run and nothing is overwritten.
+        arguments: Of launchers/train.py.
+    """
+
+    row: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / RESULTS).is_file()
+
+
+def plan(config: SweepConfig) -> dict[str, list[Run]]:
+    """The runs of each trained row, by the row's name and in the order of the seeds."""
+    runs, seen = {}, {}
+    for row in (row for table in config.tables for row in table.rows if row.train):
+        keys, digest = identity(config, row)
+        if digest not in seen:
+            slug = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
+            seen[digest] = [
+                make_run(config, row, keys, Path(config.out) / f"{slug}-{digest}", seed) for seed in config.seeds
+            ]
+        if runs.setdefault(row.name, seen[digest]) != seen[digest]:
+            raise AmpError(f"two rows are named {row.name!r} and differ, expected one configuration a name; rename one")
+    return runs
+
+
+def identity(config: SweepConfig, row: Row) -> tuple[dict, str]:
+    """Keys of a row, and a digest of them, of the content of its files and of how it is evaluated."""
+    keys = {**config.set, **row.set}
+    files = []
+    for path in [*config.base, *row.configs]:
+        try:
+            files.append(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (OSError, yaml.YAMLError) as error:
+            raise AmpError(f"{path}: can't be read as YAML ({error}); row {row.name!r} names it") from error
+    for part in (*files, keys):  # where a run is written to is no part of what it is
+        part.pop("out", None)
+    content = json.dumps([files, keys, config.evaluate, config.split], sort_keys=True, default=str)
+    return keys, hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def make_run(config: SweepConfig, row: Row, keys: dict, folder: Path, seed: int) -> Run:
+    folder = folder / f"seed{seed}"
+    arguments = [text for path in [*config.base, *row.configs] for text in ("--config", path)]
+    arguments += [text for key, value in keys.items() for text in (f"--{key}", as_argument(value))]
+    return Run(row.name, seed, folder, (*arguments, "--seed", str(seed)))
+
+
+def as_argument(value) -> str:
+    """A YAML value as the launchers' command line reads it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
+    """Trains and evaluates what is missing of a run.
+
+    Returns:
+        ``done``, ``failed`` (its log says why) or ``elsewhere``: another process of the sweep has it.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run.folder / LOCK, timeout=0):
+            if run.done:
+                return "done"
+            if not (run.folder / TRAINED).is_file():
+                say(f"{run.row}, seed {run.seed}: training, log in {run.folder / 'train.log'}")
+                train = [*config.launcher, "launchers/train.py", *run.arguments, "--out", str(run.folder)]
+                if not call(train, run.folder / "train.log"):
+                    return "failed"
+                stages = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))["stages"]
+                adapter = f"stage{stages[-1]}/adapter.safetensors"
+                write_atomically(run.folder / TRAINED, json.dumps({"adapter": adapter}).encode())
+            adapter = run.folder / json.loads((run.folder / TRAINED).read_text(encoding="utf-8"))["adapter"]
+            say(f"{run.row}, seed {run.seed}: evaluating, log in {run.folder / 'evaluate.log'}")
+            evaluate = [sys.executable, "launchers/evaluate.py", *run.arguments, "--split", config.split]
+            evaluate += ["--adapters", json.dumps([f"{run.row}={adapter}"]), "--out", str(run.folder / ".results.json")]
+            evaluate += [text for key, value in config.evaluate.items() for text in (f"--{key}", as_argument(value))]
+            if not call(evaluate, run.folder / "evaluate.log"):
+                return "failed"
+            (run.folder / ".results.json").rename(run.folder / RESULTS)
+            return "done"
+    except Timeout:
+        return "elsewhere"
+
+
+def call(command: list[str], log: Path) -> bool:
+    """Runs a command with its output in a file; whether it went well."""
+    with log.open("w", encoding="utf-8") as file:
+        file.write(f"{' '.join(command)}\n")
+        file.flush()
+        try:
+            return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode == 0
+        except OSError as error:
+            file.write(f"{command[0]}: {error.strerror}. Set `launcher` to the command that starts training\n")
+            return False
