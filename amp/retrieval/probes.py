@@ -16,6 +16,7 @@ from amp.data.frozen_features import FrozenFeatures
 from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch
 from amp.retrieval.evaluate import Retrieval
+from amp.retrieval.first_stage import FirstStage
 
 Probe = Literal["shuffled", "blank", "sibling", "grey"]
 GREY = (128, 128, 128)
@@ -44,9 +45,17 @@ def probe(retrieval: Retrieval, name: Probe, model, preprocess, seed: int = 0) -
         spoilt.knowledge = retrieval.knowledge.blank()
     elif name == "grey":
         spoilt.frozen = grey(retrieval.frozen, model, preprocess)
+        # One image a thousand times ties all its scores, and ties keep the order of the candidates: the first stage's.
+        spoilt.first = {direction: in_random_order(first, seed) for direction, first in retrieval.first.items()}
     else:
         raise AmpError(f"probe is {name!r}, expected shuffled, blank, sibling or grey")
     return spoilt
+
+
+def in_random_order(first: FirstStage, seed: int) -> FirstStage:
+    """The same candidates of each query in a random order, so that ties tell nothing."""
+    order = torch.rand(first.candidates.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return FirstStage(first.candidates.gather(1, order), first.scores.gather(1, order), first.ranks)
 
 
 def shuffled(owner: torch.Tensor, seed: int = 0) -> torch.Tensor:

@@ -112,11 +112,11 @@ def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
 def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command: str) -> str:
     """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold."""
     parts = [
-        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where nobody "
-        "has run it. Bold: more than two standard errors above base CLIP"
+        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
+        "nobody has run it. Bold: more than two standard errors above base CLIP"
         + (f"; *: and above {config.control}" if config.control else "")
-        + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the order "
-        "of rows, not values."
+        + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the "
+        "order of rows, not values."
     ]
     for table in config.tables:
         papers = any(row.paper for row in table.rows)
