@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from open_clip.model import CLIP
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer, text_global_pool
 from torch.utils.checkpoint import checkpoint
@@ -150,12 +151,18 @@ class Backbone(nn.Module):
                      absent: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
         """A block for the first `queries` tokens or all, (B, T, d_v) -> (B, queries, d_v); nobody attends to `absent`
         ones, bool (B, T)."""
-        padding = None
-        if absent is not None:  # a mask of keys, (B, T): the block's own `attn_mask` would be (B heads, T, T)
-            padding = torch.zeros_like(absent, dtype=tokens.dtype).masked_fill(absent, -torch.inf)
+        attention = block.attn
         normed = block.ln_1(tokens)
-        attended, _ = block.attn(normed[:, :queries], normed, normed, need_weights=False, key_padding_mask=padding)
-        x = tokens[:, :queries] + block.ls_1(attended)
+        # nn.MultiheadAttention with fewer queries than keys copies its weights once a token on the CPU (a third of the
+        # time of a pair), so its projections are applied here.
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        width, heads = normed.shape[-1], attention.num_heads
+        query = F.linear(normed[:, :queries], weight[:width], bias[:width])
+        key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
+        query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+        present = None if absent is None else ~absent[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=present)
+        x = tokens[:, :queries] + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
