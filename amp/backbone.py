@@ -102,9 +102,8 @@ class Backbone(nn.Module):
             tokens = self._run(block, tokens, recompute)
         return tokens
 
-    def prompted_block(
-        self, index: int, tokens: torch.Tensor, recompute: bool = False, absent: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False,
+                       absent: torch.Tensor | None = None, all_tokens: bool = False) -> torch.Tensor:  # fmt: skip
         """Runs one block on tokens (B, T, d_v); the last one may return the class token alone, (B, 1, d_v).
 
         Args:
@@ -112,9 +111,10 @@ class Backbone(nn.Module):
             tokens: What enters it.
             recompute: Trades memory for a second forward.
             absent: Which tokens nobody attends to, bool (B, T); needs `masks_tokens`.
+            all_tokens: The last block returns them all.
         """
         block = self.visual.transformer.resblocks[index]
-        if index == self.num_layers - 1 and self._reads_only_class_token:
+        if index == self.num_layers - 1 and self._reads_only_class_token and not all_tokens:
             block = partial(self._last_block, absent=absent)
         elif absent is not None:
             block = partial(self._plain_block, block, absent=absent)
@@ -129,9 +129,12 @@ class Backbone(nn.Module):
     @property
     def _reads_only_class_token(self) -> bool:
         """Whether features come from the class token of the last block and from nothing else."""
-        visual = self.visual
-        plain = type(visual.transformer.resblocks[-1]) is ResidualAttentionBlock
-        return plain and visual.attn_pool is None and visual.pool_type == "tok"
+        return type(self.visual.transformer.resblocks[-1]) is ResidualAttentionBlock and self.reads_class_token
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether CLIP pools the class token."""
+        return self.visual.attn_pool is None and self.visual.pool_type == "tok"
 
     @property
     def masks_tokens(self) -> bool:
@@ -170,8 +173,20 @@ class Backbone(nn.Module):
 
         Tokens behind the M patches (visual prompts) are cut off first: average and attention pooling must not see them.
         """
-        pooled, _ = self.visual._pool(tokens[:, : 1 + self.num_patches])
+        return self.project(self.pooled(tokens)[0])
+
+    def pooled(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens after the last block (B, T, d_v) to what CLIP projects (B, d_v), and the patches (B, M, d_v)."""
+        return self.visual._pool(tokens[:, : 1 + self.num_patches])
+
+    def project(self, pooled: torch.Tensor) -> torch.Tensor:
+        """CLIP's projection into the joint space, (B, d_v) -> (B, d)."""
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of what `project` takes."""
+        return self.embed_dim if self.visual.proj is None else self.visual.proj.shape[0]
 
     # -- text tower -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import tower_texts
 from amp.layers.interaction import ActionAwareInteraction
 from amp.layers.prompt_adapter import PromptAdapter
+from amp.layers.readout import KnowledgeReadout
 from amp.layers.text_enrichment import TextEnrichment
 from amp.layers.triplet_encoder import TripletEncoder, null_rows, with_null
 from amp.layers.visual_prompts import VisualPrompts
@@ -24,12 +25,13 @@ from amp.layers.visual_prompts import VisualPrompts
 class Prompts(NamedTuple):
     """Prompts of C captions (eq. 6): of triplets (C, K, d_v), of states (C, K, d_v), and which exist, bool (C, K).
 
-    A kind that the model doesn't read is None.
+    A kind that the model doesn't read is None. A model with `readout` has `queries` (C, Q, d) instead.
     """
 
     triplets: torch.Tensor | None
     states: torch.Tensor | None
     mask: torch.Tensor
+    queries: torch.Tensor | None = None
 
     def take(self, index: torch.Tensor) -> "Prompts":
         """Rows of captions, index int64 (P,)."""
@@ -47,7 +49,7 @@ class Features(NamedTuple):
         early: Tokens before block `interaction_layer` (B, 1 + M, d_v).
         base: The frozen CLIP's image features (B, d).
         prompted: Features under visual prompts alone, without knowledge (B, d).
-        conditioned: Action-aware features, a row a pair (P, d).
+        conditioned: Action-aware features, a row a pair (P, d), or of all pairs (B, C, d).
         text: Caption features that images are scored against, enriched where the model does that (C, d).
         logit_scale: Temperature 1 / tau, fp32 (1,).
     """
@@ -87,22 +89,32 @@ class ActionAwareCLIP(nn.Module):
             )
         depth = backbone.num_layers - config.interaction_layer
         self.visual_prompts = VisualPrompts(depth, config.num_prompts, backbone.vision_width, backbone.patch_size)
-        self.knowledge_aware = config.knowledge != "none"
-        if self.knowledge_aware:
-            d_t, d = backbone.text_width, backbone.embed_dim
-            if config.reads_triplets and d_t % config.triplet_heads:
+        self.knowledge_aware = config.conditions
+        d_t, d = backbone.text_width, backbone.embed_dim
+        self.has_readout = config.interaction == "readout"
+        if self.has_readout:
+            if not backbone.reads_class_token:
                 raise AmpError(
-                    f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
-                    f"{math.gcd(d_t, config.triplet_heads)}"
+                    "interaction is 'readout' and the image tower pools by attention or average, expected the class token, "
+                    "which leaves the patches as they are; choose interaction 'aim'"
                 )
+            self.readout = KnowledgeReadout(
+                backbone.vision_width, d, d_t if config.reads_triplets else None, config.conditions
+            )
+        if config.reads_triplets and d_t % config.triplet_heads:
+            raise AmpError(
+                f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
+                f"{math.gcd(d_t, config.triplet_heads)}"
+            )
+        # What a variant doesn't read doesn't exist: distributed engines fail on parameters that take no part.
+        if config.reads_triplets:
+            self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
+        if self.knowledge_aware and not self.has_readout:
             if config.interaction == "cat" and not backbone.masks_tokens:
                 raise AmpError(
                     "interaction is 'cat' and the image tower's blocks are not open_clip's ResidualAttentionBlock, "
                     "expected that class, which can leave padding prompts out; choose interaction 'aim'"
                 )
-            # What a variant doesn't read doesn't exist: distributed engines fail on parameters that take no part.
-            if config.reads_triplets:
-                self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
             if config.reads_states:
                 self.null_state = nn.Parameter(0.02 * torch.randn(d))
                 # Eq. 6 shares W_down and W_up between triplets and states, which asks for one width.
@@ -113,9 +125,10 @@ class ActionAwareCLIP(nn.Module):
                     backbone.vision_width, backbone.vision_heads, config.lam, config.residual, config.reads_triplets,
                     config.reads_states,
                 )  # fmt: skip
-        self.text_enrichment = (
-            TextEnrichment(backbone.embed_dim) if config.reads_states and config.text_enrichment else None
-        )
+        self.text_enrichment = TextEnrichment(d, config.reads_states) if config.text_enrichment else None
+        self.image_projection = nn.Linear(backbone.pooled_width, d, bias=False) if config.image_projection else None
+        if self.image_projection is not None:
+            nn.init.zeros_(self.image_projection.weight)
         # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().float().reshape(1))
         self.activation_checkpointing = False
@@ -127,6 +140,7 @@ class ActionAwareCLIP(nn.Module):
         images: torch.Tensor,
         knowledge: KnowledgeBatch | Sequence[Knowledge] | None = None,
         normalize: bool = False,
+        text: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Image features (B, d): the base CLIP's, or action-aware ones under `knowledge`, one caption's an image.
 
@@ -134,6 +148,7 @@ class ActionAwareCLIP(nn.Module):
             images: Preprocessed images (B, 3, H, W).
             knowledge: None for the base CLIP; else knowledge of B captions.
             normalize: Scale features to unit length.
+            text: The captions' features `encode_text(tokens)` (B, d), which models with `readout` ask with.
         """
         if knowledge is None:
             return self.backbone.clip.encode_image(images, normalize=normalize)
@@ -141,7 +156,7 @@ class ActionAwareCLIP(nn.Module):
             knowledge = self.prepare_knowledge(knowledge)
         if len(knowledge) != len(images):
             raise AmpError(f"knowledge of {len(knowledge)} captions for {len(images)} images, expected one each")
-        features = self(images, knowledge).conditioned
+        features = self(images, knowledge, text=text).conditioned
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
@@ -182,10 +197,23 @@ class ActionAwareCLIP(nn.Module):
         """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, 1 + M, d_v), whatever the caption."""
         return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
 
-    def encode_knowledge(self, knowledge: KnowledgeBatch) -> Prompts:
-        """Action-aware prompts of C captions, after the adapter (eq. 4-6)."""
+    def encode_knowledge(self, knowledge: KnowledgeBatch, text: torch.Tensor | None = None) -> Prompts:
+        """Action-aware prompts of C captions, after the adapter (eq. 4-6), or queries of the readout, which also need the
+        frozen caption features `text` (C, d)."""
         self._require_knowledge_aware()
         triplets = states = None
+        if self.has_readout:
+            if text is None:
+                raise AmpError(
+                    "text is None, expected the captions' features (C, d): this model has interaction='readout', which "
+                    "asks with them too. Pass text=model.encode_text(tokens)"
+                )
+            if self.config.reads_triplets:
+                embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
+                triplets = self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
+            states = knowledge.states if self.config.reads_states else None
+            queries, mask = self.readout.queries(text, states, triplets, knowledge.mask)
+            return Prompts(None, None, mask, queries)
         if self.config.reads_triplets:
             embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
             triplets = self.adapter(self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask))
@@ -206,41 +234,63 @@ class ActionAwareCLIP(nn.Module):
             (P, d), not normalised.
         """
         self._require_knowledge_aware()
+        if self.has_readout:
+            features, patches = self._read(self._prompted_blocks(early))
+            return features[image_index] + self.readout.pairs(patches, prompts.queries, prompts.mask, image_index)
         if self.config.interaction == "cat":
             kinds = [x for x in (prompts.triplets, prompts.states) if x is not None]
             absent = (~prompts.mask).repeat(1, len(kinds))
-            return self._prompted_blocks(early[image_index], torch.cat(kinds, dim=1).to(early.dtype), absent)
-        patches = self.interaction(early[:, 1:], *prompts, image_index)
-        return self._prompted_blocks(torch.cat([early[image_index, :1], patches.to(early.dtype)], dim=1))
+            tokens = self._prompted_blocks(early[image_index], torch.cat(kinds, dim=1).to(early.dtype), absent)
+        else:
+            patches = self.interaction(early[:, 1:], prompts.triplets, prompts.states, prompts.mask, image_index)
+            tokens = self._prompted_blocks(torch.cat([early[image_index, :1], patches.to(early.dtype)], dim=1))
+        return self._read(tokens)[0]
+
+    def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run once an
+        image."""
+        features, patches = self._read(self._prompted_blocks(early))
+        return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
 
     def encode_prompted(self, early: torch.Tensor) -> torch.Tensor:
-        """Features under visual prompts alone (B, d): the control of Table 3, "w/o action knowledge"."""
-        return self._prompted_blocks(early)
+        """Features without knowledge (B, d): visual prompts, the control of Table 3 "w/o action knowledge", and with
+        `readout` its learned query."""
+        features, patches = self._read(self._prompted_blocks(early))
+        return features if not self.has_readout else features + self.readout.unconditioned(patches)
+
+    def _read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens behind the last block to image features (B, d) and patches (B, M, d_v)."""
+        pooled, patches = self.backbone.pooled(tokens)
+        features = self.backbone.project(pooled)
+        return features if self.image_projection is None else features + self.image_projection(pooled), patches
 
     def _prompted_blocks(
         self, tokens: torch.Tensor, joined: torch.Tensor | None = None, absent: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tokens before block `interaction_layer` to features: (B, 1 + M, d_v) -> (B, d).
+        """Tokens before block `interaction_layer` to those behind the last block; but for `readout` maybe the class token
+        alone.
 
         `joined` (B, E, d_v) stands behind the patches in all blocks (`cat`), but for its rows `absent`, bool (B, E).
         """
         backbone, first = self.backbone, self.config.interaction_layer
         if self.config.num_prompts == 0 and joined is None:  # the base CLIP's own calls: its features bit for bit
-            return backbone.pool(backbone.blocks(tokens, first, backbone.num_layers, self.activation_checkpointing))
+            return backbone.blocks(tokens, first, backbone.num_layers, self.activation_checkpointing)
         if joined is not None:
             absent = F.pad(absent, (tokens.shape[1], self.config.num_prompts))
             tokens = torch.cat([tokens, joined], dim=1)
         length = tokens.shape[1]  # visual prompts are replaced behind it, at each block
         for index in range(backbone.num_layers - first):
             tokens = self.visual_prompts(tokens, index, length)
-            tokens = backbone.prompted_block(first + index, tokens, self.activation_checkpointing, absent)
-        return backbone.pool(tokens)
+            tokens = backbone.prompted_block(
+                first + index, tokens, self.activation_checkpointing, absent, self.has_readout
+            )
+        return tokens
 
     def _require_knowledge_aware(self) -> None:
         if not self.knowledge_aware:
             raise AmpError(
-                "this model was built with knowledge='none' (the control without action knowledge) and has no triplet "
-                "encoder; build it with knowledge='both', or score with encode_prompted"
+                "this model's images see no knowledge (knowledge='none' or condition_images=False, the controls); build it "
+                "with knowledge='both', or score with encode_prompted"
             )
 
     # -- one entry for engines --------------------------------------------------------------------------------------
@@ -252,6 +302,7 @@ class ActionAwareCLIP(nn.Module):
         image_index: torch.Tensor | None = None,
         knowledge_index: torch.Tensor | None = None,
         captions_a_pair: int = 1,
+        all_pairs: bool = False,
         prompted: bool | torch.Tensor | None = False,
         only_frozen: bool = False,
         text: torch.Tensor | None = None,
@@ -264,10 +315,12 @@ class ActionAwareCLIP(nn.Module):
             knowledge: Knowledge of C captions, or their prompts.
             image_index, knowledge_index: The P pairs to encode; by default pair i is image i with caption i.
             captions_a_pair: With n > 1 each pair is conditioned on the union of n consecutive captions' knowledge.
+            all_pairs: Encode every image with every caption instead; only with `readout`.
             prompted: Also return features without knowledge: of all images, or of those an int64 tensor names.
             only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
             text: The frozen features of the C captions (C, d); returned as `text`, enriched.
         """
+        frozen_text = text
         if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
             text = self.text_enrichment(text, knowledge.states, knowledge.mask)
         if images is None:
@@ -284,8 +337,11 @@ class ActionAwareCLIP(nn.Module):
         elif prompted:
             plain = self.encode_prompted(early)
         conditioned = None
-        if knowledge is not None:
-            prompts = knowledge if isinstance(knowledge, Prompts) else self.encode_knowledge(knowledge)
+        if knowledge is not None and (self.knowledge_aware or prompted is False):
+            prompts = knowledge if isinstance(knowledge, Prompts) else self.encode_knowledge(knowledge, frozen_text)
+            if all_pairs:
+                return Features(early=early, conditioned=self.encode_all_pairs(early, prompts), text=text,
+                                logit_scale=self._temperature())  # fmt: skip
             if knowledge_index is not None:
                 prompts = prompts.take(knowledge_index)
             if captions_a_pair > 1:
@@ -298,8 +354,11 @@ class ActionAwareCLIP(nn.Module):
             prompted=plain,
             conditioned=conditioned,
             text=text,
-            logit_scale=self.logit_scale.float().exp().clamp(1.0, 100.0),
+            logit_scale=self._temperature(),
         )
+
+    def _temperature(self) -> torch.Tensor:
+        return self.logit_scale.float().exp().clamp(1.0, 100.0)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The parameters this project adds, by name; the frozen CLIP's are not among them."""

@@ -35,7 +35,7 @@ def tower_texts(knowledge: Knowledge, max_triplets: int, setting: str) -> list[s
     Args:
         knowledge: Of the caption.
         max_triplets: K.
-        setting: `PromptConfig.knowledge`; nothing is read for ``triplets`` and ``none``.
+        setting: `PromptConfig.knowledge`; nothing is read for ``triplets``, ``caption`` and ``none``.
     """
     if setting in ("both", "states"):
         return state_texts(knowledge, max_triplets)

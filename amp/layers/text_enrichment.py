@@ -1,4 +1,4 @@
-"""Caption features enriched by their states (ours): the text side of action knowledge."""
+"""Caption features adapted, and enriched by their states (ours): the text side of action knowledge."""
 
 import torch
 import torch.nn as nn
@@ -6,29 +6,37 @@ import torch.nn.functional as F
 
 
 class TextEnrichment(nn.Module):
-    """T' = T / |T| + W mean_k(D_k / |D_k|), with D_k the states' features from the frozen text tower.
+    """T' = T / |T| + U T / |T| + W mean_k(D_k / |D_k|), with D_k the states' features from the frozen text tower.
 
-    Ours: the paper scores against the plain caption feature. W starts at zero, so that training starts from the base
-    CLIP, and captions without knowledge keep their feature.
+    The paper (sec. 3.5) scores "enhanced text features" without a formula; this one is ours. U reads no knowledge and is
+    all that the control has. U and W start at zero, so that training starts from the base CLIP.
 
     Args:
         width: Of the joint embedding, d.
+        states: Whether there is W.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, states: bool = True):
         super().__init__()
-        self.project = nn.Linear(width, width, bias=False)
-        nn.init.zeros_(self.project.weight)
+        self.adapt = nn.Linear(width, width, bias=False)
+        self.project = nn.Linear(width, width, bias=False) if states else None
+        for layer in (self.adapt, self.project):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
 
     def forward(self, text: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Args:
             text: Caption features (C, d).
-            states: State features (C, K, d).
+            states: State features (C, K, d); not read where there is no W.
             mask: Which states exist, bool (C, K).
 
         Returns:
             Enriched features, fp32 (C, d), not normalised.
         """
+        text = F.normalize(text.float(), dim=-1)
+        enriched = text + self.adapt(text.to(self.adapt.weight.dtype)).float()
+        if self.project is None:
+            return enriched
         present = mask.unsqueeze(-1).float()
         mean = (F.normalize(states.float(), dim=-1) * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
-        return F.normalize(text.float(), dim=-1) + self.project(mean.to(self.project.weight.dtype)).float()
+        return enriched + self.project(mean.to(self.project.weight.dtype)).float()

@@ -177,11 +177,11 @@ class Retrieval:
             For a knowledge-aware model ``t2i`` and ``i2t pairwise``/``i2t pooled`` as set, else ``t2i`` and ``i2t``.
         """
         aware = getattr(model, "module", model).knowledge_aware
+        text = self._enriched(model)
         if not aware:
             features = self._over_images(model, autocast)
-            scorers = {"t2i": self._feature_scorer(features, "t2i"), "i2t": self._feature_scorer(features, "i2t")}
+            scorers = {d: self._feature_scorer(features, d, text=text) for d in ("t2i", "i2t")}
         else:
-            text = self._enriched(model)
             scorers = {"t2i": self._pair_scorer(model, text, autocast, "t2i")}
             for mode in self.settings.i2t:
                 pair = self._pair_scorer(model, text, autocast, "i2t")
@@ -255,6 +255,7 @@ class Retrieval:
                 features = model(
                     self._early(images), self.knowledge[captions].to(self.device),
                     image_index.to(self.device), caption_index.to(self.device),
+                    text=self.text[captions.to(self.device)],
                 ).conditioned  # fmt: skip
             return pair_similarity(features, text[caption.to(self.device)]).cpu()
 
@@ -290,7 +291,8 @@ class Retrieval:
                     candidates = self.first["i2t"].candidates[part]
                     knowledge = self.knowledge[candidates.flatten()].to(self.device)
                     early = self._early(self.queries["i2t"][part])
-                    out = model(early, knowledge, captions_a_pair=candidates.shape[1]).conditioned
+                    text = self.text[candidates.flatten().to(self.device)]
+                    out = model(early, knowledge, captions_a_pair=candidates.shape[1], text=text).conditioned
                 else:
                     out = model(self._early(part), prompted=True).prompted
             features[part.to(self.device)] = out.float()

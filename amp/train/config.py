@@ -98,11 +98,12 @@ class TrainConfig:
         init: Adapter file to start from; needed for ``stages: [2]``.
         conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
             ``paired`` under its own caption's (literal eq. 10), ``none`` without knowledge (control).
-        negatives: Sampled negatives a direction for ``contrastive`` (ours).
+        negatives: Sampled negatives a direction for ``contrastive`` (ours). Of no effect with the interaction
+            ``readout``, where all pairs of the global batch are scored.
         mined_group: Images that the frozen CLIP confuses come into one batch, this many together (first-stage mining,
             ours); 1 leaves batches random.
         knowledge_share: Part of a batch that ``contrastive`` scores under knowledge, and the weight of these scores in
-            stage 1, where all of it is scored without knowledge besides (ours).
+            stage 1, where all of it is scored without knowledge besides (ours). Of no effect with ``readout``.
         margin: Margin of the triplet loss (ours).
         mixed_precision: Autocast type; null takes what `accelerate launch` says.
         gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.
@@ -156,10 +157,11 @@ class TrainConfig:
             raise AmpError(
                 "stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors"
             )
-        if (self.conditioning == "none") != (self.prompt.knowledge == "none"):
+        if (self.conditioning == "none") == self.prompt.conditions:
             raise AmpError(
-                f"conditioning is {self.conditioning!r} and prompt.knowledge is {self.prompt.knowledge!r}, expected "
-                "both or neither 'none'; the control takes --conditioning none --prompt.knowledge none"
+                f"conditioning is {self.conditioning!r}, prompt.knowledge is {self.prompt.knowledge!r} and "
+                f"prompt.condition_images is {self.prompt.condition_images}, expected conditioning 'none' where images see "
+                "no knowledge and only there; the control takes --conditioning none --prompt.knowledge none"
             )
         if self.data.cache_images and self.data.augment != "none":
             raise AmpError(

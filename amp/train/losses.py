@@ -10,7 +10,7 @@ def similarity(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def pair_similarity(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Cosines row by row, fp32: (P, d) and (P, d) -> (P,)."""
+    """Cosines row by row, fp32: (P, d) and (P, d) -> (P,), or (B, C, d) and (C, d) -> (B, C)."""
     return F.cosine_similarity(image.float(), text.float(), dim=-1)
 
 

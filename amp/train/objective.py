@@ -3,7 +3,7 @@
 `none` and `paired` score all N x N pairs of the global batch with one feature an image. `contrastive` scores an image
 conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer. Beside these
 few pairs its stage 1 scores all N x N pairs without knowledge: that costs one feature an image and keeps the coarse
-ranking, which a few hard negatives unlearn.
+ranking, which a few hard negatives unlearn. With the interaction `readout` all N x N pairs are conditioned instead.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ class Objective:
         sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives.
         seed: Of the run.
         knowledge_share: Part of this rank's images that are scored under knowledge in a `contrastive` step.
+        all_pairs: The model has a `readout`, so that `contrastive` scores all pairs of the global batch.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
     """
 
@@ -42,6 +43,7 @@ class Objective:
     seed: int = 0
     knowledge_share: float = 1.0
     combined: bool = False
+    all_pairs: bool = False
 
     def __call__(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss (a scalar, the same on every rank up to sampling) and logit scale (1,) of this rank's batch.
@@ -51,15 +53,21 @@ class Objective:
             batch: On the model's device; every rank gives as many samples.
             step: Of the stage; seeds the draw of negatives.
         """
-        if self.conditioning == "contrastive":
+        if self.conditioning == "contrastive" and not self.all_pairs:
             return self._contrastive(model, batch, step)
-        if self.conditioning == "paired":
-            features = model(batch.images, batch.knowledge, text=batch.text)
-            image, text = features.conditioned, features.text
+        if self.conditioning == "contrastive":
+            # Each rank scores its own images against the texts of all ranks, each under the knowledge of that text.
+            knowledge, text = batch.knowledge.map(all_gather), all_gather(batch.text)
+            features = model(batch.images, knowledge, text=text, all_pairs=True)
+            cosines = all_gather_with_grad(losses.pair_similarity(features.conditioned, features.text))
         else:
-            features = model(batch.images, prompted=True)
-            image, text = features.prompted, batch.text
-        cosines = losses.similarity(all_gather_with_grad(image), all_gather_with_grad(text))
+            if self.conditioning == "paired":
+                features = model(batch.images, batch.knowledge, text=batch.text)
+                image = features.conditioned
+            else:
+                features = model(batch.images, batch.knowledge, prompted=True, text=batch.text)
+                image = features.prompted
+            cosines = losses.similarity(all_gather_with_grad(image), all_gather_with_grad(features.text))
         ignore = losses.same_image_mask(all_gather(batch.image_ids))
         loss = 0.0
         if self.stage == 1:

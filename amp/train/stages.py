@@ -11,13 +11,16 @@ def trainable_names(model: ActionAwareCLIP, stage: int) -> set[str]:
     Stage 1 trains every new parameter and the temperature. Stage 2 trains the interaction alone; the texts' enrichment
     stays as stage 1 left it. The control without knowledge has no interaction, so there its visual prompts go on
     (ours), to give both the same number of steps. Nor has `cat`, where the prompts are concatenated: there stage 2
-    trains the adapter, all that lies between the prompts and the tokens (ours).
+    trains the adapter, all that lies between the prompts and the tokens (ours). With `readout` it is the readout, in
+    the control too.
     """
     # Without its empty ones: with `num_prompts` 0 the visual prompts take no part in the loss, and DDP would wait.
     names = {name for name, p in model.named_parameters() if not name.startswith("backbone.") and p.numel()}
     if stage == 2:
         part = "visual_prompts."
-        if model.knowledge_aware:
+        if model.has_readout:
+            part = "readout."
+        elif model.knowledge_aware:
             part = "interaction." if model.config.interaction == "aim" else "adapter."
         names = {name for name in names if name.startswith(part)}
     return names
