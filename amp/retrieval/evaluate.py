@@ -225,6 +225,20 @@ class Retrieval:
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
+    def pair_score(
+        self, model, autocast=contextlib.nullcontext
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Scores of any pairs, without a first stage: a function of images (P,) and captions (P,), int64, to (P,).
+
+        A knowledge-aware model conditions each image on its pair's caption; arguments as for `rank`. Needs
+        `max_queries` 0.
+        """
+        if self.settings.max_queries:
+            raise ValueError(f"max_queries is {self.settings.max_queries}, expected 0: pairs name any image")
+        if getattr(model, "module", model).knowledge_aware:
+            return self._pair_scorer(model, self._enriched(model), autocast, "i2t")
+        return self._feature_scorer(self._over_images(model, autocast), "i2t")
+
     def _result(self, direction: str, ranks: torch.Tensor, seconds: float) -> DirectionResult:
         first = self.first[direction]
         mask = self.positives[direction].of(first.candidates)

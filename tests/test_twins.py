@@ -1,0 +1,171 @@
+"""Twin accuracy (tools/scenes/twins.py) against open_clip alone and against one public call a pair."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import amp
+from amp.checkpoint import save_adapter
+from amp.data.writer import make_shards
+from amp.errors import AmpError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "scenes"))
+
+import make_scenes  # noqa: E402
+import twins  # noqa: E402
+
+MICRO_CLIP = f"local-dir:{ROOT / 'tools' / 'scenes' / 'micro-clip'}"
+SETTINGS = {"interaction_layer": 4, "num_prompts": 2, "bottleneck": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Drawn scenes, shards, two untrained adapters far from the base model, and the command's result."""
+    folder = tmp_path_factory.mktemp("twins")
+    scenes = folder / "scenes"
+    make_scenes.make_scenes(out=scenes, train=0, val=0, test=24)
+    make_shards(captions=scenes / "dataset.json", images=scenes / "images", knowledge=scenes / "knowledge.jsonl",
+                out=folder / "shards", workers=1)  # fmt: skip
+    models = {}
+    for name, knowledge in (("control", "none"), ("aware", "both")):
+        torch.manual_seed(1)
+        config = amp.PromptConfig(knowledge, text_enrichment=True, **SETTINGS)
+        model, _, _ = amp.create_model_and_transforms(MICRO_CLIP, prompt_config=config)
+        if model.knowledge_aware:  # so that knowledge shows on both sides
+            model.interaction.gate.data.normal_(std=2.0)
+            model.text_enrichment.project.weight.data.normal_(std=0.1)
+        save_adapter(folder / f"{name}.safetensors", model.eval())
+        models[name] = model
+    arguments = [
+        "--model.name", MICRO_CLIP, "--model.pretrained", "null", "--data.shards", str(folder / "shards"),
+        "--data.cache", str(folder / "cache"), "--data.workers", "0", "--dataset", str(scenes / "dataset.json"),
+        "--prompt.interaction_layer", "4", "--out", str(folder / "twins.json"), "--adapters",
+        json.dumps([f"{name}={folder}/{name}.safetensors" for name in models]),
+    ]  # fmt: skip
+    twins.main(arguments)
+    return folder, models, arguments
+
+
+@torch.no_grad()
+def naive(folder: Path, model=None) -> dict[str, tuple[int, int]]:
+    """Comparisons won and made by kind of change: one caption, one picture and one forward pass at a time.
+
+    Without a model it is open_clip alone, which shares no code with this package.
+    """
+    data = json.loads((folder / "scenes" / "dataset.json").read_text())["images"]
+    lines = [json.loads(line) for line in (folder / "scenes" / "knowledge.jsonl").read_text().splitlines()]
+    clip, _, preprocess = open_clip.create_model_and_transforms(MICRO_CLIP)
+    clip.eval()
+    tokenizer = open_clip.get_tokenizer(MICRO_CLIP)
+    by_name = {image["filename"]: image for image in data}
+    count = {"roles": [0, 0], "action": [0, 0]}
+
+    def score(name: str, sentence: dict) -> float:
+        picture = preprocess(Image.open(folder / "scenes" / "images" / name))[None]
+        text = tokenizer([sentence["raw"]])
+        if model is None:
+            return float(F.cosine_similarity(clip.encode_image(picture), clip.encode_text(text)))
+        if not model.knowledge_aware:
+            return float(F.cosine_similarity(model(picture, prompted=True).prompted, clip.encode_text(text)))
+        line = lines[sentence["sentid"]]
+        known = amp.Knowledge(tuple(amp.Triplet(**t) for t in line["triplets"]), tuple(line["states"]))
+        return float(
+            F.cosine_similarity(model.encode_image(picture, [known]), model.encode_text(text, knowledge=[known]))
+        )
+
+    for image in data:
+        if "twin" in image:
+            for own, other in ((image, by_name[image["twin"]]), (by_name[image["twin"]], image)):
+                for sentence in own["sentences"]:
+                    count[image["change"]][0] += score(own["filename"], sentence) > score(other["filename"], sentence)
+                    count[image["change"]][1] += 1
+    return {change: tuple(value) for change, value in count.items()}
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((folder / "twins.json").read_text())["rows"]}
+
+
+@pytest.mark.parametrize("name", ["base CLIP", "control", "aware"])
+def test_won_comparisons_equal_a_naive_loop(world, name):
+    folder, models, _ = world
+    row, expected = rows_of(folder)[name], naive(folder, models.get(name))
+    for change, (won, made) in expected.items():
+        assert made == 3 * 2 * 3 and row[change]["twins"] == 3
+        assert (row[change]["won"], row[change]["comparisons"], row[change]["ties"]) == (won, made, 0)
+        assert row[change]["accuracy"] == pytest.approx(100 * won / made)
+
+
+def test_models_differ(world):
+    """Else the comparison with the naive loop would say nothing about conditioning."""
+    rows = rows_of(world[0])
+    assert len({tuple(rows[n][c]["won"] for c in twins.CHANGES) for n in ("base CLIP", "control", "aware")}) > 1
+
+
+def test_grey_pictures_tie(world):
+    row = rows_of(world[0])["aware, grey"]
+    for change in twins.CHANGES:
+        assert row[change]["accuracy"] == 50.0 and row[change]["ties"] == row[change]["comparisons"]
+
+
+def test_the_control_has_no_grey_row(world):
+    assert list(rows_of(world[0])) == ["base CLIP", "control", "aware", "aware, grey"]
+
+
+def test_ties_are_half_won_and_errors_are_over_twins():
+    """Three pairs of pictures of two captions each: won 2, 1 and one tie."""
+    own, other = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([1, 0, 3, 2, 5, 4])
+    table = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])  # how much the own picture of caption c is ahead
+
+    def score(images, captions):
+        return torch.where(images == own[captions], table[captions], torch.where(captions == 3, 1.0, 0.0))
+
+    one = twins.Comparisons(torch.arange(6), own, other, 3)
+    row = twins.accuracy({"roles": one}, score)["roles"]
+    gains = np.array([[1, 1], [1, 0], [0.5, 0.5]])
+    assert (row["won"], row["ties"], row["comparisons"]) == (3, 2, 6)
+    assert row["accuracy"] == pytest.approx(100 * gains.mean())
+    # Equal pairs: the standard error of a mean of three pair means.
+    assert row["standard_error"] == pytest.approx(100 * gains.mean(1).std(ddof=1) / np.sqrt(3))
+
+
+def change(folder: Path, tmp_path: Path, edit) -> Path:
+    data = json.loads((folder / "scenes" / "dataset.json").read_text())
+    edit(data)
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda data: data.pop("images"), "not a dataset.json of drawn scenes"),
+        (lambda data: data["images"][5].update(change="colour"), "change of test_00005.jpg is 'colour'"),
+        (lambda data: data["images"][5].update(twin="other.jpg"), "other.jpg is not in the shards"),
+        (lambda data: [image.pop("twin", None) for image in data["images"]], "no twins with another roles or action"),
+    ],
+)
+def test_wrong_files_are_named(world, tmp_path, edit, said):
+    folder, _, _ = world
+    path = change(folder, tmp_path, edit)
+    names = [f"test_{i:05d}.jpg" for i in range(24)]
+    with pytest.raises(AmpError, match=said) as error:
+        twins.twin_comparisons(path, names, torch.arange(24))
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_one_line(world, capsys):
+    _, _, arguments = world
+    with pytest.raises(SystemExit) as stopped:
+        twins.main([*arguments, "--dataset", "no/such/dataset.json"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no/such/dataset.json: can't be read (No such file or directory)")

@@ -1,0 +1,266 @@
+"""How often a model tells twins apart: same actors and place, roles swapped or another action (chance: 50 %).
+
+    python tools/scenes/twins.py --config launchers/configs/scenes.yaml --dataset data/demo/scenes/dataset.json \
+        --out runs/demo/twins.json --adapters '["control=runs/demo/control/stage2/adapter.safetensors",
+        "action-aware=runs/demo/action-aware/stage2/adapter.safetensors"]'
+
+A comparison is won where a caption scores its own picture above the twin's, a tie is half won; each caption of both
+pictures makes one. An action-aware adapter conditions both pictures on that caption's knowledge: caption and knowledge
+are the same on both sides, so only pixels can decide. The grey probe checks it: with one grey picture in place of both
+every comparison must tie.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+
+from amp.errors import AmpError, exit_on_error, shorten
+from amp.train.config import TrainConfig
+from amp.train.losses import pair_similarity
+
+CHANGES = ("roles", "action")
+BATCH = 256  # comparisons a forward pass, two pairs each
+TIE = 1e-6  # cosines this close are equal: the same features from another row of a product differ by rounding
+
+
+@dataclass
+class TwinSettings:
+    """What is compared.
+
+    Args:
+        dataset: dataset.json of tools/scenes/make_scenes.py, which says who is whose twin.
+        split: Split of the shards.
+        adapters: ``NAME=FILE`` each; none measures the base model alone.
+        out: JSON file of the result.
+    """
+
+    dataset: Path = Path("data/demo/scenes/dataset.json")
+    split: str = "test"
+    adapters: list[str] = field(default_factory=list)
+    out: Path = Path("runs/twins.json")
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Comparisons of one kind of change, all int64 (N,): the caption, its own image, the twin's image.
+
+    `twins` counts the pairs of scenes, which the standard error takes as its units.
+    """
+
+    caption: torch.Tensor
+    own: torch.Tensor
+    other: torch.Tensor
+    twins: int
+
+
+def twin_comparisons(dataset: Path, filenames: Sequence[str], owner: torch.Tensor) -> dict[str, Comparisons]:
+    """The comparisons of a split, by what differs between the twins.
+
+    Args:
+        dataset: dataset.json with the keys "twin" and "change".
+        filenames: Of the split's images, in the order of the shards.
+        owner: Image of each caption, int64 (C,).
+
+    Raises:
+        AmpError: The file can't be read, or holds no twins of this split, or names images that the shards lack.
+    """
+    try:
+        images = json.loads(dataset.read_text(encoding="utf-8"))["images"]
+        changed = [(image["filename"], image["twin"], image["change"]) for image in images if "twin" in image]
+    except OSError as error:
+        raise AmpError(
+            f"{dataset}: can't be read ({error.strerror}), expected the dataset.json that tools/scenes/make_scenes.py "
+            "writes; run it, or give --dataset FILE"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AmpError(
+            f"{dataset}: not a dataset.json of drawn scenes ({type(error).__name__}: {error}), expected a key 'images' "
+            "whose twins have 'filename', 'twin' and 'change'; run tools/scenes/make_scenes.py again"
+        ) from error
+    row = {name: index for index, name in enumerate(filenames)}
+    captions = {}
+    for caption, image in enumerate(owner.tolist()):
+        captions.setdefault(image, []).append(caption)
+    found, pairs = {change: [] for change in CHANGES}, dict.fromkeys(CHANGES, 0)
+    for one, other, change in changed:
+        if change not in found:
+            raise AmpError(f"{dataset}: change of {one} is {shorten(change)}, expected one of {', '.join(CHANGES)}")
+        if one not in row and other not in row:  # of another split
+            continue
+        if one not in row or other not in row:
+            missing = one if one not in row else other
+            raise AmpError(
+                f"{dataset}: {missing} is not in the shards, expected both pictures of the twins {one} and {other}; "
+                "make the shards from this very data set"
+            )
+        pairs[change] += 1
+        for own, twin in ((row[one], row[other]), (row[other], row[one])):
+            found[change] += [(caption, own, twin) for caption in captions.get(own, [])]
+    if empty := [change for change, rows in found.items() if not rows]:
+        raise AmpError(
+            f"{dataset}: no twins with another {' or '.join(empty)} among the {len(row)} images of the split, expected "
+            "some of each; draw at least 8 scenes a split (tools/scenes/make_scenes.py)"
+        )
+    return {
+        change: Comparisons(*torch.tensor(rows, dtype=torch.int64).T, pairs[change]) for change, rows in found.items()
+    }
+
+
+Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def accuracy(comparisons: dict[str, Comparisons], score: Scorer) -> dict[str, dict]:
+    """Won comparisons by kind of change.
+
+    Args:
+        comparisons: Of `twin_comparisons`.
+        score: Maps images (P,) and captions (P,), int64, to scores (P,).
+
+    Returns:
+        For each change ``accuracy`` in percent, ties counted as half; ``standard_error`` in points, over twins, since
+        the captions of one pair of pictures are not independent; ``won``, ``ties``, ``comparisons``, ``twins``.
+
+    Raises:
+        AmpError: A score is not finite.
+    """
+    rows = {}
+    for change, c in comparisons.items():
+        difference = differences(score, c)
+        if not bool(difference.isfinite().all()):
+            raise AmpError(
+                f"scores of the twins with another {change} are not all finite numbers, expected cosines; train the "
+                "adapter again with a lower rate"
+            )
+        won, tie = difference > TIE, difference.abs() <= TIE
+        gain = won.double() + 0.5 * tie.double()
+        # Captions of either picture of two twins share a unit.
+        low, high = torch.minimum(c.own, c.other), torch.maximum(c.own, c.other)
+        _, unit = torch.stack([low, high]).unique(dim=1, return_inverse=True)
+        size = torch.bincount(unit).double()
+        mean = gain.mean()
+        # A ratio estimator: pairs may have different numbers of captions.
+        residual = torch.zeros(len(size), dtype=torch.float64).index_add_(0, unit, gain - mean)
+        units = len(size)
+        error = math.sqrt(float(residual.square().sum()) * units / max(1, units - 1)) / len(gain)
+        rows[change] = {
+            "accuracy": 100 * float(mean),
+            "standard_error": 100 * error if units > 1 else None,
+            "won": int(won.sum()),
+            "ties": int(tie.sum()),
+            "comparisons": len(gain),
+            "twins": c.twins,
+        }
+    return rows
+
+
+def base_score(image: torch.Tensor, text: torch.Tensor) -> Scorer:
+    """Cosines of the frozen features of images (I, d) and captions (C, d)."""
+    return lambda images, captions: pair_similarity(image[images], text[captions])
+
+
+def differences(score: Scorer, comparisons: Comparisons) -> torch.Tensor:
+    """How much higher each caption scores its own picture than the twin's (N,)."""
+    parts = []
+    for rows in torch.arange(len(comparisons.caption)).split(BATCH):
+        images = torch.cat([comparisons.own[rows], comparisons.other[rows]])
+        own, other = score(images, comparisons.caption[rows].repeat(2)).chunk(2)
+        parts.append(own - other)
+    return torch.cat(parts)
+
+
+def measure(config: TrainConfig, settings: TwinSettings) -> dict:
+    """Twin accuracy of the base model and of each adapter, with the grey probe; writes `settings.out`.
+
+    Raises:
+        AmpError: Wrong input, such as an adapter of another base model.
+    """
+    from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
+    from amp.data.split import ShardSplit
+    from amp.factory import create_model_and_transforms
+    from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
+    from amp.retrieval.probes import grey
+    from amp.retrieval.results import write_atomically
+    from amp.retrieval.run import adapted, named_adapter
+    from amp.terminal import Terminal
+    from amp.train.launch import make_accelerator
+
+    named = [named_adapter(text) for text in settings.adapters]
+    config.trackers = []
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise AmpError(f"{accelerator.num_processes} processes, expected 1; start it with python, not with a launcher")
+    terminal, data = Terminal(True), config.data
+    split = ShardSplit(data.shards, settings.split)
+    captions = SplitCaptions.read(split, data.kinds)
+    filenames = [record["filename"] for record in split.records()]
+    comparisons = twin_comparisons(settings.dataset, filenames, captions.image)
+    base, _, preprocess = create_model_and_transforms(
+        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
+        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+    )  # fmt: skip
+    models = {name: adapted(base, config.model.name, path) for name, path in named}
+    rows = []
+    for name, model in {"base CLIP": base, **models}.items():
+        model.eval()
+        collate = knowledge_collator(model, data.cache, data.cache_dtype)
+        texts = captions.all_texts(model.config.max_triplets, model.config.knowledge)
+        prepare_texts(accelerator, terminal, collate.store, model, texts)
+        frozen = prepare_images(accelerator, terminal, split, model, preprocess, data.cache, data.cache_dtype,
+                                data.batch_size, data.workers)  # fmt: skip
+        retrieval = Retrieval(captions, frozen, collate, RetrievalSettings(), accelerator.device)
+        if model is base:
+            image = torch.from_numpy(np.array(frozen.base))
+            rows.append({"name": name, **accuracy(comparisons, base_score(image, retrieval.text.cpu()))})
+            continue
+        rows.append({"name": name, **accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))})
+        if model.knowledge_aware:
+            retrieval.frozen = grey(frozen, model, preprocess)
+            spoilt = accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))
+            rows.append({"name": f"{name}, grey", **spoilt})
+    result = {
+        "split": settings.split, "images": captions.images, "captions": len(captions.texts), "chance": 50.0,
+        "model": config.model.name, "rows": rows,
+    }  # fmt: skip
+    write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())
+    width = max(len(row["name"]) for row in rows)
+    counts = ", ".join(f"{change}: {c.twins} twins, {len(c.caption)} captions" for change, c in comparisons.items())
+    print(f"Own picture above its twin's, percent ± standard error (chance 50). {counts}")
+    for row in rows:
+        cells = (f"{change} {r['accuracy']:5.1f} ± {r['standard_error'] or 0:3.1f}" for change, r in
+                 ((change, row[change]) for change in CHANGES))  # fmt: skip
+        print(f"{row['name']:{width}}  {'   '.join(cells)}")
+    return result
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="tools/scenes/twins.py",
+        usage="tools/scenes/twins.py [--config FILE] [--KEY VALUE ...]",
+        description=__doc__.split("\n")[0],
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
+    parser.add_class_arguments(TwinSettings, as_group=False)
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser()
+    parsed = options.parse_args(arguments)
+    with exit_on_error():
+        settings = options.instantiate(parsed)
+        twins = TwinSettings(**{k: settings[k] for k in TwinSettings.__dataclass_fields__})
+        config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
+        if twins.out.suffix != ".json":
+            raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
+        measure(config, twins)
+
+
+if __name__ == "__main__":
+    main()
