@@ -15,6 +15,7 @@ class Row:
         configs: Configuration files laid over the sweep's `base`, in this order.
         set: Keys of launchers/train.py, dotted, over the files.
         paper: The paper's six recalls, i2t R@1, 5, 10 and t2i R@1, 5, 10, in percent; null shows none.
+        evaluate: Keys of launchers/evaluate.py for this row, dotted, over the sweep's, such as its probes.
         train: False for the base CLIP, which every evaluation holds.
     """
 
@@ -22,6 +23,7 @@ class Row:
     configs: list[str] = field(default_factory=list)
     set: dict[str, Any] = field(default_factory=dict)
     paper: list[float] | None = None
+    evaluate: dict[str, Any] = field(default_factory=dict)
     train: bool = True
 
 

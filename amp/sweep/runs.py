@@ -29,12 +29,14 @@ class Run:
         folder: Holds the adapters, logs and results. Its name depends on all that the result depends on, so that a
             changed configuration is another run and nothing is overwritten.
         arguments: Of launchers/train.py.
+        evaluation: Further arguments of launchers/evaluate.py.
     """
 
     row: str
     seed: int
     folder: Path
     arguments: tuple[str, ...]
+    evaluation: tuple[str, ...]
 
     @property
     def done(self) -> bool:
@@ -67,20 +69,23 @@ def identity(config: SweepConfig, row: Row) -> tuple[dict, str]:
             raise AmpError(f"{path}: can't be read as YAML ({error}); row {row.name!r} names it") from error
     for part in (*files, keys):  # where a run is written to is no part of what it is
         part.pop("out", None)
-    content = json.dumps([files, keys, config.evaluate, config.split], sort_keys=True, default=str)
+    content = json.dumps([files, keys, {**config.evaluate, **row.evaluate}, config.split], sort_keys=True, default=str)
     return keys, hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def make_run(config: SweepConfig, row: Row, keys: dict, folder: Path, seed: int) -> Run:
     folder = folder / f"seed{seed}"
     arguments = [text for path in [*config.base, *row.configs] for text in ("--config", path)]
-    arguments += [text for key, value in keys.items() for text in (f"--{key}", as_argument(value))]
-    return Run(row.name, seed, folder, (*arguments, "--seed", str(seed)))
+    arguments += as_arguments(keys)
+    evaluation = as_arguments({**config.evaluate, **row.evaluate})
+    return Run(row.name, seed, folder, (*arguments, "--seed", str(seed)), tuple(evaluation))
 
 
-def as_argument(value) -> str:
-    """A YAML value as the launchers' command line reads it."""
-    return value if isinstance(value, str) else json.dumps(value)
+def as_arguments(keys: dict) -> list[str]:
+    """YAML keys and values as the launchers' command line reads them."""
+    return [
+        x for key, value in keys.items() for x in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
@@ -106,7 +111,7 @@ def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
             say(f"{run.row}, seed {run.seed}: evaluating, log in {run.folder / 'evaluate.log'}")
             evaluate = [sys.executable, "launchers/evaluate.py", *run.arguments, "--split", config.split]
             evaluate += ["--adapters", json.dumps([f"{run.row}={adapter}"]), "--out", str(run.folder / ".results.json")]
-            evaluate += [text for key, value in config.evaluate.items() for text in (f"--{key}", as_argument(value))]
+            evaluate += run.evaluation
             if not call(evaluate, run.folder / "evaluate.log"):
                 return "failed"
             (run.folder / ".results.json").rename(run.folder / RESULTS)

@@ -1,13 +1,16 @@
 """A training run: data once, then one engine a stage, with validation, logs and adapter checkpoints."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from amp.checkpoint import load_adapter, save_adapter
 from amp.data.frozen_features import FrozenFeatures
@@ -157,6 +160,8 @@ class Run:
             raise AmpError(f"stage {stage} has no optimizer step: {settings.epochs} epochs of {self.order.steps} "
                            f"batches, {config.gradient_accumulation} a step. Give more epochs")  # fmt: skip
         images_a_step = config.data.batch_size * accelerator.num_processes * config.gradient_accumulation
+        # On the CPU the backward pass of fused attention leaves the processor's bf16 units idle.
+        attention = partial(sdpa_kernel, SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext
         step = batches = 0
         with self.terminal.training(stage, total, images_a_step) as show:
             for epoch in range(math.ceil(total * config.gradient_accumulation / self.order.steps)):
@@ -165,7 +170,7 @@ class Run:
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(step, total, settings.warmup_steps, group["peak"])
                     with accelerator.accumulate(engine):
-                        with accelerator.autocast():
+                        with accelerator.autocast(), attention():
                             loss, scale = objective(engine, batch.to(accelerator.device), batches)
                         accelerator.backward(loss)
                         if accelerator.sync_gradients and config.max_grad_norm:
