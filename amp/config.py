@@ -34,8 +34,8 @@ class PromptConfig:
         bottleneck: The adapter's hidden width is its input width divided by this (ours).
         lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7). Of no
             effect where there is one map or none.
-        text_enrichment: True adds learned maps of the caption's feature and of its states' to the caption's feature that
-            images are scored against (ours, `TextEnrichment`); False scores against the plain feature. The states' map
+        text_enrichment: True adds learned maps of the caption's feature and of its states' to the feature that images
+            are scored against (ours, `TextEnrichment`); False scores against the plain feature. The states' map
             does not exist where no text of the knowledge is encoded (``triplets``, ``caption`` and ``none``).
         image_projection: True adds a learned map, from zero, to CLIP's projection of image features (ours).
         residual: True adds the interaction to the patches through a gate that starts at zero (ours); False replaces
@@ -82,13 +82,14 @@ class PromptConfig:
 
         if self.knowledge == "caption" and self.interaction != "readout":
             raise AmpError(
-                f"prompt setting knowledge is 'caption' and interaction is {self.interaction!r}, expected 'readout', which "
-                "alone asks with the caption's own feature"
+                f"prompt setting knowledge is 'caption' and interaction is {self.interaction!r}, expected 'readout': "
+                "it alone asks with the caption's own feature"
             )
         if not self.condition_images and not (self.reads_states and self.text_enrichment):
             raise AmpError(
                 f"prompt setting condition_images is false, knowledge is {self.knowledge!r} and text_enrichment is "
-                f"{self.text_enrichment}, expected knowledge with states and text_enrichment true: else no knowledge is used"
+                f"{self.text_enrichment}, expected knowledge with states and text_enrichment true: else no "
+                "knowledge is used at all"
             )
 
     @property

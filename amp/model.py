@@ -95,8 +95,8 @@ class ActionAwareCLIP(nn.Module):
         if self.has_readout:
             if not backbone.reads_class_token:
                 raise AmpError(
-                    "interaction is 'readout' and the image tower pools by attention or average, expected the class token, "
-                    "which leaves the patches as they are; choose interaction 'aim'"
+                    "interaction is 'readout' and the image tower pools by attention or average, expected the class "
+                    "token, which leaves the patches as they are; choose interaction 'aim'"
                 )
             self.readout = KnowledgeReadout(
                 backbone.vision_width, d, d_t if config.reads_triplets else None, config.conditions
@@ -198,8 +198,8 @@ class ActionAwareCLIP(nn.Module):
         return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
 
     def encode_knowledge(self, knowledge: KnowledgeBatch, text: torch.Tensor | None = None) -> Prompts:
-        """Action-aware prompts of C captions, after the adapter (eq. 4-6), or queries of the readout, which also need the
-        frozen caption features `text` (C, d)."""
+        """Action-aware prompts of C captions, after the adapter (eq. 4-6), or the readout's queries, which need the
+        frozen caption features `text` (C, d) too."""
         self._require_knowledge_aware()
         triplets = states = None
         if self.has_readout:
@@ -247,8 +247,8 @@ class ActionAwareCLIP(nn.Module):
         return self._read(tokens)[0]
 
     def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
-        """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run once an
-        image."""
+        """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run
+        once an image."""
         features, patches = self._read(self._prompted_blocks(early))
         return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
 
@@ -267,8 +267,7 @@ class ActionAwareCLIP(nn.Module):
     def _prompted_blocks(
         self, tokens: torch.Tensor, joined: torch.Tensor | None = None, absent: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tokens before block `interaction_layer` to those behind the last block; but for `readout` maybe the class token
-        alone.
+        """Tokens before block `interaction_layer` to those behind the last, or to its class token alone.
 
         `joined` (B, E, d_v) stands behind the patches in all blocks (`cat`), but for its rows `absent`, bool (B, E).
         """
@@ -289,7 +288,7 @@ class ActionAwareCLIP(nn.Module):
     def _require_knowledge_aware(self) -> None:
         if not self.knowledge_aware:
             raise AmpError(
-                "this model's images see no knowledge (knowledge='none' or condition_images=False, the controls); build it "
+                "this model's images see no knowledge (knowledge='none' or condition_images=False, controls); build it "
                 "with knowledge='both', or score with encode_prompted"
             )
 

@@ -31,7 +31,7 @@ from amp.train.stages import set_trainable, trainable_names
 
 BASE = ROOT / "launchers/configs/flickr8k.yaml"
 OVERLAYS = ROOT / "launchers/configs/ablations"
-PLAIN = {"prompt.interaction": "aim", "prompt.text_enrichment": False}
+PLAIN = {"prompt.text_enrichment": False}
 # Resolved values of each row; whatever is not named here must stay the base file's.
 ROWS = {
     "triplets": (2, {"prompt.knowledge": "triplets", "prompt.num_prompts": 0, **PLAIN}),
@@ -51,8 +51,11 @@ ROWS = {
     "paper": (
         5,
         {"conditioning": "paired", "prompt.residual": False, "prompt.knowledge": "both", "stages": [1, 2],
-         "combined": False, "prompt.lam": 0.7, **PLAIN},
+         "combined": False, "prompt.lam": 0.7, "prompt.interaction": "aim", "prompt.image_projection": False, **PLAIN},
     ),
+    "aim": (3, {"prompt.interaction": "aim", "prompt.knowledge": "both"}),
+    "text_only": ("Ours", {"conditioning": "none", "prompt.condition_images": False}),
+    "caption": ("Ours", {"prompt.knowledge": "caption", "prompt.interaction": "readout"}),
 }  # fmt: skip
 
 
@@ -357,7 +360,7 @@ def test_adapter_from_before_these_settings_loads(clip_folder, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("knowledge", "triplet"), ("interaction", "concat")])
 def test_unknown_variants_are_refused(key, value):
-    known = {"knowledge": "both, triplets, template, states, none", "interaction": "aim, cat"}[key]
+    known = {"knowledge": "both, triplets, template, states, caption, none", "interaction": "aim, cat, readout"}[key]
     with pytest.raises(AmpError, match=rf"prompt setting {key} is '{value}', expected one of {known}"):
         PromptConfig(**{key: value})
 

@@ -19,6 +19,7 @@ BATCH, STEPS = 8, 3
 # conditioning, stage, whether the batch brings stored tokens instead of images
 CASES = [
     *((conditioning, stage, False) for conditioning in ("none", "paired", "contrastive") for stage in (1, 2)),
+    *(("readout", stage, False) for stage in (1, 2)),
     ("contrastive", 1, True),
     ("paired", 2, True),
 ]
@@ -63,9 +64,15 @@ def exchange():
 def make_model(conditioning):
     torch.manual_seed(5)
     knowledge = "none" if conditioning == "none" else "both"
-    config = amp.PromptConfig(knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4)
+    readout = conditioning == "readout"
+    config = amp.PromptConfig(
+        knowledge, "readout" if readout else "aim", interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4,
+        text_enrichment=readout, image_projection=readout,
+    )  # fmt: skip
     model = amp.ActionAwareCLIP(make_clip(), config)
-    if model.knowledge_aware:  # away from its start at zero, where most gradients are zero too
+    if readout:
+        model.readout.out.weight.data.normal_()
+    elif model.knowledge_aware:  # away from its start at zero, where most gradients are zero too
         model.interaction.gate.data.normal_()
     return model
 
@@ -103,7 +110,11 @@ def train(conditioning, stage, stored):
     model = make_model(conditioning)
     set_trainable(model, stage)
     optimizer = adamw(model, lr=3e-3, weight_decay=0.01)
-    objective = Objective(stage, conditioning, negatives=2, margin=0.2, sampling_scale=5.0, seed=1)
+    readout = conditioning == "readout"
+    objective = Objective(
+        stage, "contrastive" if readout else conditioning, negatives=2, margin=0.2, sampling_scale=5.0, seed=1,
+        all_pairs=readout,
+    )  # fmt: skip
     engine = DistributedDataParallel(model) if world_size() > 1 else model
     engine.train()
     mean_losses = []
@@ -190,7 +201,9 @@ def assert_trained_alike(case, results):
     expected_losses, expected = train(*case)
     start = make_model(case[0]).adapter_state()
     moved = {name for name in start if (expected[name] - start[name]).abs().max() > 1e-3}
-    assert len(moved) >= (1 if case[0] == "none" else 20), "training hardly moved anything: the test can't fail"
+    assert len(moved) >= {"none": 1, "readout": 5}.get(case[0], 20), (
+        "training hardly moved anything: the test can't fail"
+    )
     assert len(set(expected_losses)) == STEPS
     for losses, weights in results:
         assert losses == pytest.approx(expected_losses, rel=1e-5, abs=1e-6)

@@ -31,7 +31,7 @@ class World:
                                   **prompt)  # fmt: skip
         self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
         self.model.eval()
-        if self.model.knowledge_aware:  # far from the base model, so that every piece of knowledge shows in the scores
+        if hasattr(self.model, "interaction"):  # far from the base model, so that knowledge shows in the scores
             self.model.interaction.gate.data.normal_(std=2.0)
         self.split = ShardSplit(shards, "test")
         self.captions = SplitCaptions.read(self.split, KINDS)

@@ -22,11 +22,12 @@ def test_the_formula_by_hand():
     """Two captions, the second without any state."""
     layer = TextEnrichment(2)
     layer.project.weight.data = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    layer.adapt.weight.data = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     text = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     states = torch.tensor([[[5.0, 0.0], [0.0, 0.1], [7.0, 7.0]], [[1.0, 1.0]] * 3])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    # mean of (1, 0) and (0, 1) is (0.5, 0.5); W of it is (1.5, -0.5)
-    torch.testing.assert_close(layer(text, states, mask), torch.tensor([[2.1, 0.3], [0.0, 1.0]]))
+    # mean of (1, 0) and (0, 1) is (0.5, 0.5); W of it is (1.5, -0.5). U of (0.6, 0.8) is (0.8, 1.2), of (0, 1) (1, 0)
+    torch.testing.assert_close(layer(text, states, mask), torch.tensor([[2.9, 1.5], [1.0, 1.0]]))
 
 
 def test_at_step_0_captions_keep_their_feature(knowledge, tokenizer):
@@ -39,7 +40,8 @@ def test_at_step_0_captions_keep_their_feature(knowledge, tokenizer):
 
 def test_stage_1_trains_it_and_stage_2_does_not(enriched):
     assert "text_enrichment.project.weight" in trainable_names(enriched, 1) - trainable_names(enriched, 2)
-    assert make_model(knowledge="none", text_enrichment=True).text_enrichment is None
+    control = make_model(knowledge="none", text_enrichment=True).text_enrichment
+    assert control.project is None and control.adapt is not None, "the control adapts captions and reads no state"
 
 
 def test_captions_are_independent_of_each_other_and_of_padding(enriched, knowledge, tokenizer):
@@ -49,7 +51,8 @@ def test_captions_are_independent_of_each_other_and_of_padding(enriched, knowled
         alone = torch.cat([enriched.encode_text(tokens[i : i + 1], True, knowledge[i : i + 1]) for i in range(4)])
         plain = enriched.encode_text(tokens, True)
     torch.testing.assert_close(together, alone)
-    changed = (together - plain).abs().amax(dim=1) > 1e-3
+    adapted = F.normalize(enriched(None, enriched.prepare_knowledge(knowledge).blank(), text=plain).text, dim=-1)
+    changed = (together - adapted).abs().amax(dim=1) > 1e-3
     assert changed.tolist() == [bool(item.triplets) for item in knowledge]
 
 

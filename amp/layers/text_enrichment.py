@@ -8,8 +8,8 @@ import torch.nn.functional as F
 class TextEnrichment(nn.Module):
     """T' = T / |T| + U T / |T| + W mean_k(D_k / |D_k|), with D_k the states' features from the frozen text tower.
 
-    The paper (sec. 3.5) scores "enhanced text features" without a formula; this one is ours. U reads no knowledge and is
-    all that the control has. U and W start at zero, so that training starts from the base CLIP.
+    The paper (sec. 3.5) scores "enhanced text features" without a formula; this one is ours. U reads no knowledge
+    and is all that the control has. U and W start at zero, so that training starts from the base CLIP.
 
     Args:
         width: Of the joint embedding, d.

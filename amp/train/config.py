@@ -160,8 +160,8 @@ class TrainConfig:
         if (self.conditioning == "none") == self.prompt.conditions:
             raise AmpError(
                 f"conditioning is {self.conditioning!r}, prompt.knowledge is {self.prompt.knowledge!r} and "
-                f"prompt.condition_images is {self.prompt.condition_images}, expected conditioning 'none' where images see "
-                "no knowledge and only there; the control takes --conditioning none --prompt.knowledge none"
+                f"prompt.condition_images is {self.prompt.condition_images}, expected conditioning 'none' where images "
+                "see no knowledge and only there; the control takes --conditioning none --prompt.knowledge none"
             )
         if self.data.cache_images and self.data.augment != "none":
             raise AmpError(
