@@ -189,11 +189,11 @@ def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
 
 
 def test_what_cannot_be_built_is_refused_by_name(images, knowledge):
-    with pytest.raises(amp.AmpError, match="readout.*class token"):
+    with pytest.raises(amp.AmpError, match=r"readout.*class token"):
         make_model("average_pooled", interaction="readout")
     with pytest.raises(amp.AmpError, match=r"text is None.*encode_text"):
         readout_model().encode_image(images, knowledge)
     with pytest.raises(amp.AmpError, match="knowledge is 'caption' and interaction is 'aim'"):
         amp.PromptConfig(knowledge="caption")
-    with pytest.raises(amp.AmpError, match="condition_images is false.*text_enrichment"):
+    with pytest.raises(amp.AmpError, match=r"condition_images is false.*text_enrichment"):
         amp.PromptConfig(condition_images=False)
