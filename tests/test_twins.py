@@ -42,6 +42,7 @@ def world(tmp_path_factory):
         if model.knowledge_aware:  # so that knowledge shows on both sides
             model.interaction.gate.data.normal_(std=2.0)
             model.text_enrichment.project.weight.data.normal_(std=0.1)
+        model.text_enrichment.adapt.weight.data.normal_(std=0.3)
         save_adapter(folder / f"{name}.safetensors", model.eval())
         models[name] = model
     arguments = [
@@ -73,10 +74,11 @@ def naive(folder: Path, model=None) -> dict[str, tuple[int, int]]:
         text = tokenizer([sentence["raw"]])
         if model is None:
             return float(F.cosine_similarity(clip.encode_image(picture), clip.encode_text(text)))
-        if not model.knowledge_aware:
-            return float(F.cosine_similarity(model(picture, prompted=True).prompted, clip.encode_text(text)))
         line = lines[sentence["sentid"]]
         known = amp.Knowledge(tuple(amp.Triplet(**t) for t in line["triplets"]), tuple(line["states"]))
+        if not model.knowledge_aware:
+            adapted = model.encode_text(text, knowledge=[known])
+            return float(F.cosine_similarity(model(picture, prompted=True).prompted, adapted))
         return float(
             F.cosine_similarity(model.encode_image(picture, [known]), model.encode_text(text, knowledge=[known]))
         )

@@ -235,9 +235,10 @@ class Retrieval:
         """
         if self.settings.max_queries:
             raise ValueError(f"max_queries is {self.settings.max_queries}, expected 0: pairs name any image")
+        text = self._enriched(model)
         if getattr(model, "module", model).knowledge_aware:
-            return self._pair_scorer(model, self._enriched(model), autocast, "i2t")
-        return self._feature_scorer(self._over_images(model, autocast), "i2t")
+            return self._pair_scorer(model, text, autocast, "i2t")
+        return self._feature_scorer(self._over_images(model, autocast), "i2t", text=text)
 
     def _result(self, direction: str, ranks: torch.Tensor, seconds: float) -> DirectionResult:
         first = self.first[direction]
