@@ -1,5 +1,7 @@
 """Action-aware adaptive interaction, AIM: patches attend to the knowledge of a caption (paper, eq. 7-8)."""
 
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -53,10 +55,17 @@ class SelfAttentionWithMap(nn.Module):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
         # The maps are the largest tensors here. Autocast would keep them in fp32, though softmax and sum have fp32
         # inside anyway; and `mean` of bf16 takes nine times as long as `sum` on the CPU.
-        with torch.autocast(scores.device.type, enabled=False):
+        with as_they_are(scores.device.type):
             attention = scores.softmax(dim=-1)
             average = attention.sum(dim=1) / self.heads
         return self.out(merge_heads(attention @ v)), average
+
+
+def as_they_are(device_type: str) -> contextlib.AbstractContextManager:
+    """No autocast; tensors on the meta device know none anyway."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 class ActionAwareInteraction(nn.Module):
