@@ -169,8 +169,8 @@ class Run:
                 for batch in self.loader:
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(step, total, settings.warmup_steps, group["peak"])
-                    with accelerator.accumulate(engine):
-                        with accelerator.autocast(), attention():
+                    with accelerator.accumulate(engine), attention():
+                        with accelerator.autocast():
                             loss, scale = objective(engine, batch.to(accelerator.device), batches)
                         accelerator.backward(loss)
                         if accelerator.sync_gradients and config.max_grad_norm:
