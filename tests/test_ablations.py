@@ -53,6 +53,11 @@ ROWS = {
         {"conditioning": "paired", "prompt.residual": False, "prompt.knowledge": "both", "stages": [1, 2],
          "combined": False, "prompt.lam": 0.7, "prompt.interaction": "aim", "prompt.image_projection": False, **PLAIN},
     ),
+    "visual_only": (
+        3,
+        {"conditioning": "none", "prompt.knowledge": "none", "prompt.interaction": "aim",
+         "prompt.image_projection": False, **PLAIN},
+    ),
     "aim": (3, {"prompt.interaction": "aim", "prompt.knowledge": "both"}),
     "text_only": ("Ours", {"conditioning": "none", "prompt.condition_images": False}),
     "caption": ("Ours", {"prompt.knowledge": "caption", "prompt.interaction": "readout"}),

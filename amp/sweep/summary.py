@@ -110,7 +110,9 @@ def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
 
 
 def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command: str) -> str:
-    """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold."""
+    """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold.
+
+    Probes stand in the first table that has their row."""
     parts = [
         f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
         "nobody has run it. Bold: more than two standard errors above base CLIP"
@@ -118,6 +120,7 @@ def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command
         + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the "
         "order of rows, not values."
     ]
+    probed = set()  # rows whose probes stand in a table above
     for table in config.tables:
         papers = any(row.paper for row in table.rows)
         head = ["row", "seeds", *METRICS] + ([f"paper {m}" for m in METRICS] if papers else [])
@@ -126,8 +129,10 @@ def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command
             shown = (
                 [base]
                 if not row.train
-                else [x for n, x in lines.items() if n == row.name or n.startswith(f"{row.name}, ")]
+                else [lines[row.name]]
+                + [x for n, x in lines.items() if row.name not in probed and n.startswith(f"{row.name}, ")]
             )
+            probed.add(row.name)
             for line in shown:
                 name = row.name if line is base else line.name
                 cells = [
