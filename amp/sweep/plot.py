@@ -35,7 +35,7 @@ def draw(config: SweepConfig, lines: dict[str, Line], base: Line) -> bytes | Non
     first.set_yticks(range(len(rows)), rows)
     first.set_ylim(len(rows) - 0.5, -0.5)
     figure.axes[-1].legend(loc="best", frameon=False)
-    figure.suptitle(f"{config.split} split, mean and standard error over {len(config.seeds)} seeds", fontsize=10)
+    figure.suptitle(f"{config.split} split, mean and standard error over up to {len(config.seeds)} seeds", fontsize=10)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
