@@ -202,21 +202,20 @@ class ActionAwareCLIP(nn.Module):
         frozen caption features `text` (C, d) too."""
         self._require_knowledge_aware()
         triplets = states = None
+        if self.config.reads_triplets:
+            embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
+            triplets = self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
         if self.has_readout:
             if text is None:
                 raise AmpError(
                     "text is None, expected the captions' features (C, d): this model has interaction='readout', which "
                     "asks with them too. Pass text=model.encode_text(tokens)"
                 )
-            if self.config.reads_triplets:
-                embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
-                triplets = self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
             states = knowledge.states if self.config.reads_states else None
             queries, mask = self.readout.queries(text, states, triplets, knowledge.mask)
             return Prompts(None, None, mask, queries)
-        if self.config.reads_triplets:
-            embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
-            triplets = self.adapter(self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask))
+        if triplets is not None:
+            triplets = self.adapter(triplets)
         if self.config.reads_states:
             states, _ = with_null(knowledge.states.to(self.null_state.dtype), knowledge.mask, self.null_state)
             states = self.adapter(self.state_projection(states))
@@ -253,10 +252,12 @@ class ActionAwareCLIP(nn.Module):
         return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
 
     def encode_prompted(self, early: torch.Tensor) -> torch.Tensor:
-        """Features without knowledge (B, d): visual prompts, the control of Table 3 "w/o action knowledge", and with
-        `readout` its learned query."""
+        """Features without knowledge (B, d): visual prompts, the control of Table 3 "w/o action knowledge", and in the
+        control of `readout` its learned query."""
         features, patches = self._read(self._prompted_blocks(early))
-        return features if not self.has_readout else features + self.readout.unconditioned(patches)
+        if self.has_readout and not self.knowledge_aware:
+            features = features + self.readout.unconditioned(patches)
+        return features
 
     def _read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens behind the last block to image features (B, d) and patches (B, M, d_v)."""

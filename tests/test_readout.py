@@ -143,6 +143,18 @@ def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setti
     assert moved - rest == names - rest
 
 
+@torch.no_grad()
+def test_without_knowledge_only_the_control_has_a_query(model, images):
+    plain = model(images, prompted=True).prompted
+    torch.testing.assert_close(plain, model._read(model._prompted_blocks(model.encode_early(images)))[0])
+    control = readout_model(knowledge="none")
+    features, patches = control._read(control._prompted_blocks(control.encode_early(images)))
+    key, value = control.readout.key(patches), control.readout.value(patches)
+    weights = (key @ control.readout.query / math.sqrt(24)).softmax(dim=-1)
+    want = features + torch.einsum("bm,bmd->bd", weights, value) @ control.readout.out.weight.T
+    torch.testing.assert_close(control(images, prompted=True).prompted, want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_text_only_control_shows_images_nothing(images, knowledge, tokenizer):
     model = make_model(trained=True, condition_images=False, text_enrichment=True)
     assert not model.knowledge_aware and model.text_enrichment.project is not None
