@@ -22,6 +22,8 @@ class PromptConfig:
             the tokens behind the patches and pass through all later blocks (paper; where they join is ours). ``cat``
             has no gate: at step 0 it is not equal to the base CLIP. ``readout`` (ours) lets the knowledge ask the
             patches behind the last block, see `KnowledgeReadout`.
+        readout_blocks: With ``readout``, trained transformer blocks that read the patches before block
+            `interaction_layer` in place of those behind the last block; 0 has none (ours).
         condition_images: False keeps the knowledge from the image, so that it only enriches the text (ours, the
             text-only control); asks for `text_enrichment`.
         interaction_layer: Vision block before which patches meet the knowledge. 0 is the paper's; larger values let the
@@ -34,9 +36,8 @@ class PromptConfig:
         bottleneck: The adapter's hidden width is its input width divided by this (ours).
         lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7). Of no
             effect where there is one map or none.
-        text_enrichment: True adds learned maps of the caption's feature and of its states' to the feature that images
-            are scored against (ours, `TextEnrichment`); False scores against the plain feature. The states' map
-            does not exist where no text of the knowledge is encoded (``triplets``, ``caption`` and ``none``).
+        text_enrichment: True adds learned maps of the caption's feature and of its knowledge to the feature that
+            images are scored against (ours, `TextEnrichment`); False scores against the plain feature.
         image_projection: True adds a learned map, from zero, to CLIP's projection of image features (ours).
         residual: True adds the interaction to the patches through a gate that starts at zero (ours); False replaces
             the patches by it, the literal eq. 8. Of no effect on ``cat`` and ``readout``.
@@ -46,6 +47,7 @@ class PromptConfig:
     interaction: Literal["aim", "cat", "readout"] = "aim"
     condition_images: bool = True
     interaction_layer: int = 0
+    readout_blocks: int = 0
     num_prompts: int = 4
     max_triplets: int = 6
     slot_tokens: int = 5
@@ -58,7 +60,7 @@ class PromptConfig:
     image_projection: bool = False
 
     def __post_init__(self):
-        minimum = {"interaction_layer": 0, "num_prompts": 0, "max_triplets": 1, "slot_tokens": 1, "triplet_layers": 1,
+        minimum = {"interaction_layer": 0, "readout_blocks": 0, "num_prompts": 0, "max_triplets": 1, "slot_tokens": 1, "triplet_layers": 1,
                    "triplet_heads": 1, "bottleneck": 1}  # fmt: skip
         for key, low in minimum.items():
             value = getattr(self, key)
@@ -85,10 +87,17 @@ class PromptConfig:
                 f"prompt setting knowledge is 'caption' and interaction is {self.interaction!r}, expected 'readout': "
                 "it alone asks with the caption's own feature"
             )
-        if not self.condition_images and not (self.reads_states and self.text_enrichment):
+        if self.readout_blocks and self.interaction != "readout":
+            raise AmpError(
+                f"prompt setting readout_blocks is {self.readout_blocks} and interaction is {self.interaction!r}, "
+                "expected 'readout': no other interaction has them. Leave readout_blocks out"
+            )
+        if not self.condition_images and not (
+            self.knowledge in ("both", "triplets", "states", "template") and self.text_enrichment
+        ):
             raise AmpError(
                 f"prompt setting condition_images is false, knowledge is {self.knowledge!r} and text_enrichment is "
-                f"{self.text_enrichment}, expected knowledge with states and text_enrichment true: else no "
+                f"{self.text_enrichment}, expected triplets or states and text_enrichment true: else no "
                 "knowledge is used at all"
             )
 
@@ -100,7 +109,7 @@ class PromptConfig:
     @property
     def reads_triplets(self) -> bool:
         """Whether action triplet prompts exist (eq. 4-5)."""
-        return self.conditions and self.knowledge in ("both", "triplets")
+        return self.knowledge in ("both", "triplets") and (self.conditions or self.text_enrichment)
 
     @property
     def reads_states(self) -> bool:

@@ -99,8 +99,9 @@ class ActionAwareCLIP(nn.Module):
                     "token, which leaves the patches as they are; choose interaction 'aim'"
                 )
             self.readout = KnowledgeReadout(
-                backbone.vision_width, d, d_t if config.reads_triplets else None, config.conditions
-            )
+                backbone.vision_width, d, d_t if config.reads_triplets else None, config.conditions,
+                config.readout_blocks, backbone.vision_heads,
+            )  # fmt: skip
         if config.reads_triplets and d_t % config.triplet_heads:
             raise AmpError(
                 f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
@@ -125,7 +126,10 @@ class ActionAwareCLIP(nn.Module):
                     backbone.vision_width, backbone.vision_heads, config.lam, config.residual, config.reads_triplets,
                     config.reads_states,
                 )  # fmt: skip
-        self.text_enrichment = TextEnrichment(d, config.reads_states) if config.text_enrichment else None
+        self._reads_last_patches = self.has_readout and self.readout.blocks is None
+        self.text_enrichment = None
+        if config.text_enrichment:
+            self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.reads_triplets else None)
         self.image_projection = nn.Linear(backbone.pooled_width, d, bias=False) if config.image_projection else None
         if self.image_projection is not None:
             nn.init.zeros_(self.image_projection.weight)
@@ -197,14 +201,22 @@ class ActionAwareCLIP(nn.Module):
         """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, 1 + M, d_v), whatever the caption."""
         return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
 
-    def encode_knowledge(self, knowledge: KnowledgeBatch, text: torch.Tensor | None = None) -> Prompts:
+    def encode_triplets(self, knowledge: KnowledgeBatch) -> torch.Tensor | None:
+        """Triplet prompts of C captions (C, K, d_t) (eq. 4-5); None where the model reads none."""
+        if not self.config.reads_triplets:
+            return None
+        embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
+        return self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
+
+    def encode_knowledge(
+        self, knowledge: KnowledgeBatch, text: torch.Tensor | None = None, triplets: torch.Tensor | None = None
+    ) -> Prompts:
         """Action-aware prompts of C captions, after the adapter (eq. 4-6), or the readout's queries, which need the
-        frozen caption features `text` (C, d) too."""
+        frozen caption features `text` (C, d) too. `triplets`: of `encode_triplets`, if they are known already."""
         self._require_knowledge_aware()
-        triplets = states = None
-        if self.config.reads_triplets:
-            embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
-            triplets = self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
+        states = None
+        if triplets is None:
+            triplets = self.encode_triplets(knowledge)
         if self.has_readout:
             if text is None:
                 raise AmpError(
@@ -234,7 +246,7 @@ class ActionAwareCLIP(nn.Module):
         """
         self._require_knowledge_aware()
         if self.has_readout:
-            features, patches = self._read(self._prompted_blocks(early))
+            features, patches = self._read(early)
             return features[image_index] + self.readout.pairs(patches, prompts.queries, prompts.mask, image_index)
         if self.config.interaction == "cat":
             kinds = [x for x in (prompts.triplets, prompts.states) if x is not None]
@@ -243,23 +255,28 @@ class ActionAwareCLIP(nn.Module):
         else:
             patches = self.interaction(early[:, 1:], prompts.triplets, prompts.states, prompts.mask, image_index)
             tokens = self._prompted_blocks(torch.cat([early[image_index, :1], patches.to(early.dtype)], dim=1))
-        return self._read(tokens)[0]
+        return self._pool(tokens)[0]
 
     def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run
         once an image."""
-        features, patches = self._read(self._prompted_blocks(early))
+        features, patches = self._read(early)
         return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
 
     def encode_prompted(self, early: torch.Tensor) -> torch.Tensor:
         """Features without knowledge (B, d): visual prompts, the control of Table 3 "w/o action knowledge", and in the
         control of `readout` its learned query."""
-        features, patches = self._read(self._prompted_blocks(early))
         if self.has_readout and not self.knowledge_aware:
-            features = features + self.readout.unconditioned(patches)
-        return features
+            features, patches = self._read(early)
+            return features + self.readout.unconditioned(patches)
+        return self._pool(self._prompted_blocks(early))[0]
 
-    def _read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, early: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Early tokens to features without knowledge (B, d) and to the patches (B, M, d_v) that a readout reads."""
+        features, last = self._pool(self._prompted_blocks(early))
+        return features, self.readout.patches(early[:, 1:], last)
+
+    def _pool(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens behind the last block to image features (B, d) and patches (B, M, d_v)."""
         pooled, patches = self.backbone.pooled(tokens)
         features = self.backbone.project(pooled)
@@ -282,7 +299,7 @@ class ActionAwareCLIP(nn.Module):
         for index in range(backbone.num_layers - first):
             tokens = self.visual_prompts(tokens, index, length)
             tokens = backbone.prompted_block(
-                first + index, tokens, self.activation_checkpointing, absent, self.has_readout
+                first + index, tokens, self.activation_checkpointing, absent, self._reads_last_patches
             )
         return tokens
 
@@ -320,9 +337,10 @@ class ActionAwareCLIP(nn.Module):
             only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
             text: The frozen features of the C captions (C, d); returned as `text`, enriched.
         """
-        frozen_text = text
+        frozen_text, triplets = text, None
         if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
-            text = self.text_enrichment(text, knowledge.states, knowledge.mask)
+            triplets = self.encode_triplets(knowledge)
+            text = self.text_enrichment(text, knowledge.states, triplets, knowledge.mask)
         if images is None:
             return Features(text=text)
         # Stored tokens may have another type than the blocks: float16 on disk, or weights that DeepSpeed has cast.
@@ -338,7 +356,9 @@ class ActionAwareCLIP(nn.Module):
             plain = self.encode_prompted(early)
         conditioned = None
         if knowledge is not None and (self.knowledge_aware or prompted is False):
-            prompts = knowledge if isinstance(knowledge, Prompts) else self.encode_knowledge(knowledge, frozen_text)
+            prompts = knowledge
+            if not isinstance(knowledge, Prompts):
+                prompts = self.encode_knowledge(knowledge, frozen_text, triplets)
             if all_pairs:
                 return Features(early=early, conditioned=self.encode_all_pairs(early, prompts), text=text,
                                 logit_scale=self._temperature())  # fmt: skip

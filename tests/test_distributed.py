@@ -67,11 +67,12 @@ def make_model(conditioning):
     readout = conditioning == "readout"
     config = amp.PromptConfig(
         knowledge, "readout" if readout else "aim", interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4,
-        text_enrichment=readout, image_projection=readout,
+        text_enrichment=readout, image_projection=readout, readout_blocks=int(readout),
     )  # fmt: skip
     model = amp.ActionAwareCLIP(make_clip(), config)
     if readout:
         model.readout.out.weight.data.normal_()
+        model.text_enrichment.triplets.weight.data.normal_()
     elif model.knowledge_aware:  # away from its start at zero, where most gradients are zero too
         model.interaction.gate.data.normal_()
     return model

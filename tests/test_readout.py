@@ -58,9 +58,9 @@ def naive(layer, patches, text, states, triplets, mask):
     return linear("out", sum(answers) / len(answers))
 
 
-@pytest.mark.parametrize("width", [24, 128], ids=["one head", "two heads"])
+@pytest.mark.parametrize(("width", "heads"), [(24, 1), (128, 2), (96, 2)])
 @torch.no_grad()
-def test_the_equation_by_a_naive_loop(width):
+def test_the_equation_by_a_naive_loop(width, heads):
     torch.manual_seed(0)
     layer = KnowledgeReadout(vision_width=32, embed_dim=width, triplet_width=40).double()
     layer.out.weight.normal_()
@@ -68,7 +68,7 @@ def test_the_equation_by_a_naive_loop(width):
     patches, text, states, triplets = (x.double() for x in (patches, text, states, torch.randn(3, 4, 40)))
     mask = torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])
     weights = {**layer.state_dict(), "width": width // layer.heads}
-    assert layer.heads == max(1, width // 64)
+    assert layer.heads == heads
     want = torch.stack(
         [torch.stack([naive(weights, p, text[c], states[c], triplets[c], mask[c]) for c in range(3)]) for p in patches]
     )
@@ -125,12 +125,36 @@ def test_the_loss_scores_every_pair_under_the_texts_own_knowledge(model, images,
     assert loss.item() == pytest.approx(want, rel=1e-4)
 
 
+@torch.no_grad()
+def test_blocks_read_the_patches_before_the_interaction_layer(images, knowledge, tokenizer):
+    """By torch's own transformer in training mode, whose fused path of inference it never takes."""
+    model = readout_model(readout_blocks=2)
+    layer, early = model.readout, model.encode_early(images)
+    first, *blocks, last = layer.blocks
+    seen = first(early[:, 1:])
+    for block in blocks:
+        assert block.self_attn.num_heads == model.backbone.vision_heads
+        attended = block.norm1(seen)
+        seen = seen + block.self_attn(attended, attended, attended, need_weights=True)[0]
+        seen = seen + block.linear2(F.gelu(block.linear1(block.norm2(seen))))
+    text = model.encode_text(tokenizer(CAPTIONS))
+    queries = layer.queries(text, *model_queries(model, knowledge))
+    want = model._pool(model._prompted_blocks(early))[0] + layer.pairs(last(seen), *queries, torch.arange(4))
+    torch.testing.assert_close(model.encode_image(images, knowledge, text=text), want, rtol=1e-4, atol=1e-5)
+
+
+def model_queries(model, knowledge):
+    batch = model.prepare_knowledge(knowledge)
+    return batch.states, model.encode_triplets(batch), batch.mask
+
+
 @pytest.mark.parametrize("knowledge_setting", ["both", "triplets", "states", "template", "caption", "none"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setting, images, knowledge, text):
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setting, blocks, images, knowledge, text):
     from amp.data.stream import Batch
 
-    model = readout_model(knowledge=knowledge_setting)
+    model = readout_model(knowledge=knowledge_setting, readout_blocks=blocks)
     names = trainable_names(model, stage)
     assert {n.partition(".")[0] for n in names} == {"readout"} if stage == 2 else "readout.key.weight" in names
     set_trainable(model, stage)
@@ -146,9 +170,9 @@ def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setti
 @torch.no_grad()
 def test_without_knowledge_only_the_control_has_a_query(model, images):
     plain = model(images, prompted=True).prompted
-    torch.testing.assert_close(plain, model._read(model._prompted_blocks(model.encode_early(images)))[0])
+    torch.testing.assert_close(plain, model._read(model.encode_early(images))[0])
     control = readout_model(knowledge="none")
-    features, patches = control._read(control._prompted_blocks(control.encode_early(images)))
+    features, patches = control._read(control.encode_early(images))
     key, value = control.readout.key(patches), control.readout.value(patches)
     weights = (key @ control.readout.query / math.sqrt(24)).softmax(dim=-1)
     want = features + torch.einsum("bm,bmd->bd", weights, value) @ control.readout.out.weight.T
@@ -157,8 +181,9 @@ def test_without_knowledge_only_the_control_has_a_query(model, images):
 
 def test_the_text_only_control_shows_images_nothing(images, knowledge, tokenizer):
     model = make_model(trained=True, condition_images=False, text_enrichment=True)
-    assert not model.knowledge_aware and model.text_enrichment.project is not None
-    assert {n.partition(".")[0] for n in model.adapter_state()} == {"logit_scale", "visual_prompts", "text_enrichment"}
+    assert not model.knowledge_aware and model.text_enrichment.states is not None
+    parts = {n.partition(".")[0] for n in model.adapter_state()}
+    assert parts == {"logit_scale", "visual_prompts", "triplet_encoder", "text_enrichment"}
     tokens = tokenizer(CAPTIONS)
     with torch.no_grad():
         plain, rich = model.encode_text(tokens, True), model.encode_text(tokens, True, knowledge)
@@ -171,7 +196,7 @@ def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
     """Both directions, pair by pair, and pooled images by a loop over the candidates' queries."""
     world = World(clip_folder, shards, tmp_path, interaction="readout", text_enrichment=True)
     torch.manual_seed(5)
-    for weight in (world.model.readout.out.weight, world.model.text_enrichment.project.weight):
+    for weight in (world.model.readout.out.weight, world.model.text_enrichment.states.weight):
         torch.nn.init.normal_(weight, std=0.3)
     retrieval, captions, model = world.retrieval(), world.captions, world.model
     rankings = retrieval.rank(model)
@@ -193,7 +218,7 @@ def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
             of_found = model.prepare_knowledge([captions.knowledge[int(c)] for c in found])
             prompts = model.encode_knowledge(of_found, plain[found])
             rows = prompts.queries[prompts.mask][None]
-            features, patches = model._read(model._prompted_blocks(model.encode_early(world.images[[query]])))
+            features, patches = model._read(model.encode_early(world.images[[query]]))
             ones = torch.ones(1, rows.shape[1], dtype=torch.bool)
             pooled = features + model.readout.pairs(patches, rows, ones, torch.tensor([0]))
             want = F.cosine_similarity(pooled, rich[found], dim=-1)
@@ -209,3 +234,5 @@ def test_what_cannot_be_built_is_refused_by_name(images, knowledge):
         amp.PromptConfig(knowledge="caption")
     with pytest.raises(amp.AmpError, match=r"condition_images is false.*text_enrichment"):
         amp.PromptConfig(condition_images=False)
+    with pytest.raises(amp.AmpError, match="readout_blocks is 1 and interaction is 'aim'"):
+        amp.PromptConfig(readout_blocks=1)

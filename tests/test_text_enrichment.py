@@ -1,4 +1,6 @@
-"""Captions enriched by their states: the formula, step 0, and that training and search score against them."""
+"""Captions enriched by their knowledge: the formula, step 0, and that training and search score against them."""
+
+import math
 
 import pytest
 import torch
@@ -14,20 +16,33 @@ from amp.train.stages import trainable_names
 def enriched():
     model = make_model(trained=True, text_enrichment=True, interaction_layer=1)
     torch.manual_seed(3)
-    torch.nn.init.normal_(model.text_enrichment.project.weight, std=0.3)
+    torch.nn.init.normal_(model.text_enrichment.states.weight, std=0.3)
     return model
 
 
 def test_the_formula_by_hand():
-    """Two captions, the second without any state."""
-    layer = TextEnrichment(2)
-    layer.project.weight.data = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    """Two captions, the second without any knowledge."""
+    layer = TextEnrichment(2, triplet_width=1)
+    layer.states.weight.data = torch.tensor([[1.0, 2.0], [0.0, -1.0], [math.log(3), 0.0]])
+    layer.triplets.weight.data = torch.tensor([[0.0], [4.0], [0.0]])
     layer.adapt.weight.data = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     text = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     states = torch.tensor([[[5.0, 0.0], [0.0, 0.1], [7.0, 7.0]], [[1.0, 1.0]] * 3])
+    triplets = torch.tensor([[[0.0], [0.5], [9.0]], [[1.0]] * 3])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    # mean of (1, 0) and (0, 1) is (0.5, 0.5); W of it is (1.5, -0.5). U of (0.6, 0.8) is (0.8, 1.2), of (0, 1) (1, 0)
-    torch.testing.assert_close(layer(text, states, mask), torch.tensor([[2.9, 1.5], [1.0, 1.0]]))
+    # W of (1, 0) is (1, 0) with weight 3 / 4, W of (0, 1) is (2, -1) and V of 0.5 is (0, 2), together (2, 1) with weight
+    # 1 / 4: (1.25, 0.25). U of (0.6, 0.8) is (0.8, 1.2), of (0, 1) it is (1, 0).
+    want = torch.tensor([[0.6 + 0.8 + 1.25, 0.8 + 1.2 + 0.25], [1.0, 1.0]])
+    torch.testing.assert_close(layer(text, states, triplets, mask), want)
+
+
+def test_it_starts_with_the_mean_over_triplets():
+    torch.manual_seed(0)
+    layer = TextEnrichment(4)
+    layer.states.weight.data[:4] = 2 * torch.eye(4)
+    states = F.normalize(torch.randn(1, 3, 4), dim=-1)
+    change = layer(torch.ones(1, 4), states, None, torch.tensor([[True, False, True]])) - 0.5
+    torch.testing.assert_close(change, states[:, 0] + states[:, 2])
 
 
 def test_at_step_0_captions_keep_their_feature(knowledge, tokenizer):
@@ -39,9 +54,10 @@ def test_at_step_0_captions_keep_their_feature(knowledge, tokenizer):
 
 
 def test_stage_1_trains_it_and_stage_2_does_not(enriched):
-    assert "text_enrichment.project.weight" in trainable_names(enriched, 1) - trainable_names(enriched, 2)
+    assert "text_enrichment.states.weight" in trainable_names(enriched, 1) - trainable_names(enriched, 2)
     control = make_model(knowledge="none", text_enrichment=True).text_enrichment
-    assert control.project is None and control.adapt is not None, "the control adapts captions and reads no state"
+    assert control.adapt is not None
+    assert control.states is None and control.triplets is None, "the control adapts captions and reads no knowledge"
 
 
 def test_captions_are_independent_of_each_other_and_of_padding(enriched, knowledge, tokenizer):
@@ -60,7 +76,7 @@ def test_search_scores_against_the_enriched_captions(clip_folder, shards, tmp_pa
     """Both directions by the public calls, pair by pair; pooled images too."""
     world = World(clip_folder, shards, tmp_path, text_enrichment=True)
     torch.manual_seed(5)
-    torch.nn.init.normal_(world.model.text_enrichment.project.weight, std=0.3)
+    torch.nn.init.normal_(world.model.text_enrichment.states.weight, std=0.3)
     retrieval, captions = world.retrieval(), world.captions
     rankings = retrieval.rank(world.model)
     with torch.no_grad():

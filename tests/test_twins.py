@@ -41,7 +41,7 @@ def world(tmp_path_factory):
         model, _, _ = amp.create_model_and_transforms(MICRO_CLIP, prompt_config=config)
         if model.knowledge_aware:  # so that knowledge shows on both sides
             model.interaction.gate.data.normal_(std=2.0)
-            model.text_enrichment.project.weight.data.normal_(std=0.1)
+            model.text_enrichment.states.weight.data.normal_(std=0.1)
         model.text_enrichment.adapt.weight.data.normal_(std=0.3)
         save_adapter(folder / f"{name}.safetensors", model.eval())
         models[name] = model

@@ -1,4 +1,6 @@
-"""Knowledge-conditioned readout (ours): after the last block, knowledge asks and the patches answer."""
+"""Knowledge-conditioned readout (ours): knowledge asks and the patches answer."""
+
+import math
 
 import torch
 import torch.nn as nn
@@ -18,16 +20,41 @@ class KnowledgeReadout(nn.Module):
     feature and one a triplet: its state's feature and its triplet prompt. W_o starts at zero: at step 0 the readout
     changes nothing.
 
+    The patches are those behind the last block, or with `blocks` those before block `interaction_layer`, read by that
+    many trained transformer blocks: what CLIP was not trained to tell apart its last blocks have forgotten, the
+    early ones not yet (docs/ablations.md).
+
     Args:
         vision_width: Channels of the patches, d_v.
         embed_dim: Joint width, d, of features and queries.
         triplet_width: Channels of the triplet prompts, d_t; None where the model reads no triplets.
         conditioned: False builds the control, whose one learned query is the same for all captions.
+        blocks: Trained transformer blocks in front of the readout.
+        vision_heads: Their attention heads.
     """
 
-    def __init__(self, vision_width: int, embed_dim: int, triplet_width: int | None = None, conditioned: bool = True):
+    def __init__(
+        self,
+        vision_width: int,
+        embed_dim: int,
+        triplet_width: int | None = None,
+        conditioned: bool = True,
+        blocks: int = 0,
+        vision_heads: int = 1,
+    ):
         super().__init__()
-        self.heads = embed_dim // HEAD_WIDTH if embed_dim % HEAD_WIDTH == 0 else 1
+        fewest = math.ceil(embed_dim / HEAD_WIDTH)
+        self.heads = next(heads for heads in range(fewest, embed_dim + 1) if embed_dim % heads == 0)
+        self.blocks = None
+        if blocks:
+            layers = [
+                nn.TransformerEncoderLayer(
+                    vision_width, vision_heads, 4 * vision_width, dropout=0.0, activation="gelu", batch_first=True,
+                    norm_first=True,
+                )
+                for _ in range(blocks)
+            ]  # fmt: skip
+            self.blocks = nn.Sequential(nn.LayerNorm(vision_width), *layers, nn.LayerNorm(vision_width))
         self.key = nn.Linear(vision_width, embed_dim)
         self.value = nn.Linear(vision_width, embed_dim, bias=False)
         self.out = nn.Linear(embed_dim, embed_dim, bias=False)
@@ -35,6 +62,10 @@ class KnowledgeReadout(nn.Module):
         self.query_text = nn.Linear(embed_dim, embed_dim) if conditioned else None
         self.query_triplet = nn.Linear(triplet_width, embed_dim, bias=False) if conditioned and triplet_width else None
         self.query = None if conditioned else nn.Parameter(torch.randn(embed_dim))
+
+    def patches(self, early: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """What is read: of the patches before block `interaction_layer` and behind the last one, both (B, M, d_v)."""
+        return last if self.blocks is None else self.blocks(early)
 
     def queries(self, text: torch.Tensor, states: torch.Tensor | None, triplets: torch.Tensor | None,
                 mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Caption features adapted, and enriched by their states (ours): the text side of action knowledge."""
+"""Caption features adapted, and enriched by their knowledge (ours): the text side of action knowledge."""
 
 import torch
 import torch.nn as nn
@@ -6,37 +6,50 @@ import torch.nn.functional as F
 
 
 class TextEnrichment(nn.Module):
-    """T' = T / |T| + U T / |T| + W mean_k(D_k / |D_k|), with D_k the states' features from the frozen text tower.
+    """T' = T + U T + sum_k a_k (W D_k + V p_k), with a = softmax_k(w D_k + v p_k).
 
-    The paper (sec. 3.5) scores "enhanced text features" without a formula; this one is ours. U reads no knowledge
-    and is all that the control has. U and W start at zero, so that training starts from the base CLIP.
+    T and D_k are the frozen text tower's features of the caption and its states at unit length, p_k the triplet
+    prompts. The paper (sec. 3.5) scores "enhanced text features" without a formula; this one is ours. U reads no
+    knowledge and is all that the control has. The weights a learn which of a caption's triplets tell images apart: their
+    plain mean drowns one action in three attributes (docs/ablations.md). U, W and V start at zero, so that training
+    starts from the base CLIP, and w and v too, so that it starts with the mean.
 
     Args:
         width: Of the joint embedding, d.
-        states: Whether there is W.
+        states: Whether there are W and w.
+        triplet_width: Channels of the triplet prompts, d_t; None leaves V and v out.
     """
 
-    def __init__(self, width: int, states: bool = True):
+    def __init__(self, width: int, states: bool = True, triplet_width: int | None = None):
         super().__init__()
         self.adapt = nn.Linear(width, width, bias=False)
-        self.project = nn.Linear(width, width, bias=False) if states else None
-        for layer in (self.adapt, self.project):
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
+        self.states = nn.Linear(width, width + 1, bias=False) if states else None
+        self.triplets = nn.Linear(triplet_width, width + 1, bias=False) if triplet_width else None
+        for layer in self.children():
+            nn.init.zeros_(layer.weight)
 
-    def forward(self, text: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, text: torch.Tensor, states: torch.Tensor, triplets: torch.Tensor | None, mask: torch.Tensor
+    ) -> torch.Tensor:
         """Args:
             text: Caption features (C, d).
             states: State features (C, K, d); not read where there is no W.
-            mask: Which states exist, bool (C, K).
+            triplets: Triplet prompts (C, K, d_t); not read where there is no V.
+            mask: Which of the K exist, bool (C, K).
 
         Returns:
             Enriched features, fp32 (C, d), not normalised.
         """
         text = F.normalize(text.float(), dim=-1)
         enriched = text + self.adapt(text.to(self.adapt.weight.dtype)).float()
-        if self.project is None:
+        parts = []
+        if self.states is not None:
+            parts.append(self.states(F.normalize(states.float(), dim=-1).to(self.states.weight.dtype)))
+        if self.triplets is not None:
+            parts.append(self.triplets(triplets))
+        if not parts:
             return enriched
-        present = mask.unsqueeze(-1).float()
-        mean = (F.normalize(states.float(), dim=-1) * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
-        return enriched + self.project(mean.to(self.project.weight.dtype)).float()
+        # The last channel is the weight's logit. A caption without knowledge has only weights of zero, not NaN.
+        value, logit = sum(parts).float().split([text.shape[-1], 1], dim=-1)
+        weight = logit.masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min).softmax(dim=1)
+        return enriched + (weight * mask.unsqueeze(-1) * value).sum(dim=1)
