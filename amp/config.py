@@ -23,7 +23,7 @@ class PromptConfig:
             has no gate: at step 0 it is not equal to the base CLIP. ``readout`` (ours) lets the knowledge ask the
             patches behind the last block, see `KnowledgeReadout`.
         readout_blocks: With ``readout``, trained transformer blocks that read the patches before block
-            `interaction_layer` in place of those behind the last block; 0 has none (ours).
+            `interaction_layer` in place of those behind the last block (ours). Of no effect on ``aim`` and ``cat``.
         condition_images: False keeps the knowledge from the image, so that it only enriches the text (ours, the
             text-only control); asks for `text_enrichment`.
         interaction_layer: Vision block before which patches meet the knowledge. 0 is the paper's; larger values let the
@@ -86,11 +86,6 @@ class PromptConfig:
             raise AmpError(
                 f"prompt setting knowledge is 'caption' and interaction is {self.interaction!r}, expected 'readout': "
                 "it alone asks with the caption's own feature"
-            )
-        if self.readout_blocks and self.interaction != "readout":
-            raise AmpError(
-                f"prompt setting readout_blocks is {self.readout_blocks} and interaction is {self.interaction!r}, "
-                "expected 'readout': no other interaction has them. Leave readout_blocks out"
             )
         if not self.condition_images and not (
             self.knowledge in ("both", "triplets", "states", "template") and self.text_enrichment

@@ -19,6 +19,7 @@ import scene_figures
 import scene_language
 import scenes as world
 from jsonargparse import auto_cli
+from rich.progress import track
 
 
 def _write(path: Path, text: str):
@@ -34,9 +35,9 @@ def filename(split: str, index: int) -> str:
 
 def make_scenes(
     out: Path | None = None,
-    train: int = 1200,
-    val: int = 100,
-    test: int = 200,
+    train: int = 12_000,
+    val: int = 200,
+    test: int = 800,
     captions: int = 3,
     size: int = 144,
     quality: int = 95,
@@ -80,7 +81,7 @@ def make_scenes(
     (out / "images").mkdir(parents=True, exist_ok=True)
     images, knowledge = [], []
     for split, count in counts.items():
-        for index in range(count):
+        for index in track(range(count), f"drawing {split}"):
             scene, name, imgid = world.make_scene(seed, split, index), filename(split, index), len(images)
             temporary = out / "images" / f".{name}"
             world.draw(scene, size).save(temporary, "JPEG", quality=quality, subsampling=0)

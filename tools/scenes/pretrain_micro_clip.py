@@ -156,7 +156,7 @@ def pretrain(
         weight_decay: of matrices; vectors and embeddings have none
         warmup: steps of linear warm-up
         demo_seed: seed of the demo data, on whose test split the figures are measured
-        demo_images: size of that split
+        demo_images: how many of that split's scenes, from the first on
     """
     settings = {name: value for name, value in locals().items() if name != "out"}
     if seed == demo_seed:
