@@ -36,8 +36,11 @@ class PromptConfig:
         bottleneck: The adapter's hidden width is its input width divided by this (ours).
         lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7). Of no
             effect where there is one map or none.
-        text_enrichment: True adds learned maps of the caption's feature and of its knowledge to the feature that
-            images are scored against (ours, `TextEnrichment`); False scores against the plain feature.
+        text_enrichment: True adds learned maps of the caption's feature and of its states' to the feature that images
+            are scored against (ours, `TextEnrichment`); False scores against the plain feature. The states' map
+            does not exist where no text of the knowledge is encoded (``triplets``, ``caption`` and ``none``).
+        text_triplets: True lets the triplet prompts enrich that feature too, with learned weights over the triplets
+            (ours); of no effect without `text_enrichment` or triplets.
         image_projection: True adds a learned map, from zero, to CLIP's projection of image features (ours).
         residual: True adds the interaction to the patches through a gate that starts at zero (ours); False replaces
             the patches by it, the literal eq. 8. Of no effect on ``cat`` and ``readout``.
@@ -57,11 +60,12 @@ class PromptConfig:
     lam: float = 0.7
     residual: bool = True
     text_enrichment: bool = False
+    text_triplets: bool = False
     image_projection: bool = False
 
     def __post_init__(self):
-        minimum = {"interaction_layer": 0, "readout_blocks": 0, "num_prompts": 0, "max_triplets": 1, "slot_tokens": 1, "triplet_layers": 1,
-                   "triplet_heads": 1, "bottleneck": 1}  # fmt: skip
+        minimum = {"interaction_layer": 0, "readout_blocks": 0, "num_prompts": 0, "max_triplets": 1, "slot_tokens": 1,
+                   "triplet_layers": 1, "triplet_heads": 1, "bottleneck": 1}  # fmt: skip
         for key, low in minimum.items():
             value = getattr(self, key)
             if value < low:
@@ -87,13 +91,11 @@ class PromptConfig:
                 f"prompt setting knowledge is 'caption' and interaction is {self.interaction!r}, expected 'readout': "
                 "it alone asks with the caption's own feature"
             )
-        if not self.condition_images and not (
-            self.knowledge in ("both", "triplets", "states", "template") and self.text_enrichment
-        ):
+        if not (self.condition_images or (self.reads_states and self.text_enrichment) or self.enriches_by_triplets):
             raise AmpError(
-                f"prompt setting condition_images is false, knowledge is {self.knowledge!r} and text_enrichment is "
-                f"{self.text_enrichment}, expected triplets or states and text_enrichment true: else no "
-                "knowledge is used at all"
+                f"prompt setting condition_images is false, knowledge is {self.knowledge!r}, text_enrichment is "
+                f"{self.text_enrichment} and text_triplets {self.text_triplets}, expected text_enrichment true with "
+                "states, or with triplets and text_triplets true: else no knowledge is used at all"
             )
 
     @property
@@ -104,7 +106,12 @@ class PromptConfig:
     @property
     def reads_triplets(self) -> bool:
         """Whether action triplet prompts exist (eq. 4-5)."""
-        return self.knowledge in ("both", "triplets") and (self.conditions or self.text_enrichment)
+        return self.enriches_by_triplets or (self.conditions and self.knowledge in ("both", "triplets"))
+
+    @property
+    def enriches_by_triplets(self) -> bool:
+        """Whether triplet prompts enrich the caption's feature."""
+        return self.text_enrichment and self.text_triplets and self.knowledge in ("both", "triplets")
 
     @property
     def reads_states(self) -> bool:

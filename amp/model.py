@@ -129,7 +129,7 @@ class ActionAwareCLIP(nn.Module):
         self._reads_last_patches = self.has_readout and self.readout.blocks is None
         self.text_enrichment = None
         if config.text_enrichment:
-            self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.reads_triplets else None)
+            self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.enriches_by_triplets else None)
         self.image_projection = nn.Linear(backbone.pooled_width, d, bias=False) if config.image_projection else None
         if self.image_projection is not None:
             nn.init.zeros_(self.image_projection.weight)
@@ -339,7 +339,7 @@ class ActionAwareCLIP(nn.Module):
         """
         frozen_text, triplets = text, None
         if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
-            triplets = self.encode_triplets(knowledge)
+            triplets = self.encode_triplets(knowledge) if self.config.enriches_by_triplets else None
             text = self.text_enrichment(text, knowledge.states, triplets, knowledge.mask)
         if images is None:
             return Features(text=text)

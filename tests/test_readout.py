@@ -24,6 +24,7 @@ def readout_model(**settings):
         interaction="readout",
         interaction_layer=1,
         text_enrichment=True,
+        text_triplets=True,
         image_projection=True,
         **settings,
     )
@@ -182,8 +183,7 @@ def test_without_knowledge_only_the_control_has_a_query(model, images):
 def test_the_text_only_control_shows_images_nothing(images, knowledge, tokenizer):
     model = make_model(trained=True, condition_images=False, text_enrichment=True)
     assert not model.knowledge_aware and model.text_enrichment.states is not None
-    parts = {n.partition(".")[0] for n in model.adapter_state()}
-    assert parts == {"logit_scale", "visual_prompts", "triplet_encoder", "text_enrichment"}
+    assert {n.partition(".")[0] for n in model.adapter_state()} == {"logit_scale", "visual_prompts", "text_enrichment"}
     tokens = tokenizer(CAPTIONS)
     with torch.no_grad():
         plain, rich = model.encode_text(tokens, True), model.encode_text(tokens, True, knowledge)
@@ -194,9 +194,10 @@ def test_the_text_only_control_shows_images_nothing(images, knowledge, tokenizer
 
 def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
     """Both directions, pair by pair, and pooled images by a loop over the candidates' queries."""
-    world = World(clip_folder, shards, tmp_path, interaction="readout", text_enrichment=True)
+    world = World(clip_folder, shards, tmp_path, interaction="readout", text_enrichment=True, text_triplets=True,
+                  readout_blocks=1)  # fmt: skip
     torch.manual_seed(5)
-    for weight in (world.model.readout.out.weight, world.model.text_enrichment.states.weight):
+    for weight in (world.model.readout.out.weight, world.model.text_enrichment.triplets.weight):
         torch.nn.init.normal_(weight, std=0.3)
     retrieval, captions, model = world.retrieval(), world.captions, world.model
     rankings = retrieval.rank(model)
@@ -234,5 +235,9 @@ def test_what_cannot_be_built_is_refused_by_name(images, knowledge):
         amp.PromptConfig(knowledge="caption")
     with pytest.raises(amp.AmpError, match=r"condition_images is false.*text_enrichment"):
         amp.PromptConfig(condition_images=False)
+    for settings in ({"text_enrichment": True}, {"text_triplets": True}):
+        with pytest.raises(amp.AmpError, match="condition_images is false"):
+            amp.PromptConfig("triplets", condition_images=False, **settings)
+    amp.PromptConfig("triplets", condition_images=False, text_enrichment=True, text_triplets=True)
     with pytest.raises(amp.AmpError, match="readout_blocks is -1"):
         amp.PromptConfig(readout_blocks=-1)

@@ -1,5 +1,7 @@
 """What a stage's optimizer step moves, with each kind of conditioning; and the step's loss itself."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -104,6 +106,22 @@ def test_one_feature_an_image_is_scored_against_all_texts(stage, conditioning, b
     loss, scale = Objective(stage, conditioning, margin=0.3)(model, batch, step=3)
     naive = reference.contrastive(cosines, scale.item(), IDS) if stage == 1 else reference.triplet(cosines, 0.3, IDS)
     assert loss.item() == pytest.approx(naive, rel=1e-4)
+
+
+@torch.no_grad()
+def test_knowledge_dropout_leaves_out_its_share_of_the_triplets(batch):
+    model = make_model(trained=True, interaction_layer=1)
+    everything = Batch(batch.images, None, batch.text, replace(batch.knowledge, mask=torch.ones(4, 6).bool()), IDS)
+    kept = [Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge(everything, s) for s in range(50)]
+    assert sum(k.knowledge.mask.double().mean().item() for k in kept) / 50 == pytest.approx(0.7, abs=0.05)
+    given = Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge(batch, 0)
+    assert not (given.knowledge.mask & ~batch.knowledge.mask).any(), "a triplet that doesn't exist came back"
+    blank = Batch(batch.images, None, batch.text, batch.knowledge.blank(), IDS)
+    loss = {
+        rate: Objective(1, "paired", knowledge_dropout=rate)(model, batch, 0)[0].item() for rate in (0.0, 1 - 1e-12)
+    }
+    assert loss[1 - 1e-12] == pytest.approx(Objective(1, "paired")(model, blank, 0)[0].item(), rel=1e-5)
+    assert loss[0.0] == pytest.approx(Objective(1, "paired")(model, batch, 0)[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["images", "early tokens"])

@@ -30,18 +30,19 @@ def test_the_formula_by_hand():
     states = torch.tensor([[[5.0, 0.0], [0.0, 0.1], [7.0, 7.0]], [[1.0, 1.0]] * 3])
     triplets = torch.tensor([[[0.0], [0.5], [9.0]], [[1.0]] * 3])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    # W of (1, 0) is (1, 0) with weight 3 / 4, W of (0, 1) is (2, -1) and V of 0.5 is (0, 2), together (2, 1) with weight
-    # 1 / 4: (1.25, 0.25). U of (0.6, 0.8) is (0.8, 1.2), of (0, 1) it is (1, 0).
+    # W of (1, 0) is (1, 0) with weight 3 / 4, W of (0, 1) is (2, -1) and V of 0.5 is (0, 2), together (2, 1) with
+    # weight 1 / 4: (1.25, 0.25). U of (0.6, 0.8) is (0.8, 1.2), of (0, 1) it is (1, 0).
     want = torch.tensor([[0.6 + 0.8 + 1.25, 0.8 + 1.2 + 0.25], [1.0, 1.0]])
     torch.testing.assert_close(layer(text, states, triplets, mask), want)
 
 
-def test_it_starts_with_the_mean_over_triplets():
+@pytest.mark.parametrize("triplet_width", [None, 3])
+def test_it_takes_the_mean_over_states_without_triplets_and_starts_with_it(triplet_width):
     torch.manual_seed(0)
-    layer = TextEnrichment(4)
+    layer = TextEnrichment(4, triplet_width=triplet_width)
     layer.states.weight.data[:4] = 2 * torch.eye(4)
     states = F.normalize(torch.randn(1, 3, 4), dim=-1)
-    change = layer(torch.ones(1, 4), states, None, torch.tensor([[True, False, True]])) - 0.5
+    change = layer(torch.ones(1, 4), states, torch.ones(1, 3, 3), torch.tensor([[True, False, True]])) - 0.5
     torch.testing.assert_close(change, states[:, 0] + states[:, 2])
 
 

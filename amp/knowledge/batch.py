@@ -46,6 +46,10 @@ class KnowledgeBatch:
         """The same captions with all knowledge taken away."""
         return KnowledgeBatch(self.triplet_tokens, self.token_mask, self.states, torch.zeros_like(self.mask))
 
+    def keep(self, kept: torch.Tensor) -> "KnowledgeBatch":
+        """The same captions with only those triplets and states that bool (C, K) `kept` names."""
+        return KnowledgeBatch(self.triplet_tokens, self.token_mask, self.states, self.mask & kept)
+
     @staticmethod
     def cat(batches: Sequence["KnowledgeBatch"]) -> "KnowledgeBatch":
         """Stacks captions of batches that are padded to the same K."""

@@ -6,25 +6,26 @@ import torch.nn.functional as F
 
 
 class TextEnrichment(nn.Module):
-    """T' = T + U T + sum_k a_k (W D_k + V p_k), with a = softmax_k(w D_k + v p_k).
+    """T' = T + U T + mean_k(W D_k), or with triplets T + U T + sum_k a_k (W D_k + V p_k), a = softmax_k(w D_k + v p_k).
 
     T and D_k are the frozen text tower's features of the caption and its states at unit length, p_k the triplet
-    prompts. The paper (sec. 3.5) scores "enhanced text features" without a formula; this one is ours. U reads no
-    knowledge and is all that the control has. The weights a learn which of a caption's triplets tell images apart: their
-    plain mean drowns one action in three attributes (docs/ablations.md). U, W and V start at zero, so that training
-    starts from the base CLIP, and w and v too, so that it starts with the mean.
+    prompts. The paper (sec. 3.5) scores "enhanced text features" without a formula; these are ours. U reads no
+    knowledge and is all that the control has. The weights a learn which of a caption's triplets tell images apart: the
+    plain mean drowns one action in its attributes (docs/ablations.md). All maps start at zero, so that training starts
+    from the base CLIP, and with the mean.
 
     Args:
         width: Of the joint embedding, d.
-        states: Whether there are W and w.
-        triplet_width: Channels of the triplet prompts, d_t; None leaves V and v out.
+        states: Whether there is W.
+        triplet_width: Channels of the triplet prompts, d_t; None leaves V, v and w out.
     """
 
     def __init__(self, width: int, states: bool = True, triplet_width: int | None = None):
         super().__init__()
         self.adapt = nn.Linear(width, width, bias=False)
-        self.states = nn.Linear(width, width + 1, bias=False) if states else None
-        self.triplets = nn.Linear(triplet_width, width + 1, bias=False) if triplet_width else None
+        outputs = width + 1 if triplet_width else width  # the last channel is the logit of a_k
+        self.states = nn.Linear(width, outputs, bias=False) if states else None
+        self.triplets = nn.Linear(triplet_width, outputs, bias=False) if triplet_width else None
         for layer in self.children():
             nn.init.zeros_(layer.weight)
 
@@ -49,7 +50,10 @@ class TextEnrichment(nn.Module):
             parts.append(self.triplets(triplets))
         if not parts:
             return enriched
-        # The last channel is the weight's logit. A caption without knowledge has only weights of zero, not NaN.
-        value, logit = sum(parts).float().split([text.shape[-1], 1], dim=-1)
-        weight = logit.masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min).softmax(dim=1)
-        return enriched + (weight * mask.unsqueeze(-1) * value).sum(dim=1)
+        values = sum(parts).float()
+        logits = values.new_zeros(mask.shape)
+        if self.triplets is not None:
+            values, logits = values[..., :-1], values[..., -1]
+        # A caption without knowledge has only weights of zero, not NaN.
+        weights = logits.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=1) * mask
+        return enriched + (weights.unsqueeze(-1) * values).sum(dim=1)

@@ -104,6 +104,8 @@ class TrainConfig:
             ours); 1 leaves batches random.
         knowledge_share: Part of a batch that ``contrastive`` scores under knowledge, and the weight of these scores in
             stage 1, where all of it is scored without knowledge besides (ours). Of no effect with ``readout``.
+        knowledge_dropout: Share of a caption's triplets, each with its state, that a training step leaves out at random
+            (ours); a caption that loses all of them learns the null token.
         margin: Margin of the triplet loss (ours).
         mixed_precision: Autocast type; null takes what `accelerate launch` says.
         gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.
@@ -129,6 +131,7 @@ class TrainConfig:
     negatives: int = 2
     mined_group: int = 1
     knowledge_share: float = 1.0
+    knowledge_dropout: float = 0.0
     margin: float = 0.2
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_accumulation: int = 1
@@ -170,6 +173,8 @@ class TrainConfig:
             )
         if not 0.0 < self.knowledge_share <= 1.0:
             raise AmpError(f"knowledge_share is {self.knowledge_share}, expected a number above 0, at most 1")
+        if not 0.0 <= self.knowledge_dropout < 1.0:
+            raise AmpError(f"knowledge_dropout is {self.knowledge_dropout}, expected a number from 0, below 1")
         low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
                "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),
                "mined_group": (self.mined_group, 1),

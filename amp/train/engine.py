@@ -150,7 +150,7 @@ class Run:
         objective = Objective(
             stage, config.conditioning, config.negatives, config.margin,
             float(self.model.backbone.clip.logit_scale.detach().exp()), config.seed,
-            config.knowledge_share, config.combined, config.prompt.interaction == "readout",
+            config.knowledge_share, config.knowledge_dropout, config.combined, config.prompt.interaction == "readout",
         )  # fmt: skip
         engine, optimizer = accelerator.prepare(self.model, optimizer)
         engine.train()

@@ -6,13 +6,14 @@ few pairs its stage 1 scores all N x N pairs without knowledge: that costs one f
 ranking, which a few hard negatives unlearn. With the interaction `readout` all N x N pairs are conditioned instead.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from amp.data.stream import Batch
-from amp.distributed import all_gather, all_gather_with_grad, rank
+from amp.distributed import all_gather, all_gather_with_grad, rank, world_size
 from amp.train import losses
 from amp.train.negatives import draw_negatives, gumbel_noise
 
@@ -32,6 +33,7 @@ class Objective:
         seed: Of the run.
         knowledge_share: Part of this rank's images that are scored under knowledge in a `contrastive` step.
         all_pairs: The model has a `readout`, so that `contrastive` scores all pairs of the global batch.
+        knowledge_dropout: Share of the triplets, each with its state, that a step leaves out.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
     """
 
@@ -42,6 +44,7 @@ class Objective:
     sampling_scale: float = 1.0
     seed: int = 0
     knowledge_share: float = 1.0
+    knowledge_dropout: float = 0.0
     combined: bool = False
     all_pairs: bool = False
 
@@ -51,8 +54,10 @@ class Objective:
         Args:
             model: `ActionAwareCLIP`, or the engine around it; only called, never reached into.
             batch: On the model's device; every rank gives as many samples.
-            step: Of the stage; seeds the draw of negatives.
+            step: Of the stage; seeds the draw of negatives and of triplets that are left out.
         """
+        if self.knowledge_dropout:
+            batch = self._without_some_knowledge(batch, step)
         if self.conditioning == "contrastive" and not self.all_pairs:
             return self._contrastive(model, batch, step)
         if self.conditioning == "contrastive":
@@ -75,6 +80,13 @@ class Objective:
         if self.stage == 2 or self.combined:
             loss = loss + losses.triplet_loss(cosines, self.margin, ignore)
         return loss, features.logit_scale
+
+    def _without_some_knowledge(self, batch: Batch, step: int) -> Batch:
+        """Drawn for the global batch, of which a rank takes its rows: the same for any number of processes."""
+        size, k = batch.knowledge.mask.shape
+        drawn = np.random.default_rng([self.seed, step, 2]).random((world_size() * size, k))
+        kept = torch.from_numpy(drawn[rank() * size : (rank() + 1) * size] >= self.knowledge_dropout)
+        return replace(batch, knowledge=batch.knowledge.keep(kept.to(batch.knowledge.mask.device)))
 
     def _contrastive(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         early, base = batch.images, batch.base
