@@ -61,6 +61,12 @@ ROWS = {
     "aim": (3, {"prompt.interaction": "aim", "prompt.knowledge": "both"}),
     "text_only": ("Ours", {"conditioning": "none", "prompt.condition_images": False}),
     "caption": ("Ours", {"prompt.knowledge": "caption", "prompt.interaction": "readout"}),
+    "readout": (
+        "Ours",
+        {"conditioning": "contrastive", "prompt.interaction": "readout", "prompt.interaction_layer": 8,
+         "prompt.readout_blocks": 1, "prompt.num_prompts": 16, "prompt.text_enrichment": True,
+         "prompt.text_triplets": True, "prompt.image_projection": True, "prompt.bottleneck": 2},
+    ),
 }  # fmt: skip
 
 
