@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from amp.layers.interaction import merge_heads, split_heads
+from amp.layers.transformer_block import transformer_block
 
 HEAD_WIDTH = 64
 
@@ -47,14 +48,11 @@ class KnowledgeReadout(nn.Module):
         self.heads = next(heads for heads in range(fewest, embed_dim + 1) if embed_dim % heads == 0)
         self.blocks = None
         if blocks:
-            layers = [
-                nn.TransformerEncoderLayer(
-                    vision_width, vision_heads, 4 * vision_width, dropout=0.0, activation="gelu", batch_first=True,
-                    norm_first=True,
-                )
-                for _ in range(blocks)
-            ]  # fmt: skip
-            self.blocks = nn.Sequential(nn.LayerNorm(vision_width), *layers, nn.LayerNorm(vision_width))
+            self.blocks = nn.Sequential(
+                nn.LayerNorm(vision_width),
+                *(transformer_block(vision_width, vision_heads) for _ in range(blocks)),
+                nn.LayerNorm(vision_width),
+            )
         self.key = nn.Linear(vision_width, embed_dim)
         self.value = nn.Linear(vision_width, embed_dim, bias=False)
         self.out = nn.Linear(embed_dim, embed_dim, bias=False)

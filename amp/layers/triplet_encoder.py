@@ -3,6 +3,8 @@
 import torch
 import torch.nn as nn
 
+from amp.layers.transformer_block import transformer_block
+
 
 class TripletEncoder(nn.Module):
     """Slot means of frozen token embeddings, concatenated and mixed by a small transformer (eq. 4-5).
@@ -21,12 +23,7 @@ class TripletEncoder(nn.Module):
         # Ours: token embeddings of a trained CLIP have a scale of about 0.01, and the bias would drown them.
         self.norm = nn.LayerNorm(3 * width)
         self.project = nn.Linear(3 * width, width)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(transformer_block(width, heads) for _ in range(layers))
         self.null = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, embedded: torch.Tensor, token_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
