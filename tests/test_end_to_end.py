@@ -22,7 +22,8 @@ from amp.retrieval.run import adapted
 pytestmark = pytest.mark.distributed
 
 BASE = "local-dir:tools/scenes/micro-clip"
-CONFIG = ["--config", "launchers/configs/scenes.yaml"]
+# In fp32: in bf16 two processes round other sums than one does.
+CONFIG = ["--config", "launchers/configs/scenes.yaml", "--mixed_precision", "no"]
 STAGES = ("stage1", "stage2")
 
 
@@ -99,12 +100,12 @@ def test_two_processes_end_with_the_weights_of_one(ran, folder):
             torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_stage_2_trains_the_interaction_alone(ran, folder):
+def test_stage_2_trains_the_readout_alone(ran, folder):
     first, second = (adapter(folder, "one", stage) for stage in STAGES)
     moved = {name for name in first if not torch.equal(first[name], second[name])}
-    assert moved and all(name.startswith("interaction.") for name in moved)
-    assert first["interaction.gate"].abs().max() > 1e-3  # it starts at zero
-    assert (first["interaction.gate"] - second["interaction.gate"]).abs().max() > 1e-3
+    assert moved and all(name.startswith("readout.") for name in moved)
+    assert first["readout.out.weight"].abs().max() > 1e-3  # it starts at zero
+    assert (first["readout.out.weight"] - second["readout.out.weight"]).abs().max() > 1e-3
 
 
 def test_json_and_csv_agree(ran, folder):
@@ -173,7 +174,8 @@ def test_the_adapter_loads_into_a_model(ran, folder, monkeypatch):
     line = json.loads((folder / "scenes" / "knowledge.jsonl").read_text().splitlines()[-1])
     knowledge = amp.Knowledge(tuple(amp.Triplet(**t) for t in line["triplets"]), tuple(line["states"]))
     with torch.no_grad():
-        plain, conditioned = model.encode_image(image), model.encode_image(image, [knowledge])
+        text = model.encode_text(model.tokenizer(["a man chases a dog"]))
+        plain, conditioned = model.encode_image(image), model.encode_image(image, [knowledge], text=text)
         expected = model.backbone.clip.encode_image(image)
     assert torch.equal(plain, expected)
     assert (conditioned - plain).abs().max() > 1e-3
