@@ -34,7 +34,7 @@ def draw(config: SweepConfig, lines: dict[str, Line], base: Line) -> bytes | Non
     first = figure.axes[0]
     first.set_yticks(range(len(rows)), rows)
     first.set_ylim(len(rows) - 0.5, -0.5)
-    figure.axes[-1].legend(loc="best", frameon=False)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside upper right", frameon=False)
     figure.suptitle(f"{config.split} split, mean and standard error over up to {len(config.seeds)} seeds", fontsize=10)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
