@@ -21,7 +21,7 @@ class PromptConfig:
         interaction: ``aim`` lets patches attend to the prompts (eq. 7-8); ``cat`` is Table 3's "CAT": the prompts join
             the tokens behind the patches and pass through all later blocks (paper; where they join is ours). ``cat``
             has no gate: at step 0 it is not equal to the base CLIP. ``readout`` (ours) lets the knowledge ask the
-            patches behind the last block, see `KnowledgeReadout`.
+            patches, by default those behind the last block, see `KnowledgeReadout`.
         readout_blocks: With ``readout``, trained transformer blocks that read the patches before block
             `interaction_layer` in place of those behind the last block (ours). Of no effect on ``aim`` and ``cat``.
         condition_images: False keeps the knowledge from the image, so that it only enriches the text (ours, the
