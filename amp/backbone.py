@@ -90,6 +90,11 @@ class Backbone(nn.Module):
         """Whether a text token sees only those before it, so that padding after the end changes nothing."""
         return getattr(self._text, "attn_mask", None) is not None and getattr(self._text, "cls_emb", None) is None
 
+    def compile_blocks(self) -> None:
+        """Compiles each image block in place with `torch.compile`; names, weights and checkpoints stay as they are."""
+        for block in self.visual.transformer.resblocks:
+            block.compile()
+
     # -- image tower ------------------------------------------------------------------------------------------------
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:

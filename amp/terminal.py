@@ -31,21 +31,22 @@ class Terminal:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     @contextmanager
-    def training(self, stage: int, steps: int, images_a_step: int):
-        """Yields show(step, loss, temperature)."""
+    def training(self, stage: int, steps: int, images_a_step: int, begin: int = 0):
+        """Yields show(step, loss, temperature); a resumed stage has `begin` steps behind it."""
         columns = (TextColumn("stage {task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("loss {task.fields[loss]} tau {task.fields[tau]} {task.fields[rate]} images/s"),
                    TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
         start = time.perf_counter()
         interactive = self.console.is_terminal
         with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task("train", total=steps, stage=stage, loss="-", tau="-", rate="-")
+            task = bar.add_task("train", total=steps, completed=begin, stage=stage, loss="-", tau="-", rate="-")
 
             def show(step: int, loss: float, temperature: float) -> None:
-                rate = step * images_a_step / (time.perf_counter() - start)
+                taken, seconds = step - begin, time.perf_counter() - start
+                rate = taken * images_a_step / seconds
                 bar.update(task, completed=step, loss=f"{loss:.3f}", tau=f"{temperature:.4f}", rate=f"{rate:,.0f}")
                 if not interactive:  # a log file gets a line instead of a bar
-                    left = (steps - step) / step * (time.perf_counter() - start)
+                    left = (steps - step) / taken * seconds
                     self.say(f"stage {stage} step {step}/{steps} loss {loss:.3f} tau {temperature:.4f} "
                              f"{rate:,.0f} images/s, {left / 60:.1f} min left")  # fmt: skip
 

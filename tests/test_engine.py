@@ -1,6 +1,8 @@
 """Training runs in this process: what a setting may change in the result, and what it may not."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ from safetensors.torch import load_file
 
 import amp
 from amp.checkpoint import read_adapter
+from amp.data.order import BatchOrder
+from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.retrieval.evaluate import RetrievalSettings
-from amp.train.config import DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.checkpoints import open_checkpoint
+from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 
 
@@ -36,6 +41,7 @@ def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
         stage1=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         trackers=[],
+        checkpoint=CheckpointSettings(resume=False),
     )
 
 
@@ -71,6 +77,11 @@ def test_what_only_saves_memory_or_time_changes_nothing(config, conditioning):
     )  # fmt: skip
     assert difference(weights_of(changed), expected) < 2e-5
     assert difference(weights_of(config, data=replace(config.data, workers=1)), expected) == 0
+
+
+def test_random_crops_are_those_of_the_sample_whatever_worker_draws_them(config):
+    data = replace(config.data, augment="crop")
+    assert difference(weights_of(config, data=data), weights_of(config, data=replace(data, workers=2))) == 0
 
 
 def test_two_launches_of_one_stage_are_the_run_of_both(config):
@@ -116,15 +127,15 @@ def test_fewer_batches_than_an_optimizer_step_are_refused(config):
 
 def test_accumulated_gradients_are_the_mean_of_the_batches(config, monkeypatch):
     """With plain SGD, one step of two batches moves as far as the mean of two steps from the same place."""
-    from amp.train import engine
+    from amp.train import loop
 
-    monkeypatch.setattr(engine, "adamw", lambda model, lr, *_: torch.optim.SGD(
+    monkeypatch.setattr(loop, "adamw", lambda model, lr, *_: torch.optim.SGD(
         [{"params": [p for p in model.parameters() if p.requires_grad], "peak": lr}], lr))  # fmt: skip
-    monkeypatch.setattr(engine, "learning_rate", lambda *_: 0.1)
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.1)
     plain = {"max_grad_norm": 0.0, "conditioning": "paired"}
     two = weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain)
     start, parts = {}, []
-    objective = engine.Objective.__call__
+    objective = loop.Objective.__call__
 
     def only(batch):
         """Zeroes the loss of every batch but one."""
@@ -140,7 +151,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(config, monkeypatch):
         return call
 
     for batch in (0, 1):
-        monkeypatch.setattr(engine.Objective, "__call__", only(batch))
+        monkeypatch.setattr(loop.Objective, "__call__", only(batch))
         parts.append(weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain))
     moved = 0.0
     for name, value in two.items():
@@ -158,10 +169,50 @@ def test_dropped_attributes_change_the_result(config):
     assert difference(weights_of(config), weights_of(config, data=replace(config.data, kinds=["action"]))) > 1e-4
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config):
+def test_a_loss_that_stays_infinite_stops_the_run(config):
     stage = StageSettings(epochs=5, lr=1e30, warmup_steps=1)
-    with pytest.raises(AmpError, match=r"the loss is nan.*stage1\.lr"):
-        train(replace(config, stage1=stage, log_every=1, max_grad_norm=0.0))
+    with pytest.raises(AmpError, match=r"step 5: the loss is nan.*in 4 steps in a row.*max_skipped = 3.*stage1\.lr"):
+        train(replace(config, stage1=stage, max_skipped=3))
+    lines = [json.loads(line) for line in (Path(config.out) / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 5]
+    assert all(line["loss"] == "nan" and len(set(line["keys"])) == 4 for line in lines)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_batch_whose_loss_is_not_finite_is_skipped_and_counted(config, monkeypatch, max_grad_norm):
+    """The weights are those of a run in which this step changed nothing; AdamW doesn't count it either."""
+    from amp.train import loop
+
+    objective = loop.Objective.__call__
+
+    def spoilt(self, model, data, step):
+        loss, scale = objective(self, model, data, step)
+        return loss * (float("inf") if step == 2 else 1.0), scale
+
+    monkeypatch.setattr(loop.Objective, "__call__", spoilt)
+    skipped = weights_of(config, max_grad_norm=max_grad_norm)
+    state = open_checkpoint(Path(config.out) / "checkpoints" / "stage1-step00000005").state
+    assert (state["step"], state["skipped"], state["updates"]) == (5, 1, 4)
+    (line,) = (Path(config.out) / "skipped.jsonl").read_text().splitlines()
+    split = ShardSplit(config.data.shards, "train")
+    samples = [index for index, _ in list(BatchOrder(split.sizes, 4, 0, 1, config.seed, 64))[2]]
+    assert json.loads(line)["keys"] == [split.record(index)["key"] for index in samples]
+
+    def absent(self, model, data, step):
+        loss, scale = objective(self, model, data, step)
+        return loss, scale
+
+    monkeypatch.setattr(loop.Objective, "__call__", absent)
+    update = loop.StageLoop.update
+
+    def drop(self):
+        if self.step == 2:
+            self.optimizer.zero_grad()
+            return False
+        return update(self)
+
+    monkeypatch.setattr(loop.StageLoop, "update", drop)
+    assert difference(weights_of(config, max_grad_norm=max_grad_norm), skipped) == 0
 
 
 def test_a_wrong_shards_folder_shows_before_the_model_is_built(config, monkeypatch, tmp_path):

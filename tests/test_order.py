@@ -16,7 +16,7 @@ SIZES = [5, 3, 8, 1, 7, 4]  # 28 samples
 
 def batches(batch_size, rank=0, world=1, seed=3, epoch=0, window=2, sizes=SIZES):
     order = BatchOrder(sizes, batch_size, rank, world, seed, window)
-    order.set_epoch(epoch)
+    order.set_position(epoch * order.steps)
     return [[sample for sample, _ in batch] for batch in order]
 
 
@@ -98,9 +98,9 @@ def test_an_epoch_can_be_repeated_and_continued():
     order = BatchOrder(SIZES, 4, 0, 1, seed=0, window=2)
     first = list(order)
     assert list(order) == first  # reading it doesn't move on
-    order.set_epoch(9)
+    order.set_position(9 * order.steps)
     assert [epoch for batch in order for _, epoch in batch] == [9] * 28
-    order.set_epoch(0)
+    order.set_position(0 * order.steps)
     assert list(order) == first
 
 
@@ -118,7 +118,7 @@ def test_the_number_of_workers_changes_nothing(workers):
         )
         out = []
         for epoch in (0, 1, 4):  # the epoch reaches workers that are already running
-            order.set_epoch(epoch)
+            order.set_position(epoch * order.steps)
             out.append(list(loader))
         return out
 

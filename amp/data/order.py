@@ -66,6 +66,8 @@ def caption_of_epoch(seed: int, epoch: int, sample: int, captions: int) -> int:
 class BatchOrder:
     """Batch sampler of one rank: lists of (sample, epoch), `len(self)` of them, the same number on every rank.
 
+    `steps` is their number in a whole epoch.
+
     Args:
         shard_sizes: Samples of each shard of the split.
         batch_size: Samples a rank and step.
@@ -80,7 +82,7 @@ class BatchOrder:
     def __init__(self, shard_sizes: Sequence[int], batch_size: int, rank: int, world: int, seed: int, window: int,
                  neighbours: np.ndarray | None = None, group: int = 1):  # fmt: skip
         self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
-        self.seed, self.window, self.epoch = seed, window, 0
+        self.seed, self.window, self.epoch, self.start = seed, window, 0, 0
         self.neighbours, self.group = neighbours, group
         samples = sum(self.shard_sizes)
         self.steps = samples // (batch_size * world)
@@ -90,16 +92,17 @@ class BatchOrder:
                 f"processes = {batch_size * world}. Lower data.batch_size or add images"
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration yields."""
-        self.epoch = epoch
+    def set_position(self, batch: int) -> None:
+        """Chooses where the next iteration begins, counted in batches of a rank since the run began. It ends with the
+        epoch; what lies before is neither read nor decoded."""
+        self.epoch, self.start = divmod(batch, self.steps)
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window, self.neighbours, self.group)
         size = self.batch_size * self.world
-        for step in range(self.steps):
+        for step in range(self.start, self.steps):
             start = step * size + self.rank * self.batch_size
             yield [(int(i), self.epoch) for i in order[start : start + self.batch_size]]

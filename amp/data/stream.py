@@ -1,7 +1,7 @@
 """The training stream: shards to batches, decoded and tokenised in workers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Batch:
         text: The frozen CLIP's caption features (B, d), not normalised.
         knowledge: Of the captions.
         image_ids: int64 (B,); equal numbers are the same image.
+        samples: Position of each image in its split, int64 (B,); None where nobody asks.
     """
 
     images: torch.Tensor
@@ -33,14 +34,16 @@ class Batch:
     text: torch.Tensor
     knowledge: KnowledgeBatch
     image_ids: torch.Tensor
+    samples: torch.Tensor | None = None
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
-        move = lambda x: None if x is None else x.to(device, non_blocking=non_blocking)  # noqa: E731
-        return Batch(move(self.images), move(self.base), move(self.text), move(self.knowledge), move(self.image_ids))
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        pin = lambda x: None if x is None else x.pin_memory()  # noqa: E731
-        return Batch(pin(self.images), pin(self.base), pin(self.text), pin(self.knowledge), pin(self.image_ids))
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, function) -> "Batch":
+        return Batch(*(None if x is None else function(x) for x in vars(self).values()))
 
 
 class KnowledgeCollator:
@@ -71,7 +74,7 @@ class TrainingSamples(Dataset):
     Args:
         split: The shards.
         preprocess: Image transform; not used where `frozen` is given.
-        seed: Chooses the caption of an epoch.
+        seed: Chooses the caption of an epoch and the random crop, both whatever worker draws them.
         keep: Kinds of triplets that are used.
         frozen: Stored features of the split, which replace decoding.
     """
@@ -86,8 +89,12 @@ class TrainingSamples(Dataset):
         text, knowledge = captions[caption_of_epoch(self.seed, epoch, index, len(captions))]
         image_id = stable_id(record["image_id"])
         if self.frozen is not None:
-            return torch.from_numpy(self.frozen.early[index].copy()), self.frozen.base[index], text, knowledge, image_id
-        return self.preprocess(self.split.image(index)), None, text, knowledge, image_id
+            early = torch.from_numpy(self.frozen.early[index].copy())
+            return early, self.frozen.base[index], text, knowledge, image_id, index
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(stable_id(f"{self.seed}/{epoch}/{index}"))
+            image = self.preprocess(self.split.image(index))
+        return image, None, text, knowledge, image_id, index
 
 
 class _Collate:
@@ -95,13 +102,14 @@ class _Collate:
         self.knowledge = knowledge
 
     def __call__(self, samples: list) -> Batch:
-        images, base, texts, knowledge, ids = zip(*samples, strict=True)
+        images, base, texts, knowledge, ids, indices = zip(*samples, strict=True)
         return Batch(
             torch.stack(images),
             None if base[0] is None else torch.stack([torch.from_numpy(b.copy()) for b in base]),
             torch.from_numpy(self.knowledge.store.lookup(texts)),
             self.knowledge(knowledge),
             torch.tensor(ids),
+            torch.tensor(indices),
         )
 
 
@@ -111,10 +119,11 @@ def stable_id(image_id: int | str) -> int:
 
 
 def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: KnowledgeCollator, workers: int,
-                    pin_memory: bool) -> DataLoader:  # fmt: skip
+                    pin_memory: bool, worker_init: Callable[[int], None] | None = None) -> DataLoader:  # fmt: skip
     """Batches of one rank in the order of `order`, whatever the number of workers.
 
     The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
+    `worker_init` is called in each worker with its number.
     """
     workers = decoding_workers(workers)
     return DataLoader(
@@ -123,6 +132,7 @@ def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: Know
         num_workers=workers,
         collate_fn=_Collate(knowledge),
         pin_memory=pin_memory,
+        worker_init_fn=worker_init,
         persistent_workers=workers > 0,  # the order, and with it the epoch, is read in this process
         prefetch_factor=4 if workers else None,
     )

@@ -83,6 +83,22 @@ class StageSettings:
 
 
 @dataclass
+class CheckpointSettings:
+    """Checkpoints of a run, from which the same command goes on.
+
+    Args:
+        every_steps: Optimizer steps between two checkpoints; 0 saves them at the end of each epoch and stage alone, and
+            when the run is asked to stop.
+        keep: How many are kept.
+        resume: Go on from the newest whole checkpoint in `out`; false removes those that are there and starts anew.
+    """
+
+    every_steps: int = 0
+    keep: int = 2
+    resume: bool = True
+
+
+@dataclass
 class TrainConfig:
     """A training run.
 
@@ -111,6 +127,13 @@ class TrainConfig:
         gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.
         max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
         activation_checkpointing: Recompute the prompted blocks in the backward pass.
+        compile_frozen: Compile CLIP's image blocks with torch.compile; the first steps take minutes longer (ours).
+        deepspeed: DeepSpeed file, such as ``ds_configs/zero2.json``; null trains without, or with the file that
+            `accelerate launch --use_deepspeed` names. One stage a launch.
+        checkpoint: When checkpoints are saved, and whether the run goes on from one.
+        max_skipped: Steps in a row that may be skipped because their loss or gradient is not finite; one more ends the
+            run.
+        timeout_minutes: How long a process waits for the others before it gives up.
         seed: Of order, captions, negatives and initial weights.
         trackers: Accelerate trackers, such as ``[tensorboard]`` or ``[tensorboard, wandb]``.
         log_every: Optimizer steps between two log entries.
@@ -137,6 +160,11 @@ class TrainConfig:
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
+    compile_frozen: bool = False
+    deepspeed: str | None = None
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    max_skipped: int = 10
+    timeout_minutes: float = 30.0
     seed: int = 0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
@@ -178,7 +206,9 @@ class TrainConfig:
         low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
                "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),
                "mined_group": (self.mined_group, 1),
-               "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1)}  # fmt: skip
+               "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1),
+               "checkpoint.every_steps": (self.checkpoint.every_steps, 0), "checkpoint.keep": (self.checkpoint.keep, 1),
+               "max_skipped": (self.max_skipped, 0), "timeout_minutes": (self.timeout_minutes, 0.01)}  # fmt: skip
         for key, (value, least) in low.items():
             if value < least:
                 raise AmpError(f"{key} is {value}, expected at least {least}")

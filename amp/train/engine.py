@@ -1,18 +1,16 @@
-"""A training run: data once, then one engine a stage, with validation, logs and adapter checkpoints."""
+"""A training run: data once, then one engine a stage, from the beginning or from where a checkpoint stands."""
 
-import math
-from contextlib import nullcontext
+import json
+import signal
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from accelerate.utils import broadcast_object_list, set_seed
 
-from amp.checkpoint import load_adapter, save_adapter
+from amp.checkpoint import load_adapter
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
@@ -20,74 +18,150 @@ from amp.data.split import ShardSplit
 from amp.data.stream import TrainingSamples, training_loader
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
-from amp.model import ActionAwareCLIP
 from amp.retrieval.evaluate import Retrieval, SplitCaptions
+from amp.retrieval.results import write_atomically
 from amp.terminal import Terminal
-from amp.train.config import StageSettings, TrainConfig
-from amp.train.launch import make_accelerator
+from amp.train.checkpoints import ADAPTER, Checkpoint, Checkpoints
+from amp.train.config import TrainConfig
+from amp.train.launch import deepspeed_file, make_accelerator
+from amp.train.loop import StageLoop
 from amp.train.mining import confusable
-from amp.train.objective import Objective
-from amp.train.schedule import adamw, learning_rate
-from amp.train.stages import set_trainable
+from amp.train.peers import watching_peers
+from amp.train.resume import flat, refuse_other_run, stages_left
+from amp.train.stopping import Stopped, StopRequest, ignore_stop_signals
 
-ADAPTER = "adapter.safetensors"
+STOPPED = "stopped.json"
 NEIGHBOURS = 20  # as many as the first stage hands to re-ranking
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the stages of a configuration.
+    """Runs the stages of a configuration, or what a checkpoint in `config.out` leaves of them.
 
     Returns:
         The adapter file of the last stage.
 
     Raises:
-        AmpError: Wrong input, before anything is trained.
+        AmpError: Wrong input, before anything is trained; a lost process, a full disk, a loss that stays infinite.
+        Stopped: A signal asked the run to stop, and its state is saved.
     """
     config.check()
-    accelerator = make_accelerator(config)
-    if accelerator.state.deepspeed_plugin is not None and len(config.stages) > 1:
+    if deepspeed_file(config) and len(config.stages) > 1:
         raise AmpError(
             "stages is [1, 2] under DeepSpeed, expected one stage a launch: an engine can't change what it trains. "
             "Launch --stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
         )
-    set_seed(config.seed)
-    # Opened before the model is built, which may mean a download: a wrong folder shows at once.
-    splits = open_splits(config)
-    model, preprocess_train, preprocess_val = create_model_and_transforms(
-        config.model.name,
-        config.model.pretrained,
-        precision=config.model.precision,
-        device=accelerator.device,
-        prompt_config=config.prompt,
-        image_resize_mode=config.model.resize_mode,
-    )
-    if config.init:
-        load_adapter(config.init, model)
-    model.activation_checkpointing = config.activation_checkpointing
-    out = Path(config.out)
-    run = Run(config, accelerator, model, Terminal(accelerator.is_main_process), out)
-    run.prepare_data(*splits, preprocess_train, preprocess_val)
-    if accelerator.is_main_process:
-        accelerator.init_trackers("open-clip-amp", config=flat(asdict(config)))
-    for stage in config.stages:
-        adapter = run.stage(stage, config.stage1 if stage == 1 else config.stage2)
-    accelerator.end_training()
-    return adapter
+    with StopRequest() as request:
+        accelerator = make_accelerator(config)
+        with watching_peers():
+            return Run(config, accelerator, request).train()
 
 
 class Run:
-    """What the stages of a run share."""
+    """What the stages of a run share.
 
-    def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, model: ActionAwareCLIP, terminal: Terminal, out: Path
-    ):
-        self.config, self.accelerator, self.model, self.terminal, self.out = config, accelerator, model, terminal, out
-        self.step = 0  # of all stages, for the trackers
+    Attributes:
+        config, accelerator, request: As given.
+        terminal: What the run shows.
+        out: Its folder.
+        checkpoints: In that folder.
+        model: The base CLIP with its prompts.
+        split: The training images.
+        order, loader: The batches of this rank.
+        retrieval: Searches the validation split; None where the run doesn't validate.
+    """
 
-    def prepare_data(self, split: ShardSplit, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
-        """Opens the splits, encodes their texts once, and stores frozen image features where asked."""
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, request: StopRequest):
+        self.config, self.accelerator, self.request = config, accelerator, request
+        self.terminal = Terminal(accelerator.is_main_process)
+        self.out = Path(config.out)
+        self.checkpoints = Checkpoints(self.out, config.checkpoint.keep)
+
+    @property
+    def images_a_step(self) -> int:
+        config = self.config
+        return config.data.batch_size * self.accelerator.num_processes * config.gradient_accumulation
+
+    def train(self) -> Path:
+        """See `amp.train.engine.train`."""
+        config, accelerator = self.config, self.accelerator
+        # Opened before the model is built, which may mean a download: a wrong folder shows at once.
+        self.split, val_split = open_splits(config)
+        found = self.find_checkpoint()
+        left = stages_left(config.stages, found)
+        last = self.out / f"stage{config.stages[-1]}" / ADAPTER
+        if not left and last.is_file():
+            self.terminal.say(f"{last}: the run is finished; --checkpoint.resume false repeats it")
+            return last
+        set_seed(config.seed)
+        self.model, *transforms = create_model_and_transforms(
+            config.model.name,
+            config.model.pretrained,
+            precision=config.model.precision,
+            device=accelerator.device,
+            prompt_config=config.prompt,
+            image_resize_mode=config.model.resize_mode,
+        )
+        start = config.init if found is None else found.folder / ADAPTER
+        if start is not None:
+            load_adapter(start, self.model)
+        self.model.activation_checkpointing = config.activation_checkpointing
+        if config.compile_frozen:
+            self.model.backbone.compile_blocks()
+        self.prepare_data(val_split, *transforms)
+        done = 0  # optimizer steps of earlier stages, for the trackers
+        loops = []
+        for stage in config.stages:
+            loops.append(StageLoop(self, stage, done))
+            done += loops[-1].steps
+        self.start_trackers(loops, found)
+        for loop in loops:
+            if loop.stage in left or (not left and loop is loops[-1]):
+                loop.take_steps(found if found is not None and found.stage == loop.stage else None)
+        accelerator.end_training()
+        return last
+
+    def find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that this run goes on from; rank 0 looks for all."""
+        name = [None]
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / STOPPED).unlink(missing_ok=True)
+            self.checkpoints.remove_unfinished()
+            if not self.config.checkpoint.resume:
+                self.checkpoints.remove()
+            name = [self.checkpoints.newest(self.terminal.say)]
+        found = broadcast_object_list(name)[0]
+        # A stage 2 that starts from `init` has nothing to do with the stage 1 in the same folder.
+        if found is not None and found.stage < self.config.stages[0]:
+            return None
+        if found is not None:
+            refuse_other_run(found, self.config, self.split, self.images_a_step)
+            self.terminal.say(f"going on from {found.folder}")
+        return found
+
+    def start_trackers(self, loops: list[StageLoop], found: Checkpoint | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        options = {}
+        if found is not None and "tensorboard" in self.config.trackers:
+            done = sum(loop.steps for loop in loops if loop.stage < found.stage) + found.step
+            options = {"tensorboard": {"purge_step": done + 1}}  # steps that are taken again replace their curves
+        self.accelerator.init_trackers("open-clip-amp", config=flat(asdict(self.config)), init_kwargs=options)
+
+    def stop(self, number: int, stage: int, step: int) -> None:
+        """Ends a run that was asked to stop, after it was saved; leaves word of it for the job script."""
+        name = signal.Signals(number).name
+        if self.accelerator.is_main_process:
+            word = json.dumps({"signal": name, "stage": stage, "step": step})
+            write_atomically(self.out / STOPPED, word.encode())
+        self.terminal.say(f"stopped by {name} at stage {stage} step {step}; the same command goes on from there")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        raise Stopped
+
+    def prepare_data(self, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
+        """Encodes the texts of both splits once, and stores frozen image features where asked."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
-        self.split = split
         images = data.batch_size * accelerator.num_processes
         if images < 2:
             raise AmpError(
@@ -126,7 +200,7 @@ class Run:
             frozen = None
         samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
         self.loader = training_loader(
-            samples, self.order, self.collate, data.workers, pin_memory=accelerator.device.type == "cuda"
+            samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", ignore_stop_signals
         )
         self.retrieval = None
         if val_split is not None:
@@ -142,114 +216,9 @@ class Run:
         return prepare_images(self.accelerator, self.terminal, split, self.model, preprocess, data.cache,
                               data.cache_dtype, data.batch_size, data.workers, tokens)  # fmt: skip
 
-    def stage(self, stage: int, settings: StageSettings) -> Path:
-        """Trains one stage and writes its adapter."""
-        config, accelerator = self.config, self.accelerator
-        set_trainable(self.model, stage)
-        optimizer = adamw(self.model, settings.lr, settings.weight_decay, settings.prompt_lr)
-        objective = Objective(
-            stage, config.conditioning, config.negatives, config.margin,
-            float(self.model.backbone.clip.logit_scale.detach().exp()), config.seed,
-            config.knowledge_share, config.knowledge_dropout, config.combined, config.prompt.interaction == "readout",
-        )  # fmt: skip
-        engine, optimizer = accelerator.prepare(self.model, optimizer)
-        engine.train()
-        total = settings.epochs * self.order.steps // config.gradient_accumulation
-        total = min(total, settings.max_steps) if settings.max_steps else total
-        if total == 0:
-            raise AmpError(f"stage {stage} has no optimizer step: {settings.epochs} epochs of {self.order.steps} "
-                           f"batches, {config.gradient_accumulation} a step. Give more epochs")  # fmt: skip
-        images_a_step = config.data.batch_size * accelerator.num_processes * config.gradient_accumulation
-        # On the CPU the backward pass of fused attention leaves the processor's bf16 units idle.
-        attention = partial(sdpa_kernel, SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext
-        step = batches = 0
-        with self.terminal.training(stage, total, images_a_step) as show:
-            for epoch in range(math.ceil(total * config.gradient_accumulation / self.order.steps)):
-                self.order.set_epoch(epoch)
-                for batch in self.loader:
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(step, total, settings.warmup_steps, group["peak"])
-                    with accelerator.accumulate(engine), attention():
-                        with accelerator.autocast():
-                            loss, scale = objective(engine, batch.to(accelerator.device), batches)
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients and config.max_grad_norm:
-                            accelerator.clip_grad_norm_(engine.parameters(), config.max_grad_norm)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    batches += 1
-                    if not accelerator.sync_gradients:
-                        continue
-                    step += 1
-                    self.step += 1
-                    if step % config.log_every == 0 or step == total or step == 1:
-                        mean = float(accelerator.reduce(loss.detach(), "mean"))
-                        temperature = 1.0 / float(scale.detach())
-                        if not math.isfinite(mean):
-                            raise AmpError(
-                                f"stage {stage} step {step}: the loss is {mean}. Lower stage{stage}.lr, now "
-                                f"{settings.lr}, or use bf16 instead of fp16"
-                            )
-                        values = {
-                            "loss": mean,
-                            "temperature": temperature,
-                            "lr": optimizer.param_groups[0]["lr"],
-                        }
-                        self.log({f"stage{stage}/{k}": v for k, v in values.items()})
-                        show(step, mean, temperature)
-                    if step == total:
-                        break
-                last = step == total
-                if self.retrieval is not None and (last or (epoch + 1) % config.validate_every == 0):
-                    self.validate(engine, stage, epoch)
-                self.save(engine, stage, step)
-                if last:
-                    break
-        accelerator.free_memory(engine, optimizer)
-        self.model = accelerator.unwrap_model(engine)
-        return self.out / f"stage{stage}" / ADAPTER
-
-    def validate(self, engine, stage: int, epoch: int) -> None:
-        """Searches the validation split and logs R@1 beside the base model's."""
-        engine.eval()
-        rankings = self.retrieval.rank(engine, self.accelerator.autocast)
-        engine.train()
-        base = self.retrieval.base_row()
-        values, parts = {}, []
-        for name, ranking in rankings.items():
-            recall = ranking.result.recall
-            values |= {f"validation/{name.replace(' ', '_')}_R@{k}": v for k, v in recall.items()}
-            of_base = (base.t2i if name == "t2i" else base.i2t).recall[1]
-            parts.append(f"{name} {recall[1]:.1f} (base {of_base:.1f})")
-        self.log(values)
-        self.terminal.say(f"stage {stage} epoch {epoch + 1} validation R@1: " + ", ".join(parts))
-
-    def log(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self.step)
-
-    def save(self, engine, stage: int, step: int) -> None:
-        """Writes the stage's adapter; under ZeRO every rank takes part in collecting the weights."""
-        state = self.accelerator.get_state_dict(engine)
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(engine)
-            adapter = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-            training = {"stage": stage, "step": step, "config": asdict(self.config)}
-            save_adapter(self.out / f"stage{stage}" / ADAPTER, model, training, adapter)
-
 
 def open_splits(config: TrainConfig) -> tuple[ShardSplit, ShardSplit | None]:
     """The training split and, where the run validates, the validation split."""
     data = config.data
     validates = data.val_split and config.validate_every
     return ShardSplit(data.shards, data.train_split), ShardSplit(data.shards, data.val_split) if validates else None
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as one level of scalars, which is what trackers store."""
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return out

@@ -1,7 +1,8 @@
-"""The Accelerator of a run, however it was launched."""
+"""The Accelerator of a run, however it was launched: `accelerate launch`, torchrun, srun or plain Python."""
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
@@ -13,37 +14,61 @@ from amp.errors import AmpError
 from amp.train.config import TrainConfig
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The Accelerator of a run; on machines without an accelerator processes talk over gloo."""
+def make_accelerator(config: TrainConfig, deepspeed: bool = True) -> Accelerator:
+    """The Accelerator of a run; on machines without an accelerator processes talk over gloo.
+
+    Args:
+        config: Of it the precision, accumulation, trackers, time limit and DeepSpeed file are read.
+        deepspeed: False leaves DeepSpeed out whatever the configuration says: evaluation has nothing to shard.
+
+    Raises:
+        AmpError: An unknown tracker, fp16 without a GPU, a wrong DeepSpeed file, or another number of processes than
+            was launched.
+    """
     unknown = sorted(set(config.trackers) - {tracker.value for tracker in LoggerType})
     if unknown:
         raise AmpError(
             f"trackers holds {unknown}, which Accelerate {accelerate.__version__} doesn't know; expected some of "
             f"{', '.join(sorted(tracker.value for tracker in LoggerType))}"
         )
-    if not torch.cuda.is_available():
+    cuda, world = torch.cuda.is_available(), world_of_launcher()
+    file = deepspeed_file(config) if deepspeed else None
+    if not cuda:
+        if file is None and precision_of(config) == "fp16":
+            raise AmpError("mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    handlers = [] if alone or torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    timeout = timedelta(minutes=config.timeout_minutes)
+    group = InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=config.trackers or None,  # an empty list would make Accelerate warn
         project_dir=config.out,
-        kwargs_handlers=handlers,
-        deepspeed_plugin=deepspeed_plugin(config),
+        kwargs_handlers=[] if world == 1 else [group],
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(file, config, world)) if file else None,
     )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
+    if accelerator.num_processes != world:
         raise AmpError(
-            f"this process sees {accelerator.num_processes} processes, the launcher started {expected}. Without a GPU "
-            "launch with DS_ACCELERATOR=cpu and without --cpu"
+            f"this process sees {accelerator.num_processes} processes, the launcher started {world}. Without a GPU "
+            "launch with ACCELERATE_USE_CPU=true, under DeepSpeed with DS_ACCELERATOR=cpu, and always without --cpu"
         )
     return accelerator
 
 
-def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
-    """DeepSpeed's settings with our integers filled in: its "auto" can't read a stream that Accelerate doesn't own."""
+def world_of_launcher() -> int:
+    """How many processes the launcher says it has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def precision_of(config: TrainConfig) -> str:
+    """The run's autocast type: its own, or what `accelerate launch` says."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def deepspeed_file(config: TrainConfig) -> str | None:
+    """The DeepSpeed file of `--deepspeed`, or of `accelerate launch --use_deepspeed`; None trains without DeepSpeed."""
+    if config.deepspeed is not None:
+        return config.deepspeed
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
         return None
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
@@ -52,15 +77,47 @@ def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
             "launched with --use_deepspeed and without a DeepSpeed file; add "
             "--deepspeed_config_file ds_configs/zero2.json"
         )
-    settings = json.loads(Path(path).read_text())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    settings |= {
+    return path
+
+
+def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
+    """DeepSpeed's settings with our integers filled in: its "auto" can't read a stream that Accelerate doesn't own.
+
+    Raises:
+        AmpError: No JSON object, a ZeRO stage other than 1 to 3, or a key that the run fills in with another value.
+    """
+    try:
+        settings = json.loads(Path(path).read_text())
+        stage = settings["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AmpError(
+            f"{path}: not a DeepSpeed file ({error!r}), expected JSON with zero_optimization.stage; copy "
+            "ds_configs/zero2.json"
+        ) from None
+    if stage not in (1, 2, 3):
+        raise AmpError(
+            f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3; without ZeRO leave the file out"
+        )
+    precision = precision_of(config)
+    filled = {
         "train_micro_batch_size_per_gpu": config.data.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation,
         "train_batch_size": config.data.batch_size * config.gradient_accumulation * world,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": precision == "bf16"},
+        # Autocast leaves the weights in fp32, as without DeepSpeed: its bf16 block would round the temperature, the
+        # gates and all that stage 2 keeps. No module's gradients are sent in bf16 either.
+        "torch_autocast": {
+            "enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
+        },
+        "bf16": {"enabled": False},
+        # Loss scaling under autocast clips before it unscales (DeepSpeed 0.19), so fp16 takes the block, with fp32
+        # master weights.
         "fp16": {"enabled": precision == "fp16"},
-    }
-    return DeepSpeedPlugin(hf_ds_config=settings)
+    }  # fmt: skip
+    for key, value in filled.items():
+        if settings.get(key, value) not in (value, "auto"):
+            raise AmpError(
+                f"{path}: {key} is {settings[key]}, but the run's own settings make it {value}; remove the key from "
+                "the file and set data.batch_size, gradient_accumulation, max_grad_norm or mixed_precision"
+            )
+    return settings | filled

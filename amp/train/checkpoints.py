@@ -1,0 +1,168 @@
+"""Checkpoints of a run: folders that appear whole or not at all, the newest K of them, each checked before it is used.
+
+    OUT/checkpoints/stage1-step00000120/adapter.safetensors     adapter weights in fp32, for `load_adapter`
+                                        optimizer.safetensors   AdamW's moments by parameter name
+                                        state.json              position, settings, and the sha256 of the two files
+
+The frozen CLIP is not among them. Nothing depends on the engine or on the number of processes, and no generator's state
+is needed: order, captions, crops, negatives and what a step draws are functions of (seed, epoch, step).
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from amp.checkpoint import read_adapter
+from amp.data.shards import sha256_of
+from amp.errors import AmpError
+from amp.version import __version__
+
+FORMAT = "open-clip-amp checkpoint"
+FORMAT_VERSION = 1
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        state: Content of ``state.json``.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def stage(self) -> int:
+        return self.state["stage"]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the stage that were taken."""
+        return self.state["step"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is the end of its stage."""
+        return self.step >= self.state["steps"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return read_adapter(self.folder / ADAPTER)[1]
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / OPTIMIZER)
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder.
+
+    Args:
+        out: Folder of the run.
+        keep: How many are kept.
+    """
+
+    def __init__(self, out: str | os.PathLike, keep: int = 2):
+        self.folder, self.keep = Path(out) / "checkpoints", keep
+
+    def save(self, stage: int, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+        """Writes a checkpoint under a temporary name, renames it, then removes the oldest.
+
+        Args:
+            stage, step: What it is called.
+            write: Puts the adapter and optimizer files into the folder given.
+            state: Goes to ``state.json`` beside format, stage and step.
+
+        Raises:
+            AmpError: It can't be written; those before are untouched and no part of it is left.
+        """
+        target = self.folder / f"stage{stage}-step{step:08d}"
+        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            files = {name: sha256_of(temporary / name) for name in (ADAPTER, OPTIMIZER)}
+            record = {"format": FORMAT, "format_version": FORMAT_VERSION, "version": __version__,
+                      "stage": stage, "step": step, **state, "files": files}  # fmt: skip
+            (temporary / STATE).write_text(json.dumps(record, indent=1))
+            for name in (ADAPTER, OPTIMIZER, STATE):
+                sync(temporary / name)
+            if target.exists():  # a run that went back to an older one comes by here again
+                shutil.rmtree(target)
+            os.rename(temporary, target)
+            sync(self.folder)
+        except Exception as error:  # safetensors has its own class for a full disk
+            free = shutil.disk_usage(self.folder if self.folder.is_dir() else ".").free
+            raise AmpError(
+                f"{target}: can't be written ({error}), {free / 1e9:.2f} GB are free there. Make room; checkpoints "
+                "before it are whole"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.names()[: -self.keep]:
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+        return target
+
+    def names(self) -> list[str]:
+        """Folders with a checkpoint's name, oldest first."""
+        return sorted(path.name for path in self.folder.glob("stage[0-9]-step[0-9]*"))
+
+    def newest(self, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+        """The newest whole checkpoint; damaged ones are named through `say` and passed over."""
+        for name in reversed(self.names()):
+            try:
+                return open_checkpoint(self.folder / name)
+            except AmpError as error:
+                say(f"{error}. The checkpoint before it is used")
+        return None
+
+    def remove_unfinished(self) -> None:
+        """Removes what a killed process left under a temporary name."""
+        for path in self.folder.glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Removes all of them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are those that were written.
+
+    Raises:
+        AmpError: A file is missing, cut short or changed, or it is of another format version.
+    """
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text())
+        if state["format"] != FORMAT or state["format_version"] != FORMAT_VERSION:
+            raise AmpError(
+                f"{path}: format is {state['format']!r} version {state['format_version']}, expected {FORMAT!r} version "
+                f"{FORMAT_VERSION}; it was written by open-clip-amp {state.get('version')}"
+            )
+        for name, digest in state["files"].items():
+            if sha256_of(folder / name) != digest:
+                raise AmpError(f"{folder / name}: damaged, its sha256 is not the one that {STATE} states")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, AmpError):
+            raise
+        raise AmpError(f"{path}: not a whole checkpoint ({error!r})") from error
+    return Checkpoint(folder, state)
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or a folder's entries, to the disk: no name without its content after a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

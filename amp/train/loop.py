@@ -1,0 +1,259 @@
+"""One stage: its engine and optimizer, the loop of optimizer steps, and what happens between two of them."""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import DistributedType
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from amp.checkpoint import save_adapter
+from amp.data.stream import Batch
+from amp.distributed import all_gather, rank
+from amp.errors import AmpError
+from amp.train.checkpoints import ADAPTER, OPTIMIZER, Checkpoint
+from amp.train.objective import Objective
+from amp.train.resume import identity
+from amp.train.schedule import adamw, learning_rate
+from amp.train.stages import set_trainable
+from amp.train.trained_state import TrainedState
+
+if TYPE_CHECKING:
+    from amp.train.engine import Run
+
+SKIPPED = "skipped.jsonl"
+
+
+class StageLoop:
+    """The optimizer steps of one stage.
+
+    Args:
+        run: What the stages share.
+        stage: 1 or 2.
+        done: Optimizer steps of the stages before it, for the trackers.
+
+    Attributes:
+        steps: Optimizer steps of the whole stage.
+        step: How many of them are taken.
+        skipped: How many of these changed nothing because the loss or a gradient was not finite.
+
+    Raises:
+        AmpError: The stage has no step.
+    """
+
+    def __init__(self, run: "Run", stage: int, done: int):
+        config = run.config
+        self.run, self.config, self.accelerator, self.terminal = run, config, run.accelerator, run.terminal
+        self.stage, self.done = stage, done
+        self.settings = settings = config.stage1 if stage == 1 else config.stage2
+        self.accumulation = config.gradient_accumulation
+        self.batches_an_epoch = run.order.steps
+        steps = settings.epochs * self.batches_an_epoch // self.accumulation
+        self.steps = min(steps, settings.max_steps) if settings.max_steps else steps
+        if self.steps == 0:
+            raise AmpError(f"stage {stage} has no optimizer step: {settings.epochs} epochs of {self.batches_an_epoch} "
+                           f"batches, {self.accumulation} a step. Give more epochs")  # fmt: skip
+        self.step = self.skipped = self.skipped_in_a_row = 0
+
+    def take_steps(self, found: Checkpoint | None) -> None:
+        """Trains from the beginning, or from `found`, whose weights the model holds already, to the end of the stage.
+
+        Raises:
+            Stopped: A signal asked for it; a checkpoint is saved.
+            AmpError: The loss or gradients stay infinite, or the adapter can't be written.
+        """
+        self.prepare(found)
+        run, total = self.run, self.steps
+        if number := run.request.agreed(self.accelerator.device):
+            run.stop(number, self.stage, self.step)
+        batches = self.batches()
+        with self.terminal.training(self.stage, total, run.images_a_step, self.step) as show:
+            while self.step < total:
+                set_seed(self.seed_of_step())
+                loss, scale = self.optimizer_step(batches)
+                if self.step % self.config.log_every == 0 or self.step in (1, total):
+                    show(self.step, *self.log_step(loss, scale))
+                epoch = ((self.step - 1) * self.accumulation) // self.batches_an_epoch + 1
+                last = self.step == total
+                epoch_ends = last or self.step * self.accumulation >= epoch * self.batches_an_epoch
+                every = self.config.checkpoint.every_steps
+                number = run.request.agreed(self.accelerator.device)
+                if epoch_ends or number or (every and self.step % every == 0):
+                    self.save(adapter_too=epoch_ends, must=last or bool(number))
+                if number and not (last and self.stage == self.config.stages[-1]):
+                    run.stop(number, self.stage, self.step)
+                if epoch_ends and run.retrieval is not None and (last or epoch % self.config.validate_every == 0):
+                    self.validate(epoch)
+        if not (run.out / f"stage{self.stage}" / ADAPTER).is_file():  # a finished run of which somebody removed it
+            self.save(adapter_too=True, must=True)
+        self.accelerator.free_memory(self.engine, self.optimizer)
+        run.model = self.accelerator.unwrap_model(self.engine)
+
+    def prepare(self, found: Checkpoint | None) -> None:
+        """Wraps the model for this stage and puts the optimizer where `found` left it."""
+        config, model, settings = self.config, self.run.model, self.settings
+        set_trainable(model, self.stage)
+        # In fp32 whatever the engine makes of them: what this stage doesn't train goes into its adapter as it came.
+        self.fixed = {
+            name: value.detach().float().cpu().clone()
+            for name, value in model.adapter_state().items()
+            if not model.get_parameter(name).requires_grad
+        }
+        self.objective = Objective(
+            self.stage, config.conditioning, config.negatives, config.margin,
+            float(model.backbone.clip.logit_scale.detach().exp()), config.seed,
+            config.knowledge_share, config.knowledge_dropout, config.combined, config.prompt.interaction == "readout",
+        )  # fmt: skip
+        optimizer = adamw(model, settings.lr, settings.weight_decay, settings.prompt_lr)
+        self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.engine.train()
+        self.state = TrainedState(model, self.optimizer, self.accelerator.scaler)
+        if found is not None:
+            self.step, self.skipped = found.step, found.state["skipped"]
+            self.state.load(found.weights(), found.moments(), found.state["updates"])
+            self.state.load_loss_scale(found.state["loss_scale"])
+
+    def seed_of_step(self) -> int:
+        """What a step draws at random on a rank is a function of (seed, stage, step, rank): no generator is resumed."""
+        sequence = np.random.SeedSequence([self.config.seed, self.stage, self.step, rank()])
+        return int(sequence.generate_state(1)[0])
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Batches of this rank with their number in the stage, from the step at hand on."""
+        number, order = self.step * self.accumulation, self.run.order
+        while True:
+            order.set_position(number)
+            for batch in self.run.loader:
+                yield number, batch
+                number += 1
+
+    def optimizer_step(self, batches: Iterator[tuple[int, Batch]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step over `gradient_accumulation` batches: this rank's mean loss and the logit scale, (1,) each."""
+        accelerator = self.accelerator
+        # On the CPU the backward pass of fused attention leaves the processor's bf16 units idle.
+        attention = partial(sdpa_kernel, SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self.settings.warmup_steps, group["peak"])
+        mean, samples = 0.0, []
+        for _ in range(self.accumulation):
+            number, batch = next(batches)
+            with accelerator.accumulate(self.engine), attention():
+                with accelerator.autocast():
+                    loss, scale = self.objective(self.engine, batch.to(accelerator.device), number)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    skipped = self.update()
+            mean = mean + loss.detach() / self.accumulation
+            samples.append(batch.samples)
+        self.step += 1
+        if skipped:
+            self.note_skipped(mean, torch.cat(samples))
+        else:
+            self.skipped_in_a_row = 0
+        return mean, scale.detach()
+
+    def update(self) -> bool:
+        """Clips and applies the gradients; True where they are not finite and were dropped, on all ranks alike."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has done it all in `backward`
+            return self.optimizer.step_was_skipped
+        norm = accelerator.clip_grad_norm_(self.state.parameters.values(), self.config.max_grad_norm or float("inf"))
+        drop = accelerator.scaler is None and not torch.isfinite(norm)
+        if not drop:
+            self.optimizer.step()
+            drop = self.optimizer.step_was_skipped
+        self.optimizer.zero_grad()
+        return drop
+
+    def note_skipped(self, loss: torch.Tensor, samples: torch.Tensor) -> None:
+        """Counts a skipped step and lists its samples in OUT/skipped.jsonl.
+
+        Raises:
+            AmpError: It is one too many in a row.
+        """
+        config, run = self.config, self.run
+        mean = float(self.accelerator.reduce(loss, "mean"))
+        if np.isfinite(mean) and self.accelerator.mixed_precision == "fp16":
+            return  # the loss scale was too high, as it is now and then; it has been lowered
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        samples = all_gather(samples.to(self.accelerator.device)).tolist()
+        path = run.out / SKIPPED
+        if self.accelerator.is_main_process:
+            keys = [run.split.record(index)["key"] for index in samples]
+            with open(path, "a") as file:
+                file.write(json.dumps({"stage": self.stage, "step": self.step, "loss": str(mean), "keys": keys}) + "\n")
+        self.terminal.say(
+            f"stage {self.stage} step {self.step} is skipped: its loss is {mean} or a gradient is not finite; its "
+            f"{len(samples)} samples are listed in {path} ({self.skipped} steps skipped so far)"
+        )
+        if self.skipped_in_a_row > config.max_skipped:
+            raise AmpError(
+                f"stage {self.stage} step {self.step}: the loss is {mean} or a gradient is not finite, in "
+                f"{self.skipped_in_a_row} steps in a row, expected at most max_skipped = {config.max_skipped}. Their "
+                f"samples are listed in {path}. Lower stage{self.stage}.lr, now {self.settings.lr}, or use bf16 "
+                "instead of fp16"
+            )
+
+    def log_step(self, loss: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
+        """Hands loss, temperature and rate to the trackers; returns the first two, the loss over all ranks."""
+        mean, temperature = float(self.accelerator.reduce(loss, "mean")), 1.0 / float(scale)
+        values = {"loss": mean, "temperature": temperature, "lr": self.optimizer.param_groups[0]["lr"]}
+        self.track({f"stage{self.stage}/{key}": value for key, value in values.items()})
+        return mean, temperature
+
+    def validate(self, epoch: int) -> None:
+        """Searches the validation split and logs R@1 beside the base model's."""
+        retrieval = self.run.retrieval
+        self.engine.eval()
+        rankings = retrieval.rank(self.engine, self.accelerator.autocast)
+        self.engine.train()
+        base = retrieval.base_row()
+        values, parts = {}, []
+        for name, ranking in rankings.items():
+            recall = ranking.result.recall
+            values |= {f"validation/{name.replace(' ', '_')}_R@{k}": v for k, v in recall.items()}
+            of_base = (base.t2i if name == "t2i" else base.i2t).recall[1]
+            parts.append(f"{name} {recall[1]:.1f} (base {of_base:.1f})")
+        self.track(values)
+        self.terminal.say(f"stage {self.stage} epoch {epoch} validation R@1: " + ", ".join(parts))
+
+    def track(self, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.done + self.step)
+
+    def save(self, adapter_too: bool, must: bool) -> None:
+        """Saves a checkpoint, and with `adapter_too` the stage's adapter; every rank takes part in collecting both.
+
+        A failure ends the run where it `must` be saved; else training goes on, which is worth more than the checkpoint.
+        """
+        weights, moments = self.state.weights(), self.state.moments()
+        if not self.accelerator.is_main_process:
+            return
+        run, model = self.run, self.run.model
+        training = {"stage": self.stage, "step": self.step, "config": asdict(self.config)}
+        state = {
+            "steps": self.steps, "updates": self.state.updates, "skipped": self.skipped,
+            "loss_scale": self.state.loss_scale(), "processes": self.accelerator.num_processes,
+            "run": identity(self.config, run.split, run.images_a_step),
+        }  # fmt: skip
+
+        def write(folder: Path) -> None:
+            save_adapter(folder / ADAPTER, model, training, weights | self.fixed)
+            save_file(moments, folder / OPTIMIZER)
+
+        try:
+            run.checkpoints.save(self.stage, self.step, write, state)
+            if adapter_too:
+                save_adapter(run.out / f"stage{self.stage}" / ADAPTER, model, training, weights | self.fixed)
+        except Exception as error:
+            if must:
+                raise error if isinstance(error, AmpError) else AmpError(f"{run.out}: {error}") from error
+            self.terminal.say(f"{error}. Training goes on without this checkpoint")

@@ -1,0 +1,59 @@
+"""Signals that ask a run to stop: a scheduler's warning before the time limit, or preemption."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from amp.distributed import world_size
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
+
+
+class Stopped(SystemExit):
+    """Raised after the checkpoint of a run that was asked to stop; ends the process with `EXIT_STATUS`."""
+
+    def __init__(self):
+        super().__init__(EXIT_STATUS)
+
+
+class StopRequest:
+    """Notes a signal of `SIGNALS` instead of dying of it; a context manager that puts the old handlers back.
+
+    Only the main thread of a process gets signals, so this does nothing elsewhere.
+    """
+
+    def __init__(self):
+        self.received: int = 0
+        self._before = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread
+                break
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank has received, or 0; the same on every rank, since all of them ask at once."""
+        if world_size() == 1:
+            return self.received
+        flag = torch.tensor([self.received], device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For decoding workers: a signal sent to the whole job must not kill them before the checkpoint is saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
