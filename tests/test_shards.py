@@ -555,7 +555,7 @@ def test_a_killed_run_is_resumed(ten, monkeypatch):
     assert not list(ten.out.glob("*.tmp"))
 
 
-def _die(plan):
+def _die(plan, accept_gaps):
     os._exit(1)
 
 

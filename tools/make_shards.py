@@ -16,6 +16,11 @@ Smaller files for a slow disk, a quick try, a subset of the splits::
 
 The same command again does only what is missing: after an interruption, or after the captions, the knowledge or some
 photos have changed. The manifest is written last; a folder without ``manifest.json`` isn't finished.
+
+Several machines with one file system: a part on each, ``--part 0/2`` and ``--part 1/2``, then the command without it
+(on Slurm: launchers/slurm/make_shards.sbatch)::
+
+    python tools/make_shards.py ... --part 0/2
 """
 
 from __future__ import annotations
@@ -50,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("stopped; finished shards are kept, and the same command goes on from there")
         raise SystemExit(130) from None
+    if manifest is None:
+        return
 
     table = Table("split", "images", "captions", "without knowledge", "shards", "MB")
     for column in table.columns[1:]:

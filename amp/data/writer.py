@@ -4,6 +4,9 @@ The plan is a pure function of the inputs, and each shard's plan has a hash: wha
 time of each image file, how resized. Beside the shards, ``.plan/`` keeps one small file a finished shard with that
 hash, so a second run writes only shards that are missing, of the wrong size, or planned differently. Nothing appears
 under its final name before it is complete.
+
+A part of the plan can be written by itself, on another machine, while others write theirs. What a part puts in place
+depends on the plan alone, so parts needn't wait for each other, and two at the same shard write the same bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import signal
 import stat
 import tarfile
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -97,9 +101,10 @@ def make_shards(
     max_skipped: float = 0.01,
     workers: int | None = None,
     seed: int = 0,
+    part: str | None = None,
     command: list[str] | None = None,
     console: Console | None = None,
-) -> ShardManifest:
+) -> ShardManifest | None:
     """Turn a captions file and a folder of photos into shards.
 
     Args:
@@ -123,11 +128,13 @@ def make_shards(
         max_skipped: largest fraction of images, or of captions, that may be skipped; above it no manifest is written.
         workers: processes; by default one a usable CPU.
         seed: of the order of samples, and of limit's choice.
+        part: I/N, from 0/N to N-1/N: write every Nth shard, from number I on, and no manifest. Parts may run at once,
+            in any order and again; then the command without it does what is missing and writes the manifest.
         command: the command line, for the manifest.
         console: where progress is shown; stderr by default.
 
     Returns:
-        The manifest, as written to ``out``.
+        The manifest, as written to ``out``; None of a part.
 
     Raises:
         AmpError: input that can't be used; the message says which, where, and what to do.
@@ -141,6 +148,7 @@ def make_shards(
     _check_at_least("workers", workers, 1)
     if not 0 <= max_skipped <= 1:
         raise ShardWriteError(f"max_skipped is {max_skipped}; expected a fraction from 0 to 1")
+    share = _share(part) if part is not None else slice(None)
     resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
 
     with console.status("reading captions and knowledge"):
@@ -195,18 +203,34 @@ def make_shards(
             )
 
     every_plan = [plan for split_plans in plans.values() for plan in split_plans]
-    with _lock(out_root):
-        missing_shards = [plan for plan in every_plan if _to_write(plan)]
-        _clear_stale(out_root, every_plan, changed=bool(missing_shards))
-        done = len(every_plan) - len(missing_shards)
+    mine = every_plan[share]
+    with _lock(out_root, shared=part is not None):
+        surplus = _surplus(out_root, every_plan)
+        to_write = [plan for plan in mine if _to_write(plan)]
+        if to_write or surplus:
+            # From here on the old manifest would describe files that are about to change.
+            (out_root / MANIFEST_NAME).unlink(missing_ok=True)
+        if part is None:
+            _clear_stale(out_root, surplus)
+        done = len(mine) - len(to_write)
         if done:
-            console.print(f"{done} of {len(every_plan)} shards are there already and stay")
-        _write_all(missing_shards, workers, console)
+            console.print(f"{done} of {len(mine)} shards are there already and stay")
+        _write_all(to_write, workers, console, accept_gaps=part is None)
 
-        infos, without_knowledge, unreadable = _collect(plans, images)
+        unreadable = _unreadable(mine)
         lost_files += unreadable
-        gone = {skip.file for skip in unreadable}
-        _check_skipped(lost_files, [image for image in planned if image.path not in gone], max_skipped, images)
+        kept = _without(planned, unreadable)
+        if part is not None:
+            # Judged by the images of all parts, so that no part fails over what the whole may skip.
+            _check_skipped(lost_files, kept, max_skipped, f"{images} (part {part})")
+            whole = sum(not _to_write(plan) for plan in mine)
+            console.print(
+                f"part {part}: {whole} of its {len(mine)} shards are whole, {len(unreadable)} images unreadable; "
+                "the same command without --part does what is missing and writes the manifest"
+            )
+            return None
+        infos, without_knowledge = _collect(plans, images)
+        _check_skipped(lost_files, kept, max_skipped, images)
         manifest = ShardManifest(
             root=out_root,
             splits=infos,
@@ -226,8 +250,11 @@ def make_shards(
     return manifest
 
 
-def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) -> None:
+def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, accept_gaps: bool = True) -> None:
     """Write one shard and its sidecar, images checked by decoding them; ``progress`` is called once an image.
+
+    Without ``accept_gaps`` a shard that lacks images which could be readable in the next run is not put in place: its
+    sidecar alone tells of them, and it counts as missing.
 
     ``webdataset.TarWriter`` would do for the bytes (it takes an mtime), but importing webdataset brings torch, seconds
     and hundreds of megabytes a worker process, and it sorts members, which puts ``KEY.json`` before ``KEY.png``.
@@ -235,7 +262,10 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) ->
     Raises:
         ShardWriteError: the shard can't be written (a full disk, say).
     """
-    temporary = plan.path.with_name(f"{plan.path.name}.{os.getpid()}.tmp")
+    # Unique over machines: another task may be at the same shard.
+    suffix = f".{uuid.uuid4().hex}.tmp"
+    temporary = plan.path.with_name(plan.path.name + suffix)
+    temporary_sidecar = plan.sidecar.with_name(plan.sidecar.name + suffix)
     skipped: list[Skip] = []
     samples = captions = without_knowledge = 0
     retry = False
@@ -262,12 +292,12 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) ->
             os.fsync(file.fileno())
         # Without its sidecar a shard doesn't count, so there is no moment at which a sidecar describes another tar.
         plan.sidecar.unlink(missing_ok=True)
-        if samples:
-            os.replace(temporary, plan.path)
-        else:
+        if not samples:
             plan.path.unlink(missing_ok=True)
+        elif accept_gaps or not retry:
+            os.replace(temporary, plan.path)
         write_json(
-            plan.sidecar,
+            temporary_sidecar,
             {
                 "plan": plan.hash,
                 "samples": samples,
@@ -279,6 +309,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) ->
                 "retry": retry,
             },
         )
+        os.replace(temporary_sidecar, plan.sidecar)
     except OSError as error:
         raise ShardWriteError(
             f"{plan.path}: can't be written ({error.strerror or error}); make room or mend the folder, and run the "
@@ -286,6 +317,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None) ->
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+        temporary_sidecar.unlink(missing_ok=True)
 
 
 class _HashedFile:
@@ -429,36 +461,52 @@ def _plan_split(
     return plans
 
 
-def _finished(plan: ShardPlan) -> dict[str, Any] | None:
-    """The sidecar of a shard that is there as planned; None where it has to be written."""
+def _sidecar(plan: ShardPlan) -> dict[str, Any] | None:
+    """What was noted when the shard was last written as planned; None if it never was."""
     try:
         sidecar = json.loads(plan.sidecar.read_text(encoding="utf-8"))
-        whole = sidecar["samples"] == 0 or plan.path.stat().st_size == sidecar["bytes"]
-        return sidecar if whole and sidecar["plan"] == plan.hash else None
+        return sidecar if sidecar["plan"] == plan.hash else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _collect(
-    plans: dict[str, list[ShardPlan]], images: str
-) -> tuple[dict[str, list[ShardInfo]], dict[str, int], list[Skip]]:
-    """What the sidecars say: the shards of each split, its captions without knowledge, and the unreadable images."""
+def _finished(plan: ShardPlan) -> dict[str, Any] | None:
+    """The sidecar of a shard that is there as planned; None where it has to be written."""
+    sidecar = _sidecar(plan)
+    try:
+        whole = sidecar and (sidecar["samples"] == 0 or plan.path.stat().st_size == sidecar["bytes"])
+        return sidecar if whole else None
+    except (OSError, KeyError):
+        return None
+
+
+def _unreadable(plans: list[ShardPlan]) -> list[Skip]:
+    """The unreadable images that the sidecars tell of."""
+    sidecars = [_sidecar(plan) for plan in plans]
+    return [Skip(**entry) for sidecar in sidecars if sidecar for entry in sidecar["skipped"]]
+
+
+def _without(images: list[CaptionedImage], skipped: list[Skip]) -> list[CaptionedImage]:
+    gone = {skip.file for skip in skipped}
+    return [image for image in images if image.path not in gone]
+
+
+def _collect(plans: dict[str, list[ShardPlan]], images: str) -> tuple[dict[str, list[ShardInfo]], dict[str, int]]:
+    """What the sidecars say: the shards of each split, and its captions without knowledge."""
     infos: dict[str, list[ShardInfo]] = {split: [] for split in plans}
     without_knowledge = dict.fromkeys(plans, 0)
-    unreadable: list[Skip] = []
     for split, split_plans in plans.items():
         for plan in split_plans:
             sidecar = _finished(plan)
             if sidecar is None:
                 raise ShardWriteError(f"{plan.path}: changed while shards were written; run the same command again")
-            unreadable += [Skip(**entry) for entry in sidecar["skipped"]]
             without_knowledge[split] += sidecar["captions_without_knowledge"]
             if sidecar["samples"]:
                 counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
                 infos[split].append(ShardInfo(path=plan.path, **counts))
         if not infos[split]:
             raise ShardWriteError(f"{images}: no image of split {split!r} can be read; expected at least one")
-    return infos, without_knowledge, unreadable
+    return infos, without_knowledge
 
 
 def _to_write(plan: ShardPlan) -> bool:
@@ -467,23 +515,36 @@ def _to_write(plan: ShardPlan) -> bool:
     return sidecar is None or sidecar["retry"]
 
 
+def _share(part: str) -> slice:
+    """The shards of a part, as a slice of the plan."""
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
+    index, parts = map(int, match.groups()) if match else (0, 0)
+    if index >= parts:
+        raise ShardWriteError(
+            f"part is {part!r}; expected I/N with I from 0 to N-1, as 0/16 to 15/16; a job array must count its tasks "
+            "from 0 without gaps (--array=0-15)"
+        )
+    return slice(index, None, parts)
+
+
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it; the lock dies with the process."""
+def _lock(out: Path, shared: bool = False) -> Iterator[None]:
+    """Make the folder and keep other runs out of it (shared: but for other parts); the lock dies with the process."""
     plan_folder = out / ".plan"
     try:
-        if not plan_folder.is_dir() and any(out.glob("*.tar")):
+        # In this order, since another part may be making both: its .plan comes first.
+        if any(out.glob("*.tar")) and not plan_folder.is_dir():
             raise ShardWriteError(
                 f"{out}: holds tar files that this tool didn't make; expected a new or empty folder, or one of its "
                 "own; choose another --out"
             )
         plan_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(plan_folder / "lock", "w")  # noqa: SIM115, closed below
+        lock = open(plan_folder / "lock", "a+")  # noqa: SIM115, closed below; NFS wants a shared lock readable
     except OSError as error:
         raise ShardWriteError(f"{out}: can't be made or written ({error.strerror}); choose another --out") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             raise ShardWriteError(
                 f"{out}: another run is writing shards here; wait for it to end, or choose another --out"
@@ -491,8 +552,12 @@ def _lock(out: Path) -> Iterator[None]:
         yield
 
 
-def _clear_stale(out: Path, plans: list[ShardPlan], changed: bool) -> None:
-    """Remove what an earlier run left and the plan replaces: temporary files, surplus shards, the old manifest."""
+def _surplus(out: Path, plans: list[ShardPlan]) -> list[str]:
+    """Names of an earlier run's shards that the plan replaces.
+
+    Raises:
+        ShardWriteError: shards of a split that isn't planned.
+    """
     planned = {plan.path.name for plan in plans}
     splits = {name.rsplit("-", 1)[0] for name in planned}
     surplus = [name for name in (path.stem for path in (out / ".plan").glob("*.tar.json")) if name not in planned]
@@ -503,9 +568,11 @@ def _clear_stale(out: Path, plans: list[ShardPlan], changed: bool) -> None:
                 f"{out}: holds shards of split {split!r} ({name}), which isn't among {', '.join(sorted(splits))}; "
                 "convert all splits in one run, or choose another --out"
             )
-    if changed or surplus:
-        # From here on the old manifest would describe files that are about to change.
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
+    return surplus
+
+
+def _clear_stale(out: Path, surplus: list[str]) -> None:
+    """Remove what earlier runs left: surplus shards and temporary files."""
     for name in surplus:
         (out / name).unlink(missing_ok=True)
         (out / ".plan" / f"{name}.json").unlink(missing_ok=True)
@@ -514,7 +581,7 @@ def _clear_stale(out: Path, plans: list[ShardPlan], changed: bool) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _write_all(plans: list[ShardPlan], workers: int | None, console: Console) -> None:
+def _write_all(plans: list[ShardPlan], workers: int | None, console: Console, accept_gaps: bool) -> None:
     """Write the shards, several at once; the bar counts images."""
     if not plans:
         return
@@ -534,13 +601,13 @@ def _write_all(plans: list[ShardPlan], workers: int | None, console: Console) ->
         task = bar.add_task(f"{len(plans)} shards", total=total)
         if workers == 1:
             for plan in plans:
-                write_shard(plan, lambda: bar.advance(task))
+                write_shard(plan, lambda: bar.advance(task), accept_gaps)
             return
         # spawn: a fork beside the bar's thread could inherit a lock for ever, and would inherit the folder's lock.
         context = multiprocessing.get_context("spawn")
         counter = context.Value("q", 0)
         with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
-            pending = {pool.submit(_write_in_worker, plan) for plan in plans}
+            pending = {pool.submit(_write_in_worker, plan, accept_gaps) for plan in plans}
             try:
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -573,8 +640,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_in_worker(plan: ShardPlan) -> None:
-    write_shard(plan, _count_image)
+def _write_in_worker(plan: ShardPlan, accept_gaps: bool) -> None:
+    write_shard(plan, _count_image, accept_gaps)
 
 
 def _count_image() -> None:
