@@ -18,7 +18,7 @@ class Terminal:
         self.main, self.console = main, Console(stderr=True, quiet=not main)
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)  # a path cut in two can't be copied
 
     @contextmanager
     def progress(self, what: str):

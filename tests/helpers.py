@@ -116,7 +116,6 @@ def run_ranks(function: Callable, folder: Path, *arguments, world: int = 2) -> l
     The processes are forked from a server that has imported torch and open_clip once for all tests.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "open_clip", "amp.model", "amp.retrieval.evaluate"])
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [context.Process(target=_rank, args=(function, rank, world, folder, arguments)) for rank in range(world)]
     for process in ranks:

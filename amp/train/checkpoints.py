@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that appear whole or not at all, the newest K of them, each checked before it is used.
+"""Checkpoints of a run: folders that appear whole or not at all, the newest K of a stage, each checked before it is used.
 
     OUT/checkpoints/stage1-step00000120/adapter.safetensors     adapter weights in fp32, for `load_adapter`
                                         optimizer.safetensors   AdamW's moments by parameter name
@@ -68,14 +68,14 @@ class Checkpoints:
 
     Args:
         out: Folder of the run.
-        keep: How many are kept.
+        keep: How many of each stage are kept.
     """
 
     def __init__(self, out: str | os.PathLike, keep: int = 2):
         self.folder, self.keep = Path(out) / "checkpoints", keep
 
     def save(self, stage: int, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Writes a checkpoint under a temporary name, renames it, then removes the oldest.
+        """Writes a checkpoint under a temporary name, renames it, then removes the stage's oldest.
 
         Args:
             stage, step: What it is called.
@@ -108,17 +108,17 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self.names()[: -self.keep]:
+        for old in self.names(stage)[: -self.keep]:
             shutil.rmtree(self.folder / old, ignore_errors=True)
         return target
 
-    def names(self) -> list[str]:
+    def names(self, *stages: int) -> list[str]:
         """Folders with a checkpoint's name, oldest first."""
-        return sorted(path.name for path in self.folder.glob("stage[0-9]-step[0-9]*"))
+        return sorted(path.name for stage in stages for path in self.folder.glob(f"stage{stage}-step[0-9]*"))
 
-    def newest(self, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-        """The newest whole checkpoint; damaged ones are named through `say` and passed over."""
-        for name in reversed(self.names()):
+    def newest(self, stages: list[int], say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+        """The newest whole checkpoint of some stages; damaged ones are named through `say` and passed over."""
+        for name in reversed(self.names(*stages)):
             try:
                 return open_checkpoint(self.folder / name)
             except AmpError as error:

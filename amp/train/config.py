@@ -89,7 +89,7 @@ class CheckpointSettings:
     Args:
         every_steps: Optimizer steps between two checkpoints; 0 saves them at the end of each epoch and stage alone, and
             when the run is asked to stop.
-        keep: How many are kept.
+        keep: How many of each stage are kept.
         resume: Go on from the newest whole checkpoint in `out`; false removes those that are there and starts anew.
     """
 

@@ -28,7 +28,7 @@ from amp.train.loop import StageLoop
 from amp.train.mining import confusable
 from amp.train.peers import watching_peers
 from amp.train.resume import flat, refuse_other_run, stages_left
-from amp.train.stopping import Stopped, StopRequest, ignore_stop_signals
+from amp.train.stopping import Stopped, StopRequest, prepare_worker
 
 STOPPED = "stopped.json"
 NEIGHBOURS = 20  # as many as the first stage hands to re-ranking
@@ -129,11 +129,8 @@ class Run:
             self.checkpoints.remove_unfinished()
             if not self.config.checkpoint.resume:
                 self.checkpoints.remove()
-            name = [self.checkpoints.newest(self.terminal.say)]
+            name = [self.checkpoints.newest(self.config.stages, self.terminal.say)]
         found = broadcast_object_list(name)[0]
-        # A stage 2 that starts from `init` has nothing to do with the stage 1 in the same folder.
-        if found is not None and found.stage < self.config.stages[0]:
-            return None
         if found is not None:
             refuse_other_run(found, self.config, self.split, self.images_a_step)
             self.terminal.say(f"going on from {found.folder}")
@@ -200,7 +197,7 @@ class Run:
             frozen = None
         samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
         self.loader = training_loader(
-            samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", ignore_stop_signals
+            samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", prepare_worker
         )
         self.retrieval = None
         if val_split is not None:

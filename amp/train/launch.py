@@ -7,7 +7,7 @@ from pathlib import Path
 
 import accelerate
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, LoggerType
 
 from amp.errors import AmpError
@@ -37,6 +37,8 @@ def make_accelerator(config: TrainConfig, deepspeed: bool = True) -> Accelerator
         if file is None and precision_of(config) == "fp16":
             raise AmpError("mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
+        if file is not None:
+            os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
     timeout = timedelta(minutes=config.timeout_minutes)
     group = InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
@@ -51,6 +53,10 @@ def make_accelerator(config: TrainConfig, deepspeed: bool = True) -> Accelerator
         raise AmpError(
             f"this process sees {accelerator.num_processes} processes, the launcher started {world}. Without a GPU "
             "launch with ACCELERATE_USE_CPU=true, under DeepSpeed with DS_ACCELERATOR=cpu, and always without --cpu"
+        )
+    if (file is None) == (accelerator.distributed_type == DistributedType.DEEPSPEED):
+        raise AmpError(
+            f"Accelerate chose {accelerator.distributed_type.value}, the DeepSpeed file is {file}; launch without --cpu"
         )
     return accelerator
 

@@ -1,6 +1,10 @@
 """Signals that ask a run to stop: a scheduler's warning before the time limit, or preemption."""
 
+import ctypes
+import os
 import signal
+import sys
+import threading
 from types import FrameType
 
 import torch
@@ -9,6 +13,7 @@ import torch.distributed as dist
 from amp.distributed import world_size
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
 
 
@@ -53,7 +58,17 @@ class StopRequest:
         return int(flag)
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
-    """For decoding workers: a signal sent to the whole job must not kill them before the checkpoint is saved."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def prepare_worker(worker: int) -> None:
+    """For decoding workers: a signal to the whole job must not kill them before the checkpoint is saved. SIGTERM from
+    their own process still ends them, and where that is killed they go with it instead of waiting for it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_for_parent, args=(os.getppid(),), daemon=True).start()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _exit_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,113 @@
+"""Training runs in processes of their own, to be disturbed from outside, and what each of their steps saw."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from amp.train.config import TrainConfig
+
+
+class TrainingRun:
+    """The ranks of one launch of `amp.train.engine.train`, forked from a server that has imported torch.
+
+    Args:
+        config: What is trained.
+        world: Processes, over gloo.
+        audit: File to which each rank adds a line a batch: stage, number of the batch, rank and samples.
+        before: Called in each rank as before(rank) before training, for what a test spoils from inside.
+    """
+
+    def __init__(self, config: TrainConfig, world: int = 1, audit: Path | None = None, before: Callable | None = None):
+        self.audit, self.world = audit, world
+        self.errors = Path(config.out).with_suffix(".errors")
+        self.errors.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")
+        arguments = (config, world, port, audit, before, self.errors)
+        self.processes = [context.Process(target=_train_rank, args=(rank, *arguments)) for rank in range(world)]
+        self.taken = 0 if audit is None else len(steps_of(audit))
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit status of each rank; fails where one still runs after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, f"{len(hung)} ranks hung; {self.said(0)}"
+        return [process.exitcode for process in self.processes]
+
+    def wait_for_steps(self, steps: int, timeout: float = 60) -> bool:
+        """Waits until rank 0 has begun `steps` more batches; False if the run ends before."""
+        deadline = time.monotonic() + timeout
+        while len(steps_of(self.audit)) < self.taken + steps:
+            assert time.monotonic() < deadline, f"no {steps} steps in {timeout} s; {self.said(0)}"
+            if not any(process.is_alive() for process in self.processes):
+                return False
+            time.sleep(0.005)
+        return True
+
+    def signal(self, number: int, ranks: range | None = None) -> None:
+        for rank in ranks or range(self.world):
+            process = self.processes[rank]
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def said(self, rank: int) -> str:
+        """What a rank wrote to standard error, this launch and those before."""
+        path = self.errors / f"{rank}.log"
+        return path.read_text() if path.is_file() else ""
+
+
+def steps_of(audit: Path) -> list[dict]:
+    """What rank 0 noted, a line a batch."""
+    if not audit.is_file():
+        return []
+    lines = audit.read_text().splitlines(keepends=True)
+    return [line for line in (json.loads(text) for text in lines if text.endswith("\n")) if line["rank"] == 0]
+
+
+def _train_rank(rank, config, world, port, audit, before, errors) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for decoding workers, as in a process that a user starts
+    log = os.open(errors / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115, of the whole process
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    if world == 1:
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[key]
+    from amp.errors import exit_on_error
+    from amp.train import loop
+    from amp.train.engine import train
+
+    objective = loop.Objective.__call__
+
+    def noted(self, model, batch, number):
+        line = {"stage": self.stage, "batch": number, "rank": rank, "samples": batch.samples.tolist()}
+        file = os.open(audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(file, (json.dumps(line) + "\n").encode())  # one write, which a SIGKILL can't halve
+        os.close(file)
+        return objective(self, model, batch, number)
+
+    if audit is not None:
+        loop.Objective.__call__ = noted
+    if before is not None:
+        before(rank)
+    with exit_on_error():
+        train(config)

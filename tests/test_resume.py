@@ -1,0 +1,295 @@
+"""A run that is killed, stopped or moved ends as one that was left alone: the same samples, the same bits."""
+
+import json
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import amp
+from amp.data.split import ShardSplit
+from amp.errors import AmpError
+from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.engine import train
+from runs import TrainingRun, steps_of
+
+pytestmark = pytest.mark.distributed
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
+    """Two stages of 5 global batches of 4 an epoch, with all that is random: crops, captions, negatives, dropout."""
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=ModelSettings(clip_folder, None),
+        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
+        data=DataSettings(str(shards), val_split=None, batch_size=4, workers=0, augment="crop", cache=cache),
+        stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
+        stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
+        knowledge_dropout=0.2,
+        trackers=[],
+        checkpoint=CheckpointSettings(every_steps=2, keep=2),
+    )
+
+
+def final(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return {
+        f"stage{stage}.{name}": value
+        for stage in config.stages
+        for name, value in load_file(Path(config.out) / f"stage{stage}" / "adapter.safetensors").items()
+    }
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def on_ranks(config: TrainConfig, world: int) -> TrainConfig:
+    """The same global batch on `world` processes."""
+    return replace(config, data=replace(config.data, batch_size=4 // world))
+
+
+def undisturbed(config: TrainConfig, world: int, audit: Path) -> dict[str, torch.Tensor]:
+    alone = replace(config, out=config.out + "-alone")
+    assert TrainingRun(alone, world, audit).wait() == [0] * world
+    return final(alone)
+
+
+def samples_by_batch(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+    """(stage, batch) -> every set of samples of the global batch that was ever seen under this number."""
+    by_rank = defaultdict(set)
+    for line in audit.read_text().splitlines():
+        line = json.loads(line)
+        by_rank[line["stage"], line["batch"], line["rank"]].add(tuple(line["samples"]))
+    out = defaultdict(set)
+    for (stage, batch, rank), seen in sorted(by_rank.items()):
+        assert len(seen) == 1, f"stage {stage} batch {batch} rank {rank} has seen {seen}"
+        out[stage, batch].add((rank, *seen.pop()))
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, tmp_path):
+    config = on_ranks(config, world)
+    expected = undisturbed(config, world, tmp_path / "audit-alone")
+    draw, audit, kills = random.Random(world), tmp_path / "audit", 0
+    while True:
+        # Another number of decoding workers each time: the position in the stream is none of theirs.
+        data = replace(config.data, workers=draw.choice([0, 1, 2]))
+        run = TrainingRun(replace(config, data=data), world, audit)
+        if kills >= KILLS or not run.wait_for_steps(draw.randint(2, 6)):
+            assert run.wait() == [0] * world
+            break
+        time.sleep(draw.random() * 0.06)  # anywhere in a step, or in the middle of a save
+        run.signal(signal.SIGKILL)
+        run.wait()
+        kills += 1
+    assert kills >= KILLS
+    assert same_bits(final(config), expected)
+    seen, alone = samples_by_batch(audit), samples_by_batch(tmp_path / "audit-alone")
+    assert seen == alone and len(seen) == 17 * 5
+    # Zero lost, zero repeated: each epoch shows 20 distinct images of 22, five batches of four.
+    for stage, epochs in ((1, 12), (2, 5)):
+        for epoch in range(epochs):
+            shown = Counter()
+            for batch in range(5 * epoch, 5 * epoch + 5):
+                for _, *samples in seen[stage, batch]:
+                    shown.update(samples)
+            assert sum(shown.values()) == len(shown) == 20
+    assert len(steps_of(audit)) > 17 * 5  # it was really set back now and then
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, tmp_path):
+    config = on_ranks(replace(config, checkpoint=CheckpointSettings(every_steps=0, keep=2)), 2)
+    config = replace(config, data=replace(config.data, workers=1))
+    expected = undisturbed(config, 2, tmp_path / "audit-alone")
+    audit = tmp_path / "audit"
+    run = TrainingRun(config, 2, audit)
+    assert run.wait_for_steps(7)
+    run.signal(number, range(1, 2))
+    assert run.wait() == [75, 75]
+    stopped = json.loads((Path(config.out) / "stopped.json").read_text())
+    assert stopped["signal"] == signal.Signals(number).name and stopped["stage"] == 1
+    (newest,) = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())[-1:]
+    assert newest == f"stage1-step{stopped['step']:08d}" and len(steps_of(audit)) == stopped["step"]
+    assert "the same command goes on" in run.said(0)
+    assert TrainingRun(config, 2, audit).wait() == [0, 0]
+    assert not (Path(config.out) / "stopped.json").exists()
+    assert len(steps_of(audit)) == 17 * 5  # no step was taken twice
+    assert same_bits(final(config), expected)
+
+
+def test_it_moves_to_another_number_of_processes(config, tmp_path):
+    """Saved on two, finished on one, and the other way round: the arithmetic differs by rounding alone."""
+    expected = undisturbed(on_ranks(config, 1), 1, tmp_path / "audit-alone")
+    for first, second in ((1, 2), (2, 1)):
+        moving = replace(config, out=f"{config.out}-{first}-{second}")
+        run = TrainingRun(on_ranks(moving, first), first, tmp_path / f"audit-{first}")
+        assert run.wait_for_steps(12)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == [75] * first
+        assert TrainingRun(on_ranks(moving, second), second, tmp_path / f"audit-{first}").wait() == [0] * second
+        moved = final(moving)
+        assert max(float((moved[name] - expected[name]).abs().max()) for name in expected) < 2e-5
+        seen = {
+            key: sorted(sample for _, *samples in parts for sample in samples)
+            for key, parts in samples_by_batch_of_any(tmp_path / f"audit-{first}").items()
+        }
+        assert all(len(samples) == len(set(samples)) == 4 for samples in seen.values()) and len(seen) == 17 * 5
+
+
+def samples_by_batch_of_any(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+    out = defaultdict(set)
+    for line in map(json.loads, audit.read_text().splitlines()):
+        out[line["stage"], line["batch"]].add((line["rank"], *line["samples"]))
+    return out
+
+
+# -- in this process ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(config, fresh_accelerate):
+    """One stage of 10 steps."""
+    return replace(config, stages=[1], stage1=StageSettings(epochs=2, lr=3e-3, warmup_steps=1))
+
+
+def again(config: TrainConfig, **changes) -> Path:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(replace(config, **changes))
+
+
+def folders(config: TrainConfig) -> list[str]:
+    return sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+
+
+def damage(kind: str, folder: Path) -> None:
+    if kind == "cut":
+        path = folder / "optimizer.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+    elif kind == "bit":
+        path = folder / "adapter.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+    elif kind == "empty state":
+        (folder / "state.json").write_text("")
+    elif kind == "no state":
+        (folder / "state.json").unlink()
+    elif kind == "other version":
+        path = folder / "state.json"
+        path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+@pytest.mark.parametrize("kind", ["cut", "bit", "empty state", "no state", "other version"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(short, kind, capfd):
+    expected = load_file(again(short))
+    newest = Path(short.out) / "checkpoints" / folders(short)[-1]
+    assert folders(short) == ["stage1-step00000008", "stage1-step00000010"]
+    damage(kind, newest)
+    (Path(short.out) / "checkpoints" / ".tmp-left-by-a-killed-process").mkdir()
+    capfd.readouterr()
+    assert same_bits(load_file(again(short)), expected)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "stage1-step00000010" in said and "The checkpoint before it is used" in said
+    assert "going on from" in said and "step 9/10" not in said.partition("going on")[0]
+    assert folders(short) == ["stage1-step00000008", "stage1-step00000010"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(short, capfd, monkeypatch):
+    path = again(short)
+    before = path.stat().st_mtime_ns
+    monkeypatch.setattr("amp.train.engine.create_model_and_transforms", None)  # not even the model is built
+    assert again(short) == path and path.stat().st_mtime_ns == before
+    assert "the run is finished" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_removed_adapter_is_written_again_from_the_checkpoint(short):
+    path = again(short)
+    expected = load_file(path)
+    path.unlink()
+    assert same_bits(load_file(again(short)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stage1": StageSettings(epochs=3, lr=3e-3, warmup_steps=1)}, "stage1.epochs is 2 there and 3 here"),
+        ({"seed": 4}, "seed is 0 there and 4 here"),
+        ({"knowledge_dropout": 0.0}, "knowledge_dropout is 0.2 there and 0.0 here"),
+        ({"batch_size": 5}, "images a step .* is 4 there and 5 here"),
+    ],
+)
+def test_other_settings_are_refused_by_name(short, change, said):
+    again(short)
+    if "batch_size" in change:
+        change = {"data": replace(short.data, **change)}
+    with pytest.raises(AmpError, match=f"{said}.*--checkpoint.resume false"):
+        again(short, **change)
+    assert len(folders(short)) == 2
+    again(short, **change, checkpoint=CheckpointSettings(resume=False, keep=5))
+    assert all("step0000001" in name or "step0000000" in name for name in folders(short))
+
+
+def test_other_shards_are_refused(short, tmp_path):
+    from helpers import draw_dataset
+
+    from amp.data.writer import make_shards
+
+    again(short)
+    make_shards(**draw_dataset(tmp_path / "others", {"train": 21}), out=str(tmp_path / "shards"), workers=1)
+    with pytest.raises(AmpError, match="content of the training shards"):
+        again(short, data=replace(short.data, shards=str(tmp_path / "shards")))
+
+
+def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
+    """Half of a run, then the rest with other logging, workers, recomputation and a copy of the shards."""
+    import shutil
+
+    expected = load_file(again(short, out=short.out + "-alone"))
+    run = TrainingRun(short, 1, tmp_path / "audit")
+    assert run.wait_for_steps(5)
+    run.signal(signal.SIGUSR1)
+    assert run.wait() == [75]
+    shutil.copytree(short.data.shards, tmp_path / "copy")
+    rest = again(
+        short, log_every=1, validate_every=0, activation_checkpointing=True, trackers=["tensorboard"],
+        data=replace(short.data, shards=str(tmp_path / "copy"), workers=2),
+        checkpoint=CheckpointSettings(every_steps=1, keep=1),
+    )  # fmt: skip
+    assert same_bits(load_file(rest), expected)
+    assert folders(short) == ["stage1-step00000010"]
+
+
+def test_skipping_reads_no_sample(short, tmp_path, monkeypatch):
+    """A run that goes on at step 8 of 10 decodes what is left, not what is behind it."""
+    again(short)
+    damage("cut", Path(short.out) / "checkpoints" / "stage1-step00000010")
+    decoded = []
+    image = ShardSplit.image
+    monkeypatch.setattr(ShardSplit, "image", lambda self, index: decoded.append(index) or image(self, index))
+    again(short)
+    assert len(decoded) == 2 * 4
+
+
+def test_a_second_stage_in_the_same_folder_starts_from_init(short):
+    first = again(short)
+    both = again(short, out=short.out + "-both", stages=[1, 2])
+    second = again(short, stages=[2], init=str(first))
+    assert same_bits(load_file(second), load_file(both))
+    assert again(short) == first  # stage 1 is behind, and is not done again
