@@ -3,13 +3,13 @@
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from amp.train.config import TrainConfig
 
@@ -28,11 +28,10 @@ class TrainingRun:
         self.audit, self.world = audit, world
         self.errors = Path(config.out).with_suffix(".errors")
         self.errors.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # As torchrun's agent does, this process keeps the store where the ranks meet, and outlives them.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
-        arguments = (config, world, port, audit, before, self.errors)
+        arguments = (config, world, self.store.port, audit, before, self.errors)
         self.processes = [context.Process(target=_train_rank, args=(rank, *arguments)) for rank in range(world)]
         self.taken = 0 if audit is None else len(steps_of(audit))
         for process in self.processes:
@@ -88,6 +87,7 @@ def _train_rank(rank, config, world, port, audit, before, errors) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
     if world == 1:
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

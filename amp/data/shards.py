@@ -302,8 +302,9 @@ class ShardReader:
     def record(self, index: int) -> dict[str, Any]:
         """The record of sample ``index`` alone; errors as in :meth:`read`."""
         where = f"{self.path}: {self.keys[index]}.json"
+        content = self._bytes(index, 1)
         try:
-            record = json.loads(self._bytes(index, 1))
+            record = json.loads(content)
         except ValueError as error:
             raise ShardFormatError(f"{where}: not JSON ({error}); {_REMAKE}") from None
         if _get(record, "schema", int, where) != RECORD_SCHEMA:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that appear whole or not at all, the newest K of a stage, each checked before it is used.
+"""Checkpoints: folders that appear whole or not at all, the newest K of a stage, each checked before it is used.
 
     OUT/checkpoints/stage1-step00000120/adapter.safetensors     adapter weights in fp32, for `load_adapter`
                                         optimizer.safetensors   AdamW's moments by parameter name

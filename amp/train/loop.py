@@ -94,6 +94,7 @@ class StageLoop:
                     self.validate(epoch)
         if not (run.out / f"stage{self.stage}" / ADAPTER).is_file():  # a finished run of which somebody removed it
             self.save(adapter_too=True, must=True)
+        self.accelerator.wait_for_everyone()  # where rank 0 found no room, no other may end as if all were well
         self.accelerator.free_memory(self.engine, self.optimizer)
         run.model = self.accelerator.unwrap_model(self.engine)
 

@@ -1,0 +1,223 @@
+"""What a run says and leaves behind when something breaks under it: a process, a disk, a shard."""
+
+import functools
+import os
+import resource
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import amp
+from amp.errors import AmpError
+from amp.train.checkpoints import Checkpoints
+from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.engine import train
+from runs import TrainingRun
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def config(shards, clip_folder, tmp_path) -> TrainConfig:
+    """A stage of 100 steps of two processes with two images each."""
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        model=ModelSettings(clip_folder, None),
+        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
+        data=DataSettings(str(shards), val_split=None, batch_size=2, workers=0, augment="none",
+                          cache=str(tmp_path / "cache")),
+        stages=[1],
+        stage1=StageSettings(epochs=20, lr=3e-3, warmup_steps=3),
+        trackers=[],
+        checkpoint=CheckpointSettings(every_steps=2, keep=2),
+        timeout_minutes=0.15,
+    )  # fmt: skip
+
+
+def adapter(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.out) / "stage1" / "adapter.safetensors")
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- a process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_is_named_by_the_others(config, tmp_path, number):
+    run = TrainingRun(config, 3, tmp_path / "audit")
+    assert run.wait_for_steps(3)
+    start = time.monotonic()
+    run.signal(number, range(1, 2))
+    for rank in (0, 2):
+        run.processes[rank].join(60)
+        assert run.processes[rank].exitcode == 2
+        last = run.said(rank).strip().splitlines()[-1]
+        assert last.startswith("error: rank 1 of 3 no longer answers") and "The same command goes on" in last
+    # At once where the connection breaks; a hung one after the time limit of 9 seconds and the patience of 5.
+    assert time.monotonic() - start < (20 if number == signal.SIGKILL else 40)
+    run.signal(signal.SIGKILL, range(1, 2))
+    run.wait()
+
+
+def break_data(rank: int, at: int = 5) -> None:
+    """Rank 1 meets a sample that can't be read."""
+    from amp.train import loop
+
+    objective = loop.Objective.__call__
+
+    def call(self, model, batch, number):
+        if rank == 1 and number == at:
+            raise AmpError("train-000003.tar: cut short while in use")
+        return objective(self, model, batch, number)
+
+    loop.Objective.__call__ = call
+
+
+def test_the_reason_of_a_failed_rank_reaches_the_others(config, tmp_path):
+    run = TrainingRun(config, 2, tmp_path / "audit", before=break_data)
+    assert run.wait() == [2, 2]
+    assert run.said(1).strip().splitlines()[-1] == "error: train-000003.tar: cut short while in use"
+    last = run.said(0).strip().splitlines()[-1]
+    assert last.startswith("error: rank 1 stopped: AmpError: train-000003.tar: cut short while in use")
+
+
+# -- the disk -------------------------------------------------------------------------------------------------------
+
+
+def fill_disk(rank: int, at: int = 5, until: int = 8) -> None:
+    """From one step to another no file may grow beyond 20 kB; a checkpoint takes more."""
+    from amp.train import loop
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = loop.StageLoop.save
+
+    def limited(self, **options):
+        limit = 20_000 if at <= self.step <= until else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return save(self, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    loop.StageLoop.save = limited
+
+
+def test_a_checkpoint_that_finds_no_room_is_left_out_and_training_goes_on(config, tmp_path):
+    config = replace(config, stage1=replace(config.stage1, epochs=2))
+    alone = replace(config, out=config.out + "-alone")
+    assert TrainingRun(alone, 2).wait() == [0, 0]
+    run = TrainingRun(config, 2, before=fill_disk)
+    assert run.wait() == [0, 0]
+    said = run.said(0)
+    for step in (6, 8):
+        assert f"stage1-step{step:08d}: can't be written" in said
+    assert "GB are free there" in said and "Training goes on without this checkpoint" in said
+    assert same_bits(adapter(config), adapter(alone))
+    names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+    assert names == ["stage1-step00000004", "stage1-step00000010"]  # 4 was kept while 6 and 8 failed
+
+
+def test_the_last_save_must_find_room_and_the_rest_can_be_done_later(config, tmp_path):
+    config = replace(config, stage1=replace(config.stage1, epochs=2))
+    run = TrainingRun(config, 2, before=functools.partial(fill_disk, until=10))
+    assert run.wait() == [2, 2]
+    last = run.said(0).strip().splitlines()[-1]
+    assert last.startswith("error: ") and "stage1-step00000010: can't be written" in last
+    assert "rank 0 stopped" in run.said(1)
+    names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+    assert names == ["stage1-step00000002", "stage1-step00000004"]
+    assert TrainingRun(config, 2).wait() == [0, 0]
+    alone = replace(config, out=config.out + "-alone")
+    assert TrainingRun(alone, 2).wait() == [0, 0]
+    assert same_bits(adapter(config), adapter(alone))
+
+
+def test_a_full_file_system(tmp_path):
+    """ENOSPC itself, on a small file system of this test's own."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("needs to be root and allowed to mount a file system")
+    try:
+        checkpoints = Checkpoints(small, keep=2)
+
+        def write(size):
+            def files(folder):
+                from safetensors.torch import save_file
+
+                for name in ("adapter.safetensors", "optimizer.safetensors"):
+                    save_file({"x": torch.zeros(size)}, folder / name)
+
+            return files
+
+        checkpoints.save(1, 1, write(1000), {"steps": 9})
+        with pytest.raises(AmpError, match=r"step00000002: can't be written .*space.* GB are free.*Make room"):
+            checkpoints.save(1, 2, write(1_000_000), {"steps": 9})
+        assert [path.name for path in checkpoints.folder.iterdir()] == ["stage1-step00000001"]
+        assert checkpoints.newest([1]).step == 1
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+# -- a shard --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_shards(tmp_path) -> Path:
+    from helpers import draw_dataset
+
+    from amp.data.writer import make_shards
+
+    make_shards(**draw_dataset(tmp_path / "drawn", {"train": 22}), out=str(tmp_path / "shards"), samples_per_shard=5,
+                workers=1)  # fmt: skip
+    return tmp_path / "shards"
+
+
+def test_a_shard_that_is_cut_short_while_training_reads_it(config, own_shards, tmp_path):
+    data = replace(config.data, shards=str(own_shards), workers=1)
+    config = replace(config, data=data)
+    alone = replace(config, out=config.out + "-alone", stage1=replace(config.stage1, epochs=3))
+    assert TrainingRun(alone, 2).wait() == [0, 0]
+    config = replace(config, stage1=replace(config.stage1, epochs=3))
+    shard = own_shards / "train-000002.tar"
+    content = shard.read_bytes()
+    run = TrainingRun(replace(config, data=replace(data, workers=0)), 2, tmp_path / "audit")
+    assert run.wait_for_steps(3)
+    os.truncate(shard, 1500)
+    assert run.wait() == [2, 2]
+    lasts = [run.said(rank).strip().splitlines()[-1] for rank in range(2)]
+    assert any("train-000002.tar" in last and "was cut short while in use" in last for last in lasts)
+    assert all("train-000002.tar" in last for last in lasts), lasts  # the other one names it too
+    again = TrainingRun(config, 2)
+    assert again.wait() == [2, 2]
+    assert f"{shard}: 1500 bytes; expected {len(content)}" in again.said(0)
+    shard.write_bytes(content)
+    assert TrainingRun(config, 2).wait() == [0, 0]
+    assert same_bits(adapter(config), adapter(alone))
+
+
+def test_a_shard_that_is_deleted_while_training_reads_it_is_missed_at_the_next_start(config, own_shards, tmp_path):
+    """Files stay open, so the run itself ends well; the next one says what is missing."""
+    config = replace(config, data=replace(config.data, shards=str(own_shards), batch_size=4),
+                     stage1=replace(config.stage1, epochs=4))  # fmt: skip
+    run = TrainingRun(config, 1, tmp_path / "audit")
+    assert run.wait_for_steps(3)
+    (own_shards / "train-000001.tar").unlink()
+    assert run.wait() == [0]
+    with pytest.raises(AmpError, match=r"train-000001\.tar: No such file or directory"):
+        train(replace(config, out=config.out + "-next"))
