@@ -1,6 +1,5 @@
 """Every shipped configuration: it loads, a wrong key is refused, and the big ones take a step on meta tensors."""
 
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from amp.errors import AmpError
 from amp.factory import refuse_quick_gelu_mismatch
 from amp.knowledge.batch import KnowledgeBatch
 from amp.train.config import TrainConfig
-from amp.train.launch import deepspeed_plugin
+from amp.train.launch import deepspeed_file, deepspeed_settings
 from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
@@ -202,20 +201,20 @@ def test_one_step_of_the_control_on_meta_tensors(stage, trained, read, meta_mode
     assert step(meta_models(config.model.name, config.prompt), config, stage) == trained
 
 
-def test_flagship_under_zero_2(read, monkeypatch):
-    """Accelerate gets the integers and the precision of the run beside what the file says."""
-    file = ROOT / "ds_configs/zero2.json"
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    monkeypatch.setenv("WORLD_SIZE", "8")
+def test_flagship_takes_the_deepspeed_file_of_either_command_line(read, monkeypatch):
+    file = "ds_configs/zero2.json"
     config = read("--config", FLAGSHIP)
     assert config.activation_checkpointing and config.mixed_precision == "bf16"
-    settings = deepspeed_plugin(config).hf_ds_config.config
-    assert settings["zero_optimization"] == json.loads(file.read_text())["zero_optimization"]
+    assert deepspeed_file(config) is None
+    assert deepspeed_file(replace(config, deepspeed=file)) == file
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(AmpError, match="--deepspeed_config_file"):
+        deepspeed_file(config)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
+    assert deepspeed_file(config) == file
+    settings = deepspeed_settings(str(ROOT / file), config, world=8)
     assert settings["zero_optimization"]["stage"] == 2
-    assert settings["train_micro_batch_size_per_gpu"] == config.data.batch_size
     assert settings["train_batch_size"] == 8 * config.data.batch_size * config.gradient_accumulation
-    assert settings["bf16"] == {"enabled": True} and settings["fp16"] == {"enabled": False}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launchers/accelerate").glob("*.yaml")), ids=name_of)
@@ -223,6 +222,14 @@ def test_accelerate_reads_the_launch_files(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    processes = {"one_process": ("NO", 1), "one_node": ("MULTI_GPU", 8)}[path.stem]
-    assert (config.distributed_type.value, config.num_processes) == processes
+    kind, processes, machines = {
+        "one_process": ("NO", 1, 1), "one_node": ("MULTI_GPU", 8, 1), "several_nodes": ("MULTI_GPU", 16, 2),
+        "one_node_deepspeed": ("DEEPSPEED", 8, 1), "several_nodes_deepspeed": ("DEEPSPEED", 16, 2),
+    }[path.stem]  # fmt: skip
+    assert (config.distributed_type.value, config.num_processes, config.num_machines) == (kind, processes, machines)
     assert config.mixed_precision is None  # the run's own file decides
+    if kind == "DEEPSPEED":
+        assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
+    if machines > 1:
+        # DeepSpeed's own launchers need ssh between the nodes.
+        assert kind != "DEEPSPEED" or config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"

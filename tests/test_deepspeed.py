@@ -1,0 +1,153 @@
+"""ZeRO 1 to 3 over two processes: the weights of DDP, one checkpoint format, and the same bits after a kill."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from safetensors.torch import load_file
+
+import amp
+from amp.errors import AmpError
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.launch import deepspeed_settings
+from runs import TrainingRun
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its exchange for the CPU: needs g++"),
+]
+FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def config(shards, clip_folder, tmp_path_factory) -> TrainConfig:
+    """A stage of 10 steps of two processes with two images each, validated twice."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    return TrainConfig(
+        out=str(folder / "run"),
+        model=ModelSettings(clip_folder, None),
+        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1, text_enrichment=True),
+        data=DataSettings(str(shards), batch_size=2, workers=0, augment="none", cache=str(folder / "cache")),
+        stages=[1],
+        stage1=StageSettings(epochs=2, lr=3e-3, warmup_steps=3),
+        trackers=[],
+        checkpoint=CheckpointSettings(every_steps=1, keep=20),
+        validation=RetrievalSettings(top_k=3, max_queries=3),
+    )
+
+
+def weights(config: TrainConfig, stage: int = 1) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.out) / f"stage{stage}" / "adapter.safetensors")
+
+
+def finish(config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
+    run = TrainingRun(config, world)
+    assert run.wait(300) == [0] * world, run.said(0)[-3000:]
+    return weights(config, config.stages[-1])
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def under(config: TrainConfig, name: str, **changes) -> TrainConfig:
+    return replace(config, out=f"{config.out}-{name}", deepspeed=f"ds_configs/{name}.json", **changes)
+
+
+@pytest.fixture(scope="module")
+def ddp(config) -> dict[str, torch.Tensor]:
+    """Stage 1 of DDP."""
+    return finish(config)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2_offload"])
+def test_zero_trains_the_weights_of_ddp(config, ddp, name):
+    assert distance(finish(under(config, name)), ddp) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
+    config = under(config, name)
+    whole = finish(replace(config, out=config.out + "-whole"))
+    assert distance(whole, ddp) < 1e-5
+    run = TrainingRun(config, 2, tmp_path / "audit")
+    assert run.wait_for_steps(6, timeout=300)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    names = sorted(path.name for path in (Path(config.out) / "checkpoints").glob("stage*"))
+    assert "stage1-step00000003" in names and "stage1-step00000010" not in names
+    # The checkpoint goes on in one process without DeepSpeed too, with what AdamW knew.
+    moved = replace(config, out=config.out + "-moved", deepspeed=None, data=replace(config.data, batch_size=4))
+    shutil.copytree(config.out, moved.out)
+    resumed = finish(replace(config, data=replace(config.data, workers=1)))
+    assert distance(resumed, whole) == 0
+    assert distance(finish(moved, world=1), whole) < 1e-5
+
+
+def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
+    config = replace(config, out=config.out + "-from-one", data=replace(config.data, batch_size=4))
+    run = TrainingRun(config, 1, tmp_path / "audit")
+    assert run.wait_for_steps(6)
+    run.signal(signal.SIGUSR1)
+    assert run.wait() == [75]
+    rest = replace(config, deepspeed="ds_configs/zero3.json", data=replace(config.data, batch_size=2))
+    assert distance(finish(rest), ddp) < 1e-5
+
+
+def test_stage_2_keeps_what_it_does_not_train(config, ddp):
+    """In bf16 under ZeRO-2: what stage 1 made stays in fp32, bit for bit."""
+    init = str(Path(config.out) / "stage1" / "adapter.safetensors")
+    second = finish(under(config, "zero2", stages=[2], init=init, mixed_precision="bf16",
+                          stage2=StageSettings(max_steps=3, lr=3e-3)))  # fmt: skip
+    moved = {name for name in ddp if not torch.equal(ddp[name], second[name])}
+    assert moved and all(name.startswith("interaction.") for name in moved)
+    assert all(value.dtype == torch.float32 for value in second.values())
+
+
+# -- its files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_shipped_files_get_the_numbers_of_the_run(config, path, precision):
+    run = replace(config, mixed_precision=precision, gradient_accumulation=3, max_grad_norm=0.5)
+    settings = deepspeed_settings(str(path), run, world=8)
+    assert settings["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
+    assert settings["train_micro_batch_size_per_gpu"] == 2 and settings["gradient_accumulation_steps"] == 3
+    assert settings["train_batch_size"] == 2 * 3 * 8 and settings["gradient_clipping"] == 0.5
+    # The weights stay in fp32 under bf16: autocast instead of DeepSpeed's bf16 block.
+    assert settings["torch_autocast"]["enabled"] == (precision == "bf16")
+    assert settings["bf16"] == {"enabled": False} and settings["fp16"] == {"enabled": precision == "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not a DeepSpeed file"),
+        ("[]", "not a DeepSpeed file"),
+        ("{}", "zero_optimization.stage; copy ds_configs/zero2.json"),
+        ('{"zero_optimization": {"stage": 0}}', "stage is 0, expected 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 2}, "train_batch_size": 32}', "train_batch_size is 32, but .* make it 4"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "bf16 is .*mixed_precision"),
+    ],
+)
+def test_wrong_files_are_refused(config, content, said, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(content)
+    with pytest.raises(AmpError, match=said):
+        deepspeed_settings(str(path), config, world=2)
+    automatic = '{"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}'
+    path.write_text(automatic)
+    assert deepspeed_settings(str(path), config, world=2)["train_batch_size"] == 4
