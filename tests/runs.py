@@ -20,7 +20,7 @@ class TrainingRun:
     Args:
         config: What is trained.
         world: Processes, over gloo.
-        audit: File to which each rank adds a line a batch: stage, number of the batch, rank and samples.
+        audit: File to which each rank adds a line a step: stage, step, rank and samples.
         before: Called in each rank as before(rank) before training, for what a test spoils from inside.
     """
 
@@ -49,7 +49,7 @@ class TrainingRun:
         return [process.exitcode for process in self.processes]
 
     def wait_for_steps(self, steps: int, timeout: float = 60) -> bool:
-        """Waits until rank 0 has begun `steps` more batches; False if the run ends before."""
+        """Waits until rank 0 has begun `steps` more steps; False if the run ends before."""
         deadline = time.monotonic() + timeout
         while len(steps_of(self.audit)) < self.taken + steps:
             assert time.monotonic() < deadline, f"no {steps} steps in {timeout} s; {self.said(0)}"
@@ -71,7 +71,7 @@ class TrainingRun:
 
 
 def steps_of(audit: Path) -> list[dict]:
-    """What rank 0 noted, a line a batch."""
+    """What rank 0 noted, a line a step."""
     if not audit.is_file():
         return []
     lines = audit.read_text().splitlines(keepends=True)
@@ -96,17 +96,18 @@ def _train_rank(rank, config, world, port, audit, before, errors) -> None:
     from amp.train import loop
     from amp.train.engine import train
 
-    objective = loop.Objective.__call__
+    parts = loop.Objective.parts
 
-    def noted(self, model, batch, number):
-        line = {"stage": self.stage, "batch": number, "rank": rank, "samples": batch.samples.tolist()}
+    def noted(self, model, batches, step):
+        samples = [sample for batch in batches for sample in batch.samples.tolist()]
+        line = {"stage": self.stage, "step": step, "rank": rank, "samples": samples}
         file = os.open(audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(file, (json.dumps(line) + "\n").encode())  # one write, which a SIGKILL can't halve
         os.close(file)
-        return objective(self, model, batch, number)
+        return parts(self, model, batches, step)
 
     if audit is not None:
-        loop.Objective.__call__ = noted
+        loop.Objective.parts = noted
     if before is not None:
         before(rank)
     with exit_on_error():

@@ -286,7 +286,7 @@ def test_missing_config_file(run, train, refused, tmp_path):
         ({"prompt.triplet_heads": 7}, ["triplet_heads is 7", "40"]),
         ({"validation.top_k": 0}, ["top_k is 0"]),
         ({"validation.i2t": "[]"}, ["i2t is []"]),
-        ({"stage1.epochs": 0}, ["stage 1", "0 epochs"]),
+        ({"stage1.epochs": 0}, ["stage1.epochs is 0", "1 or more"]),
         ({"trackers": "[tensorbord]"}, ["tensorbord", "tensorboard"]),
         ({"model.name": "local-dir:/nowhere"}, ["local-dir:/nowhere", "open_clip_config.json"]),
         ({"model.name": "ViT-B-61"}, ["ViT-B-61", "ViT-B-16"]),

@@ -112,7 +112,7 @@ def test_mixed_precision_trains_fp32_weights(config):
 
 @pytest.mark.parametrize(
     ("epochs", "accumulation", "max_steps", "steps"),
-    [(2, 1, 7, 7), (2, 2, 0, 5), (1, 2, 0, 2), (1, 5, 0, 1)],
+    [(2, 1, 7, 7), (2, 2, 0, 4), (1, 2, 0, 2), (1, 5, 0, 1)],
 )
 def test_the_number_of_optimizer_steps(config, epochs, accumulation, max_steps, steps):
     settings = StageSettings(epochs=epochs, max_steps=max_steps)
@@ -120,42 +120,66 @@ def test_the_number_of_optimizer_steps(config, epochs, accumulation, max_steps, 
     assert read_adapter(path)[0].training["step"] == steps
 
 
-def test_fewer_batches_than_an_optimizer_step_are_refused(config):
-    with pytest.raises(AmpError, match="1 epochs of 5 batches, 6 a step"):
+def test_fewer_images_than_an_optimizer_step_are_refused(config):
+    with pytest.raises(AmpError, match="22 images, fewer than one step of 4 x 1 processes x 6 batches = 24"):
         train(replace(config, gradient_accumulation=6))
 
 
-def test_accumulated_gradients_are_the_mean_of_the_batches(config, monkeypatch):
-    """With plain SGD, one step of two batches moves as far as the mean of two steps from the same place."""
+def test_no_epoch_is_refused(config):
+    with pytest.raises(AmpError, match=r"stage1.epochs is 0, expected 1 or more"):
+        train(replace(config, stage1=StageSettings(epochs=0)))
+
+
+@pytest.mark.parametrize("conditioning", ["none", "paired", "readout"])
+@pytest.mark.parametrize("stages", [[1], [1, 2]])
+def test_accumulated_parts_of_a_batch_are_the_batch(config, conditioning, stages):
+    """1 x 16 and 4 x 4: the same images, negatives, losses and weights."""
+    prompt = config.prompt
+    if conditioning == "none":
+        prompt = replace(prompt, knowledge="none")
+    if conditioning == "readout":
+        prompt = replace(prompt, interaction="readout", readout_blocks=1, text_enrichment=True, text_triplets=True)
+    config = replace(
+        config, prompt=prompt, conditioning="contrastive" if conditioning == "readout" else conditioning, stages=stages,
+        knowledge_dropout=0.0 if conditioning == "none" else 0.3,
+        stage1=StageSettings(epochs=3, lr=3e-3, warmup_steps=1),
+    )  # fmt: skip
+    whole = weights_of(config, data=replace(config.data, batch_size=16))
+    parts = weights_of(config, gradient_accumulation=4)
+    start = weights_of(config, data=replace(config.data, batch_size=16), stage1=StageSettings(max_steps=1, lr=1e-12),
+                       stages=[1])  # fmt: skip
+    assert difference(whole, start) > 1e-3
+    assert difference(whole, parts) < 2e-5
+
+
+def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
+    """`contrastive` without a readout: with plain SGD, a step of two batches moves as far as the mean of two steps."""
     from amp.train import loop
 
     monkeypatch.setattr(loop, "adamw", lambda model, lr, *_: torch.optim.SGD(
         [{"params": [p for p in model.parameters() if p.requires_grad], "peak": lr}], lr))  # fmt: skip
     monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.1)
-    plain = {"max_grad_norm": 0.0, "conditioning": "paired"}
-    two = weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain)
-    start, parts = {}, []
-    objective = loop.Objective.__call__
+    plain = {"max_grad_norm": 0.0, "stage1": StageSettings(max_steps=1), "gradient_accumulation": 2}
+    two = weights_of(config, **plain)
+    start, moved_by = {}, []
+    contrastive = loop.Objective._contrastive
 
     def only(batch):
         """Zeroes the loss of every batch but one."""
 
-        def call(self, model, data, step):
-            if not start:
-                start.update(
-                    {k: v.detach().clone() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-                )
-            loss, scale = objective(self, model, data, step)
-            return loss * (step == batch), scale
+        def call(self, model, data, number):
+            start.update({k: v.clone() for k, v in model.adapter_state().items()})
+            loss, scale = contrastive(self, model, data, number)
+            return loss * (number == batch), scale
 
         return call
 
     for batch in (0, 1):
-        monkeypatch.setattr(loop.Objective, "__call__", only(batch))
-        parts.append(weights_of(config, stage1=StageSettings(max_steps=1), gradient_accumulation=2, **plain))
+        monkeypatch.setattr(loop.Objective, "_contrastive", only(batch))
+        moved_by.append(weights_of(config, **plain))
     moved = 0.0
     for name, value in two.items():
-        expected = start[name] + sum(part[name] - start[name] for part in parts)
+        expected = start[name] + sum(part[name] - start[name] for part in moved_by)
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
         moved = max(moved, float((value - start[name]).abs().max()))
     assert moved > 1e-3
@@ -183,13 +207,13 @@ def test_a_batch_whose_loss_is_not_finite_is_skipped_and_counted(config, monkeyp
     """The weights are those of a run in which this step changed nothing; AdamW doesn't count it either."""
     from amp.train import loop
 
-    objective = loop.Objective.__call__
+    parts = loop.Objective.parts
 
-    def spoilt(self, model, data, step):
-        loss, scale = objective(self, model, data, step)
-        return loss * (float("inf") if step == 2 else 1.0), scale
+    def spoilt(self, model, batches, step):
+        for loss, scale in parts(self, model, batches, step):
+            yield loss * (float("inf") if step == 2 else 1.0), scale
 
-    monkeypatch.setattr(loop.Objective, "__call__", spoilt)
+    monkeypatch.setattr(loop.Objective, "parts", spoilt)
     skipped = weights_of(config, max_grad_norm=max_grad_norm)
     state = open_checkpoint(Path(config.out) / "checkpoints" / "stage1-step00000005").state
     assert (state["step"], state["skipped"], state["updates"]) == (5, 1, 4)
@@ -198,11 +222,7 @@ def test_a_batch_whose_loss_is_not_finite_is_skipped_and_counted(config, monkeyp
     samples = [index for index, _ in list(BatchOrder(split.sizes, 4, 0, 1, config.seed, 64))[2]]
     assert json.loads(line)["keys"] == [split.record(index)["key"] for index in samples]
 
-    def absent(self, model, data, step):
-        loss, scale = objective(self, model, data, step)
-        return loss, scale
-
-    monkeypatch.setattr(loop.Objective, "__call__", absent)
+    monkeypatch.setattr(loop.Objective, "parts", parts)
     update = loop.StageLoop.update
 
     def drop(self):

@@ -67,16 +67,16 @@ def undisturbed(config: TrainConfig, world: int, audit: Path) -> dict[str, torch
     return final(alone)
 
 
-def samples_by_batch(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
-    """(stage, batch) -> every set of samples of the global batch that was ever seen under this number."""
+def samples_by_step(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+    """(stage, step) -> every set of samples of the global batch that was ever seen under this number."""
     by_rank = defaultdict(set)
     for line in audit.read_text().splitlines():
         line = json.loads(line)
-        by_rank[line["stage"], line["batch"], line["rank"]].add(tuple(line["samples"]))
+        by_rank[line["stage"], line["step"], line["rank"]].add(tuple(line["samples"]))
     out = defaultdict(set)
-    for (stage, batch, rank), seen in sorted(by_rank.items()):
-        assert len(seen) == 1, f"stage {stage} batch {batch} rank {rank} has seen {seen}"
-        out[stage, batch].add((rank, *seen.pop()))
+    for (stage, step, rank), seen in sorted(by_rank.items()):
+        assert len(seen) == 1, f"stage {stage} step {step} rank {rank} has seen {seen}"
+        out[stage, step].add((rank, *seen.pop()))
     return out
 
 
@@ -98,14 +98,14 @@ def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, tmp_p
         kills += 1
     assert kills >= KILLS
     assert same_bits(final(config), expected)
-    seen, alone = samples_by_batch(audit), samples_by_batch(tmp_path / "audit-alone")
+    seen, alone = samples_by_step(audit), samples_by_step(tmp_path / "audit-alone")
     assert seen == alone and len(seen) == 17 * 5
     # Zero lost, zero repeated: each epoch shows 20 distinct images of 22, five batches of four.
     for stage, epochs in ((1, 12), (2, 5)):
         for epoch in range(epochs):
             shown = Counter()
-            for batch in range(5 * epoch, 5 * epoch + 5):
-                for _, *samples in seen[stage, batch]:
+            for step in range(5 * epoch, 5 * epoch + 5):
+                for _, *samples in seen[stage, step]:
                     shown.update(samples)
             assert sum(shown.values()) == len(shown) == 20
     assert len(steps_of(audit)) > 17 * 5  # it was really set back now and then
@@ -146,15 +146,15 @@ def test_it_moves_to_another_number_of_processes(config, tmp_path):
         assert max(float((moved[name] - expected[name]).abs().max()) for name in expected) < 2e-5
         seen = {
             key: sorted(sample for _, *samples in parts for sample in samples)
-            for key, parts in samples_by_batch_of_any(tmp_path / f"audit-{first}").items()
+            for key, parts in samples_by_step_of_any(tmp_path / f"audit-{first}").items()
         }
         assert all(len(samples) == len(set(samples)) == 4 for samples in seen.values()) and len(seen) == 17 * 5
 
 
-def samples_by_batch_of_any(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+def samples_by_step_of_any(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
     out = defaultdict(set)
     for line in map(json.loads, audit.read_text().splitlines()):
-        out[line["stage"], line["batch"]].add((line["rank"], *line["samples"]))
+        out[line["stage"], line["step"]].add((line["rank"], *line["samples"]))
     return out
 
 

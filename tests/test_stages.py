@@ -112,9 +112,11 @@ def test_one_feature_an_image_is_scored_against_all_texts(stage, conditioning, b
 def test_knowledge_dropout_leaves_out_its_share_of_the_triplets(batch):
     model = make_model(trained=True, interaction_layer=1)
     everything = Batch(batch.images, None, batch.text, replace(batch.knowledge, mask=torch.ones(4, 6).bool()), IDS)
-    kept = [Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge(everything, s) for s in range(50)]
+    kept = [
+        Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge([everything], s)[0] for s in range(50)
+    ]
     assert sum(k.knowledge.mask.double().mean().item() for k in kept) / 50 == pytest.approx(0.7, abs=0.05)
-    given = Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge(batch, 0)
+    given = Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge([batch], 0)[0]
     assert not (given.knowledge.mask & ~batch.knowledge.mask).any(), "a triplet that doesn't exist came back"
     blank = Batch(batch.images, None, batch.text, batch.knowledge.blank(), IDS)
     loss = {

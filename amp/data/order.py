@@ -74,22 +74,25 @@ class BatchOrder:
         rank, world: This process and how many there are.
         seed: Of the run.
         window, neighbours, group: See `epoch_order`.
+        accumulation: Batches a step. An epoch is cut into whole steps, so that one of 16 samples is the same as 1 x 16,
+            2 x 8 or 4 times 4.
 
     Raises:
-        AmpError: The split is smaller than one global batch.
+        AmpError: The split is smaller than one step.
     """
 
     def __init__(self, shard_sizes: Sequence[int], batch_size: int, rank: int, world: int, seed: int, window: int,
-                 neighbours: np.ndarray | None = None, group: int = 1):  # fmt: skip
+                 neighbours: np.ndarray | None = None, group: int = 1, accumulation: int = 1):  # fmt: skip
         self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
         self.seed, self.window, self.epoch, self.start = seed, window, 0, 0
         self.neighbours, self.group = neighbours, group
         samples = sum(self.shard_sizes)
-        self.steps = samples // (batch_size * world)
+        self.steps = samples // (batch_size * world * accumulation) * accumulation
         if self.steps == 0:
+            parts = f"{batch_size} x {world} processes x {accumulation} batches"
             raise AmpError(
-                f"the training split holds {samples} images, fewer than one global batch of {batch_size} x {world} "
-                f"processes = {batch_size * world}. Lower data.batch_size or add images"
+                f"the training split holds {samples} images, fewer than one step of {parts} = "
+                f"{batch_size * world * accumulation}. Lower data.batch_size or gradient_accumulation, or add images"
             )
 
     def set_position(self, batch: int) -> None:

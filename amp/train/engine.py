@@ -191,7 +191,7 @@ class Run:
             neighbours = confusable(base.to(device), text.to(device), captions.image.to(device), NEIGHBOURS).numpy()
         self.order = BatchOrder(
             self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes, config.seed,
-            data.shuffle_window, neighbours, config.mined_group,
+            data.shuffle_window, neighbours, config.mined_group, config.gradient_accumulation,
         )  # fmt: skip
         if not data.cache_images:
             frozen = None

@@ -55,12 +55,13 @@ class StageLoop:
         self.stage, self.done = stage, done
         self.settings = settings = config.stage1 if stage == 1 else config.stage2
         self.accumulation = config.gradient_accumulation
-        self.batches_an_epoch = run.order.steps
-        steps = settings.epochs * self.batches_an_epoch // self.accumulation
+        self.steps_an_epoch = run.order.steps // self.accumulation
+        steps = settings.epochs * self.steps_an_epoch
         self.steps = min(steps, settings.max_steps) if settings.max_steps else steps
         if self.steps == 0:
-            raise AmpError(f"stage {stage} has no optimizer step: {settings.epochs} epochs of {self.batches_an_epoch} "
-                           f"batches, {self.accumulation} a step. Give more epochs")  # fmt: skip
+            raise AmpError(
+                f"stage{stage}.epochs is {settings.epochs}, expected 1 or more; leave the stage out with stages"
+            )
         self.step = self.skipped = self.skipped_in_a_row = 0
 
     def take_steps(self, found: Checkpoint | None) -> None:
@@ -81,9 +82,9 @@ class StageLoop:
                 loss, scale = self.optimizer_step(batches)
                 if self.step % self.config.log_every == 0 or self.step in (1, total):
                     show(self.step, *self.log_step(loss, scale))
-                epoch = ((self.step - 1) * self.accumulation) // self.batches_an_epoch + 1
+                epoch = (self.step - 1) // self.steps_an_epoch + 1
                 last = self.step == total
-                epoch_ends = last or self.step * self.accumulation >= epoch * self.batches_an_epoch
+                epoch_ends = last or self.step == epoch * self.steps_an_epoch
                 every = self.config.checkpoint.every_steps
                 number = run.request.agreed(self.accelerator.device)
                 if epoch_ends or number or (every and self.step % every == 0):
@@ -127,36 +128,36 @@ class StageLoop:
         sequence = np.random.SeedSequence([self.config.seed, self.stage, self.step, rank()])
         return int(sequence.generate_state(1)[0])
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Batches of this rank with their number in the stage, from the step at hand on."""
+    def batches(self) -> Iterator[Batch]:
+        """Batches of this rank, from the step at hand on."""
         number, order = self.step * self.accumulation, self.run.order
         while True:
             order.set_position(number)
             for batch in self.run.loader:
-                yield number, batch
+                yield batch
                 number += 1
 
-    def optimizer_step(self, batches: Iterator[tuple[int, Batch]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def optimizer_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """One step over `gradient_accumulation` batches: this rank's mean loss and the logit scale, (1,) each."""
         accelerator = self.accelerator
         # On the CPU the backward pass of fused attention leaves the processor's bf16 units idle.
         attention = partial(sdpa_kernel, SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.settings.warmup_steps, group["peak"])
-        mean, samples = 0.0, []
-        for _ in range(self.accumulation):
-            number, batch = next(batches)
+        parts = [next(batches).to(accelerator.device) for _ in range(self.accumulation)]
+        losses = self.objective.parts(self.engine, parts, self.step)
+        mean = 0.0
+        for _ in parts:
             with accelerator.accumulate(self.engine), attention():
                 with accelerator.autocast():
-                    loss, scale = self.objective(self.engine, batch.to(accelerator.device), number)
+                    loss, scale = next(losses)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     skipped = self.update()
             mean = mean + loss.detach() / self.accumulation
-            samples.append(batch.samples)
         self.step += 1
         if skipped:
-            self.note_skipped(mean, torch.cat(samples))
+            self.note_skipped(mean, torch.cat([part.samples for part in parts]))
         else:
             self.skipped_in_a_row = 0
         return mean, scale.detach()
@@ -186,7 +187,7 @@ class StageLoop:
             return  # the loss scale was too high, as it is now and then; it has been lowered
         self.skipped += 1
         self.skipped_in_a_row += 1
-        samples = all_gather(samples.to(self.accelerator.device)).tolist()
+        samples = all_gather(samples).tolist()
         path = run.out / SKIPPED
         if self.accelerator.is_main_process:
             keys = [run.split.record(index)["key"] for index in samples]

@@ -6,6 +6,7 @@ few pairs its stage 1 scores all N x N pairs without knowledge: that costs one f
 ranking, which a few hard negatives unlearn. With the interaction `readout` all N x N pairs are conditioned instead.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch
 
 from amp.data.stream import Batch
 from amp.distributed import all_gather, all_gather_with_grad, rank, world_size
+from amp.knowledge.batch import KnowledgeBatch
 from amp.train import losses
 from amp.train.negatives import draw_negatives, gumbel_noise
 
@@ -49,44 +51,80 @@ class Objective:
     all_pairs: bool = False
 
     def __call__(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss (a scalar, the same on every rank up to sampling) and logit scale (1,) of this rank's batch.
+        """Loss and logit scale of a step of one batch; see `parts`."""
+        return next(self.parts(model, [batch], step))
+
+    def parts(self, model, batches: Sequence[Batch], step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The losses of one optimizer step, to be backpropagated one by one: their mean gradient is the step's.
+
+        Several batches are parts of one global batch: each loss is that of the whole, and its gradient that through its
+        own part, where the rows of the others are kept from a pass without gradients. With `contrastive` and no
+        readout they are losses of their own, since negatives are drawn within a batch.
 
         Args:
             model: `ActionAwareCLIP`, or the engine around it; only called, never reached into.
-            batch: On the model's device; every rank gives as many samples.
+            batches: Of this rank, on the model's device; every rank gives as many, of as many samples.
             step: Of the stage; seeds the draw of negatives and of triplets that are left out.
+
+        Yields:
+            Loss (a scalar, the same on every rank up to sampling) and logit scale (1,).
         """
         if self.knowledge_dropout:
-            batch = self._without_some_knowledge(batch, step)
+            batches = self._without_some_knowledge(batches, step)
         if self.conditioning == "contrastive" and not self.all_pairs:
-            return self._contrastive(model, batch, step)
-        if self.conditioning == "contrastive":
-            # Each rank scores its own images against the texts of all ranks, each under the knowledge of that text.
-            knowledge, text = batch.knowledge.map(all_gather), all_gather(batch.text)
+            for number, batch in enumerate(batches, start=step * len(batches)):
+                yield self._contrastive(model, batch, number)
+            return
+        # Every text is asked of every image with a readout: the texts and knowledge of all ranks and batches.
+        everyone = None
+        if self.all_pairs and self.conditioning == "contrastive":
+            everyone = (
+                KnowledgeBatch.cat([batch.knowledge.map(all_gather) for batch in batches]),
+                torch.cat([all_gather(batch.text) for batch in batches]),
+            )
+        kept = []
+        if len(batches) > 1:
+            with torch.no_grad():
+                kept = [tuple(map(all_gather, self._rows(model, batch, everyone)[:-1])) for batch in batches]
+        ignore = losses.same_image_mask(torch.cat([all_gather(batch.image_ids) for batch in batches]))
+        for number, batch in enumerate(batches):
+            *rows, scale = self._rows(model, batch, everyone)
+            parts = list(kept) or [None]
+            # The gradient of a part passes through one of the losses only, whose mean divides by their number.
+            parts[number] = tuple(all_gather_with_grad(scale_gradient(x, len(batches))) for x in rows)
+            image, *text = (torch.cat(kind) for kind in zip(*parts, strict=True))
+            yield self._loss(losses.similarity(image, *text) if text else image, scale, ignore), scale
+
+    def _rows(self, model, batch: Batch, everyone: tuple[KnowledgeBatch, torch.Tensor] | None):
+        """What this rank's images add to the matrix of cosines, and the logit scale: their rows of it with a readout,
+        else their features and those of their captions."""
+        if everyone is not None:
+            knowledge, text = everyone
             features = model(batch.images, knowledge, text=text, all_pairs=True)
-            cosines = all_gather_with_grad(losses.pair_similarity(features.conditioned, features.text))
-        else:
-            if self.conditioning == "paired":
-                features = model(batch.images, batch.knowledge, text=batch.text)
-                image = features.conditioned
-            else:
-                features = model(batch.images, batch.knowledge, prompted=True, text=batch.text)
-                image = features.prompted
-            cosines = losses.similarity(all_gather_with_grad(image), all_gather_with_grad(features.text))
-        ignore = losses.same_image_mask(all_gather(batch.image_ids))
+            return losses.pair_similarity(features.conditioned, features.text), features.logit_scale
+        if self.conditioning == "paired":
+            features = model(batch.images, batch.knowledge, text=batch.text)
+            return features.conditioned, features.text, features.logit_scale
+        features = model(batch.images, batch.knowledge, prompted=True, text=batch.text)
+        return features.prompted, features.text, features.logit_scale
+
+    def _loss(self, cosines: torch.Tensor, scale: torch.Tensor, ignore: torch.Tensor) -> torch.Tensor:
         loss = 0.0
         if self.stage == 1:
-            loss = losses.contrastive_loss(cosines, features.logit_scale, ignore)
+            loss = losses.contrastive_loss(cosines, scale, ignore)
         if self.stage == 2 or self.combined:
             loss = loss + losses.triplet_loss(cosines, self.margin, ignore)
-        return loss, features.logit_scale
+        return loss
 
-    def _without_some_knowledge(self, batch: Batch, step: int) -> Batch:
-        """Drawn for the global batch, of which a rank takes its rows: the same for any number of processes."""
-        size, k = batch.knowledge.mask.shape
-        drawn = np.random.default_rng([self.seed, step, 2]).random((world_size() * size, k))
-        kept = torch.from_numpy(drawn[rank() * size : (rank() + 1) * size] >= self.knowledge_dropout)
-        return replace(batch, knowledge=batch.knowledge.keep(kept.to(batch.knowledge.mask.device)))
+    def _without_some_knowledge(self, batches: Sequence[Batch], step: int) -> list[Batch]:
+        """Drawn for the global batch, of which a rank takes its rows: the same for any processes and parts."""
+        size, k = batches[0].knowledge.mask.shape
+        drawn = np.random.default_rng([self.seed, step, 2]).random((len(batches), world_size(), size, k))
+        out = []
+        for batch, part in zip(batches, drawn, strict=True):
+            kept = torch.from_numpy(part[rank()] >= self.knowledge_dropout)
+            out.append(replace(batch, knowledge=batch.knowledge.keep(kept.to(batch.knowledge.mask.device))))
+        return out
 
     def _contrastive(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         early, base = batch.images, batch.base
@@ -152,3 +190,8 @@ class Objective:
     def _draw(self, cosines, forbidden, own, m, step, direction):
         noise = gumbel_noise(*cosines.shape, self.seed, step, direction).to(cosines.device)
         return draw_negatives(cosines[own], forbidden[own], noise[own], m, self.sampling_scale)
+
+
+def scale_gradient(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """The same values, whose gradient is `factor` times as large."""
+    return x if factor == 1 else x.detach() + factor * (x - x.detach())
