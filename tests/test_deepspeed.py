@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import amp
 from amp.errors import AmpError
 from amp.retrieval.evaluate import RetrievalSettings
+from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.launch import deepspeed_settings
 from runs import TrainingRun
@@ -116,6 +117,22 @@ def test_stage_2_keeps_what_it_does_not_train(config, ddp):
     assert all(value.dtype == torch.float32 for value in second.values())
 
 
+def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
+    config = under(config, "zero2", mixed_precision="fp16")
+    config = replace(config, out=config.out + "-fp16")
+    whole = finish(replace(config, out=config.out + "-whole"))
+    run = TrainingRun(config, 2, tmp_path / "audit")
+    assert run.wait_for_steps(7, timeout=300)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    newest = Checkpoints(config.out).newest([1])
+    assert newest.step >= 5 and 1 < newest.state["loss_scale"]["cur_scale"] < 2**16  # lowered in the first steps
+    assert newest.state["updates"] < newest.step  # which were skipped, and are not counted as faults
+    assert newest.state["skipped"] == 0 and not (Path(config.out) / "skipped.jsonl").exists()
+    assert distance(finish(config), whole) == 0
+    assert all(value.dtype == torch.float32 for value in whole.values())
+
+
 # -- its files ------------------------------------------------------------------------------------------------------
 
 
@@ -151,3 +168,16 @@ def test_wrong_files_are_refused(config, content, said, tmp_path):
     automatic = '{"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}'
     path.write_text(automatic)
     assert deepspeed_settings(str(path), config, world=2)["train_batch_size"] == 4
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_commented_twin_says_the_same(path):
+    page = (ROOT / "docs/deepspeed.md").read_text()
+    block = page.partition(f"## {path.name}")[2].partition("```jsonc")[2].partition("```")[0]
+    plain = "\n".join(line.partition("//")[0] for line in block.splitlines())
+    assert json.loads(plain) == json.loads(path.read_text())
+
+
+def test_zero_3_and_compiled_blocks_are_refused(config):
+    with pytest.raises(AmpError, match="compile_frozen"):
+        deepspeed_settings(str(ROOT / "ds_configs/zero3.json"), replace(config, compile_frozen=True), world=2)

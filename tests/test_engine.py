@@ -152,6 +152,11 @@ def test_accumulated_parts_of_a_batch_are_the_batch(config, conditioning, stages
     assert difference(whole, parts) < 2e-5
 
 
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(config):
+    assert difference(weights_of(config, compile_frozen=True), weights_of(config)) < 1e-4
+
+
 def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
     """`contrastive` without a readout: with plain SGD, a step of two batches moves as far as the mean of two steps."""
     from amp.train import loop
