@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from amp.config import PromptConfig
 from amp.errors import AmpError
@@ -67,7 +67,8 @@ def save_adapter(path: str | os.PathLike, model: ActionAwareCLIP, training: dict
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(weights, temporary, metadata={"format": FORMAT, "header": json.dumps(asdict(header))})
+        # Not `save_file`, whose files nobody else of a group may read.
+        temporary.write_bytes(save(weights, metadata={"format": FORMAT, "header": json.dumps(asdict(header))}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

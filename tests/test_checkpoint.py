@@ -1,6 +1,8 @@
 """Adapter files: what is in them, that they come back bit for bit, and every wrong file's own message."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import amp
-from amp import checkpoint
 from amp.checkpoint import FORMAT, load_adapter, read_adapter, save_adapter
 from amp.config import PromptConfig
 from amp.errors import AmpError
@@ -107,11 +108,13 @@ def test_an_interrupted_write_leaves_the_old_file_or_none(existing, model, path,
     if not existing:
         path.unlink()
 
-    def half(weights, filename, metadata):
-        filename.write_bytes(before[:1000])
+    write_bytes = Path.write_bytes
+
+    def half(self, content):
+        write_bytes(self, content[:1000])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(path, model)
     assert [p.name for p in folder.iterdir()] == ([path.name] if existing else [])
@@ -122,6 +125,9 @@ def test_a_finished_write_leaves_one_file(model, path):
     save_adapter(path, model, {"stage": 1})
     assert [p.name for p in path.parent.iterdir()] == ["adapter.safetensors"]
     assert read_adapter(path)[0].training == {"stage": 1}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # readable by whom the user lets read
 
 
 # -- wrong files ------------------------------------------------------------------------------------------------------

@@ -94,3 +94,16 @@ def test_links_lead_somewhere(page):
                 headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
                 slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
                 assert anchor in slugs, target
+
+
+def test_the_table_of_engines_is_that_of_the_run():
+    import csv
+
+    with open(ROOT / "results/engines.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    page = (ROOT / "docs/training.md").read_text()
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in page
+    assert {(row[0].split()[0], row[1]) for row in rows[1:]} >= {
+        (engine, precision) for engine in ("1", "DDP", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")
+    }

@@ -31,8 +31,8 @@ STEPS, IMAGES_A_STEP, KILL_AT = 12, 16, 5
 ZERO = ("zero1", "zero2", "zero2_offload", "zero3")
 SETTINGS = [
     "--config", "launchers/configs/scenes.yaml", "--stages", "[1]", "--stage1.max_steps", str(STEPS), "--log_every",
-    "1", "--validation.max_queries", "8", "--validate_every", "1", "--data.workers", "1", "--checkpoint.every_steps", "1",
-    "--checkpoint.keep", str(STEPS),
+    "1", "--validation.max_queries", "8", "--validate_every", "1", "--data.workers", "1",
+    "--checkpoint.every_steps", "1", "--checkpoint.keep", str(STEPS),
 ]  # fmt: skip
 CONSOLE = Console(stderr=True)
 

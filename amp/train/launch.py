@@ -90,7 +90,8 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
     """DeepSpeed's settings with our integers filled in: its "auto" can't read a stream that Accelerate doesn't own.
 
     Raises:
-        AmpError: No JSON object, a ZeRO stage other than 1 to 3 or one that can't be compiled, or a key that the run fills in with another value.
+        AmpError: No JSON object, a ZeRO stage other than 1 to 3, ZeRO-3 with compiled blocks, or a key that the run
+            fills in with another value.
     """
     try:
         settings = json.loads(Path(path).read_text())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import DistributedType
 from accelerate.utils import set_seed
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from amp.checkpoint import save_adapter
@@ -249,7 +249,7 @@ class StageLoop:
 
         def write(folder: Path) -> None:
             save_adapter(folder / ADAPTER, model, training, weights | self.fixed)
-            save_file(moments, folder / OPTIMIZER)
+            (folder / OPTIMIZER).write_bytes(save(moments))
 
         try:
             run.checkpoints.save(self.stage, self.step, write, state)
