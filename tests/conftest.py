@@ -4,6 +4,7 @@ The widths of the tiny CLIPs differ (vision 32, text 40, joint 24), since nothin
 """
 
 import json
+import multiprocessing
 import os
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import fresh_accelerate, shards  # noqa: F401, fixtures
+from slurm_helpers import slurm  # noqa: F401, fixture
 
 from amp.knowledge.schema import Knowledge, Triplet
 
+# Before anything starts the server: processes of several ranks are forked from it with all imports done.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch", "open_clip", "amp.model", "amp.retrieval.evaluate", "amp.train.engine"]
+)
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and threads that spin stop the other tests
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("AMP_SHARED", ROOT.parent / "shared"))

@@ -1,0 +1,98 @@
+"""A real Slurm cluster of three nodes on this machine, where the script that starts it is there."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from helpers import QUIET_ENVIRONMENT, ROOT
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+
+
+class Slurm:
+    """Nodes `node1` to `node3`, each with two CPUs and two GPUs that are mere files, and a login host.
+
+    Args:
+        script: The script that starts and disturbs the cluster.
+    """
+
+    def __init__(self, script: Path):
+        self.script = str(script)
+
+    def run(self, *command: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        """Runs a command on the login host; its output is captured as text, a failure raises with it."""
+        return self._call("exec", *command, cwd=cwd, env=env)
+
+    def sbatch(self, *arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
+        """Submits a job with `env` on top of this process's environment; returns its number."""
+        return self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env).stdout.strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says of a job or of one task of an array (`12_3`), by its field names."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()[0]
+        return dict(re.findall(r"(\w[\w:/]*)=(\S*)", text))
+
+    def state(self, job: str) -> str:
+        """The job's state in Slurm's words: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED ..."""
+        return self.show(job)["JobState"]
+
+    def wait(self, job: str, states: set[str] | frozenset[str] = frozenset(ENDED), timeout: float = 300) -> str:
+        """Waits until the job is in one of `states`; returns which. One that ended otherwise fails at once."""
+        end = time.monotonic() + timeout
+        while (state := self.state(job)) not in states:
+            assert state not in ENDED and time.monotonic() < end, f"job {job} is {state}, expected one of {states}"
+            time.sleep(0.3)
+        return state
+
+    def crash(self, node: str) -> None:
+        """The node dies with all that runs on it, as by a power cut."""
+        self._call("crash", node)
+
+    def start(self, node: str) -> None:
+        """Brings a node back and waits until jobs can start on it."""
+        self._call("start-node", node)
+        end = time.monotonic() + 120
+        while self.run("sinfo", "-h", "-n", node, "-o", "%T").stdout.strip() not in ("idle", "mixed", "allocated"):
+            assert time.monotonic() < end, f"{node} did not come back"
+            time.sleep(0.3)
+
+    def _call(self, *arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None):
+        done = subprocess.run(
+            [self.script, *arguments], cwd=cwd, env={**QUIET_ENVIRONMENT, **(env or {})}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        return done
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """The cluster, started for the session; skips without root or without the script that starts one."""
+    from conftest import SHARED
+
+    script = SHARED / "tools" / "mini_slurm.sh"
+    if not script.is_file():
+        pytest.skip(f"needs {script}, which starts a Slurm cluster and is not in the repository; set AMP_SHARED")
+    if os.geteuid() != 0:
+        pytest.skip("needs root: the nodes are network namespaces")
+    with FileLock(Path(tempfile.gettempdir()) / "open-clip-amp-slurm.lock"):  # one cluster a machine
+        size = {"MS_NODES": "3", "MS_CPUS": "2", "MS_GPUS": "2"}
+        # Not captured: the daemons inherit the pipe, and reading it would wait for their end.
+        log = Path(tempfile.mkdtemp(prefix="slurm-")) / "up.log"
+        with log.open("w") as output:
+            done = subprocess.run(
+                [script, "up"], env={**os.environ, **size}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        if done.returncode and shutil.which("slurmctld") is None:
+            pytest.skip(f"Slurm's daemons can't be installed, see {log}")
+        try:
+            assert done.returncode == 0, f"the cluster did not start:\n{log.read_text()}"
+            yield Slurm(script)
+        finally:
+            subprocess.run([script, "down"], check=True, capture_output=True)

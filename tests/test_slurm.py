@@ -1,0 +1,157 @@
+"""Training as Slurm jobs over two nodes: undisturbed and disturbed runs end in the same bits; failures are failures.
+
+Disturbed are: a job that is requeued, as preemption does it; one that gets USR1, as before its time limit; one of whose
+nodes dies. Ranks talk over gloo on the CPU.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+TRAIN, BOTH = "launchers/slurm/train.sbatch", "launchers/slurm/both_stages.sh"
+PATH = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # `accelerate` and `python` of ours
+STEPS = 120  # of stage 1
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, clip_folder) -> list[str]:
+    """Settings of a run that is long for its size: 24 steps an epoch, five epochs of stage 1, one of stage 2."""
+    from amp.data.writer import make_shards
+
+    folder = tmp_path_factory.mktemp("slurm")
+    dataset = draw_dataset(folder / "drawn", {"train": 192, "test": 12})
+    make_shards(**dataset, out=str(folder / "shards"), samples_per_shard=50, workers=1)
+    values = {
+        "data.shards": folder / "shards", "data.cache": folder / "cache", "data.val_split": "null",
+        "data.augment": "none", "data.batch_size": 4, "data.workers": 1, "model.name": clip_folder,
+        "model.pretrained": "null", "stage1.epochs": STEPS // 24, "stage2.epochs": 1, "trackers": "[]",
+        "checkpoint.every_steps": 4, "checkpoint.keep": 2,
+    }  # fmt: skip
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory) -> Path:
+    """Folder of the same training, without Slurm and in one go: two processes on this machine."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run(
+        ["accelerate", "launch", "--config_file", "launchers/accelerate/one_node.yaml", "--num_processes", "2",
+         "--main_process_port", "29611", "launchers/train.py", *settings, "--stages", "[1]", "--out", out],
+        cwd=ROOT, env={**QUIET_ENVIRONMENT, **PATH, "ACCELERATE_USE_CPU": "true"}, check=True,
+    )  # fmt: skip
+    return out
+
+
+def until(condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout} s for {what}"
+        time.sleep(0.1)
+
+
+def saved_step(out: Path) -> int:
+    """Step of stage 1's newest checkpoint."""
+    return max((int(path.name[-8:]) for path in out.glob("checkpoints/stage1-step*")), default=0)
+
+
+def stopped(out: Path) -> dict:
+    """What the run wrote when it stopped; gone as soon as it starts again."""
+    until((out / "stopped.json").is_file, "stopped.json")
+    return json.loads((out / "stopped.json").read_text())
+
+
+@pytest.fixture
+def log(tmp_path) -> Iterator[Path]:
+    """Where the jobs of a test write; printed, which pytest shows of a test that fails."""
+    path = tmp_path / "job.log"
+    yield path
+    print(path.read_text() if path.exists() else "no job has written")
+
+
+def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm, settings, undisturbed, log, tmp_path):
+    out = tmp_path / "run"
+    run = [
+        *settings,
+        "--out",
+        str(out),
+        "--checkpoint.resume",
+        "false",
+    ]  # said of the first start, not of a requeued one
+    job, stage2, evaluation = slurm.run(BOTH, "--nodes=2", f"--output={log}", "--", *run, env=PATH).stdout.split()
+
+    until(lambda: saved_step(out) >= 10, "the first steps")
+    slurm.run("scontrol", "requeue", job)  # what preemption with PreemptMode=REQUEUE does
+    first = stopped(out)
+    assert first["signal"] == "SIGTERM" and first["step"] == saved_step(out)
+
+    until(lambda: saved_step(out) >= first["step"] + 10, "steps after preemption")
+    slurm.run("scancel", "--signal=USR1", job)  # what --signal does before the time limit
+    second = stopped(out)
+    assert second["signal"] == "SIGUSR1" and second["step"] == saved_step(out)
+    until(lambda: slurm.show(job)["Restarts"] == "2", "a requeue before the time limit")
+    assert "User defined signal" not in log.read_text()  # no launcher died of it, which gives ranks KillWait to save
+
+    until(lambda: saved_step(out) >= second["step"] + 10, "steps after the time limit")
+    # A third node takes its place. Were it back within a minute, Slurm 22.05 would send it the kill of the last start,
+    # which would hit the new one.
+    slurm.crash("node2")
+    until(lambda: slurm.show(job)["Restarts"] == "3", "a requeue after the loss of a node")
+    third = saved_step(out)
+    assert third < STEPS
+
+    assert slurm.wait(job) == "COMPLETED"
+    assert slurm.show(job)["Restarts"] == "3"
+    assert slurm.wait(stage2) == "COMPLETED"
+    assert slurm.wait(evaluation) == "COMPLETED"
+    slurm.start("node2")
+    starts = (out / "starts.txt").read_text().splitlines()
+    at = [f"{out}/checkpoints/stage1-step{step:08d}" for step in (first["step"], second["step"], third)]
+    assert starts[:4] == [f"{job} none", *(f"{job} {folder}" for folder in at)]
+    assert log.read_text().count("going on from") == 3
+    ours, theirs = (load_file(run / "stage1" / "adapter.safetensors") for run in (out, undisturbed))
+    assert ours.keys() == theirs.keys()
+    for name, weights in theirs.items():
+        assert torch.equal(ours[name], weights), name
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert any("action-aware" in row["name"] for row in rows)
+
+
+def test_failed_first_stage_cancels_what_depends_on_it(slurm, settings, log, tmp_path):
+    """It fails since the nodes have different numbers of GPUs: that would be an unequal number of processes."""
+    chain = [BOTH, "--nodes=2", "--gpus=3", f"--output={log}", "--", *settings, "--out", str(tmp_path / "run")]
+    job, stage2, evaluation = slurm.run(*chain, env=PATH).stdout.split()
+    assert slurm.wait(job) == "FAILED"
+    assert "has 1 GPUs of this job, the first node has 2" in log.read_text()
+    assert slurm.wait(stage2, {"CANCELLED"}) == slurm.wait(evaluation, {"CANCELLED"}) == "CANCELLED"
+    assert not list(tmp_path.glob("run/stage*"))
+
+
+def test_other_number_of_images_a_step_than_the_checkpoint_fails(slurm, settings, undisturbed, log, tmp_path):
+    before_the_end = sorted((undisturbed / "checkpoints").iterdir())[0]
+    shutil.copytree(before_the_end, tmp_path / "run" / "checkpoints" / before_the_end.name)
+    run = [*settings, "--stages", "[1]", "--out", str(tmp_path / "run")]
+    job = slurm.sbatch("--nodes=1", f"--output={log}", TRAIN, *run, env=PATH)
+    assert slurm.wait(job) == "FAILED"
+    assert "images a step" in log.read_text() and "is 8 there and 4 here" in log.read_text()
+
+
+def test_job_that_makes_no_progress_is_not_started_for_ever(slurm, settings, log, tmp_path):
+    out = tmp_path / "run"
+    job = slurm.sbatch("--hold", f"--output={log}", TRAIN, *settings, "--out", str(out), env=PATH)
+    out.mkdir()
+    (out / "starts.txt").write_text(f"{job} none\n" * 5 + f"{job} elsewhere\n")
+    slurm.run("scontrol", "release", job)
+    assert slurm.wait(job) == "FAILED"
+    assert "has started 5 times from the same checkpoint, none" in log.read_text()

@@ -1,0 +1,65 @@
+"""A dataset converted by a Slurm job array of which a task fails, is requeued or is cancelled."""
+
+import os
+import sys
+from pathlib import Path
+
+from helpers import draw_dataset
+
+from amp.data.shards import ShardManifest, ShardReader
+from amp.data.writer import make_shards
+
+TASKS = 4
+
+
+def test_job_array(slurm, tmp_path):
+    dataset = draw_dataset(tmp_path, {"train": 48, "test": 12})
+    make_shards(**dataset, out=str(tmp_path / "plain"), samples_per_shard=4, workers=1)
+    plain = ShardManifest.load(tmp_path / "plain")
+    out = tmp_path / "out"
+    arguments = [f"--{key}={value}" for key, value in {**dataset, "out": out, "samples_per_shard": 4}.items()]
+    active = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def submit(*options: str) -> str:
+        logs = f"--output={tmp_path}/%A_%a.log" if "--array" in options[0] else f"--output={tmp_path}/%j.log"
+        return slurm.sbatch(*options, logs, "launchers/slurm/make_shards.sbatch", *arguments, env=active)
+
+    def log(job: str) -> str:
+        return (tmp_path / f"{job}.log").read_text()
+
+    # An image of shard 2, which is task 2's, is cut short: 1 of 60 is more than may be skipped.
+    with ShardReader(plain.split("train")[2].path) as reader:
+        image = tmp_path / "images" / reader.read(1)[1]["filename"]
+    content = image.read_bytes()
+    image.write_bytes(content[:100])
+    array = submit(f"--array=0-{TASKS - 1}")
+    last = submit(f"--dependency=afterany:{array}")
+    slurm.wait(last, {"FAILED"})
+    states = [slurm.state(f"{array}_{task}") for task in range(TASKS)]
+    assert states == ["COMPLETED", "COMPLETED", "FAILED", "COMPLETED"]
+    assert f"(part 2/{TASKS}): 1 of 60 images" in log(f"{array}_2") and image.name in log(f"{array}_2")
+    assert "1 of 60 images" in log(last) and image.name in log(last)
+    assert not (out / "manifest.json").exists()
+    assert len(list(out.glob("*.tar"))) == 15
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
+    # A task that is requeued finds its shards and adds to its log.
+    slurm.run("scontrol", "requeue", f"{array}_0")
+    slurm.wait(f"{array}_0", {"COMPLETED"})
+    assert log(f"{array}_0").count(f"part 0/{TASKS}: 4 of its 4 shards are whole") == 2
+
+    # Mended and typed again; but now task 2 is cancelled before it starts, so that its shard is left to the last job.
+    image.write_bytes(content)
+    array = submit(f"--array=0-{TASKS - 1}", "--hold")
+    last = submit(f"--dependency=afterany:{array}")
+    slurm.run("scancel", f"{array}_2")
+    slurm.run("scontrol", "release", array)
+    slurm.wait(last, {"COMPLETED"})
+    assert not (tmp_path / f"{array}_2.log").exists()
+    assert "14 of 15 shards are there already and stay" in " ".join(log(last).split())
+    assert {name for name, time in times.items() if (out / name).stat().st_mtime_ns != time} == {"train-000002.tar"}
+    for shard in (shard for shards in plain.splits.values() for shard in shards):
+        assert (out / shard.name).read_bytes() == shard.path.read_bytes()
+    made, expected = (manifest.to_dict() for manifest in (ShardManifest.load(out), plain))
+    assert made["provenance"].pop("command")[0] == "make_shards.py" and expected["provenance"].pop("command") is None
+    assert made == expected
