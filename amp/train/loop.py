@@ -93,7 +93,7 @@ class StageLoop:
                     run.stop(number, self.stage, self.step)
                 if epoch_ends and run.retrieval is not None and (last or epoch % self.config.validate_every == 0):
                     self.validate(epoch)
-        if not (run.out / f"stage{self.stage}" / ADAPTER).is_file():  # a finished run of which somebody removed it
+        if found is not None and found.finished:  # of whose adapter somebody has removed the file
             self.save(adapter_too=True, must=True)
         self.accelerator.wait_for_everyone()  # where rank 0 found no room, no other may end as if all were well
         self.accelerator.free_memory(self.engine, self.optimizer)
