@@ -202,6 +202,10 @@ def test_what_is_exchanged_grows_with_the_ranks(clip_folder):
     found = simulator.step(1, world, size)
     assert found.gathered == world * size * (early + features + 8 + knowledge + scored)
     assert found.peak > simulator.step(1, 1, size).peak + world * size * early
+    # Under autocast Accelerate hands all results on in fp32, DeepSpeed leaves tokens and image features in bf16.
+    assert StepSimulator(config, "bf16").step(1, world, size).gathered == found.gathered
+    saved = world * size * (early // 2 + 2 * d + 2 * d)
+    assert StepSimulator(config, "bf16", deepspeed=True).step(1, world, size).gathered == found.gathered - saved
 
 
 def test_autocast_of_a_gpu_keeps_as_much(clip_folder):
