@@ -81,6 +81,11 @@ class StageSettings:
     weight_decay: float = 0.01
     max_steps: int = 0
 
+    def steps(self, steps_an_epoch: int) -> int:
+        """Optimizer steps of the stage."""
+        steps = self.epochs * steps_an_epoch
+        return min(steps, self.max_steps) if self.max_steps else steps
+
 
 @dataclass
 class CheckpointSettings:

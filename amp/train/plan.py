@@ -110,8 +110,7 @@ class Steps:
         total = {}
         for stage in config.stages:
             settings = config.stage1 if stage == 1 else config.stage2
-            steps = settings.epochs * (order.steps // accumulation)
-            total[stage] = min(steps, settings.max_steps) if settings.max_steps else steps
+            total[stage] = settings.steps(order.steps // accumulation)
             if total[stage] == 0:
                 raise AmpError(f"stage{stage}.epochs is {settings.epochs}, expected at least 1")
         size = data.batch_size * world
