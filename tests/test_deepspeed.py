@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT
 from safetensors.torch import load_file
+from training_run import TrainingRun
 
 import amp
 from amp.errors import AmpError
@@ -17,7 +18,6 @@ from amp.retrieval.evaluate import RetrievalSettings
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.launch import deepspeed_settings
-from runs import TrainingRun
 
 pytestmark = [
     pytest.mark.distributed,

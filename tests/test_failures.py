@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_run import TrainingRun
 
 import amp
 from amp.errors import AmpError
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
-from runs import TrainingRun
 
 pytestmark = pytest.mark.distributed
 

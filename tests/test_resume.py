@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_run import TrainingRun, steps_of
 
 import amp
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
-from runs import TrainingRun, steps_of
 
 pytestmark = pytest.mark.distributed
 KILLS = 20
