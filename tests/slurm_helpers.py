@@ -82,6 +82,8 @@ def slurm() -> Iterator[Slurm]:
     if os.geteuid() != 0:
         pytest.skip("needs root: the nodes are network namespaces")
     with FileLock(Path(tempfile.gettempdir()) / "open-clip-amp-slurm.lock"):  # one cluster a machine
+        # A session that was killed leaves its jobs in Slurm's saved state, and they would take the nodes again.
+        subprocess.run([script, "down"], check=True, capture_output=True)
         size = {"MS_NODES": "3", "MS_CPUS": "2", "MS_GPUS": "2"}
         # Not captured: the daemons inherit the pipe, and reading it would wait for their end.
         log = Path(tempfile.mkdtemp(prefix="slurm-")) / "up.log"
