@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_run import small_run
 
-import amp
 from amp.checkpoint import read_adapter
 from amp.data.order import BatchOrder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.retrieval.evaluate import RetrievalSettings
 from amp.train.checkpoints import open_checkpoint
-from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 
 
@@ -32,17 +32,13 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
     """One short stage: 5 batches of 4 an epoch."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model=ModelSettings(clip_folder, None),
-        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
-        data=DataSettings(str(shards), val_split=None, batch_size=4, workers=0, augment="none", cache=cache),
+    return small_run(
+        shards, clip_folder, tmp_path / "run", cache, {"batch_size": 4},
         stages=[1],
         stage1=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
-        trackers=[],
         checkpoint=CheckpointSettings(resume=False),
-    )
+    )  # fmt: skip
 
 
 def weights_of(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:

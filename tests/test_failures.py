@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import TrainingRun
+from training_run import TrainingRun, small_run
 
-import amp
 from amp.errors import AmpError
 from amp.train.checkpoints import Checkpoints
-from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 
 pytestmark = pytest.mark.distributed
@@ -26,15 +25,10 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture
 def config(shards, clip_folder, tmp_path) -> TrainConfig:
     """A stage of 100 steps of two processes with two images each."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model=ModelSettings(clip_folder, None),
-        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
-        data=DataSettings(str(shards), val_split=None, batch_size=2, workers=0, augment="none",
-                          cache=str(tmp_path / "cache")),
+    return small_run(
+        shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 2},
         stages=[1],
         stage1=StageSettings(epochs=20, lr=3e-3, warmup_steps=3),
-        trackers=[],
         checkpoint=CheckpointSettings(every_steps=2, keep=2),
         timeout_minutes=0.15,
     )  # fmt: skip

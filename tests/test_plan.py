@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from helpers import ROOT, SPLIT_SIZES, launcher
+from training_run import small_run
 
 import amp
 from amp.data.shards import ShardManifest
@@ -40,15 +41,10 @@ def main():
 @pytest.fixture
 def config(shards, clip_folder, tmp_path) -> TrainConfig:
     """A run in which a plan finds nothing wrong: 5 batches of 4 an epoch."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model=ModelSettings(clip_folder, None),
-        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
-        data=DataSettings(str(shards), batch_size=4, workers=0, augment="none", cache=str(tmp_path / "cache")),
-        stages=[1],
-        mixed_precision="bf16",
-        trackers=[],
-    )
+    return small_run(
+        shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 4, "val_split": "val"},
+        stages=[1], mixed_precision="bf16",
+    )  # fmt: skip
 
 
 def found(config: TrainConfig, level: str, **settings) -> str:

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import TrainingRun, steps_of
+from training_run import TrainingRun, small_run, steps_of
 
-import amp
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 
 pytestmark = pytest.mark.distributed
@@ -31,17 +30,13 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
     """Two stages of 5 global batches of 4 an epoch, with all that is random: crops, captions, negatives, dropout."""
-    return TrainConfig(
-        out=str(tmp_path / "run"),
-        model=ModelSettings(clip_folder, None),
-        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
-        data=DataSettings(str(shards), val_split=None, batch_size=4, workers=0, augment="crop", cache=cache),
+    return small_run(
+        shards, clip_folder, tmp_path / "run", cache, {"batch_size": 4, "augment": "crop"},
         stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
         stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
         knowledge_dropout=0.2,
-        trackers=[],
         checkpoint=CheckpointSettings(every_steps=2, keep=2),
-    )
+    )  # fmt: skip
 
 
 def final(config: TrainConfig) -> dict[str, torch.Tensor]:

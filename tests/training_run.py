@@ -7,11 +7,31 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from amp.train.config import TrainConfig
+from amp.config import PromptConfig
+from amp.train.config import DataSettings, ModelSettings, TrainConfig
+
+
+def small_run(shards: Path, clip_folder: str, out: Path, cache: str, data: dict[str, Any], **settings) -> TrainConfig:
+    """A training configuration on drawn shards and a tiny CLIP, without validation and trackers.
+
+    Args:
+        shards, clip_folder: Of the fixtures with these names.
+        out, cache: Folders.
+        data: Further settings of its data.
+        **settings: Further settings of the run.
+    """
+    return TrainConfig(
+        out=str(out),
+        model=ModelSettings(clip_folder, None),
+        prompt=PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
+        data=DataSettings(str(shards), cache=cache, **{"val_split": None, "workers": 0, "augment": "none", **data}),
+        **{"trackers": [], **settings},
+    )
 
 
 class TrainingRun:

@@ -122,15 +122,15 @@ class Run:
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that this run goes on from; rank 0 looks for all."""
-        name = [None]
+        newest = [None]
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / STOPPED).unlink(missing_ok=True)
             self.checkpoints.remove_unfinished()
             if not self.config.checkpoint.resume:
                 self.checkpoints.remove()
-            name = [self.checkpoints.newest(self.config.stages, self.terminal.say)]
-        found = broadcast_object_list(name)[0]
+            newest = [self.checkpoints.newest(self.config.stages, self.terminal.say)]
+        found = broadcast_object_list(newest)[0]
         if found is not None:
             refuse_other_run(found, self.config, self.split, self.images_a_step)
             self.terminal.say(f"going on from {found.folder}")
