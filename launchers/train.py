@@ -3,9 +3,8 @@
 One process:   accelerate launch --config_file launchers/accelerate/one_process.yaml launchers/train.py \
                    --config launchers/configs/flickr30k_vit_b16.yaml
 8 GPUs:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py --config ...
-ZeRO-2:        accelerate launch --config_file launchers/accelerate/one_node.yaml --use_deepspeed \
-                   --deepspeed_config_file ds_configs/zero2.json launchers/train.py \
-                   --config launchers/configs/coco_vit_l14_336.yaml --stages '[1]'
+ZeRO-2:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py \
+                   --config launchers/configs/coco_vit_l14_336.yaml --deepspeed ds_configs/zero2.json --stages '[1]'
 Will it work?  python launchers/train.py --config ... --plan.nodes 8 --plan.gpus 8 --plan.gpu_memory_gb 80
 The control:   ... --conditioning none --prompt.knowledge none --out runs/control
 What is set:   python launchers/train.py --config ... --print_config; python launchers/train.py --help

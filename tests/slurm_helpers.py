@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from filelock import FileLock
 from helpers import QUIET_ENVIRONMENT, ROOT
 
+# With our `accelerate` and `python` first on the path, as with an active environment; sbatch hands it on to the job.
+ACTIVE = {**QUIET_ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 
@@ -26,13 +29,13 @@ class Slurm:
     def __init__(self, script: Path):
         self.script = str(script)
 
-    def run(self, *command: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        """Runs a command on the login host; its output is captured as text, a failure raises with it."""
-        return self._call("exec", *command, cwd=cwd, env=env)
+    def run(self, *command: str) -> subprocess.CompletedProcess:
+        """Runs a command in the repository on the login host; output is captured as text, a failure raises with it."""
+        return self._call("exec", *command)
 
-    def sbatch(self, *arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
-        """Submits a job with `env` on top of this process's environment; returns its number."""
-        return self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env).stdout.strip()
+    def sbatch(self, *arguments: str) -> str:
+        """Submits a job; returns its number."""
+        return self.run("sbatch", "--parsable", *arguments).stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says of a job or of one task of an array (`12_3`), by its field names."""
@@ -63,10 +66,8 @@ class Slurm:
             assert time.monotonic() < end, f"{node} did not come back"
             time.sleep(0.3)
 
-    def _call(self, *arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None):
-        done = subprocess.run(
-            [self.script, *arguments], cwd=cwd, env={**QUIET_ENVIRONMENT, **(env or {})}, capture_output=True, text=True
-        )
+    def _call(self, *arguments: str) -> subprocess.CompletedProcess:
+        done = subprocess.run([self.script, *arguments], cwd=ROOT, env=ACTIVE, capture_output=True, text=True)
         assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
         return done
 

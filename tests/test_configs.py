@@ -74,7 +74,7 @@ def step(model: amp.ActionAwareCLIP, config: TrainConfig, stage: int) -> set[str
     model.zero_grad(set_to_none=True)
     model.activation_checkpointing = config.activation_checkpointing
     trained = set_trainable(model, stage)
-    settings = config.stage1 if stage == 1 else config.stage2
+    settings = config.stage(stage)
     optimizer = adamw(model, settings.lr, settings.weight_decay)
     loss, scale = Objective(stage, config.conditioning, config.negatives, config.margin)(model, meta_batch(model), 0)
     assert loss.shape == () and scale.shape == (1,)

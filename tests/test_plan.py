@@ -20,7 +20,7 @@ from amp.data.shards import ShardManifest
 from amp.errors import AmpError
 from amp.train import plan_checks
 from amp.train.checkpoints import Checkpoints
-from amp.train.config import DataSettings, ModelSettings, StageSettings, TrainConfig
+from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.plan import PlanSettings, Steps, make_plan
 from amp.train.plan_checks import DEEPSPEED_KEYS, counted, in_bytes
@@ -129,11 +129,9 @@ def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
     from accelerate.state import AcceleratorState, PartialState
 
     folder = tmp_path_factory.mktemp("trained")
-    config = TrainConfig(
-        out=str(folder / "run"), model=ModelSettings(clip_folder, None),
-        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
-        data=DataSettings(str(shards), batch_size=4, workers=0, augment="none", cache=str(folder / "cache")),
-        stages=[1], stage1=StageSettings(epochs=3), gradient_accumulation=2, trackers=[], validate_every=0,
+    config = small_run(
+        shards, clip_folder, folder / "run", str(folder / "cache"), {"batch_size": 4, "val_split": "val"},
+        stages=[1], stage1=StageSettings(epochs=3), gradient_accumulation=2, validate_every=0,
     )  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config)
@@ -210,7 +208,7 @@ def test_counted():
             "steps: the training split holds 22 images, fewer than one step of 4 x 6 processes",
         ),
         ({"gradient_accumulation": 6}, {}, "fewer than one step of 4 x 1 processes x 6 batches"),
-        ({"stages": [1, 2], "stage2__epochs": 0}, {}, "stage2.epochs is 0, expected at least 1"),
+        ({"stages": [1, 2], "stage2__epochs": 0}, {}, "stage2.epochs is 0, expected 1 or more"),
         ({"data__batch_size": 1}, {}, "launch: data.batch_size is 1 on one process"),
         ({"trackers": ["tensorbord"]}, {}, "trackers holds ['tensorbord']"),
         ({"model__name": "ViT-B-61"}, {}, "model 'ViT-B-61' is unknown to open_clip"),

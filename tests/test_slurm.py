@@ -9,20 +9,19 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset
+from helpers import ROOT, draw_dataset
 from safetensors.torch import load_file
+from slurm_helpers import ACTIVE
 
 pytestmark = pytest.mark.distributed
 
 TRAIN, BOTH = "launchers/slurm/train.sbatch", "launchers/slurm/both_stages.sh"
-PATH = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # `accelerate` and `python` of ours
 STEPS = 120  # of stage 1
 
 
@@ -50,7 +49,7 @@ def undisturbed(settings, tmp_path_factory) -> Path:
     subprocess.run(
         ["accelerate", "launch", "--config_file", "launchers/accelerate/one_node.yaml", "--num_processes", "2",
          "--main_process_port", "29611", "launchers/train.py", *settings, "--stages", "[1]", "--out", out],
-        cwd=ROOT, env={**QUIET_ENVIRONMENT, **PATH, "ACCELERATE_USE_CPU": "true"}, check=True,
+        cwd=ROOT, env={**ACTIVE, "ACCELERATE_USE_CPU": "true"}, check=True,
     )  # fmt: skip
     return out
 
@@ -83,14 +82,9 @@ def log(tmp_path) -> Iterator[Path]:
 
 def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm, settings, undisturbed, log, tmp_path):
     out = tmp_path / "run"
-    run = [
-        *settings,
-        "--out",
-        str(out),
-        "--checkpoint.resume",
-        "false",
-    ]  # said of the first start, not of a requeued one
-    job, stage2, evaluation = slurm.run(BOTH, "--nodes=2", f"--output={log}", "--", *run, env=PATH).stdout.split()
+    # What --checkpoint.resume says holds for the first start, not for a requeued one.
+    run = [*settings, "--out", str(out), "--checkpoint.resume", "false"]
+    job, stage2, evaluation = slurm.run(BOTH, "--nodes=2", f"--output={log}", "--", *run).stdout.split()
 
     until(lambda: saved_step(out) >= 10, "the first steps")
     slurm.run("scontrol", "requeue", job)  # what preemption with PreemptMode=REQUEUE does
@@ -132,7 +126,7 @@ def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm
 def test_failed_first_stage_cancels_what_depends_on_it(slurm, settings, log, tmp_path):
     """It fails since the nodes have different numbers of GPUs: that would be an unequal number of processes."""
     chain = [BOTH, "--nodes=2", "--gpus=3", f"--output={log}", "--", *settings, "--out", str(tmp_path / "run")]
-    job, stage2, evaluation = slurm.run(*chain, env=PATH).stdout.split()
+    job, stage2, evaluation = slurm.run(*chain).stdout.split()
     assert slurm.wait(job) == "FAILED"
     assert re.search("has [12] GPUs of this job, the first node has [21], expected the same", log.read_text())
     assert slurm.wait(stage2, {"CANCELLED"}) == slurm.wait(evaluation, {"CANCELLED"}) == "CANCELLED"
@@ -143,14 +137,14 @@ def test_other_number_of_images_a_step_than_the_checkpoint_fails(slurm, settings
     before_the_end = sorted((undisturbed / "checkpoints").iterdir())[0]
     shutil.copytree(before_the_end, tmp_path / "run" / "checkpoints" / before_the_end.name)
     run = [*settings, "--stages", "[1]", "--out", str(tmp_path / "run")]
-    job = slurm.sbatch("--nodes=1", f"--output={log}", TRAIN, *run, env=PATH)
+    job = slurm.sbatch("--nodes=1", f"--output={log}", TRAIN, *run)
     assert slurm.wait(job) == "FAILED"
     assert "images a step" in log.read_text() and "is 8 there and 4 here" in log.read_text()
 
 
 def test_job_that_makes_no_progress_is_not_started_for_ever(slurm, settings, log, tmp_path):
     out = tmp_path / "run"
-    job = slurm.sbatch("--hold", f"--output={log}", TRAIN, *settings, "--out", str(out), env=PATH)
+    job = slurm.sbatch("--hold", f"--output={log}", TRAIN, *settings, "--out", str(out))
     out.mkdir()
     (out / "starts.txt").write_text(f"{job} none\n" * 5 + f"{job} elsewhere\n")
     slurm.run("scontrol", "release", job)

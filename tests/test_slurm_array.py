@@ -1,9 +1,5 @@
 """A dataset converted by a Slurm job array of which a task fails, is requeued or is cancelled."""
 
-import os
-import sys
-from pathlib import Path
-
 from helpers import draw_dataset
 
 from amp.data.shards import ShardManifest, ShardReader
@@ -18,11 +14,10 @@ def test_job_array(slurm, tmp_path):
     plain = ShardManifest.load(tmp_path / "plain")
     out = tmp_path / "out"
     arguments = [f"--{key}={value}" for key, value in {**dataset, "out": out, "samples_per_shard": 4}.items()]
-    active = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def submit(*options: str) -> str:
         logs = f"--output={tmp_path}/%A_%a.log" if "--array" in options[0] else f"--output={tmp_path}/%j.log"
-        return slurm.sbatch(*options, logs, "launchers/slurm/make_shards.sbatch", *arguments, env=active)
+        return slurm.sbatch(*options, logs, "launchers/slurm/make_shards.sbatch", *arguments)
 
     def log(job: str) -> str:
         return (tmp_path / f"{job}.log").read_text()

@@ -48,7 +48,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     named = [named_adapter(text) for text in adapters]
     if gallery is not None and not named:
         raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
-    accelerator = make_accelerator(config, deepspeed=False)
+    accelerator = make_accelerator(config, training=False)
     terminal = Terminal(accelerator.is_main_process)
     split = ShardSplit(config.data.shards, split_name)
     base, _, preprocess = create_model_and_transforms(

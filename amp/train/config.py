@@ -81,11 +81,6 @@ class StageSettings:
     weight_decay: float = 0.01
     max_steps: int = 0
 
-    def steps(self, steps_an_epoch: int) -> int:
-        """Optimizer steps of the stage."""
-        steps = self.epochs * steps_an_epoch
-        return min(steps, self.max_steps) if self.max_steps else steps
-
 
 @dataclass
 class CheckpointSettings:
@@ -129,7 +124,8 @@ class TrainConfig:
             (ours); a caption that loses all of them learns the null token.
         margin: Margin of the triplet loss (ours).
         mixed_precision: Autocast type; null takes what `accelerate launch` says.
-        gradient_accumulation: Batches an optimizer step; contrastive sums stay within one batch.
+        gradient_accumulation: Batches of a process an optimizer step; as one large batch, but for ``contrastive`` with
+            ``aim`` or ``cat``, whose negatives come from one batch (docs/training.md).
         max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
         activation_checkpointing: Recompute the prompted blocks in the backward pass.
         compile_frozen: Compile CLIP's image blocks with torch.compile; the first steps take minutes longer (ours).
@@ -175,6 +171,24 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int = 1
     validation: RetrievalSettings = field(default_factory=lambda: RetrievalSettings(max_queries=500, skip_decided=True))
+
+    def stage(self, number: int) -> StageSettings:
+        """Settings of stage 1 or 2."""
+        return self.stage1 if number == 1 else self.stage2
+
+    def steps(self, stage: int, steps_an_epoch: int) -> int:
+        """Optimizer steps of a stage.
+
+        Raises:
+            AmpError: It has no epoch.
+        """
+        settings = self.stage(stage)
+        if settings.epochs < 1:
+            raise AmpError(
+                f"stage{stage}.epochs is {settings.epochs}, expected 1 or more; leave the stage out with stages"
+            )
+        steps = settings.epochs * steps_an_epoch
+        return min(steps, settings.max_steps) if settings.max_steps else steps
 
     def check(self) -> None:
         """Raises AmpError where keys contradict each other."""

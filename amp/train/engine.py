@@ -16,14 +16,13 @@ from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.data.stream import TrainingSamples, training_loader
-from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
 from amp.retrieval.evaluate import Retrieval, SplitCaptions
 from amp.retrieval.results import write_atomically
 from amp.terminal import Terminal
 from amp.train.checkpoints import ADAPTER, Checkpoint, Checkpoints
 from amp.train.config import TrainConfig
-from amp.train.launch import deepspeed_file, make_accelerator
+from amp.train.launch import make_accelerator
 from amp.train.loop import StageLoop
 from amp.train.mining import confusable
 from amp.train.peers import watching_peers
@@ -45,11 +44,6 @@ def train(config: TrainConfig) -> Path:
         Stopped: A signal asked the run to stop, and its state is saved.
     """
     config.check()
-    if deepspeed_file(config) and len(config.stages) > 1:
-        raise AmpError(
-            "stages is [1, 2] under DeepSpeed, expected one stage a launch: an engine can't change what it trains. "
-            "Launch --stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
-        )
     with StopRequest() as request:
         accelerator = make_accelerator(config)
         with watching_peers():
@@ -159,12 +153,6 @@ class Run:
     def prepare_data(self, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
         """Encodes the texts of both splits once, and stores frozen image features where asked."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
-        images = data.batch_size * accelerator.num_processes
-        if images < 2:
-            raise AmpError(
-                f"data.batch_size is {data.batch_size} on {accelerator.num_processes} process, expected 2 or "
-                "more images over all processes: both losses need negatives"
-            )
         self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
         captions = SplitCaptions.read(self.split, data.kinds)
         val_captions = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,25 +15,23 @@ from amp.errors import AmpError
 from amp.train.config import TrainConfig
 
 
-def make_accelerator(config: TrainConfig, deepspeed: bool = True) -> Accelerator:
+def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
     """The Accelerator of a run; on machines without an accelerator processes talk over gloo.
 
     Args:
         config: Of it the precision, accumulation, trackers, time limit and DeepSpeed file are read.
-        deepspeed: False leaves DeepSpeed out whatever the configuration says: evaluation has nothing to shard.
+        training: False leaves DeepSpeed and trackers out whatever the configuration says: evaluation has nothing to
+            shard and nothing to track.
 
     Raises:
-        AmpError: An unknown tracker, fp16 without a GPU, a wrong DeepSpeed file, or another number of processes than
-            was launched.
+        AmpError: What `launch_problems` tells, fp16 without a GPU, a wrong DeepSpeed file, or another number of
+            processes than was launched.
     """
-    unknown = sorted(set(config.trackers) - {tracker.value for tracker in LoggerType})
-    if unknown:
-        raise AmpError(
-            f"trackers holds {unknown}, which Accelerate {accelerate.__version__} doesn't know; expected some of "
-            f"{', '.join(sorted(tracker.value for tracker in LoggerType))}"
-        )
     cuda, world = torch.cuda.is_available(), world_of_launcher()
-    file = deepspeed_file(config) if deepspeed else None
+    file = deepspeed_file(config) if training else None
+    if training:
+        for problem in launch_problems(config, world, file):
+            raise AmpError(problem)
     if not cuda:
         if file is None and precision_of(config) == "fp16":
             raise AmpError("mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU")
@@ -44,7 +43,7 @@ def make_accelerator(config: TrainConfig, deepspeed: bool = True) -> Accelerator
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=config.trackers or None,  # an empty list would make Accelerate warn
+        log_with=(training and config.trackers) or None,  # an empty list would make Accelerate warn
         project_dir=config.out,
         kwargs_handlers=[] if world == 1 else [group],
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(file, config, world)) if file else None,
@@ -59,6 +58,27 @@ def make_accelerator(config: TrainConfig, deepspeed: bool = True) -> Accelerator
             f"Accelerate chose {accelerator.distributed_type.value}, the DeepSpeed file is {file}; launch without --cpu"
         )
     return accelerator
+
+
+def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> Iterator[str]:
+    """What `world` processes can't train: a start stops at the first, a plan tells all."""
+    known = sorted(tracker.value for tracker in LoggerType)
+    unknown = sorted(set(config.trackers) - set(known))
+    if unknown:
+        yield (
+            f"trackers holds {unknown}, which Accelerate {accelerate.__version__} doesn't know; expected some of "
+            f"{', '.join(known)}"
+        )
+    if deepspeed and len(config.stages) > 1:
+        yield (
+            "stages is [1, 2] under DeepSpeed, expected one stage a launch: an engine can't change what it trains. "
+            "Launch --stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
+        )
+    if world * config.data.batch_size < 2:
+        yield (
+            "data.batch_size is 1 on one process, expected 2 or more images over all processes: both losses need "
+            "negatives"
+        )
 
 
 def world_of_launcher() -> int:

@@ -53,14 +53,10 @@ class StageLoop:
         config = run.config
         self.run, self.config, self.accelerator, self.terminal = run, config, run.accelerator, run.terminal
         self.stage, self.done = stage, done
-        self.settings = config.stage1 if stage == 1 else config.stage2
+        self.settings = config.stage(stage)
         self.accumulation = config.gradient_accumulation
         self.steps_an_epoch = run.order.steps // self.accumulation
-        self.steps = self.settings.steps(self.steps_an_epoch)
-        if self.steps == 0:
-            raise AmpError(
-                f"stage{stage}.epochs is {self.settings.epochs}, expected 1 or more; leave the stage out with stages"
-            )
+        self.steps = config.steps(stage, self.steps_an_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
 
     def take_steps(self, found: Checkpoint | None) -> None:

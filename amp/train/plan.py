@@ -107,12 +107,7 @@ class Steps:
         order = BatchOrder(
             [images], data.batch_size, 0, world, config.seed, data.shuffle_window, accumulation=accumulation
         )
-        total = {}
-        for stage in config.stages:
-            settings = config.stage1 if stage == 1 else config.stage2
-            total[stage] = settings.steps(order.steps // accumulation)
-            if total[stage] == 0:
-                raise AmpError(f"stage{stage}.epochs is {settings.epochs}, expected at least 1")
+        total = {stage: config.steps(stage, order.steps // accumulation) for stage in config.stages}
         size = data.batch_size * world
         return cls(size * accumulation, order.steps, images - order.steps * size, total)
 
@@ -245,7 +240,7 @@ def steps_table(plan: Plan) -> Table:
     """Steps, images and parameters of each stage."""
     config, steps, world = plan.config, plan.steps, plan.settings.world
     size, accumulation = config.data.batch_size, config.gradient_accumulation
-    stages = [config.stage1 if stage == 1 else config.stage2 for stage in config.stages]
+    stages = [config.stage(number) for number in config.stages]
     each = lambda value: [value] * len(stages)  # noqa: E731
     rows = [
         ("images a step", each(steps.images), f"{size} x {world} processes x {accumulation} batches"),

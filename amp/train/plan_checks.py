@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import open_clip
-from accelerate.utils import LoggerType
 from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
@@ -26,6 +25,7 @@ from amp.model import ActionAwareCLIP
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import TrainConfig
 from amp.train.engine import open_splits
+from amp.train.launch import launch_problems
 from amp.train.memory import OFFLOADS
 from amp.train.resume import refuse_other_run, stages_left
 
@@ -161,16 +161,7 @@ def check_launch(config: TrainConfig, nodes: int, gpus: int, precision: str, dee
         yield note(f"{config.out} and {config.data.cache} must be the same folders on all nodes")
     if precision == "no":
         yield warning("mixed_precision is null or 'no': fp32 takes twice as much; give --mixed_precision bf16")
-    if deepspeed and len(config.stages) > 1:
-        yield error(
-            "stages is [1, 2] under DeepSpeed, expected one stage a launch; give --stages '[1]', then --stages '[2]' "
-            "--init OUT/stage1/adapter.safetensors"
-        )
-    if world * config.data.batch_size < 2:
-        yield error("data.batch_size is 1 on one process, expected 2 or more images: both losses need negatives")
-    unknown = sorted(set(config.trackers) - {tracker.value for tracker in LoggerType})
-    if unknown:
-        yield error(f"trackers holds {unknown}, which Accelerate doesn't know; expected tensorboard or wandb")
+    yield from map(error, launch_problems(config, world, deepspeed))
 
 
 def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[Said]:

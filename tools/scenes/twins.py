@@ -191,8 +191,7 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     from amp.train.launch import make_accelerator
 
     named = [named_adapter(text) for text in settings.adapters]
-    config.trackers = []
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, training=False)
     if accelerator.num_processes > 1:
         raise AmpError(f"{accelerator.num_processes} processes, expected 1; start it with python, not with a launcher")
     terminal, data = Terminal(True), config.data
