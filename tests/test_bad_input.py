@@ -281,6 +281,7 @@ def test_missing_config_file(run, train, refused, tmp_path):
         ({"data.cache_images": "true", "data.augment": "crop"}, ["data.cache_images", "data.augment"]),
         ({"data.batch_size": 0}, ["data.batch_size is 0"]),
         ({"gradient_accumulation": 0}, ["gradient_accumulation is 0"]),
+        ({"stage2.max_steps": -1}, ["stage2.max_steps is -1"]),
         ({"prompt.lam": 1.5}, ["lam is 1.5", "0 to 1"]),
         ({"prompt.interaction_layer": 3}, ["interaction_layer is 3", "0 to 2"]),
         ({"prompt.triplet_heads": 7}, ["triplet_heads is 7", "40"]),

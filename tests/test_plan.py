@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from helpers import ROOT, SPLIT_SIZES, launcher
+from rich.console import Console
 from training_run import small_run
 
 import amp
@@ -22,7 +23,7 @@ from amp.train import plan_checks
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
-from amp.train.plan import PlanSettings, Steps, make_plan
+from amp.train.plan import PlanSettings, Steps, make_plan, steps_table
 from amp.train.plan_checks import DEEPSPEED_KEYS, counted, in_bytes
 
 PAGE = ROOT / "docs/plan.md"
@@ -291,6 +292,17 @@ def test_deepspeed_files(config, tmp_path, level, keys, words):
 
 def test_a_wrong_deepspeed_file_leaves_memory_out(config, tmp_path):
     assert not make_plan(deepspeed(config, tmp_path, zero_optimization={"stage": 4}), PlanSettings()).estimates
+
+
+@pytest.mark.parametrize("precision, weights", [("fp16", "fp16"), ("bf16", "fp32")])
+def test_the_type_of_the_weights_under_deepspeed(config, tmp_path, precision, weights):
+    plan = make_plan(change(deepspeed(config, tmp_path), mixed_precision=precision), PlanSettings(gpus=2))
+    console = Console(width=100, record=True)
+    console.print(steps_table(plan))
+    rows = [line.split() for line in console.export_text().splitlines() if "parameters" in line]
+    assert [row[-2:] for row in rows] == [["in", weights]] * 2
+    trained = plan.estimates[1].trained / plan.parameters[1].trained
+    assert trained == (2 if weights == "fp16" else 4)
 
 
 def test_stages_under_deepspeed(config, tmp_path):

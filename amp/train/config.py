@@ -71,7 +71,7 @@ class StageSettings:
         prompt_lr: Peak rate of visual prompts and the temperature (ours); null takes `lr`.
         warmup_steps: Optimizer steps of warm-up (ours).
         weight_decay: Of AdamW, on matrices only (ours).
-        max_steps: Optimizer steps at most; 0 for none.
+        max_steps: Optimizer steps at most; 0 sets no limit.
     """
 
     epochs: int = 10
@@ -227,6 +227,7 @@ class TrainConfig:
                "mined_group": (self.mined_group, 1),
                "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1),
                "checkpoint.every_steps": (self.checkpoint.every_steps, 0), "checkpoint.keep": (self.checkpoint.keep, 1),
+               "stage1.max_steps": (self.stage1.max_steps, 0), "stage2.max_steps": (self.stage2.max_steps, 0),
                "max_skipped": (self.max_skipped, 0), "timeout_minutes": (self.timeout_minutes, 0.01)}  # fmt: skip
         for key, (value, least) in low.items():
             if value < least:

@@ -251,9 +251,10 @@ def steps_table(plan: Plan) -> Table:
     ]
     if plan.parameters:
         sizes = plan.parameters.values()
+        cast = plan.zero is not None and precision_of(config) == "fp16"  # DeepSpeed's fp16 casts all weights
         rows += [
-            ("trained parameters", [part.trained for part in sizes], "in fp32"),
-            ("frozen parameters", [part.frozen for part in sizes], f"in {config.model.precision}"),
+            ("trained parameters", [part.trained for part in sizes], "in fp16" if cast else "in fp32"),
+            ("frozen parameters", [part.frozen for part in sizes], f"in {'fp16' if cast else config.model.precision}"),
         ]
     return stage_table("Steps", config.stages, rows, "{:,}".format)
 
