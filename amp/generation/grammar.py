@@ -1,0 +1,104 @@
+"""The form of a reply, as a regular language in the two spellings that engines understand: a regex and GBNF.
+
+A reply to Q1 is one line a triplet, subject, action, object in this order, ``-`` for no object::
+
+    action: girl | climbs | stairs
+    attribute: girl | is | little
+
+or the line ``none``. A reply to Q2 is one numbered line a triplet. An empty line may end both, since that is how a
+model without chat turns ends; a chat model ends with its own token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+COPULAS = ("is", "are", "wearing", "has", "with")
+"""What an attribute may use as its action although the caption doesn't say it: "a red ball" -> ball | is | red."""
+
+MAX_WORDS_IN_SLOT = 4
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+
+
+def words_of(caption: str) -> list[str]:
+    """Distinct words of a caption in lower case, in their order; letters and digits with inner ``'`` and ``-``."""
+    return list(dict.fromkeys(word.lower() for word in _WORD.findall(caption)))
+
+
+@dataclass(frozen=True, slots=True)
+class TripletGrammar:
+    """Replies to Q1.
+
+    Attributes:
+        words: of the caption; every slot keeps to them. Empty: any words.
+        max_triplets: lines at most.
+    """
+
+    words: tuple[str, ...]
+    max_triplets: int
+
+    def regex(self) -> str:
+        """Matches the whole reply, in the dialects of Rust and Python."""
+        word = "(" + "|".join(map(_escape, self.words)) + ")" if self.words else r"[^\W_]+(['’-][^\W_]+)*"
+        action_word = f"({word}|{'|'.join(COPULAS)})" if self.words else word
+        phrase = _phrase(word)
+        attribute = rf"attribute: {phrase} \| {_phrase(action_word)} \| {phrase}"
+        line = rf"(action: {phrase} \| {phrase} \| (-|{phrase})|{attribute})"
+        return rf"(none|{line}(\n{line}){{0,{self.max_triplets - 1}}})(\n\n)?"
+
+    def gbnf(self) -> str:
+        """The same for llama.cpp."""
+        word = " | ".join(map(_quote, self.words)) if self.words else r"[^ \t\n|:<>{}\[\]()\x00-\x1f]+"
+        copulas = " | ".join(map(_quote, COPULAS))
+        return "\n".join(
+            (
+                rf'root ::= ("none" | line ("\n" line){{0,{self.max_triplets - 1}}}) "\n\n"?',
+                'line ::= "action: " phrase " | " phrase " | " ("-" | phrase) | "attribute: " phrase " | " verb " | " phrase',
+                f'phrase ::= word (" " word){{0,{MAX_WORDS_IN_SLOT - 1}}}',
+                f'verb ::= (word | {copulas}) (" " (word | {copulas})){{0,{MAX_WORDS_IN_SLOT - 1}}}',
+                f"word ::= {word}",
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StateGrammar:
+    """Replies to Q2.
+
+    Attributes:
+        count: triplets, one line each.
+        max_characters: of a state.
+    """
+
+    count: int
+    max_characters: int = 160
+
+    def regex(self) -> str:
+        """Matches the whole reply, in the dialects of Rust and Python."""
+        state = rf"[^\s\x00-\x1f\x7f][^\x00-\x1f\x7f]{{7,{self.max_characters - 1}}}"
+        return r"\n".join(rf"{number}\. {state}" for number in range(1, self.count + 1)) + r"(\n\n)?"
+
+    def gbnf(self) -> str:
+        """The same for llama.cpp."""
+        lines = r' "\n" '.join(f'"{number}. " state' for number in range(1, self.count + 1))
+        return (
+            rf'root ::= {lines} "\n\n"?' + "\n"
+            rf"state ::= [^ \x00-\x1f\x7f] [^\x00-\x1f\x7f]{{7,{self.max_characters - 1}}}"
+        )
+
+
+Grammar = TripletGrammar | StateGrammar
+
+
+def _phrase(word: str) -> str:
+    return rf"{word}( {word}){{0,{MAX_WORDS_IN_SLOT - 1}}}"
+
+
+def _escape(text: str) -> str:
+    """`re.escape` for two dialects: Rust refuses an escaped space."""
+    return re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", text)
+
+
+def _quote(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
