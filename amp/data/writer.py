@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from amp.data.image_file import Resize, UnreadableImageError, read_image
+from amp.data.parts import part_of
 from amp.data.shards import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
@@ -148,7 +149,8 @@ def make_shards(
     _check_at_least("workers", workers, 1)
     if not 0 <= max_skipped <= 1:
         raise ShardWriteError(f"max_skipped is {max_skipped}; expected a fraction from 0 to 1")
-    share = _share(part) if part is not None else slice(None)
+    index, parts = part_of(part) if part is not None else (0, 1)
+    share = slice(index, None, parts)
     resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
 
     with console.status("reading captions and knowledge"):
@@ -513,18 +515,6 @@ def _to_write(plan: ShardPlan) -> bool:
     """Whether a shard is missing, or lacks images that could be readable by now."""
     sidecar = _finished(plan)
     return sidecar is None or sidecar["retry"]
-
-
-def _share(part: str) -> slice:
-    """The shards of a part, as a slice of the plan."""
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
-    index, parts = map(int, match.groups()) if match else (0, 0)
-    if index >= parts:
-        raise ShardWriteError(
-            f"part is {part!r}; expected I/N with I from 0 to N-1, as 0/16 to 15/16; a job array must count its tasks "
-            "from 0 without gaps (--array=0-15)"
-        )
-    return slice(index, None, parts)
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class TripletGrammar:
         return "\n".join(
             (
                 rf'root ::= ("none" | line ("\n" line){{0,{self.max_triplets - 1}}}) "\n\n"?',
-                'line ::= "action: " phrase " | " phrase " | " ("-" | phrase) | "attribute: " phrase " | " verb " | " phrase',
+                'line ::= "action: " phrase " | " phrase " | " ("-" | phrase) | '
+                '"attribute: " phrase " | " verb " | " phrase',
                 f'phrase ::= word (" " word){{0,{MAX_WORDS_IN_SLOT - 1}}}',
                 f'verb ::= (word | {copulas}) (" " (word | {copulas})){{0,{MAX_WORDS_IN_SLOT - 1}}}',
                 f"word ::= {word}",

@@ -44,14 +44,17 @@ class Completion:
         text: without the stop text; decoded with errors replaced, so always valid Unicode.
         tokens: generated tokens, 0 where the engine doesn't say.
         prompt_tokens: tokens of prefix and suffix, 0 where the engine doesn't say.
-        error: why there is no reply; "" where there is one. For what concerns this request alone (refused as too long,
-            no answer within all tries). What concerns every request is an `EngineError`.
+        error: why there is no reply; "" where there is one. For what concerns this request alone; what concerns every
+            request is an `EngineError`.
+        refused: the same request would fail again (too long, a content filter): the ladder goes on without it. Other
+            errors (no answer within all tries) are asked again in the next run.
     """
 
     text: str
     tokens: int = 0
     prompt_tokens: int = 0
     error: str = ""
+    refused: bool = False
 
 
 class Engine(Protocol):
@@ -64,9 +67,11 @@ class Engine(Protocol):
     constrained: bool
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides a reply beside the request: engine, model, revision or file hash, quantisation,
-        rendering, precision, whether grammars are obeyed. It is part of the cache's keys and of the provenance, so it holds no secret,
-        no address, no batch size. JSON types only."""
+        """Everything that decides a reply beside the request: engine, model, revision or hash of the weights,
+        quantisation, rendering, precision, whether grammars are obeyed.
+
+        It is part of the cache's keys and of the provenance: JSON types only, no secret, no address, no batch size.
+        """
         ...
 
     def generate(

@@ -1,0 +1,168 @@
+"""The last step: replies to one file of knowledge and its provenance, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amp.data.shards import sha256_of, write_json
+from amp.data.sources import Caption, CaptionedImage
+from amp.errors import AmpError
+from amp.generation.cache import ReplyCache
+from amp.generation.ladder import Ladder, Outcome, Request
+from amp.generation.prompts import readable
+from amp.version import __version__
+
+KNOWLEDGE_NAME, PROVENANCE_NAME = "knowledge.jsonl", "knowledge_provenance.json"
+
+
+class MergeError(AmpError):
+    """Captions are missing, too many fell back, or the file can't be written."""
+
+
+@dataclass
+class Summary:
+    """What a merge found.
+
+    Attributes:
+        captions: rows of the captions file.
+        distinct: different captions among them.
+        triplets: source -> triplets, over distinct captions, as all counts here.
+        states: source -> states.
+        empty: why -> captions without a triplet.
+        failed: captions for which neither the model nor the rules gave something usable, in whole or in part.
+        fallback: captions of which a triplet or a state comes from the rules although a model was asked.
+    """
+
+    captions: int = 0
+    distinct: int = 0
+    triplets: Counter = field(default_factory=Counter)
+    states: Counter = field(default_factory=Counter)
+    empty: Counter = field(default_factory=Counter)
+    failed: int = 0
+    fallback: int = 0
+
+    def add(self, outcome: Outcome, asked: bool) -> None:
+        """Counts one distinct caption; `asked` is whether a model was."""
+        self.distinct += 1
+        self.triplets.update(source["triplet"] for source in outcome.sources)
+        self.states.update(source["state"] for source in outcome.sources)
+        if outcome.empty:
+            self.empty[outcome.empty] += 1
+        self.failed += outcome.failed
+        self.fallback += asked and any("rules" in source.values() for source in outcome.sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "captions": self.captions,
+            "distinct_captions": self.distinct,
+            "triplets_by_source": dict(self.triplets),
+            "states_by_source": dict(self.states),
+            "captions_without_triplets": dict(self.empty),
+            "captions_failed": self.failed,
+            "captions_with_fallback": self.fallback,
+        }
+
+
+def merge_knowledge(
+    images: list[CaptionedImage],
+    wanted: set[str],
+    ladder: Ladder,
+    replies: ReplyCache,
+    out: Path,
+    max_fallback: float,
+    captions: str,
+    command: list[str] | None,
+) -> Summary:
+    """Writes the knowledge of all captions, or nothing.
+
+    Args:
+        images: whose captions get a record each, in this order.
+        wanted: captions, as `readable` gives them, that must be done; others are left out.
+        ladder: of the run.
+        replies: to walk it with.
+        out: folder of both files.
+        max_fallback: largest fraction of `wanted` that may have come down to rules or to nothing.
+        captions: the captions file, for the provenance.
+        command: likewise.
+
+    Raises:
+        MergeError: naming how many captions are missing or fell back.
+    """
+    path = out / KNOWLEDGE_NAME
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    summary, missing = Summary(), Counter()
+    lines: dict[str, dict[str, Any]] = {}  # a caption's record without its place
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for image, caption in _captions(images):
+                text = readable(caption.text)
+                if text not in wanted:
+                    continue
+                if text not in lines:
+                    outcome = ladder.resolve(text, replies.get)
+                    if isinstance(outcome, Request):
+                        missing[outcome.stage] += 1
+                        lines[text] = {}
+                        continue
+                    summary.add(outcome, asked=ladder.engine is not None)
+                    lines[text] = _content(outcome)
+                summary.captions += 1
+                file.write(json.dumps(_place(image, caption) | lines[text], ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _check_merge(summary, missing, len(wanted), max_fallback, out)
+        os.replace(temporary, path)
+        provenance = {
+            **ladder.describe(),
+            "created_by": f"open-clip-amp {__version__}",
+            "captions_sha256": sha256_of(Path(captions)),
+            **summary.to_dict(),
+            "knowledge_sha256": sha256_of(path),
+            "command": command,
+        }
+        write_json(out / PROVENANCE_NAME, provenance)
+    except OSError as error:
+        raise MergeError(
+            f"{path}: can't be written ({error.strerror}); make room or mend the folder, and merge again: the replies "
+            "are kept"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return summary
+
+
+def _check_merge(summary: Summary, missing: Counter, wanted: int, limit: float, out: Path) -> None:
+    if missing:
+        kinds = ", ".join(f"{count:,} {stage}" for stage, count in missing.items())
+        raise MergeError(
+            f"{out}: {missing.total():,} of {wanted:,} different captions aren't done ({kinds} missing in the cache); "
+            "expected all; run the parts that are missing, or the same command without --merge"
+        )
+    bad = summary.failed + summary.fallback
+    if bad > limit * summary.distinct:
+        raise MergeError(
+            f"{out}: {bad:,} of {summary.distinct:,} different captions ({bad / summary.distinct:.1%}) came down to "
+            f"rules ({summary.fallback:,}) or to nothing ({summary.failed:,}); expected at most {limit:.1%}; take a "
+            "better model or prompt, or accept it with --max_fallback"
+        )
+
+
+def _captions(images: list[CaptionedImage]) -> Iterator[tuple[CaptionedImage, Caption]]:
+    for image in images:
+        for caption in image.captions:
+            yield image, caption
+
+
+def _place(image: CaptionedImage, caption: Caption) -> dict[str, Any]:
+    return {"sentid": caption.id, "image": image.path, "caption": caption.text}
+
+
+def _content(outcome: Outcome) -> dict[str, Any]:
+    content: dict[str, Any] = outcome.knowledge.to_dict()
+    return content | ({"empty": outcome.empty} if outcome.empty else {"sources": list(outcome.sources)})

@@ -1,0 +1,219 @@
+"""What a reply says: the strict check of its form, and the repair of what models get wrong in form alone.
+
+Whatever comes out keeps to the schema and to the caption: a slot holds only words of the caption in lower case (and the
+copulas of attributes), a state is one line of printable text. What can't be brought to that form is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from amp.generation.grammar import COPULAS, MAX_WORDS_IN_SLOT, words_of
+from amp.knowledge.schema import Triplet
+
+MAX_TRIPLETS = 6
+MIN_STATE_WORDS, MAX_STATE_CHARACTERS = 3, 160
+
+StateSource = Literal["strict", "repaired"]
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_KIND = re.compile(r"(action|attribute)\b\s*[:\-]?\s*", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.):]\s*)+")
+_NUMBER = re.compile(r"^\W{0,3}(\d{1,2})\s*[.):\-]\s*")
+_SEPARATORS = re.compile(r"\s*\|\s*|\s*[;,]\s*|\s*->\s*|\t+")
+_QUOTES = "\"'`*_“”‘’«»"
+_BRACKETS = "()<>[]{}"
+_NOTHING = frozenset({"", "-", "none", "null", "nothing", "n/a"})
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class TripletReply:
+    """What a reply to Q1 says.
+
+    Attributes:
+        triplets: usable ones, actions first.
+        strict: the reply is exactly of the asked form.
+        usable: the ladder can stop here: strict, repaired to at least one triplet, or a plain "none".
+    """
+
+    triplets: tuple[Triplet, ...]
+    strict: bool
+    usable: bool
+
+
+def triplet_line(triplet: Triplet) -> str:
+    """A triplet as prompts and replies spell it."""
+    return f"{triplet.kind}: {triplet.subject} | {triplet.action} | {triplet.object or '-'}"
+
+
+def parse_triplet_line(line: str) -> Triplet | None:
+    """The inverse of `triplet_line`; None for anything else."""
+    kind, colon, rest = line.partition(": ")
+    slots = rest.split(" | ")
+    if not colon or kind not in ("action", "attribute") or len(slots) != 3:
+        return None
+    subject, action, object_ = slots
+    if any(slot != slot.strip() or not slot for slot in slots) or "-" in (subject, action):
+        return None
+    if object_ == "-":
+        return Triplet(subject, action, "", kind) if kind == "action" else None
+    return Triplet(subject, action, object_, kind)
+
+
+def read_triplets(reply: str, caption: str) -> TripletReply:
+    """The triplets of a reply to Q1: first the strict check, then repair.
+
+    Args:
+        reply: without the empty line that ends it.
+        caption: whose words the slots must keep to.
+    """
+    words = frozenset(words_of(caption))
+    strict = _strict_triplets(reply.rstrip("\n"), words)
+    if strict is not None:
+        return TripletReply(_actions_first(strict), strict=True, usable=True)
+    body = re.sub(r"```\w*", "", reply).strip()
+    if body.strip(_QUOTES + _BRACKETS + ". ").lower() in {"none", "no triplets", "nothing", "n/a"}:
+        return TripletReply((), strict=False, usable=True)
+    found: dict[Triplet, None] = {}
+    for line in _candidates(body):
+        triplet = _repair(line, words)
+        if triplet is not None:
+            found.setdefault(triplet)
+    kept = tuple(found)[:MAX_TRIPLETS]
+    return TripletReply(_actions_first(kept), strict=False, usable=bool(kept))
+
+
+def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
+    """The states of a reply to Q2, one entry a triplet: (text or None, how it was found).
+
+    Args:
+        reply: without the empty line that ends it.
+        count: triplets asked about.
+    """
+    lines = [line for line in reply.strip().splitlines() if line.strip()]
+    numbered = [re.fullmatch(r"(\d{1,2})\. (\S.*)", line) for line in lines]
+    in_order = [match is not None and int(match[1]) == index for index, match in enumerate(numbered, start=1)]
+    if len(lines) == count and all(in_order):
+        return [_state(match[2]) for match in numbered]
+    states: list[tuple[str | None, StateSource]] = [(None, "repaired")] * count
+    place = 0
+    for line in lines:
+        match = _NUMBER.match(line)
+        place = int(match[1]) - 1 if match else place
+        if 0 <= place < count and states[place][0] is None:
+            states[place] = (_state(line[match.end() :] if match else line)[0], "repaired")
+        place += 1
+    return states
+
+
+def _strict_triplets(reply: str, words: frozenset[str]) -> tuple[Triplet, ...] | None:
+    """The same language as `TripletGrammar.regex`, without a regex's backtracking over a long caption."""
+    if reply == "none":
+        return ()
+    triplets = tuple(parse_triplet_line(line) for line in reply.split("\n"))
+    if None in triplets or not 1 <= len(triplets) <= MAX_TRIPLETS or len(set(triplets)) < len(triplets):
+        return None
+    return triplets if all(_grounded(triplet, words) for triplet in triplets) else None
+
+
+def _grounded(triplet: Triplet, words: frozenset[str]) -> bool:
+    verbs = words | set(COPULAS) if triplet.kind == "attribute" else words
+    slots = ((triplet.subject, words), (triplet.action, verbs), (triplet.object, words))
+    return triplet.subject != triplet.object and all(
+        len(slot.split(" ")) <= MAX_WORDS_IN_SLOT and all(word in known for word in slot.split(" "))
+        for slot, known in slots
+        if slot
+    )
+
+
+def _candidates(body: str) -> list[str]:
+    """Pieces that may each hold a triplet: bracketed groups where there are some, else lines."""
+    groups = re.findall(r"[(<\[{]([^()<>\[\]{}\n]{3,200})[)>\]}]", body)
+    triples = [group for group in groups if len(_SEPARATORS.split(group)) in (3, 4)]
+    return triples or body.splitlines()
+
+
+def _repair(line: str, words: frozenset[str]) -> Triplet | None:
+    line = _BULLET.sub("", line).strip()
+    match = _KIND.match(line)
+    kind = match[1].lower() if match else None
+    line = re.sub(r"[\"']?(?:subject|action|object|kind)[\"']?\s*:\s*", "", line[match.end() :] if match else line)
+    slots = [_clean(slot) for slot in _SEPARATORS.split(line)]
+    if len(slots) == 4 and slots[3] in ("action", "attribute"):
+        kind, slots = kind or slots[3], slots[:3]
+    if len(slots) == 2:
+        slots.append("")
+    if len(slots) != 3:
+        return None
+    subject, action, object_ = (_to_caption(slot, words) for slot in slots)
+    if not subject or action is None or object_ is None or not action:
+        return None
+    kind = kind or ("attribute" if action in COPULAS else "action")
+    if kind == "attribute" and not object_:
+        return None
+    triplet = Triplet(subject, action, object_, kind)
+    return triplet if _grounded(triplet, words) else None
+
+
+def _clean(slot: str) -> str:
+    slot = slot.strip().strip(_QUOTES + _BRACKETS + ".:").strip().lower()
+    if slot in _NOTHING:
+        return ""
+    found = words_of(slot)
+    while len(found) > 1 and found[0] in _ARTICLES:
+        found = found[1:]
+    return " ".join(found)
+
+
+def _to_caption(slot: str, words: frozenset[str]) -> str | None:
+    """The slot in the caption's own forms ("jumping" where the caption says "jumps"); None if a word isn't there."""
+    result = []
+    for word in slot.split():
+        if word not in words and word not in COPULAS:
+            stems = {_stem(known): known for known in sorted(words, reverse=True)}
+            word = stems.get(_stem(word))
+            if word is None:
+                return None
+        result.append(word)
+    return " ".join(result)
+
+
+@cache
+def _stemmer():
+    from snowballstemmer import stemmer
+
+    return stemmer("english")
+
+
+def _stem(word: str) -> str:
+    return _stemmer().stemWord(word)
+
+
+def _actions_first(triplets: tuple[Triplet, ...]) -> tuple[Triplet, ...]:
+    return tuple(sorted(triplets, key=lambda triplet: triplet.kind != "action"))
+
+
+def _state(text: str) -> tuple[str | None, StateSource]:
+    """A sentence that is fit to be a state; None where too little is left."""
+    clean = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    clean = clean.strip(_QUOTES).strip()
+    # Cut by the length limit of the grammar or of the model: a half sentence would end in a half word.
+    if len(clean) > MAX_STATE_CHARACTERS or (
+        len(clean) == MAX_STATE_CHARACTERS and not _SENTENCE_END.search(clean[-3:])
+    ):
+        clean = _cut(clean[:MAX_STATE_CHARACTERS])
+    if len(clean.split()) < MIN_STATE_WORDS or not any(letter.isalpha() for letter in clean):
+        return None, "repaired"
+    return clean, "strict" if clean == text else "repaired"
+
+
+def _cut(text: str) -> str:
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    if ends:
+        return text[: ends[-1]]
+    comma = text.rfind(",")
+    return text[:comma] if comma > len(text) // 2 else text.rpartition(" ")[0]

@@ -1,0 +1,231 @@
+"""Generate the knowledge of a captions file: ask what the ladder needs, keep every reply, merge when all are there.
+
+``OUT/settings.json`` says what the folder was made with, ``OUT/cache/`` holds the replies, ``OUT/knowledge.jsonl`` and
+``OUT/knowledge_provenance.json`` are written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from amp.data.parts import part_of
+from amp.data.sources import CaptionedImage, load_captions
+from amp.errors import AmpError
+from amp.generation.cache import Reply, ReplyCache
+from amp.generation.engines import EngineName
+from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
+from amp.generation.merge import Summary, merge_knowledge
+from amp.generation.progress import Progress
+from amp.generation.prompts import load_template, readable
+from amp.generation.settings import SETTINGS_NAME, Makers, Settings
+
+STAGES = ("triplets", "rules", "states")
+
+
+class GenerationError(AmpError):
+    """The knowledge can't be generated or merged as asked."""
+
+
+def generate_knowledge(
+    captions: str,
+    out: str,
+    engine: EngineName = "rules",
+    template: str = "default",
+    format: Literal["auto", "karpathy", "csv", "jsonl"] = "auto",
+    default_split: str = "train",
+    keep_restval: bool = False,
+    splits: list[str] | None = None,
+    limit: int | None = None,
+    part: str | None = None,
+    merge: bool = False,
+    retries: int = 2,
+    temperature: float = 0.7,
+    seed: int = 0,
+    fallback: Literal["rules", "none"] = "rules",
+    max_fallback: float = 0.05,
+    spacy_model: str | None = None,
+    cache: str | None = None,
+    engine_options: dict[str, Any] | None = None,
+    command: list[str] | None = None,
+    console: Console | None = None,
+) -> Summary | None:
+    """Generate action triplets and states for every caption of a file.
+
+    Args:
+        captions: captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split.
+        out: folder for knowledge.jsonl, knowledge_provenance.json and the replies; made if absent.
+        engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server of that
+            interface, such as vllm serve or llama-server), vllm (in this process).
+        template: prompts: default, coco, flickr, or the path of a YAML file.
+        format: format of the captions file; auto goes by its suffix.
+        default_split: split of CSV and JSONL rows that name none.
+        keep_restval: keep Karpathy's restval a split of its own instead of a part of train.
+        splits: splits whose captions get knowledge; all that occur by default.
+        limit: only the first so many different captions.
+        part: I/N, from 0/N to N-1/N: ask for the captions of this part, by their hash, and don't merge. Parts may run
+            at once, in any order and again; then the command without it does what is missing and merges.
+        merge: only merge; what is missing is an error, and no model is loaded.
+        retries: further requests, with temperature, for a caption whose reply can't be used.
+        temperature: of these.
+        seed: of these.
+        fallback: what comes after the last retry: rules, or none (an empty record; a triplet without a state is left
+            out).
+        max_fallback: largest fraction of different captions that may have come down to rules or to nothing although a
+            model was asked; above it nothing is merged.
+        spacy_model: spaCy model of the rules; by default the first of those known that is installed.
+        cache: folder of replies; OUT/cache by default. Runs may share one.
+        engine_options: of the engine's class, such as model.
+        command: the command line, for the provenance.
+        console: where progress is shown; stderr by default.
+
+    Returns:
+        What was merged; None of a part.
+
+    Raises:
+        AmpError: input that can't be used, a model that can't be loaded; replies that came before are kept.
+    """
+    console = console or Console(stderr=True)
+    _check_options(retries, temperature, max_fallback, limit)
+    if part is not None and merge:
+        raise GenerationError("part and merge are both given; expected one of them; merge once all parts have ended")
+    index, parts = _share(part)
+    with console.status("reading captions"):
+        images = _choose(load_captions(captions, format, default_split, keep_restval).images, splits, captions)
+        distinct = list(dict.fromkeys(readable(caption.text) for image in images for caption in image.captions))[:limit]
+    out_root = Path(out)
+    settings = Settings(
+        out_root / SETTINGS_NAME,
+        options={"engine": engine, "fallback": fallback, "spacy_model": spacy_model, **_reply_options(engine_options)},
+        makers=Makers(engine, engine_options or {}, fallback, spacy_model),
+    )
+    ladder = Ladder(
+        engine=settings.described["engine"],
+        template=load_template(template),
+        rules=settings.described["rules"],
+        retries=retries,
+        temperature=temperature,
+        seed=seed,
+    )
+    settings.check_ladder(ladder)
+    name = None if merge else f"replies-{index:05d}-of-{parts:05d}"
+    with ReplyCache(Path(cache) if cache else out_root / "cache", name) as replies:
+        if replies.damaged:
+            console.print(f"{replies.damaged:,} damaged lines in the cache don't count; their captions are asked again")
+        if not merge:
+            mine = [caption for caption in distinct if _number(caption) % parts == index]
+            lost = _ask_all(mine, ladder, settings, replies, console)
+            if lost:
+                raise GenerationError(
+                    f"{out_root}: {lost:,} of {len(mine):,} captions have no reply, since the model's server gave none "
+                    "within all tries; what came is kept; run the same command again to ask for the rest"
+                )
+            if parts > 1:
+                console.print(
+                    f"part {index}/{parts}: all {len(mine):,} captions are done; once every part is, the same command "
+                    "without --part merges"
+                )
+                return None
+        return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, captions, command)
+
+
+def _ask_all(captions: list[str], ladder: Ladder, settings: Settings, replies: ReplyCache, console: Console) -> int:
+    """Asks until every caption has its outcome; returns how many got no answer in this run."""
+    lost: set[str] = set()
+    waiting = captions
+    with Progress(console, len(captions)) as progress:
+        while True:
+            requests: dict[tuple[str, int], dict[str, Request]] = {}
+            still = []
+            for caption in waiting:
+                step = ladder.resolve(caption, replies.get)
+                if isinstance(step, Outcome):
+                    progress.resolved(step)
+                elif step.key not in lost:
+                    requests.setdefault((step.stage, step.attempt), {})[step.key] = step
+                    still.append(caption)
+            waiting = still
+            if not requests:
+                return len(lost)
+            # Q1 with its retries, then the rules, then Q2: full batches that share one prefix.
+            stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
+            group = list(requests[stage, attempt].values())
+            if stage == "rules":
+                _apply_rules(group, settings, replies, progress)
+            else:
+                lost |= _ask_model(group, ladder, settings, replies, progress)
+
+
+def _apply_rules(group: list[Request], settings: Settings, replies: ReplyCache, progress: Progress) -> None:
+    progress.begin("rules", 0, len(group))
+    found = settings.makers.rules.triplets(request.caption for request in group)
+    for request, triplets in zip(group, found, strict=True):
+        replies.put(request.key, Reply(dump_triplets(triplets)), stage="rules", caption=request.caption)
+        progress.reply()
+
+
+def _ask_model(
+    group: list[Request], ladder: Ladder, settings: Settings, replies: ReplyCache, progress: Progress
+) -> set[str]:
+    stage, attempt = group[0].stage, group[0].attempt
+    engine, lost = settings.makers.engine, set()
+    progress.begin(stage, attempt, len(group))
+    completions = engine.generate(
+        ladder.prefix(stage),
+        [request.suffix for request in group],
+        [request.grammar for request in group] if engine.constrained else None,
+        ladder.sampling(stage, attempt),
+        [request.seed for request in group],
+    )
+    for number, completion in completions:
+        request = group[number]
+        if completion.error and not completion.refused:
+            lost.add(request.key)
+        else:
+            notes = {"stage": stage, "attempt": attempt, "caption": request.caption, "tokens": completion.tokens}
+            if completion.error:
+                notes["error"] = completion.error
+            replies.put(request.key, Reply(completion.text, completion.refused), **notes)
+        progress.reply(completion.tokens, completion.error)
+    return lost
+
+
+def _choose(images: list[CaptionedImage], splits: list[str] | None, path: str) -> list[CaptionedImage]:
+    known = list(dict.fromkeys(image.split for image in images))
+    for split in splits or []:
+        if split not in known:
+            raise GenerationError(f"{path}: no split {split!r}; splits seen: {', '.join(known)}; check --splits")
+    return [image for image in images if splits is None or image.split in splits]
+
+
+def _check_options(retries: int, temperature: float, max_fallback: float, limit: int | None) -> None:
+    if not 0 <= retries <= 2:
+        raise GenerationError(f"retries is {retries}; expected 0, 1 or 2")
+    if not 0 < temperature <= 2:
+        raise GenerationError(f"temperature is {temperature}; expected more than 0, at most 2")
+    if not 0 <= max_fallback <= 1:
+        raise GenerationError(f"max_fallback is {max_fallback}; expected a fraction from 0 to 1")
+    if limit is not None and limit < 1:
+        raise GenerationError(f"limit is {limit}; expected at least 1")
+
+
+def _number(caption: str) -> int:
+    """Decides a caption's part, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _share(part: str | None) -> tuple[int, int]:
+    """(index, parts) of this process: the processes of a launcher divide a part among them."""
+    index, parts = part_of(part) if part is not None else (0, 1)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return index * world + rank, parts * world
+
+
+def _reply_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options that decide what a model says; the others may differ from start to start."""
+    keys = ("model", "revision", "rendering", "dtype", "constrained")
+    return {key: value for key, value in (options or {}).items() if key in keys}

@@ -1,0 +1,137 @@
+"""What a folder of generated knowledge is made with, so that two models never mix in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from amp.data.shards import write_json
+from amp.errors import AmpError, shorten
+from amp.generation.engines import EngineName, make_engine
+from amp.generation.engines.base import Engine
+from amp.generation.ladder import Ladder
+from amp.generation.states import LEXICON_VERSION
+
+SETTINGS_NAME = "settings.json"
+
+
+class SettingsError(AmpError):
+    """A folder was made with other settings, or can't be used."""
+
+
+class Makers:
+    """The engine and the rules, each loaded once and only if needed."""
+
+    def __init__(self, engine: EngineName, options: dict[str, Any], fallback: str, spacy_model: str | None) -> None:
+        self._name, self._options, self._fallback, self._spacy_model = engine, options, fallback, spacy_model
+        self._engine: Engine | None = None
+        self._rules = None
+
+    @property
+    def engine(self) -> Engine | None:
+        if self._engine is None:
+            self._engine = make_engine(self._name, self._options)
+        return self._engine
+
+    @property
+    def rules(self):
+        if self._rules is None and (self._name == "rules" or self._fallback == "rules"):
+            from amp.generation.rules import RuleTriplets
+
+            self._rules = RuleTriplets(self._spacy_model)
+        return self._rules
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": self.engine.describe() if self.engine is not None else None,
+            "rules": {**self.rules.describe(), "lexicon": LEXICON_VERSION} if self.rules is not None else None,
+        }
+
+
+class Settings:
+    """``settings.json`` of a folder.
+
+    Loading a model to learn its description takes minutes, so a folder that has one is believed until the first reply
+    is needed.
+
+    Args:
+        path: of the file; written by `check_ladder` where there is none.
+        options: those of the command line that decide what the model says.
+        makers: of engine and rules.
+
+    Attributes:
+        described: what the engine and the rules say of themselves.
+
+    Raises:
+        SettingsError: the folder was made with other options, or its file can't be read.
+    """
+
+    def __init__(self, path: Path, options: dict[str, Any], makers: Makers) -> None:
+        self._path, self._options = path, options
+        self._makers, self._checked = makers, False
+        self._stored = self._read()
+        if self._stored is not None:
+            self._same("options", self._stored["options"], options)
+            self.described = self._stored["made_with"]
+        else:
+            self.described = makers.describe()
+
+    @property
+    def makers(self) -> Makers:
+        """Engine and rules, checked to be those that the folder was made with."""
+        if not self._checked and self._stored is not None:
+            self._same("made_with", self._stored["made_with"], self._makers.describe())
+        self._checked = True
+        return self._makers
+
+    def check_ladder(self, ladder: Ladder) -> None:
+        """Refuses other prompts or retries than the folder was made with; writes the file of a new folder."""
+        described = ladder.describe()
+        if self._stored is not None:
+            self._same("ladder", self._stored["ladder"], described)
+            return
+        content = {"options": self._options, "made_with": self.described, "ladder": described}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            own = self._path.with_name(f".{uuid.uuid4().hex}.json")  # parts that start at once write the same
+            write_json(own, content)
+            os.replace(own, self._path)
+        except OSError as error:
+            raise SettingsError(
+                f"{self._path}: can't be written ({error.strerror}); expected a folder for the knowledge; check --out"
+            ) from None
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            return {key: content[key] for key in ("options", "made_with", "ladder")}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError(
+                f"{self._path}: can't be read ({shorten(str(error))}); expected the settings of an earlier run; remove "
+                "it to begin anew (the replies in the cache stay)"
+            ) from None
+
+    def _same(self, key: str, stored: Any, asked: Any) -> None:
+        difference = _difference(stored, json.loads(json.dumps(asked)))
+        if difference is not None:
+            where, was, now = difference
+            raise SettingsError(
+                f"{self._path}: '{key}{where}' was {shorten(was)}, now {shorten(now)}; expected the same settings in "
+                "one folder, so that its knowledge has one origin; give the old setting, or another --out"
+            )
+
+
+def _difference(stored: Any, asked: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """(path of keys, stored, asked) of the first difference."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for key in dict.fromkeys((*stored, *asked)):
+            found = _difference(stored.get(key), asked.get(key), f"{where}.{key}")
+            if found is not None:
+                return found
+        return None
+    return None if stored == asked else (where, stored, asked)
