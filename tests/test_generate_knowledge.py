@@ -1,0 +1,264 @@
+"""Generating, killing, resuming, dividing and merging, with the real command line."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers import QUIET_ENVIRONMENT, ROOT
+from scripted_model import reply_to, scripted_model
+
+from amp.data.sources import attach_knowledge, load_captions
+from amp.generation.replies import read_triplets
+from amp.knowledge.schema import parse_knowledge
+
+pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
+
+SUBJECTS, VERBS, OBJECTS = ("man", "woman", "dog", "child", "horse"), ("holds", "kicks", "watches", "lifts"), ("ball", "kite", "rope")
+
+
+def write_captions(path: Path, count: int) -> Path:
+    """A CSV in which every fifth caption stands at two images."""
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption", "split"])
+        for number in range(count):
+            words = SUBJECTS[number % 5], VERBS[number // 5 % 4], OBJECTS[number % 3]
+            text = f"A {words[0]} {words[1]} the {words[2]} near house {number - (number % 5 == 4)}x"
+            rows.writerow([f"{number // 2}.jpg", text, "train" if number % 4 else "test"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    with scripted_model() as running:
+        yield running
+
+
+def command(captions: Path, out: Path, model, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "generate_knowledge.py"), "--captions", str(captions), "--out", str(out),
+            "--engine", "openai", "--model", "scripted", "--openai.base_url", model.url, "--openai.constrained", "none",
+            "--openai.concurrency", "4", "--fallback", "none", "--max_fallback", "0.3", *options]  # fmt: skip
+
+
+def run(*arguments, **settings) -> subprocess.CompletedProcess:
+    environment = {**QUIET_ENVIRONMENT, "OPENAI_API_KEY": "secret-of-the-test"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, env=environment, **settings)
+
+
+def read(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "knowledge.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """One undisturbed run: (captions file, its folder, its process)."""
+    root = tmp_path_factory.mktemp("whole")
+    captions = write_captions(root / "captions.csv", 120)
+    model.asked.clear()
+    process = run(captions, root / "out", model)
+    assert process.returncode == 0, process.stderr
+    return captions, root / "out", process, Counter(model.asked)
+
+
+def test_every_caption_has_its_record(whole):
+    captions, out, process, _ = whole
+    images = load_captions(captions).images
+    report = attach_knowledge(images, out / "knowledge.jsonl")
+    assert (report.records, report.attached, report.unused) == (120, 120, 0)
+    for record in read(out):
+        knowledge = parse_knowledge(record, "record")
+        assert bool(knowledge.triplets) != ("empty" in record)
+        assert len(record.get("sources", [])) == len(knowledge.triplets)
+    assert "secret-of-the-test" not in process.stderr + "".join(path.read_text() for path in out.rglob("*.json*"))
+
+
+def test_records_say_what_the_model_said(whole):
+    """Worked out from the model's own rule: the first reply where that is good, else one of the retries."""
+    _, out, _, _ = whole
+    first = 0
+    for record in read(out):
+        turn = {"messages": [{"content": f"Caption: {record['caption']}"}]}
+        expected = read_triplets(reply_to(turn), record["caption"])
+        if expected.strict:
+            first += 1
+            kept = [tuple(t.values()) for t in record["triplets"]]
+            wanted = [(t.subject, t.action, t.object, t.kind) for t in expected.triplets]
+            assert kept == wanted or (set(kept) < set(wanted) or record.get("empty"))  # a triplet without a state is left out
+            assert all(source["triplet"] == "strict" for source in record.get("sources", []))
+        else:
+            assert all(source["triplet"] in ("retry1", "retry2") for source in record.get("sources", []))
+    assert first > 50
+
+
+def test_each_distinct_caption_is_asked_once(whole):
+    captions, _, _, asked = whole
+    texts = [caption.text for image in load_captions(captions).images for caption in image.captions]
+    first_requests = {turn: times for turn, times in asked.items() if "\n" not in turn}
+    assert len(set(texts)) < len(texts)
+    assert first_requests == {f"Caption: {text}": 1 for text in texts}
+
+
+def test_provenance(whole):
+    _, out, _, _ = whole
+    provenance = json.loads((out / "knowledge_provenance.json").read_text())
+    records = read(out)
+    assert provenance["captions"] == 120 and provenance["distinct_captions"] == len({r["caption"] for r in records})
+    assert provenance["engine"]["model"] == "scripted" and "http" not in json.dumps(provenance["engine"])
+    distinct = {record["caption"]: record for record in records}.values()
+    counted = Counter(source["triplet"] for record in distinct for source in record.get("sources", []))
+    assert provenance["triplets_by_source"] == dict(counted)
+    assert provenance["captions_failed"] > 0 and provenance["captions_with_fallback"] == 0
+    assert provenance["template"]["name"] == "default" and len(provenance["template"]["sha256"]) == 64
+
+
+def test_the_same_command_again_asks_nothing(whole, model):
+    captions, out, _, _ = whole
+    before = (out / "knowledge.jsonl").read_bytes()
+    model.asked.clear()
+    process = run(captions, out, model)
+    assert process.returncode == 0 and not model.asked
+    assert (out / "knowledge.jsonl").read_bytes() == before
+
+
+def test_killed_twenty_times(whole, tmp_path, model):
+    """SIGKILL at random points: nothing lost, asked twice without need, or changed."""
+    captions, reference, _, asked_once = whole
+    random.seed(5)
+    out, kills, starts = tmp_path / "out", 0, 0
+    model.asked.clear()
+    model.delay = 0.08  # with 4 at a time, the 120 captions take some seconds
+    environment = {**QUIET_ENVIRONMENT, "OPENAI_API_KEY": "x"}
+    try:
+        while kills < 20:
+            starts += 1
+            assert starts < 60
+            process = subprocess.Popen(command(captions, out, model), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+            cache = out / "cache"
+            size = sum(file.stat().st_size for file in cache.glob("*")) if cache.exists() else 0
+            wanted = size + random.randint(1, 1500)  # bytes: some replies, at any byte
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if cache.exists() and sum(file.stat().st_size for file in cache.glob("*")) >= wanted:
+                    break
+                time.sleep(0.002)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                # A kill in the middle of a write, which a local disk makes rare.
+                if kills % 3 == 0:
+                    path = next(cache.glob("*.jsonl"))
+                    os.truncate(path, max(0, path.stat().st_size - random.randint(1, 60)))
+            else:
+                break
+    finally:
+        model.delay = 0.0
+    assert kills == 20
+    process = run(captions, out, model)
+    assert process.returncode == 0, process.stderr
+    assert (out / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()
+    lines = [json.loads(line)["key"] for file in (out / "cache").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert len(lines) == len(set(lines))
+    # Only what was on its way when a kill came is asked again: at most four, and a line that was cut.
+    assert set(model.asked) == set(asked_once)
+    assert sum(model.asked.values()) <= sum(asked_once.values()) + 20 * 4 + 6
+
+
+def test_two_tasks_of_an_array_merge_to_the_same(whole, tmp_path, model):
+    captions, reference, _, asked_once = whole
+    model.asked.clear()
+    environment = {**QUIET_ENVIRONMENT, "OPENAI_API_KEY": "x"}
+    tasks = [
+        subprocess.Popen(command(captions, tmp_path / "out", model, "--part", f"{index}/2"), stderr=subprocess.PIPE, text=True, env=environment)
+        for index in (1, 0)
+    ]
+    for task in tasks:
+        _, errors = task.communicate(timeout=240)
+        assert task.returncode == 0, errors
+    assert not (tmp_path / "out" / "knowledge.jsonl").exists()
+    assert model.asked == asked_once  # no caption in both parts
+    sizes = [len(file.read_text().splitlines()) for file in (tmp_path / "out" / "cache").glob("*.jsonl")]
+    assert len(sizes) == 2 and min(sizes) > 0.3 * sum(sizes)
+    process = run(captions, tmp_path / "out", model, "--merge", "true")
+    assert process.returncode == 0, process.stderr
+    assert model.asked == asked_once
+    assert (tmp_path / "out" / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()
+
+
+def test_merge_refuses_what_is_missing(whole, tmp_path, model):
+    captions, _, _, _ = whole
+    assert run(captions, tmp_path / "out", model, "--part", "0/2").returncode == 0
+    process = run(captions, tmp_path / "out", model, "--merge", "true")
+    assert process.returncode == 2
+    assert "different captions aren't done" in process.stderr and "triplets missing in the cache" in process.stderr
+    assert [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith("knowledge")] == []
+    process = run(captions, tmp_path / "out", model)  # without --part it does the rest
+    assert process.returncode == 0 and (tmp_path / "out" / "knowledge.jsonl").exists()
+
+
+def test_too_many_fallbacks_fail_the_merge(whole, tmp_path, model):
+    captions, reference, _, _ = whole
+    out = tmp_path / "out"
+    process = run(captions, out, model, "--max_fallback", "0.01", "--cache", str(reference / "cache"))
+    assert process.returncode == 2 and "came down to rules (0) or to nothing" in process.stderr
+    assert "expected at most 1.0%" in process.stderr and not (out / "knowledge.jsonl").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--seed", "1"], "'ladder.seed' was 0, now 1"),
+    (["--retries", "1"], "'ladder.retries' was 2, now 1"),
+    (["--template", "coco"], "'ladder.template."),
+    (["--model", "other"], "'options.model' was 'scripted', now 'other'"),
+    (["--fallback", "rules"], "'options.fallback' was 'none', now 'rules'"),
+])  # fmt: skip
+def test_one_folder_has_one_origin(whole, model, options, message):
+    captions, out, _, _ = whole
+    before = (out / "knowledge.jsonl").read_bytes()
+    process = run(captions, out, model, *options)
+    assert process.returncode == 2 and message in process.stderr and "another --out" in process.stderr
+    assert (out / "knowledge.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--part", "2/2"], "part is '2/2'; expected I/N"),
+    (["--part", "0/2", "--merge", "true"], "part and merge are both given"),
+    (["--template", "nowhere"], "nowhere.yaml: no such template; expected one of coco, default, flickr"),
+    (["--splits", "dev"], "no split 'dev'; splits seen: test, train"),
+    (["--retries", "9"], "retries is 9"),
+    (["--limit", "0"], "limit is 0"),
+    (["--engine", "rules"], "--model is 'scripted' with --engine rules"),
+])  # fmt: skip
+def test_wrong_options(whole, tmp_path, model, options, message):
+    process = run(whole[0], tmp_path / "out", model, *options)
+    assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_server_that_is_gone_is_told_and_nothing_is_lost(whole, tmp_path):
+    captions, _, _, _ = whole
+    with scripted_model() as model:
+        assert run(captions, tmp_path / "out", model, "--part", "0/3").returncode == 0
+    process = run(captions, tmp_path / "out", model, "--openai.tries", "1")
+    assert process.returncode == 2 and "127.0.0.1" in process.stderr and "Traceback" not in process.stderr
+    with scripted_model() as model:
+        process = run(captions, tmp_path / "out", model)
+        assert process.returncode == 0, process.stderr
+        asked = sum(model.asked.values())
+    assert 0 < asked < sum(whole[3].values())
+
+
+def test_limit_and_splits(whole, tmp_path, model):
+    captions, _, _, _ = whole
+    process = run(captions, tmp_path / "out", model, "--limit", "7", "--splits", "test", "--max_fallback", "1")
+    assert process.returncode == 0, process.stderr
+    records = read(tmp_path / "out")
+    assert len({record["caption"] for record in records}) == 7
+    splits = {str(c.id): i.split for i in load_captions(captions).images for c in i.captions}
+    assert {splits[str(record["sentid"])] for record in records} == {"test"}
