@@ -33,7 +33,9 @@ def reply_to(request: dict) -> str:
         first = f"action: {words[0]} | {words[-1]} | -"
         return first if draw == 4 else f"{first}\nattribute: {words[0]} | is | {words[len(words) // 2]}"
     salt = request.get("seed") if request.get("temperature") else 0
-    return "\n".join(f"{i}. It looks like number {number_of(turn, i, salt) % 1000} to me." for i in range(1, len(triplets) + 1))
+    return "\n".join(
+        f"{i}. It looks like number {number_of(turn, i, salt) % 1000} to me." for i in range(1, len(triplets) + 1)
+    )
 
 
 class ScriptedModel:
@@ -68,9 +70,23 @@ def scripted_model():
                 if not request.get("temperature"):
                     model.asked[request["messages"][-1]["content"]] += 1
             time.sleep(model.delay)
-            choice = {"index": 0, "message": {"role": "assistant", "content": reply_to(request)}, "finish_reason": "stop"}
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": reply_to(request)},
+                "finish_reason": "stop",
+            }
             usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
-            self._send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "scripted", "choices": [choice], "usage": usage})
+            self._send(
+                200,
+                {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": "scripted",
+                    "choices": [choice],
+                    "usage": usage,
+                },
+            )
 
         def _send(self, status: int, content: dict) -> None:
             body = json.dumps(content).encode()

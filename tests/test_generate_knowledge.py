@@ -21,7 +21,11 @@ from amp.knowledge.schema import parse_knowledge
 
 pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
 
-SUBJECTS, VERBS, OBJECTS = ("man", "woman", "dog", "child", "horse"), ("holds", "kicks", "watches", "lifts"), ("ball", "kite", "rope")
+SUBJECTS, VERBS, OBJECTS = (
+    ("man", "woman", "dog", "child", "horse"),
+    ("holds", "kicks", "watches", "lifts"),
+    ("ball", "kite", "rope"),
+)
 
 
 def write_captions(path: Path, count: int) -> Path:
@@ -91,7 +95,9 @@ def test_records_say_what_the_model_said(whole):
             first += 1
             kept = [tuple(t.values()) for t in record["triplets"]]
             wanted = [(t.subject, t.action, t.object, t.kind) for t in expected.triplets]
-            assert kept == wanted or (set(kept) < set(wanted) or record.get("empty"))  # a triplet without a state is left out
+            assert kept == wanted or (
+                set(kept) < set(wanted) or record.get("empty")
+            )  # a triplet without a state is left out
             assert all(source["triplet"] == "strict" for source in record.get("sources", []))
         else:
             assert all(source["triplet"] in ("retry1", "retry2") for source in record.get("sources", []))
@@ -140,7 +146,9 @@ def test_killed_twenty_times(whole, tmp_path, model):
         while kills < 20:
             starts += 1
             assert starts < 60
-            process = subprocess.Popen(command(captions, out, model), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+            process = subprocess.Popen(
+                command(captions, out, model), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+            )
             cache = out / "cache"
             size = sum(file.stat().st_size for file in cache.glob("*")) if cache.exists() else 0
             wanted = size + random.randint(1, 1500)  # bytes: some replies, at any byte
@@ -165,7 +173,9 @@ def test_killed_twenty_times(whole, tmp_path, model):
     process = run(captions, out, model)
     assert process.returncode == 0, process.stderr
     assert (out / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()
-    lines = [json.loads(line)["key"] for file in (out / "cache").glob("*.jsonl") for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line)["key"] for file in (out / "cache").glob("*.jsonl") for line in file.read_text().splitlines()
+    ]
     assert len(lines) == len(set(lines))
     # Only what was on its way when a kill came is asked again: at most four, and a line that was cut.
     assert set(model.asked) == set(asked_once)
@@ -177,7 +187,12 @@ def test_two_tasks_of_an_array_merge_to_the_same(whole, tmp_path, model):
     model.asked.clear()
     environment = {**QUIET_ENVIRONMENT, "OPENAI_API_KEY": "x"}
     tasks = [
-        subprocess.Popen(command(captions, tmp_path / "out", model, "--part", f"{index}/2"), stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            command(captions, tmp_path / "out", model, "--part", f"{index}/2"),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         for index in (1, 0)
     ]
     for task in tasks:

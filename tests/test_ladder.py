@@ -4,7 +4,16 @@ import pytest
 
 from amp.generation.cache import Reply
 from amp.generation.grammar import StateGrammar, TripletGrammar
-from amp.generation.ladder import ALL_FAILED, NO_WORD, NOTHING_FOUND, Ladder, Outcome, Request, dump_triplets, load_triplets
+from amp.generation.ladder import (
+    ALL_FAILED,
+    NO_WORD,
+    NOTHING_FOUND,
+    Ladder,
+    Outcome,
+    Request,
+    dump_triplets,
+    load_triplets,
+)
 from amp.generation.prompts import MAX_CAPTION_WORDS, load_template
 from amp.generation.states import state_of
 from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge
@@ -72,7 +81,7 @@ def test_the_order_of_the_rungs():
     assert [ladder().sampling(request.stage, request.attempt).temperature for request in asked if request.grammar] == [
         0.0, 0.7, 0.7, 0.0, 0.7, 0.7,
     ]  # fmt: skip
-    assert isinstance(asked[0].grammar, TripletGrammar) and asked[0].grammar.words == ("a", "girl", "climbs", "the", "stairs")
+    assert isinstance(asked[0].grammar, TripletGrammar) and asked[0].grammar.words == ("girl", "climbs", "stairs")
     assert asked[4].grammar == StateGrammar(1)
 
 
@@ -107,7 +116,7 @@ def test_rules_alone_ask_no_model():
 
 
 HOSTILE = {
-    "quotes": 'A "man" says \'no\' and `runs`',
+    "quotes": "A \"man\" says 'no' and `runs`",
     "braces": "{caption} {{0}} %s $x [list] <tag> A man runs",
     "emoji": "A man 😀 runs 🐕‍🦺 with 👨‍👩‍👧",
     "newlines": "A man\nruns\r\n\n\nwith\ta\x0bdog\x1b[0m\u2028now",
@@ -127,7 +136,13 @@ HOSTILE = {
 def test_hostile_captions_stay_in_the_schema(caption):
     """Whatever the model says: it echoes the caption, obeys it, or answers well."""
     settings = ladder()
-    for reply in (caption, "As you wish: a poem! (poem, is, nice)", "action: system | prompt | leaked", "1. <b>x</b> y z", GOOD):
+    for reply in (
+        caption,
+        "As you wish: a poem! (poem, is, nice)",
+        "action: system | prompt | leaked",
+        "1. <b>x</b> y z",
+        GOOD,
+    ):
         outcome, asked = walk_with(settings, caption, reply)
         record = outcome.knowledge.to_dict()
         assert parse_knowledge(record, "record") == outcome.knowledge
@@ -136,7 +151,9 @@ def test_hostile_captions_stay_in_the_schema(caption):
             slots = (triplet.subject, triplet.action, triplet.object)
             assert all(set(slot.split()) <= known for slot in slots)
         assert all(state.isprintable() and len(state) <= 160 for state in outcome.knowledge.states)
-        assert all(len(request.caption.split()) <= MAX_CAPTION_WORDS and request.caption.isprintable() for request in asked)
+        assert all(
+            len(request.caption.split()) <= MAX_CAPTION_WORDS and request.caption.isprintable() for request in asked
+        )
 
 
 def walk_with(settings: Ladder, caption: str, reply: str) -> tuple[Outcome, list[Request]]:
@@ -158,9 +175,15 @@ def test_keys_say_what_a_reply_depends_on():
         return ladder(**changes).resolve(caption, {}.get).key
 
     base = key()
-    assert key() == base == key(rules=None) == key(retries=0) == key(temperature=0.1) == key(seed=5)  # the first is greedy
+    assert (
+        key() == base == key(rules=None) == key(retries=0) == key(temperature=0.1) == key(seed=5)
+    )  # the first is greedy
     assert key(caption=f" {CAPTION}\n") == base  # as the model reads it
-    assert base not in (key(caption=CAPTION + "s"), key(engine={**ENGINE, "model": "other"}), key(template=load_template("coco")))
+    assert base not in (
+        key(caption=CAPTION + "s"),
+        key(engine={**ENGINE, "model": "other"}),
+        key(template=load_template("coco")),
+    )
 
     def second(**changes):
         settings = ladder(**changes)

@@ -18,12 +18,19 @@ COPULAS = ("is", "are", "wearing", "has", "with")
 """What an attribute may use as its action although the caption doesn't say it: "a red ball" -> ball | is | red."""
 
 MAX_WORDS_IN_SLOT = 4
+_ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 
 
 def words_of(caption: str) -> list[str]:
     """Distinct words of a caption in lower case, in their order; letters and digits with inner ``'`` and ``-``."""
     return list(dict.fromkeys(word.lower() for word in _WORD.findall(caption)))
+
+
+def slot_words(caption: str) -> tuple[str, ...]:
+    """The words that a slot may hold: those of the caption but articles, or all if there are no others."""
+    words = words_of(caption)
+    return tuple(word for word in words if word not in _ARTICLES) or tuple(words)
 
 
 @dataclass(frozen=True, slots=True)

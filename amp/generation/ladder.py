@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from amp.generation.cache import Reply, key_of
 from amp.generation.engines.base import Message, Sampling
-from amp.generation.grammar import Grammar, StateGrammar, TripletGrammar, words_of
+from amp.generation.grammar import Grammar, StateGrammar, TripletGrammar, slot_words, words_of
 from amp.generation.prompts import Template, ask_states, ask_triplets, readable
 from amp.generation.replies import MAX_STATE_CHARACTERS, MAX_TRIPLETS, read_states, read_triplets
 from amp.generation.states import state_of
@@ -168,7 +168,7 @@ class Ladder:
         )
 
     def _ask_triplets(self, caption: str, attempt: int) -> Request:
-        grammar = TripletGrammar(tuple(words_of(caption)), MAX_TRIPLETS)
+        grammar = TripletGrammar(slot_words(caption), MAX_TRIPLETS)
         return self._request("triplets", attempt, caption, ask_triplets(caption), grammar)
 
     def _ask_states(self, caption: str, triplets: tuple[Triplet, ...], attempt: int) -> Request:

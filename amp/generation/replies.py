@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from amp.generation.grammar import COPULAS, MAX_WORDS_IN_SLOT, words_of
+from amp.generation.grammar import COPULAS, MAX_WORDS_IN_SLOT, slot_words, words_of
 from amp.knowledge.schema import Triplet
 
 MAX_TRIPLETS = 6
@@ -71,7 +71,7 @@ def read_triplets(reply: str, caption: str) -> TripletReply:
         reply: without the empty line that ends it.
         caption: whose words the slots must keep to.
     """
-    words = frozenset(words_of(caption))
+    words = frozenset(slot_words(caption))
     strict = _strict_triplets(reply.rstrip("\n"), words)
     if strict is not None:
         return TripletReply(_actions_first(strict), strict=True, usable=True)

@@ -13,7 +13,7 @@ from amp.errors import AmpError, shorten
 from amp.generation.engines import EngineName, make_engine
 from amp.generation.engines.base import Engine
 from amp.generation.ladder import Ladder
-from amp.generation.states import LEXICON_VERSION
+from amp.generation.states import lexicon_version
 
 SETTINGS_NAME = "settings.json"
 
@@ -47,7 +47,7 @@ class Makers:
     def describe(self) -> dict[str, Any]:
         return {
             "engine": self.engine.describe() if self.engine is not None else None,
-            "rules": {**self.rules.describe(), "lexicon": LEXICON_VERSION} if self.rules is not None else None,
+            "rules": {**self.rules.describe(), "lexicon": lexicon_version()} if self.rules is not None else None,
         }
 
 

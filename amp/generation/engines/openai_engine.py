@@ -209,13 +209,13 @@ class OpenAIEngine:
         status, reason = error.status_code, shorten(str(error), 200)
         if status in (401, 403):
             raise EngineError(
-                f"{self._where}: the key is refused (status {status}); expected a valid one in the environment variable "
-                f"{self._api_key_variable}; set it"
+                f"{self._where}: the key is refused (status {status}); expected a valid one in the environment "
+                f"variable {self._api_key_variable}; set it"
             )
         if status == 404:
             raise EngineError(
-                f"{self._where}: model {self._model!r} or the address isn't known there (status 404: {reason}); expected "
-                "a model that the server offers; check --model and --openai.base_url"
+                f"{self._where}: model {self._model!r} or the address isn't known there (status 404: {reason}); "
+                "expected a model that the server offers; check --model and --openai.base_url"
             )
         if status in _RETRIED_STATUS or status >= 500:
             again = _TryAgain(f"{self._where}: status {status}")
@@ -234,8 +234,8 @@ class OpenAIEngine:
             self._refused(error)
         except openai.APIConnectionError as error:
             raise EngineError(
-                f"{self._where}: no server answers ({shorten(str(error.__cause__ or error))}); expected one of OpenAI's "
-                "interface; start it, or check --openai.base_url"
+                f"{self._where}: no server answers ({shorten(str(error.__cause__ or error))}); expected one of "
+                "OpenAI's interface; start it, or check --openai.base_url"
             ) from None
         except (openai.OpenAIError, AttributeError, TypeError, ValueError):
             return "none"  # not every server lists its models

@@ -23,8 +23,8 @@ def plain_prefix(prefix: Sequence[Message]) -> str:
 def chat_parts(tokenizer, prefix: Sequence[Message]) -> tuple[str, str]:
     """(text before the last user turn's content, text behind it) by the tokenizer's chat template.
 
-    Instructions go into the first user turn where the template has no system role (Gemma). A model that can think before
-    it answers (Qwen3) is asked not to.
+    Instructions go into the first user turn where the template has no system role (Gemma). A model that can think
+    before it answers (Qwen3) is asked not to.
 
     Raises:
         EngineError: a template that changes or repeats what a user says.
@@ -34,7 +34,7 @@ def chat_parts(tokenizer, prefix: Sequence[Message]) -> tuple[str, str]:
         text = _apply(tokenizer, turns)
     except Exception as error:  # templates raise whatever they like
         if turns[0]["role"] != "system" or len(turns) < 2:
-            raise EngineError(f"the model's chat template refuses the prompt ({error}); take plain rendering") from None
+            raise _refused(error) from None
         merged = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         try:
             text = _apply(tokenizer, [merged, *turns[2:]])
@@ -48,6 +48,10 @@ def chat_parts(tokenizer, prefix: Sequence[Message]) -> tuple[str, str]:
             "the model's chat template doesn't show what the user says exactly once; take plain rendering"
         )
     return before, behind
+
+
+def _refused(error: Exception) -> EngineError:
+    return EngineError(f"the model's chat template refuses the prompt ({error}); take plain rendering")
 
 
 def _apply(tokenizer, turns: list[dict[str, str]]) -> str:

@@ -1,0 +1,93 @@
+"""Constrained decoding: at each step only tokens that keep a reply within its grammar (llguidance)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from amp.errors import shorten
+from amp.generation.engines.base import EngineError
+from amp.generation.grammar import Grammar
+
+
+class Constraint:
+    """The tokenizer as llguidance knows it; takes a second to make, so it is made once a model.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        vocabulary: the width of the model's logits, which may exceed the tokenizer's.
+        ends: tokens that end a reply.
+
+    Raises:
+        EngineError: llguidance isn't installed, or can't use this tokenizer.
+    """
+
+    def __init__(self, tokenizer, vocabulary: int, ends: Sequence[int]) -> None:
+        try:
+            import llguidance.hf
+        except ImportError:
+            raise EngineError(
+                "constrained decoding needs the package llguidance; expected it to be installed; "
+                'pip install "open-clip-amp[generate]", or take --transformers.constrained false'
+            ) from None
+        try:
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
+        except (TypeError, ValueError) as error:
+            raise EngineError(
+                f"llguidance can't use this model's tokenizer ({shorten(str(error))}); take --transformers.constrained "
+                "false"
+            ) from None
+        self.vocabulary = vocabulary
+        # Retries and states of equal length share theirs; compiling takes a millisecond.
+        self._compiled = lru_cache(maxsize=4096)(self._compile)
+
+    def rows(self, grammars: Sequence[Grammar]) -> Rows:
+        """A batch of replies that haven't begun."""
+        return Rows(self.vocabulary, [self._compiled(grammar.regex()).deep_copy() for grammar in grammars])
+
+    def _compile(self, regex: str):
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_regex(regex))
+        if matcher.is_error():
+            raise EngineError(f"llguidance refuses the grammar {shorten(regex)} ({shorten(matcher.get_error())})")
+        return matcher
+
+
+class Rows:
+    """The state of each reply of a batch."""
+
+    def __init__(self, vocabulary: int, matchers: list) -> None:
+        from llguidance.torch import allocate_token_bitmask
+
+        self._matchers = matchers
+        self._allowed = allocate_token_bitmask(len(matchers), vocabulary)  # int32 (rows, vocabulary / 32)
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        """float (rows, vocabulary) with -inf for every token that would leave the grammar.
+
+        Where a reply is complete only the tokens that end it are left.
+        """
+        from llguidance.torch import fill_next_token_bitmask
+
+        for row, matcher in enumerate(self._matchers):
+            fill_next_token_bitmask(matcher, self._allowed, row)
+        # Unpacked here: llguidance's own function compiles a kernel first, which takes seconds and a compiler.
+        words = self._allowed[: len(self._matchers)].to(logits.device, non_blocking=True)
+        bits = (words.unsqueeze(2) >> torch.arange(32, device=logits.device)) & 1
+        return logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+
+    def advance(self, tokens: Sequence[int]) -> list[bool]:
+        """Takes the chosen token of each row; returns which replies can't go on."""
+        ended = []
+        for matcher, token in zip(self._matchers, tokens, strict=True):
+            if not matcher.consume_token(token):
+                raise EngineError(f"llguidance refuses token {token} ({shorten(matcher.get_error())})")
+            ended.append(matcher.is_stopped())
+        return ended
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all other rows."""
+        self._matchers = [self._matchers[row] for row in rows]

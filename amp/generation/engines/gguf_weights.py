@@ -1,0 +1,63 @@
+"""GGUF files: read once, kept as safetensors, since transformers takes half a minute to unpack a small one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from amp.data.folders import build_folder
+from amp.data.shards import sha256_of
+from amp.generation.engines.base import EngineError
+
+DEFAULT_FOLDER = Path("~/.cache/open-clip-amp/gguf")
+
+
+def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]]:
+    """The model of a GGUF file as a folder that transformers loads in a second.
+
+    Args:
+        path: the file; its quantised weights are unpacked to float32, four bytes a weight.
+        folder: where unpacked models are kept; ``~/.cache/open-clip-amp/gguf`` by default.
+
+    Returns:
+        The folder, and what decides the weights: the file's name and sha256.
+
+    Raises:
+        EngineError: not a GGUF file that transformers can read, or the folder can't be written.
+    """
+    import transformers
+
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise EngineError(f"{path}: can't be read ({error.strerror}); expected a GGUF file; check --model") from None
+    # Another release may unpack to another layout.
+    root = (folder or DEFAULT_FOLDER).expanduser()
+    unpacked = root / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
+    if not unpacked.is_dir():
+        try:
+            with build_folder(unpacked) as temporary:
+                _unpack(path, temporary)
+        except OSError as error:
+            raise EngineError(
+                f"{path}: can't be unpacked to {unpacked} ({error}); expected a GGUF file and some room; check --model "
+                "and --transformers.gguf_folder"
+            ) from None
+        except (ImportError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"{path}: transformers {transformers.__version__} can't read it ({error}); expected a GGUF file of an "
+                "architecture that it knows; pip install gguf, or take the model's safetensors"
+            ) from None
+    return unpacked, {"gguf": path.name, "sha256": digest}
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # save_pretrained refuses models that came from a GGUF file. save_model writes shared weights once.
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

@@ -1,0 +1,317 @@
+"""Any causal language model of transformers, in this process: one prefix for all, full batches, grammars."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from amp.data.shards import sha256_of
+from amp.generation.engines.base import Completion, EngineError, Message, Sampling
+from amp.generation.engines.rendering import chat_parts, plain_prefix
+from amp.generation.grammar import Grammar
+
+
+@dataclass
+class _Prefix:
+    """The shared turns: token ids (P), keys and values of one row, and the tokens behind a suffix."""
+
+    ids: list[int]
+    tail: list[int]
+    cache: Any
+    one_length: bool  # whether a batch must not be padded
+
+
+class TransformersEngine:
+    """A local or hub model, or a GGUF file.
+
+    The turns that all requests share are computed once; a batch starts from copies of their keys and values. Requests
+    are sorted by length and padded on the left. A row that has ended leaves the batch. In float32 a reply is the same
+    whatever stands beside it; in bfloat16 it may differ in single words.
+
+    Several GPUs: start one process each with ``accelerate launch``; the captions are divided among them.
+
+    Args:
+        model: a hub name, a folder, or a file that ends in .gguf.
+        revision: of the hub.
+        rendering: chat uses the tokenizer's chat template, plain continues text; auto is chat if there is a template.
+        dtype: auto is float32 on a CPU, else bfloat16.
+        batch_size: replies at once; halved where the GPU's memory doesn't hold them.
+        device: such as cuda:1 or cpu; auto takes this process's GPU if there is one; spread divides a model that is too
+            large for one over all GPUs.
+        constrained: whether replies must follow the grammar; auto does where llguidance and the tokenizer allow.
+        gguf_folder: where unpacked GGUF files are kept.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        EngineError: the model can't be loaded or used.
+    """
+
+    def __init__(
+        self,
+        model: str = "",
+        revision: str | None = None,
+        rendering: Literal["auto", "chat", "plain"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        batch_size: int = 32,
+        device: str = "auto",
+        constrained: bool | Literal["auto"] = "auto",
+        gguf_folder: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        if batch_size < 1:
+            raise EngineError(f"transformers.batch_size is {batch_size}; expected at least 1; correct it")
+        logging.disable_progress_bar()
+        self._torch, self._batch_size = torch, batch_size
+        place, origin = _find(model, revision, gguf_folder)
+        self._device = _device(torch, device)
+        if dtype == "auto":
+            dtype = "float32" if self._device.type == "cpu" else "bfloat16"
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        placing = {"device_map": "auto"} if device == "spread" else {}
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            self._model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **placing, **options)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise EngineError(
+                f"{model}: can't be loaded as a causal language model ({first}); expected a hub name, a folder or a "
+                ".gguf file; check --model, and whether the hub can be reached"
+            ) from None
+        self._model.requires_grad_(False).eval()
+        if device != "spread":
+            self._model.to(self._device)
+        self._chat = rendering == "chat" or (rendering == "auto" and bool(self._tokenizer.chat_template))
+        if self._chat and not self._tokenizer.chat_template:
+            raise EngineError(f"{model}: its tokenizer has no chat template; expected one; take plain rendering")
+        config = self._model.config.get_text_config()
+        self._limit = getattr(config, "max_position_embeddings", None) or 2**31
+        self._ends = self._end_tokens()
+        self._constraint = self._make_constraint(constrained, config.vocab_size)
+        self.constrained = self._constraint is not None
+        self._prefixes: dict[tuple[Message, ...], _Prefix] = {}
+        self._forward_options = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+        )
+        commit = getattr(self._model.config, "_commit_hash", None)
+        self._described = {
+            "engine": "transformers",
+            "model": Path(model).name if Path(model).exists() else model,
+            "weights": origin or {"revision": commit or revision},
+            "rendering": "chat" if self._chat else "plain",
+            "dtype": dtype,
+            "constrained": self.constrained,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self._described)
+
+    def generate(
+        self,
+        prefix: Sequence[Message],
+        suffixes: Sequence[str],
+        grammar: Sequence[Grammar] | None,
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """See `Engine.generate`; a batch at a time, long requests first."""
+        shared = self._prefix(tuple(prefix))
+        rows = [self.suffix_ids(text) + shared.tail for text in suffixes]
+        room = self._limit - len(shared.ids) - sampling.max_tokens
+        for number, ids in enumerate(rows):
+            if len(ids) > room:
+                reason = f"{len(ids)} tokens behind the shared ones; the model has room for {max(room, 0)}"
+                yield number, Completion("", error=reason, refused=True)
+        waiting = sorted((n for n, ids in enumerate(rows) if len(ids) <= room), key=lambda n: (-len(rows[n]), n))
+        size = self._batch_size
+        while waiting:
+            batch = waiting[:size]
+            if shared.one_length:
+                batch = [number for number in batch if len(rows[number]) == len(rows[batch[0]])]
+            try:
+                replies = self._decode(
+                    shared,
+                    [rows[number] for number in batch],
+                    [grammar[number] for number in batch] if grammar and self._constraint else None,
+                    sampling,
+                    [seeds[number] if seeds else 0 for number in batch],
+                )
+            except self._torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise EngineError(
+                        "the device's memory doesn't hold the model and one request; expected room for both; take a "
+                        "smaller dtype, a smaller model, or --transformers.device spread"
+                    ) from None
+                size = len(batch) // 2
+                self._torch.cuda.empty_cache()
+                continue
+            waiting = waiting[len(batch) :]
+            for number, tokens in zip(batch, replies, strict=True):
+                text = self._text(tokens, sampling.stop)
+                yield number, Completion(text, len(tokens), len(shared.ids) + len(rows[number]))
+
+    def prefix_ids(self, prefix: tuple[Message, ...]) -> tuple[list[int], list[int]]:
+        """(tokens before every suffix, tokens behind it)."""
+        if self._chat:
+            before, behind = chat_parts(self._tokenizer, prefix)  # its text names all special tokens itself
+            return self._ids(before), self._ids(behind)
+        return self._tokenizer(plain_prefix(prefix))["input_ids"], self._continued("\n")
+
+    def suffix_ids(self, text: str) -> list[int]:
+        """Tokens of a suffix, in which no text is read as a special token."""
+        return self._continued(text, split_special_tokens=True)
+
+    def _continued(self, text: str, **options) -> list[int]:
+        """Tokens of a text behind a newline: SentencePiece would begin it with a space of its own."""
+        mark = self._ids("\n", **options)
+        ids = self._ids("\n" + text, **options)
+        return ids[len(mark) :] if ids[: len(mark)] == mark else self._ids(text, **options)
+
+    def _ids(self, text: str, **options) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
+    def _prefix(self, prefix: tuple[Message, ...]) -> _Prefix:
+        if prefix not in self._prefixes:
+            ids, tail = self.prefix_ids(prefix)
+            with self._torch.inference_mode():
+                tokens = self._torch.tensor([ids], device=self._device)
+                cache = self._model(tokens, use_cache=True, **self._forward_options).past_key_values
+            # A layer with a window or a state counts padding between prefix and suffix as text.
+            plain = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+            self._prefixes[prefix] = _Prefix(ids, tail, cache, one_length=not plain)
+        return self._prefixes[prefix]
+
+    def _decode(
+        self,
+        shared: _Prefix,
+        rows: list[list[int]],
+        grammars: list[Grammar] | None,
+        sampling: Sampling,
+        seeds: list[int],
+    ) -> list[list[int]]:
+        """The new tokens of each row, without the one that ends it."""
+        torch, device = self._torch, self._device
+        with torch.inference_mode():
+            before, width = len(shared.ids), max(map(len, rows))
+            tokens = torch.zeros(len(rows), width, dtype=torch.long)
+            seen = torch.ones(len(rows), before + width, dtype=torch.long)  # 0 on the padding between prefix and suffix
+            for row, ids in enumerate(rows):
+                tokens[row, width - len(ids) :] = torch.tensor(ids)
+                seen[row, before : before + width - len(ids)] = 0
+            tokens, seen = tokens.to(device), seen.to(device)
+            positions = (seen.cumsum(1) - 1)[:, before:].clamp(min=0)
+            cache = copy.deepcopy(shared.cache)
+            cache.batch_repeat_interleave(len(rows))
+            constraint = self._constraint.rows(grammars) if grammars else None
+            draws = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+            replies: list[list[int]] = [[] for _ in rows]
+            alive = list(range(len(rows)))
+            for _ in range(sampling.max_tokens):
+                logits = self._model(
+                    tokens,
+                    attention_mask=seen,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **self._forward_options,
+                ).logits[:, -1].float()  # fmt: skip
+                if constraint:
+                    logits = constraint.mask(logits)
+                if sampling.temperature:
+                    noise = torch.stack([self._gumbel(logits.shape[1], draws[row]) for row in alive])
+                    logits = logits / sampling.temperature + noise.to(device)
+                chosen = logits.argmax(1).tolist()
+                ended = constraint.advance(chosen) if constraint else [False] * len(chosen)
+                kept = []
+                for place, (row, token) in enumerate(zip(alive, chosen, strict=True)):
+                    if token in self._ends:
+                        continue
+                    replies[row].append(token)
+                    if not ended[place] and not self._stopped(replies[row], sampling.stop):
+                        kept.append(place)
+                if not kept:
+                    break
+                if len(kept) < len(alive):
+                    index = torch.tensor(kept, device=device)
+                    cache.batch_select_indices(index)
+                    seen, positions = seen[index], positions[index]
+                    if constraint:
+                        constraint.keep(kept)
+                    alive = [alive[place] for place in kept]
+                tokens = torch.tensor([[replies[row][-1]] for row in alive], device=device)
+                seen = torch.cat([seen, seen.new_ones(len(alive), 1)], 1)
+                positions = positions[:, -1:] + 1
+        return replies
+
+    def _gumbel(self, size: int, draw):
+        """Noise under which the argmax is a sample; a row's own, so that it doesn't depend on the batch."""
+        uniform = self._torch.rand(size, generator=draw).clamp_(1e-20, 1 - 1e-7)
+        return -(-uniform.log()).log()
+
+    def _stopped(self, tokens: list[int], stop: str) -> bool:
+        """Whether a plain reply has come to its end; a chat model ends its turn itself."""
+        return not self._chat and stop in self._tokenizer.decode(tokens[-8:])
+
+    def _text(self, tokens: list[int], stop: str) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return (text if self._chat else text.partition(stop)[0]).strip()
+
+    def _end_tokens(self) -> frozenset[int]:
+        configured = self._model.generation_config.eos_token_id
+        known = configured if isinstance(configured, list) else [configured]
+        found = frozenset(token for token in (*known, self._tokenizer.eos_token_id) if token is not None)
+        if not found:
+            raise EngineError("the model names no token that ends a reply; expected eos_token_id; correct its config")
+        return found
+
+    def _make_constraint(self, constrained: bool | str, vocabulary: int):
+        if not constrained:
+            return None
+        from amp.generation.engines.constrain import Constraint
+
+        try:
+            return Constraint(self._tokenizer, vocabulary, sorted(self._ends))
+        except EngineError:
+            if constrained == "auto":
+                return None
+            raise
+
+
+def _find(model: str, revision: str | None, gguf_folder: str | None) -> tuple[str, dict[str, str] | None]:
+    """(what transformers loads, what decides the weights; None for the hub, whose commit does)."""
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        from amp.generation.engines.gguf_weights import unpack
+
+        folder, origin = unpack(path, Path(gguf_folder) if gguf_folder else None)
+        return str(folder), origin
+    if not path.is_dir():
+        if path.exists() or model.startswith(("/", ".", "~")):
+            raise EngineError(f"{model}: no such folder of a model; expected one, or a .gguf file; check --model")
+        return model, None
+    if revision is not None:
+        raise EngineError(f"{model}: a folder has no revision; expected none; leave --transformers.revision out")
+    digest = hashlib.sha256()
+    weights = sorted((*path.glob("*.safetensors"), *path.glob("*.bin")))
+    for file in weights:
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    if not weights:
+        raise EngineError(f"{model}: no weights in it; expected *.safetensors; check --model")
+    return str(path), {"sha256": digest.hexdigest()}
+
+
+def _device(torch, name: str):
+    if name not in ("auto", "spread"):
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if name == "auto" else 0)
+    return torch.device("cpu")

@@ -1,0 +1,118 @@
+"""vLLM in this process, with its cache of common prefixes; imported only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from amp.generation.engines.base import Completion, EngineError, Message, Sampling
+from amp.generation.engines.rendering import plain_text
+from amp.generation.grammar import Grammar
+
+_CHUNK = 1024  # replies are kept after each, so a kill loses at most these
+
+
+class VLLMEngine:
+    """A local or hub model in vLLM.
+
+    Args:
+        model: a hub name or a folder.
+        revision: of the hub.
+        rendering: chat uses the model's chat template, plain continues text.
+        dtype: as vLLM names them; auto takes the model's own.
+        constrained: whether replies must follow the grammar.
+        tensor_parallel_size: GPUs that share the model.
+        max_model_len: tokens of prompt and reply; by default the model's own limit, which may need more memory.
+        gpu_memory_utilization: share of the GPU's memory.
+
+    Raises:
+        EngineError: vLLM isn't installed or can't load the model.
+    """
+
+    def __init__(
+        self,
+        model: str = "",
+        revision: str | None = None,
+        rendering: Literal["chat", "plain"] = "chat",
+        dtype: str = "auto",
+        constrained: bool = True,
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = 4096,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise EngineError(
+                f"the vllm engine needs the package vllm ({error}); expected it to be installed; pip install vllm, or "
+                "take --engine transformers"
+            ) from None
+        self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
+        self._described = {
+            "engine": "vllm",
+            "model": model,
+            "revision": revision,
+            "rendering": rendering,
+            "dtype": dtype,
+            "constrained": constrained,
+        }
+        try:
+            self._llm = vllm.LLM(
+                model=model,
+                revision=revision,
+                dtype=dtype,
+                tensor_parallel_size=tensor_parallel_size,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enable_prefix_caching=True,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EngineError(f"vllm can't load {model!r} ({error}); check --model and the GPU's memory") from None
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self._described)
+
+    def generate(
+        self,
+        prefix: Sequence[Message],
+        suffixes: Sequence[str],
+        grammar: Sequence[Grammar] | None,
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """See `Engine.generate`."""
+        for start in range(0, len(suffixes), _CHUNK):
+            numbers = range(start, min(start + _CHUNK, len(suffixes)))
+            parameters = [
+                self._parameters(sampling, grammar and grammar[number], seeds and seeds[number]) for number in numbers
+            ]
+            outputs = self._run(prefix, [suffixes[number] for number in numbers], parameters)
+            for number, output in zip(numbers, outputs, strict=True):
+                reply = output.outputs[0]
+                yield number, Completion(reply.text, len(reply.token_ids), len(output.prompt_token_ids))
+
+    def _run(self, prefix: Sequence[Message], suffixes: list[str], parameters: list) -> list:
+        if self._rendering == "plain":
+            texts = [plain_text(prefix, suffix) for suffix in suffixes]
+            return self._llm.generate(texts, parameters, use_tqdm=False)
+        turns = [{"role": role, "content": content} for role, content in prefix]
+        return self._llm.chat(
+            [[*turns, {"role": "user", "content": suffix}] for suffix in suffixes],
+            parameters,
+            use_tqdm=False,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+
+    def _parameters(self, sampling: Sampling, grammar: Grammar | None, seed: int | None):
+        known = self._vllm.sampling_params
+        options: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+        if self._rendering == "plain":
+            options["stop"] = [sampling.stop]
+        if sampling.temperature and seed is not None:
+            options["seed"] = seed
+        if grammar is not None and self.constrained:
+            if hasattr(known, "StructuredOutputsParams"):
+                options["structured_outputs"] = known.StructuredOutputsParams(regex=grammar.regex())
+            else:  # before 0.11
+                options["guided_decoding"] = known.GuidedDecodingParams(regex=grammar.regex())
+        return self._vllm.SamplingParams(**options)

@@ -1,0 +1,92 @@
+"""States without a language model: what an action or an attribute looks like, from a lexicon of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amp.knowledge.schema import Triplet
+
+_LEXICON = Path(__file__).with_name("state_lexicon.yaml")
+_BE = frozenset({"is", "are", "was", "were", "be"})
+_WEAR = frozenset({"wearing", "wears", "wear", "wore"})
+_HAVE = frozenset({"has", "have", "with", "having"})
+
+
+def state_of(triplet: Triplet) -> str:
+    """One sentence of 6 to 25 words for a triplet of any words."""
+    template = _attribute(triplet) if triplet.kind == "attribute" else _action(triplet)
+    slots = {"subject": triplet.subject, "action": triplet.action, "object": triplet.object}
+    for name, value in slots.items():  # not str.format: a slot may hold braces
+        template = template.replace("{" + name + "}", value)
+    return template
+
+
+def has_verb(action: str) -> bool:
+    """Whether the lexicon has a sentence of its own for an action."""
+    return _verb(action) is not None
+
+
+def lexicon_version() -> int:
+    """Raised when the same triplet gets another state."""
+    return _lexicon()["version"]
+
+
+def _action(triplet: Triplet) -> str:
+    lexicon = _lexicon()
+    entry = _verb(triplet.action) or lexicon["generic"]
+    keys = ["with"] if triplet.object else ["alone"]
+    if triplet.subject.split()[-1] in lexicon["animals"]:
+        keys.insert(0, "animal" if triplet.object else "animal_alone")
+    return next(entry[key] for key in keys if key in entry)
+
+
+def _attribute(triplet: Triplet) -> str:
+    lexicon, first = _lexicon(), triplet.action.split()[0]
+    if first in _WEAR:
+        return lexicon["attributes"]["wear"]
+    if first in _BE:
+        words = (triplet.object, triplet.object.split()[-1])
+        return next(
+            (lexicon["properties"][w] for w in words if w in lexicon["properties"]), lexicon["attributes"]["be"]
+        )
+    if first in _HAVE:
+        return lexicon["attributes"]["have"]
+    return _verb(triplet.action)["with"] if _verb(triplet.action) else lexicon["attributes"]["place"]
+
+
+def _verb(action: str) -> dict[str, str] | None:
+    verbs = _lexicon()["verbs"]
+    return next((verbs[stem] for stem in _stems(action.split()[0]) if stem in verbs), None)
+
+
+def _stems(word: str) -> Iterator[str]:
+    """Plain forms that a word may be a form of, likeliest first: "hopping" -> hopping, hopp, hoppe, hop."""
+    yield _lexicon()["irregular"].get(word, word)
+    for ending in ("ing", "ed", "es", "s"):
+        if word.endswith(ending) and len(word) > len(ending) + 1:
+            base = word[: -len(ending)]
+            yield base
+            yield base + "e"
+            if len(base) > 2 and base[-1] == base[-2]:
+                yield base[:-1]
+            if base.endswith("i"):  # carried, carries
+                yield base[:-1] + "y"
+
+
+@cache
+def _lexicon() -> dict[str, Any]:
+    content = yaml.safe_load(_LEXICON.read_text(encoding="utf-8"))
+    verbs: dict[str, dict[str, str]] = {}
+    for entry in content["verbs"]:
+        for verb in entry.pop("verbs"):
+            verbs.setdefault(verb, entry)  # a verb of two groups keeps the first
+    properties: dict[str, str] = {}
+    for entry in content["properties"]:
+        for word in entry["words"]:
+            properties.setdefault(word, entry["state"])
+    return {**content, "verbs": verbs, "properties": properties, "animals": frozenset(content["animals"])}
