@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from amp.generation.grammar import words_of
+from amp.generation.grammar import slot_words
 
 
 def number_of(*content) -> int:
@@ -28,7 +28,7 @@ def reply_to(request: dict) -> str:
     draw = number_of(caption, bool(triplets)) % 10
     if draw == 0 or (draw < 4 and not request.get("temperature")):
         return "I am sorry, but this isn't a reply of any use to anyone."
-    words = words_of(caption)
+    words = slot_words(caption)
     if not triplets:
         first = f"action: {words[0]} | {words[-1]} | -"
         return first if draw == 4 else f"{first}\nattribute: {words[0]} | is | {words[len(words) // 2]}"

@@ -34,9 +34,10 @@ def write_captions(path: Path, count: int) -> Path:
         rows = csv.writer(file)
         rows.writerow(["image", "caption", "split"])
         for number in range(count):
-            words = SUBJECTS[number % 5], VERBS[number // 5 % 4], OBJECTS[number % 3]
-            text = f"A {words[0]} {words[1]} the {words[2]} near house {number - (number % 5 == 4)}x"
-            rows.writerow([f"{number // 2}.jpg", text, "train" if number % 4 else "test"])
+            place = number - (number % 5 == 4)
+            words = SUBJECTS[place % 5], VERBS[place // 5 % 4], OBJECTS[place % 3]
+            text = f"A {words[0]} {words[1]} the {words[2]} near house {place}x"
+            rows.writerow([f"{number // 2}.jpg", text, "train" if number // 2 % 4 else "test"])
     return path
 
 

@@ -150,7 +150,7 @@ def load_captions(
     if format == "karpathy":
         source = _load_karpathy(path, keep_restval)
     else:
-        rows = _csv_rows(path) if format == "csv" else _jsonl_objects(path)
+        rows = _csv_rows(path) if format == "csv" else jsonl_objects(path)
         source = _load_rows(path, rows, default_split)
     for image in source.images:
         if not image.captions:
@@ -184,7 +184,7 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
 
     records = unused = 0
     lines: dict[int, int] = {}  # id() of a caption -> line that its knowledge came from
-    for number, record in _jsonl_objects(path):
+    for number, record in jsonl_objects(path):
         where = f"{path} line {number}"
         records += 1
         knowledge = json.dumps(parse_knowledge(record, where).to_dict(), ensure_ascii=False, separators=(",", ":"))
@@ -364,7 +364,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise SourceFormatError(f"{path}: empty; expected a header with the columns image and caption; check the file")
 
 
-def _jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object; blank lines don't count."""
     for number, line in _text_lines(path):
         if not line.strip():

@@ -1,0 +1,224 @@
+"""How right knowledge is: triplets against captions labelled by hand, and a check of the states' form and grounding.
+
+Passing a format check says nothing of this: a grammar makes every reply of a small model valid and few of them right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import yaml
+
+from amp.errors import AmpError, shorten
+from amp.generation.grammar import words_of
+from amp.generation.replies import parse_triplet_line
+from amp.knowledge.schema import Knowledge, Triplet
+
+GOLD = Path(__file__).with_name("gold.yaml")
+Level = Literal["lenient", "exact"]
+
+_COPULAS = frozenset({"is", "are", "was", "were", "be", "has", "have", "with", "of"})
+_ARTICLES = frozenset({"a", "an", "the"})
+_IRREGULAR = {"thrown": "throw", "threw": "throw", "ridden": "ride", "rode": "ride", "sat": "sit", "stood": "stand",
+              "held": "hold", "ran": "run", "fell": "fall", "caught": "catch", "eaten": "eat", "ate": "eat", "lying": "lie",
+              "laying": "lie", "worn": "wear", "swam": "swim", "taken": "take", "given": "give", "driven": "drive"}  # fmt: skip
+_WORDS = (4, 30)
+_NEW_WORDS = 3
+
+
+class GoldError(AmpError):
+    """The labelled captions or the knowledge to score aren't as described."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoldCaption:
+    """A caption labelled by hand.
+
+    Attributes:
+        caption: the text.
+        triplets: that must be found.
+        optional: that may be found; neither a hit nor a mistake.
+    """
+
+    caption: str
+    triplets: tuple[Triplet, ...]
+    optional: tuple[Triplet, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Precision, recall and their harmonic mean, each from 0 to 1.
+
+    Attributes:
+        hits: predicted triplets that match a label each.
+        mistakes: predicted triplets that match none, not even an optional one.
+        misses: labels that nothing matches.
+        interval: of F1, 95 %, by bootstrap over captions.
+    """
+
+    hits: int
+    mistakes: int
+    misses: int
+    interval: tuple[float, float]
+
+    @property
+    def precision(self) -> float:
+        return self.hits / max(self.hits + self.mistakes, 1)
+
+    @property
+    def recall(self) -> float:
+        return self.hits / max(self.hits + self.misses, 1)
+
+    @property
+    def f1(self) -> float:
+        return _f1(self.hits, self.mistakes, self.misses)
+
+
+def load_gold(path: Path = GOLD) -> list[GoldCaption]:
+    """The labelled captions.
+
+    Raises:
+        GoldError: a line that is no triplet.
+    """
+
+    def triplets(lines: Sequence[str], caption: str) -> tuple[Triplet, ...]:
+        found = tuple(parse_triplet_line(line) for line in lines)
+        if None in found:
+            raise GoldError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
+        return found
+
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [
+        GoldCaption(
+            entry["caption"],
+            triplets(entry["triplets"], entry["caption"]),
+            triplets(entry.get("optional", ()), entry["caption"]),
+        )
+        for entry in entries
+    ]
+
+
+def score_triplets(
+    predicted: Sequence[Knowledge], gold: Sequence[GoldCaption], level: Level = "lenient", kind: str | None = None
+) -> Score:
+    """Scores the triplets of the same captions in the same order.
+
+    A triplet matches a label at the level
+
+    - ``exact`` if all three slots have the same words but for articles and endings ("jumps over" = "jumping over");
+    - ``lenient``, the headline, if the last words of both subjects and of both objects are the same but for endings,
+      and the actions have the same verb, their first word, or a copula both. Prepositions are free, an empty object
+      matches only an empty one.
+
+    Each label takes at most one triplet, by a maximum matching.
+
+    Args:
+        predicted: of each caption.
+        gold: likewise.
+        level: of matching.
+        kind: only triplets and labels of this kind; of a label that is optional any.
+    """
+    counts = np.array(
+        [
+            _count([t for t in found.triplets if kind in (None, t.kind)], label, _MATCHES[level], kind)
+            for found, label in zip(predicted, gold, strict=True)
+        ]
+    )
+    draw = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
+    samples = [_f1(*total) for total in counts[draw].sum(axis=1)]
+    low, high = np.percentile(samples, (2.5, 97.5))
+    return Score(*(int(total) for total in counts.sum(axis=0)), interval=(float(low), float(high)))
+
+
+def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
+    """Which states are of the right form and about their triplet; not whether they are true, which no text tells.
+
+    A good state is one line of 4 to 30 words, names the subject or the object, and adds at least three words that are
+    neither in the caption nor a state's usual small words.
+    """
+    known = {_stem(word) for word in words_of(caption)} | _SMALL
+    results = []
+    for triplet, state in zip(knowledge.triplets, knowledge.states, strict=True):
+        words = [_stem(word) for word in words_of(state)]
+        about = {_stem(slot.split()[-1]) for slot in (triplet.subject, triplet.object) if slot}
+        right_form = state.isprintable() and _WORDS[0] <= len(state.split()) <= _WORDS[1]
+        results.append(right_form and bool(about & set(words)) and len(set(words) - known) >= _NEW_WORDS)
+    return results
+
+
+def _count(found: list[Triplet], label: GoldCaption, match: Callable, kind: str | None) -> tuple[int, int, int]:
+    """(hits, mistakes, misses) of one caption."""
+    wanted = [t for t in label.triplets if kind in (None, t.kind)]
+    options = [[place for place, other in enumerate(wanted) if match(triplet, other)] for triplet in found]
+    taken: dict[int, int] = {}  # label -> triplet
+
+    def assign(triplet: int, tried: set[int]) -> bool:
+        for place in options[triplet]:
+            if place not in tried:
+                tried.add(place)
+                if place not in taken or assign(taken[place], tried):
+                    taken[place] = triplet
+                    return True
+        return False
+
+    for triplet in range(len(found)):
+        assign(triplet, set())
+    hit = set(taken.values())
+    # A label of the other kind is right as well, it is only counted elsewhere.
+    excused = [*label.optional, *(t for t in label.triplets if kind not in (None, t.kind))]
+    mistakes = sum(
+        not any(match(triplet, other) for other in excused) for place, triplet in enumerate(found) if place not in hit
+    )
+    return len(hit), mistakes, len(wanted) - len(hit)
+
+
+def _exact(a: Triplet, b: Triplet) -> bool:
+    return all(_normal(x) == _normal(y) for x, y in ((a.subject, b.subject), (a.object, b.object))) and (
+        _normal(a.action) == _normal(b.action) or (a.action in ("is", "are") and b.action in ("is", "are"))
+    )
+
+
+def _lenient(a: Triplet, b: Triplet) -> bool:
+    return (
+        _head(a.subject) == _head(b.subject)
+        and _verb(a.action) == _verb(b.action)
+        and _head(a.object) == _head(b.object)
+    )
+
+
+_MATCHES = {"exact": _exact, "lenient": _lenient}
+
+
+def _normal(slot: str) -> list[str]:
+    return [_stem(word) for word in slot.lower().split() if word not in _ARTICLES]
+
+
+def _head(slot: str) -> str:
+    return _stem(slot.lower().split()[-1]) if slot else ""
+
+
+def _verb(action: str) -> str:
+    first = action.lower().split()[0]
+    return "be" if first in _COPULAS else _stem(first)
+
+
+@cache
+def _stem(word: str) -> str:
+    from snowballstemmer import stemmer
+
+    return stemmer("english").stemWord(_IRREGULAR.get(word, word))
+
+
+def _f1(hits: int, mistakes: int, misses: int) -> float:
+    return 2 * hits / max(2 * hits + mistakes + misses, 1)
+
+
+_SMALL = frozenset(
+    _stem(word)
+    for word in "a an the is are at in on of to and or with by from its their his her it they as one both while".split()
+)
