@@ -72,8 +72,8 @@ def read_knowledge(path: Path, gold: list[GoldCaption]) -> list[Knowledge]:
     missing = [label.caption for label in gold if label.caption not in by_caption]
     if missing:
         raise GoldError(
-            f"{path}: no record for {len(missing)} of {len(gold)} labelled captions, the first {missing[0]!r}; expected "
-            "one each with 'caption'; generate it for the file that --write_captions writes"
+            f"{path}: no record for {len(missing)} of {len(gold)} labelled captions, the first {missing[0]!r}; "
+            "expected one each with 'caption'; generate it for the file that --write_captions writes"
         )
     return [by_caption[label.caption] for label in gold]
 

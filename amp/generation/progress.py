@@ -30,7 +30,7 @@ class Progress:
         self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = None
         self._done = self._total = self._tokens = 0
-        self._what = ""
+        self._what, self._asked = "", False  # whether a model was
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -43,6 +43,7 @@ class Progress:
     def begin(self, stage: str, attempt: int, total: int) -> None:
         """A pass of `total` requests begins."""
         self._end_pass()
+        self._asked |= stage != "rules"
         self._what = _NAMES[stage] + (f", retry {attempt}" if attempt else "")
         self._done, self._total, self._tokens = 0, total, 0
         self._start = self._said = time.perf_counter()
@@ -73,7 +74,7 @@ class Progress:
         text = f"{self._done / seconds:,.1f} captions/s"
         if self._tokens:
             text += f" {self._tokens / seconds:,.0f} tokens/s"
-        if self._outcomes:
+        if self._outcomes and self._asked:
             text += f", {self._outcomes:,} done, {self._down / self._outcomes:.1%} by rules or empty"
         return text
 

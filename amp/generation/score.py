@@ -24,9 +24,11 @@ Level = Literal["lenient", "exact"]
 
 _COPULAS = frozenset({"is", "are", "was", "were", "be", "has", "have", "with", "of"})
 _ARTICLES = frozenset({"a", "an", "the"})
-_IRREGULAR = {"thrown": "throw", "threw": "throw", "ridden": "ride", "rode": "ride", "sat": "sit", "stood": "stand",
-              "held": "hold", "ran": "run", "fell": "fall", "caught": "catch", "eaten": "eat", "ate": "eat", "lying": "lie",
-              "laying": "lie", "worn": "wear", "swam": "swim", "taken": "take", "given": "give", "driven": "drive"}  # fmt: skip
+_IRREGULAR = {
+    "thrown": "throw", "threw": "throw", "ridden": "ride", "rode": "ride", "sat": "sit", "stood": "stand", "ran": "run",
+    "held": "hold", "fell": "fall", "caught": "catch", "eaten": "eat", "ate": "eat", "lying": "lie", "laying": "lie",
+    "worn": "wear", "swam": "swim", "taken": "take", "given": "give", "driven": "drive",
+}  # fmt: skip
 _WORDS = (4, 30)
 _NEW_WORDS = 3
 
@@ -184,11 +186,8 @@ def _exact(a: Triplet, b: Triplet) -> bool:
 
 
 def _lenient(a: Triplet, b: Triplet) -> bool:
-    return (
-        _head(a.subject) == _head(b.subject)
-        and _verb(a.action) == _verb(b.action)
-        and _head(a.object) == _head(b.object)
-    )
+    heads = _head(a.subject) == _head(b.subject) and _head(a.object) == _head(b.object)
+    return heads and _verb(a.action) == _verb(b.action)
 
 
 _MATCHES = {"exact": _exact, "lenient": _lenient}
@@ -219,6 +218,6 @@ def _f1(hits: int, mistakes: int, misses: int) -> float:
 
 
 _SMALL = frozenset(
-    _stem(word)
-    for word in "a an the is are at in on of to and or with by from its their his her it they as one both while".split()
-)
+    map(_stem, ("a", "an", "the", "is", "are", "at", "in", "on", "of", "to", "and", "or", "with", "by", "from", "its",
+                "their", "his", "her", "it", "they", "as", "one", "both", "while"))
+)  # fmt: skip

