@@ -1,4 +1,4 @@
-"""A server of OpenAI's chat interface whose replies are a pure function of the request: some good, some bad, some never.
+"""A server of OpenAI's chat interface whose replies are a pure function of the request: good, bad, some never.
 
 It stands for a language model that tests can't load, so that what is tested is everything around it: engine, ladder,
 cache and merge are the real ones.

@@ -48,9 +48,19 @@ def model():
 
 
 def command(captions: Path, out: Path, model, *options: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / "generate_knowledge.py"), "--captions", str(captions), "--out", str(out),
-            "--engine", "openai", "--model", "scripted", "--openai.base_url", model.url, "--openai.constrained", "none",
-            "--openai.concurrency", "4", "--fallback", "none", "--max_fallback", "0.3", *options]  # fmt: skip
+    script = str(ROOT / "tools" / "generate_knowledge.py")
+    engine = ["--engine", "openai", "--model", "scripted", "--openai.base_url", model.url]
+    setting = [
+        "--openai.constrained",
+        "none",
+        "--openai.concurrency",
+        "4",
+        "--fallback",
+        "none",
+        "--max_fallback",
+        "0.3",
+    ]
+    return [sys.executable, script, "--captions", str(captions), "--out", str(out), *engine, *setting, *options]
 
 
 def run(*arguments, **settings) -> subprocess.CompletedProcess:

@@ -67,8 +67,8 @@ def test_repair_of_a_plain_no():
 
 
 @pytest.mark.parametrize("reply", [
-    "", "\n\n", "I can't do that.", "action: boy | kicks | ball", "girl | girl | girl | girl | girl", "a, b, c", "|||", "{}{}{",
-    "\x00\x01",
+    "", "\n\n", "I can't do that.", "action: boy | kicks | ball", "girl | girl | girl | girl | girl", "a, b, c",
+    "|||", "{}{}{", "\x00\x01",
     "action: girl | climbs the stairs while two dogs jump over | fence",  # too long for a slot
     "attribute: girl | is | -", "<script>alert(1)</script>", "girl climbs stairs",
 ])  # fmt: skip

@@ -244,11 +244,11 @@ def test_more_parts_than_shards(drawn):
 
 def test_parts_share_a_folder_and_a_run_without_parts_does_not(drawn):
     drawn.make("0/3")
-    with writer._lock(drawn.out, shared=True):
+    with writer.lock_folder(drawn.out, shared=True):
         drawn.make("1/3")
         with pytest.raises(AmpError, match="another run is writing shards here"):
             drawn.make()
-    with writer._lock(drawn.out), pytest.raises(AmpError, match="another run is writing shards here"):
+    with writer.lock_folder(drawn.out), pytest.raises(AmpError, match="another run is writing shards here"):
         drawn.make("2/3")
     drawn.make()
 

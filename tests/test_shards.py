@@ -569,7 +569,7 @@ def test_a_full_disk_is_one_clear_error(ten, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_add_member", full)
+    monkeypatch.setattr(writer, "add_member", full)
     with pytest.raises(AmpError, match=r"train-000000.tar: can't be written .No space left on device.; make room"):
         ten.make()
     assert list(ten.out.glob("*.tar")) == list(ten.out.glob("*.tmp")) == []
@@ -605,7 +605,7 @@ def test_foreign_tars_are_not_overwritten(ten):
 
 def test_two_runs_into_one_folder_are_refused(ten):
     ten.make()
-    with writer._lock(ten.out), pytest.raises(AmpError, match="another run is writing shards here"):
+    with writer.lock_folder(ten.out), pytest.raises(AmpError, match="another run is writing shards here"):
         ten.make()
     ten.make()
 

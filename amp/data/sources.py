@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from amp.errors import AmpError, shorten
-from amp.knowledge.schema import is_unicode, parse_knowledge
+from amp.knowledge.schema import is_unicode, parse_knowledge, parse_origin
 
 FORMATS = ("auto", "karpathy", "csv", "jsonl")
 SKIP_KINDS = (
@@ -165,8 +165,9 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
     """Give each caption its knowledge, in place, from a JSONL file of checked records.
 
     A record is ``{"sentid": 12, "triplets": [...], "states": [...]}`` or ``{"image": "a.jpg", "caption": "A man ...",
-    "triplets": [...], "states": [...]}``. With a ``sentid``, ``image`` and ``caption`` are optional and compared
-    with the captions file where present, since knowledge of another data set would fit by number.
+    "triplets": [...], "states": [...]}``, with ``sources`` and ``empty`` where known. With a ``sentid``, ``image`` and
+    ``caption`` are optional and compared with the captions file where present, since knowledge of another data set
+    would fit by number.
 
     Raises:
         SourceFormatError: a malformed line, two differing records of one caption, a record that contradicts the
@@ -187,7 +188,8 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
     for number, record in jsonl_objects(path):
         where = f"{path} line {number}"
         records += 1
-        knowledge = json.dumps(parse_knowledge(record, where).to_dict(), ensure_ascii=False, separators=(",", ":"))
+        content = parse_knowledge(record, where).to_dict() | parse_origin(record, where)
+        knowledge = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         for key in ("image", "caption"):
             if key in record:
                 _check_text(record[key], where, key)

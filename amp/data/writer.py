@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -38,6 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from amp.data.image_file import Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
+from amp.data.shard_file import HashedFile, add_member, record_bytes
 from amp.data.shards import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
@@ -154,16 +154,16 @@ def make_shards(
     resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
 
     with console.status("reading captions and knowledge"):
-        provenance: dict[str, Any] = {"captions": _source_file(captions)}
+        provenance: dict[str, Any] = {"captions": source_file(captions)}
         source = load_captions(captions, format, default_split, keep_restval)
         if knowledge is not None:
             report = attach_knowledge(source.images, knowledge)
             provenance["knowledge"] = {
-                **_source_file(knowledge),
+                **source_file(knowledge),
                 "records": report.records,
                 "captions_with_knowledge": report.attached,
                 "records_without_caption": report.unused,
-                "provenance": _load_provenance(knowledge_provenance),
+                "provenance": load_provenance(knowledge_provenance),
             }
         elif knowledge_provenance is not None:
             raise ShardWriteError("knowledge_provenance is given without knowledge; give both, or neither")
@@ -178,7 +178,7 @@ def make_shards(
             keyed = _exclude(keyed, names, exclude_split, exclude_images)
             excluded = {exclude_split: before - len(keyed)} if exclude_split in chosen else {}
             provenance["exclude_images"] = {
-                **_source_file(exclude_images),
+                **source_file(exclude_images),
                 "split": exclude_split,
                 "names": len(names),
                 "images": before - len(keyed),
@@ -206,7 +206,7 @@ def make_shards(
 
     every_plan = [plan for split_plans in plans.values() for plan in split_plans]
     mine = every_plan[share]
-    with _lock(out_root, shared=part is not None):
+    with lock_folder(out_root, shared=part is not None):
         surplus = _surplus(out_root, every_plan)
         to_write = [plan for plan in mine if _to_write(plan)]
         if to_write or surplus:
@@ -273,7 +273,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
     retry = False
     try:
         with open(temporary, "wb") as file:
-            hashed = _HashedFile(file)
+            hashed = HashedFile(file)
             with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.GNU_FORMAT) as tar:
                 for key, image in plan.samples:
                     try:
@@ -284,8 +284,8 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
                         reason = str(error)
                         skipped.append(Skip("unreadable_image", image.path, reason, image.split, len(image.captions)))
                     else:
-                        _add_member(tar, f"{key}.{extension}", content)
-                        _add_member(tar, f"{key}.json", _record(key, image))
+                        add_member(tar, f"{key}.{extension}", content)
+                        add_member(tar, f"{key}.json", record_bytes(key, image))
                         samples += 1
                         captions += len(image.captions)
                         without_knowledge += sum(caption.knowledge is None for caption in image.captions)
@@ -320,46 +320,6 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
     finally:
         temporary.unlink(missing_ok=True)
         temporary_sidecar.unlink(missing_ok=True)
-
-
-class _HashedFile:
-    """Counts and hashes what is written, so that a finished shard need not be read again."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, block: bytes) -> int:
-        self.sha256.update(block)
-        self.size += len(block)
-        return self._file.write(block)
-
-
-def _record(key: str, image: CaptionedImage) -> bytes:
-    captions = []
-    for caption in image.captions:
-        knowledge = json.loads(caption.knowledge) if caption.knowledge else {"triplets": [], "states": []}
-        captions.append({"id": caption.id, "text": caption.text, **knowledge})
-    record = {
-        "schema": RECORD_SCHEMA,
-        "key": key,
-        "image_id": image.id,
-        "filename": image.path,
-        "split": image.split,
-        "captions": captions,
-    }
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-
-
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    # Owner, mode and time are fixed, so that equal input gives an equal sha256.
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    member.mtime = member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    member.mode = 0o644
-    tar.addfile(member, io.BytesIO(content))
 
 
 def _assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]]:
@@ -518,7 +478,7 @@ def _to_write(plan: ShardPlan) -> bool:
 
 
 @contextmanager
-def _lock(out: Path, shared: bool = False) -> Iterator[None]:
+def lock_folder(out: Path, shared: bool = False) -> Iterator[None]:
     """Make the folder and keep other runs out of it (shared: but for other parts); the lock dies with the process."""
     plan_folder = out / ".plan"
     try:
@@ -669,14 +629,14 @@ def _by_kind(skipped: Iterable[Skip]) -> dict[str, list[dict[str, Any]]]:
     return kinds
 
 
-def _source_file(path: str) -> dict[str, str]:
+def source_file(path: str) -> dict[str, str]:
     try:
         return {"file": Path(path).name, "sha256": sha256_of(path)}
     except OSError as error:
         raise ShardWriteError(f"{path}: can't be read ({error.strerror}); expected a file; check the path") from None
 
 
-def _load_provenance(path: str | None) -> Any:
+def load_provenance(path: str | None) -> Any:
     if path is None:
         return None
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amp.data.shards import sha256_of, write_json
+from amp.data.shards import MANIFEST_NAME, sha256_of, write_json
 from amp.data.sources import Caption, CaptionedImage
 from amp.errors import AmpError
 from amp.generation.cache import ReplyCache
@@ -88,7 +88,7 @@ def merge_knowledge(
         replies: to walk it with.
         out: folder of both files.
         max_fallback: largest fraction of `wanted` that may have come down to rules or to nothing.
-        captions: the captions file, for the provenance.
+        captions: the captions file or the folder of shards, for the provenance.
         command: likewise.
 
     Raises:
@@ -121,7 +121,7 @@ def merge_knowledge(
         provenance = {
             **ladder.describe(),
             "created_by": f"open-clip-amp {__version__}",
-            "captions_sha256": sha256_of(Path(captions)),
+            "captions_sha256": sha256_of(Path(captions) / MANIFEST_NAME if Path(captions).is_dir() else captions),
             **summary.to_dict(),
             "knowledge_sha256": sha256_of(path),
             "command": command,

@@ -250,8 +250,9 @@ def _resolved(noun, verb) -> list:
             head = head.head
         return [_counted(head)] if head.tag_ in _NOUNS else []
     if noun.lower_ in _PRONOUNS:
-        before = [token for token in noun.doc[: noun.i] if token.dep_ in _SUBJECTS and token.tag_ in _NOUNS]
-        return [_counted(before[0])] if before else [noun]
+        nouns = [token for token in noun.doc[: noun.i] if token.tag_ in _NOUNS]
+        subjects = [token for token in nouns if token.dep_ in _SUBJECTS]
+        return [_counted((subjects or nouns)[0])] if nouns else [noun]
     if noun.dep_ == "expl" or noun.tag_ in ("WP", "WDT"):
         return []
     return _joined(_counted(noun))
@@ -341,7 +342,8 @@ def _of_noun(noun) -> Iterator[Triplet]:
 def _placing(noun) -> Iterator[Triplet]:
     if noun.tag_ in _NOUNS:
         for preposition, other in _places(noun):
-            if preposition != "of":
+            worn = preposition == "in" and other.lower_ in _words("clothes") | _words("colours")
+            if preposition != "of" and not worn:
                 for one in _joined(noun) if noun.dep_ != "conj" else [noun]:
                     yield Triplet(_noun(_counted(one)), preposition, _noun(other), "attribute")
 

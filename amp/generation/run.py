@@ -14,6 +14,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from amp.data.parts import part_of
+from amp.data.shard_captions import load_shard_captions
+from amp.data.shards import ShardManifest
 from amp.data.sources import CaptionedImage, load_captions
 from amp.errors import AmpError
 from amp.generation.cache import Reply, ReplyCache
@@ -57,7 +59,8 @@ def generate_knowledge(
     """Generate action triplets and states for every caption of a file.
 
     Args:
-        captions: captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split.
+        captions: captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split; or a
+            folder of shards, whose captions get knowledge.
         out: folder for knowledge.jsonl, knowledge_provenance.json and the replies; made if absent.
         engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server of that
             interface, such as vllm serve or llama-server), vllm (in this process).
@@ -95,7 +98,7 @@ def generate_knowledge(
         raise GenerationError("part and merge are both given; expected one of them; merge once all parts have ended")
     index, parts = _share(part)
     with console.status("reading captions"):
-        images = _choose(load_captions(captions, format, default_split, keep_restval).images, splits, captions)
+        images = _choose(_load(captions, format, default_split, keep_restval), splits, captions)
         distinct = list(dict.fromkeys(readable(caption.text) for image in images for caption in image.captions))[:limit]
     out_root = Path(out)
     settings = Settings(
@@ -192,6 +195,13 @@ def _ask_model(
             replies.put(request.key, Reply(completion.text, completion.refused), **notes)
         progress.reply(completion.tokens, completion.error)
     return lost
+
+
+def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> list[CaptionedImage]:
+    if not Path(captions).is_dir():
+        return load_captions(captions, format, default_split, keep_restval).images
+    by_shard = load_shard_captions(ShardManifest.load(captions))
+    return [image for images in by_shard.values() for image in images]
 
 
 def _choose(images: list[CaptionedImage], splits: list[str] | None, path: str) -> list[CaptionedImage]:

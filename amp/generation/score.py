@@ -143,11 +143,11 @@ def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
     A good state is one line of 4 to 30 words, names the subject or the object, and adds at least three words that are
     neither in the caption nor a state's usual small words.
     """
-    known = {_stem(word) for word in words_of(caption)} | _SMALL
+    known = {stem(word) for word in words_of(caption)} | _SMALL
     results = []
     for triplet, state in zip(knowledge.triplets, knowledge.states, strict=True):
-        words = [_stem(word) for word in words_of(state)]
-        about = {_stem(slot.split()[-1]) for slot in (triplet.subject, triplet.object) if slot}
+        words = [stem(word) for word in words_of(state)]
+        about = {stem(slot.split()[-1]) for slot in (triplet.subject, triplet.object) if slot}
         right_form = state.isprintable() and _WORDS[0] <= len(state.split()) <= _WORDS[1]
         results.append(right_form and bool(about & set(words)) and len(set(words) - known) >= _NEW_WORDS)
     return results
@@ -194,20 +194,21 @@ _MATCHES = {"exact": _exact, "lenient": _lenient}
 
 
 def _normal(slot: str) -> list[str]:
-    return [_stem(word) for word in slot.lower().split() if word not in _ARTICLES]
+    return [stem(word) for word in slot.lower().split() if word not in _ARTICLES]
 
 
 def _head(slot: str) -> str:
-    return _stem(slot.lower().split()[-1]) if slot else ""
+    return stem(slot.lower().split()[-1]) if slot else ""
 
 
 def _verb(action: str) -> str:
     first = action.lower().split()[0]
-    return "be" if first in _COPULAS else _stem(first)
+    return "be" if first in _COPULAS else stem(first)
 
 
 @cache
-def _stem(word: str) -> str:
+def stem(word: str) -> str:
+    """A word without its ending; irregular verbs of captions by their plain form."""
     from snowballstemmer import stemmer
 
     return stemmer("english").stemWord(_IRREGULAR.get(word, word))
@@ -218,6 +219,6 @@ def _f1(hits: int, mistakes: int, misses: int) -> float:
 
 
 _SMALL = frozenset(
-    map(_stem, ("a", "an", "the", "is", "are", "at", "in", "on", "of", "to", "and", "or", "with", "by", "from", "its",
+    map(stem, ("a", "an", "the", "is", "are", "at", "in", "on", "of", "to", "and", "or", "with", "by", "from", "its",
                 "their", "his", "her", "it", "they", "as", "one", "both", "while"))
 )  # fmt: skip

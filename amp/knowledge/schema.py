@@ -104,6 +104,40 @@ def parse_knowledge(record: dict[str, Any], where: str) -> Knowledge:
     return Knowledge(triplets, states)
 
 
+def parse_origin(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a record says of where its knowledge comes from, for readers and reports; training doesn't use it.
+
+    Args:
+        record: with ``sources``, a list with ``{"triplet": str, "state": str}`` for each triplet (strict, repaired,
+            retry1, retry2, rules), and ``empty``, why there is no triplet; both may be absent.
+        where: as in :func:`parse_knowledge`.
+
+    Raises:
+        KnowledgeFormatError: as there.
+    """
+    origin = {}
+    if "sources" in record:
+        sources = record["sources"]
+        fitting = isinstance(sources, list) and len(sources) == len(record["triplets"])
+        if not fitting or not all(_is_source(source) for source in sources):
+            raise KnowledgeFormatError(
+                f"{where}: 'sources' is {shorten(sources)}; expected an object with the strings 'triplet' and 'state' "
+                f"for each of {len(record['triplets'])} triplets; {_HINT}"
+            )
+        origin["sources"] = sources
+    if "empty" in record:
+        origin["empty"] = _text(record["empty"], f"{where}: 'empty'", allow_empty=False)
+    return origin
+
+
+def _is_source(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"triplet", "state"}
+        and all(isinstance(rung, str) and is_unicode(rung) for rung in value.values())
+    )
+
+
 def _parse_triplet(value: Any, where: str) -> Triplet:
     if not isinstance(value, dict):
         raise KnowledgeFormatError(

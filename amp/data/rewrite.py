@@ -1,0 +1,260 @@
+"""Put other knowledge into shards that exist; the images' bytes stay as they are.
+
+A kill at any moment leaves a folder that the same command finishes: each shard is replaced whole, and before that its
+sidecar says what it will be. As long as there is no manifest the folder isn't finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from amp.data.shard_captions import load_shard_captions
+from amp.data.shard_file import HashedFile, add_member, record_bytes
+from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of, write_json
+from amp.data.sources import CaptionedImage, attach_knowledge
+from amp.data.writer import load_provenance, lock_folder, source_file
+from amp.errors import AmpError
+
+_BEFORE = "manifest-before.json"  # the manifest that an unfinished rewrite began with
+
+
+class RewriteError(AmpError):
+    """The knowledge can't be put into these shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A shard to rewrite: where it is, what it was, where it goes."""
+
+    source: ShardInfo
+    target: Path
+    images: list[CaptionedImage]
+    knowledge: str  # sha256 of the file
+
+    @property
+    def in_place(self) -> bool:
+        return self.target == self.source.path
+
+    @property
+    def sidecar(self) -> Path:
+        return self.target.parent / ".plan" / f"{self.target.name}.json"
+
+
+def rewrite_knowledge(
+    shards: str,
+    knowledge: str,
+    knowledge_provenance: str | None = None,
+    out: str | None = None,
+    max_missing: float = 0.0,
+    command: list[str] | None = None,
+    console: Console | None = None,
+) -> ShardManifest:
+    """Replace the knowledge in shards.
+
+    Args:
+        shards: folder with manifest.json.
+        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states.
+        knowledge_provenance: JSON that says how it was made; copied into the manifest.
+        out: folder for the new shards; by default the old ones are replaced.
+        max_missing: largest fraction of captions that may have no record; those lose the knowledge that they had.
+        command: the command line, for the manifest.
+        console: where progress is shown; stderr by default.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        AmpError: input that can't be used; before that nothing is changed.
+    """
+    console = console or Console(stderr=True)
+    if not 0 <= max_missing <= 1:
+        raise RewriteError(f"max_missing is {max_missing}; expected a fraction from 0 to 1")
+    root = Path(shards)
+    target = Path(out) if out is not None else root
+    if out is not None and target.resolve() == root.resolve():
+        raise RewriteError(f"--out {out} is the folder of the shards; leave it out to replace them, or name another")
+    provenance = {**source_file(knowledge), "provenance": load_provenance(knowledge_provenance)}
+    if not root.is_dir():
+        raise RewriteError(f"{root}: no such folder; expected a folder of shards; check --shards")
+    with lock_folder(target):
+        manifest = _manifest(root, target)
+        with console.status("reading captions and knowledge"):
+            jobs = _plan(manifest, target, provenance["sha256"])
+            images = [image for job in jobs for image in job.images]
+            report = attach_knowledge(images, knowledge)
+        _check_missing(images, max_missing, knowledge)
+        _check_room(jobs, target)
+        if target == root:
+            write_json(target / ".plan" / _BEFORE, manifest.to_dict())
+        (target / MANIFEST_NAME).unlink(missing_ok=True)
+        sidecars = [_rewrite(job) for job in track(jobs, "shards", console=console, transient=True)]
+        rewritten = _new_manifest(manifest, jobs, sidecars, target)
+        before = manifest.provenance.get("knowledge") or {}
+        earlier = manifest.provenance.get("previous_knowledge", [])
+        rewritten.provenance = {
+            **manifest.provenance,
+            "knowledge": {
+                **provenance,
+                "records": report.records,
+                "captions_with_knowledge": report.attached,
+                "records_without_caption": report.unused,
+                "command": command,
+            },
+            "previous_knowledge": earlier if before.get("sha256") == provenance["sha256"] else [*earlier, before],
+        }
+        rewritten.save()
+        (target / ".plan" / _BEFORE).unlink(missing_ok=True)
+    return rewritten
+
+
+def _manifest(root: Path, target: Path) -> ShardManifest:
+    """The manifest of the shards, also where a rewrite in place was cut short."""
+    kept = root / ".plan" / _BEFORE
+    if target != root or not kept.exists() or (root / MANIFEST_NAME).exists():
+        return ShardManifest.load(root)
+    # Read as a manifest, from where it is kept; its shards lie one folder up.
+    with_name = root / ".plan" / MANIFEST_NAME
+    shutil.copyfile(kept, with_name)
+    try:
+        manifest = ShardManifest.load(with_name)
+    finally:
+        with_name.unlink()
+    manifest.root = root
+    manifest.splits = {
+        split: [ShardInfo(root / i.name, i.samples, i.captions, i.bytes, i.sha256) for i in infos]
+        for split, infos in manifest.splits.items()
+    }
+    return manifest
+
+
+def _plan(manifest: ShardManifest, target: Path, knowledge: str) -> list[_Job]:
+    """A job a shard; every shard is checked to be what the manifest, or an unfinished rewrite, says."""
+    jobs = []
+    infos = [info for infos in manifest.splits.values() for info in infos]
+    for info in infos:
+        job = _Job(info, target / info.name, [], knowledge)
+        digest = sha256_of(info.path) if info.path.exists() else "missing"
+        sidecar = _sidecar(job) if job.in_place else None
+        if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
+            raise RewriteError(
+                f"{info.path}: sha256 is {digest}; expected {info.sha256}, as the manifest says; the shard was changed "
+                "or is damaged; make the shards again with tools/make_shards.py"
+            )
+        jobs.append(job)
+    # Shards that were rewritten already have another size, so the manifest's own check would refuse them.
+    current = ShardManifest(manifest.root, {"all": [_as_it_is(info) for info in infos]})
+    captions = load_shard_captions(current)
+    return [_Job(job.source, job.target, captions[job.source.name], knowledge) for job in jobs]
+
+
+def _as_it_is(info: ShardInfo) -> ShardInfo:
+    return ShardInfo(info.path, info.samples, info.captions, info.path.stat().st_size, "")
+
+
+def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str) -> None:
+    captions = [caption for image in images for caption in image.captions]
+    missing = [caption for caption in captions if caption.knowledge is None]
+    if len(missing) > allowed * len(captions):
+        raise RewriteError(
+            f"{knowledge}: no record for {len(missing):,} of {len(captions):,} captions of the shards, the first is "
+            f"{missing[0].text!r}; expected one each; generate knowledge for these shards (tools/generate_knowledge.py "
+            f"--captions FOLDER), or accept it with --max_missing; nothing was changed"
+        )
+
+
+def _check_room(jobs: list[_Job], target: Path) -> None:
+    """A disk that fills up in the middle is no harm, but it costs time."""
+    needed = max(job.source.bytes for job in jobs)
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise RewriteError(
+            f"{target}: {free:,} bytes are free; expected at least {needed:,}, a shard's; make room; nothing was "
+            "changed"
+        )
+
+
+def _sidecar(job: _Job) -> dict[str, Any] | None:
+    """What an earlier rewrite noted for this shard."""
+    try:
+        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
+        return sidecar if {"knowledge", "sha256", "replaces"} <= sidecar.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _rewrite(job: _Job) -> dict[str, Any]:
+    """Writes one shard, unless it is there; returns its sidecar."""
+    done, present = _sidecar(job), sha256_of(job.target) if job.target.exists() else ""
+    current = done is not None and done["knowledge"] == job.knowledge and done["sha256"] == present
+    if current and (job.in_place or done["replaces"] == job.source.sha256):
+        return done
+    suffix = f".{uuid.uuid4().hex}.tmp"
+    temporary = job.target.with_name(job.target.name + suffix)
+    temporary_sidecar = job.sidecar.with_name(job.sidecar.name + suffix)
+    by_key = iter(job.images)
+    try:
+        with tarfile.open(job.source.path, "r:") as old, open(temporary, "wb") as file:
+            hashed = HashedFile(file)
+            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.GNU_FORMAT) as new:
+                for member in old:
+                    content = old.extractfile(member).read()
+                    if member.name.endswith(".json"):
+                        content = record_bytes(json.loads(content)["key"], next(by_key))
+                    add_member(new, member.name, content)
+            file.flush()
+            os.fsync(file.fileno())
+        sidecar = {
+            # No plan: to tools/make_shards.py this shard is one that must be written anew.
+            "plan": "",
+            "knowledge": job.knowledge,
+            "replaces": present if job.in_place else job.source.sha256,
+            "samples": job.source.samples,
+            "captions": job.source.captions,
+            "captions_without_knowledge": sum(c.knowledge is None for image in job.images for c in image.captions),
+            "bytes": hashed.size,
+            "sha256": hashed.sha256.hexdigest(),
+        }
+        # First the note of what the shard will be, then the shard.
+        write_json(temporary_sidecar, sidecar)
+        os.replace(temporary_sidecar, job.sidecar)
+        os.replace(temporary, job.target)
+    except OSError as error:
+        raise RewriteError(
+            f"{job.target}: can't be written ({error.strerror or error}); make room or mend the folder, and run the "
+            "same command again: what is rewritten stays"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary_sidecar.unlink(missing_ok=True)
+    return sidecar
+
+
+def _new_manifest(old: ShardManifest, jobs: list[_Job], sidecars: list[dict[str, Any]], target: Path) -> ShardManifest:
+    noted = {job.source.name: sidecar for job, sidecar in zip(jobs, sidecars, strict=True)}
+    return ShardManifest(
+        root=target,
+        splits={
+            split: [
+                ShardInfo(target / i.name, i.samples, i.captions, noted[i.name]["bytes"], noted[i.name]["sha256"])
+                for i in infos
+            ]
+            for split, infos in old.splits.items()
+        },
+        captions_without_knowledge={
+            split: sum(noted[info.name]["captions_without_knowledge"] for info in infos)
+            for split, infos in old.splits.items()
+        },
+        skipped=old.skipped,
+        excluded=old.excluded,
+        created_by=old.created_by,
+    )

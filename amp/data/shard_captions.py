@@ -1,0 +1,32 @@
+"""The captions that shards hold, as a captions file would give them."""
+
+from pathlib import PurePosixPath
+
+from amp.data.shards import ShardManifest, ShardReader
+from amp.data.sources import Caption, CaptionedImage
+
+
+def load_shard_captions(manifest: ShardManifest) -> dict[str, list[CaptionedImage]]:
+    """Shard's name -> its images with their captions, in the order of the tar; without knowledge.
+
+    Raises:
+        ShardFormatError: a shard that is missing or damaged.
+    """
+    shards = [shard for split in manifest.splits for shard in manifest.split(split)]
+    return {shard.name: read_captions(ShardReader(shard.path)) for shard in shards}
+
+
+def read_captions(reader: ShardReader) -> list[CaptionedImage]:
+    """The images of one shard, without knowledge; closes the reader."""
+    with reader:
+        records = [reader.record(index) for index in range(len(reader))]
+    return [
+        CaptionedImage(
+            path=record["filename"],
+            name=PurePosixPath(record["filename"]).name,
+            id=record["image_id"],
+            split=record["split"],
+            captions=[Caption(caption["id"], caption["text"]) for caption in record["captions"]],
+        )
+        for record in records
+    ]

@@ -1,0 +1,97 @@
+"""What a version of knowledge looks like, and how far it agrees with another.
+
+A JSONL file or a folder of shards each::
+
+    python tools/knowledge_report.py --knowledge knowledge/qwen/knowledge.jsonl
+    python tools/knowledge_report.py --knowledge data/coco --against knowledge/rules/knowledge.jsonl --out report.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from amp.errors import exit_on_error
+from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
+from amp.generation.replies import triplet_line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from jsonargparse import ArgumentParser
+    from open_clip import SimpleTokenizer
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    parser = ArgumentParser(prog="knowledge_report.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--knowledge", type=str, required=True, help="knowledge.jsonl, or a folder of shards")
+    parser.add_argument("--against", type=str | None, help="another version, likewise")
+    parser.add_argument("--sample", type=int, default=10, help="captions to show")
+    parser.add_argument("--seed", type=int, default=0, help="of that choice")
+    parser.add_argument("--out", type=str | None, help="file for the report, .md or .json")
+    options = parser.parse_args(arguments)
+    with exit_on_error():
+        if options.out and Path(options.out).suffix not in (".md", ".json"):
+            raise DescribeError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
+        paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]
+        versions = [load_entries(path) for path in paths]
+        tokenizer = SimpleTokenizer()
+        report = {
+            "versions": {str(path): describe(list(entries.values()), tokenizer.encode)
+                         for path, entries in zip(paths, versions, strict=True)},
+            "agreement": agreement(*versions) if len(versions) == 2 else {},
+        }  # fmt: skip
+        names = [name for name in versions[0] if all(name in entries for entries in versions)]
+        chosen = sample(names, options.sample, options.seed)
+        text = markdown(report, [[entries[name] for entries in versions] for name in chosen])
+        if options.out:
+            content = json.dumps(report, indent=1, ensure_ascii=False) if options.out.endswith(".json") else text
+            temporary = Path(f"{options.out}.tmp")
+            temporary.write_text(content + "\n", encoding="utf-8")
+            os.replace(temporary, options.out)
+        Console().print(Markdown(text))
+
+
+def markdown(report: dict, samples: list[list[Entry]]) -> str:
+    """The report as text."""
+    figures = list(report["versions"].values())
+    lines = [_row(["", *report["versions"]]), _row(["---", *["---:"] * len(figures)])]
+    for key in figures[0]:
+        if not isinstance(figures[0][key], dict):
+            lines.append(_row([key, *(_number(version[key]) for version in figures)]))
+    for key in figures[0]:
+        if isinstance(figures[0][key], dict) and any(version[key] for version in figures):
+            lines.append(_row([key, *(_counts(version[key]) for version in figures)]))
+    if report["agreement"]:
+        lines += ["", _row(["agreement", ""]), _row(["---", "---:"])]
+        for key, value in report["agreement"].items():
+            lines.append(_row([key, _counts(value) if isinstance(value, dict) else _number(value)]))
+    for entries in samples:
+        lines += ["", f"**{_plain(entries[0].caption or 'caption')}**", ""]
+        for number, entry in enumerate(entries, start=1):
+            mark = f"({number}) " if len(entries) > 1 else ""
+            pairs = zip(entry.knowledge.triplets, entry.knowledge.states, strict=True)
+            shown = [f"- {mark}{_plain(triplet_line(triplet))}: {_plain(state)}" for triplet, state in pairs]
+            lines += shown or [f"- {mark}nothing {_plain(entry.origin.get('empty', ''))}"]
+    return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _counts(counts: dict) -> str:
+    return ", ".join(f"{_plain(str(key))} {count:,}" for key, count in counts.items())
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown doesn't read as its own marks."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>|#" else letter for letter in text)
+
+
+if __name__ == "__main__":
+    main()
