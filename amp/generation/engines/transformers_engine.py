@@ -164,11 +164,12 @@ class TransformersEngine:
         if self._chat:
             before, behind = chat_parts(self._tokenizer, prefix)  # its text names all special tokens itself
             return self._ids(before), self._ids(behind)
-        return self._tokenizer(plain_prefix(prefix))["input_ids"], self._continued("\n")
+        # The last newline goes to the suffix: many tokenizers take two newlines for one token, but not before a word.
+        return self._tokenizer(plain_prefix(prefix)[:-1])["input_ids"], self._continued("\n")
 
     def suffix_ids(self, text: str) -> list[int]:
         """Tokens of a suffix, in which no text is read as a special token."""
-        return self._continued(text, split_special_tokens=True)
+        return self._continued(text if self._chat else f"\n{text}", split_special_tokens=True)
 
     def _continued(self, text: str, **options) -> list[int]:
         """Tokens of a text behind a newline: SentencePiece would begin it with a space of its own."""
