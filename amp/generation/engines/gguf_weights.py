@@ -58,6 +58,7 @@ def _unpack(path: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # save_pretrained refuses models that came from a GGUF file. save_model writes shared weights once.
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]  # a GGUF file doesn't say it, and vLLM and others ask for it
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

@@ -1,0 +1,113 @@
+"""The vllm engine's calls, against vLLM's interface as its documentation of 0.11 and 0.9 has it.
+
+vLLM itself needs a GPU. What stands here for it is its signatures, not a part of ours.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from amp.generation.engines.base import EngineError, Sampling
+from amp.generation.grammar import TripletGrammar
+from amp.generation.prompts import load_template
+
+PREFIX = load_template("default").triplets
+
+
+@dataclass
+class StructuredOutputsParams:
+    regex: str | None = None
+
+
+@dataclass
+class GuidedDecodingParams:
+    regex: str | None = None
+
+
+@dataclass
+class SamplingParams:
+    temperature: float = 1.0
+    max_tokens: int = 16
+    stop: list[str] | None = None
+    seed: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: GuidedDecodingParams | None = None
+
+
+@dataclass
+class LLM:
+    model: str
+    revision: str | None
+    dtype: str
+    tensor_parallel_size: int
+    max_model_len: int | None
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+    calls: list = field(default_factory=list)
+
+    def _outputs(self, prompts):
+        reply = SimpleNamespace(text="none", token_ids=(1, 2))
+        return [SimpleNamespace(outputs=[reply], prompt_token_ids=[0] * 9) for _ in prompts]
+
+    def generate(self, prompts, sampling_params, *, use_tqdm=True):
+        self.calls.append(("generate", prompts, sampling_params))
+        return self._outputs(prompts)
+
+    def chat(self, messages, sampling_params, *, use_tqdm=True, chat_template_kwargs=None):
+        self.calls.append(("chat", messages, sampling_params))
+        assert chat_template_kwargs == {"enable_thinking": False}
+        return self._outputs(messages)
+
+
+@pytest.fixture(params=["0.11", "0.9"])
+def vllm(request, monkeypatch):
+    module, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    module.LLM, module.SamplingParams, module.sampling_params = LLM, SamplingParams, parameters
+    kind = StructuredOutputsParams if request.param == "0.11" else GuidedDecodingParams
+    setattr(parameters, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
+    return kind
+
+
+def test_calls(vllm):
+    from amp.generation.engines.vllm_engine import VLLMEngine
+
+    engine, grammar = VLLMEngine(model="some/model", revision="abc"), TripletGrammar(("dog", "runs"), 6)
+    assert engine._llm.enable_prefix_caching and engine._llm.model == "some/model"
+    suffixes = [f"Caption: {number}" for number in range(1500)]
+    found = dict(engine.generate(PREFIX, suffixes, [grammar] * 1500, Sampling(64, 0.7), list(range(1500))))
+    assert sorted(found) == list(range(1500))
+    assert (found[7].text, found[7].tokens, found[7].prompt_tokens) == ("none", 2, 9)
+    assert [len(prompts) for _, prompts, _ in engine._llm.calls] == [1024, 476]
+    _, messages, parameters = engine._llm.calls[1]
+    assert messages[0][-1] == {"role": "user", "content": "Caption: 1024"} and messages[0][0]["role"] == "system"
+    constraint = parameters[0].structured_outputs or parameters[0].guided_decoding
+    assert constraint == vllm(regex=grammar.regex())
+    assert (parameters[0].seed, parameters[0].temperature, parameters[0].max_tokens, parameters[0].stop) == (
+        1024,
+        0.7,
+        64,
+        None,
+    )
+
+
+def test_plain(vllm):
+    from amp.generation.engines.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(model="some/model", rendering="plain", constrained=False)
+    list(engine.generate(PREFIX, ["Caption: x"], None, Sampling(64)))
+    kind, prompts, parameters = engine._llm.calls[0]
+    assert kind == "generate" and prompts[0].endswith("\n\nCaption: x\n") and parameters[0].stop == ["\n\n"]
+    assert parameters[0].seed is None and not parameters[0].structured_outputs and not parameters[0].guided_decoding
+    assert engine.describe()["rendering"] == "plain" and not engine.constrained
+
+
+def test_without_vllm_the_next_step_is_told(monkeypatch):
+    from amp.generation.engines.vllm_engine import VLLMEngine
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(EngineError, match="pip install vllm, or take --engine transformers"):
+        VLLMEngine(model="x")
