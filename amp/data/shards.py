@@ -7,6 +7,8 @@ A folder holds WebDataset tars, ``train-000000.tar`` and so on, and ``manifest.j
      "captions": [{"id": int | str, "text": str,
                    "triplets": [{"subject", "action", "object", "kind"}], "states": [str]}]}
 
+and where known ``sources`` or ``empty`` of a caption (`amp.knowledge.schema.parse_origin`).
+
 Any WebDataset reader reads these tars. Training wants more than a sequential reader gives: an order that is a pure
 function of (seed, epoch) and a resume that skips without decoding. So a shard's headers are indexed once, after which
 its samples are read by number.
