@@ -237,3 +237,44 @@ def test_folders_that_hold_no_model(tmp_path, smollm2):
     with pytest.raises(EngineError, match=r"bad\.gguf"):
         TransformersEngine(model=str(tmp_path / "bad.gguf"), gguf_folder=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+@pytest.fixture(scope="module")
+def vicuna(tmp_path_factory):
+    """A folder as Llama-2 and Vicuna have it: a SentencePiece model trained here, no chat template, random weights."""
+    import sentencepiece
+    import transformers
+
+    folder = tmp_path_factory.mktemp("vicuna")
+    (folder / "text").write_text("\n".join([*CAPTIONS, *(message.content for message in PREFIX)] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=3,
+    )  # fmt: skip
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True, "legacy": False}))
+    config = transformers.LlamaConfig(
+        vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=4096, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_sentencepiece(vicuna):
+    from transformers import AutoTokenizer
+
+    from amp.generation.engines.rendering import plain_text
+
+    engine = TransformersEngine(model=str(vicuna), batch_size=2)
+    assert engine.describe()["rendering"] == "plain" and engine.constrained
+    before, tail = engine.prefix_ids(PREFIX)
+    tokenizer = AutoTokenizer.from_pretrained(vicuna)
+    for suffix in SUFFIXES:
+        assert before + engine.suffix_ids(suffix) + tail == tokenizer(plain_text(PREFIX, suffix))["input_ids"]
+    assert tokenizer.eos_token_id in tokenizer("a </s> b")["input_ids"]
+    assert tokenizer.eos_token_id not in engine.suffix_ids("a </s> b")
+    assert [re.sub(r"\n\n.*", "", text, flags=re.DOTALL).strip() for text in one_by_one(engine)] == texts(engine)
+    for text, grammar in zip(texts(engine, grammar=grammars(), sampling=Sampling(400)), grammars(), strict=True):
+        assert re.fullmatch(grammar.regex(), text)
