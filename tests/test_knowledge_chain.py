@@ -16,6 +16,7 @@ from amp.data.rewrite import rewrite_knowledge
 from amp.data.split import ShardSplit
 from amp.data.writer import make_shards
 from amp.generation.run import generate_knowledge
+from amp.train.config import StageSettings
 
 QUIET = Console(quiet=True)
 
@@ -46,7 +47,13 @@ def test_generate_rewrite_train(tmp_path, smollm2, clip_folder):
     stored = [len(knowledge.triplets) for record in split.records() for _, knowledge in split.captions(record)]
     assert len(stored) == 7 and sum(stored) > 0
     config = small_run(
-        shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 4}, max_steps=2, stages=[1]
+        shards,
+        clip_folder,
+        tmp_path / "run",
+        str(tmp_path / "cache"),
+        {"batch_size": 4},
+        stage1=StageSettings(epochs=2),
+        stages=[1],
     )
     assert TrainingRun(config).wait() == [0]
     assert (tmp_path / "run" / "stage1" / "adapter.safetensors").exists()
