@@ -1,0 +1,87 @@
+"""Templates of Q1 and Q2: what ships is sound, what is wrong is told, captions become one readable line."""
+
+import pytest
+import yaml
+
+from amp.generation.prompts import (
+    MAX_CAPTION_WORDS,
+    TEMPLATES,
+    TemplateError,
+    ask_states,
+    ask_triplets,
+    load_template,
+    readable,
+)
+from amp.knowledge.schema import Triplet
+
+SHIPPED = sorted(path.stem for path in TEMPLATES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_templates(name):
+    template = load_template(name)
+    for prefix in (template.triplets, template.states):
+        assert [message.role for message in prefix] == ["system", *["user", "assistant"] * (len(prefix) // 2)]
+        assert len(prefix) >= 7
+    assert {"default", "coco", "flickr"} <= set(SHIPPED)
+    # A reader of the samples sees the order of the slots, an action without an object and an attribute that is worn.
+    replies = "\n".join(message.content for message in template.triplets if message.role == "assistant")
+    assert "| - " in f"{replies} ".replace("\n", " ") and "| wearing |" in replies
+
+
+def test_the_hash_is_of_what_the_model_reads(tmp_path):
+    text = (TEMPLATES / "default.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text("# a remark\n" + text)
+    (tmp_path / "other.yaml").write_text(text.replace("Leave out articles.", "No articles."))
+    mine, other = (load_template(str(tmp_path / f"{name}.yaml")) for name in ("mine", "other"))
+    assert mine.hash() == load_template("default").hash() != other.hash()
+    assert (mine.name, mine.version) == ("mine", 1)
+
+
+def broken(change) -> str:
+    content = yaml.safe_load((TEMPLATES / "default.yaml").read_text())
+    change(content)
+    return yaml.safe_dump(content)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pop("version"), "'version' is None; expected a number"),
+    (lambda c: c.pop("states"), "'states' is None; expected a mapping"),
+    (lambda c: c["triplets"].update(samples=[]), r"'samples' is \[\]; expected a list"),
+    (lambda c: c["triplets"]["samples"][0]["triplets"].append("action: boy | runs | -"), "isn't a strict reply"),
+    (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: 'caption' is None"),
+    (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 2 triplets and the states"),
+    (lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"), "a line that is no triplet"),
+    (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence a triplet"),
+])  # fmt: skip
+def test_what_is_wrong_is_told(tmp_path, change, message):
+    (tmp_path / "mine.yaml").write_text(broken(change))
+    with pytest.raises(TemplateError, match=message):
+        load_template(str(tmp_path / "mine.yaml"))
+
+
+def test_files_that_can_t_be_read(tmp_path):
+    with pytest.raises(TemplateError, match=r"none\.yaml: no such template; expected one of coco, default, flickr"):
+        load_template("none")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(TemplateError, match="can't be read as YAML"):
+        load_template(str(tmp_path / "bad.yaml"))
+
+
+def test_requests():
+    assert ask_triplets(" A  man\nruns ") == "Caption: A man runs"
+    triplets = (Triplet("man", "runs", ""), Triplet("man", "is", "old", "attribute"))
+    assert ask_states("A man", triplets) == "Caption: A man\n1. action: man | runs | -\n2. attribute: man | is | old"
+
+
+@pytest.mark.parametrize("text, line", [
+    ("", ""), ("a\tb\r\nc\x00d\x1b[0m", "a b c d [0m"), ("a\u2028b\u200bc", "a b c"),
+    ("{x} %s <|im_end|>", "{x} %s <|im_end|>"),
+    ("Größe 男 😀", "Größe 男 😀"), ("\ud800", ""),
+])  # fmt: skip
+def test_readable(text, line):
+    assert readable(text) == line
+
+
+def test_long_captions_are_cut():
+    assert len(readable("word " * 500).split()) == MAX_CAPTION_WORDS
