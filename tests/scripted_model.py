@@ -44,12 +44,15 @@ class ScriptedModel:
     Attributes:
         url: for ``--openai.base_url``.
         asked: the last turn of a request -> times that it was asked at temperature 0.
+        delay: seconds before each answer.
+        fails_on: a text; requests whose last turn holds it get status 500.
     """
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}/v1"
         self.asked: Counter[str] = Counter()
         self.delay = 0.0
+        self.fails_on = ""
         self.lock = threading.Lock()
 
 
@@ -70,6 +73,9 @@ def scripted_model():
                 if not request.get("temperature"):
                     model.asked[request["messages"][-1]["content"]] += 1
             time.sleep(model.delay)
+            if model.fails_on and model.fails_on in request["messages"][-1]["content"]:
+                self._send(500, {"error": {"message": "out of order"}})
+                return
             choice = {
                 "index": 0,
                 "message": {"role": "assistant", "content": reply_to(request)},

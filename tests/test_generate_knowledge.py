@@ -280,6 +280,22 @@ def test_a_server_that_is_gone_is_told_and_nothing_is_lost(whole, tmp_path):
     assert 0 < asked < sum(whole[3].values())
 
 
+def test_requests_that_get_no_answer_are_asked_by_the_next_run(whole, tmp_path):
+    captions, reference, _, _ = whole
+    with scripted_model() as model:
+        model.fails_on = "house 7x"
+        process = run(captions, tmp_path / "out", model, "--openai.tries", "1")
+        assert process.returncode == 2
+        assert "1 of 96 captions have no reply" in process.stderr and "no reply: http" in process.stderr
+        assert not (tmp_path / "out" / "knowledge.jsonl").exists()
+        model.fails_on = ""
+        model.asked.clear()
+        process = run(captions, tmp_path / "out", model)
+        assert process.returncode == 0, process.stderr
+        assert 1 <= sum(model.asked.values()) <= 2 and all("house 7x" in turn for turn in model.asked)
+    assert (tmp_path / "out" / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()
+
+
 def test_limit_and_splits(whole, tmp_path, model):
     captions, _, _, _ = whole
     process = run(captions, tmp_path / "out", model, "--limit", "7", "--splits", "test", "--max_fallback", "1")

@@ -186,7 +186,7 @@ class Ladder:
             engine=self.engine,
             sampling=[sampling.max_tokens, sampling.temperature, sampling.stop],
             seed=[self.seed, attempt] if attempt else None,
-            grammar=grammar.regex() if self.engine["constrained"] else None,
+            grammar=grammar.regex(),
             suffix=suffix,
         )
         return Request(key, stage, attempt, caption, suffix, grammar, seed=int(key[:8], 16))

@@ -189,7 +189,8 @@ def _ask_model(
         if completion.error and not completion.refused:
             lost.add(request.key)
         else:
-            notes = {"stage": stage, "attempt": attempt, "caption": request.caption, "tokens": completion.tokens}
+            notes = {"stage": stage, "attempt": attempt, "caption": request.caption}
+            notes |= {"tokens": completion.tokens, "prompt_tokens": completion.prompt_tokens}
             if completion.error:
                 notes["error"] = completion.error
             replies.put(request.key, Reply(completion.text, completion.refused), **notes)
