@@ -259,6 +259,18 @@ def test_stopping_in_the_middle_leaves_nothing_running():
     assert threading.active_count() <= threads + 5
 
 
+def test_stopping_doesn_t_wait_for_further_tries():
+    server = Faulty(good(), status(429, Retry_After="30"))
+    with server.serve() as url:
+        replies = make(url, concurrency=3).generate(TEMPLATE.triplets, ["Caption: x"] * 10, None, GREEDY)
+        next(replies)
+        while len(server.requests) < 4:
+            time.sleep(0.01)
+        start = time.monotonic()
+        replies.close()
+        assert time.monotonic() - start < 5
+
+
 def test_the_request():
     server = Faulty(good("<think>\nhm\n</think>\n\nnone"))
     with server.serve() as url:

@@ -165,31 +165,38 @@ def test_killed_and_finished(shards, tmp_path):
     assert digests(folder) == expected
 
 
-@pytest.mark.parametrize("step", ["before the sidecar", "between sidecar and shard", "behind the shard"])
-def test_every_moment_of_one_shard(shards, tmp_path, monkeypatch, step):
-    arguments, folder = shards
-    knowledge = new_knowledge(arguments, tmp_path / "new.jsonl")
-    replace, calls = os.replace, []
+def interrupted(folder: Path, knowledge: Path, monkeypatch, step: str, shard: int) -> None:
+    """A rewrite that stops at a moment of its n-th shard, from 1."""
+    replace, seen = os.replace, []
 
     def stop(source, target):
         name = str(target)
-        if name.endswith(".tar.json") and step == "before the sidecar":
+        if name.endswith(".tar.json"):
+            seen.append(name)
+        if len(seen) == shard and name.endswith(".tar.json") and step == "before the sidecar":
             raise KeyboardInterrupt
-        if name.endswith(".tar") and step == "between sidecar and shard":
+        if len(seen) == shard and name.endswith(".tar") and step == "between sidecar and shard":
             raise KeyboardInterrupt
         replace(source, target)
-        if name.endswith(".tar"):
-            calls.append(name)
-            if step == "behind the shard" and len(calls) == 2:
-                raise KeyboardInterrupt
+        if len(seen) == shard and name.endswith(".tar") and step == "behind the shard":
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        rewrite_knowledge(str(folder), str(knowledge), console=QUIET)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            rewrite_knowledge(str(folder), str(knowledge), console=QUIET)
     assert not (folder / "manifest.json").exists()
-    rewrite_knowledge(str(folder), str(knowledge), console=QUIET).verify()
-    assert digests(folder) == from_scratch(arguments, knowledge, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+@pytest.mark.parametrize("step", ["before the sidecar", "between sidecar and shard", "behind the shard"])
+def test_every_moment_of_one_shard(shards, tmp_path, monkeypatch, step, shard):
+    arguments, folder = shards
+    one, two = (new_knowledge(arguments, tmp_path / f"{word}.jsonl", word=word) for word in ("one", "two"))
+    interrupted(folder, one, monkeypatch, "behind the shard", 2)
+    interrupted(folder, two, monkeypatch, step, shard)  # over shards that the first has rewritten
+    rewrite_knowledge(str(folder), str(two), console=QUIET).verify()
+    assert digests(folder) == from_scratch(arguments, two, tmp_path / "scratch")
 
 
 def test_finished_shards_are_not_written_again(shards, tmp_path, monkeypatch):
