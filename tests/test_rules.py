@@ -44,6 +44,8 @@ CASES = {
     "A man in a red shirt": ["attribute: man | wearing | shirt", "attribute: shirt | is | red"],
     "A man in a red shirt climbs a wall": [
         "action: man | climbs | wall", "attribute: man | wearing | shirt", "attribute: shirt | is | red"],
+    "A boy is running in a blue jacket": [
+        "action: boy | running | -", "attribute: boy | wearing | jacket", "attribute: jacket | is | blue"],
     "A black and white dog": ["attribute: dog | is | black", "attribute: dog | is | white"],
     "Tall trees": ["attribute: trees | are | tall"],
     "The dog is brown": ["attribute: dog | is | brown"],
