@@ -279,3 +279,20 @@ def test_sentencepiece(vicuna):
     assert [re.sub(r"\n\n.*", "", text, flags=re.DOTALL).strip() for text in one_by_one(engine)] == texts(engine)
     for text, grammar in zip(texts(engine, grammar=grammars(), sampling=Sampling(400)), grammars(), strict=True):
         assert re.fullmatch(grammar.regex(), text)
+
+
+@pytest.mark.slow
+def test_unpacked_weights_are_those_of_the_gguf_file(smollm2):
+    from language_models import smollm2_gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = smollm2_gguf()
+    direct = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    unpacked = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(CAPTIONS[1], return_tensors="pt")["input_ids"]
+    assert (
+        ids.tolist() == AutoTokenizer.from_pretrained(smollm2)(CAPTIONS[1], return_tensors="pt")["input_ids"].tolist()
+    )
+    with torch.no_grad():
+        assert torch.equal(direct(ids).logits, unpacked(ids).logits)
+    assert unpacked.lm_head.weight is unpacked.model.embed_tokens.weight  # tied, and stored once

@@ -25,6 +25,9 @@ LADDER_VERSION = 1
 """Raised when the same replies lead to other knowledge."""
 NO_WORD, NOTHING_FOUND, ALL_FAILED = "no word in the caption", "nothing found in the caption", "no usable reply"
 
+# Room for six lines of triplets, and for six states of 160 characters, in the tokens of most languages.
+_MAX_TOKENS = {"triplets": 192, "states": 384}
+
 Stage = Literal["triplets", "rules", "states"]
 Lookup = Callable[[str], Reply | None]
 
@@ -102,6 +105,7 @@ class Ladder:
             "engine": self.engine,
             "template": self.template.describe() if self.engine is not None else None,
             "rules": self.rules,
+            "max_tokens": _MAX_TOKENS if self.engine is not None else None,
             "retries": self.retries,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -112,8 +116,8 @@ class Ladder:
         return self.template.triplets if stage == "triplets" else self.template.states
 
     def sampling(self, stage: Stage, attempt: int) -> Sampling:
-        """Room for six lines of triplets, or for six states of 160 characters, in the tokens of any language."""
-        return Sampling(192 if stage == "triplets" else 384, self.temperature if attempt else 0.0)
+        """How a request of a stage is decoded: greedily at first."""
+        return Sampling(_MAX_TOKENS[stage], self.temperature if attempt else 0.0)
 
     def resolve(self, text: str, lookup: Lookup) -> Outcome | Request:
         """The knowledge of a caption, or the request whose reply `lookup` doesn't know yet."""

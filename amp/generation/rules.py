@@ -26,7 +26,9 @@ _WORDS = Path(__file__).with_name("rule_words.yaml")
 _RELATIVE = frozenset({"who", "that", "which", "whom"})
 _PRONOUNS = frozenset({"he", "she", "they", "it"})
 _NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
-_SUBJECTS = frozenset({"nsubj", "nsubjpass", "csubj"})
+_SUBJECTS = ("nsubj", "nsubjpass", "csubj")
+_HANGING = ("conj", "xcomp", "advcl", "ccomp", "pcomp", "prep", "dep", "acomp", "pobj")
+_BE_AND_HAVE = frozenset({"is", "are", "be", "was", "were", "being", "been", "'s", "has", "have", "having"})
 
 
 class RulesError(AmpError):
@@ -91,6 +93,11 @@ def _find(model: str | None) -> str | Path:
     )
 
 
+def _children(token, *arcs: str) -> list:
+    """Children that hang on a token by one of these arcs, in their order."""
+    return [child for child in token.children if child.dep_ in arcs]
+
+
 @cache
 def _words(name: str) -> frozenset[str]:
     return frozenset(yaml.safe_load(_WORDS.read_text(encoding="utf-8"))[name])
@@ -135,28 +142,26 @@ def _mistagged(token) -> bool:
 
 def _of_verb(verb) -> Iterator[Triplet]:
     word = verb.lower_
-    if word in ("is", "are", "be", "was", "were", "being", "been", "'s", "has", "have", "having"):
+    if word in _BE_AND_HAVE:
         return
-    passive = any(child.dep_ in ("nsubjpass", "auxpass") for child in verb.children) or (
-        verb.tag_ == "VBN" and not any(child.dep_ == "nsubj" for child in verb.children)
-    )
-    if verb.dep_ == "conj" and verb.tag_ == "VBN" and verb.head.tag_ == "VBN":
-        passive = True
     subjects = _subjects(verb)
-    if passive:
+    if _is_passive(verb):
         yield from _of_passive(verb, word, subjects)
         return
-    objects = [noun for child in verb.children if child.dep_ in ("dobj", "obj") for noun in _joined(child)]
+    objects = [noun for child in _children(verb, "dobj", "obj") for noun in _joined(child)]
     if not objects and verb.dep_ == "relcl":  # "the ball that the dog chases"
-        named = any(child.dep_ in _SUBJECTS and child.lower_ not in _RELATIVE for child in verb.children)
+        named = any(child.lower_ not in _RELATIVE for child in _children(verb, *_SUBJECTS))
         objects = [verb.head] if named and any(child.lower_ in _RELATIVE for child in verb.children) else []
-    if (
-        word in _words("light_verbs")
-        and not objects
-        and any(child.dep_ in ("xcomp", "ccomp") for child in verb.children)
-    ):
+    if not objects and word in _words("light_verbs") and _children(verb, "xcomp", "ccomp"):
         return
     yield from _with_objects(verb, word, subjects, objects)
+
+
+def _is_passive(verb) -> bool:
+    if _children(verb, "nsubjpass", "auxpass"):
+        return True
+    joined = verb.dep_ == "conj" and verb.head.tag_ == "VBN"
+    return verb.tag_ == "VBN" and (joined or not _children(verb, "nsubj"))
 
 
 def _with_objects(verb, word: str, subjects: list, objects: list) -> Iterator[Triplet]:
@@ -181,14 +186,8 @@ def _with_objects(verb, word: str, subjects: list, objects: list) -> Iterator[Tr
 
 
 def _of_passive(verb, word: str, sufferers: list) -> Iterator[Triplet]:
-    doers = [
-        noun
-        for agent in verb.children
-        if agent.dep_ == "agent"
-        for child in agent.children
-        if child.dep_ == "pobj"
-        for noun in _joined(child)
-    ]
+    agents = [child for agent in _children(verb, "agent") for child in _children(agent, "pobj")]
+    doers = [noun for child in agents for noun in _joined(child)]
     if not doers:
         yield from _with_objects(verb, word, sufferers, [])
         return
@@ -201,23 +200,16 @@ def _subjects(verb) -> list:
     """The nouns that do it, or to whom it is done."""
     if _mistagged(verb):
         return [child for child in verb.lefts if child.dep_ == "compound" and child.tag_ in _NOUNS][-1:]
-    own = [child for child in verb.children if child.dep_ in _SUBJECTS]
+    own = _children(verb, *_SUBJECTS)
     if own:
         return [noun for child in own for noun in _resolved(child, verb)]
     if verb.dep_ in ("acl", "relcl"):
         return _joined(_counted(verb.head)) if verb.head.tag_ in _NOUNS else []
-    if (
-        verb.dep_ in ("conj", "xcomp", "advcl", "ccomp", "pcomp", "prep", "dep", "acomp", "pobj")
-        and verb.head is not verb
-    ):
+    if verb.dep_ in _HANGING and verb.head is not verb:
         return _above(verb)
     if verb.dep_ == "ROOT":  # "Boys playing": sometimes the noun hangs left of it under another name
-        nouns = [
-            child
-            for child in verb.lefts
-            if child.tag_ in _NOUNS and child.dep_ in ("npadvmod", "dep", "compound", "attr")
-        ]
-        return nouns[-1:]
+        left = [child for child in verb.lefts if child.dep_ in ("npadvmod", "dep", "compound", "attr")]
+        return [child for child in left if child.tag_ in _NOUNS][-1:]
     return []
 
 
@@ -226,7 +218,7 @@ def _above(token) -> list:
     head = token.head
     for _ in range(len(token.doc)):
         if token.dep_ == "xcomp" and token.tag_ == "VB":  # "helps a man walk"
-            helped = [child for child in head.children if child.dep_ == "dobj"]
+            helped = _children(head, "dobj")
             if helped and not any(child.tag_ == "TO" for child in token.children):
                 return _joined(helped[0])
         if head.tag_ in _NOUNS and head.dep_ not in ("dobj", "pobj"):
@@ -234,7 +226,7 @@ def _above(token) -> list:
         if head.tag_.startswith("VB") or head.dep_ == "ROOT":
             found = _subjects(head) if head.tag_.startswith("VB") else []
             if not found and head.tag_.startswith("VB"):  # "There is a dog running"
-                found = [noun for child in head.children if child.dep_ == "attr" for noun in _joined(_counted(child))]
+                found = [noun for child in _children(head, "attr") for noun in _joined(_counted(child))]
             return found
         if head.head is head:
             return []
@@ -259,13 +251,11 @@ def _resolved(noun, verb) -> list:
 
 
 def _counted(noun):
-    """ "people" of "a group of people"."""
+    """What a noun that only counts counts: people, in "a group of people"."""
     if noun.lower_ in _words("counted"):
-        for child in noun.children:
-            if child.dep_ == "prep" and child.lower_ == "of":
-                for inner in child.children:
-                    if inner.dep_ == "pobj":
-                        return inner
+        for preposition in _children(noun, "prep"):
+            if preposition.lower_ == "of" and _children(preposition, "pobj"):
+                return _children(preposition, "pobj")[0]
     return noun
 
 
@@ -276,7 +266,7 @@ def _joined(noun) -> list:
         token = waiting.pop(0)
         if token.tag_ in _NOUNS or token.tag_ in ("PRP", "CD", "DT") or token is noun:
             nouns.append(token)
-        waiting += [child for child in token.children if child.dep_ == "conj" and child.tag_ in _NOUNS]
+        waiting += [child for child in _children(token, "conj") if child.tag_ in _NOUNS]
     return nouns
 
 
@@ -287,9 +277,8 @@ def _places(verb) -> Iterator[tuple[str, Any]]:
             yield from _inside(child, child.lower_)
         elif child.dep_ in ("advmod", "acomp", "prt"):
             # "next to", "close to", "out of"; after a particle ("holding on to") the preposition hangs on it.
-            for inner in child.children:
-                if inner.dep_ == "prep":
-                    yield from _inside(inner, inner.lower_ if child.dep_ == "prt" else f"{child.lower_} {inner.lower_}")
+            for inner in _children(child, "prep"):
+                yield from _inside(inner, inner.lower_ if child.dep_ == "prt" else f"{child.lower_} {inner.lower_}")
 
 
 def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
@@ -297,53 +286,44 @@ def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
         if child.dep_ == "prep":  # "out of the water"
             yield from _inside(child, f"{name} {child.lower_}")
         elif child.dep_ == "pobj":
-            determined = any(inner.dep_ in ("det", "poss", "amod") for inner in child.children)
-            further = next((inner for inner in child.children if inner.dep_ == "prep" and inner.lower_ == "of"), None)
-            if child.lower_ in ("front", "top") and further is not None and not determined:
-                yield from _inside(further, f"{name} {child.lower_} of")
+            further = [inner for inner in _children(child, "prep") if inner.lower_ == "of"]
+            if child.lower_ in ("front", "top") and further and not _children(child, "det", "poss", "amod"):
+                yield from _inside(further[0], f"{name} {child.lower_} of")
             else:
                 for noun in _joined(_counted(child)):
                     yield name, noun
 
 
 def _of_noun(noun) -> Iterator[Triplet]:
-    """Attributes of a noun: its adjectives and what it wears."""
+    """Attributes of a noun: its adjectives, before it or behind "is", and what it wears."""
     if noun.tag_ not in _NOUNS or noun.dep_ == "compound" or _mistagged(noun):
         return
     be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
-    for child in noun.children:
+    for child in _children(noun, "amod", "prep"):
         if child.dep_ == "amod" and child.tag_ in ("JJ", "VBN", "VBG", "JJR", "JJS"):
-            for word in (
-                child,
-                *(other for other in child.children if other.dep_ == "conj" and other.tag_ in ("JJ", "VBN")),
-            ):
+            joined = [other for other in _children(child, "conj") if other.tag_ in ("JJ", "VBN")]
+            for word in (child, *joined):
                 if word.lower_ not in _words("no_property"):
                     yield Triplet(_noun(noun), be, _property(word), "attribute")
         elif child.dep_ == "prep" and child.lower_ == "in":
-            for inner in child.children:
-                worn = (
-                    [noun_ for noun_ in _joined(inner) if noun_.lower_ in _words("clothes") | _words("colours")]
-                    if inner.dep_ == "pobj"
-                    else []
-                )
-                for thing in worn:
-                    for wearer in _joined(_counted(noun)):
-                        yield Triplet(_noun(wearer), "wearing", _noun(thing), "attribute")
-    if noun.dep_ in ("nsubj", "nsubjpass"):
-        for child in noun.head.children:
-            if (
-                child.dep_ == "acomp"
-                and child.tag_ in ("JJ", "VBN")
-                and noun.head.lower_ in ("is", "are", "looks", "look")
-            ):
+            things = [thing for inner in _children(child, "pobj") for thing in _joined(inner) if _is_worn(thing)]
+            for thing in things:
+                for wearer in _joined(_counted(noun)):
+                    yield Triplet(_noun(wearer), "wearing", _noun(thing), "attribute")
+    if noun.dep_ in ("nsubj", "nsubjpass") and noun.head.lower_ in ("is", "are", "looks", "look"):
+        for child in _children(noun.head, "acomp"):
+            if child.tag_ in ("JJ", "VBN"):
                 yield Triplet(_noun(_counted(noun)), be, _property(child), "attribute")
+
+
+def _is_worn(noun) -> bool:
+    return noun.lower_ in _words("clothes") or noun.lower_ in _words("colours")
 
 
 def _placing(noun) -> Iterator[Triplet]:
     if noun.tag_ in _NOUNS:
         for preposition, other in _places(noun):
-            worn = preposition == "in" and other.lower_ in _words("clothes") | _words("colours")
-            if preposition != "of" and not worn:
+            if preposition != "of" and not (preposition == "in" and _is_worn(other)):
                 for one in _joined(noun) if noun.dep_ != "conj" else [noun]:
                     yield Triplet(_noun(_counted(one)), preposition, _noun(other), "attribute")
 
