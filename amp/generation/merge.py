@@ -96,27 +96,30 @@ def merge_knowledge(
     """
     path = out / KNOWLEDGE_NAME
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    summary, missing = Summary(), Counter()
-    lines: dict[str, dict[str, Any]] = {}  # a caption's record without its place
+    summary, missing = Summary(), {}
+    times = Counter(readable(caption.text) for _, caption in _captions(images))
+    repeated: dict[str, dict[str, Any]] = {}  # what is written again later
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for image, caption in _captions(images):
                 text = readable(caption.text)
                 if text not in wanted:
                     continue
-                if text not in lines:
-                    outcome = ladder.resolve(text, replies.get)
-                    if isinstance(outcome, Request):
-                        missing[outcome.stage] += 1
-                        lines[text] = {}
+                content = repeated.get(text)
+                if content is None:
+                    step = ladder.resolve(text, replies.get)
+                    if isinstance(step, Request):
+                        missing[text] = step.stage
                         continue
-                    summary.add(outcome, asked=ladder.engine is not None)
-                    lines[text] = _content(outcome)
+                    summary.add(step, asked=ladder.engine is not None)
+                    content = _content(step)
+                    if times[text] > 1:
+                        repeated[text] = content
                 summary.captions += 1
-                file.write(json.dumps(_place(image, caption) | lines[text], ensure_ascii=False) + "\n")
+                file.write(json.dumps(_place(image, caption) | content, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _check_merge(summary, missing, len(wanted), max_fallback, out)
+        _check_merge(summary, Counter(missing.values()), len(wanted), max_fallback, out)
         os.replace(temporary, path)
         provenance = {
             **ladder.describe(),
