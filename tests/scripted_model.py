@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from amp.generation.grammar import slot_words
+from amp.generation.words import slot_words
 
 
 def number_of(*content) -> int:

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from amp.generation.grammar import COPULAS, StateGrammar, TripletGrammar, slot_words, words_of
+from amp.generation.grammar import COPULAS, StateGrammar, TripletGrammar
 from amp.generation.replies import MAX_TRIPLETS, read_triplets
+from amp.generation.words import slot_words, words_of
 
 CAPTION = "A little girl in a pink dress isn't climbing the well-worn stairs (again) [x]"
 WORDS = tuple(words_of(CAPTION))

@@ -20,9 +20,10 @@ from language_models import smollm2_gguf
 from scripted_model import scripted_model
 
 from amp.generation.engines.base import EngineError, Sampling
-from amp.generation.grammar import StateGrammar, TripletGrammar, slot_words
+from amp.generation.grammar import StateGrammar, TripletGrammar
 from amp.generation.prompts import ask_states, ask_triplets, load_template
 from amp.generation.replies import read_triplets
+from amp.generation.words import slot_words
 from amp.knowledge.schema import Triplet
 
 pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')

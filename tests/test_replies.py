@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from amp.generation.grammar import COPULAS, words_of
+from amp.generation.grammar import COPULAS
 from amp.generation.replies import (
     MAX_STATE_CHARACTERS,
     MAX_TRIPLETS,
@@ -13,6 +13,7 @@ from amp.generation.replies import (
     read_triplets,
     triplet_line,
 )
+from amp.generation.words import words_of
 from amp.knowledge.schema import Triplet
 
 CAPTION = "A little girl in a pink dress climbs the stairs while two dogs jump over a fence"

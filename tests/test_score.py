@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT
 
-from amp.generation.grammar import COPULAS, words_of
+from amp.generation.grammar import COPULAS
 from amp.generation.score import GoldCaption, good_states, load_gold, score_triplets
+from amp.generation.words import words_of
 from amp.knowledge.schema import Knowledge, Triplet
 
 

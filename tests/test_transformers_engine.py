@@ -8,9 +8,10 @@ import torch
 
 from amp.generation.engines.base import EngineError, Message, Sampling
 from amp.generation.engines.transformers_engine import TransformersEngine
-from amp.generation.grammar import StateGrammar, TripletGrammar, slot_words
+from amp.generation.grammar import StateGrammar, TripletGrammar
 from amp.generation.prompts import ask_states, ask_triplets, load_template
 from amp.generation.replies import read_triplets
+from amp.generation.words import slot_words
 from amp.knowledge.schema import Triplet
 
 CAPTIONS = [

@@ -14,7 +14,7 @@ import numpy as np
 from amp.data.shards import ShardManifest, ShardReader
 from amp.data.sources import jsonl_objects
 from amp.errors import AmpError
-from amp.generation.score import stem
+from amp.generation.words import stem
 from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge, parse_origin
 from amp.knowledge.text import state_text
 

@@ -18,19 +18,6 @@ COPULAS = ("is", "are", "wearing", "has", "with")
 """What an attribute may use as its action although the caption doesn't say it: "a red ball" -> ball | is | red."""
 
 MAX_WORDS_IN_SLOT = 4
-_ARTICLES = frozenset({"a", "an", "the"})
-_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
-
-
-def words_of(caption: str) -> list[str]:
-    """Distinct words of a caption in lower case, in their order; letters and digits with inner ``'`` and ``-``."""
-    return list(dict.fromkeys(word.lower() for word in _WORD.findall(caption)))
-
-
-def slot_words(caption: str) -> tuple[str, ...]:
-    """The words that a slot may hold: those of the caption but articles, or all if there are no others."""
-    words = words_of(caption)
-    return tuple(word for word in words if word not in _ARTICLES) or tuple(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +25,7 @@ class TripletGrammar:
     """Replies to Q1.
 
     Attributes:
-        words: of the caption; every slot keeps to them. Empty: any words.
+        words: of the caption, at least one; every slot keeps to them.
         max_triplets: lines at most.
     """
 
@@ -47,8 +34,8 @@ class TripletGrammar:
 
     def regex(self) -> str:
         """Matches the whole reply, in the dialects of Rust and Python."""
-        word = "(" + "|".join(map(_escape, self.words)) + ")" if self.words else r"[^\W_]+(['’-][^\W_]+)*"
-        action_word = f"({word}|{'|'.join(COPULAS)})" if self.words else word
+        word = f"({'|'.join(map(_escape, self.words))})"
+        action_word = f"({word}|{'|'.join(COPULAS)})"
         phrase = _phrase(word)
         attribute = rf"attribute: {phrase} \| {_phrase(action_word)} \| {phrase}"
         line = rf"(action: {phrase} \| {phrase} \| (-|{phrase})|{attribute})"
@@ -56,7 +43,7 @@ class TripletGrammar:
 
     def gbnf(self) -> str:
         """The same for llama.cpp."""
-        word = " | ".join(map(_quote, self.words)) if self.words else r"[^ \t\n|:<>{}\[\]()\x00-\x1f]+"
+        word = " | ".join(map(_quote, self.words))
         copulas = " | ".join(map(_quote, COPULAS))
         return "\n".join(
             (

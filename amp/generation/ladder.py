@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from amp.generation.cache import Reply, key_of
 from amp.generation.engines.base import Message, Sampling
-from amp.generation.grammar import Grammar, StateGrammar, TripletGrammar, slot_words, words_of
+from amp.generation.grammar import Grammar, StateGrammar, TripletGrammar
 from amp.generation.prompts import Template, ask_states, ask_triplets, readable
 from amp.generation.replies import MAX_STATE_CHARACTERS, MAX_TRIPLETS, read_states, read_triplets
 from amp.generation.states import state_of
+from amp.generation.words import slot_words, words_of
 from amp.knowledge.schema import Knowledge, Triplet
 
 LADDER_VERSION = 1

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-from amp.generation.grammar import COPULAS, MAX_WORDS_IN_SLOT, slot_words, words_of
+from amp.generation.grammar import COPULAS, MAX_WORDS_IN_SLOT
+from amp.generation.words import ARTICLES, slot_words, stem, words_of
 from amp.knowledge.schema import Triplet
 
 MAX_TRIPLETS = 6
@@ -19,7 +19,6 @@ MIN_STATE_WORDS, MAX_STATE_CHARACTERS = 3, 160
 
 StateSource = Literal["strict", "repaired"]
 
-_ARTICLES = frozenset({"a", "an", "the"})
 _KIND = re.compile(r"(action|attribute)\b\s*[:\-]?\s*", re.IGNORECASE)
 _BULLET = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.):]\s*)+")
 _NUMBER = re.compile(r"^\W{0,3}(\d{1,2})\s*[.):\-]\s*")
@@ -164,7 +163,7 @@ def _clean(slot: str) -> str:
     if slot in _NOTHING:
         return ""
     found = words_of(slot)
-    while len(found) > 1 and found[0] in _ARTICLES:
+    while len(found) > 1 and found[0] in ARTICLES:
         found = found[1:]
     return " ".join(found)
 
@@ -174,23 +173,12 @@ def _to_caption(slot: str, words: frozenset[str]) -> str | None:
     result = []
     for word in slot.split():
         if word not in words and word not in COPULAS:
-            stems = {_stem(known): known for known in sorted(words, reverse=True)}
-            word = stems.get(_stem(word))
+            stems = {stem(known): known for known in sorted(words, reverse=True)}
+            word = stems.get(stem(word))
             if word is None:
                 return None
         result.append(word)
     return " ".join(result)
-
-
-@cache
-def _stemmer():
-    from snowballstemmer import stemmer
-
-    return stemmer("english")
-
-
-def _stem(word: str) -> str:
-    return _stemmer().stemWord(word)
 
 
 def _actions_first(triplets: tuple[Triplet, ...]) -> tuple[Triplet, ...]:

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from amp.errors import AmpError
-from amp.generation.grammar import MAX_WORDS_IN_SLOT, words_of
+from amp.generation.grammar import MAX_WORDS_IN_SLOT
 from amp.generation.replies import MAX_TRIPLETS
 from amp.generation.states import has_verb
+from amp.generation.words import words_of
 from amp.knowledge.schema import Triplet
 
 RULES_VERSION = 1

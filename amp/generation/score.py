@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,20 +14,14 @@ import numpy as np
 import yaml
 
 from amp.errors import AmpError, shorten
-from amp.generation.grammar import words_of
 from amp.generation.replies import parse_triplet_line
+from amp.generation.words import ARTICLES, stem, words_of
 from amp.knowledge.schema import Knowledge, Triplet
 
 GOLD = Path(__file__).with_name("gold.yaml")
 Level = Literal["lenient", "exact"]
 
 _COPULAS = frozenset({"is", "are", "was", "were", "be", "has", "have", "with", "of"})
-_ARTICLES = frozenset({"a", "an", "the"})
-_IRREGULAR = {
-    "thrown": "throw", "threw": "throw", "ridden": "ride", "rode": "ride", "sat": "sit", "stood": "stand", "ran": "run",
-    "held": "hold", "fell": "fall", "caught": "catch", "eaten": "eat", "ate": "eat", "lying": "lie", "laying": "lie",
-    "worn": "wear", "swam": "swim", "taken": "take", "given": "give", "driven": "drive",
-}  # fmt: skip
 _WORDS = (4, 30)
 _NEW_WORDS = 3
 
@@ -194,7 +187,7 @@ _MATCHES = {"exact": _exact, "lenient": _lenient}
 
 
 def _normal(slot: str) -> list[str]:
-    return [stem(word) for word in slot.lower().split() if word not in _ARTICLES]
+    return [stem(word) for word in slot.lower().split() if word not in ARTICLES]
 
 
 def _head(slot: str) -> str:
@@ -204,14 +197,6 @@ def _head(slot: str) -> str:
 def _verb(action: str) -> str:
     first = action.lower().split()[0]
     return "be" if first in _COPULAS else stem(first)
-
-
-@cache
-def stem(word: str) -> str:
-    """A word without its ending; irregular verbs of captions by their plain form."""
-    from snowballstemmer import stemmer
-
-    return stemmer("english").stemWord(_IRREGULAR.get(word, word))
 
 
 def _f1(hits: int, mistakes: int, misses: int) -> float:

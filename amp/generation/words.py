@@ -1,0 +1,39 @@
+"""Words of captions: which there are, and which are the same but for their ending."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+ARTICLES = frozenset({"a", "an", "the"})
+
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+_IRREGULAR = {
+    "thrown": "throw", "threw": "throw", "ridden": "ride", "rode": "ride", "sat": "sit", "stood": "stand", "ran": "run",
+    "held": "hold", "fell": "fall", "caught": "catch", "eaten": "eat", "ate": "eat", "lying": "lie", "laying": "lie",
+    "worn": "wear", "swam": "swim", "taken": "take", "given": "give", "driven": "drive",
+}  # fmt: skip
+
+
+def words_of(text: str) -> list[str]:
+    """Distinct words in lower case, in their order; letters and digits with inner ``'`` and ``-``."""
+    return list(dict.fromkeys(word.lower() for word in _WORD.findall(text)))
+
+
+def slot_words(caption: str) -> tuple[str, ...]:
+    """The words that a slot may hold: those of the caption but articles, or all if there are no others."""
+    words = words_of(caption)
+    return tuple(word for word in words if word not in ARTICLES) or tuple(words)
+
+
+@cache
+def stem(word: str) -> str:
+    """A word without its ending; irregular verbs of captions by their plain form."""
+    return _stemmer().stemWord(_IRREGULAR.get(word, word))
+
+
+@cache
+def _stemmer():
+    from snowballstemmer import stemmer
+
+    return stemmer("english")
