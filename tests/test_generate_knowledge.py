@@ -256,6 +256,7 @@ def test_one_folder_has_one_origin(whole, model, options, message):
 @pytest.mark.parametrize("options, message", [
     (["--part", "2/2"], "part is '2/2'; expected I/N"),
     (["--part", "0/2", "--merge", "true"], "part and merge are both given"),
+    (["--merge", "true"], "out: no settings.json in it; expected a folder in which knowledge was generated"),
     (["--template", "nowhere"], "nowhere.yaml: no such template; expected one of coco, default, flickr"),
     (["--splits", "dev"], "no split 'dev'; splits seen: test, train"),
     (["--retries", "9"], "retries is 9"),

@@ -96,6 +96,11 @@ def generate_knowledge(
     _check_options(retries, temperature, max_fallback, limit)
     if part is not None and merge:
         raise GenerationError("part and merge are both given; expected one of them; merge once all parts have ended")
+    if merge and not (Path(out) / SETTINGS_NAME).exists():
+        raise GenerationError(
+            f"{out}: no {SETTINGS_NAME} in it; expected a folder in which knowledge was generated; check --out, or run "
+            "the parts first"
+        )
     index, parts = _share(part)
     with console.status("reading captions"):
         images = _choose(_load(captions, format, default_split, keep_restval), splits, captions)
