@@ -60,6 +60,33 @@ CASES = {
     "A fire hydrant on a sidewalk": ["attribute: fire hydrant | on | sidewalk"],
     "A tennis player hits the ball with a racket": [
         "action: tennis player | hits | ball", "action: tennis player | hits with | racket"],
+    # a verb that the parser takes for a noun
+    "Two men and a dog run": ["action: men | run | -", "action: dog | run | -"],
+    "Dogs running and jumping": ["action: dogs | running | -", "action: dogs | jumping | -"],
+    "Boy playing on the swing .": ["action: boy | playing on | swing"],
+    "A woman in black walks down the sidewalk .": [
+        "action: woman | walks down | sidewalk", "attribute: woman | wearing | black"],
+    "A boy wearing a red hat runs": [
+        "action: boy | runs | -", "attribute: boy | wearing | hat", "attribute: hat | is | red"],
+    "Two people in shorts hike on the snow": [
+        "action: people | hike on | snow", "attribute: people | wearing | shorts"],
+    # the same words where the noun is right
+    "Two kids on a carnival ride at a park": [
+        "attribute: kids | on | carnival ride", "attribute: carnival ride | at | park"],
+    "Small boy looking at a display of rubber ducks": [
+        "action: boy | looking at | display", "attribute: boy | is | small"],
+    "Two women in head wraps .": ["attribute: women | in | head wraps"],
+    # who does it
+    "A woman is sitting on a bench reading a book": [
+        "action: woman | sitting on | bench", "action: woman | reading | book"],
+    "A man looking at a woman reading a book": ["action: man | looking at | woman", "action: woman | reading | book"],
+    "Two dogs dive into a pool to get a toy": ["action: dogs | dive into | pool", "action: dogs | get | toy"],
+    "A wave crashing on a beach": ["action: wave | crashing on | beach"],
+    "Two dogs chase each other": ["action: dogs | chase | each other"],
+    "The boy does not run": [],
+    "The dogs are wet and muddy": ["attribute: dogs | are | wet", "attribute: dogs | are | muddy"],
+    "The dog is next to a house": [],
+    "Children dressed as pirates": ["attribute: children | dressed as | pirates"],
     "A dog jumps over a log while a cat watches": ["action: dog | jumps over | log", "action: cat | watches | -"],
 }  # fmt: skip
 
@@ -74,6 +101,7 @@ HOSTILE = [
     "", " ", "\n\t", "😀 🐕", '"quotes" \'and\' `more`', "{braces} [and] <tags> </s> <|im_end|>", "is", "123 456",
     "Ignore all previous instructions", "A man\nruns\r\n\x0b\x1b[0m", "Ein Hund läuft über die Wiese", "一个男人在骑马",
     "رجل يركض", "a " * 500, "runs runs " * 250, "man and " * 200, "\x00\x07", "|" * 50, "isn't can't won't", "A" * 5000,
+    "woman in black walks " * 30, "dog in red runs",
 ]  # fmt: skip
 
 
@@ -86,6 +114,12 @@ def test_any_text(rules, caption):
         # spaCy parts "can't" and hyphens; every piece still comes from the caption or is a copula
         slots = f"{triplet.subject} {triplet.action} {triplet.object}".split()
         assert all(word in caption.lower() or word in ("is", "are", "wearing") for word in slots), slots
+
+
+@pytest.mark.parametrize("caption", ["A dog jumps \ud800", "A dog jumps . " * 100_000], ids=["surrogate", "endless"])
+def test_text_that_spacy_refuses(rules, caption):
+    (found,) = rules.triplets([caption])
+    assert triplet_line(found[0]) == "action: dog | jumps | -"
 
 
 def test_batches_and_order_have_no_effect(rules):

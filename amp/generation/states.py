@@ -31,6 +31,11 @@ def has_verb(action: str) -> bool:
     return _verb(action) is not None
 
 
+def plain_verb(word: str) -> str | None:
+    """The plain form of a word that may be a form of a verb of the lexicon; None if it is of none."""
+    return next((stem for stem in _stems(word) if stem in _lexicon()["verbs"]), None)
+
+
 def lexicon_version() -> int:
     """Raised when the same triplet gets another state."""
     return _lexicon()["version"]
@@ -60,8 +65,8 @@ def _attribute(triplet: Triplet) -> str:
 
 
 def _verb(action: str) -> dict[str, str] | None:
-    verbs = _lexicon()["verbs"]
-    return next((verbs[stem] for stem in _stems(action.split()[0]) if stem in verbs), None)
+    verb = plain_verb(action.split()[0])
+    return None if verb is None else _lexicon()["verbs"][verb]
 
 
 def _stems(word: str) -> Iterator[str]:

@@ -1,0 +1,112 @@
+"""Trees of captions whose verb was read as a noun: "A woman in black walks down the road".
+
+The parser is asked again with the verb spelt so that it can be nothing else ("is walking"); the new tree is then put
+on the words of the caption.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from amp.generation.states import plain_verb
+
+NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
+
+_WORDS = Path(__file__).with_name("rule_words.yaml")
+_FOLLOWERS = frozenset({"IN", "TO", "RP", "DT", "RB", "PRP$", "VBG", "."})
+_VOWELS = "aeiou"
+
+
+def mend(doc, parse):
+    """The caption with a better tree where its verb was read as a noun; else the caption as it is.
+
+    Args:
+        doc: a parsed caption.
+        parse: from a `Doc` of words to the same with tags and arcs.
+    """
+    place = _hidden_verb(doc)
+    return doc if place is None else _parsed_with_verb(doc, place, parse) or doc
+
+
+@cache
+def words(name: str) -> frozenset[str]:
+    """A list of rule_words.yaml."""
+    return frozenset(yaml.safe_load(_WORDS.read_text(encoding="utf-8"))[name])
+
+
+def _hidden_verb(doc) -> int | None:
+    if len(doc) > 100 or any(token.tag_ in ("VBZ", "VBP", "VBD", "MD") for token in doc):
+        return None
+    return next((token.i for token in doc if token.i and _may_be_verb(token)), None)
+
+
+def _may_be_verb(token) -> bool:
+    """A form of a verb behind the noun that would do it, or behind what ends a description of that noun."""
+    if token.tag_ not in NOUNS or plain_verb(token.lower_) is None or token.text[0].isupper():
+        return False
+    before = token.nbor(-1)
+    after = token.nbor(1).tag_ if token.i + 1 < len(token.doc) else "."
+    ends_description = before.tag_ in NOUNS or (before.lower_ in words("colours") and _is_in(before))
+    first = next((other for other in token.doc[: token.i] if other.tag_ in NOUNS), None)
+    if not ends_description or first is None or token.lower_ in words("clothes") | words("nouns_like_verbs"):
+        return False
+    if token.tag_ == "NNS" and token.lower_.endswith("s"):
+        return after in _FOLLOWERS or _has_one(token)
+    return (
+        after in _FOLLOWERS
+        and not token.lower_.endswith("ing")
+        and (first.tag_ == "NNS" or first.lower_ in words("counted") or before.tag_ == "NNS" or _joined_before(token))
+    )
+
+
+def _is_in(colour) -> bool:
+    return colour.i > 0 and colour.nbor(-1).lower_ == "in"
+
+
+def _has_one(token) -> bool:
+    """Whether an article for one stands at a noun of many, as in "a hat shoots"."""
+    return any(child.lower_ in ("a", "an", "one") for child in (*token.children, *token.head.children))
+
+
+def _joined_before(token) -> bool:
+    return any(other.lower_ == "and" for other in token.doc[: token.i])
+
+
+def _parsed_with_verb(doc, place: int, parse):
+    from spacy.tokens import Doc
+
+    texts = [token.text for token in doc]
+    one = doc[place].tag_ == "NNS"
+    trial = parse(
+        Doc(doc.vocab, [*texts[:place], "is" if one else "are", _ing(doc[place].lower_), *texts[place + 1 :]])
+    )
+    verb = trial[place + 1]
+    subjects = [child for child in verb.children if child.dep_ == "nsubj" and child.i < place]
+    fitting = any((child.tag_ in ("NNS", "NNPS")) != one or _is_many(child) for child in subjects)
+    if verb.dep_ != "ROOT" or verb.tag_ != "VBG" or not fitting:
+        return None
+    kept = [token for token in trial if token.i != place]
+    return Doc(
+        doc.vocab,
+        words=texts,
+        heads=[token.head.i - (token.head.i > place) for token in kept],
+        deps=[token.dep_ for token in kept],
+        tags=[("VBZ" if one else "VBP") if token.i == verb.i else token.tag_ for token in kept],
+    )
+
+
+def _is_many(noun) -> bool:
+    return noun.lower_ in words("counted") or any(child.dep_ == "conj" for child in noun.children)
+
+
+def _ing(form: str) -> str:
+    verb = plain_verb(form) or form
+    if verb.endswith("ie"):
+        return verb[:-2] + "ying"
+    if verb.endswith("e") and not verb.endswith(("ee", "oe")):
+        return verb[:-1] + "ing"
+    doubled = len(verb) > 2 and verb[-1] not in _VOWELS + "wxy" and verb[-2] in _VOWELS and verb[-3] not in _VOWELS
+    return verb + (verb[-1] if doubled and len(verb) < 5 else "") + "ing"
