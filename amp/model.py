@@ -52,6 +52,7 @@ class Features(NamedTuple):
         conditioned: Action-aware features, a row a pair (P, d), or of all pairs (B, C, d).
         text: Caption features that images are scored against, enriched where the model does that (C, d).
         logit_scale: Temperature 1 / tau, fp32 (1,).
+        prompts: Prompts of C captions, for later calls.
     """
 
     early: torch.Tensor | None = None
@@ -60,6 +61,7 @@ class Features(NamedTuple):
     conditioned: torch.Tensor | None = None
     text: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
+    prompts: Prompts | None = None
 
 
 class ActionAwareCLIP(nn.Module):
@@ -322,6 +324,7 @@ class ActionAwareCLIP(nn.Module):
         all_pairs: bool = False,
         prompted: bool | torch.Tensor | None = False,
         only_frozen: bool = False,
+        only_prompts: bool = False,
         text: torch.Tensor | None = None,
     ) -> Features:
         """All computation of training and re-ranking passes here, where DDP's and ZeRO's hooks can see it.
@@ -335,8 +338,11 @@ class ActionAwareCLIP(nn.Module):
             all_pairs: Encode every image with every caption instead; only with `readout`.
             prompted: Also return features without knowledge: of all images, or of those an int64 tensor names.
             only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
+            only_prompts: Return only `prompts` of the C captions, which take the place of `knowledge` in later calls.
             text: The frozen features of the C captions (C, d); returned as `text`, enriched.
         """
+        if only_prompts:
+            return Features(prompts=self.encode_knowledge(knowledge, text))
         frozen_text, triplets = text, None
         if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
             triplets = self.encode_triplets(knowledge) if self.config.enriches_by_triplets else None

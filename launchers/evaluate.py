@@ -6,7 +6,8 @@
 
 The configuration is the one of training: of it `model`, `data` and `mixed_precision` are read, and `prompt` for the
 base model alone; adapters carry their own prompt settings. How the split is searched is set by --search. Writes OUT
-(JSON), OUT with .csv, and with --gallery a picture of some retrievals.
+(JSON), OUT with .csv, OUT with .npz (results a query, for launchers/compare.py and launchers/report.py), and with
+--gallery a picture of some retrievals. A run that was stopped goes on where it was.
 """
 
 from dataclasses import dataclass, field
@@ -27,12 +28,13 @@ class EvaluationSettings:
     Args:
         split: Split of the shards.
         adapters: ``NAME=FILE`` each, in the order of the table; none evaluates the base model alone.
-        out: JSON file of the result; the CSV file stands beside it.
+        out: JSON file of the result; .csv, and .npz with results a query, stand beside it.
         gallery: PNG file with retrievals of the last adapter; null draws none.
         search: How the split is searched.
         probes: Rows beside each knowledge-aware adapter with one input spoilt: ``shuffled`` knowledge, ``blank``
             knowledge, knowledge of a ``sibling`` caption of the same image, ``grey`` images.
         text_only: Add the text-only control: captions with their states, no action-aware image.
+        bootstrap: Samples of the images for the 95 % intervals; 0 computes none.
     """
 
     split: str = "test"
@@ -42,6 +44,7 @@ class EvaluationSettings:
     search: RetrievalSettings = field(default_factory=RetrievalSettings)
     probes: list[Literal["shuffled", "blank", "sibling", "grey"]] = field(default_factory=list)
     text_only: bool = False
+    bootstrap: int = 1000
 
 
 def parser() -> ArgumentParser:
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
             evaluation.gallery,
             evaluation.probes,
             evaluation.text_only,
+            evaluation.bootstrap,
         )
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,12 +19,11 @@ from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import tower_texts
-from amp.retrieval.first_stage import FirstStage, Positives, first_stage
+from amp.retrieval.first_stage import FirstStage, Positives, first_stage_in_folds
+from amp.retrieval.pair_scorer import PairScorer, early_tokens, scored_text
 from amp.retrieval.rerank import rerank, score_candidates, shard_bounds
 from amp.retrieval.results import DirectionResult, RetrievalRow
-from amp.train.losses import pair_similarity
-
-ENRICH_ROWS = 65_536
+from amp.retrieval.score_store import ScoreStore, content_key
 
 
 @dataclass
@@ -35,23 +35,30 @@ class RetrievalSettings:
         i2t: How image queries are conditioned: ``pairwise`` on each candidate's knowledge, ``pooled`` on the union of
             all candidates' knowledge; the paper's text fits pooled.
         fusion_weight: Weight of the first stage's score beside the new one (paper: 0).
+        fusions: Further weights, a row each, from the same scores.
         batch_size: Pairs a forward pass.
         captions_per_image: Keep only the first n captions of an image; 0 keeps all (COCO 5K: 25,010).
         max_queries: Search for this many queries a direction, evenly spaced, in the whole gallery; 0 for all.
         skip_decided: Score only queries with an answer among their candidates. The others keep their first-stage rank
             whatever they score, so the recalls are the same for a fraction of the work.
+        folds: Galleries that the images are cut into, in order, with figures averaged over them; COCO's "1K" is 5.
+        first_stage: ``exact``: a matrix product and the rank of every answer. ``faiss``: an exact inner-product index
+            of faiss-cpu for galleries past a million; an answer outside the top k has no rank, so top_k is 10 or more.
     """
 
     top_k: int = 20
     i2t: list[Literal["pairwise", "pooled"]] = field(default_factory=lambda: ["pairwise", "pooled"])
     fusion_weight: float = 0.0
+    fusions: list[float] = field(default_factory=list)
     batch_size: int = 128
     captions_per_image: int = 0
     max_queries: int = 0
     skip_decided: bool = False
+    folds: int = 1
+    first_stage: Literal["exact", "faiss"] = "exact"
 
     def __post_init__(self):
-        least = {"top_k": 1, "batch_size": 1, "captions_per_image": 0, "max_queries": 0}
+        least = {"top_k": 1, "batch_size": 1, "captions_per_image": 0, "max_queries": 0, "folds": 1}
         for key, low in least.items():
             if getattr(self, key) < low:
                 raise AmpError(f"search setting {key} is {getattr(self, key)}, expected an integer of at least {low}")
@@ -100,6 +107,7 @@ class Ranking:
         first: The frozen CLIP's answer.
         scores: New scores of its candidates (Q, k); zeros for queries that `skip_decided` left out.
         ranks: 0-based rank of the best positive after re-ranking (Q,).
+        fusion_weight: Of the first stage's score in `ranks`.
         result: The figures.
     """
 
@@ -107,6 +115,7 @@ class Ranking:
     first: FirstStage
     scores: torch.Tensor
     ranks: torch.Tensor
+    fusion_weight: float
     result: DirectionResult
 
 
@@ -138,17 +147,24 @@ class Retrieval:
             "i2t": Positives(gallery_images[self.queries["i2t"]], captions.image),
             "t2i": Positives(captions.image[self.queries["t2i"]], gallery_images),
         }
+        self.fold = torch.arange(captions.images) * settings.folds // captions.images
         self.first, self.first_seconds = {}, {}
         for direction, (query, gallery) in {"i2t": (base, self.text), "t2i": (self.text, base)}.items():
             start = time.perf_counter()
             query = query[self.queries[direction].to(device)]
-            found = first_stage(query, gallery, self.positives[direction], settings.top_k)
+            found = first_stage_in_folds(
+                query, gallery, self.positives[direction], settings.top_k, self.fold, settings.first_stage
+            )
             self.first[direction] = FirstStage(*(x.cpu() for x in (found.candidates, found.scores, found.ranks)))
             self.first_seconds[direction] = time.perf_counter() - start
 
-    def base_row(self, name: str = "base CLIP") -> RetrievalRow:
+    def base(self) -> dict[str, Ranking]:
         """The frozen CLIP alone."""
-        return RetrievalRow(name, *(self._result(d, self.first[d].ranks, 0.0) for d in ("i2t", "t2i")))
+        return {d: self._ranking(d, first.scores, first.ranks, 0.0, 0.0) for d, first in self.first.items()}
+
+    def base_row(self, name: str = "base CLIP") -> RetrievalRow:
+        """The figures of `base`."""
+        return RetrievalRow(name, *(self.base()[d].result for d in ("i2t", "t2i")))
 
     def rank_text(self, text: torch.Tensor) -> dict[str, Ranking]:
         """Re-ranks with other caption features (C, d) against the frozen CLIP's image features, without any model."""
@@ -159,69 +175,86 @@ class Retrieval:
             scorer = self._feature_scorer(features, direction, text=text)
             mask = self.positives[direction].of(first.candidates)
             scores = score_candidates(first.candidates, scorer, self.settings.batch_size)
-            ranks = rerank(first, scores, mask, self.settings.fusion_weight)
-            result = self._result(direction, ranks, time.perf_counter() - start)
-            rankings[direction] = Ranking(self.queries[direction], first, scores, ranks, result)
+            rankings[direction] = self._reranking(direction, scores, mask, time.perf_counter() - start)
         return rankings
 
     def rank(self, model, autocast=contextlib.nullcontext, progress: Callable[[str, int, int], None] | None = None,
-             ) -> dict[str, Ranking]:  # fmt: skip
+             partial: Path | None = None, precision: str = "") -> dict[str, Ranking]:  # fmt: skip
         """Re-ranks with a model.
 
         Args:
             model: `ActionAwareCLIP` in eval mode, or an engine around it, on `device`.
             autocast: Makes the context of a forward pass.
             progress: Called as progress(direction, done, total).
+            partial: Folder where scores of pairs are kept while this runs, and from which it goes on with what an
+                earlier call left, on any number of ranks.
+            precision: What `autocast` does; scores of another one are not taken up.
 
         Returns:
             For a knowledge-aware model ``t2i`` and ``i2t pairwise``/``i2t pooled`` as set, else ``t2i`` and ``i2t``.
         """
         aware = getattr(model, "module", model).knowledge_aware
-        text = self._enriched(model)
-        if not aware:
-            features = self._over_images(model, autocast)
-            scorers = {d: self._feature_scorer(features, d, text=text) for d in ("t2i", "i2t")}
+        if aware:
+            pairs = self._pair_scorer(model, autocast)
+            text, names = pairs.scored_text, ["t2i", *(f"i2t {mode}" for mode in self.settings.i2t)]
+            key = self._content_key(model, precision) if partial is not None else ""
         else:
-            scorers = {"t2i": self._pair_scorer(model, text, autocast, "t2i")}
-            for mode in self.settings.i2t:
-                pair = self._pair_scorer(model, text, autocast, "i2t")
-                scorers[f"i2t {mode}"] = pair if mode == "pairwise" else None
+            features, text = self._over_images(model, autocast), scored_text(model, self.knowledge, self.text)
+            names = ["t2i", "i2t"]
         rankings = {}
-        for name, scorer in scorers.items():
+        for name in names:
             direction = name[:3]
-            start = time.perf_counter()
+            start, before = time.perf_counter(), 0.0
             report = None if progress is None else (lambda done, total, name=name: progress(name, done, total))
             first, mask = self.first[direction], self.positives[direction].of(self.first[direction].candidates)
             rows = mask.any(dim=1).nonzero().flatten() if self.settings.skip_decided else torch.arange(len(mask))
-            if scorer is None:
-                features = self._over_images(model, autocast, rows, report)
-                scorer = self._feature_scorer(features, "i2t", by_query=True, text=text)
-                report = None
-            part = score_candidates(
-                first.candidates[rows],
-                lambda query, candidate, scorer=scorer, rows=rows: scorer(rows[query], candidate),
-                self.settings.batch_size,
-                group_by="query" if direction == "i2t" else "candidate",
-                shard=(rank(), world_size()),
-                progress=report,
-            )
+            candidates, store = first.candidates[rows], None
+            if aware and name != "i2t pooled":
+                if partial is not None:
+                    store = ScoreStore(partial / content_key([key, name, rows, candidates]), candidates.numel(),
+                                       self.device)  # fmt: skip
+                    before = store.seconds / world_size()
+                part = self._score_pairs(pairs, direction, rows, candidates, report, store)
+            else:
+                if aware:  # the images are the work, what follows is a look-up
+                    features, report = self._over_images(model, autocast, rows, report), None
+                scorer = self._feature_scorer(features, direction, by_query=aware, text=text)
+                part = score_candidates(
+                    candidates, lambda query, candidate, scorer=scorer, rows=rows: scorer(rows[query], candidate),
+                    self.settings.batch_size, shard=(rank(), world_size()), progress=report,
+                )  # fmt: skip
             scores = torch.zeros_like(first.scores)
             scores[rows] = all_reduce_sum(part.to(self.device)).cpu()
-            ranks = rerank(first, scores, mask, self.settings.fusion_weight)
             # Time of the queries left out is counted as that of the others.
-            seconds = (time.perf_counter() - start) * len(mask) / max(1, len(rows))
-            result = self._result(direction, ranks, seconds)
-            rankings[name] = Ranking(self.queries[direction], first, scores, ranks, result)
+            seconds = (before + time.perf_counter() - start) * len(mask) / max(1, len(rows))
+            rankings[name] = self._reranking(direction, scores, mask, seconds)
         return rankings
 
+    def methods(self, name: str, rankings: dict[str, Ranking]) -> dict[str, tuple[Ranking, Ranking]]:
+        """Image and caption queries of one model by the table's rows: one a way of conditioning image queries and one a
+        weight of `fusions` besides."""
+        found = {}
+        for key, i2t in rankings.items():
+            if key.startswith("i2t"):
+                row = name if key == "i2t" else f"{name} ({key[4:]})"
+                found[row] = i2t, rankings["t2i"]
+                for weight in self.settings.fusions:
+                    found[f"{row}, fusion {weight:g}"] = tuple(
+                        self.fused(d, ranking, weight) for d, ranking in zip(("i2t", "t2i"), found[row], strict=True)
+                    )
+        return found
+
+    def fused(self, direction: str, ranking: Ranking, weight: float) -> Ranking:
+        """The same scores with another weight of the first stage's score."""
+        first, mask = ranking.first, self.positives[direction].of(ranking.first.candidates)
+        ranks = rerank(first, ranking.scores, mask, weight)
+        result = DirectionResult.measure(ranks, first.ranks, mask, ranking.result.seconds, self._folds(direction))
+        return replace(ranking, ranks=ranks, fusion_weight=weight, result=result)
+
     def rows(self, name: str, rankings: dict[str, Ranking]) -> list[RetrievalRow]:
-        """The table's rows of one model: one a way of conditioning image queries."""
-        t2i = rankings["t2i"].result
-        return [
-            RetrievalRow(f"{name} ({key[4:]})" if key != "i2t" else name, ranking.result, t2i)
-            for key, ranking in rankings.items()
-            if key.startswith("i2t")
-        ]
+        """The figures of `methods`."""
+        methods = self.methods(name, rankings)
+        return [RetrievalRow(row, i2t.result, t2i.result) for row, (i2t, t2i) in methods.items()]
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
@@ -235,46 +268,60 @@ class Retrieval:
         """
         if self.settings.max_queries:
             raise ValueError(f"max_queries is {self.settings.max_queries}, expected 0: pairs name any image")
-        text = self._enriched(model)
         if getattr(model, "module", model).knowledge_aware:
-            return self._pair_scorer(model, text, autocast, "i2t")
+            pairs = self._pair_scorer(model, autocast)
+
+            def score(images: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+                pairs.prepare(captions)
+                return pairs(images, captions)
+
+            return score
+        text = scored_text(model, self.knowledge, self.text)
         return self._feature_scorer(self._over_images(model, autocast), "i2t", text=text)
 
-    def _result(self, direction: str, ranks: torch.Tensor, seconds: float) -> DirectionResult:
+    def _reranking(self, direction: str, scores: torch.Tensor, mask: torch.Tensor, seconds: float) -> Ranking:
+        weight = self.settings.fusion_weight
+        return self._ranking(direction, scores, rerank(self.first[direction], scores, mask, weight), weight, seconds)
+
+    def _ranking(
+        self, direction: str, scores: torch.Tensor, ranks: torch.Tensor, weight: float, seconds: float
+    ) -> Ranking:
         first = self.first[direction]
         mask = self.positives[direction].of(first.candidates)
-        return DirectionResult.measure(ranks, first.ranks, mask, self.first_seconds[direction] + seconds)
+        seconds += self.first_seconds[direction]
+        result = DirectionResult.measure(ranks, first.ranks, mask, seconds, self._folds(direction))
+        return Ranking(self.queries[direction], first, scores, ranks, weight, result)
 
-    def _early(self, images: torch.Tensor) -> torch.Tensor:
-        # Memory-mapped rows are read in order and copied once.
-        return torch.from_numpy(np.asarray(self.frozen.early[images.numpy()], dtype=np.float32)).to(self.device)
+    def _folds(self, direction: str) -> torch.Tensor | None:
+        return None if self.settings.folds == 1 else self.fold[self.positives[direction].query_image]
 
-    def _enriched(self, model) -> torch.Tensor:
-        """What images are scored against: the caption features, enriched where the model does that (C, d)."""
-        rows = range(0, len(self.text), ENRICH_ROWS)
-        knowledge = (self.knowledge[low : low + ENRICH_ROWS].to(self.device) for low in rows)
-        with torch.no_grad():
-            parts = [
-                model(None, k, text=self.text[low : low + ENRICH_ROWS]).text
-                for low, k in zip(rows, knowledge, strict=True)
-            ]
-        return torch.cat(parts)
+    def _pair_scorer(self, model, autocast) -> PairScorer:
+        return PairScorer(model, self.frozen.early, self.knowledge, self.text, autocast, self.settings.batch_size)
 
-    def _pair_scorer(self, model, text: torch.Tensor, autocast, direction: str):
-        def score(query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-            query = self.queries[direction][query]
-            image, caption = (query, candidate) if direction == "i2t" else (candidate, query)
-            images, image_index = image.unique(return_inverse=True)
-            captions, caption_index = caption.unique(return_inverse=True)
-            with torch.no_grad(), autocast():
-                features = model(
-                    self._early(images), self.knowledge[captions].to(self.device),
-                    image_index.to(self.device), caption_index.to(self.device),
-                    text=self.text[captions.to(self.device)],
-                ).conditioned  # fmt: skip
-            return pair_similarity(features, text[caption.to(self.device)]).cpu()
+    def _score_pairs(self, pairs: PairScorer, direction: str, rows: torch.Tensor, candidates: torch.Tensor, progress,
+                     store: ScoreStore | None) -> torch.Tensor:  # fmt: skip
+        """Scores of candidates (Q', k) of the queries `rows`; 0 for pairs of other ranks."""
+        queries = self.queries[direction][rows]
+        to_text = direction == "i2t"
+        captions = pairs.captions_a_block()
+        return score_candidates(
+            candidates,
+            lambda q, c: pairs(queries[q], c) if to_text else pairs(c, queries[q]),
+            self.settings.batch_size,
+            group_by="query" if to_text else "candidate",
+            shard=(rank(), world_size()),
+            progress=progress,
+            prepare=lambda q, c: pairs.prepare(c if to_text else queries[q]),
+            block_pairs=captions if to_text else captions * candidates.shape[1],
+            store=store,
+        )
 
-        return score
+    def _content_key(self, model, precision: str) -> str:
+        """Name for all that scores of pairs depend on, but for the pairs."""
+        state = getattr(model, "module", model).adapter_state()
+        knowledge, images = vars(self.knowledge).values(), (self.frozen.base, self.frozen.early[0])
+        # A row of tokens tells a grey image from photos; base features tell these apart.
+        return content_key([repr(model.config), precision, *state, *state.values(), *knowledge, self.text, *images])
 
     def _feature_scorer(self, features: torch.Tensor, direction: str, by_query: bool = False, text=None):
         """Scores from one feature an image (I, d), or with `by_query` one an image query (Q, d)."""
@@ -305,11 +352,11 @@ class Retrieval:
                 if pooled:
                     candidates = self.first["i2t"].candidates[part]
                     knowledge = self.knowledge[candidates.flatten()].to(self.device)
-                    early = self._early(self.queries["i2t"][part])
+                    early = early_tokens(self.frozen.early, self.queries["i2t"][part], self.device)
                     text = self.text[candidates.flatten().to(self.device)]
                     out = model(early, knowledge, captions_a_pair=candidates.shape[1], text=text).conditioned
                 else:
-                    out = model(self._early(part), prompted=True).prompted
+                    out = model(early_tokens(self.frozen.early, part, self.device), prompted=True).prompted
             features[part.to(self.device)] = out.float()
             if progress is not None:
                 progress(low + len(part) - start, stop - start)

@@ -57,7 +57,7 @@ def draw_retrievals(path: Path, split: ShardSplit, captions: SplitCaptions, rank
 def both_orders(ranking: Ranking, row: int, shown: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """First candidates of a query with their scores, as the base model ranks them and as re-ranked."""
     first = ranking.first
-    order: torch.Tensor = rerank_order(first, ranking.scores)[row, :shown]
+    order: torch.Tensor = rerank_order(first, ranking.scores, ranking.fusion_weight)[row, :shown]
     base = list(zip(first.candidates[row, :shown].tolist(), first.scores[row, :shown].tolist(), strict=True))
     new = list(zip(first.candidates[row][order].tolist(), ranking.scores[row][order].tolist(), strict=True))
     return base, new

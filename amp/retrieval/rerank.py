@@ -8,6 +8,7 @@ from torch import Tensor
 
 from amp.retrieval.first_stage import FirstStage
 from amp.retrieval.metrics import rank_of_best_positive, require_finite
+from amp.retrieval.score_store import ScoreStore
 
 ScorePairs = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]
@@ -86,21 +87,29 @@ def score_candidates(
     group_by: Literal["query", "candidate"] = "query",
     shard: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
+    prepare: Callable[[Tensor, Tensor], None] | None = None,
+    block_pairs: int = 0,
+    store: ScoreStore | None = None,
 ) -> Tensor:
     """Scores every (query, candidate) pair in full batches.
 
-    Pairs of one group follow each other, because the scorer runs the blocks that see no knowledge once an image of a
+    Pairs are cut into blocks of whole stretches of queries, whose shared inputs `prepare` encodes once. Within a block
+    pairs of one group follow each other, because the scorer runs the blocks that see no knowledge once an image of a
     batch: group by the side that is the image (`candidate` for text-to-image, `query` for image-to-text).
 
     Args:
         candidates: (Q, k) int64 gallery indices.
         score_pairs: Maps query indices (P,) and gallery indices (P,), both int64, to scores (P,); called without
-            gradients, with P = batch_size but for the last batch.
+            gradients, with P = batch_size but for the last batch of a block.
         batch_size: Pairs a call.
         group_by: Side whose equal indices are put next to each other.
         shard: (rank, world): scores only this rank's contiguous share of the pairs. The sum of the ranks' results
             (an all-reduce) is the whole, because pairs of other ranks are 0 here.
         progress: Called after each batch as progress(pairs done, pairs of this rank).
+        prepare: Called with the query and gallery indices of a block before its pairs are scored.
+        block_pairs: Pairs a block at most; 0 for one block. What `prepare` holds grows with it.
+        store: Pairs that it holds are not scored again (they count for rank 0), the ranks share the others evenly, and
+            new scores are added to it.
 
     Returns:
         (Q, k) float32 on the device of `candidates`, in the order of `candidates`.
@@ -111,23 +120,36 @@ def score_candidates(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    if group_by not in ("query", "candidate"):
+        raise ValueError(f"group_by is {group_by!r}, expected 'query' or 'candidate'")
     queries, k = candidates.shape
     flat = candidates.flatten()
-    if group_by == "query":
-        order = torch.arange(queries * k, device=candidates.device)
-    elif group_by == "candidate":
-        order = flat.sort(stable=True).indices
-    else:
-        raise ValueError(f"group_by is {group_by!r}, expected 'query' or 'candidate'")
-    start, stop = shard_bounds(queries * k, *shard)
     scores = torch.zeros(queries * k, dtype=torch.float32, device=candidates.device)
-    for low in range(start, stop, batch_size):
-        pairs = order[low : min(low + batch_size, stop)]
-        batch = score_pairs(pairs // k, flat[pairs])
-        if batch.shape != pairs.shape:
-            raise ValueError(f"score_pairs returned shape {tuple(batch.shape)} for {len(pairs)} pairs")
-        require_finite(batch, "re-ranking scores")
-        scores[pairs] = batch.to(scores)
-        if progress is not None:
-            progress(low + len(pairs) - start, stop - start)
+    missing = torch.arange(queries * k, device=candidates.device)
+    if store is not None:
+        done = store.done.to(candidates.device)
+        missing = missing[~done]
+        if shard[0] == 0:
+            scores[done] = store.scores.to(scores)[done]
+    start, stop = shard_bounds(len(missing), *shard)
+    mine = missing[start:stop]
+    scored = 0
+    for block in mine.split(block_pairs or max(1, len(mine))) if len(mine) else ():
+        if group_by == "candidate":
+            block = block[flat[block].sort(stable=True).indices]
+        if prepare is not None:
+            prepare(block // k, flat[block])
+        for pairs in block.split(batch_size):
+            batch = score_pairs(pairs // k, flat[pairs])
+            if batch.shape != pairs.shape:
+                raise ValueError(f"score_pairs returned shape {tuple(batch.shape)} for {len(pairs)} pairs")
+            require_finite(batch, "re-ranking scores")
+            scores[pairs] = batch.to(scores)
+            scored += len(pairs)
+            if store is not None:
+                store.add(pairs, scores[pairs])
+            if progress is not None:
+                progress(scored, len(mine))
+    if store is not None:
+        store.flush()
     return scores.view(queries, k)

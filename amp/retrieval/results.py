@@ -61,6 +61,7 @@ class DirectionResult:
         queries: Number of queries.
         top_k: Candidates pre-selected a query.
         seconds: Time that ranking took: first stage and re-ranking, for the base model the first stage alone.
+        interval: 95 % interval of R@K by bootstrap over images (`amp.retrieval.bootstrap`); None if not computed.
 
     Raises:
         AmpError: A figure that no evaluation can give, such as a recall above its ceiling.
@@ -72,6 +73,7 @@ class DirectionResult:
     queries: int
     top_k: int
     seconds: float
+    interval: dict[int, tuple[float, float]] | None = None
 
     def __post_init__(self):
         for name in _FIGURES:
@@ -95,7 +97,9 @@ class DirectionResult:
         return self.queries / self.seconds
 
     @classmethod
-    def measure(cls, ranks: Tensor, first_ranks: Tensor, positive_mask: Tensor, seconds: float) -> "DirectionResult":
+    def measure(
+        cls, ranks: Tensor, first_ranks: Tensor, positive_mask: Tensor, seconds: float, fold: Tensor | None = None
+    ) -> "DirectionResult":
         """Computes every figure of a direction.
 
         Args:
@@ -103,11 +107,16 @@ class DirectionResult:
             first_ranks: (Q,) the same after the first stage.
             positive_mask: (Q, k) bool, which pre-selected candidates answer the query.
             seconds: Time of the ranking.
+            fold: (Q,) int64; figures are then means over the folds' figures, each of its own gallery.
         """
         top_k = positive_mask.shape[1]
-        return cls(
-            recalls(ranks), ceilings(first_ranks, top_k), chance(positive_mask, first_ranks), len(ranks), top_k, seconds
-        )
+        parts = [slice(None)] if fold is None else [fold == number for number in fold.unique()]
+        figures = [
+            (recalls(ranks[p]), ceilings(first_ranks[p], top_k), chance(positive_mask[p], first_ranks[p]))
+            for p in parts
+        ]
+        means = [{k: sum(x[k] for x in column) / len(parts) for k in KS} for column in zip(*figures, strict=True)]
+        return cls(*means, len(ranks), top_k, seconds)
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,13 @@ class RetrievalRow:
         name: What the row shows, e.g. "base CLIP", "control (no knowledge)", "action-aware (pairwise)".
         i2t: Image query, captions ranked.
         t2i: Caption query, images ranked.
+        rsum_interval: 95 % interval of Rsum, both directions resampled together; None if not computed.
     """
 
     name: str
     i2t: DirectionResult
     t2i: DirectionResult
+    rsum_interval: tuple[float, float] | None = None
 
     @property
     def rsum(self) -> float:
@@ -155,9 +166,9 @@ class ResultFile:
             for name in _DIRECTIONS:
                 direction = getattr(row, name)
                 entry[name] = asdict(direction) | {"queries_per_second": direction.queries_per_second}
-                for figures in _FIGURES:
+                for figures in (*_FIGURES, *(["interval"] if direction.interval else [])):
                     entry[name][figures] = {f"R@{k}": value for k, value in entry[name][figures].items()}
-            rows.append(entry | {"rsum": row.rsum})
+            rows.append(entry | {"rsum": row.rsum, "rsum_interval": row.rsum_interval})
         content = {"format": FORMAT, "version": VERSION, "protocol": self.protocol, "rows": rows}
         try:
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
@@ -190,7 +201,8 @@ class ResultFile:
             for number, entry in enumerate(content["rows"]):
                 where = f"rows[{number}]"
                 i2t, t2i = (_read_direction(entry[name]) for name in _DIRECTIONS)
-                result.rows.append(RetrievalRow(str(entry["name"]), i2t, t2i))
+                interval = entry.get("rsum_interval")
+                result.rows.append(RetrievalRow(str(entry["name"]), i2t, t2i, interval and tuple(interval)))
         except KeyError as error:
             raise AmpError(f"{path}: {where}: key {error} is missing; {again}") from error
         except (AmpError, TypeError, ValueError, AttributeError) as error:
@@ -213,10 +225,15 @@ class ResultFile:
                 line |= {f"{name}_queries": direction.queries, f"{name}_top_k": direction.top_k}
                 line |= {f"{name}_seconds": f"{direction.seconds:.2f}"}
                 line |= {f"{name}_queries_per_second": f"{direction.queries_per_second:.4g}"}
-            header = list(line)
+            for name in _DIRECTIONS:
+                for k, (low, high) in (getattr(row, name).interval or {}).items():
+                    line |= {f"{name}_low_R@{k}": f"{low:.2f}", f"{name}_high_R@{k}": f"{high:.2f}"}
+            if row.rsum_interval:
+                line |= {f"Rsum_{side}": f"{x:.2f}" for side, x in zip(("low", "high"), row.rsum_interval, strict=True)}
+            header = list(dict.fromkeys([*header, *line]))
             lines.append(line)
         text = io.StringIO()
-        writer = csv.DictWriter(text, header, lineterminator="\n")
+        writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
         return write_atomically(path, text.getvalue().encode())
@@ -253,8 +270,24 @@ class ResultFile:
         for label, i2t, t2i in self._references():
             table.add_row(Text(label), *(f"{value:.1f}" for value in _figures(i2t, t2i)), style="dim")
         console.print(table)
+        if any(row.rsum_interval for row in self.rows):
+            console.print(self._intervals())
         for line in self.protocol_lines():
             console.print(Text(line, style="dim"))
+
+    def _intervals(self) -> Table:
+        """Half the width of each interval; its ends, seldom far from symmetric, are in the files."""
+        table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
+        table.add_column("half width of the\n95 % interval", overflow="fold")
+        for name in _DIRECTIONS:
+            for k in KS:
+                table.add_column(f"{name}\nR@{k}", justify="right", no_wrap=True)
+        table.add_column("\nRsum", justify="right", no_wrap=True)
+        for row in self.rows:
+            if row.rsum_interval:
+                bounds = [*row.i2t.interval.values(), *row.t2i.interval.values(), row.rsum_interval]
+                table.add_row(Text(row.name), *(f"±{(high - low) / 2:.1f}" for low, high in bounds), style="dim")
+        return table
 
     def _references(self) -> list[tuple[str, dict, dict]]:
         """Ceiling and chance, once for each pre-selection among the rows (usually all share one)."""
@@ -281,8 +314,15 @@ class ResultFile:
 
 def _read_direction(entry: dict) -> DirectionResult:
     figures = {name: {int(k.removeprefix("R@")): float(v) for k, v in entry[name].items()} for name in _FIGURES}
+    interval = entry.get("interval")
+    if interval is not None:
+        interval = {int(k.removeprefix("R@")): (float(low), float(high)) for k, (low, high) in interval.items()}
     return DirectionResult(
-        **figures, queries=int(entry["queries"]), top_k=int(entry["top_k"]), seconds=float(entry["seconds"])
+        **figures,
+        queries=int(entry["queries"]),
+        top_k=int(entry["top_k"]),
+        seconds=float(entry["seconds"]),
+        interval=interval,
     )
 
 

@@ -1,13 +1,16 @@
 """An evaluation run: one split, the base model and any number of adapters, one table."""
 
 import hashlib
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import open_clip
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
 from amp.checkpoint import load_adapter_state, read_adapter
@@ -17,30 +20,75 @@ from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
 from amp.model import ActionAwareCLIP
-from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
+from amp.retrieval.bootstrap import interval, resampled_recalls
+from amp.retrieval.evaluate import Ranking, Retrieval, RetrievalSettings, SplitCaptions
+from amp.retrieval.metrics import KS
+from amp.retrieval.per_query import QueryResults, QueryTable, save_queries
 from amp.retrieval.picture import draw_retrievals
 from amp.retrieval.probes import Probe, enriched_text, probe
-from amp.retrieval.results import ResultFile
+from amp.retrieval.results import ResultFile, RetrievalRow
 from amp.terminal import Terminal
 from amp.train.config import TrainConfig
 from amp.train.launch import make_accelerator
 from amp.version import __version__
 
 
+class Evaluation:
+    """Rows of an evaluation as they come: figures with intervals, and results a query.
+
+    Args:
+        protocol: Of the result file.
+        fold: Fold of each image.
+        samples: Bootstrap samples; 0 computes no interval.
+        seed: Of the bootstrap.
+    """
+
+    def __init__(self, protocol: dict, fold: torch.Tensor, samples: int, seed: int):
+        self.result = ResultFile(protocol)
+        self.queries: QueryTable = {}
+        self.fold, self.samples, self.seed = fold.numpy(), samples, seed
+
+    def add(self, name: str, i2t: Ranking, t2i: Ranking, images: dict[str, torch.Tensor], base: bool = False) -> None:
+        """Adds a row; `images` holds the image of each query by direction."""
+        rankings = {"i2t": i2t, "t2i": t2i}
+        for direction, ranking in rankings.items():
+            self.queries[name, direction] = QueryResults.of(ranking, images[direction].numpy(), base)
+        results, rsum_interval = [i2t.result, t2i.result], None
+        if self.samples:
+            recalls = resampled_recalls(
+                [r.ranks.numpy() for r in rankings.values()], [images[d].numpy() for d in rankings], self.samples,
+                self.fold, self.seed,
+            )  # fmt: skip
+            for index, result in enumerate(results):
+                bounds = {k: interval(recalls[:, index, column]) for column, k in enumerate(KS)}
+                results[index] = replace(result, interval=bounds)
+            rsum_interval = interval(recalls.sum(axis=(1, 2)))
+        self.result.rows.append(RetrievalRow(name, *results, rsum_interval))
+
+    def save(self, out: Path) -> None:
+        """Writes JSON, CSV, and results a query beside them."""
+        save_queries(out.with_suffix(".npz"), self.queries)
+        self.result.save_csv(out.with_suffix(".csv"))
+        self.result.save_json(out)
+
+
 def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: RetrievalSettings, out: Path,
-             gallery: str | None = None, probes: Sequence[Probe] = (), text_only: bool = False,
+             gallery: str | None = None, probes: Sequence[Probe] = (), text_only: bool = False, bootstrap: int = 1000,
              ) -> ResultFile:  # fmt: skip
-    """Evaluates the base model and adapters, prints the table and writes JSON, CSV and the picture.
+    """Evaluates the base model and adapters, prints the table and writes JSON, CSV, results a query and the picture.
+
+    Scores of pairs are kept in OUT.partial while it runs: the same call goes on with them, on any number of processes.
 
     Args:
         config: Of it `model`, `data` and `mixed_precision` are read.
         split_name: Split of the shards.
         adapters: ``NAME=FILE`` each.
         search: How the split is searched.
-        out: JSON file; the CSV file takes its name.
+        out: JSON file; the CSV file and the .npz file with results a query take its name.
         gallery: PNG file with retrievals of the last adapter.
         probes: Each adds rows of every knowledge-aware adapter with one input spoilt.
         text_only: Add the row of the text-only control: captions with their states, without any action-aware image.
+        bootstrap: Samples of the confidence intervals; 0 computes none.
 
     Raises:
         AmpError: Wrong input, such as an adapter of another base model.
@@ -57,8 +105,8 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     )  # fmt: skip
     captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
     models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
-    result = ResultFile(protocol(config, split, captions, search, base, dict(named), accelerator))
-    first_hash = None
+    evaluation, partial = None, out.with_suffix(".partial")
+    precision = f"{config.model.precision}, autocast {accelerator.mixed_precision}"
     for name, model in models.items():
         collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
         k = model.config.max_triplets
@@ -67,37 +115,44 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         frozen = prepare_images(accelerator, terminal, split, model, preprocess, config.data.cache,
                                 config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
         retrieval = Retrieval(captions, frozen, collate, search, accelerator.device)
-        if first_hash is None:
-            result.rows.append(retrieval.base_row())
+        images = {direction: positives.query_image for direction, positives in retrieval.positives.items()}
+        if evaluation is None:
+            found = protocol(config, split, captions, search, base, dict(named), precision, bootstrap)
+            evaluation = Evaluation(found, retrieval.fold, bootstrap, config.seed)
+            evaluation.add("base CLIP", *(retrieval.base()[d] for d in ("i2t", "t2i")), images, base=True)
             if text_only:
                 # The first model need not read states.
                 states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
                 prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
                 text = enriched_text(retrieval.text, states(captions.knowledge))
-                result.rows += retrieval.rows("captions with states", retrieval.rank_text(text))
-            first_hash = base.base_hash
+                for row, rankings in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
+                    evaluation.add(row, *rankings, images)
         if not named:
             break
         model.eval()
         with terminal.progress(f"re-ranking with {name}") as report:
-            rankings = retrieval.rank(model, accelerator.autocast, lambda _, done, total, r=report: r(done, total))
-        result.rows += retrieval.rows(name, rankings)
+            rankings = retrieval.rank(model, accelerator.autocast, lambda _, done, total, r=report: r(done, total),
+                                      partial, precision)  # fmt: skip
+        for row, pair in retrieval.methods(name, rankings).items():
+            evaluation.add(row, *pair, images)
         for kind in probes if model.knowledge_aware else ():
             with terminal.progress(f"probe {kind} of {name}") as report:
-                spoilt = probe(retrieval, kind, model, preprocess, config.seed).rank(
-                    model, accelerator.autocast, lambda _, done, total, r=report: r(done, total)
-                )
-            result.rows += retrieval.rows(f"{name}, {kind}", spoilt)
+                spoilt = probe(retrieval, kind, model, preprocess, config.seed)
+                found = spoilt.rank(model, accelerator.autocast, lambda _, done, total, r=report: r(done, total),
+                                    partial, precision)  # fmt: skip
+            for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
+                evaluation.add(row, *pair, images)
         if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
-            result.save_json(out)
+            evaluation.save(out)
+    accelerator.wait_for_everyone()  # no process reads partial scores any more
     if accelerator.is_main_process:
-        result.save_json(out)
-        result.save_csv(out.with_suffix(".csv"))
-        result.print_table(Console())
+        evaluation.save(out)
+        shutil.rmtree(partial, ignore_errors=True)
+        evaluation.result.print_table(Console())
         if gallery is not None:
             draw_retrievals(Path(gallery), split, captions, rankings)
     accelerator.end_training()
-    return result
+    return evaluation.result
 
 
 def named_adapter(text: str) -> tuple[str, str]:
@@ -122,7 +177,7 @@ def adapted(base: ActionAwareCLIP, model_name: str, path: str) -> ActionAwareCLI
 
 
 def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, search: RetrievalSettings,
-             base: ActionAwareCLIP, adapters: dict[str, str], accelerator: Accelerator) -> dict:  # fmt: skip
+             base: ActionAwareCLIP, adapters: dict[str, str], precision: str, bootstrap: int) -> dict:  # fmt: skip
     """All that the figures depend on, as JSON values."""
     manifest = ShardManifest.load(config.data.shards)
     return {
@@ -130,8 +185,12 @@ def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, se
         "split": split.name,
         "images": captions.images,
         "captions": len(captions.texts),
+        "captions_sha256": captions_hash(captions),
         "captions_per_image": search.captions_per_image or "all",
         "queries": search.max_queries or "all",
+        "folds": search.folds,
+        "first_stage": search.first_stage,
+        "bootstrap": f"{bootstrap} samples of the images, seed {config.seed}" if bootstrap else "none",
         "model": config.model.name,
         "pretrained": config.model.pretrained,
         "weights_sha256": base.base_hash,
@@ -140,15 +199,23 @@ def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, se
         "top_k": search.top_k,
         "i2t": search.i2t,
         "fusion_weight": search.fusion_weight,
+        "fusions": search.fusions,
+        "skip_decided": search.skip_decided,
         "tie_rule": "equal scores keep the gallery's order",
         "prompt_prefix": "",
         "resize": config.model.resize_mode or "model default",
         "image_size": list(base.backbone.visual.image_size),
         "kinds": config.data.kinds,
-        "precision": f"{config.model.precision}, autocast {accelerator.mixed_precision}",
+        "precision": precision,
         "knowledge": manifest.provenance.get("knowledge"),
         "versions": {
             "open-clip-amp": __version__, "open_clip": open_clip.__version__, "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
+            "accelerate": accelerate.__version__, "numpy": np.__version__,
         },
     }  # fmt: skip
+
+
+def captions_hash(captions: SplitCaptions) -> str:
+    """Of the captions and the image of each: equal hashes mean equal queries and answers."""
+    text = json.dumps([captions.images, captions.image.tolist(), captions.texts])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""Scores of pairs on disk while an evaluation runs, so that one that was stopped goes on where it was."""
+
+import hashlib
+import io
+import os
+import time
+import uuid
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amp.distributed import all_reduce_sum, rank
+from amp.retrieval.results import write_atomically
+
+SAVE_SECONDS = 20.0
+
+
+class ScoreStore:
+    """Scores of a direction's pairs that this run or one before it has computed.
+
+    Each process adds files of its own, complete or not at all; the next run reads them whatever its number of
+    processes. Files that can't be read are as if they had never been written.
+
+    Args:
+        folder: Where files lie; its name must depend on all that the scores depend on (`content_key`).
+        pairs: Number of pairs, Q * k.
+        device: For the exchange between processes.
+
+    Attributes:
+        done: Which pairs an earlier run has scored, bool (Q * k,), the same on all ranks.
+        scores: Their scores, float32 (Q * k,); only the main process has them, elsewhere they are 0.
+        seconds: What they took, summed over the processes; 0 but on the main process.
+    """
+
+    def __init__(self, folder: str | os.PathLike, pairs: int, device: torch.device | str = "cpu"):
+        self.folder = Path(folder)
+        self.done = torch.zeros(pairs, dtype=torch.bool)
+        self.scores = torch.zeros(pairs)
+        self.seconds = 0.0
+        if rank() == 0:  # one process decides: a shared file system may show the others less
+            for path in sorted(self.folder.glob("scores-*.npz")):
+                self._read(path)
+        self.done = all_reduce_sum(self.done.to(device, torch.int32)).bool().cpu()
+        self._pairs: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._saved = time.monotonic()
+
+    def _read(self, path: Path) -> None:
+        try:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+                pairs, values = torch.from_numpy(file["pairs"]), torch.from_numpy(file["scores"])
+                seconds = float(file["seconds"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return
+        if (
+            pairs.shape == values.shape
+            and ((pairs >= 0) & (pairs < len(self.done))).all()
+            and torch.isfinite(values).all()
+        ):
+            self.done[pairs], self.scores[pairs] = True, values
+            self.seconds += seconds
+
+    def add(self, pairs: Tensor, scores: Tensor) -> None:
+        """Keeps scores (P,) of pairs (P,), and writes what has come together every `SAVE_SECONDS`."""
+        self._pairs.append(pairs.cpu())
+        self._values.append(scores.cpu())
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has not been written yet."""
+        if self._pairs:
+            content = io.BytesIO()
+            np.savez(
+                content, pairs=torch.cat(self._pairs).numpy(), scores=torch.cat(self._values).float().numpy(),
+                seconds=time.monotonic() - self._saved,
+            )  # fmt: skip
+            write_atomically(self.folder / f"scores-{uuid.uuid4().hex}.npz", content.getvalue())
+        self._pairs, self._values, self._saved = [], [], time.monotonic()
+
+
+def content_key(parts: Iterable[Tensor | np.ndarray | str]) -> str:
+    """Name for what depends on these tensors and strings: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous()
+            part = part.view(torch.uint8).numpy() if part.ndim else part[None].view(torch.uint8).numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(f"{len(part)}:{part}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,149 @@
+"""Comparison of two rows of result files, and the intervals and protocols that these hold."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import launcher
+from test_evaluate import World
+
+from amp.checkpoint import save_adapter
+from amp.errors import AmpError
+from amp.retrieval.compare import compare
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.retrieval.metrics import recalls
+from amp.retrieval.per_query import load_queries
+from amp.retrieval.results import ResultFile
+
+
+@pytest.fixture(scope="module")
+def files(clip_folder, shards, tmp_path_factory):
+    """Results of the base model and one adapter with a second fusion weight, in one gallery and in two folds."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    folder = tmp_path_factory.mktemp("compare")
+    world = World(clip_folder, shards, folder / "cache")
+    adapter = folder / "run" / "stage1" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    save_adapter(adapter, world.model)
+    evaluate = launcher("launchers/evaluate.py").main
+    for name, extra in (("whole", []), ("folds", ["--search.folds", "3", "--bootstrap", "0"])):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        evaluate([
+            "--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--data.cache",
+            str(folder / "cache"), "--data.workers", "0", "--out", str(folder / f"{name}.json"), "--search.top_k", "6",
+            "--search.fusions", "[3.0]", "--adapters", f"[mine={adapter}]", *extra,
+        ])  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    return folder
+
+
+ROWS = ["base CLIP", "mine (pairwise)", "mine (pairwise), fusion 3", "mine (pooled)", "mine (pooled), fusion 3"]
+
+
+def test_each_row_has_results_a_query(files):
+    result, table = ResultFile.load_json(files / "whole.json"), load_queries(files / "whole.npz")
+    assert [row.name for row in result.rows] == ROWS and list(table) == [(r, d) for r in ROWS for d in ("i2t", "t2i")]
+    for row in result.rows:
+        for direction in ("i2t", "t2i"):
+            queries, figures = table[row.name, direction], getattr(row, direction)
+            assert recalls(torch.from_numpy(queries.ranks)) == figures.recall
+            assert np.take_along_axis(queries.scores, queries.order(), 1)[0].tolist() == sorted(
+                queries.scores[0].tolist(), reverse=True
+            )
+            for k, (low, high) in figures.interval.items():
+                assert low <= figures.recall[k] <= high and (high > low or figures.recall[k] in (0, 100))
+        assert row.rsum_interval[0] < row.rsum < row.rsum_interval[1]
+    plain, fused = (table[f"mine (pairwise){end}", "t2i"] for end in ("", ", fusion 3"))
+    np.testing.assert_allclose(fused.scores, plain.scores + 3 * plain.first_scores, atol=1e-6)
+    assert (fused.ranks != plain.ranks).any()
+    assert not list(files.glob("*.partial"))
+
+
+def test_intervals_are_in_the_csv_file_and_on_the_screen(files, capsys):
+    with open(files / "whole.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    row = ResultFile.load_json(files / "whole.json").rows[1]
+    assert float(lines[1]["t2i_low_R@5"]) == pytest.approx(row.t2i.interval[5][0], abs=0.005)
+    assert float(lines[1]["Rsum_high"]) == pytest.approx(row.rsum_interval[1], abs=0.005)
+    ResultFile.load_json(files / "whole.json").print_table()
+    out = capsys.readouterr().out
+    assert "95 % interval" in out and f"±{(row.rsum_interval[1] - row.rsum_interval[0]) / 2:.1f}" in out
+
+
+def test_figures_of_folds_are_means_of_their_galleries(files):
+    result, table = ResultFile.load_json(files / "folds.json"), load_queries(files / "folds.npz")
+    assert result.protocol["folds"] == 3
+    whole = load_queries(files / "whole.npz")
+    for row in result.rows:
+        for direction in ("i2t", "t2i"):
+            queries = table[row.name, direction]
+            fold = queries.images * 3 // 12
+            expected = [100 * (queries.ranks[fold == f] < 1).mean() for f in range(3)]
+            assert getattr(row, direction).recall[1] == pytest.approx(np.mean(expected))
+    images = table["base CLIP", "t2i"]
+    assert (images.candidates * 3 // 12 == (images.images * 3 // 12)[:, None]).all()
+    assert (images.first_ranks <= whole["base CLIP", "t2i"].first_ranks).all()
+
+
+def test_differences_are_those_of_the_rows(files):
+    path = files / "whole.json"
+    found = compare(path, "base CLIP", path, "mine (pairwise)", bootstrap=500)
+    rows = {row.name: row for row in ResultFile.load_json(path).rows}
+    table = load_queries(files / "whole.npz")
+    by_figure = {d.figure: d for d in found.differences}
+    assert len(by_figure) == 7
+    for direction in ("i2t", "t2i"):
+        for k in (1, 5, 10):
+            d = by_figure[f"{direction} R@{k}"]
+            before, after = (table[row, direction].ranks < k for row in ("base CLIP", "mine (pairwise)"))
+            assert (d.a, d.b) == tuple(getattr(rows[row], direction).recall[k] for row in ROWS[:2])
+            assert (d.mended, d.broken) == (sum(after > before), sum(before > after))
+            assert d.b - d.a == pytest.approx(100 * (d.mended - d.broken) / len(before))
+            assert d.low <= d.b - d.a <= d.high and 0 <= d.p <= 1
+    assert by_figure["Rsum"].b == rows["mine (pairwise)"].rsum
+    assert any(d.mended for d in found.differences) and any(d.broken for d in found.differences)
+
+
+def test_a_row_equals_itself(files):
+    path = files / "whole.json"
+    for d in compare(path, ROWS[1], path, ROWS[1], bootstrap=50).differences:
+        assert d.low == d.high == 0 and d.p == 1 and not d.mended and not d.broken
+
+
+def test_the_command_prints_and_writes(files, tmp_path, capsys):
+    launcher("launchers/compare.py").main(["--a", str(files / "whole.json"), "--b_row", ROWS[1], "--bootstrap", "100",
+                                           "--out", str(tmp_path / "c.json")])  # fmt: skip
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert content["a"] == "base CLIP" and len(content["differences"]) == 7
+    for d in content["differences"]:
+        assert f"{d['b'] - d['a']:+.1f}" in out
+
+
+def test_other_queries_are_refused(files, tmp_path):
+    with pytest.raises(AmpError, match="folds is 1 and 3, expected the same queries"):
+        compare(files / "whole.json", ROWS[0], files / "folds.json", ROWS[0])
+    with pytest.raises(AmpError, match=r"no row 'mine', expected one of 'base CLIP', 'mine \(pairwise\)'"):
+        compare(files / "whole.json", ROWS[0], files / "whole.json", "mine")
+    with pytest.raises(AmpError, match="expected results a query"):
+        (tmp_path / "alone.json").write_bytes((files / "whole.json").read_bytes())
+        compare(tmp_path / "alone.json", ROWS[0], tmp_path / "alone.json", ROWS[1])
+
+
+def test_the_protocol_is_complete(files):
+    protocol = ResultFile.load_json(files / "whole.json").protocol
+    for key in ("split", "images", "captions", "captions_sha256", "top_k", "i2t", "prompt_prefix", "resize",
+                "precision", "weights_sha256", "adapters", "knowledge", "versions", "tie_rule", "folds",
+                "first_stage", "bootstrap", "fusion_weight", "fusions", "skip_decided", "quick_gelu", "image_size"):  # fmt: skip
+        assert key in protocol, key
+
+
+def test_settings():
+    assert RetrievalSettings(folds=5).folds == 5
+    with pytest.raises(AmpError, match="folds is 0"):
+        RetrievalSettings(folds=0)
