@@ -139,7 +139,8 @@ def test_the_protocol_is_complete(files):
     protocol = ResultFile.load_json(files / "whole.json").protocol
     for key in ("split", "images", "captions", "captions_sha256", "top_k", "i2t", "prompt_prefix", "resize",
                 "precision", "weights_sha256", "adapters", "knowledge", "versions", "tie_rule", "folds",
-                "first_stage", "bootstrap", "fusion_weight", "fusions", "skip_decided", "quick_gelu", "image_size"):  # fmt: skip
+                "first_stage", "bootstrap", "fusion_weight", "fusions", "skip_decided", "quick_gelu",
+                "image_size"):  # fmt: skip
         assert key in protocol, key
 
 

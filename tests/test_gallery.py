@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageColor, ImageDraw
 
 from amp.errors import AmpError
-from amp.retrieval import gallery
+from amp.retrieval import drawing, gallery
 from amp.retrieval.gallery import (
     CaptionHit,
     ImageHit,
@@ -98,7 +98,7 @@ def test_note_counts_all_queries():
 def test_frames_and_marks_follow_the_hits(tmp_path):
     def draw(base, new):
         path = draw_gallery(tmp_path / "gallery.png", [TextToImage("A dog.", ["dog, runs, "], base, new)])
-        return pixels(path, gallery.RIGHT), pixels(path, gallery.WRONG)
+        return pixels(path, drawing.RIGHT), pixels(path, drawing.WRONG)
 
     none_right, all_wrong = draw(image_hits(False, False, False), image_hits(False, False, False))
     all_right, none_wrong = draw(image_hits(True, True, True), image_hits(True, True, True))
@@ -111,7 +111,7 @@ def test_frames_and_marks_follow_the_hits(tmp_path):
 def test_right_frame_is_around_the_right_image(tmp_path):
     example = TextToImage("A dog.", [], image_hits(False, True, False), image_hits(True, False, False))
     page = read(draw_gallery(tmp_path / "gallery.png", [example]))
-    green = (page == ImageColor.getrgb(gallery.RIGHT)).all(2)
+    green = (page == ImageColor.getrgb(drawing.RIGHT)).all(2)
     for group, place in ((0, 1), (1, 0)):
         left = gallery.MARGIN + gallery.GROUP_X[group] + place * (gallery.THUMB + gallery.GAP)
         frame = green[:, left + 1 : left + gallery.FRAME - 1]
@@ -124,7 +124,7 @@ def test_right_frame_is_around_the_right_image(tmp_path):
 def test_captions_are_tinted_by_their_marks(tmp_path):
     def draw(base, new):
         path = draw_gallery(tmp_path / "gallery.png", (), [ImageToText(scene((500, 333)), base, new)])
-        return pixels(path, gallery.RIGHT_TINT), pixels(path, gallery.WRONG_TINT)
+        return pixels(path, drawing.RIGHT_TINT), pixels(path, drawing.WRONG_TINT)
 
     assert draw(caption_hits(True, True, True), caption_hits(True, True, True))[1] == 0
     assert draw(caption_hits(False, False, False), caption_hits(False, False, False))[0] == 0
@@ -142,13 +142,13 @@ def test_picture_is_deterministic(tmp_path):
 @pytest.mark.parametrize("size", [(64, 64), (1, 1), (1, 3000), (3000, 2), (500, 333)])
 def test_any_image_fits(mode, size):
     image = scene(size, "L").convert("I").convert("I;16") if mode == "I;16" else scene(size, mode)
-    fit = gallery._fit(image, (156, 156))
+    fit = drawing.fit_image(image, (156, 156))
     assert fit.size == (156, 156) and fit.mode == "RGB"
 
 
 def test_image_is_whole_and_undistorted():
     wide = Image.new("RGB", (400, 200), "#ff0000")
-    fit = np.asarray(gallery._fit(wide, (100, 100)))
+    fit = np.asarray(drawing.fit_image(wide, (100, 100)))
     red = (fit == (255, 0, 0)).all(2)
     assert red[25:75].all() and not red[:25].any() and not red[75:].any()
 
@@ -159,35 +159,35 @@ def test_small_drawings_stay_sharp():
     old, new = np.arange(65), np.arange(157) * 64 / 156
     overlap = np.minimum(new[1:, None], old[None, 1:]) - np.maximum(new[:-1, None], old[None, :-1])
     weights = overlap.clip(0) * 156 / 64
-    fit = np.asarray(gallery._fit(Image.fromarray(drawing), (156, 156)))[..., 0]
+    fit = np.asarray(drawing.fit_image(Image.fromarray(drawing), (156, 156)))[..., 0]
     assert np.abs(fit - weights @ drawing @ weights.T).mean() < 5  # smooth enlargement alone: above 20
 
 
 def test_transparent_images_stand_on_the_mat():
-    fit = gallery._fit(Image.new("RGBA", (64, 64), (0, 0, 0, 0)), (50, 50))
-    assert fit.getpixel((25, 25)) == ImageColor.getrgb(gallery.MAT)
+    fit = drawing.fit_image(Image.new("RGBA", (64, 64), (0, 0, 0, 0)), (50, 50))
+    assert fit.getpixel((25, 25)) == ImageColor.getrgb(drawing.MAT)
 
 
 def test_sixteen_bit_grey_is_not_clipped():
     grey = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
-    assert abs(gallery._fit(grey, (20, 20)).getpixel((10, 10))[0] - 128) <= 1
+    assert abs(drawing.fit_image(grey, (20, 20)).getpixel((10, 10))[0] - 128) <= 1
 
 
 @pytest.mark.parametrize(
     "text", ["a " * 500, "word " * 500, "x" * 5000, "", "One. Two three four five six seven.", "犬が走る" * 40]
 )
 def test_wrapped_lines_fit(text):
-    font = gallery._font(22)
-    lines = gallery._wrap(text, font, 300, 5)
+    font = drawing.font_of(22)
+    lines = drawing.wrap(text, font, 300, 5)
     assert 1 <= len(lines) <= 5 and all(font.getlength(line) <= 300 for line in lines)
-    whole = gallery._wrap(text, font, 300, 1000)
-    assert "".join(whole).replace(" ", "") == text[: gallery.LONGEST_TEXT].replace(" ", "")
+    whole = drawing.wrap(text, font, 300, 1000)
+    assert "".join(whole).replace(" ", "") == text[: drawing.LONGEST_TEXT].replace(" ", "")
     assert (lines == whole) if len(whole) <= 5 else lines[-1].endswith("…")
 
 
 def test_text_is_one_printable_line():
-    assert gallery._clean(" a\t b\n\u00a0c\x00\ud800\u202e ") == "a b c\ufffd\ufffd\ufffd"
-    assert gallery._wrap("WW W", gallery._font(22), 1, 10) == ["W", "W", "W"]  # never less than a character a line
+    assert drawing.clean(" a\t b\n\u00a0c\x00\ud800\u202e ") == "a b c\ufffd\ufffd\ufffd"
+    assert drawing.wrap("WW W", drawing.font_of(22), 1, 10) == ["W", "W", "W"]  # never less than a character a line
 
 
 def test_hostile_text_and_short_lists_are_drawn(tmp_path):

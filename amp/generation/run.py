@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ def generate_knowledge(
             console.print(f"{replies.damaged:,} damaged lines in the cache don't count; their captions are asked again")
         if not merge:
             mine = [caption for caption in distinct if _number(caption) % parts == index]
-            lost = _ask_all(mine, ladder, settings, replies, console)
+            lost = ask_all(mine, ladder, lambda: settings.makers, replies, console)
             if lost:
                 raise GenerationError(
                     f"{out_root}: {lost:,} of {len(mine):,} captions have no reply, since the model's server gave none "
@@ -141,8 +142,18 @@ def generate_knowledge(
         return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, captions, command)
 
 
-def _ask_all(captions: list[str], ladder: Ladder, settings: Settings, replies: ReplyCache, console: Console) -> int:
-    """Asks until every caption has its outcome; returns how many got no answer in this run."""
+def ask_all(
+    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: Console
+) -> int:
+    """Asks until every caption has its outcome; returns how many got no answer in this run.
+
+    Args:
+        captions: different ones, as `readable` leaves them.
+        ladder: what is asked, and when rules take over.
+        makers: called where a reply is needed.
+        replies: what is known; replies that come are added.
+        console: of the progress.
+    """
     lost: set[str] = set()
     waiting = captions
     with Progress(console, len(captions)) as progress:
@@ -163,24 +174,24 @@ def _ask_all(captions: list[str], ladder: Ladder, settings: Settings, replies: R
             stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
             group = list(requests[stage, attempt].values())
             if stage == "rules":
-                _apply_rules(group, settings, replies, progress)
+                _apply_rules(group, makers(), replies, progress)
             else:
-                lost |= _ask_model(group, ladder, settings, replies, progress)
+                lost |= _ask_model(group, ladder, makers(), replies, progress)
 
 
-def _apply_rules(group: list[Request], settings: Settings, replies: ReplyCache, progress: Progress) -> None:
+def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, progress: Progress) -> None:
     progress.begin("rules", 0, len(group))
-    found = settings.makers.rules.triplets(request.caption for request in group)
+    found = makers.rules.triplets(request.caption for request in group)
     for request, triplets in zip(group, found, strict=True):
         replies.put(request.key, Reply(dump_triplets(triplets)), stage="rules", caption=request.caption)
         progress.reply()
 
 
 def _ask_model(
-    group: list[Request], ladder: Ladder, settings: Settings, replies: ReplyCache, progress: Progress
+    group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, progress: Progress
 ) -> set[str]:
     stage, attempt = group[0].stage, group[0].attempt
-    engine, lost = settings.makers.engine, set()
+    engine, lost = makers.engine, set()
     progress.begin(stage, attempt, len(group))
     completions = engine.generate(
         ladder.prefix(stage),

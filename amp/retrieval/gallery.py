@@ -5,15 +5,35 @@ Drawing knows nothing of models or datasets: it takes images, strings, scores an
 
 import io
 import os
-from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
 
 from amp.errors import AmpError
+from amp.retrieval.drawing import (
+    CARD,
+    CARD_EDGE,
+    CHIP,
+    CHIP_INK,
+    INK,
+    MAT,
+    MUTED,
+    PAGE,
+    RIGHT,
+    RIGHT_TINT,
+    WRONG,
+    WRONG_TINT,
+    clean,
+    draw_lines,
+    fill_rounded,
+    fit_image,
+    font_of,
+    rounded_mask,
+    stamp,
+    wrap,
+)
 from amp.retrieval.results import write_atomically
 
 # Pixels. A card is text, then two groups of TOP hits; all widths follow from these.
@@ -25,11 +45,6 @@ GROUP_X = (PAD + TEXT_WIDTH + GROUP_GAP, PAD + TEXT_WIDTH + GROUP_WIDTH + 2 * GR
 CARD_WIDTH = GROUP_X[1] + GROUP_WIDTH + PAD
 FRAME, RADIUS, BADGE = 6, 12, 34
 QUERY_HEIGHT = 230  # of the query image in an image-to-text card
-
-PAGE, CARD, CARD_EDGE, MAT = "#f3f5f8", "#ffffff", "#dfe4ea", "#eef1f5"
-INK, MUTED, CHIP, CHIP_INK = "#1b2330", "#667180", "#e9eefb", "#33508f"
-RIGHT, WRONG, RIGHT_TINT, WRONG_TINT = "#18864b", "#cf3a3f", "#e4f4eb", "#fbe9e9"
-LONGEST_TEXT = 1500  # characters that are measured at all; drawing ends at a line count long before
 
 
 @dataclass(frozen=True)
@@ -198,36 +213,37 @@ def draw_gallery(
 
 def _heading(title: str, note: str, base_name: str, reranked_name: str) -> Image.Image:
     """Title and small print of a section, and above the groups the names of the two rankings."""
-    lines = _wrap(note, _font(17), TEXT_WIDTH, 2)
+    lines = wrap(note, font_of(17), TEXT_WIDTH, 2)
     block = Image.new("RGB", (CARD_WIDTH, 100), PAGE)
     draw = ImageDraw.Draw(block)
-    draw.text((PAD, 10), title, INK, _font(30, bold=True))
-    _lines(draw, (PAD, 53), lines, MUTED, _font(17), 22)
+    draw.text((PAD, 10), title, INK, font_of(30, bold=True))
+    draw_lines(draw, (PAD, 53), lines, MUTED, font_of(17), 22)
     for x, name in zip(GROUP_X, (base_name, reranked_name), strict=True):
-        draw.text((x, 53), _wrap(name, _font(23, bold=True), GROUP_WIDTH, 1)[0], INK, _font(23, bold=True))
+        draw.text((x, 53), wrap(name, font_of(23, bold=True), GROUP_WIDTH, 1)[0], INK, font_of(23, bold=True))
         draw.line((x, 92, x + GROUP_WIDTH, 92), "#c3cad4", 2)
     return block
 
 
 def _text_card(example: TextToImage) -> Image.Image:
     """A caption with its triplets, and two groups of images."""
-    caption = _wrap(f"“{_clean(example.caption)}”", _font(22), TEXT_WIDTH, 6)
+    caption = wrap(f"“{clean(example.caption)}”", font_of(22), TEXT_WIDTH, 6)
     chips, chips_height = _place_chips(example.triplets)
     card, draw = _card(max(44 + 29 * len(caption) + 14 + chips_height, THUMB + 34))
     _verdict(card, draw, (PAD, PAD), example.base, example.reranked)
-    top = _lines(draw, (PAD, PAD + 44), caption, INK, _font(22), 29) + 14
+    top = draw_lines(draw, (PAD, PAD + 44), caption, INK, font_of(22), 29) + 14
     for x, y, width, text in chips:
-        _round(card, (PAD + x, top + y, PAD + x + width, top + y + 28), 8, CHIP)
-        draw.text((PAD + x + 12, top + y + 14), text, CHIP_INK, _font(17), anchor="lm")
+        fill_rounded(card, (PAD + x, top + y, PAD + x + width, top + y + 28), 8, CHIP)
+        draw.text((PAD + x + 12, top + y + 14), text, CHIP_INK, font_of(17), anchor="lm")
     for x, hits in zip(GROUP_X, (example.base, example.reranked), strict=True):
         for hit in hits[:TOP]:
             colour = RIGHT if hit.right else WRONG
             box = (x, PAD, x + THUMB, PAD + THUMB)
-            _round(card, box, RADIUS, colour)
+            fill_rounded(card, box, RADIUS, colour)
             inner = THUMB - 2 * FRAME
-            card.paste(_fit(hit.image, (inner, inner)), (x + FRAME, PAD + FRAME), _mask((inner, inner), RADIUS - FRAME))
-            _stamp(card, hit.right, BADGE, (x + THUMB - BADGE + 6, PAD + THUMB - BADGE + 6))
-            draw.text((x + 4, PAD + THUMB + 21), f"{hit.score:.3f}", colour, _font(18), anchor="lm")
+            mask = rounded_mask((inner, inner), RADIUS - FRAME)
+            card.paste(fit_image(hit.image, (inner, inner)), (x + FRAME, PAD + FRAME), mask)
+            stamp(card, hit.right, BADGE, (x + THUMB - BADGE + 6, PAD + THUMB - BADGE + 6))
+            draw.text((x + 4, PAD + THUMB + 21), f"{hit.score:.3f}", colour, font_of(18), anchor="lm")
             x += THUMB + GAP
     return card
 
@@ -236,8 +252,8 @@ def _place_chips(triplets: Sequence[str]) -> tuple[list[tuple[int, int, int, str
     """Lays triplets out in lines: (x, y, width, text) of each from the corner of the first, and the height of all."""
     x, y, chips = 0, 0, []
     for triplet in triplets:
-        text = _wrap(triplet, _font(17), TEXT_WIDTH - 24, 1)[0]
-        width = round(_font(17).getlength(text)) + 24
+        text = wrap(triplet, font_of(17), TEXT_WIDTH - 24, 1)[0]
+        width = round(font_of(17).getlength(text)) + 24
         if x and x + width > TEXT_WIDTH:
             x, y = 0, y + 34
         chips.append((x, y, width, text))
@@ -249,7 +265,7 @@ def _image_card(example: ImageToText) -> Image.Image:
     """An image, and two groups of captions."""
     text_width = GROUP_WIDTH - 116  # between badge and score
     groups = [
-        [(hit, _wrap(hit.caption, _font(19), text_width, 4)) for hit in hits[:TOP]]
+        [(hit, wrap(hit.caption, font_of(19), text_width, 4)) for hit in hits[:TOP]]
         for hits in (example.base, example.reranked)
     ]
     heights = [sum(26 * len(lines) + 20 + 10 for _, lines in group) - 10 for group in groups if group]
@@ -258,17 +274,17 @@ def _image_card(example: ImageToText) -> Image.Image:
     scale = min(TEXT_WIDTH / example.image.width, QUERY_HEIGHT / example.image.height)
     size = (max(1, round(example.image.width * scale)), max(1, round(example.image.height * scale)))
     x, y = PAD, PAD + 44
-    _round(card, (x - 1, y - 1, x + size[0] + 1, y + size[1] + 1), 11, CARD_EDGE)
-    card.paste(_fit(example.image, size), (x, y), _mask(size, 10))
+    fill_rounded(card, (x - 1, y - 1, x + size[0] + 1, y + size[1] + 1), 11, CARD_EDGE)
+    card.paste(fit_image(example.image, size), (x, y), rounded_mask(size, 10))
     for x, group in zip(GROUP_X, groups, strict=True):
         y = PAD
         for hit, lines in group:
             colour, tint = (RIGHT, RIGHT_TINT) if hit.right else (WRONG, WRONG_TINT)
             bottom = y + 26 * len(lines) + 20
-            _round(card, (x, y, x + GROUP_WIDTH, bottom), 8, tint)
-            _stamp(card, hit.right, 26, (x + 10, y + 10))
-            _lines(draw, (x + 46, y + 10), lines, INK, _font(19), 26)
-            draw.text((x + GROUP_WIDTH - 12, y + 23), f"{hit.score:.3f}", colour, _font(17), anchor="rm")
+            fill_rounded(card, (x, y, x + GROUP_WIDTH, bottom), 8, tint)
+            stamp(card, hit.right, 26, (x + 10, y + 10))
+            draw_lines(draw, (x + 46, y + 10), lines, INK, font_of(19), 26)
+            draw.text((x + GROUP_WIDTH - 12, y + 23), f"{hit.score:.3f}", colour, font_of(17), anchor="rm")
             y = bottom + 10
     return card
 
@@ -277,8 +293,8 @@ def _card(content_height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """An empty card with room for content of that height."""
     height = content_height + 2 * PAD
     card = Image.new("RGB", (CARD_WIDTH, height), PAGE)
-    _round(card, (0, 0, CARD_WIDTH, height), 16, CARD_EDGE)
-    _round(card, (1, 1, CARD_WIDTH - 1, height - 1), 15, CARD)
+    fill_rounded(card, (0, 0, CARD_WIDTH, height), 16, CARD_EDGE)
+    fill_rounded(card, (1, 1, CARD_WIDTH - 1, height - 1), 15, CARD)
     return card, ImageDraw.Draw(card)
 
 
@@ -291,103 +307,6 @@ def _verdict(card: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], 
         (True, True): ("right before and after", MUTED, MAT),
         (False, False): ("wrong before and after", MUTED, MAT),
     }[before, after]
-    width = round(_font(16, bold=True).getlength(text)) + 26
-    _round(card, (*at, at[0] + width, at[1] + 28), 14, tint)
-    draw.text((at[0] + 13, at[1] + 14), text, ink, _font(16, bold=True), anchor="lm")
-
-
-# Text
-
-
-@lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # Matplotlib carries DejaVu, which covers Latin, Greek, Cyrillic and more, on machines that have no font at all.
-    from matplotlib import get_data_path
-
-    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
-
-
-def _clean(text: str) -> str:
-    """One line of printable characters; others (controls, lone surrogates) become U+FFFD."""
-    text = " ".join(str(text)[:LONGEST_TEXT].split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
-    """Lines within `width` pixels: broken at spaces, inside words that are wider, cut by an ellipsis at `max_lines`."""
-    lines, line = [], ""
-    for word in _clean(text).split(" "):
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if line:
-            lines.append(line)
-        while len(word) > 1 and font.getlength(word) > width:
-            # Bisection: measuring every prefix of a very long word would take seconds.
-            cut = 1 + bisect_right(range(2, len(word)), width, key=lambda n: font.getlength(word[:n]))
-            lines.append(word[:cut])
-            word = word[cut:]
-        line = word
-    lines.append(line)
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(f"{last}…") > width:
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], f"{last.rstrip()}…"]
-    return lines
-
-
-def _lines(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], ink: str, font, spacing: int) -> int:
-    """Draws lines below each other; returns the y below the last."""
-    x, y = at
-    for line in lines:
-        draw.text((x, y + spacing // 2), line, ink, font, anchor="lm")
-        y += spacing
-    return y
-
-
-# Shapes; PIL draws without anti-aliasing, so masks are drawn four times as large and shrunk.
-
-
-@lru_cache(maxsize=256)
-def _mask(size: tuple[int, int], radius: int) -> Image.Image:
-    large = Image.new("L", (4 * size[0], 4 * size[1]), 0)
-    ImageDraw.Draw(large).rounded_rectangle((0, 0, large.width - 1, large.height - 1), 4 * radius, 255)
-    return large.resize(size, Image.Resampling.BOX)
-
-
-def _round(image: Image.Image, box: tuple[int, int, int, int], radius: int, colour: str) -> None:
-    image.paste(colour, box, _mask((box[2] - box[0], box[3] - box[1]), radius))
-
-
-def _stamp(image: Image.Image, right: bool, size: int, at: tuple[int, int]) -> None:
-    """Puts a check or a cross on a disc with a white rim."""
-    unit = 4 * size / 100
-    badge = Image.new("RGB", (4 * size, 4 * size), "white")
-    draw = ImageDraw.Draw(badge)
-    draw.ellipse([unit * v for v in (8, 8, 92, 92)], RIGHT if right else WRONG)
-    strokes = [[(30, 52), (44, 66), (71, 37)]] if right else [[(35, 35), (65, 65)], [(65, 35), (35, 65)]]
-    half = unit * 5
-    for stroke in strokes:
-        points = [(unit * x, unit * y) for x, y in stroke]
-        draw.line(points, "white", round(2 * half), joint="curve")
-        for x, y in points:
-            draw.ellipse((x - half, y - half, x + half, y + half), "white")
-    image.paste(badge.resize((size, size), Image.Resampling.BOX), at, _mask((size, size), size // 2))
-
-
-def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The whole image in RGB within `size`, centred on a mat."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda v: v / 256).convert("L")  # 16-bit grey, which convert("L") would clip
-    image = image.convert("RGBA")
-    fit = Image.new("RGBA", size, MAT)
-    # Small drawings keep their pixels sharp: enlarged by a whole number first, then shrunk smoothly to the size.
-    scale = min(size[0] / image.width, size[1] / image.height)
-    if scale > 1:
-        times = int(scale) + 1
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    image = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
-    fit.alpha_composite(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return fit.convert("RGB")
+    width = round(font_of(16, bold=True).getlength(text)) + 26
+    fill_rounded(card, (*at, at[0] + width, at[1] + 28), 14, tint)
+    draw.text((at[0] + 13, at[1] + 14), text, ink, font_of(16, bold=True), anchor="lm")
