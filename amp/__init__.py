@@ -13,6 +13,7 @@ _EXPORTS = {
     "Knowledge": "amp.knowledge.schema",
     "KnowledgeBatch": "amp.knowledge.batch",
     "PromptConfig": "amp.config",
+    "Retriever": "amp.retrieval.retriever",
     "Triplet": "amp.knowledge.schema",
     "create_model_and_transforms": "amp.factory",
     "get_tokenizer": "amp.factory",

@@ -28,7 +28,7 @@ _BARE_KEYS = ("dataset", "split", "model")
 _ROUNDING = 1e-6
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> Path:
+def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Path:
     """Writes a file under a temporary name beside it, then renames it, so that no reader sees half of it.
 
     Raises:

@@ -1,0 +1,73 @@
+"""Knowledge of single captions, such as queries of a search: the same engines, prompts and rules as for a dataset."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from amp.errors import AmpError
+from amp.generation.cache import ReplyCache
+from amp.generation.engines import EngineName
+from amp.generation.ladder import Ladder, Outcome
+from amp.generation.prompts import load_template, readable
+from amp.generation.run import ask_all
+from amp.generation.settings import Makers
+from amp.knowledge.schema import Knowledge
+
+
+class KnowledgeGenerator:
+    """Captions to knowledge. Models are loaded at the first caption whose reply is not known yet.
+
+    Args:
+        engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: as of
+            `amp.generation.run.generate_knowledge`.
+        cache: folder of replies, which later processes find again; None forgets them at the end.
+
+    Raises:
+        AmpError: the engine's model, its server or spaCy can't be loaded or reached.
+    """
+
+    def __init__(
+        self,
+        engine: EngineName = "rules",
+        template: str = "default",
+        retries: int = 2,
+        temperature: float = 0.7,
+        seed: int = 0,
+        fallback: Literal["rules", "none"] = "rules",
+        spacy_model: str | None = None,
+        engine_options: dict[str, Any] | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self._makers = Makers(engine, engine_options or {}, fallback, spacy_model)
+        described = self._makers.describe()
+        self._ladder = Ladder(
+            described["engine"], load_template(template), described["rules"], retries, temperature, seed
+        )
+        self._temporary = tempfile.TemporaryDirectory() if cache is None else None
+        self._cache = Path(self._temporary.name) if cache is None else Path(cache)
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides what a caption gets."""
+        return self._ladder.describe()
+
+    def __call__(self, captions: Sequence[str]) -> list[Knowledge]:
+        """Knowledge of each caption; empty where none was found.
+
+        Raises:
+            AmpError: the model's server gave no reply.
+        """
+        distinct = list(dict.fromkeys(readable(caption) for caption in captions))
+        with ReplyCache(self._cache, "queries") as replies:
+            lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, Console(quiet=True))
+            outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
+        if lost or not all(isinstance(outcome, Outcome) for outcome in outcomes):
+            raise AmpError(
+                f"{lost:,} of {len(distinct):,} captions got no reply from the model's server, expected one each; look "
+                "at the server, or take the engine 'rules'"
+            )
+        return [outcome.knowledge for outcome in outcomes]

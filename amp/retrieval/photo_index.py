@@ -1,0 +1,211 @@
+"""An index of a folder of photos: their names and the frozen CLIP's features, made anew only where photos changed."""
+
+import io
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from amp.data.split import decoding_workers
+from amp.errors import AmpError
+from amp.model import ActionAwareCLIP
+from amp.retrieval.results import write_atomically
+
+FORMAT, VERSION = "open-clip-amp photo index", 1
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update of an index did.
+
+    Attributes:
+        photos: In the index now.
+        encoded: Of these, new or changed since the last time.
+        removed: Names that are gone.
+        skipped: Why each unreadable file is not in the index, by name.
+    """
+
+    photos: int
+    encoded: int
+    removed: int
+    skipped: dict[str, str]
+
+
+class PhotoIndex:
+    """Names and features of N photos.
+
+    Attributes:
+        root: Folder of the photos.
+        names: Their paths below `root`.
+        stamps: Size and time of change of each, by name.
+        skipped: Why files of the folder are not in the index, by name.
+        features: The frozen CLIP's features, float32 (N, d), not normalised, memory-mapped.
+        base_hash: SHA-256 of the CLIP's weights.
+        transform: Its image transform, as text.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens the index in `folder`.
+
+        Raises:
+            AmpError: There is none, or it is damaged.
+        """
+        again = "make it with python -m amp.search --index FOLDER --photos PHOTOS"
+        path = Path(folder) / "index.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+                raise AmpError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r} {VERSION}; {again}")
+            self.root = Path(content["root"])
+            self.base_hash, self.transform = content["base_sha256"], content["transform"]
+            self.stamps: dict[str, tuple[int, int]] = {name: tuple(stamp) for name, *stamp in content["photos"]}
+            self.skipped: dict[str, str] = content["skipped"]
+            self.names = list(self.stamps)
+            self.features = np.load(Path(folder) / content["features"], mmap_mode="r")
+        except OSError as error:
+            raise AmpError(f"{path}: can't be read ({error.strerror}), expected an index; {again}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            if isinstance(error, AmpError):
+                raise
+            raise AmpError(f"{path}: damaged ({error}); remove the folder and {again}") from error
+        if len(self.features) != len(self.names):
+            raise AmpError(f"{path}: {len(self.names)} names and {len(self.features)} features; remove the folder and "
+                           f"{again}")  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, number: int) -> Image.Image:
+        """The photo, upright and in RGB.
+
+        Raises:
+            AmpError: It can't be read any more.
+        """
+        try:
+            return open_photo(self.root / self.names[number])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise AmpError(f"{self.root / self.names[number]}: can't be read ({error}); update the index") from error
+
+
+def open_photo(path: Path) -> Image.Image:
+    """A photo in RGB, turned as its camera noted (EXIF); bombs and formats that start other programs are refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_PILLOW_FORMATS) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@torch.no_grad()
+def update_index(
+    folder: str | os.PathLike,
+    photos: str | os.PathLike,
+    model: ActionAwareCLIP,
+    preprocess,
+    batch_size: int = 64,
+    workers: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Update:
+    """Makes the index of a folder of photos, or brings one up to date: photos whose size and time of change are those
+    of the index keep their features.
+
+    Args:
+        folder: Of the index; the new one takes the old one's place at the end.
+        photos: Folder of photos, with sub-folders; hidden files and folders are left out.
+        model: The model, on its device; its frozen CLIP alone is used.
+        preprocess: The validation transform.
+        batch_size: Images a forward pass.
+        workers: Decoding processes.
+        progress: Called as progress(done, total).
+
+    Raises:
+        AmpError: No such folder, no readable photo in it, or an index of another model.
+    """
+    root = Path(photos).resolve()
+    if not root.is_dir():
+        raise AmpError(f"{photos}: no such folder, expected one with photos ({', '.join(SUFFIXES)})")
+    base_hash, transform = model.backbone.weights_hash(), repr(preprocess)
+    old = PhotoIndex(folder) if (Path(folder) / "index.json").exists() else None
+    if old is not None and (old.base_hash, old.transform, old.root) != (base_hash, transform, root):
+        raise AmpError(f"{folder}: holds {old.root} as another model or transform sees it, expected {root} by this "
+                       "one; give another folder with --index")  # fmt: skip
+    stamps = {name: stamp for name, stamp in _photos(root)}
+    known = {}
+    if old is not None:
+        known = {name: row for row, name in enumerate(old.names) if stamps.get(name) == old.stamps[name]}
+    wanted = [name for name in stamps if name not in known]
+    loader = DataLoader(_Photos(root, wanted, preprocess), batch_size, num_workers=decoding_workers(workers),
+                        collate_fn=list)  # fmt: skip
+    fresh, skipped, done = {}, {}, 0
+    for batch in loader:
+        names = wanted[done : done + len(batch)]
+        done += len(batch)
+        skipped |= {name: item for name, item in zip(names, batch, strict=True) if isinstance(item, str)}
+        good = [(name, item) for name, item in zip(names, batch, strict=True) if not isinstance(item, str)]
+        if good:
+            images = torch.stack([item for _, item in good]).to(model.logit_scale.device)
+            base = model(images, only_frozen=True).base.float().cpu().numpy()
+            fresh |= {name: row for (name, _), row in zip(good, base, strict=True)}
+        if progress is not None:
+            progress(done, len(wanted))
+    names = [name for name in stamps if name in known or name in fresh]
+    if not names:
+        reason = f"; first file skipped: {next(iter(skipped.items()))}" if skipped else ""
+        raise AmpError(f"{root}: no photo that can be read, expected files of {', '.join(SUFFIXES)}{reason}")
+    features = np.stack([fresh[name] if name in fresh else old.features[known[name]] for name in names])
+    content = {
+        "format": FORMAT, "version": VERSION, "root": str(root), "base_sha256": base_hash, "transform": transform,
+        "features": f"features-{uuid.uuid4().hex[:8]}.npy", "photos": [[name, *stamps[name]] for name in names],
+        "skipped": skipped,
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    np.save(buffer, features.astype(np.float32))
+    write_atomically(Path(folder) / content["features"], buffer.getbuffer())
+    write_atomically(Path(folder) / "index.json", json.dumps(content, ensure_ascii=False).encode())
+    for path in Path(folder).glob("features-*.npy"):  # one that reads the old file keeps it open
+        if path.name != content["features"]:
+            path.unlink(missing_ok=True)
+    removed = 0 if old is None else sum(name not in stamps for name in old.names)
+    return Update(len(names), len(fresh), removed, skipped)
+
+
+def _photos(root: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names below the root in order, with size and time of change."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                path = Path(folder) / name
+                try:
+                    stat = path.stat()
+                    path.name.encode("utf-8")  # a name that is no text can't be written to JSON
+                except (OSError, UnicodeEncodeError):
+                    continue
+                yield path.relative_to(root).as_posix(), (stat.st_size, stat.st_mtime_ns)
+
+
+class _Photos(Dataset):
+    """Photos as the model wants them, or why one can't be read."""
+
+    def __init__(self, root: Path, names: list[str], preprocess):
+        self.root, self.names, self.preprocess = root, names, preprocess
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            return self.preprocess(open_photo(self.root / self.names[index]))
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+            return f"{type(error).__name__}: {error}"

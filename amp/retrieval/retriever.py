@@ -1,0 +1,215 @@
+"""Search in a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from amp.checkpoint import read_adapter
+from amp.errors import AmpError
+from amp.factory import create_model_and_transforms
+from amp.knowledge.schema import Knowledge
+from amp.model import ActionAwareCLIP
+from amp.retrieval.metrics import stable_topk
+from amp.retrieval.pair_scorer import PairScorer
+from amp.retrieval.photo_index import PhotoIndex, Update, update_index
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A photo that was found.
+
+    Attributes:
+        path: Of the photo.
+        score: What it was ranked by.
+        base_score: Cosine of the frozen CLIP.
+        base_rank: 0-based place that the frozen CLIP gave it.
+    """
+
+    path: Path
+    score: float
+    base_score: float
+    base_rank: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answer to a query.
+
+    Attributes:
+        query: The text.
+        knowledge: What photos were conditioned on; empty for models that read none.
+        hits: Best first.
+        skipped: Photos among the candidates that can't be read any more, with the reason.
+    """
+
+    query: str
+    knowledge: Knowledge
+    hits: list[Hit]
+    skipped: dict[Path, str]
+
+
+class Retriever:
+    """Finds photos of a folder by text.
+
+    Of each photo the index holds the frozen CLIP's feature alone. The `top_k` photos that it pre-selects are decoded
+    and encoded under the query's knowledge, when they are asked for.
+
+    Args:
+        model: In eval mode, on its device.
+        preprocess: The validation transform.
+        index: Folder of an index of this model, or where `update` makes one.
+        knowledge: Captions to knowledge, such as `amp.generation.query.KnowledgeGenerator()`; None leaves queries
+            without.
+        top_k: Photos that are re-ranked (paper: 20); 0 leaves the frozen CLIP's order.
+        fusion_weight: Of the frozen CLIP's cosine beside the new one.
+        batch_size: Photos a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: ActionAwareCLIP,
+        preprocess,
+        index: str | os.PathLike,
+        knowledge: Callable[[Sequence[str]], list[Knowledge]] | None = None,
+        top_k: int = 20,
+        fusion_weight: float = 0.0,
+        batch_size: int = 32,
+    ):
+        if top_k < 0 or batch_size < 1:
+            raise AmpError(f"top_k is {top_k}, batch_size {batch_size}, expected at least 0 and 1")
+        self.model, self.preprocess, self.folder = model.eval(), preprocess, Path(index)
+        self.knowledge, self.top_k, self.fusion_weight, self.batch_size = knowledge, top_k, fusion_weight, batch_size
+        self._index: PhotoIndex | None = None
+
+    @classmethod
+    def from_adapter(
+        cls,
+        adapter: str | os.PathLike,
+        index: str | os.PathLike,
+        model_name: str | None = None,
+        pretrained: str | None = None,
+        device: str | torch.device = "cpu",
+        **settings,
+    ) -> "Retriever":
+        """Builds the model from an adapter file of launchers/train.py, whose record names base model and transform.
+
+        Args:
+            adapter: The file.
+            index: As for the class.
+            model_name, pretrained: The base model, where it lies elsewhere than at training.
+            device: Where the model is put.
+            **settings: Further arguments of the class.
+        """
+        header, _ = read_adapter(adapter)
+        if model_name is None:
+            model_name, pretrained = header.base_name, header.base_pretrained
+        resize = header.training.get("config", {}).get("model", {}).get("resize_mode")
+        model, _, preprocess = create_model_and_transforms(
+            model_name, pretrained, device=device, adapter=str(adapter), image_resize_mode=resize
+        )
+        return cls(model, preprocess, index, **settings)
+
+    @property
+    def index(self) -> PhotoIndex:
+        """The index.
+
+        Raises:
+            AmpError: There is none, or it belongs to another model.
+        """
+        if self._index is None:
+            index = PhotoIndex(self.folder)
+            seen = (index.base_hash, index.transform)
+            if seen != (self.model.backbone.weights_hash(), repr(self.preprocess)):
+                raise AmpError(f"{self.folder}: was made by a model of weights {index.base_hash[:12]} or with another "
+                               "image transform, expected this model's; make an index of its own")  # fmt: skip
+            self._index = index
+        return self._index
+
+    def update(self, photos: str | os.PathLike, workers: int = 4, progress=None) -> Update:
+        """Makes the index of a folder of photos or brings it up to date; see `update_index`."""
+        found = update_index(self.folder, photos, self.model, self.preprocess, self.batch_size, workers, progress)
+        self._index = None
+        return found
+
+    @torch.no_grad()
+    def search(self, query: str, count: int = 20, knowledge: Knowledge | None = None) -> Found:
+        """The best photos for a text.
+
+        Args:
+            query: A caption, such as "a dog jumps over a hurdle".
+            count: Photos to return; behind the re-ranked ones come the others in the frozen CLIP's order.
+            knowledge: Of the query; None asks the generator.
+
+        Raises:
+            AmpError: An empty query, no index, or a feature that is not finite.
+        """
+        if not query.strip():
+            raise AmpError("the query is empty, expected a text")
+        if count < 1:
+            raise AmpError(f"count is {count}, expected at least 1")
+        index, model, device = self.index, self.model, self.model.logit_scale.device
+        text = model.encode_text(model.tokenizer([query]).to(device))
+        kept = min(len(index), max(count, self.top_k))
+        scores, candidates = _best(index, text, kept)
+        knowledge = self._knowledge_of(query, knowledge)
+        opened, skipped = self._open(candidates[: self.top_k].tolist())
+        new = self._new_scores([image for _, image in opened], text, knowledge)
+        new = new + self.fusion_weight * scores[[place for place, _ in opened]]
+        order = new.sort(descending=True, stable=True).indices.tolist()
+        ranked = [(opened[i][0], float(new[i])) for i in order]
+        ranked += [(place, float(scores[place])) for place in range(min(self.top_k, kept), kept)]
+        hits = [Hit(index.root / index.names[candidates[place]], score, float(scores[place]), place)
+                for place, score in ranked[:count]]  # fmt: skip
+        return Found(query, knowledge, hits, skipped)
+
+    def _knowledge_of(self, query: str, knowledge: Knowledge | None) -> Knowledge:
+        config = self.model.config
+        if knowledge is not None:
+            return knowledge
+        if self.knowledge is None or not (self.model.knowledge_aware or config.text_enrichment):
+            return Knowledge()
+        return self.knowledge([query])[0]
+
+    def _open(self, numbers: list[int]) -> tuple[list[tuple[int, torch.Tensor]], dict[Path, str]]:
+        opened, skipped = [], {}
+        for place, number in enumerate(numbers):
+            try:
+                opened.append((place, self.preprocess(self.index.image(number))))
+            except AmpError as error:  # a photo that is gone must not stop a search
+                skipped[self.index.root / self.index.names[number]] = str(error)
+        return opened, skipped
+
+    def _new_scores(self, images: list[torch.Tensor], text: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
+        """Scores (k,) of preprocessed photos under the query's knowledge."""
+        if not images:
+            return torch.empty(0)
+        model, batches = self.model, torch.stack(images).split(self.batch_size)
+        device = text.device
+        batch = model.prepare_knowledge([knowledge])
+        if not model.knowledge_aware:
+            features = torch.cat([model(x.to(device), prompted=True).prompted for x in batches])
+            scored = model(None, batch, text=text).text
+            return F.cosine_similarity(features.float(), scored.float(), dim=-1).cpu()
+        early = torch.cat([model.encode_early(x.to(device)).float().cpu() for x in batches]).numpy()
+        scorer = PairScorer(model, early, batch, text, batch_size=self.batch_size)
+        scorer.prepare(torch.zeros(1, dtype=torch.int64))
+        numbers = torch.arange(len(images)).split(self.batch_size)
+        return torch.cat([scorer(part, torch.zeros_like(part)) for part in numbers])
+
+
+def _best(index: PhotoIndex, text: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and numbers of the `count` best photos, in one pass over the memory-mapped features."""
+    text, parts = F.normalize(text.float().cpu(), dim=-1), []
+    for low in range(0, len(index), 65_536):
+        features = torch.from_numpy(index.features[low : low + 65_536].copy())
+        parts.append((F.normalize(features, dim=-1) @ text.T)[:, 0])
+    scores = torch.cat(parts)
+    if not torch.isfinite(scores).all():
+        raise AmpError(f"{index.root}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; "
+                       "remove the index and make it again")  # fmt: skip
+    values, numbers = stable_topk(scores[None], count)
+    return values[0], numbers[0]

@@ -1,0 +1,145 @@
+"""Searches a folder of photos by text.
+
+    python -m amp.search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
+    python -m amp.search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
+        "a dog jumps over a hurdle"
+
+The first command makes the index, or brings it up to date after photos have changed; a query may stand beside it. The
+base model is the one that the adapter was trained on.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from amp.errors import AmpError, exit_on_error
+
+
+@dataclass
+class SearchSettings:
+    """A search.
+
+    Args:
+        index: Folder of the index.
+        photos: Folder of photos whose index is made or brought up to date first.
+        adapter: Adapter file of launchers/train.py; null searches with the base model alone.
+        model: Base model, as open_clip names it; null takes the one in the adapter's record.
+        pretrained: Its weights, as open_clip names them.
+        count: Photos that are shown.
+        top_k: Photos that are re-ranked (paper: 20).
+        fusion_weight: Of the base model's score beside the new one.
+        knowledge: Where the query's triplets and states come from: an engine of tools/generate_knowledge.py, or none.
+        engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
+        sheet: PNG file with the photos found.
+        device: Where the model runs; null takes a GPU if there is one.
+        batch_size: Photos a forward pass.
+        workers: Decoding processes.
+    """
+
+    index: str = ""
+    photos: str | None = None
+    adapter: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
+    count: int = 12
+    top_k: int = 20
+    fusion_weight: float = 0.0
+    knowledge: Literal["rules", "transformers", "openai", "vllm", "none"] = "rules"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    sheet: str | None = None
+    device: str | None = None
+    batch_size: int = 32
+    workers: int = 4
+
+
+def parser() -> ArgumentParser:
+    usage = 'python -m amp.search --index FOLDER [--KEY VALUE ...] "QUERY"'
+    parser = ArgumentParser(prog="python -m amp.search", usage=usage, description=__doc__.split("\n")[0])
+    parser.add_argument("query", nargs="?", default=None, help="what the photo shows")
+    parser.add_class_arguments(SearchSettings, as_group=False)
+    return parser
+
+
+def retriever(settings: SearchSettings):
+    """The `Retriever` of the settings.
+
+    Raises:
+        AmpError: Neither adapter nor model, or one that can't be loaded.
+    """
+    import torch
+
+    from amp.factory import create_model_and_transforms
+    from amp.generation.query import KnowledgeGenerator
+    from amp.retrieval.retriever import Retriever
+
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    common = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
+    if settings.adapter is None:
+        if settings.model is None:
+            raise AmpError("adapter and model are both missing, expected one of them; add --adapter FILE")
+        model, _, preprocess = create_model_and_transforms(settings.model, settings.pretrained, device=device)
+        return Retriever(model, preprocess, settings.index, top_k=0, **common)
+    knowledge = None
+    if settings.knowledge != "none":
+        knowledge = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options,
+                                       cache=Path(settings.index) / "replies")  # fmt: skip
+    return Retriever.from_adapter(settings.adapter, settings.index, settings.model, settings.pretrained, device,
+                                  knowledge=knowledge, top_k=settings.top_k, **common)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parsed = parser().parse_args(arguments)
+    with exit_on_error():
+        query = parsed.pop("query")
+        settings = SearchSettings(**vars(parsed))
+        if not settings.index:
+            raise AmpError("index is empty, expected a folder; add --index FOLDER")
+        if query is None and settings.photos is None:
+            raise AmpError('neither query nor photos, expected one: python -m amp.search --index FOLDER "a dog jumps"')
+        from rich.console import Console
+
+        from amp.factory import quiet_open_clip
+        from amp.terminal import Terminal
+
+        quiet_open_clip()
+        terminal, console = Terminal(True), Console()
+        search = retriever(settings)
+        if settings.photos is not None:
+            with terminal.progress("encoding photos") as report:
+                update = search.update(settings.photos, settings.workers, report)
+            counts = f"{update.encoded:,} encoded, {update.removed:,} removed, {len(update.skipped):,} files skipped"
+            terminal.say(f"{update.photos:,} photos in {settings.index}: {counts}")
+            for name, reason in list(update.skipped.items())[:10]:
+                terminal.say(f"skipped {name}: {reason}")
+        if query is not None:
+            show(console, search.search(query, settings.count), settings.sheet)
+
+
+def show(console, found, sheet: str | None) -> None:
+    """Prints what was found, and draws the contact sheet."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from amp.retrieval.contact_sheet import draw_contact_sheet
+
+    for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
+        slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)
+        console.print(Text(f"<{slots}>  {state}", style="dim"))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("rank", "score", "CLIP's rank", "CLIP's score"):
+        table.add_column(column, justify="right")
+    table.add_column("photo", overflow="fold")
+    for number, hit in enumerate(found.hits):
+        table.add_row(f"{number + 1}", f"{hit.score:.3f}", f"{hit.base_rank + 1}", f"{hit.base_score:.3f}",
+                      Text(str(hit.path)))  # fmt: skip
+    console.print(table)
+    for path, reason in found.skipped.items():
+        console.print(Text(f"skipped {path}: {reason}"), style="yellow")
+    if sheet is not None:
+        console.print(Text(f"{draw_contact_sheet(sheet, found)} written"))
+
+
+if __name__ == "__main__":
+    main()
