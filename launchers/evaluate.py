@@ -6,8 +6,8 @@
 
 The configuration is the one of training: of it `model`, `data` and `mixed_precision` are read, and `prompt` for the
 base model alone; adapters carry their own prompt settings. How the split is searched is set by --search. Writes OUT
-(JSON), OUT with .csv, OUT with .npz (results a query, for launchers/compare.py and launchers/report.py), and with
---gallery a picture of some retrievals. A run that was stopped goes on where it was.
+(JSON) and beside it .csv, .npz (results a query, for launchers/compare.py and launchers/report.py) and .verbs.csv
+(accuracy by action verb); with --gallery a picture of some retrievals. A run that was stopped goes on where it was.
 """
 
 from dataclasses import dataclass, field

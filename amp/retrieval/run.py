@@ -27,6 +27,7 @@ from amp.retrieval.per_query import QueryResults, QueryTable, save_queries
 from amp.retrieval.picture import draw_retrievals
 from amp.retrieval.probes import Probe, enriched_text, probe
 from amp.retrieval.results import ResultFile, RetrievalRow
+from amp.retrieval.verbs import by_verb, save_verbs
 from amp.terminal import Terminal
 from amp.train.config import TrainConfig
 from amp.train.launch import make_accelerator
@@ -75,7 +76,7 @@ class Evaluation:
 def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: RetrievalSettings, out: Path,
              gallery: str | None = None, probes: Sequence[Probe] = (), text_only: bool = False, bootstrap: int = 1000,
              ) -> ResultFile:  # fmt: skip
-    """Evaluates the base model and adapters, prints the table and writes JSON, CSV, results a query and the picture.
+    """Evaluates the base model and adapters, prints the table and writes its files.
 
     Scores of pairs are kept in OUT.partial while it runs: the same call goes on with them, on any number of processes.
 
@@ -84,7 +85,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         split_name: Split of the shards.
         adapters: ``NAME=FILE`` each.
         search: How the split is searched.
-        out: JSON file; the CSV file and the .npz file with results a query take its name.
+        out: JSON file; the .csv file, the .npz file with results a query and the .verbs.csv file take its name.
         gallery: PNG file with retrievals of the last adapter.
         probes: Each adds rows of every knowledge-aware adapter with one input spoilt.
         text_only: Add the row of the text-only control: captions with their states, without any action-aware image.
@@ -147,6 +148,10 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     accelerator.wait_for_everyone()  # no process reads partial scores any more
     if accelerator.is_main_process:
         evaluation.save(out)
+        if named:
+            rows = [row.name for row in evaluation.result.rows[1:]]
+            verbs = {row: by_verb(evaluation.queries, row, captions.knowledge) for row in rows}
+            save_verbs(out.with_suffix(".verbs.csv"), verbs)
         shutil.rmtree(partial, ignore_errors=True)
         evaluation.result.print_table(Console())
         if gallery is not None:

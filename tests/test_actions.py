@@ -1,0 +1,260 @@
+"""What tells actions apart: accuracy by verb, captions with swapped roles and actions, SugarCrepe's and ARO's files."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import _draw, launcher
+from test_evaluate import World
+
+import amp
+from amp.checkpoint import save_adapter
+from amp.errors import AmpError
+from amp.generation.states import state_of
+from amp.retrieval.choice import Choice, Choices, choose, load_choices
+from amp.retrieval.evaluate import SplitCaptions
+from amp.retrieval.per_query import QueryResults
+from amp.retrieval.photo_index import open_photo
+from amp.retrieval.swaps import swapped_actions, swapped_roles
+from amp.retrieval.verbs import VerbCount, by_verb, save_verbs, verb_of, verbs_of
+
+
+def knowledge(*triplets):
+    triplets = tuple(amp.Triplet(*t) for t in triplets)
+    return amp.Knowledge(triplets, tuple(state_of(t) for t in triplets))
+
+
+# -- verbs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "verb"),
+    [("runs", "run"), ("is running through", "run"), ("climbing up", "climb"), ("rode", "ride"), ("is", None),
+     ("are being carried by", "carry"), ("Throws", "throw")],
+)  # fmt: skip
+def test_the_verb_of_an_action(action, verb):
+    assert verb_of(action) == verb
+
+
+def test_a_caption_counts_once_a_verb_and_attributes_never():
+    item = knowledge(("dog", "runs", ""), ("man", "running", ""), ("man", "throws", "ball"), ("man", "wears", "hat",
+                     "attribute"))  # fmt: skip
+    assert verbs_of(item) == ["run", "throw"]
+
+
+def test_counts_by_hand(tmp_path):
+    items = [knowledge(("a", "runs", "")), knowledge(("a", "runs", ""), ("a", "throws", "b")), knowledge(),
+             knowledge(("a", "throws", "b")), knowledge(("a", "runs", ""))]  # fmt: skip
+
+    def results(ranks):
+        queries, empty = np.array([0, 1, 3, 4]), np.zeros((4, 1))
+        return QueryResults(queries, queries, empty, empty, empty, np.zeros(4), np.array(ranks))
+
+    table = {("base CLIP", "t2i"): results([0, 3, 0, 2]), ("ours", "t2i"): results([0, 0, 1, 0])}
+    counts = by_verb(table, "ours", items)
+    assert counts == [VerbCount("run", 3, 1, 3, 2, 0), VerbCount("throw", 2, 1, 1, 1, 1)]
+    rows = list(csv.DictReader(save_verbs(tmp_path / "v.csv", {"ours": counts}).open()))
+    assert rows[0] == {"method": "ours", "verb": "run", "queries": "3", "base_R@1": "33.3", "R@1": "100.0",
+                       "mended": "2", "broken": "0"}  # fmt: skip
+
+
+# -- swaps ----------------------------------------------------------------------------------------------------------
+
+
+def captions(*items):
+    texts, found = zip(*items, strict=True)
+    return SplitCaptions(list(texts), list(found), torch.arange(len(texts)), len(texts))
+
+
+def test_roles_are_exchanged_in_text_and_triplets():
+    (choice,) = swapped_roles(captions(
+        ("A brown dog chases the cat .", knowledge(("dog", "chases", "cat"), ("dog", "is", "brown", "attribute"))),
+    ))  # fmt: skip
+    assert choice.captions == ("A brown dog chases the cat .", "A brown cat chases the dog .")
+    assert choice.group == "chase" and choice.image == "0"
+    right, wrong = choice.knowledge
+    assert [t.subject for t in right.triplets] == ["dog", "dog"]
+    assert [(t.subject, t.action, t.object, t.kind) for t in wrong.triplets] == [
+        ("cat", "chases", "dog", "action"), ("cat", "is", "brown", "attribute")]  # fmt: skip
+    assert wrong.states == tuple(state_of(t) for t in wrong.triplets)
+
+
+def test_roles_that_cannot_be_exchanged_are_left_out():
+    assert not swapped_roles(captions(
+        ("A dog chases a dog", knowledge(("dog", "chases", "dog"))),
+        ("A dog chases a cat near a cat", knowledge(("dog", "chases", "cat"))),  # which cat?
+        ("A dog runs", knowledge(("dog", "runs", ""))),
+        ("A catfish chases a dog", knowledge(("dog", "chases", "cat"))),  # no word
+        ("A dog wears a hat", knowledge(("dog", "wears", "hat", "attribute"))),
+        ("A dog lies on a dog bed", knowledge(("dog", "lies on", "dog bed"))),  # overlap
+    ))  # fmt: skip
+
+
+def test_a_sentence_keeps_its_capital():
+    (choice,) = swapped_roles(captions(("Dogs chase a cat", knowledge(("dogs", "chase", "cat")))))
+    assert choice.captions[1] == "Cat chase a dogs"
+
+
+def test_actions_are_replaced_by_others_of_their_kind():
+    split = captions(
+        ("A dog chases a cat", knowledge(("dog", "chases", "cat"))),
+        ("A girl throws a ball", knowledge(("girl", "throws", "ball"))),
+        ("A boy runs", knowledge(("boy", "runs", ""))),
+        ("A man is jumping", knowledge(("man", "jumping", ""))),
+    )
+    choices = {choice.image: choice for choice in swapped_actions(split)}
+    assert set(choices) == {"0", "1"}  # nothing has the ending and the object of the others
+    assert choices["0"].captions[1] == "A dog throws a cat" and choices["1"].captions[1] == "A girl chases a ball"
+    assert choices["0"].group == "chase" and choices["0"].knowledge[1].triplets[0].action == "throws"
+    assert swapped_actions(split) == swapped_actions(split)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_both_formats_are_read(tmp_path):
+    crepe = write(tmp_path / "swap_obj.json", {"0": {"filename": "a.jpg", "caption": "x y", "negative_caption": "y x"}})
+    assert load_choices(crepe) == [Choice("a.jpg", ("x y", "y x"))]
+    relation = {"image_path": "b.jpg", "bbox_x": 3, "bbox_y": 4, "bbox_w": 20, "bbox_h": 10, "relation_name": "riding",
+                "true_caption": "a man riding a horse", "false_caption": "a horse riding a man"}  # fmt: skip
+    attribution = {"image_path": "c.jpg", "attributes": ["red", "small"], "true_caption": "t", "false_caption": "f"}
+    order = {"image_path": "d.jpg", "caption_options": ["right", "wrong", "worse"]}
+    assert load_choices(write(tmp_path / "aro.json", [relation, attribution, order])) == [
+        Choice("b.jpg", ("a man riding a horse", "a horse riding a man"), "riding", (3, 4, 23, 14)),
+        Choice("c.jpg", ("t", "f"), "red_small"),
+        Choice("d.jpg", ("right", "wrong", "worse")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "expected an object or a list with entries"),
+        ("x", "holds str"),
+        ([3], "entry 0 is int"),
+        ([{"filename": "a", "caption": "b"}], "key 'negative_caption' is missing; keys seen: filename, caption"),
+        ([{"image_path": "a"}], "key 'true_caption' is missing"),
+        ([{"image_path": "a", "true_caption": "x", "false_caption": ""}], "expected texts"),
+        ([{"image_path": "a", "caption_options": ["x"]}], "has 1 texts, expected 2 or more"),
+        ([{"image_path": "a", "true_caption": "x", "false_caption": "y", "bbox_x": 0, "bbox_y": 0, "bbox_w": 0,
+           "bbox_h": 5}], "the box is 0 x 5 pixels"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path, content, message):
+    with pytest.raises(AmpError, match=r"test\.json") as error:
+        load_choices(write(tmp_path / "test.json", content))
+    assert message in str(error.value)
+
+
+# -- choosing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(clip_folder, shards, tmp_path_factory):
+    return World(clip_folder, shards, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(7):
+        _draw(number).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+WORDS = ("dog", "girl", "horse", "chases", "kicks", "ball")
+
+
+def drawn_choices(count=7, options=3):
+    random = np.random.default_rng(0)
+    return [
+        Choice(f"{i}.png", tuple(" ".join(random.permutation(WORDS)) for _ in range(options)), f"g{i % 2}",
+               (2, 3, 30, 28) if i % 3 == 0 else None, tuple(knowledge((*random.permutation(WORDS)[:3],))
+               for _ in range(options)))
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_choices_equal_the_naive_loop(world, photos):
+    choices = drawn_choices()
+    found = choose(
+        choices, {"ours": world.model}, world.preprocess, lambda name: open_photo(photos / name), batch_size=3
+    )
+    assert list(found) == ["base CLIP", "ours"]
+    with torch.no_grad():
+        for row, choice in enumerate(choices):
+            image = open_photo(photos / choice.image)
+            image = world.preprocess(image.crop(choice.box) if choice.box else image)[None]
+            for column, (caption, item) in enumerate(zip(choice.captions, choice.knowledge, strict=True)):
+                text = world.model.encode_text(world.model.tokenizer([caption]))
+                base = float(F.cosine_similarity(world.model.encode_image(image), text))
+                new = float(F.cosine_similarity(world.model.encode_image(image, [item]), text))
+                assert found["base CLIP"].scores[row][column] == pytest.approx(base, abs=1e-5)
+                assert found["ours"].scores[row][column] == pytest.approx(new, abs=1e-5)
+    assert found["ours"].groups == [choice.group for choice in choices]
+
+
+def test_a_tie_is_wrong_and_groups_are_averaged():
+    found = Choices([[2.0, 1.0], [1.0, 1.0], [0.0, 1.0], [3.0, 2.0, 1.0], [1.0, 0.0, 2.0]], list("aabbb"), {})
+    assert found.right == [True, False, False, True, False]
+    assert found.accuracy == 40 and found.by_group() == {"a": (2, 1), "b": (3, 1)}
+    assert found.group_mean == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
+
+
+def test_missing_photos_are_counted(world, photos):
+    choices = drawn_choices()
+    (photos / "2.png").unlink()
+    (photos / "4.png").write_text("no image")
+    found = choose(choices, {"ours": world.model}, world.preprocess, lambda name: open_photo(photos / name))
+    assert len(found["ours"].scores) == 5 and set(found["ours"].skipped) == {"2.png", "4.png"}
+    with pytest.raises(AmpError, match="none of 7 choices has a photo that can be read"):
+        choose(choices, {"ours": world.model}, world.preprocess, lambda name: open_photo(photos / "no" / name))
+
+
+def test_the_generator_is_asked_where_a_file_brings_no_knowledge(world, photos):
+    choices = [Choice("1.png", ("dog kicks ball", "ball kicks dog")), drawn_choices()[0]]
+    asked = []
+
+    def generate(texts):
+        asked.extend(texts)
+        return [knowledge(("dog", "kicks", "ball"))] * len(texts)
+
+    def scores(generate):
+        found = choose(choices, {"ours": world.model}, world.preprocess, lambda n: open_photo(photos / n), generate)
+        return found["ours"].scores
+
+    with_it, without = scores(generate), scores(None)
+    assert asked == ["dog kicks ball", "ball kicks dog"]
+    assert with_it[0] != without[0] and with_it[1] == pytest.approx(without[1])
+
+
+def test_the_command_runs_all_kinds(world, clip_folder, shards, photos, tmp_path, capsys):
+    save_adapter(tmp_path / "adapter.safetensors", world.model)
+    file = write(tmp_path / "swap_obj.json", {str(i): {"filename": f"{i}.png", "caption": "A dog chases a ball",
+                 "negative_caption": "A ball chases a dog"} for i in range(9)})  # fmt: skip
+    launcher("launchers/choose.py").main([
+        "--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--adapters",
+        f"[ours={tmp_path}/adapter.safetensors]", "--tests", f"[swapped-roles, swapped-actions, {file}]", "--images",
+        str(photos), "--knowledge", "none", "--out", str(tmp_path / "choices.csv"),
+    ])  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "choices.csv").open()))
+    whole = {(row["test"], row["method"]): row for row in rows if row["group"] == "all"}
+    assert len(whole) == 6 and whole["swap_obj", "ours"]["choices"] == "7"
+    assert int(whole["swapped-roles", "ours"]["choices"]) > 3
+    captured = capsys.readouterr()
+    assert "swap_obj" in captured.out and "2 photos skipped" in captured.err
+
+
+def test_the_command_refuses(capsys):
+    main = launcher("launchers/choose.py").main
+    for arguments, message in (([], "adapters is empty"),):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
