@@ -248,7 +248,7 @@ class ActionAwareCLIP(nn.Module):
         """
         self._require_knowledge_aware()
         if self.has_readout:
-            features, patches = self._read(early)
+            features, patches = self.read_patches(early)
             return features[image_index] + self.readout.pairs(patches, prompts.queries, prompts.mask, image_index)
         if self.config.interaction == "cat":
             kinds = [x for x in (prompts.triplets, prompts.states) if x is not None]
@@ -262,18 +262,18 @@ class ActionAwareCLIP(nn.Module):
     def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run
         once an image."""
-        features, patches = self._read(early)
+        features, patches = self.read_patches(early)
         return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
 
     def encode_prompted(self, early: torch.Tensor) -> torch.Tensor:
         """Features without knowledge (B, d): visual prompts, the control of Table 3 "w/o action knowledge", and in the
         control of `readout` its learned query."""
         if self.has_readout and not self.knowledge_aware:
-            features, patches = self._read(early)
+            features, patches = self.read_patches(early)
             return features + self.readout.unconditioned(patches)
         return self._pool(self._prompted_blocks(early))[0]
 
-    def _read(self, early: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_patches(self, early: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Early tokens to features without knowledge (B, d) and to the patches (B, M, d_v) that a readout reads."""
         features, last = self._pool(self._prompted_blocks(early))
         return features, self.readout.patches(early[:, 1:], last)

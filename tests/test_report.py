@@ -1,0 +1,295 @@
+"""The report page: its data by hand, its attention maps against the layers' own, and the page in headless Chromium."""
+
+import json
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import launcher
+from test_evaluate import World
+
+from amp.checkpoint import save_adapter
+from amp.data.split import ShardSplit
+from amp.errors import AmpError
+from amp.retrieval.attention import attention_maps
+from amp.retrieval.per_query import QueryResults, load_queries
+from amp.retrieval.report import OUTCOMES, choose_rows, counts, outcomes
+from amp.retrieval.report_plots import sweep_plot
+
+EVIL = "</script><img src=x onerror=\"document.title='broken in'\"><b>dog</b> & \u2028 {{7*7}} __DATA__"
+
+
+def results(first, new):
+    first, new = np.array(first), np.array(new)
+    empty = np.zeros((len(first), 1))
+    return QueryResults(np.arange(len(first)), np.arange(len(first)), empty, empty, empty, first, new)
+
+
+def test_outcomes_by_the_first_place():
+    found = results([3, 0, 5, 0], [0, 2, 1, 0])
+    assert [OUTCOMES[i] for i in outcomes(found)] == ["mended", "broken", "wrong", "right"]
+    assert counts(found) == {"mended": 1, "broken": 1, "wrong": 1, "right": 1}
+
+
+def test_queries_are_evenly_spaced_within_an_outcome():
+    found = results([1] * 100 + [0] * 10, [0] * 100 + [1] * 10)
+    rows = choose_rows(found, 20)
+    assert len(rows) == len(set(rows)) == 20
+    assert rows == sorted(rows) and sum(row >= 100 for row in rows) == 5  # a quarter broken, the rest mended
+    assert np.ptp(np.diff(rows[:15])) <= 1
+    assert len(choose_rows(found, 500)) == 110 and choose_rows(found, 0) == []
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+def world_of(clip_folder, shards, tmp_path, **prompt):
+    world = World(clip_folder, shards, tmp_path / "cache", **prompt)
+    number = next(i for i, item in enumerate(world.captions.knowledge) if len(item.triplets) >= 2)
+    return world, world.model.encode_early(world.images[:1]), world.captions.knowledge[number]
+
+
+def test_maps_of_aim_are_those_of_its_layers_with_one_triplet(clip_folder, shards, tmp_path):
+    world, early, item = world_of(clip_folder, shards, tmp_path)
+    found = attention_maps(world.model, early, world.model.prepare_knowledge([item]))
+    # Encoded among the others, which the triplet encoder lets it see, but alone in asking.
+    prompts = world.model.encode_knowledge(world.model.prepare_knowledge([item]))
+    prompts = type(prompts)(prompts.triplets[:, 1:2], prompts.states[:, 1:2], prompts.mask[:, 1:2])
+    with torch.no_grad():
+        _, of_triplet, of_state = world.model.interaction(
+            early[:, 1:], prompts.triplets, prompts.states, prompts.mask, torch.tensor([0]), return_maps=True
+        )
+    for name, expected in (("triplet", of_triplet), ("state", of_state)):
+        assert found[name].shape == (len(item.triplets), *world.model.backbone.visual.grid_size)
+        torch.testing.assert_close(found[name][1].flatten(), expected[0].mean(dim=0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[name].sum(dim=(1, 2)), torch.ones(len(item.triplets)))
+    assert not torch.allclose(found["triplet"], found["state"], atol=1e-5)
+
+
+def test_maps_of_the_readout_by_a_loop_over_heads(clip_folder, shards, tmp_path):
+    world, early, item = world_of(clip_folder, shards, tmp_path, interaction="readout")
+    model, batch = world.model, world.model.prepare_knowledge([item])
+    found = attention_maps(model, early, batch)
+    with torch.no_grad():
+        _, patches = model.read_patches(early)
+        key = model.readout.key(patches)[0]
+        states = batch.states[0, batch.mask[0]]
+        query = model.readout.query_text(states / states.norm(dim=-1, keepdim=True))
+        width = query.shape[1] // model.readout.heads
+        maps = [
+            (query[:, h * width : (h + 1) * width] @ key[:, h * width : (h + 1) * width].T / width**0.5).softmax(dim=-1)
+            for h in range(model.readout.heads)
+        ]
+    torch.testing.assert_close(found["state"].flatten(1), torch.stack(maps).mean(dim=0), atol=1e-6, rtol=1e-4)
+    assert found["triplet"].shape == found["state"].shape
+
+
+def test_models_without_maps_have_none(clip_folder, shards, tmp_path):
+    for knowledge, prompt in (("none", {}), ("both", {"interaction": "cat"})):
+        world, early, item = world_of(clip_folder, shards, tmp_path, knowledge=knowledge, **prompt)
+        assert attention_maps(world.model, early, world.model.prepare_knowledge([item])) == {}
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(clip_folder, shards, tmp_path_factory):
+    """A page whose first caption is an attack, with its results file."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+    folder = tmp_path_factory.mktemp("report")
+    world = World(clip_folder, shards, folder / "cache")
+    adapter = folder / "run" / "stage1" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    save_adapter(adapter, world.model)
+    real = ShardSplit.captions
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ShardSplit, "captions", lambda self, record, keep=("action", "attribute"): [
+        (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
+        for i, (text, item) in enumerate(real(self, record, keep))
+    ])  # fmt: skip
+    common = ["--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--data.cache",
+              str(folder / "cache"), "--data.workers", "0", "--adapters", f"[ours={adapter}]"]  # fmt: skip
+    forget()
+    launcher("launchers/evaluate.py").main([*common, "--out", str(folder / "results.json"), "--search.top_k", "6",
+                                            "--probes", "[blank]", "--bootstrap", "50"])  # fmt: skip
+    forget()
+    sweep = folder / "sweep.csv"
+    lines = [f"{row},{metric},{value},0.5,3" for row, value in (("base CLIP", 10), ("a <b>", 12))
+             for metric in ("i2t R@1", "t2i R@1", "Rsum")]  # fmt: skip
+    sweep.write_text("\n".join(["row,metric,mean,standard_error,seeds", *lines]))
+    launcher("launchers/report.py").main([*common, "--results", str(folder / "results.json"), "--out",
+                                          str(folder / "report.html"), "--captions", "200", "--images", "50",
+                                          "--sweep", str(sweep), "--title", "A <i>title</i>"])  # fmt: skip
+    patch.undo()
+    return folder
+
+
+def data_of(page):
+    text = (page / "report.html").read_text(encoding="utf-8")
+    return text, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_the_data_are_those_of_the_results(page):
+    _, data = data_of(page)
+    table = load_queries(page / "results.npz")
+    assert data["row"] == "ours (pooled)"  # the last one that is no probe
+    assert [row["name"] for row in data["table"]] == ["base CLIP", "ours (pairwise)", "ours (pooled)",
+        "ours, blank (pairwise)", "ours, blank (pooled)", "ceiling of the top 6", "chance of the top 6"]  # fmt: skip
+    cards = [card for card in data["cards"] if card["direction"] == "t2i"]
+    queries = table[data["row"], "t2i"]
+    assert sorted(card["query"] for card in cards) == queries.queries.tolist()
+    for card in cards:
+        row = card["query"]
+        assert card["ranks"] == [queries.first_ranks[row] + 1, queries.ranks[row] + 1]
+        best = queries.candidates[row][np.argsort(-queries.scores[row], kind="stable")][:3]
+        assert [int(hit["photo"]) for hit in card["hits"][1]] == best.tolist()
+        assert [int(hit["photo"]) for hit in card["hits"][0]] == queries.candidates[row][:3].tolist()
+        assert [hit["right"] for hit in card["hits"][1]] == (best == queries.images[row]).tolist()
+        assert card["hits"][1][0]["right"] == (card["outcome"] in ("mended", "right"))
+        for triplet in card["triplets"]:
+            assert {"triplet", "state"} < set(triplet["maps"][0]) and triplet["maps"][0]["photo"] == card["image"]
+    assert {verb["verb"] for verb in data["verbs"]} >= {"chase", "kick"}
+
+
+def test_no_text_leaves_the_data_and_nothing_is_fetched(page):
+    text, data = data_of(page)
+    assert text.count("<script") == text.count("</script>") == 2 and EVIL not in text
+    assert EVIL in [card.get("text") for card in data["cards"]]
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)[^"']""", re.sub(r'id="data">.*?</script>', "", text))
+    assert "default-src 'none'" in text
+    assert [plot["title"].split(",")[0] for plot in data["plots"]] == [
+        "Rows with 95 % intervals (bootstrap over images)", "Ablations"]  # fmt: skip
+    assert "a &lt;b&gt;" in data["plots"][1]["svg"]
+
+
+def test_refusals(page, shards, tmp_path, capsys):
+    main = launcher("launchers/report.py").main
+    for arguments, message in (
+        (["--results", str(tmp_path / "none.json")], "expected a results file"),
+        (["--results", str(page / "results.json"), "--row", "other"], "no row 'other', expected one of 'base CLIP'"),
+        (["--results", str(page / "results.json"), "--data.shards", str(shards)], "other captions than"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(AmpError, match="no results of a sweep"):
+        sweep_plot(tmp_path / "x.csv")
+
+
+@pytest.fixture(scope="module")
+def browser(page, tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("needs chromium and chromedriver, e.g. apt install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update", "window-size=1280,900",
+                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    found.get(f"file://{page}/report.html")
+    yield found
+    found.quit()
+
+
+def press(browser, keys):
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser).send_keys(keys).perform()
+
+
+def shown(browser):
+    return browser.execute_script("return [...document.querySelectorAll('.card')].map(c => c.innerText)")
+
+
+def test_the_browser_shows_everything_and_runs_no_caption(page, browser):
+    _, data = data_of(page)
+    assert browser.title == "A <i>title</i>"
+    assert len(shown(browser)) == len(data["cards"])
+    assert browser.execute_script("return document.querySelectorAll('.card b b, .card img[src=x]').length") == 0
+    assert any("</script><img" in text for text in shown(browser))
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    cells = browser.execute_script("return [...document.querySelectorAll('#results tbody tr')].map(r => r.innerText)")
+    assert f"{data['table'][1]['values'][-1]:.1f}" in cells[1]
+
+
+def test_filters_and_their_address(page, browser):
+    _, data = data_of(page)
+    for key, outcome in (("m", "mended"), ("b", "broken")):
+        press(browser, key)
+        expected = sum(card["outcome"] == outcome for card in data["cards"])
+        assert len(shown(browser)) == expected and f"outcome={outcome}" in browser.current_url
+        assert f"{expected} of {len(data['cards'])}" in browser.execute_script(
+            "return document.getElementById('count').textContent"
+        )
+    press(browser, "\ue00c")  # Escape
+    verb = data["verbs"][0]["verb"]
+    browser.execute_script("document.querySelector('#verbs tbody button').click()")
+    expected = [card for card in data["cards"] if verb in card["verbs"] and card["direction"] == "t2i"]
+    assert len(shown(browser)) == len(expected) > 0
+    address = browser.current_url
+    browser.get("about:blank")
+    browser.get(address)
+    assert len(shown(browser)) == len(expected)
+    press(browser, "\ue00c")
+    press(browser, "/")
+    press(browser, "house 28 on day 0")
+    assert len(shown(browser)) == sum("house 28 on day 0" in json.dumps(card) for card in data["cards"]) > 0
+    press(browser, "\ue00c")
+    assert len(shown(browser)) == len(data["cards"])
+
+
+def test_keys_move_and_open_attention(browser):
+    press(browser, "\ue00c")
+    press(browser, "jj")
+    place = "return [...document.querySelectorAll('.card')].indexOf(document.activeElement)"
+    assert browser.execute_script(place) == 1
+    press(browser, "k")
+    assert browser.execute_script(place) == 0
+    browser.execute_script(
+        "[...document.querySelectorAll('.card')].find(c => c.querySelector('.triplet')).focus({preventScroll: true})"
+    )
+    press(browser, "1")
+    for _ in range(50):
+        drawn = browser.execute_script("return document.querySelectorAll('.maps canvas[data-drawn]').length")
+        if drawn >= 2:
+            break
+        time.sleep(0.1)
+    assert drawn >= 2
+    colours = browser.execute_script(
+        "const c = document.querySelector('.maps canvas');"
+        "return new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
+    )
+    assert colours > 50
+    press(browser, "1")
+    assert browser.execute_script("return document.querySelectorAll('.maps').length") == 0
+
+
+def test_light_dark_and_a_phone(browser):
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    before = browser.execute_script(ground)
+    press(browser, "t")
+    assert browser.execute_script(ground) != before
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        columns = browser.execute_script(
+            "return getComputedStyle(document.querySelector('.card')).gridTemplateColumns.split(' ').length"
+        )
+        assert columns == 1
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
