@@ -223,16 +223,21 @@ class Backbone(nn.Module):
     # -- identity ---------------------------------------------------------------------------------------------------
 
     def weights_hash(self, tower: str = "both") -> str:
-        """SHA-256 over names, shapes and bytes of the weights of ``vision``, ``text`` or ``both`` towers.
+        """`weights_hash` of the CLIP."""
+        return weights_hash(self.clip, self.quick_gelu, tower)
 
-        The temperature is left out: open_clip stores it as a scalar or as a vector of one.
-        """
-        digest = hashlib.sha256(f"quick_gelu={self.quick_gelu}".encode())
-        for name, tensor in sorted(self.clip.state_dict().items()):
-            is_vision = name.startswith("visual.")
-            if name in ("logit_scale", "logit_bias") or (tower != "both" and is_vision != (tower == "vision")):
-                continue
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            if tensor.device.type != "meta":
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+
+def weights_hash(clip: nn.Module, quick_gelu: bool, tower: str = "both") -> str:
+    """SHA-256 over names, shapes and bytes of the weights of ``vision``, ``text`` or ``both`` towers of any CLIP.
+
+    The temperature is left out: open_clip stores it as a scalar or as a vector of one.
+    """
+    digest = hashlib.sha256(f"quick_gelu={quick_gelu}".encode())
+    for name, tensor in sorted(clip.state_dict().items()):
+        is_vision = name.startswith("visual.")
+        if name in ("logit_scale", "logit_bias") or (tower != "both" and is_vision != (tower == "vision")):
+            continue
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -49,24 +49,11 @@ def create_model_and_transforms(
         raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
     if adapter is not None and prompt_config is not None:
         raise AmpError("give either prompt_config or adapter: an adapter file holds the settings it was trained with")
-    refuse_quick_gelu_mismatch(model_name, pretrained, open_clip_kwargs.get("force_quick_gelu", False))
-    refuse_unknown_model(model_name, pretrained)
     meta = torch.device(device).type == "meta"
+    clip, preprocess_train, preprocess_val = load_clip(model_name, pretrained, meta, **open_clip_kwargs)
     with torch.device("meta" if meta else "cpu"):
-        # Weights are loaded in fp32 whatever the precision: their hash names the base model in adapters and caches.
-        try:
-            clip, preprocess_train, preprocess_val = open_clip.create_model_and_transforms(
-                model_name, pretrained, device="meta" if meta else "cpu", **open_clip_kwargs
-            )
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise AmpError(
-                f"model {model_name!r} with pretrained {pretrained!r}: open_clip can't load it ({reason[:300]}). Check "
-                "the network, or give files that are there: --model.name local-dir:FOLDER, or --model.pretrained FILE"
-            ) from error
         base_hash = Backbone(clip).weights_hash()
-        if precision in LOW_PRECISION:
-            open_clip.convert_weights_to_lp(clip, LOW_PRECISION[precision])
+        clip = to_precision(clip, precision)
         if adapter is not None:
             from amp.checkpoint import (  # the checkpoint module builds on this one's model
                 load_adapter_state,
@@ -81,6 +68,35 @@ def create_model_and_transforms(
         if adapter is not None:
             load_adapter_state(model, weights, where=adapter)
     return model.to(device), preprocess_train, preprocess_val
+
+
+def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False, **open_clip_kwargs):
+    """Any model of open_clip in fp32 on the CPU, or with `meta` its shapes, with its two transforms.
+
+    Weights are loaded in fp32 whatever the precision wanted: their hash names the base model in adapters and caches.
+
+    Raises:
+        AmpError: QuickGELU of model and weights differ, or weights that can't be downloaded or read.
+    """
+    refuse_quick_gelu_mismatch(model_name, pretrained, open_clip_kwargs.get("force_quick_gelu", False))
+    refuse_unknown_model(model_name, pretrained)
+    device = "meta" if meta else "cpu"
+    with torch.device(device):
+        try:
+            return open_clip.create_model_and_transforms(model_name, pretrained, device=device, **open_clip_kwargs)
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise AmpError(
+                f"model {model_name!r} with pretrained {pretrained!r}: open_clip can't load it ({reason[:300]}). Check "
+                "the network, or give files that are there: --model.name local-dir:FOLDER, or --model.pretrained FILE"
+            ) from error
+
+
+def to_precision(clip: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """The model with weights in ``fp32``, ``bf16`` or ``fp16``, as open_clip casts them."""
+    if precision in LOW_PRECISION:
+        open_clip.convert_weights_to_lp(clip, LOW_PRECISION[precision])
+    return clip
 
 
 def get_tokenizer(model_name: str):

@@ -44,7 +44,7 @@ class World:
 
     def retrieval(self, captions=None, **settings) -> Retrieval:
         settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
-        return Retrieval(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
+        return Retrieval.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
 
     def pair_score(self, image: int, caption: int) -> float:
         """Of an image conditioned on a caption's knowledge, through the public call."""

@@ -42,7 +42,9 @@ class FrozenFeatures:
             raise AmpError(f"{folder}: can't be read ({error}). Remove the folder; it is made again") from error
 
 
-class _Images(Dataset):
+class SplitImages(Dataset):
+    """The images of a split as a model wants them."""
+
     def __init__(self, split: ShardSplit, preprocess):
         self.split, self.preprocess = split, preprocess
 
@@ -92,7 +94,9 @@ def compute_frozen_features(
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), 1 + backbone.num_patches, backbone.vision_width)
     workers = decoding_workers(workers)
-    loader = DataLoader(_Images(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        SplitImages(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda"
+    )
 
     def fill(early: np.ndarray | None) -> np.ndarray:
         base, done = np.empty((len(split), backbone.embed_dim), np.float32), 0

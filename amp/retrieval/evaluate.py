@@ -126,17 +126,17 @@ class Retrieval:
 
     Args:
         captions: Of the split.
-        frozen: Stored image features of the split.
-        collate: Turns knowledge into tensors; its store also holds the caption features.
+        frozen: Stored image features of the split; early tokens are for models.
+        text: The frozen caption features (C, d).
+        knowledge: Of the captions; None for the base model alone.
         settings: See `RetrievalSettings`.
         device: Where scores are computed.
     """
 
-    def __init__(self, captions: SplitCaptions, frozen: FrozenFeatures, collate: KnowledgeCollator,
-                 settings: RetrievalSettings, device: torch.device):  # fmt: skip
+    def __init__(self, captions: SplitCaptions, frozen: FrozenFeatures, text: torch.Tensor,
+                 knowledge: KnowledgeBatch | None, settings: RetrievalSettings, device: torch.device):  # fmt: skip
         self.captions, self.frozen, self.settings, self.device = captions, frozen, settings, device
-        self.text = torch.from_numpy(collate.store.lookup(captions.texts)).to(device)
-        self.knowledge: KnowledgeBatch = collate(captions.knowledge)
+        self.text, self.knowledge = text.to(device), knowledge
         base = torch.from_numpy(np.array(frozen.base)).to(device)
         gallery_images = torch.arange(captions.images)
         self.queries = {
@@ -157,6 +157,13 @@ class Retrieval:
             )
             self.first[direction] = FirstStage(*(x.cpu() for x in (found.candidates, found.scores, found.ranks)))
             self.first_seconds[direction] = time.perf_counter() - start
+
+    @classmethod
+    def stored(cls, captions: SplitCaptions, frozen: FrozenFeatures, collate: KnowledgeCollator,
+               settings: RetrievalSettings, device: torch.device) -> "Retrieval":  # fmt: skip
+        """With caption features and knowledge from a store of text features."""
+        text = torch.from_numpy(collate.store.lookup(captions.texts))
+        return cls(captions, frozen, text, collate(captions.knowledge), settings, device)
 
     def base(self) -> dict[str, Ranking]:
         """The frozen CLIP alone."""

@@ -92,10 +92,11 @@ def training_plot(runs: dict[str, Path]) -> str | None:
             for stage, style in (("stage1", "-"), ("stage2", ":")):
                 if points := tags.get(f"{stage}/loss"):
                     left.plot(*zip(*points, strict=True), style, color=colour, label=f"{name}, {stage}", linewidth=1.3)
-            for tag, style in (("validation/t2i_R@1", "-o"), ("validation/i2t_R@1", ":o")):
-                if points := tags.get(tag):
-                    right.plot(*zip(*points, strict=True), style, color=colour, markersize=3, linewidth=1.3,
-                               label=f"{name}, {tag[11:14]}")  # fmt: skip
+            for tag in (tag for tag in tags if tag.startswith("validation/") and tag.endswith("_R@1")):
+                direction = tag.removeprefix("validation/").removesuffix("_R@1").replace("_", " ")
+                style = {"t2i": "-o", "i2t pooled": "--o"}.get(direction, ":o")
+                right.plot(*zip(*tags[tag], strict=True), style, color=colour, markersize=3, linewidth=1.3,
+                           label=f"{name}, {direction}")  # fmt: skip
         for axes, title in ((left, "training loss"), (right, "validation R@1, percent")):
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("optimizer step")

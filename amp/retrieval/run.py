@@ -4,13 +4,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import accelerate
 import numpy as np
 import open_clip
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 
 from amp.checkpoint import load_adapter_state, read_adapter
@@ -20,6 +21,7 @@ from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
 from amp.model import ActionAwareCLIP
+from amp.retrieval.baseline import baseline
 from amp.retrieval.bootstrap import interval, resampled_recalls
 from amp.retrieval.evaluate import Ranking, Retrieval, RetrievalSettings, SplitCaptions
 from amp.retrieval.metrics import KS
@@ -73,6 +75,88 @@ class Evaluation:
         self.result.save_json(out)
 
 
+@dataclass
+class Run:
+    """What the parts of an evaluation share."""
+
+    config: TrainConfig
+    split: ShardSplit
+    captions: SplitCaptions
+    search: RetrievalSettings
+    accelerator: Accelerator
+    terminal: Terminal
+    precision: str
+    bootstrap: int
+
+    def begin(self, retrieval: Retrieval, described: dict, adapters: dict[str, str]) -> Evaluation:
+        """An evaluation with the base model's row."""
+        found = protocol(self, described, adapters)
+        evaluation = Evaluation(found, retrieval.fold, self.bootstrap, self.config.seed)
+        base = retrieval.base()
+        evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
+        return evaluation
+
+
+def images_of(retrieval: Retrieval) -> dict[str, torch.Tensor]:
+    """The image of each query by direction."""
+    return {direction: positives.query_image for direction, positives in retrieval.positives.items()}
+
+
+def _partial(out: Path) -> Path:
+    return out.with_suffix(".partial")
+
+
+def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe], text_only: bool, out: Path,
+                 ) -> tuple[Evaluation, dict[str, Ranking]]:  # fmt: skip
+    """Rows of base model, text-only control, adapters and probes, and the last adapter's rankings."""
+    config, accelerator, terminal, captions = run.config, run.accelerator, run.terminal, run.captions
+    base, _, preprocess = create_model_and_transforms(
+        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
+        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+    )  # fmt: skip
+    models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
+    described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
+                 "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
+    evaluation, rankings = None, {}
+    for name, model in models.items():
+        collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
+        k = model.config.max_triplets
+        prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(k, model.config.knowledge))
+        frozen = prepare_images(accelerator, terminal, run.split, model, preprocess, config.data.cache,
+                                config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
+        retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
+        images = images_of(retrieval)
+        if evaluation is None:
+            evaluation = run.begin(retrieval, described, dict(named))
+            if text_only:
+                # The first model need not read states.
+                states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
+                prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
+                text = enriched_text(retrieval.text, states(captions.knowledge))
+                for row, pair in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
+                    evaluation.add(row, *pair, images)
+        if not named:
+            break
+        model.eval()
+
+        def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
+            with terminal.progress(title) as report:
+                return searched.rank(model, accelerator.autocast, lambda _, done, total: report(done, total),
+                                     _partial(out), run.precision)  # fmt: skip
+
+        rankings = ranked(retrieval, f"re-ranking with {name}")
+        for row, pair in retrieval.methods(name, rankings).items():
+            evaluation.add(row, *pair, images)
+        for kind in probes if model.knowledge_aware else ():
+            spoilt = probe(retrieval, kind, model, preprocess, config.seed)
+            found = ranked(spoilt, f"probe {kind} of {name}")
+            for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
+                evaluation.add(row, *pair, images)
+        if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
+            evaluation.save(out)
+    return evaluation, rankings
+
+
 def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: RetrievalSettings, out: Path,
              gallery: str | None = None, probes: Sequence[Probe] = (), text_only: bool = False, bootstrap: int = 1000,
              ) -> ResultFile:  # fmt: skip
@@ -100,51 +184,14 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     accelerator = make_accelerator(config, training=False)
     terminal = Terminal(accelerator.is_main_process)
     split = ShardSplit(config.data.shards, split_name)
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
     captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
-    models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
-    evaluation, partial = None, out.with_suffix(".partial")
     precision = f"{config.model.precision}, autocast {accelerator.mixed_precision}"
-    for name, model in models.items():
-        collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
-        k = model.config.max_triplets
-        texts = captions.all_texts(k, model.config.knowledge)
-        prepare_texts(accelerator, terminal, collate.store, model, texts)
-        frozen = prepare_images(accelerator, terminal, split, model, preprocess, config.data.cache,
-                                config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
-        retrieval = Retrieval(captions, frozen, collate, search, accelerator.device)
-        images = {direction: positives.query_image for direction, positives in retrieval.positives.items()}
-        if evaluation is None:
-            found = protocol(config, split, captions, search, base, dict(named), precision, bootstrap)
-            evaluation = Evaluation(found, retrieval.fold, bootstrap, config.seed)
-            evaluation.add("base CLIP", *(retrieval.base()[d] for d in ("i2t", "t2i")), images, base=True)
-            if text_only:
-                # The first model need not read states.
-                states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
-                prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
-                text = enriched_text(retrieval.text, states(captions.knowledge))
-                for row, rankings in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
-                    evaluation.add(row, *rankings, images)
-        if not named:
-            break
-        model.eval()
-        with terminal.progress(f"re-ranking with {name}") as report:
-            rankings = retrieval.rank(model, accelerator.autocast, lambda _, done, total, r=report: r(done, total),
-                                      partial, precision)  # fmt: skip
-        for row, pair in retrieval.methods(name, rankings).items():
-            evaluation.add(row, *pair, images)
-        for kind in probes if model.knowledge_aware else ():
-            with terminal.progress(f"probe {kind} of {name}") as report:
-                spoilt = probe(retrieval, kind, model, preprocess, config.seed)
-                found = spoilt.rank(model, accelerator.autocast, lambda _, done, total, r=report: r(done, total),
-                                    partial, precision)  # fmt: skip
-            for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
-                evaluation.add(row, *pair, images)
-        if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
-            evaluation.save(out)
+    run = Run(config, split, captions, search, accelerator, terminal, precision, bootstrap)
+    if named or text_only:
+        evaluation, rankings = _with_models(run, named, probes, text_only, out)
+    else:
+        retrieval, described = baseline(config.model, config.data, split, captions, search, accelerator, terminal)
+        evaluation = run.begin(retrieval, described, {})
     accelerator.wait_for_everyone()  # no process reads partial scores any more
     if accelerator.is_main_process:
         evaluation.save(out)
@@ -152,7 +199,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
             rows = [row.name for row in evaluation.result.rows[1:]]
             verbs = {row: by_verb(evaluation.queries, row, captions.knowledge) for row in rows}
             save_verbs(out.with_suffix(".verbs.csv"), verbs)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(_partial(out), ignore_errors=True)
         evaluation.result.print_table(Console())
         if gallery is not None:
             draw_retrievals(Path(gallery), split, captions, rankings)
@@ -181,9 +228,9 @@ def adapted(base: ActionAwareCLIP, model_name: str, path: str) -> ActionAwareCLI
     return model.to(base.logit_scale.device)
 
 
-def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, search: RetrievalSettings,
-             base: ActionAwareCLIP, adapters: dict[str, str], precision: str, bootstrap: int) -> dict:  # fmt: skip
-    """All that the figures depend on, as JSON values."""
+def protocol(run: Run, described: dict, adapters: dict[str, str]) -> dict:
+    """All that the figures depend on, as JSON values; `described` is what is said of the base model."""
+    config, split, captions, search, bootstrap = run.config, run.split, run.captions, run.search, run.bootstrap
     manifest = ShardManifest.load(config.data.shards)
     return {
         "dataset": Path(config.data.shards).name,
@@ -198,8 +245,7 @@ def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, se
         "bootstrap": f"{bootstrap} samples of the images, seed {config.seed}" if bootstrap else "none",
         "model": config.model.name,
         "pretrained": config.model.pretrained,
-        "weights_sha256": base.base_hash,
-        "quick_gelu": base.backbone.quick_gelu,
+        **described,
         "adapters": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in adapters.items()},
         "top_k": search.top_k,
         "i2t": search.i2t,
@@ -209,9 +255,8 @@ def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, se
         "tie_rule": "equal scores keep the gallery's order",
         "prompt_prefix": "",
         "resize": config.model.resize_mode or "model default",
-        "image_size": list(base.backbone.visual.image_size),
         "kinds": config.data.kinds,
-        "precision": precision,
+        "precision": run.precision,
         "knowledge": manifest.provenance.get("knowledge"),
         "versions": {
             "open-clip-amp": __version__, "open_clip": open_clip.__version__, "torch": torch.__version__,

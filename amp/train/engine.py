@@ -190,7 +190,9 @@ class Run:
         self.retrieval = None
         if val_split is not None:
             features = self.images(val_split, preprocess_val)
-            self.retrieval = Retrieval(val_captions, features, self.collate, config.validation, accelerator.device)
+            self.retrieval = Retrieval.stored(
+                val_captions, features, self.collate, config.validation, accelerator.device
+            )
         self.terminal.say(
             f"{len(self.split):,} training images, {len(captions.texts):,} captions, {self.order.steps:,} steps of "
             f"{data.batch_size} x {accelerator.num_processes} an epoch"

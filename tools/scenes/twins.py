@@ -212,7 +212,7 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
         prepare_texts(accelerator, terminal, collate.store, model, texts)
         frozen = prepare_images(accelerator, terminal, split, model, preprocess, data.cache, data.cache_dtype,
                                 data.batch_size, data.workers)  # fmt: skip
-        retrieval = Retrieval(captions, frozen, collate, RetrievalSettings(), accelerator.device)
+        retrieval = Retrieval.stored(captions, frozen, collate, RetrievalSettings(), accelerator.device)
         if model is base:
             image = torch.from_numpy(np.array(frozen.base))
             rows.append({"name": name, **accuracy(comparisons, base_score(image, retrieval.text.cpu()))})

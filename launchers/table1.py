@@ -1,0 +1,54 @@
+"""Renders Table 1: the paper's figures, open_clip's, and those of runs here, with the paper's anomalies marked.
+
+python launchers/table1.py --out results/table1.md
+python launchers/table1.py --commands true         (what to run for the lines that are empty)
+"""
+
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser
+
+from amp.errors import exit_on_error
+
+
+@dataclass
+class TableSettings:
+    """The table.
+
+    Args:
+        published: File of published figures.
+        results: Folder of result files, ID.coco.json and ID.flickr30k.json.
+        out: Markdown file; null only prints.
+        commands: Print the commands for the figures that are missing instead.
+    """
+
+    published: str = "results/table1_published.yaml"
+    results: str = "runs/table1"
+    out: str | None = None
+    commands: bool = False
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="launchers/table1.py", description=__doc__.split("\n")[0])
+    parser.add_class_arguments(TableSettings, as_group=False)
+    settings = TableSettings(**vars(parser.parse_args(arguments)))
+    with exit_on_error():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        from amp.retrieval.results import write_atomically
+        from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
+
+        rows, sources = load_published(settings.published)
+        add_results(rows, settings.results)
+        if settings.commands:
+            print("\n".join(commands(rows, settings.results)))
+            return
+        text = render_markdown(rows, sources)
+        if settings.out is not None:
+            write_atomically(settings.out, text.encode())
+        Console().print(Markdown(text))
+
+
+if __name__ == "__main__":
+    main()

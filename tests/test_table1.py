@@ -1,0 +1,203 @@
+"""Table 1: published figures, anomalies by hand, runs found by name, and baselines of towers that have no prompts."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+from clip_benchmark.metrics import zeroshot_retrieval
+from helpers import ROOT, launcher, run_ranks
+from safetensors.torch import save_file
+
+from amp.data.split import ShardSplit
+from amp.errors import AmpError
+from amp.retrieval.evaluate import SplitCaptions
+from amp.retrieval.results import ResultFile
+from amp.retrieval.table1 import DATASETS, anomalies, commands, load_published, render_markdown
+
+PUBLISHED = ROOT / "results/table1_published.yaml"
+
+
+@pytest.fixture
+def rows():
+    return load_published(PUBLISHED)[0]
+
+
+def test_every_row_of_the_paper_is_there(rows):
+    paper = {(row.backbone, row.method) for row in rows if "paper" in row.figures["coco"]}
+    assert paper == {
+        *(("ViT-B/32", m) for m in ("CLIP", "MGCA", "PyramidCLIP", "CLIPDualDIS", "OpenCLIP", "SaCo", "action-aware")),
+        *(("ViT-B/16", m) for m in ("CLIP", "MGCA", "PyramidCLIP", "EVA-02-CLIP", "FineCLIP", "SaCo", "action-aware")),
+        *(("ViT-L/14-336", m) for m in ("CLIP", "MGCA", "FILIP", "REACT", "MetaCLIP", "action-aware")),
+    }
+    text = "".join(path.read_text() for path in (ROOT / "../shared/paper").glob("*.txt"))
+    if text:  # the paper is not in the repository
+        for row in rows:
+            values = [*row.figures["coco"].get("paper", []), *row.figures["flickr30k"].get("paper", [])]
+            printed = "\t".join("-" if v is None else f"{v:.1f}" for v in values)
+            plain = text.replace("<b>", "").replace("</b>", "").replace("<u>", "").replace("</u>", "")
+            assert not values or printed in plain, row.name
+
+
+def test_the_papers_anomalies_are_found(rows):
+    found = {(row.name, dataset): text for row, dataset, text in anomalies(rows) if "open_clip" not in text}
+    pairs = {(row.name, dataset, text.split(",")[0]) for row, dataset, text in anomalies(rows)}
+    assert ("CLIP, ViT-L/14-336", "coco", "Rsum is printed as 394.2") in pairs
+    assert found["CLIPDualDIS, ViT-B/32", "coco"] == "all three t2i figures equal those of CLIP, ViT-L/14-336"
+    assert found["CLIP, ViT-L/14-336", "coco"] == "all three t2i figures equal those of CLIPDualDIS, ViT-B/32"
+    assert len([p for p in pairs if p[2].startswith("Rsum")]) == 1
+    far = [text for row, dataset, text in anomalies(rows) if row.name == "CLIP, ViT-L/14-336" and "open_clip" in text]
+    assert "t2i R@5 63.4 against 61.6" in far[0]
+
+
+def test_runs_are_read_and_the_others_have_commands(rows, tmp_path, capsys):
+    missing = commands(rows, "runs/table1")
+    assert sum("launchers/train.py" in line for line in missing) == 6 and len(missing) == 26
+    result = ResultFile.load_json(_result(tmp_path / "clip_vit_b32.coco.json"))
+    launcher("launchers/table1.py").main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--out",
+                                          str(tmp_path / "table.md")])  # fmt: skip
+    text = (tmp_path / "table.md").read_text()
+    figures = [*result.rows[0].i2t.recall.values(), *result.rows[0].t2i.recall.values(), result.rows[0].rsum]
+    assert f"| ViT-B/32 | CLIP | here | {' | '.join(f'{v:.1f}' for v in figures)} |" in text
+    assert "| ViT-B/16 | CLIP | here |  |  |  |  |  |  |  |" in text
+    assert (
+        "| ViT-B/32 | CLIPDualDIS | paper [2] |" in text and "here" not in text.split("CLIPDualDIS")[1].split("\n")[0]
+    )
+    capsys.readouterr()
+    launcher("launchers/table1.py").main(
+        ["--published", str(PUBLISHED), "--results", str(tmp_path), "--commands", "true"]
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 25
+
+
+def test_the_table_in_the_repository_is_current(rows):
+    assert (ROOT / "results/table1.md").read_text() == render_markdown(*load_published(PUBLISHED))
+
+
+def _result(path: Path) -> Path:
+    side = {"recall": {"R@1": 10.0, "R@5": 20.0, "R@10": 30.0}, "ceiling": {"R@1": 40.0, "R@5": 40.0, "R@10": 40.0},
+            "chance": {"R@1": 1.0, "R@5": 5.0, "R@10": 10.0}, "queries": 10, "top_k": 20, "seconds": 1.0}  # fmt: skip
+    content = {"format": "open-clip-amp retrieval results", "version": 1, "protocol": {},
+               "rows": [{"name": "base CLIP", "i2t": side, "t2i": side}]}  # fmt: skip
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_other_files_are_refused(tmp_path):
+    for content, message in (
+        ("rows: 3", "not a file of published figures"),
+        ("a: [", "not a file of published figures"),
+    ):
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(AmpError, match=message):
+            load_published(tmp_path / "x.yaml")
+    content = yaml.safe_load(PUBLISHED.read_text())
+    content["rows"][0]["coco"]["paper"] = [1.0]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(AmpError, match="CLIP, ViT-B/32, coco, paper has 1 figures, expected 7"):
+        load_published(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launchers/configs/table1").glob("*_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_configs_name_models_that_open_clip_has(path, dataset, rows):
+    parser = launcher("launchers/evaluate.py").parser()
+    parsed = parser.parse_args(["--config", str(path.parent / f"{dataset}.yaml"), "--config", str(path)])
+    assert open_clip.get_pretrained_cfg(parsed.model.name, parsed.model.pretrained) or open_clip.get_pretrained_cfg(
+        parsed.model.name.removesuffix("-quickgelu"), parsed.model.pretrained
+    )
+    assert open_clip.get_model_config(parsed.model.name)
+    assert parsed.data.shards == f"data/{dataset}"
+    assert path.stem in {row.id for row in rows}
+
+
+def test_each_row_with_an_id_has_its_config(rows):
+    for row in rows:
+        if row.configs:
+            assert all((ROOT / "launchers/configs" / name).is_file() for name in row.configs.values())
+        elif row.id:
+            assert (ROOT / f"launchers/configs/table1/{row.id}.yaml").is_file()
+
+
+# -- baselines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory):
+    """A model whose image tower is timm's, in open_clip's own format; with SigLIP's bias on the logits."""
+    folder = tmp_path_factory.mktemp("timm") / "tiny-timm"
+    folder.mkdir()
+    config = {
+        "embed_dim": 16, "init_logit_bias": -10, "custom_text": True,
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "avg",
+                       "timm_proj": "linear", "image_size": 160},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    preprocess = {"size": 160, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+                  "resize_mode": "squash"}  # fmt: skip
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def _evaluate(name, shards, out):
+    launcher("launchers/evaluate.py").main([
+        "--model.name", name, "--model.pretrained", "null", "--data.shards", str(shards), "--data.batch_size", "5",
+        "--data.workers", "0", "--out", str(out), "--bootstrap", "20",
+    ])  # fmt: skip
+    return ResultFile.load_json(out)
+
+
+@pytest.mark.parametrize("tower", ["timm", "native"])
+def test_a_baseline_equals_clip_benchmark(tower, timm_folder, clip_folder, shards, tmp_path, fresh_accelerate):
+    name = timm_folder if tower == "timm" else clip_folder
+    result = _evaluate(name, shards, tmp_path / "out.json")
+    clip, _, preprocess = open_clip.create_model_and_transforms(name)
+    split = ShardSplit(shards, "test")
+    captions = SplitCaptions.read(split, ("action",))
+    texts = [[t for t, i in zip(captions.texts, captions.image.tolist(), strict=True) if i == n] for n in range(12)]
+    loader = [(torch.stack([preprocess(split.image(i)) for i in range(12)]), texts)]
+    expected = zeroshot_retrieval.evaluate(
+        clip.eval(), loader, open_clip.get_tokenizer(name), "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    (row,) = result.rows
+    for k in (1, 5, 10):
+        assert row.t2i.recall[k] == pytest.approx(100 * expected[f"image_retrieval_recall@{k}"], abs=1e-4)
+        assert row.i2t.recall[k] == pytest.approx(100 * expected[f"text_retrieval_recall@{k}"], abs=1e-4)
+    assert result.protocol["image_size"] == ([160, 160] if tower == "timm" else [32, 32])
+    assert row.rsum_interval is not None and not (tmp_path / "out.verbs.csv").exists()
+
+
+def test_a_timm_tower_takes_no_adapter(timm_folder, shards, tmp_path, capsys, fresh_accelerate):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        launcher("launchers/evaluate.py").main([
+            "--model.name", timm_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--out",
+            str(tmp_path / "out.json"), "--adapters", f"[x={tmp_path}/a.safetensors]",
+        ])  # fmt: skip
+    assert "expected open_clip's native VisionTransformer" in capsys.readouterr().err
+
+
+def _rank_rows(name, shards, out):
+    return [(row.i2t.recall, row.t2i.recall) for row in _evaluate(name, shards, out).rows]
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_baseline_of_one(clip_folder, shards, tmp_path, fresh_accelerate):
+    one = _rank_rows(clip_folder, shards, tmp_path / "one.json")
+    two = run_ranks(_rank_rows_of_two, tmp_path / "ranks", clip_folder, shards, tmp_path / "two.json")
+    assert two[0] == one
+
+
+def _rank_rows_of_two(name, shards, out):
+    from amp.retrieval.evaluate import RetrievalSettings
+    from amp.retrieval.run import evaluate
+    from amp.train.config import DataSettings, ModelSettings, TrainConfig
+
+    config = TrainConfig(model=ModelSettings(name, None), data=DataSettings(str(shards), workers=0, batch_size=5))
+    result = evaluate(config, "test", [], RetrievalSettings(), Path(out), bootstrap=20)
+    return [(row.i2t.recall, row.t2i.recall) for row in result.rows]
