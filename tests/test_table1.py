@@ -7,15 +7,19 @@ import open_clip
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from clip_benchmark.metrics import zeroshot_retrieval
 from helpers import ROOT, launcher, run_ranks
 from safetensors.torch import save_file
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.retrieval.evaluate import SplitCaptions
+from amp.retrieval.baseline import baseline
+from amp.retrieval.evaluate import RetrievalSettings, SplitCaptions
 from amp.retrieval.results import ResultFile
 from amp.retrieval.table1 import DATASETS, anomalies, commands, load_published, render_markdown
+from amp.terminal import Terminal
+from amp.train.config import DataSettings, ModelSettings
 
 PUBLISHED = ROOT / "results/table1_published.yaml"
 
@@ -182,22 +186,17 @@ def test_a_timm_tower_takes_no_adapter(timm_folder, shards, tmp_path, capsys, fr
     assert "expected open_clip's native VisionTransformer" in capsys.readouterr().err
 
 
-def _rank_rows(name, shards, out):
-    return [(row.i2t.recall, row.t2i.recall) for row in _evaluate(name, shards, out).rows]
+def _rank_row(name, shards):
+    split, terminal = ShardSplit(shards, "test"), Terminal(False)
+    model, data = ModelSettings(name, None), DataSettings(str(shards), workers=0, batch_size=5)
+    captions = SplitCaptions.read(split, ("action",))
+    retrieval, described = baseline(model, data, split, captions, RetrievalSettings(), Accelerator(cpu=True), terminal)
+    row = retrieval.base_row()
+    return row.i2t.recall, row.t2i.recall, retrieval.first["t2i"].candidates.tolist(), described
 
 
 @pytest.mark.distributed
 def test_two_ranks_give_the_baseline_of_one(clip_folder, shards, tmp_path, fresh_accelerate):
-    one = _rank_rows(clip_folder, shards, tmp_path / "one.json")
-    two = run_ranks(_rank_rows_of_two, tmp_path / "ranks", clip_folder, shards, tmp_path / "two.json")
-    assert two[0] == one
-
-
-def _rank_rows_of_two(name, shards, out):
-    from amp.retrieval.evaluate import RetrievalSettings
-    from amp.retrieval.run import evaluate
-    from amp.train.config import DataSettings, ModelSettings, TrainConfig
-
-    config = TrainConfig(model=ModelSettings(name, None), data=DataSettings(str(shards), workers=0, batch_size=5))
-    result = evaluate(config, "test", [], RetrievalSettings(), Path(out), bootstrap=20)
-    return [(row.i2t.recall, row.t2i.recall) for row in result.rows]
+    one = _rank_row(clip_folder, shards)
+    assert run_ranks(_rank_row, tmp_path / "ranks", clip_folder, shards) == [one, one]
+    assert len({tuple(row) for row in one[2]}) > 10
