@@ -168,9 +168,9 @@ def _members(path: Path) -> list[tuple[str, bytes]]:
         return [(member.name, tar.extractfile(member).read()) for member in tar]
 
 
-def _replace(shards: Path, split: str, members: list[tuple[str, bytes]], honest: bool) -> Path:
-    """Writes the first shard of a split anew; with `honest` the manifest states its new size."""
-    path = ShardManifest.load(shards).split(split)[0].path
+def _replace(shards: Path, split: str, members: list[tuple[str, bytes]], honest: bool, shard: int = 0) -> Path:
+    """Writes a shard of a split anew; with `honest` the manifest states its new size."""
+    path = ShardManifest.load(shards).split(split)[shard].path
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
@@ -178,7 +178,7 @@ def _replace(shards: Path, split: str, members: list[tuple[str, bytes]], honest:
             tar.addfile(member, io.BytesIO(data))
     if honest:
         content = json.loads((shards / "manifest.json").read_text())
-        entry = content["splits"][split]["shards"][0]
+        entry = content["splits"][split]["shards"][shard]
         entry |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         (shards / "manifest.json").write_text(json.dumps(content))
     return path
@@ -366,3 +366,50 @@ def test_init_with_other_prompt_settings(run, train, refused, clip_folder, tmp_p
 def test_a_picture_without_adapters_is_refused_before_anything_runs(run, evaluate, refused, tmp_path):
     assert "--adapters" in refused(lambda: run(evaluate, gallery=tmp_path / "picture.png"))
     assert not (tmp_path / "run" / "out.json").exists()
+
+
+# -- retrieval --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_give_no_figures(run, evaluate, refused, clip_folder, tmp_path):
+    model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(**TINY_PROMPT))
+    model.interaction.gate.data[0] = float("nan")
+    amp.save_adapter(tmp_path / "adapter.safetensors", model)
+    line = refused(lambda: run(evaluate, adapters=f"[mine={tmp_path}/adapter.safetensors]"))
+    assert "re-ranking scores" in line and "NaN" in line
+    assert not (tmp_path / "run" / "out.json").exists()
+
+
+@pytest.mark.parametrize("kept", ["gone", "other"])
+def test_a_photo_of_the_manifest_that_is_missing(run, evaluate, refused, copied, kept):
+    """Its shard is gone, or holds a sample less than the manifest says."""
+    path = ShardManifest.load(copied).split("test")[1].path
+    if kept == "gone":
+        Path(path).unlink()
+    else:
+        _replace(copied, "test", _members(path)[2:], honest=True, shard=1)
+    assert ".tar" in refused(lambda: run(evaluate, data__shards=copied))
+
+
+def test_captions_without_knowledge_and_few_candidates_are_searched(run, evaluate, copied, clip_folder, tmp_path):
+    """No caption has a triplet, and the gallery is smaller than k: both are ordinary input."""
+    for number, shard in enumerate(ShardManifest.load(copied).split("test")):
+        members = []
+        for name, content in _members(shard.path):
+            if name.endswith(".json"):
+                record = json.loads(content)
+                for caption in record["captions"]:
+                    caption["triplets"], caption["states"] = [], []
+                content = json.dumps(record).encode()
+            members.append((name, content))
+        _replace(copied, "test", members, honest=True, shard=number)
+    model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(**TINY_PROMPT))
+    amp.save_adapter(tmp_path / "adapter.safetensors", model)
+    run(evaluate, data__shards=copied, adapters=f"[mine={tmp_path}/adapter.safetensors]", search__top_k=500)
+    rows = json.loads((tmp_path / "run" / "out.json").read_text())["rows"]
+    assert rows[1]["t2i"]["top_k"] == 12 and rows[1]["t2i"]["ceiling"]["R@1"] == 100
+    assert (tmp_path / "run" / "out.verbs.csv").read_text().count("\n") == 1
+
+
+def test_more_folds_than_images(run, evaluate, refused):
+    assert "folds is 13, expected at most 12" in refused(lambda: run(evaluate, search__folds=13))

@@ -147,6 +147,8 @@ class Retrieval:
             "i2t": Positives(gallery_images[self.queries["i2t"]], captions.image),
             "t2i": Positives(captions.image[self.queries["t2i"]], gallery_images),
         }
+        if settings.folds > captions.images:
+            raise AmpError(f"search setting folds is {settings.folds}, expected at most {captions.images}, the images")
         self.fold = torch.arange(captions.images) * settings.folds // captions.images
         self.first, self.first_seconds = {}, {}
         for direction, (query, gallery) in {"i2t": (base, self.text), "t2i": (self.text, base)}.items():
