@@ -41,6 +41,8 @@ demo: $(VENV)/.installed
 	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
 	$(BIN)/python launchers/evaluate.py --config launchers/configs/scenes.yaml --split test --out $(DEMO)/results.json \
 	    --gallery $(DEMO)/retrievals.png --adapters '$(ADAPTERS)'
+	$(BIN)/python launchers/report.py --config launchers/configs/scenes.yaml --results $(DEMO)/results.json \
+	    --row "action-aware (pairwise)" --out $(DEMO)/report.html --adapters '$(ADAPTERS)'
 	$(BIN)/python tools/scenes/twins.py --config launchers/configs/scenes.yaml --dataset data/demo/scenes/dataset.json \
 	    --split test --out $(DEMO)/twins.json --adapters '$(ADAPTERS)'
 

@@ -28,10 +28,14 @@ class TableSettings:
     commands: bool = False
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="launchers/table1.py", description=__doc__.split("\n")[0])
     parser.add_class_arguments(TableSettings, as_group=False)
-    settings = TableSettings(**vars(parser.parse_args(arguments)))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = TableSettings(**vars(parser().parse_args(arguments)))
     with exit_on_error():
         from rich.console import Console
         from rich.markdown import Markdown

@@ -14,10 +14,14 @@ from amp.knowledge.schema import parse_knowledge
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "launchers/configs").glob("*.yaml")),
+    *sorted((ROOT / "launchers/configs").glob("**/*.yaml")),
 ]
 TOOLS = ("make_shards", "generate_knowledge", "rewrite_knowledge", "knowledge_report", "score_knowledge")
-SCRIPT = re.compile(rf"(?:launchers/(?:train|evaluate)|tools/(?:{'|'.join(TOOLS)}|measure_generation))\.py")
+LAUNCHERS = ("train", "evaluate", "compare", "choose", "report", "table1")
+SCRIPT = re.compile(rf"(?:launchers/(?:{'|'.join(LAUNCHERS)})|tools/(?:{'|'.join(TOOLS)}|measure_generation))\.py")
+
+
+SEARCH = "amp/search.py"
 
 
 def blocks(page: Path) -> list[str]:
@@ -39,8 +43,8 @@ def commands(page: Path) -> list[list[str]]:
             while line.count("'") % 2:  # a quoted list goes on in the next line
                 number += 1
                 line += lines[number]
-            words = shlex.split(line, comments=True)
-            start = next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None)
+            words = shlex.split(line.replace("-m amp.search", SEARCH), comments=True)
+            start = next((i for i, word in enumerate(words) if word == SEARCH or SCRIPT.fullmatch(word)), None)
             if start is not None and "--help" not in words:
                 for option, file in pairwise(words[:start]):
                     assert not option.endswith("_file") or (ROOT / file).is_file(), f"{option} {file}"
@@ -54,8 +58,13 @@ ALL = [(page.name, *words) for page in PAGES for words in commands(page)]
 def test_commands_are_found():
     """So that a change of style can't empty the test below."""
     assert len([words for words in ALL if words[0] == "README.md"]) >= 9
-    launchers = {"launchers/train.py", "launchers/evaluate.py"}
-    assert {words[1] for words in ALL} == {*launchers, "tools/measure_generation.py", *(f"tools/{n}.py" for n in TOOLS)}
+    launchers = {f"launchers/{name}.py" for name in LAUNCHERS}
+    assert {words[1] for words in ALL} == {
+        *launchers,
+        SEARCH,
+        "tools/measure_generation.py",
+        *(f"tools/{n}.py" for n in TOOLS),
+    }
     for config in ("coco_vit_b16.yaml", "flickr30k_vit_l14_336.yaml"):
         assert {words[1] for words in ALL if words[0] == config} >= {"launchers/train.py", "launchers/evaluate.py"}
 
