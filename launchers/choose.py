@@ -16,6 +16,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from amp.errors import AmpError, exit_on_error
+from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
 
 
@@ -48,21 +49,12 @@ class ChooseSettings:
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="launchers/choose.py", usage="launchers/choose.py [--config FILE] [--KEY VALUE ...]",
-                            description=__doc__.split("\n")[0])  # fmt: skip
-    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
-    parser.add_class_arguments(ChooseSettings, as_group=False)
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
-    return parser
+    return command_line("launchers/choose.py", __doc__, ChooseSettings)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    parsed = options.parse_args(arguments)
     with exit_on_error():
-        settings = options.instantiate(parsed)
-        config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
-        run(ChooseSettings(**{k: settings[k] for k in ChooseSettings.__dataclass_fields__}), config)
+        run(*read_command_line(parser(), arguments, ChooseSettings))
 
 
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
@@ -74,10 +66,10 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
+    from amp.retrieval.adapters import adapted, named_adapter
     from amp.retrieval.choice import choose, load_choices, save_choices
     from amp.retrieval.evaluate import SplitCaptions, spaced
     from amp.retrieval.photo_index import open_photo
-    from amp.retrieval.run import adapted, named_adapter
     from amp.retrieval.swaps import TESTS, swapped_actions, swapped_roles
     from amp.terminal import Terminal
 

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 
 from amp.errors import AmpError, exit_on_error
 from amp.retrieval.evaluate import RetrievalSettings
-from amp.train.config import TrainConfig
+from amp.train.command import command_line, read_command_line
 
 
 @dataclass
@@ -48,24 +48,12 @@ class EvaluationSettings:
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="launchers/evaluate.py",
-        usage="launchers/evaluate.py [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
-        description=__doc__.split("\n")[0],
-    )
-    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
-    parser.add_class_arguments(EvaluationSettings, as_group=False)
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
-    return parser
+    return command_line("launchers/evaluate.py", __doc__, EvaluationSettings)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    parsed = options.parse_args(arguments)
     with exit_on_error():
-        settings = options.instantiate(parsed)
-        evaluation = EvaluationSettings(**{k: settings[k] for k in EvaluationSettings.__dataclass_fields__})
-        config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
+        evaluation, config = read_command_line(parser(), arguments, EvaluationSettings)
         if Path(evaluation.out).suffix != ".json":  # said before hours of work
             raise AmpError(
                 f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "

@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from amp.errors import AmpError, exit_on_error
+from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
 
 
@@ -43,21 +44,12 @@ class ReportSettings:
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="launchers/report.py", usage="launchers/report.py [--config FILE] [--KEY VALUE ...]",
-                            description=__doc__.split("\n")[0])  # fmt: skip
-    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
-    parser.add_class_arguments(ReportSettings, as_group=False)
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
-    return parser
+    return command_line("launchers/report.py", __doc__, ReportSettings)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    parsed = options.parse_args(arguments)
     with exit_on_error():
-        settings = options.instantiate(parsed)
-        config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
-        run(ReportSettings(**{k: settings[k] for k in ReportSettings.__dataclass_fields__}), config)
+        run(*read_command_line(parser(), arguments, ReportSettings))
 
 
 def run(settings: ReportSettings, config: TrainConfig) -> None:
@@ -66,12 +58,13 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
 
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
+    from amp.retrieval.adapters import adapted, named_adapter
     from amp.retrieval.evaluate import SplitCaptions
     from amp.retrieval.per_query import load_queries
+    from amp.retrieval.protocol import captions_hash
     from amp.retrieval.report import ReportInput, write_report
     from amp.retrieval.report_plots import results_plot, sweep_plot, training_plot
     from amp.retrieval.results import ResultFile
-    from amp.retrieval.run import adapted, captions_hash, named_adapter
     from amp.terminal import Terminal
 
     result = ResultFile.load_json(settings.results)

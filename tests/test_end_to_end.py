@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import amp
 from amp.checkpoint import read_adapter
 from amp.data.shards import sha256_of
-from amp.retrieval.run import adapted
+from amp.retrieval.adapters import adapted
 
 pytestmark = pytest.mark.distributed
 

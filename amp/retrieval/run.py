@@ -1,26 +1,19 @@
 """An evaluation run: one split, the base model and any number of adapters, one table."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import accelerate
-import numpy as np
-import open_clip
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from amp.checkpoint import load_adapter_state, read_adapter
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
-from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
-from amp.model import ActionAwareCLIP
+from amp.retrieval.adapters import adapted, named_adapter
 from amp.retrieval.baseline import baseline
 from amp.retrieval.bootstrap import interval, resampled_recalls
 from amp.retrieval.evaluate import Ranking, Retrieval, RetrievalSettings, SplitCaptions
@@ -28,12 +21,12 @@ from amp.retrieval.metrics import KS
 from amp.retrieval.per_query import QueryResults, QueryTable, save_queries
 from amp.retrieval.picture import draw_retrievals
 from amp.retrieval.probes import Probe, enriched_text, probe
+from amp.retrieval.protocol import protocol
 from amp.retrieval.results import ResultFile, RetrievalRow
 from amp.retrieval.verbs import by_verb, save_verbs
 from amp.terminal import Terminal
 from amp.train.config import TrainConfig
 from amp.train.launch import make_accelerator
-from amp.version import __version__
 
 
 class Evaluation:
@@ -90,7 +83,8 @@ class Run:
 
     def begin(self, retrieval: Retrieval, described: dict, adapters: dict[str, str]) -> Evaluation:
         """An evaluation with the base model's row."""
-        found = protocol(self, described, adapters)
+        found = protocol(self.config, self.split, self.captions, self.search, self.precision, self.bootstrap, described,
+                         adapters)  # fmt: skip
         evaluation = Evaluation(found, retrieval.fold, self.bootstrap, self.config.seed)
         base = retrieval.base()
         evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
@@ -205,67 +199,3 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
             draw_retrievals(Path(gallery), split, captions, rankings)
     accelerator.end_training()
     return evaluation.result
-
-
-def named_adapter(text: str) -> tuple[str, str]:
-    """Splits ``NAME=FILE``; a bare file is named after its run's folder."""
-    name, equals, path = text.partition("=")
-    if not equals:
-        name, path = Path(text).resolve().parent.parent.name, text
-    if not Path(path).is_file():
-        raise AmpError(
-            f"adapter {text!r}: no file {path}, expected NAME=FILE with an adapter.safetensors of launchers/train.py"
-        )
-    return name, path
-
-
-def adapted(base: ActionAwareCLIP, model_name: str, path: str) -> ActionAwareCLIP:
-    """A model with an adapter's weights around the base model that is already in memory."""
-    header, weights = read_adapter(path)
-    header.check_base(model_name, base.base_hash, where=path)
-    model = ActionAwareCLIP(base.backbone.clip, header.prompt_config, base.tokenizer)
-    load_adapter_state(model, weights, where=path)
-    return model.to(base.logit_scale.device)
-
-
-def protocol(run: Run, described: dict, adapters: dict[str, str]) -> dict:
-    """All that the figures depend on, as JSON values; `described` is what is said of the base model."""
-    config, split, captions, search, bootstrap = run.config, run.split, run.captions, run.search, run.bootstrap
-    manifest = ShardManifest.load(config.data.shards)
-    return {
-        "dataset": Path(config.data.shards).name,
-        "split": split.name,
-        "images": captions.images,
-        "captions": len(captions.texts),
-        "captions_sha256": captions_hash(captions),
-        "captions_per_image": search.captions_per_image or "all",
-        "queries": search.max_queries or "all",
-        "folds": search.folds,
-        "first_stage": search.first_stage,
-        "bootstrap": f"{bootstrap} samples of the images, seed {config.seed}" if bootstrap else "none",
-        "model": config.model.name,
-        "pretrained": config.model.pretrained,
-        **described,
-        "adapters": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in adapters.items()},
-        "top_k": search.top_k,
-        "i2t": search.i2t,
-        "fusion_weight": search.fusion_weight,
-        "fusions": search.fusions,
-        "skip_decided": search.skip_decided,
-        "tie_rule": "equal scores keep the gallery's order",
-        "prompt_prefix": "",
-        "resize": config.model.resize_mode or "model default",
-        "kinds": config.data.kinds,
-        "precision": run.precision,
-        "knowledge": manifest.provenance.get("knowledge"),
-        "versions": {
-            "open-clip-amp": __version__, "open_clip": open_clip.__version__, "torch": torch.__version__,
-            "accelerate": accelerate.__version__, "numpy": np.__version__,
-        },
-    }  # fmt: skip
-
-
-def captions_hash(captions: SplitCaptions) -> str:
-    """Of the captions and the image of each: equal hashes mean equal queries and answers."""
-    text = json.dumps([captions.images, captions.image.tolist(), captions.texts])
-    return hashlib.sha256(text.encode()).hexdigest()

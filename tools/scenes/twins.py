@@ -21,6 +21,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from amp.errors import AmpError, exit_on_error, shorten
+from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
 from amp.train.losses import pair_similarity
 
@@ -183,10 +184,10 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
+    from amp.retrieval.adapters import adapted, named_adapter
     from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
     from amp.retrieval.probes import grey
     from amp.retrieval.results import write_atomically
-    from amp.retrieval.run import adapted, named_adapter
     from amp.terminal import Terminal
     from amp.train.launch import make_accelerator
 
@@ -238,24 +239,12 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tools/scenes/twins.py",
-        usage="tools/scenes/twins.py [--config FILE] [--KEY VALUE ...]",
-        description=__doc__.split("\n")[0],
-    )
-    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
-    parser.add_class_arguments(TwinSettings, as_group=False)
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
-    return parser
+    return command_line("tools/scenes/twins.py", __doc__, TwinSettings)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    parsed = options.parse_args(arguments)
     with exit_on_error():
-        settings = options.instantiate(parsed)
-        twins = TwinSettings(**{k: settings[k] for k in TwinSettings.__dataclass_fields__})
-        config = TrainConfig(**{k: settings[k] for k in TrainConfig.__dataclass_fields__ if k != "out"})
+        twins, config = read_command_line(parser(), arguments, TwinSettings)
         if twins.out.suffix != ".json":
             raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
         measure(config, twins)
