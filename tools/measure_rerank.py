@@ -7,6 +7,7 @@ Photos are noise, captions and knowledge are drawn words, candidates are drawn; 
 prompts and knowledge enter at half of the image blocks. All loops score the same pairs, and their scores are compared.
 """
 
+import contextlib
 import json
 import multiprocessing
 import tempfile
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from amp.config import PromptConfig
 from amp.errors import AmpError, exit_on_error
 from amp.factory import create_model_and_transforms
+from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge, Triplet
 from amp.model import ActionAwareCLIP
 from amp.retrieval.first_stage import Positives, first_stage
@@ -90,8 +93,8 @@ def drawn_captions(count: int, triplets: int) -> tuple[list[str], list[Knowledge
     return texts, knowledge
 
 
-def pairs_a_second(model: ActionAwareCLIP, m: Measurement) -> dict[str, float]:
-    """Of each loop.
+def pairs_a_second(model: ActionAwareCLIP, m: Measurement) -> tuple[dict[str, float], dict[str, float]]:
+    """Pairs a second of each loop, and GFLOP a pair of the slowest and of ours, matrix products counted.
 
     Raises:
         AmpError: The loops disagree.
@@ -101,6 +104,10 @@ def pairs_a_second(model: ActionAwareCLIP, m: Measurement) -> dict[str, float]:
     captions, items = drawn_captions(m.images, model.config.max_triplets)
     candidates = torch.stack([torch.randperm(m.images)[: m.top_k] for _ in range(m.images)])
     rates, scores = {}, {}
+
+    def encoded_texts() -> tuple[torch.Tensor, KnowledgeBatch]:
+        parts = [model.encode_text(model.tokenizer(captions[i : i + 64]).to(device)) for i in range(0, m.images, 64)]
+        return torch.cat(parts), model.prepare_knowledge(items)
 
     def naive(query: int) -> torch.Tensor:
         found = []
@@ -138,9 +145,7 @@ def pairs_a_second(model: ActionAwareCLIP, m: Measurement) -> dict[str, float]:
         naive(0)  # warms up
         timed(PER_PAIR, lambda: torch.cat([naive(q) for q in range(m.naive_queries)]))
         start = time.perf_counter()
-        text = torch.cat([model.encode_text(model.tokenizer(captions[i : i + 64]).to(device))
-                          for i in range(0, m.images, 64)])  # fmt: skip
-        knowledge = model.prepare_knowledge(items)
+        text, knowledge = encoded_texts()
         texts_seconds = time.perf_counter() - start
         scorer = PairScorer(model, np.empty((0,)), knowledge, text, batch_size=m.pairs_a_batch)
         queries = range(m.naive_queries)
@@ -157,7 +162,17 @@ def pairs_a_second(model: ActionAwareCLIP, m: Measurement) -> dict[str, float]:
         allowed = 2e-2 if name == ENGINE_BF16 else 1e-5
         if error > allowed:
             raise AmpError(f"scores of {name!r} and {ENGINE!r} differ by {error:.1e}, expected {allowed} at most")
-    return rates
+    scorer.autocast = contextlib.nullcontext
+    with torch.no_grad():
+        work = {PER_PAIR: gflop(lambda: naive(0)) / m.top_k,
+                ENGINE: gflop(lambda: (encoded_texts(), ours())) / candidates.numel()}  # fmt: skip
+    return rates, work
+
+
+def gflop(run) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
 
 
 def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -253,18 +268,20 @@ def main(arguments: list[str] | None = None) -> None:
         m = Measurement(**{key: settings[key] for key in Measurement.__dataclass_fields__})
         model, prompt = settings["model"], settings["prompt"]
         result = {"model": model.name, "threads": torch.get_num_threads(), "device": m.device, "speed": []}
-        table = Table("interaction", *(f"{name}\npairs/s" for name in LOOPS), "ours x", "bf16 x")
+        table = Table("interaction", *(f"{name}\npairs/s" for name in LOOPS), "ours x", "bf16 x", "FLOP x")
         for interaction in ("aim", "readout"):
             torch.manual_seed(0)
-            rates = pairs_a_second(build(model, prompt, interaction, torch.device(m.device)), m)
+            rates, work = pairs_a_second(build(model, prompt, interaction, torch.device(m.device)), m)
             ratios = [round(rates[name] / rates[PER_PAIR], 1) for name in (ENGINE, ENGINE_BF16)]
             rounded = {name: round(rate, 1) for name, rate in rates.items()}
             result["speed"].append({"interaction": interaction, "pairs_a_second": rounded, "ratio": ratios[0],
-                                    "ratio_bf16": ratios[1]})  # fmt: skip
-            table.add_row(interaction, *(f"{rates[name]:.1f}" for name in LOOPS), *map(str, ratios))
+                                    "ratio_bf16": ratios[1],
+                                    "gflop_a_pair": {name: round(x, 3) for name, x in work.items()}})  # fmt: skip
+            by_count = work[PER_PAIR] / work[ENGINE]
+            table.add_row(interaction, *(f"{rates[name]:.1f}" for name in LOOPS), *map(str, ratios), f"{by_count:.1f}")
         Console().print(table)
         result["memory"] = gallery_memory(model, prompt, m)
-        table = Table(*result["memory"][0])
+        table = Table("images", "first_stage_MB", "rerank_MB", "score_matrix_MB")
         for row in result["memory"]:
             table.add_row(*(f"{value:,}" for value in row.values()))
         Console().print(table)
