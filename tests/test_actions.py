@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,10 +184,16 @@ def drawn_choices(count=7, options=3):
 
 
 def test_choices_equal_the_naive_loop(world, photos):
-    choices = drawn_choices()
-    found = choose(
-        choices, {"ours": world.model}, world.preprocess, lambda name: open_photo(photos / name), batch_size=3
-    )
+    drawn = drawn_choices()
+    choices = [x for choice in drawn for x in (choice, replace(choice, captions=choice.captions[::-1]))]
+    opened = []
+
+    def open_image(name):
+        opened.append(name)
+        return open_photo(photos / name)
+
+    found = choose(choices, {"ours": world.model}, world.preprocess, open_image, batch_size=4)
+    assert opened == [choice.image for choice in drawn]  # each once for its two choices
     assert list(found) == ["base CLIP", "ours"]
     with torch.no_grad():
         for row, choice in enumerate(choices):

@@ -163,11 +163,13 @@ def choose(
     first = next(iter(models.values()))
     device = first.logit_scale.device
     for low in range(0, len(choices), batch_size):
-        part, images = [], []
+        part, images = [], {}  # choices of one photo share it
         for choice in choices[low : low + batch_size]:
             try:
-                image = open_image(choice.image)
-                images.append(preprocess(image.crop(choice.box) if choice.box else image))
+                if (choice.image, choice.box) not in images:
+                    image = open_image(choice.image)
+                    image = image.crop(choice.box) if choice.box else image
+                    images[choice.image, choice.box] = preprocess(image)
                 part.append(choice)
             except (
                 OSError,
@@ -177,7 +179,9 @@ def choose(
             ) as error:  # AmpError is a ValueError
                 skipped[choice.image] = str(error)
         if part:
-            found = _scores(part, torch.stack(images).to(device), models, generate)
+            places = {key: place for place, key in enumerate(images)}
+            image = torch.tensor([places[choice.image, choice.box] for choice in part for _ in choice.captions])
+            found = _scores(part, torch.stack(list(images.values())).to(device), image, models, generate)
             for name, rows in found.items():
                 scores[name] += rows
             groups += [choice.group for choice in part]
@@ -189,9 +193,10 @@ def choose(
     return {name: Choices(rows, groups, skipped) for name, rows in scores.items()}
 
 
-def _scores(choices: list[Choice], images: torch.Tensor, models: dict[str, ActionAwareCLIP], generate) -> dict:
+def _scores(choices: list[Choice], images: torch.Tensor, image: torch.Tensor, models: dict[str, ActionAwareCLIP],
+            generate) -> dict[str, list[list[float]]]:  # fmt: skip
+    """Scores of the captions of each choice; `image` is the row in `images` of each caption."""
     captions = [caption for choice in choices for caption in choice.captions]
-    image = torch.tensor([i for i, choice in enumerate(choices) for _ in choice.captions])
     sizes = [len(choice.captions) for choice in choices]
     knowledge = [k for choice in choices for k in choice.knowledge or [None] * len(choice.captions)]
     missing = [i for i, item in enumerate(knowledge) if item is None]
