@@ -84,7 +84,7 @@ def training_plot(runs: dict[str, Path]) -> str | None:
     if not curves:
         return None
     with _style():
-        figure = Figure(figsize=(9, 3), layout="constrained")
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
         FigureCanvasSVG(figure)
         left, right = figure.subplots(1, 2)
         for index, (name, tags) in enumerate(curves.items()):
@@ -103,7 +103,7 @@ def training_plot(runs: dict[str, Path]) -> str | None:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             if axes.lines:
-                axes.legend(frameon=False, fontsize=7)
+                axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
         return _svg(figure)
 
 
