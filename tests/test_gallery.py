@@ -155,12 +155,12 @@ def test_image_is_whole_and_undistorted():
 
 def test_small_drawings_stay_sharp():
     """Random black and white pixels, enlarged by no whole number: each new pixel is the mean of what it covers."""
-    drawing = np.random.default_rng(0).integers(0, 2, (64, 64), dtype=np.uint8) * 255
+    pixels_drawn = np.random.default_rng(0).integers(0, 2, (64, 64), dtype=np.uint8) * 255
     old, new = np.arange(65), np.arange(157) * 64 / 156
     overlap = np.minimum(new[1:, None], old[None, 1:]) - np.maximum(new[:-1, None], old[None, :-1])
     weights = overlap.clip(0) * 156 / 64
-    fit = np.asarray(drawing.fit_image(Image.fromarray(drawing), (156, 156)))[..., 0]
-    assert np.abs(fit - weights @ drawing @ weights.T).mean() < 5  # smooth enlargement alone: above 20
+    fit = np.asarray(drawing.fit_image(Image.fromarray(pixels_drawn), (156, 156)))[..., 0]
+    assert np.abs(fit - weights @ pixels_drawn @ weights.T).mean() < 5  # smooth enlargement alone: above 20
 
 
 def test_transparent_images_stand_on_the_mat():
