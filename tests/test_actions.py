@@ -105,6 +105,7 @@ def test_actions_are_replaced_by_others_of_their_kind():
         ("A girl throws a ball", knowledge(("girl", "throws", "ball"))),
         ("A boy runs", knowledge(("boy", "runs", ""))),
         ("A man is jumping", knowledge(("man", "jumping", ""))),
+        ("A cat is a pet", knowledge(("cat", "is", "pet"))),  # no verb: neither replaced nor a replacement
     )
     choices = {choice.image: choice for choice in swapped_actions(split)}
     assert set(choices) == {"0", "1"}  # nothing has the ending and the object of the others

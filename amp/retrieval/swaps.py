@@ -46,7 +46,8 @@ def swapped_actions(captions: SplitCaptions, seed: int = 0) -> list[Choice]:
     pool = defaultdict(list)
     for knowledge in captions.knowledge:
         for triplet in _actions(knowledge, with_object=False):
-            pool[_class(triplet)].append(triplet.action)
+            if verb_of(triplet.action):
+                pool[_class(triplet)].append(triplet.action)
     choices = []
     for number, (text, knowledge) in enumerate(zip(captions.texts, captions.knowledge, strict=True)):
         own = {verb_of(t.action) for t in knowledge.triplets}
