@@ -119,7 +119,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def show(console, found, sheet: str | None) -> None:
     """Prints what was found, and draws the contact sheet."""
-    from rich.table import Table
     from rich.text import Text
 
     from amp.retrieval.contact_sheet import draw_contact_sheet
@@ -127,18 +126,14 @@ def show(console, found, sheet: str | None) -> None:
     for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
         slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)
         console.print(Text(f"<{slots}>  {state}", style="dim"))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("rank", "score", "CLIP's rank", "CLIP's score"):
-        table.add_column(column, justify="right")
-    table.add_column("photo", overflow="fold")
-    for number, hit in enumerate(found.hits):
-        table.add_row(f"{number + 1}", f"{hit.score:.3f}", f"{hit.base_rank + 1}", f"{hit.base_score:.3f}",
-                      Text(str(hit.path)))  # fmt: skip
-    console.print(table)
+    console.print(Text("rank  score  CLIP's rank and score  photo", style="bold"))
+    for number, hit in enumerate(found.hits, start=1):
+        line = f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}"
+        console.print(Text(line), soft_wrap=True)  # a path cut in two can't be copied
     for path, reason in found.skipped.items():
-        console.print(Text(f"skipped {path}: {reason}"), style="yellow")
+        console.print(Text(f"skipped {path}: {reason}"), style="yellow", soft_wrap=True)
     if sheet is not None:
-        console.print(Text(f"{draw_contact_sheet(sheet, found)} written"))
+        console.print(Text(f"{draw_contact_sheet(sheet, found)} written"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """tools/measure_rerank.py: its loops agree on a tiny base model, and its counts are those of the work."""
 
+import gc
 import json
 import time
 
@@ -32,11 +33,12 @@ def test_loops_agree_and_are_written(clip_folder, tmp_path, capsys):
 
 
 def test_peak_memory_is_what_was_held():
+    gc.collect()
     memory = tool.PeakMemory()
-    held = torch.ones(25_000_000)  # 100 MB
-    time.sleep(0.1)
+    held = torch.ones(75_000_000)  # 300 MB
+    time.sleep(0.5)
     del held
-    assert 95 < memory.stop() < 130
+    assert 250 < memory.stop() < 400
 
 
 def test_memory_of_a_gallery_is_measured(clip_folder):

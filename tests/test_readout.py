@@ -171,9 +171,9 @@ def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setti
 @torch.no_grad()
 def test_without_knowledge_only_the_control_has_a_query(model, images):
     plain = model(images, prompted=True).prompted
-    torch.testing.assert_close(plain, model._read(model.encode_early(images))[0])
+    torch.testing.assert_close(plain, model.read_patches(model.encode_early(images))[0])
     control = readout_model(knowledge="none")
-    features, patches = control._read(control.encode_early(images))
+    features, patches = control.read_patches(control.encode_early(images))
     key, value = control.readout.key(patches), control.readout.value(patches)
     weights = (key @ control.readout.query / math.sqrt(24)).softmax(dim=-1)
     want = features + torch.einsum("bm,bmd->bd", weights, value) @ control.readout.out.weight.T
@@ -219,7 +219,7 @@ def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
             of_found = model.prepare_knowledge([captions.knowledge[int(c)] for c in found])
             prompts = model.encode_knowledge(of_found, plain[found])
             rows = prompts.queries[prompts.mask][None]
-            features, patches = model._read(model.encode_early(world.images[[query]]))
+            features, patches = model.read_patches(model.encode_early(world.images[[query]]))
             ones = torch.ones(1, rows.shape[1], dtype=torch.bool)
             pooled = features + model.readout.pairs(patches, rows, ones, torch.tensor([0]))
             want = F.cosine_similarity(pooled, rich[found], dim=-1)
