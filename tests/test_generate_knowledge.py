@@ -145,6 +145,7 @@ def test_the_same_command_again_asks_nothing(whole, model):
     assert (out / "knowledge.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_twenty_times(whole, tmp_path, model):
     """SIGKILL at random points: nothing lost, asked twice without need, or changed."""
     captions, reference, _, asked_once = whole

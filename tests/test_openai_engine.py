@@ -260,6 +260,7 @@ def test_stopping_in_the_middle_leaves_nothing_running():
     assert threading.active_count() <= threads + 5
 
 
+@pytest.mark.slow
 def test_stopping_doesn_t_wait_for_further_tries():
     server = Faulty(good(), status(429, Retry_After="30"))
     with server.serve() as url:
@@ -360,6 +361,7 @@ def started(command: list[str], port: int, log):
         process.wait()
 
 
+@pytest.mark.slow
 def test_transformers_serve(smollm2, tmp_path):
     """A real server and real weights: the same replies as the transformers engine gives by itself."""
     for package in ("fastapi", "uvicorn"):

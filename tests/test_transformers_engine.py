@@ -55,6 +55,7 @@ def engine(smollm2):
     return TransformersEngine(model=str(smollm2), batch_size=3)
 
 
+@pytest.mark.slow
 def test_equals_plain_generate(engine):
     assert texts(engine) == one_by_one(engine)
 
@@ -89,6 +90,7 @@ def test_grammar_holds(engine):
     assert re.fullmatch(grammar.regex(), completion.text) and completion.tokens > 10
 
 
+@pytest.mark.slow
 def test_without_a_grammar_some_replies_break_the_form(engine):
     """Else the tests above would show nothing."""
     free = texts(engine, sampling=Sampling(96))
@@ -125,6 +127,7 @@ def test_prompt_is_the_chat_templates(engine):
     assert before + engine.suffix_ids(SUFFIXES[0]) + tail == whole
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_alone(engine):
     hot = Sampling(24, temperature=0.9)
     first = texts(engine, sampling=hot, seeds=[1, 2, 3, 4])
