@@ -34,7 +34,8 @@ from amp.retrieval.first_stage import Positives, first_stage
 from amp.retrieval.pair_scorer import PairScorer
 from amp.retrieval.rerank import score_candidates
 from amp.retrieval.results import write_atomically
-from amp.train.config import ModelSettings, TrainConfig
+from amp.train.command import command_line, read_command_line
+from amp.train.config import ModelSettings
 
 # The loop that the public calls suggest; the same with texts encoded before; and a query's candidates as one batch.
 PER_PAIR, NO_TEXT, PER_QUERY = "a pair a call", "the same, texts encoded", "a query a call, texts encoded"
@@ -251,22 +252,13 @@ def gallery_memory(model: ModelSettings, prompt: PromptConfig, m: Measurement) -
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="tools/measure_rerank.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--config", action="config", help="YAML file of a training run, of which model and prompt count"
-    )
-    parser.add_class_arguments(Measurement, as_group=False)
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
-    return parser
+    return command_line("tools/measure_rerank.py", __doc__, Measurement)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    parsed = options.parse_args(arguments)
     with exit_on_error():
-        settings = options.instantiate(parsed)
-        m = Measurement(**{key: settings[key] for key in Measurement.__dataclass_fields__})
-        model, prompt = settings["model"], settings["prompt"]
+        m, config = read_command_line(parser(), arguments, Measurement)
+        model, prompt = config.model, config.prompt
         result = {"model": model.name, "threads": torch.get_num_threads(), "device": m.device, "speed": []}
         table = Table("interaction", *(f"{name}\npairs/s" for name in LOOPS), "ours x", "bf16 x", "FLOP x")
         for interaction in ("aim", "readout"):

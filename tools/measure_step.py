@@ -26,7 +26,8 @@ from amp.factory import create_model_and_transforms
 from amp.knowledge.batch import KnowledgeBatch
 from amp.model import ActionAwareCLIP
 from amp.retrieval.results import write_atomically
-from amp.train.config import ModelSettings, TrainConfig
+from amp.train.command import command_line, read_command_line
+from amp.train.config import ModelSettings
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable
 
@@ -121,24 +122,13 @@ def rows(settings: Measurement, model: ModelSettings, prompt: PromptConfig):
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="tools/measure_step.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--config", action="config", help="YAML file of a training run, of which model and prompt count"
-    )
-    parser.add_class_arguments(Measurement, as_group=False)
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
-    return parser
+    return command_line("tools/measure_step.py", __doc__, Measurement)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser()
-    parsed = options.parse_args(arguments)
     with exit_on_error():
-        settings = options.instantiate(parsed)
-        model, prompt = settings["model"], settings["prompt"]
-        measurement = Measurement(
-            settings["step_batch"], settings["values_of_m"], settings["repeats"], settings["device"], settings["out"]
-        )
+        measurement, config = read_command_line(parser(), arguments, Measurement)
+        model, prompt = config.model, config.prompt
         table = Table(*COLUMNS, title=f"{model.name}, {measurement.step_batch} images, one step")
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
