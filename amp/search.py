@@ -62,8 +62,8 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def retriever(settings: SearchSettings):
-    """The `Retriever` of the settings.
+def retriever(settings: SearchSettings, asks: bool):
+    """The `Retriever` of the settings; where nobody `asks`, an index needs no generator of knowledge.
 
     Raises:
         AmpError: Neither adapter nor model, or one that can't be loaded.
@@ -82,7 +82,7 @@ def retriever(settings: SearchSettings):
         model, _, preprocess = create_model_and_transforms(settings.model, settings.pretrained, device=device)
         return Retriever(model, preprocess, settings.index, top_k=0, **common)
     knowledge = None
-    if settings.knowledge != "none":
+    if asks and settings.knowledge != "none":
         knowledge = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options,
                                        cache=Path(settings.index) / "replies")  # fmt: skip
     return Retriever.from_adapter(settings.adapter, settings.index, settings.model, settings.pretrained, device,
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         quiet_open_clip()
         terminal, console = Terminal(True), Console()
-        search = retriever(settings)
+        search = retriever(settings, asks=query is not None)
         if settings.photos is not None:
             with terminal.progress("encoding photos") as report:
                 update = search.update(settings.photos, settings.workers, report)

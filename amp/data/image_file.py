@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from amp.errors import AmpError
 
 # The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,12 @@ def read_image(path: Path, resize: Resize | None = None) -> tuple[bytes, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
                 image.verify()
-            with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
                 rgb = image.convert("RGB")  # decodes all pixels, into what training will ask for
     except UnidentifiedImageError:
-        raise UnreadableImageError(f"{len(content)} bytes, not an image of {', '.join(_PILLOW_FORMATS)}") from None
+        raise UnreadableImageError(f"{len(content)} bytes, not an image of {', '.join(PILLOW_FORMATS)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"refused as a decompression bomb: {error}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from amp.data.image_file import PILLOW_FORMATS
 from amp.data.split import decoding_workers
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
@@ -21,8 +22,6 @@ from amp.retrieval.results import write_atomically
 
 FORMAT, VERSION = "open-clip-amp photo index", 1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def open_photo(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=_PILLOW_FORMATS) as image:
+        with Image.open(path, formats=PILLOW_FORMATS) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
 
 
