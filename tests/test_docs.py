@@ -18,7 +18,7 @@ PAGES = [
 ]
 TOOLS = ("make_shards", "generate_knowledge", "rewrite_knowledge", "knowledge_report", "score_knowledge")
 LAUNCHERS = ("train", "evaluate", "compare", "choose", "report", "table1")
-SCRIPT = re.compile(rf"(?:launchers/(?:{'|'.join(LAUNCHERS)})|tools/(?:{'|'.join(TOOLS)}|measure_generation))\.py")
+SCRIPT = re.compile(rf"(?:launchers/(?:{'|'.join(LAUNCHERS)})|tools/(?:{'|'.join(TOOLS)}))\.py")
 
 
 SEARCH = "amp/search.py"
@@ -62,7 +62,6 @@ def test_commands_are_found():
     assert {words[1] for words in ALL} == {
         *launchers,
         SEARCH,
-        "tools/measure_generation.py",
         *(f"tools/{n}.py" for n in TOOLS),
     }
     for config in ("coco_vit_b16.yaml", "flickr30k_vit_l14_336.yaml"):

@@ -14,6 +14,7 @@ from amp.data.order import BatchOrder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.retrieval.evaluate import RetrievalSettings
+from amp.train import launch
 from amp.train.checkpoints import open_checkpoint
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
@@ -97,6 +98,17 @@ def test_stored_features_in_float16_are_close(config, cache_images):
     assert 0 < difference(exact, rounded) < 3e-2
     for name, value in exact.items():
         assert float((value - rounded[name]).abs().mean()) < 1e-3, name
+
+
+@pytest.mark.parametrize(("flags", "gpu", "expected"), [
+    ("fpu avx2 fma", False, "no"), ("avx512f avx512_bf16", False, "bf16"), ("asimd bf16", False, "bf16"),
+    ("fpu", True, "bf16"),
+])  # fmt: skip
+def test_auto_takes_bf16_where_it_is_fast(config, flags, gpu, expected, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(launch, "Path", lambda _: tmp_path / "cpuinfo")
+    assert launch.precision_of(replace(config, mixed_precision="auto"), gpu) == expected
+    assert launch.precision_of(replace(config, mixed_precision="no"), gpu) == "no"
 
 
 def test_mixed_precision_trains_fp32_weights(config):

@@ -69,9 +69,9 @@ def drawn(tmp_path) -> Conversion:
 def count_reads(monkeypatch) -> list[Path]:
     real, read = writer.read_image, []
 
-    def counted(path, resize):
+    def counted(path, resize, check):
         read.append(path)
-        return real(path, resize)
+        return real(path, resize, check)
 
     monkeypatch.setattr(writer, "read_image", counted)
     return read
@@ -111,10 +111,10 @@ def test_a_killed_part_loses_nothing_but_itself(drawn):
         "import os, runpy, sys\n"
         "from amp.data import writer\n"
         "real, calls = writer.read_image, []\n"
-        "def dies(path, resize):\n"
+        "def dies(path, resize, check):\n"
         "    calls.append(path)\n"
         "    if len(calls) == 5: os.kill(os.getpid(), 9)\n"
-        "    return real(path, resize)\n"
+        "    return real(path, resize, check)\n"
         "writer.read_image = dies\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"

@@ -329,15 +329,34 @@ def spoil(path, how):
         ("postscript", "jpg", "not an image"),
     ],
 )
-def test_damaged_images_are_found(tmp_path, how, extension, words):
+@pytest.mark.parametrize("check", ["structure", "decode"])
+def test_damaged_images_are_found(tmp_path, how, extension, words, check):
     path = tmp_path / f"a.{extension}"
     photo(path, size=(64, 64))
-    read_image(path)
+    read_image(path, check=check)
     spoil(path, how)
     with pytest.raises(UnreadableImageError, match=words) as error:
-        read_image(path)
+        read_image(path, check=check)
     assert not error.value.may_pass
     assert "object at 0x" not in str(error.value)
+
+
+def test_shards_checked_by_structure_alone_are_checked_again_where_decoding_is_asked_for(ten, monkeypatch):
+    """Not the other way round; the shards' bytes are the same."""
+    ten.make(check="structure")
+    before, (real, seen) = ten.tars(), (writer.read_image, [])
+
+    def noted(path, resize, check):
+        seen.append(check)
+        return real(path, resize, check)
+
+    monkeypatch.setattr(writer, "read_image", noted)
+    manifest = ten.make(check="decode")
+    assert seen == ["decode"] * len(seen) and len(seen) == 11
+    assert manifest.provenance["check"] == "decode"
+    assert {name: content for name, (_, content) in ten.tars().items()} == {n: c for n, (_, c) in before.items()}
+    ten.make(check="structure")
+    assert len(seen) == 11
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
@@ -510,11 +529,11 @@ def test_only_what_is_missing_or_changed_is_written_again(ten, change):
 def test_an_interrupted_run_leaves_nothing_that_counts_and_is_resumed(ten, monkeypatch, error):
     real, calls = writer.read_image, []
 
-    def stops(path, resize):
+    def stops(path, resize, check):
         calls.append(path)
         if len(calls) == 6:
             raise error("stopped")
-        return real(path, resize)
+        return real(path, resize, check)
 
     monkeypatch.setattr(writer, "read_image", stops)
     with pytest.raises(error):
@@ -531,10 +550,10 @@ def test_a_killed_run_is_resumed(ten, monkeypatch):
     code = (
         "import os, sys; from amp.data import writer\n"
         "real, calls = writer.read_image, []\n"
-        "def dies(path, resize):\n"
+        "def dies(path, resize, check):\n"
         "    calls.append(path)\n"
         "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
-        "    return real(path, resize)\n"
+        "    return real(path, resize, check)\n"
         "writer.read_image = dies\n"
         "writer.make_shards(*sys.argv[1:], workers=1, samples_per_shard=4)\n"
     )

@@ -1,4 +1,4 @@
-"""An image file on its way into a shard: decoded to see that it is whole, then passed on as it is, or resized."""
+"""An image file on its way into a shard: seen to be whole, then passed on as it is, or resized."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from amp.data.decode import PILLOW_FORMATS, decode_rgb, is_whole
 from amp.errors import AmpError
 
-# The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# What tells of a damaged file before it is decoded.
+Check = Literal["structure", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,17 @@ class UnreadableImageError(Exception):
         self.may_pass = may_pass
 
 
-def read_image(path: Path, resize: Resize | None = None) -> tuple[bytes, str]:
-    """The bytes to store and their extension (lower case, no dot), after a full decode.
+def read_image(path: Path, resize: Resize | None = None, check: Check = "decode") -> tuple[bytes, str]:
+    """The bytes to store and their extension (lower case, no dot), of a file that is whole.
 
     The file's own bytes, unless ``resize`` changes the size of this image: then a JPEG. No EXIF data is applied or kept
     in that case, which gives the pixels that training would see in the untouched file.
+
+    Args:
+        path: the file.
+        resize: how to make it smaller.
+        check: ``decode`` decodes every file. ``structure`` decodes only those whose structure (`is_whole`) is not known
+            or not in order, about a thirtieth of the time of a photo; damage that leaves the structure alone passes.
 
     Raises:
         UnreadableImageError: unreadable, damaged, cut short, of another format, or a decompression bomb.
@@ -79,10 +86,11 @@ def read_image(path: Path, resize: Resize | None = None) -> tuple[bytes, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if resize is None and check == "structure" and is_whole(content):
+                return content, extension
             with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
                 image.verify()
-            with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-                rgb = image.convert("RGB")  # decodes all pixels, into what training will ask for
+            rgb = Image.fromarray(decode_rgb(content))  # all pixels, as training will ask for them
     except UnidentifiedImageError:
         raise UnreadableImageError(f"{len(content)} bytes, not an image of {', '.join(PILLOW_FORMATS)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from amp.data.shard_captions import load_shard_captions
-from amp.data.shard_file import HashedFile, add_member, record_bytes
+from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of, write_json
 from amp.data.sources import CaptionedImage, attach_knowledge
 from amp.data.writer import load_provenance, lock_folder, source_file
@@ -205,12 +205,12 @@ def _rewrite(job: _Job) -> dict[str, Any]:
     try:
         with tarfile.open(job.source.path, "r:") as old, open(temporary, "wb") as file:
             hashed = HashedFile(file)
-            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.GNU_FORMAT) as new:
-                for member in old:
-                    content = old.extractfile(member).read()
-                    if member.name.endswith(".json"):
-                        content = record_bytes(json.loads(content)["key"], next(by_key))
-                    add_member(new, member.name, content)
+            for member in old:
+                content = old.extractfile(member).read()
+                if member.name.endswith(".json"):
+                    content = record_bytes(json.loads(content)["key"], next(by_key))
+                add_member(hashed, member.name, content)
+            end_archive(hashed)
             file.flush()
             os.fsync(file.fileno())
         sidecar = {

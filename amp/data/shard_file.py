@@ -8,6 +8,8 @@ import tarfile
 from amp.data.shards import RECORD_SCHEMA
 from amp.data.sources import CaptionedImage
 
+NO_KNOWLEDGE = '{"triplets":[],"states":[]}'
+
 
 class HashedFile:
     """Counts and hashes what is written, so that a finished shard need not be read again."""
@@ -25,27 +27,35 @@ class HashedFile:
 
 def record_bytes(key: str, image: CaptionedImage) -> bytes:
     """``KEY.json`` of a sample."""
-    captions = []
-    for caption in image.captions:
-        knowledge = json.loads(caption.knowledge) if caption.knowledge else {"triplets": [], "states": []}
-        captions.append({"id": caption.id, "text": caption.text, **knowledge})
-    record = {
+    head = {
         "schema": RECORD_SCHEMA,
         "key": key,
         "image_id": image.id,
         "filename": image.path,
         "split": image.split,
-        "captions": captions,
     }
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    captions = []
+    for caption in image.captions:
+        # Knowledge is JSON already, so its text is joined to the caption's.
+        own = json.dumps({"id": caption.id, "text": caption.text}, ensure_ascii=False, separators=(",", ":"))
+        captions.append(f"{own[:-1]},{(caption.knowledge or NO_KNOWLEDGE)[1:]}")
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":"))
+    return f'{text[:-1]},"captions":[{",".join(captions)}]}}'.encode()
 
 
-def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Appends a file."""
+def add_member(file: HashedFile, name: str, content: bytes) -> None:
+    """Appends a member to an archive, in one piece: `tarfile` itself writes in pieces of ten kilobytes."""
     # Owner, mode and time are fixed, so that equal input gives an equal sha256.
     member = tarfile.TarInfo(name)
     member.size = len(content)
     member.mtime = member.uid = member.gid = 0
     member.uname = member.gname = ""
     member.mode = 0o644
-    tar.addfile(member, io.BytesIO(content))
+    header = member.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+    file.write(b"".join((header, content, bytes(-len(content) % tarfile.BLOCKSIZE))))
+
+
+def end_archive(file: HashedFile) -> None:
+    """Writes the two empty blocks that end an archive, and fills its last record."""
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
+    file.write(bytes(-file.size % tarfile.RECORDSIZE))

@@ -297,9 +297,11 @@ class ShardReader:
             IndexError: ``index`` outside ``range(len(self))``.
             ShardFormatError: the record isn't JSON, or of another schema or key.
         """
-        if not 0 <= index < len(self.keys):
-            raise IndexError(f"{self.path}: sample {index} of {len(self.keys)}")
-        return self._bytes(index, 0), self.record(index)
+        return self.photo(index), self.record(index)
+
+    def photo(self, index: int) -> bytes:
+        """The image file's bytes of sample ``index`` alone."""
+        return self._bytes(index, 0)
 
     def record(self, index: int) -> dict[str, Any]:
         """The record of sample ``index`` alone; errors as in :meth:`read`."""
@@ -320,6 +322,8 @@ class ShardReader:
         return record
 
     def _bytes(self, index: int, which: int) -> bytes:
+        if not 0 <= index < len(self.keys):
+            raise IndexError(f"{self.path}: sample {index} of {len(self.keys)}")
         if self._file is None:
             raise ValueError(f"{self.path}: read after close")
         offset, size = (int(x) for x in self._spans[index, which])

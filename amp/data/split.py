@@ -1,19 +1,21 @@
 """Random access to the samples of a split, over all its shards."""
 
-import io
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
+from amp.data.decode import decode_rgb
 from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge, parse_knowledge
 
 MAX_OPEN = 256
+Decoded = TypeVar("Decoded")
 
 
 def decoding_workers(wanted: int) -> int:
@@ -65,26 +67,35 @@ class ShardSplit:
         reader, row = self._locate(index)
         return reader.record(row)
 
-    def image(self, index: int) -> Image.Image:
-        """The decoded RGB image of a sample.
+    def decoded(self, index: int, decode: Callable[[bytes], Decoded]) -> Decoded:
+        """What `decode` makes of the photo of a sample, of the bytes of its file.
 
         Raises:
-            AmpError: The image can't be decoded.
+            AmpError: It can't be decoded.
         """
         reader, row = self._locate(index)
-        content, _ = reader.read(row)
         try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return decode(reader.photo(row))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(
                 f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run "
-                "tools/make_shards.py again, which leaves out and lists unreadable images"
+                "tools/make_shards.py again with --check decode, which leaves out and lists such images"
             ) from error
 
+    def image(self, index: int) -> Image.Image:
+        """The photo of a sample in RGB; raises as `decoded`."""
+        return Image.fromarray(self.decoded(index, decode_rgb))
+
+    def caption(
+        self, record: dict, number: int, keep: Sequence[str] = ("action", "attribute")
+    ) -> tuple[str, Knowledge]:
+        """Text of one of a record's captions and its knowledge, of the triplet kinds in `keep`."""
+        caption = record["captions"][number]
+        return caption["text"], parse_knowledge(caption, f"{self.root}/{record['key']}.json").only(keep)
+
     def captions(self, record: dict, keep: Sequence[str] = ("action", "attribute")) -> list[tuple[str, Knowledge]]:
-        """Texts of a record's captions with their knowledge, of the triplet kinds in `keep`."""
-        where = f"{self.root}/{record['key']}.json"
-        return [(c["text"], parse_knowledge(c, where).only(keep)) for c in record["captions"]]
+        """All of them."""
+        return [self.caption(record, number, keep) for number in range(len(record["captions"]))]
 
     def records(self) -> Iterator[dict]:
         """All records in order."""

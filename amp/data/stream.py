@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from random import Random
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder, caption_of_epoch
+from amp.data.pixels import RandomCrop
 from amp.data.split import ShardSplit, decoding_workers
 from amp.data.text_features import TextFeatureStore
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
@@ -21,12 +24,14 @@ class Batch:
     """B images with one caption each.
 
     Attributes:
-        images: Images (B, 3, H, W), or their early tokens (B, 1 + M, d_v).
+        images: Images (B, 3, H, W), or their early tokens (B, 1 + M, d_v); uint8 images until `to`, where there is a
+            `crop`.
         base: The frozen CLIP's image features (B, d), or None where they are not stored.
         text: The frozen CLIP's caption features (B, d), not normalised.
         knowledge: Of the captions.
         image_ids: int64 (B,); equal numbers are the same image.
         samples: Position of each image in its split, int64 (B,); None where nobody asks.
+        crop: What normalises uint8 images on the device.
     """
 
     images: torch.Tensor
@@ -35,15 +40,32 @@ class Batch:
     knowledge: KnowledgeBatch
     image_ids: torch.Tensor
     samples: torch.Tensor | None = None
+    crop: RandomCrop | None = None
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        batch = self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        if batch.images.dtype == torch.uint8:
+            batch.images = self.crop.normalized(batch.images)
+        return batch
 
     def pin_memory(self) -> "Batch":
         return self._map(lambda x: x.pin_memory())
 
+    def __reduce__(self):
+        # A worker hands each tensor over by a file and a socket of its own, a millisecond each: as bytes, all but the
+        # images come sooner.
+        small = {key: value.numpy() for key, value in vars(self).items() if key != "images" and torch.is_tensor(value)}
+        knowledge = {key: value.numpy() for key, value in vars(self.knowledge).items()}
+        return _unpacked, (self.images, small, knowledge, self.crop)
+
     def _map(self, function) -> "Batch":
-        return Batch(*(None if x is None else function(x) for x in vars(self).values()))
+        *values, crop = vars(self).values()
+        return Batch(*(None if x is None else function(x) for x in values), crop)
+
+
+def _unpacked(images: torch.Tensor, small: dict, knowledge: dict, crop: RandomCrop | None) -> Batch:
+    tensors, texts = ({key: torch.from_numpy(x) for key, x in part.items()} for part in (small, knowledge))
+    return Batch(images=images, knowledge=KnowledgeBatch(**texts), crop=crop, **{"base": None, **tensors})
 
 
 class KnowledgeCollator:
@@ -73,43 +95,52 @@ class TrainingSamples(Dataset):
 
     Args:
         split: The shards.
-        preprocess: Image transform; not used where `frozen` is given.
+        preprocess: Image transform; open_clip's random crop is replaced by ours, the same but for rounding. Without one
+            pixels are Pillow's, as in evaluation and in stored features. Not used where `frozen` is given.
         seed: Chooses the caption of an epoch and the random crop, both whatever worker draws them.
         keep: Kinds of triplets that are used.
         frozen: Stored features of the split, which replace decoding.
+        scaled: See `RandomCrop`; of no effect without one.
     """
 
-    def __init__(self, split: ShardSplit, preprocess, seed: int, keep: Sequence[str], frozen: FrozenFeatures | None):
+    def __init__(self, split: ShardSplit, preprocess, seed: int, keep: Sequence[str], frozen: FrozenFeatures | None,
+                 scaled: bool = True):  # fmt: skip
         self.split, self.preprocess, self.seed, self.keep, self.frozen = split, preprocess, seed, tuple(keep), frozen
+        self.crop = RandomCrop.of(preprocess, scaled)
 
     def __getitem__(self, item: tuple[int, int]):
         index, epoch = item
         record = self.split.record(index)
-        captions = self.split.captions(record, self.keep)
-        text, knowledge = captions[caption_of_epoch(self.seed, epoch, index, len(captions))]
+        number = caption_of_epoch(self.seed, epoch, index, len(record["captions"]))
+        text, knowledge = self.split.caption(record, number, self.keep)
         image_id = stable_id(record["image_id"])
         if self.frozen is not None:
             early = torch.from_numpy(self.frozen.early[index].copy())
             return early, self.frozen.base[index], text, knowledge, image_id, index
+        draw = stable_id(f"{self.seed}/{epoch}/{index}")
+        if self.crop is not None:
+            image = self.split.decoded(index, partial(self.crop, random=Random(draw)))
+            return image, None, text, knowledge, image_id, index
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(stable_id(f"{self.seed}/{epoch}/{index}"))
+            torch.default_generator.manual_seed(draw)
             image = self.preprocess(self.split.image(index))
         return image, None, text, knowledge, image_id, index
 
 
 class _Collate:
-    def __init__(self, knowledge: KnowledgeCollator):
-        self.knowledge = knowledge
+    def __init__(self, knowledge: KnowledgeCollator, crop: RandomCrop | None):
+        self.knowledge, self.crop = knowledge, crop
 
     def __call__(self, samples: list) -> Batch:
         images, base, texts, knowledge, ids, indices = zip(*samples, strict=True)
         return Batch(
-            torch.stack(images),
+            default_collate(images),  # of a worker, stacked straight into shared memory
             None if base[0] is None else torch.stack([torch.from_numpy(b.copy()) for b in base]),
             torch.from_numpy(self.knowledge.store.lookup(texts)),
             self.knowledge(knowledge),
             torch.tensor(ids),
             torch.tensor(indices),
+            self.crop,
         )
 
 
@@ -130,7 +161,7 @@ def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: Know
         samples,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_Collate(knowledge),
+        collate_fn=_Collate(knowledge, samples.crop),
         pin_memory=pin_memory,
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,  # the order, and with it the epoch, is read in this process

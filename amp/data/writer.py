@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import stat
-import tarfile
 import threading
 import uuid
 from collections import Counter
@@ -35,9 +34,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from amp.data.image_file import Resize, UnreadableImageError, read_image
+from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
-from amp.data.shard_file import HashedFile, add_member, record_bytes
+from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
@@ -76,6 +75,7 @@ class ShardPlan:
     samples: tuple[tuple[str, CaptionedImage], ...]  # (key, image) in the order of the tar
     resize: Resize | None
     hash: str
+    check: Check
 
     @property
     def sidecar(self) -> Path:
@@ -99,6 +99,7 @@ def make_shards(
     resize: int | None = None,
     resize_mode: Literal["shortest", "squash"] = "shortest",
     resize_quality: int = 95,
+    check: Check = "structure",
     max_skipped: float = 0.01,
     workers: int | None = None,
     seed: int = 0,
@@ -126,6 +127,9 @@ def make_shards(
         resize: store images resized to so many pixels, as JPEG; by default the files' bytes are stored untouched.
         resize_mode: shortest keeps the aspect ratio and never enlarges; squash makes them square.
         resize_quality: JPEG quality of resized images, 1 to 95.
+        check: how an image is found to be whole: structure looks at the segments of a JPEG and the checksums of a PNG,
+            and decodes what is in doubt and all other formats; decode decodes everything, at several times the cost,
+            and finds damage inside a JPEG's scan too, which would stop a training run.
         max_skipped: largest fraction of images, or of captions, that may be skipped; above it no manifest is written.
         workers: processes; by default one a usable CPU.
         seed: of the order of samples, and of limit's choice.
@@ -194,7 +198,9 @@ def make_shards(
             members.sort(key=lambda member: _order(seed, split, member[0]))
             present, states, missing = _find_files(images_root, members, limit)
             lost_files += missing
-            plans[split] = _plan_split(out_root, images_root, split, present, states, samples_per_shard, resizing)
+            plans[split] = _plan_split(
+                out_root, images_root, split, present, states, samples_per_shard, resizing, check
+            )
     planned = [image for split_plans in plans.values() for plan in split_plans for _, image in plan.samples]
     _check_skipped(lost_files, planned, max_skipped, images)
     for split, split_plans in plans.items():
@@ -242,6 +248,7 @@ def make_shards(
             provenance={
                 **provenance,
                 "resize": asdict(resizing) if resizing else None,
+                "check": check,
                 "seed": seed,
                 "limit": limit,
                 "command": command,
@@ -253,7 +260,7 @@ def make_shards(
 
 
 def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, accept_gaps: bool = True) -> None:
-    """Write one shard and its sidecar, images checked by decoding them; ``progress`` is called once an image.
+    """Write one shard and its sidecar, images checked as planned; ``progress`` is called once an image.
 
     Without ``accept_gaps`` a shard that lacks images which could be readable in the next run is not put in place: its
     sidecar alone tells of them, and it counts as missing.
@@ -274,22 +281,22 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
     try:
         with open(temporary, "wb") as file:
             hashed = HashedFile(file)
-            with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.GNU_FORMAT) as tar:
-                for key, image in plan.samples:
-                    try:
-                        content, extension = read_image(plan.images_root / image.path, plan.resize)
-                    except UnreadableImageError as error:
-                        # A file that can't be opened may be mended without a new mtime, so the next run tries again.
-                        retry |= error.may_pass
-                        reason = str(error)
-                        skipped.append(Skip("unreadable_image", image.path, reason, image.split, len(image.captions)))
-                    else:
-                        add_member(tar, f"{key}.{extension}", content)
-                        add_member(tar, f"{key}.json", record_bytes(key, image))
-                        samples += 1
-                        captions += len(image.captions)
-                        without_knowledge += sum(caption.knowledge is None for caption in image.captions)
-                    progress()
+            for key, image in plan.samples:
+                try:
+                    content, extension = read_image(plan.images_root / image.path, plan.resize, plan.check)
+                except UnreadableImageError as error:
+                    # A file that can't be opened may be mended without a new mtime, so the next run tries again.
+                    retry |= error.may_pass
+                    reason = str(error)
+                    skipped.append(Skip("unreadable_image", image.path, reason, image.split, len(image.captions)))
+                else:
+                    add_member(hashed, f"{key}.{extension}", content)
+                    add_member(hashed, f"{key}.json", record_bytes(key, image))
+                    samples += 1
+                    captions += len(image.captions)
+                    without_knowledge += sum(caption.knowledge is None for caption in image.captions)
+                progress()
+            end_archive(hashed)
             file.flush()
             os.fsync(file.fileno())
         # Without its sidecar a shard doesn't count, so there is no moment at which a sidecar describes another tar.
@@ -309,6 +316,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
                 "sha256": hashed.sha256.hexdigest(),
                 "skipped": [asdict(skip) for skip in skipped],
                 "retry": retry,
+                "check": plan.check,
             },
         )
         os.replace(temporary_sidecar, plan.sidecar)
@@ -407,6 +415,7 @@ def _plan_split(
     states: list[tuple[int, int]],
     samples_per_shard: int,
     resize: Resize | None,
+    check: Check,
 ) -> list[ShardPlan]:
     plans = []
     for number, start in enumerate(range(0, len(members), samples_per_shard)):
@@ -419,7 +428,7 @@ def _plan_split(
             line = json.dumps([key, image.path, image.id, image.split, state, captions])
             digest.update(line.encode("ascii"))
         path = out / f"{split}-{number:06d}.tar"
-        plans.append(ShardPlan(path, images_root, samples, resize, digest.hexdigest()))
+        plans.append(ShardPlan(path, images_root, samples, resize, digest.hexdigest(), check))
     return plans
 
 
@@ -437,7 +446,8 @@ def _finished(plan: ShardPlan) -> dict[str, Any] | None:
     sidecar = _sidecar(plan)
     try:
         whole = sidecar and (sidecar["samples"] == 0 or plan.path.stat().st_size == sidecar["bytes"])
-        return sidecar if whole else None
+        strict = plan.check == "structure" or (sidecar and sidecar.get("check", "decode") == "decode")
+        return sidecar if whole and strict else None
     except (OSError, KeyError):
         return None
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 from amp.knowledge.schema import Knowledge
@@ -69,14 +70,15 @@ class TripletTokenizer:
         self.tokenizer = tokenizer
         self.max_triplets = max_triplets
         self.slot_tokens = slot_tokens
-        self._cache: dict[str, list[int]] = {}  # captions share their words: a few thousand slots cover a dataset
+        self._cache: dict[str, tuple[np.ndarray, int]] = {}  # captions share words: some thousand slots make a dataset
 
-    def slot(self, text: str) -> list[int]:
-        """Ids of one slot, at most S."""
+    def slot(self, text: str) -> tuple[np.ndarray, int]:
+        """Ids of one slot, int64 (S,) with zeros behind them, and how many there are."""
         if text not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()
-            self._cache[text] = self._encode(text)[: self.slot_tokens]
+            ids = self._encode(text)[: self.slot_tokens]
+            self._cache[text] = np.array(ids + [0] * (self.slot_tokens - len(ids)), dtype=np.int64), len(ids)
         return self._cache[text]
 
     def _encode(self, text: str) -> list[int]:
@@ -89,13 +91,13 @@ class TripletTokenizer:
     def __call__(self, knowledge: Sequence[Knowledge]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns `triplet_tokens`, `token_mask` and `mask` of a `KnowledgeBatch` for C captions."""
         shape = (len(knowledge), self.max_triplets, 3, self.slot_tokens)
-        tokens, token_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-        mask = torch.zeros(shape[:2], dtype=torch.bool)
+        # Filled as arrays: a tensor's element takes ten times as long, and that for every slot of every caption.
+        tokens, counts = np.zeros(shape, dtype=np.int64), np.zeros(shape[:3], dtype=np.int64)
+        mask = np.zeros(shape[:2], dtype=bool)
         for c, item in enumerate(knowledge):
             for k, (triplet, _) in enumerate(select(item, self.max_triplets)):
                 mask[c, k] = True
                 for s, text in enumerate((triplet.subject, triplet.action, triplet.object)):
-                    ids = self.slot(text)
-                    tokens[c, k, s, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-                    token_mask[c, k, s, : len(ids)] = True
-        return tokens, token_mask, mask
+                    tokens[c, k, s], counts[c, k, s] = self.slot(text)
+        token_mask = np.arange(self.slot_tokens) < counts[..., None]
+        return torch.from_numpy(tokens), torch.from_numpy(token_mask), torch.from_numpy(mask)

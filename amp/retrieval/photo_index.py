@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from amp.data.image_file import PILLOW_FORMATS
+from amp.data.decode import PILLOW_FORMATS
 from amp.data.split import decoding_workers
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP

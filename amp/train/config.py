@@ -40,6 +40,8 @@ class DataSettings:
         batch_size: Images a process and step.
         workers: Decoding processes a training process; fewer where there are fewer cores.
         shuffle_window: Shards mixed at a time.
+        decode: ``scaled`` decodes a JPEG at a half, quarter or eighth of its size where its random crop is still as
+            large as the model's input (ours), ``full`` decodes all of it; of no effect with ``augment: none``.
         augment: ``none`` uses the validation transform, ``crop`` open_clip's training transform (no flip in either).
         kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".
         cache: Folder for text features and frozen image features.
@@ -55,6 +57,7 @@ class DataSettings:
     workers: int = 4
     shuffle_window: int = 64
     augment: Literal["none", "crop"] = "crop"
+    decode: Literal["scaled", "full"] = "scaled"
     kinds: list[Literal["action", "attribute"]] = field(default_factory=lambda: ["action", "attribute"])
     cache: str = "data/cache"
     cache_dtype: Literal["float32", "float16"] = "float32"
@@ -123,7 +126,8 @@ class TrainConfig:
         knowledge_dropout: Share of a caption's triplets, each with its state, that a training step leaves out at random
             (ours); a caption that loses all of them learns the null token.
         margin: Margin of the triplet loss (ours).
-        mixed_precision: Autocast type; null takes what `accelerate launch` says.
+        mixed_precision: Autocast type; ``auto`` is bf16 on a GPU and on processors that have instructions for it, else
+            no; null takes what `accelerate launch` says.
         gradient_accumulation: Batches of a process an optimizer step; as one large batch, but for ``contrastive`` with
             ``aim`` or ``cat``, whose negatives come from one batch (docs/training.md).
         max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
@@ -157,7 +161,7 @@ class TrainConfig:
     knowledge_share: float = 1.0
     knowledge_dropout: float = 0.0
     margin: float = 0.2
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False

@@ -183,7 +183,9 @@ class Run:
         )  # fmt: skip
         if not data.cache_images:
             frozen = None
-        samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
+        samples = TrainingSamples(
+            self.split, preprocess, config.seed, data.kinds, frozen, scaled=data.decode == "scaled"
+        )
         self.loader = training_loader(
             samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", prepare_worker
         )

@@ -41,7 +41,7 @@ def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
     timeout = timedelta(minutes=config.timeout_minutes)
     group = InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=None if config.mixed_precision is None else precision_of(config),
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=(training and config.trackers) or None,  # an empty list would make Accelerate warn
         project_dir=config.out,
@@ -86,9 +86,22 @@ def world_of_launcher() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def precision_of(config: TrainConfig) -> str:
-    """The run's autocast type: its own, or what `accelerate launch` says."""
+def precision_of(config: TrainConfig, gpu: bool | None = None) -> str:
+    """The run's autocast type: its own, or what `accelerate launch` says. `gpu`: whether it runs on one; null looks."""
+    if config.mixed_precision == "auto":
+        gpu = torch.cuda.is_available() if gpu is None else gpu
+        return "bf16" if gpu or multiplies_bf16() else "no"
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for it (Linux). Without them a product takes up to sixty times as long as
+    in fp32 (docs/performance.md names a processor and its rates)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def deepspeed_file(config: TrainConfig) -> str | None:

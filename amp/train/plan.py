@@ -134,7 +134,7 @@ class Plan:
 def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     """Runs all checks, and computes steps and memory of each stage."""
     plan = Plan(config, settings, Findings())
-    find, world, precision, size = plan.findings, settings.world, precision_of(config), config.data.batch_size
+    find, world, precision, size = plan.findings, settings.world, precision_of(config, gpu=True), config.data.batch_size
     file, simulator = deepspeed_file(config), None
     find.add("launch", check_launch(config, settings.nodes, settings.gpus, precision, file))
     with find.about("DeepSpeed"):
@@ -251,7 +251,7 @@ def steps_table(plan: Plan) -> Table:
     ]
     if plan.parameters:
         sizes = plan.parameters.values()
-        cast = plan.zero is not None and precision_of(config) == "fp16"  # DeepSpeed's fp16 casts all weights
+        cast = plan.zero is not None and precision_of(config, gpu=True) == "fp16"  # DeepSpeed's fp16 casts all weights
         rows += [
             ("trained parameters", [part.trained for part in sizes], "in fp16" if cast else "in fp32"),
             ("frozen parameters", [part.frozen for part in sizes], f"in {'fp16' if cast else config.model.precision}"),

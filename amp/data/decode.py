@@ -1,0 +1,70 @@
+"""Photo bytes to pixels; without torch, which costs a process that only looks at files seconds."""
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+# The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) of a photo, bit for bit those of Pillow's `convert("RGB")`; no EXIF data is applied.
+
+    Both decode JPEG with libjpeg-turbo. Called without Pillow in between it writes into the array at once, where Pillow
+    hands it the file in small pieces, and keeps and converts an image of its own.
+
+    Args:
+        content: Of the file.
+        shrink: 2, 4 or 8 leaves out the frequencies that a photo so much smaller can't show, rounds where it saves
+            time, and gives (ceil(H / shrink), ceil(W / shrink), 3). Only where `jpeg_size` knows the size.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: as Pillow does.
+    """
+    size = jpeg_size(content)
+    if size is not None:
+        try:
+            if shrink == 1:
+                return simplejpeg.decode_jpeg(content)
+            height, width = (-(-x // shrink) for x in size)
+            return simplejpeg.decode_jpeg(
+                content, min_height=height, min_width=width, fastdct=True, fastupsample=True
+            )  # fmt: skip
+        except ValueError:  # damaged; Pillow may still make an image of it, or says what is wrong
+            if shrink > 1:
+                raise
+    with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG in grey or YCbCr; None of anything else, and of what Pillow would take for a
+    decompression bomb."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    known = colorspace in ("YCbCr", "Gray") and height * width <= Image.MAX_IMAGE_PIXELS
+    return (height, width) if known else None
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a JPEG has all its segments, a frame of a size that Pillow takes, and its end behind its scan; or a PNG
+    all its chunks, each with the right checksum. False of other formats, and where in doubt."""
+    if content.startswith(b"\x89PNG"):
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:  # checks the size too
+            image.verify()
+        return content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82")
+    size = jpeg_size(content)
+    if size is None:
+        return False
+    place = 2
+    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
+        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4], "big")
+        place += 2 + length
+        if marker == 0xDA:  # the scan follows, and runs to the end; a thumbnail's end lies in an earlier segment
+            return content.rfind(b"\xff\xd9", max(place, len(content) - 65536)) >= 0
+    return False

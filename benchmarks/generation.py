@@ -1,0 +1,67 @@
+"""Captions a second of the transformers engine against one `generate` call a caption, in one run.
+
+The plain call gets the whole prompt each time, as a first script would do it. Then come, one after the other, the
+prefix that is computed once, full batches, and each different caption only once, which saves what a dataset repeats.
+All must say the same.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from amp.generation.engines.base import Sampling
+from amp.generation.engines.transformers_engine import TransformersEngine
+from amp.generation.prompts import ask_triplets, load_template
+from benchmarks.models import drawn_captions
+from benchmarks.settings import Settings
+from benchmarks.timing import rounded
+
+PLAIN, PREFIX, BATCHES, ONCE = "plain call", "+ shared prefix", "+ batches", "+ each caption once"
+BATCH = 32
+
+
+def run(settings: Settings, captions: list[str] | None = None) -> dict:
+    """Times the four ways on the same captions, by default drawn ones, none of which occurs twice."""
+    texts = captions or drawn_captions(settings.captions, 1)[0]
+    prefix, sampling = load_template("default").triplets, Sampling(settings.max_tokens)
+    engine = TransformersEngine(model=settings.language_model, batch_size=BATCH, constrained=False)
+    alone = TransformersEngine(model=settings.language_model, batch_size=1, constrained=False)
+    before, tail = engine.prefix_ids(prefix)
+
+    def plain(captions: list[str]) -> list[str]:
+        replies = []
+        for caption in captions:
+            ids = torch.tensor([before + engine.suffix_ids(ask_triplets(caption)) + tail], device=engine.model.device)
+            output = engine.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_tokens, do_sample=False,
+                eos_token_id=sorted(engine.ends), pad_token_id=min(engine.ends),
+            )  # fmt: skip
+            replies.append(engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        return replies
+
+    def by(engine: TransformersEngine) -> Callable[[list[str]], list[str]]:
+        def run(captions: list[str]) -> list[str]:
+            found = dict(engine.generate(prefix, [ask_triplets(caption) for caption in captions], None, sampling))
+            return [found[number].text for number in range(len(captions))]
+
+        return run
+
+    def once(captions: list[str]) -> list[str]:
+        different = list(dict.fromkeys(captions))
+        found = dict(zip(different, by(engine)(different), strict=True))
+        return [found[caption] for caption in captions]
+
+    rates, replies = {}, []
+    for name, way in {PLAIN: plain, PREFIX: by(alone), BATCHES: by(engine), ONCE: once}.items():
+        way(texts[:1])  # warm
+        start = time.perf_counter()
+        replies.append(way(texts))
+        rates[name] = len(texts) / (time.perf_counter() - start)
+    return {
+        "model": engine.describe(), "captions": len(texts), "different": len(set(texts)), "batch": BATCH,
+        "max_tokens": settings.max_tokens, "prefix_tokens": len(before),
+        "captions_a_second": {name: rounded(rate) for name, rate in rates.items()},
+        "ratio": {f"{name} / {PLAIN}": rounded(rates[name] / rates[PLAIN]) for name in rates if name != PLAIN},
+        "same_text": sum(len(set(group)) == 1 for group in zip(*replies, strict=True)),
+    }  # fmt: skip

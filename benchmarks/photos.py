@@ -1,0 +1,86 @@
+"""Drawn photos with captions and knowledge, of the size and weight of COCO's: nothing has to be downloaded.
+
+The pixels are noise with the spectrum of photos (power falls with frequency squared and a half), so that a JPEG of them
+takes as many bytes and as long to decode as a real one.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from amp.data.shards import IMAGE_EXTENSIONS
+from amp.knowledge.schema import Knowledge, Triplet
+
+WORDS = ("dog", "girl", "horse", "boy", "man", "chases", "kicks", "carries", "throws", "watches", "ball", "kite")
+CAPTIONS = 5
+QUALITY = 90
+
+
+def photo(number: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
+    """A photo, the same for the same number."""
+    random, (width, height) = np.random.default_rng(number), size
+    frequency = np.hypot(
+        np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width
+    ).clip(min=1)  # fmt: skip
+    grey = random.standard_normal((height, width))
+    channels = []
+    for _ in range(3):
+        noise = 0.8 * grey + 0.6 * random.standard_normal((height, width))
+        waves = np.fft.irfft2(np.fft.rfft2(noise) / frequency**1.25, s=(height, width))
+        channels.append(128 + 50 * waves / waves.std())
+    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def drawn_knowledge(random: np.random.Generator, triplets: int) -> tuple[str, Knowledge]:
+    """A caption of ten words with as many triplets and states."""
+    slots = [random.choice(WORDS, 3).tolist() for _ in range(triplets)]
+    states = tuple(f"The {subject} {action} with bent knees and raised arms" for subject, action, _ in slots)
+    return " ".join(random.choice(WORDS, 10)), Knowledge(tuple(Triplet(*slot) for slot in slots), states)
+
+
+def draw_photos(folder: Path, count: int) -> dict[str, str]:
+    """`count` photos with five captions each, four triplets a caption.
+
+    Returns:
+        The arguments of `amp.data.writer.make_shards` but `out`.
+    """
+    photos = folder / "photos"
+    photos.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(_save, photos), range(count), chunksize=8))
+    names = [f"{number:06d}.jpg" for number in range(count)]
+    return {"images": str(photos), **describe_photos(folder, names)}
+
+
+def given_or_drawn(folder: Path, photos: Path | None, count: int) -> dict[str, str]:
+    """Arguments of `make_shards` for the first `count` photos of a folder, or for drawn ones; captions are drawn."""
+    if photos is None:
+        return draw_photos(folder, count)
+    names = sorted(path.name for path in photos.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS)[:count]
+    return {"images": str(photos), **describe_photos(folder, names)}
+
+
+def _save(folder: Path, number: int) -> None:
+    photo(number).save(folder / f"{number:06d}.jpg", quality=QUALITY)
+
+
+def describe_photos(folder: Path, names: list[str]) -> dict[str, str]:
+    """Writes captions and knowledge of photos into `folder`; their files are named as `make_shards` wants them."""
+    random = np.random.default_rng(0)
+    images, knowledge = [], []
+    for number, name in enumerate(names):
+        sentences = []
+        for _ in range(CAPTIONS):
+            text, found = drawn_knowledge(random, 4)
+            knowledge.append({"sentid": len(knowledge), **found.to_dict()})
+            sentences.append({"raw": text, "sentid": len(knowledge) - 1, "imgid": number})
+        sentids = [sentence["sentid"] for sentence in sentences]
+        images.append({"filename": name, "imgid": number, "split": "train", "sentences": sentences, "sentids": sentids})
+    captions, lines = folder / "dataset.json", folder / "knowledge.jsonl"
+    captions.write_text(json.dumps({"images": images, "dataset": "drawn"}))
+    lines.write_text("".join(f"{json.dumps(line)}\n" for line in knowledge))
+    return {"captions": str(captions), "knowledge": str(lines)}

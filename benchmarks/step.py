@@ -1,0 +1,128 @@
+"""A training step of each way of conditioning, beside the frozen CLIP, plain prompt tuning and the equations.
+
+Images a second of forward and backward passes. The blocks below `interaction_layer` run once an image and can be
+stored, so they are left out of all rows but the frozen CLIP's and the naive one's, which knows no such thing.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from amp.model import ActionAwareCLIP
+from amp.train.losses import contrastive_loss, same_image_mask, similarity
+from amp.train.objective import Objective
+from amp.train.stages import set_trainable
+from benchmarks.memory import kept_bytes
+from benchmarks.models import base_model, build, drawn_captions, random_batch
+from benchmarks.naive import NaiveAIM, plain_prompt_tuning
+from benchmarks.settings import Settings
+from benchmarks.timing import in_turns, medians, ratio, rounded
+
+NEGATIVES = 2
+FROZEN, PLAIN, NAIVE = "frozen CLIP, forward alone", "plain prompt tuning", "contrastive m=2, the equations"
+CONTROL, PAIRED, AIM = "control", "paired, aim", "contrastive m=2, aim"
+SHARE, READOUT = "contrastive m=2, aim, share 1/16", "contrastive all pairs, readout"
+
+
+def run(settings: Settings) -> dict:
+    """Every way at l = 0, L/2 and 3L/4."""
+    base = base_model(settings)
+    depth, found = base.backbone.num_layers, {}
+    for layer in (0, depth // 2, 3 * depth // 4):
+        found[str(layer)] = at_layer(base, layer, settings)
+    return {"blocks": depth, "images": settings.step_batch, "patches": base.backbone.num_patches, "layers": found}
+
+
+def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) -> dict:
+    """Rates, work and memory of all ways at one `interaction_layer`; `prompt` are more settings of `PromptConfig`."""
+    ways = ways_at(base, layer, settings, prompt)
+    counted = {name: counted_work(way, model or base) for name, (way, model) in ways.items()}
+    quick = {name: way for name, (way, _) in ways.items() if name not in (AIM, NAIVE)}
+    rates = in_turns(quick, settings.rounds, settings.device)
+    for name in (AIM, NAIVE):  # minutes long: once, beside the others' median
+        rates |= {name: in_turns({name: ways[name][0]}, 1, settings.device, warm=False)[name] * settings.rounds}
+    rows = {}
+    for name, figures in medians(rates).items():
+        items, work, kept = counted[name]
+        work /= items
+        rows[name] = {"images_a_second": figures, "gflop_an_image": rounded(work),
+                      "gflop_a_second": rounded(figures["median"] * work)}  # fmt: skip
+        if name not in (FROZEN, NAIVE):
+            rows[name]["kept_MB_an_image"] = rounded(kept / 1e6 / items)
+    against = {f"{name} / {PLAIN}": ratio(rates, PLAIN, name) for name in (CONTROL, PAIRED, AIM, SHARE, READOUT)}
+    against |= {f"{NAIVE} / {name}": ratio(rates, name, NAIVE) for name in (AIM, READOUT)}
+    return {"rows": rows, "times_as_long": {name: rounded(x) for name, x in against.items()}}
+
+
+def ways_at(base: ActionAwareCLIP, layer: int, settings: Settings,
+            prompt: dict) -> dict[str, tuple[Callable, ActionAwareCLIP | None]]:  # fmt: skip
+    """Each way by name, and the model whose memory it shows."""
+    size, device = settings.step_batch, settings.device
+    images = torch.randn(size, 3, *base.backbone.visual.image_size, device=device)
+    control = build(base, layer, knowledge="none")
+    aim, readout = build(base, layer, **prompt), build(base, layer, interaction="readout", **prompt)
+    batch = random_batch(aim, size)
+
+    def frozen() -> int:
+        with torch.no_grad(), low_precision(device):
+            base.backbone.clip.encode_image(images)
+        return size
+
+    def plain() -> int:
+        with low_precision(device):
+            features = plain_prompt_tuning(control, images, batch.images)
+        cosines = similarity(features, batch.text)
+        contrastive_loss(cosines, control._temperature(), same_image_mask(batch.image_ids)).backward()
+        control.zero_grad()
+        return size
+
+    def ours(model: ActionAwareCLIP, conditioning: str, share: float = 1.0) -> Callable[[], int]:
+        objective = Objective(1, conditioning, NEGATIVES, knowledge_share=share, all_pairs=model.has_readout)
+
+        def step() -> int:
+            with low_precision(device):
+                loss, _ = objective(model, batch, 0)
+            loss.backward()
+            model.zero_grad()
+            return size
+
+        return step
+
+    for model in (control, aim, readout):
+        set_trainable(model, 1)
+    naive, few = NaiveAIM(aim), 1 + NEGATIVES
+    captions, items = drawn_captions(few, aim.config.max_triplets)
+
+    def slow() -> int:
+        drawn = [[(n + j) % few for j in range(1, few)] for n in range(few)]
+        naive.contrastive_step(images[:few], captions, items, drawn, 1.0).backward()
+        aim.zero_grad()
+        return few
+
+    return {
+        FROZEN: (frozen, None), PLAIN: (plain, control), CONTROL: (ours(control, "none"), control),
+        PAIRED: (ours(aim, "paired"), aim), AIM: (ours(aim, "contrastive"), aim),
+        SHARE: (ours(aim, "contrastive", 1 / 16), aim), READOUT: (ours(readout, "contrastive"), readout),
+        NAIVE: (slow, None),
+    }  # fmt: skip
+
+
+def low_precision(device: str) -> contextlib.AbstractContextManager:
+    """bf16 on a GPU, as training; fp32 on the CPU, where most processors have no units for bf16."""
+    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+def counted_work(way: Callable[[], int], model: ActionAwareCLIP) -> tuple[int, float, int]:
+    """Images of a step, its GFLOP, and the bytes that autograd keeps."""
+    found = []
+    work = gflop(lambda: found.extend(kept_bytes(model, way)))
+    return found[0], work, found[1]
+
+
+def gflop(work: Callable[[], object]) -> float:
+    """Matrix products of a call in GFLOP, attention counted."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9

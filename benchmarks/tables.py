@@ -1,0 +1,127 @@
+"""Figures of a run as the tables of docs/performance.md, each between two comments that name it."""
+
+import re
+from collections.abc import Iterable
+
+MARK = re.compile(r"(<!-- figures: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(page: str, figures: dict) -> str:
+    """The page with each marked part replaced by its table; parts whose benchmark has not run stay."""
+
+    def replaced(found: re.Match) -> str:
+        name = found[2].partition(".")[0]
+        if name not in figures:
+            return found[0]
+        lines = TABLES[found[2]](figures[name])
+        return "".join([found[1], *(f"{line}\n" for line in lines), found[3]])
+
+    return MARK.sub(replaced, page)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Lines of a Markdown table, its first column left, the others right."""
+    head = list(head)
+    rule = "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"
+    return [row_of(head), rule, *map(row_of, rows)]
+
+
+def row_of(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(shown(cell) for cell in cells) + " |"
+
+
+def shown(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if cell >= 100 else f"{cell:.3g}"
+    return "" if cell is None else str(cell)
+
+
+def spread(figures: dict) -> str:
+    """The median with the least and the most."""
+    return f"{shown(figures['median'])} ({shown(figures['least'])} to {shown(figures['most'])})"
+
+
+def machine(figures: dict) -> list[str]:
+    found = figures["machine"]
+    peak = found["matmul_GFLOP_a_second"]
+    return [
+        f"{found['processor']}, {found['cores']} cores, {found['threads']} thread, torch {found['torch']}, Python "
+        f"{found['python']}; matrix products at {shown(peak['fp32'])} GFLOP/s in fp32, {shown(peak['bf16'])} in bf16, "
+        f"copies at {shown(found['copy_GB_a_second'])} GB/s.",
+    ]  # fmt: skip
+
+
+def streams(figures: dict) -> list[str]:
+    rows = []
+    for workers, row in figures["workers"].items():
+        for name, rate in row["images_a_second"].items():
+            ratio = row["ratio"].get(f"ours / {name}")
+            rows.append([workers, name, spread(rate), ratio, row["worker_MB"].get(name)])
+    return table(["workers", "", "images/s", "ours is x times as fast", "a worker's own MB"], rows)
+
+
+def conversions(figures: dict) -> list[str]:
+    rows = [
+        [name, spread(rate), figures["ratio"].get(f"{name} / make_shards")]
+        for name, rate in figures["images_a_second"].items()
+    ]
+    return table(["", "images/s", "as fast as make_shards, times"], rows)
+
+
+def steps(figures: dict) -> list[str]:
+    peak, rows = figures["machine"]["matmul_GFLOP_a_second"]["fp32"], []
+    for layer, found in figures["layers"].items():
+        plain = found["rows"]["plain prompt tuning"]["images_a_second"]["median"]
+        for name, row in found["rows"].items():
+            rate = row["images_a_second"]
+            rows.append([layer, name, spread(rate), round(plain / rate["median"], 2), row["gflop_an_image"],
+                         f"{100 * row['gflop_a_second'] / peak:.0f} %", row.get("kept_MB_an_image")])  # fmt: skip
+    return table(
+        ["l", "", "images/s", "times as long as plain", "GFLOP an image", "of the peak", "MB kept an image"], rows
+    )
+
+
+def reranks(figures: dict) -> list[str]:
+    rows = []
+    for interaction, found in figures["speed"].items():
+        for name, rate in found["pairs_a_second"].items():
+            rows.append(
+                [interaction, name, rate, found["ratio"].get(f"ours / {name}"), found["gflop_a_pair"].get(name)]
+            )
+    return table(["interaction", "", "pairs/s", "ours is x times as fast", "GFLOP a pair"], rows)
+
+
+def galleries(figures: dict) -> list[str]:
+    head = ["images", "first stage, MB", "re-ranking, MB", "a matrix of all scores, MB"]
+    return table(head, ([f"{x['images']:,}", x["first_stage_MB"], x["rerank_MB"], x["score_matrix_MB"]]
+                        for x in figures["memory"]))  # fmt: skip
+
+
+def generations(figures: dict) -> list[str]:
+    rows = [
+        [name, rate, figures["ratio"].get(f"{name} / plain call")]
+        for name, rate in figures["captions_a_second"].items()
+    ]
+    return table(["", "captions/s", "times the plain call"], rows)
+
+
+def ranks(figures: dict) -> list[str]:
+    return table(["ranks", "images/s", "seconds a step"], ([n, x["images_a_second"], x["seconds_a_step"]]
+                                                           for n, x in figures["ranks"].items()))  # fmt: skip
+
+
+def listed(name: str):
+    """A table of the figures that one part holds by name."""
+
+    def lines(figures: dict) -> list[str]:
+        rows = ([key.replace("_", " "), f"{x:,}" if isinstance(x, int) else x] for key, x in figures[name].items())
+        return table(["", ""], rows)
+
+    return lines
+
+
+TABLES = {
+    "stream.machine": machine, "stream": streams, "conversion": conversions, "step": steps, "rerank": reranks,
+    "rerank.memory": galleries, "generation": generations, "scaling": ranks, "scaling.plan": listed("plan"),
+    "scaling.roofline": listed("roofline"),
+}  # fmt: skip

@@ -1,0 +1,191 @@
+"""The benchmarks: their clock, their counts, and that all ways of a comparison do the same work."""
+
+import gc
+import json
+import time
+
+import pytest
+import torch
+from helpers import ROOT
+from test_transformers_engine import tiny_model
+from torch import nn
+
+from amp.config import PromptConfig
+from amp.factory import create_model_and_transforms
+from benchmarks import conversion, generation, memory, photos, rerank, run, scaling, step, stream, tables, timing
+from benchmarks.models import build, drawn_captions
+from benchmarks.naive import NaiveAIM, plain_prompt_tuning
+from benchmarks.settings import Settings
+
+
+@pytest.fixture
+def base(clip_folder):
+    model, _, _ = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig(triplet_heads=4))
+    return model
+
+
+def test_rates_by_hand(monkeypatch):
+    """Ways take turns, forwards and backwards; a ratio is the median of the rounds' ratios."""
+    clock, order = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def way(name, seconds):
+        def work():
+            order.append(name)
+            clock[0] += seconds.pop(0)
+            return 6
+
+        return work
+
+    rates = timing.in_turns({"a": way("a", [9, 1, 2, 3]), "b": way("b", [9, 2, 3, 12])}, 3)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert rates == {"a": [6, 3, 2], "b": [3, 2, 0.5]}
+    assert timing.ratio(rates, "a", "b") == 2
+    assert timing.medians(rates)["a"] == {"median": 3, "least": 2, "most": 6}
+
+
+def test_kept_bytes_by_hand():
+    """y = w2 relu(w1 x): autograd keeps x, and the output of relu once though two operations want it; no parameter."""
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    x = torch.randn(16, 4)
+    result, kept = memory.kept_bytes(model, lambda: model(x).sum())
+    assert kept == 4 * (16 * 4 + 16 * 8)
+    result.backward()
+    assert model[0].weight.grad is not None
+
+
+def test_peak_memory_is_what_was_held():
+    def hold():
+        held = torch.ones(75_000_000)  # 300 MB
+        time.sleep(0.5)
+        return len(held)
+
+    gc.collect()
+    count, peak = memory.peak_mb(hold)
+    assert count == 75_000_000 and 250 < peak < 400
+
+
+def test_gflop_by_hand():
+    x, y = torch.randn(30, 20), torch.randn(20, 10)
+    assert step.gflop(lambda: x @ y) == pytest.approx(2 * 30 * 20 * 10 / 1e9)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_the_equations_are_what_the_model_computes(base, layer):
+    model = build(base, layer, triplet_heads=4, max_triplets=3).eval()
+    images = torch.randn(2, 3, *model.backbone.visual.image_size)
+    captions, items = drawn_captions(2, 3)
+    naive = NaiveAIM(model)
+    expected = model.encode_image(images, items)
+    for n in range(2):
+        torch.testing.assert_close(naive.encode_pair(images[n], items[n]), expected[n], rtol=0, atol=2e-5)
+    torch.testing.assert_close(naive.encode_text(captions), model.encode_text(model.tokenizer(captions)))
+    control = build(base, layer, knowledge="none").eval()
+    features = control(images, None, prompted=True).prompted
+    torch.testing.assert_close(plain_prompt_tuning(control, images), features, rtol=0, atol=2e-5)
+
+
+def test_a_step_of_every_way(base):
+    settings = Settings(step_batch=3, rounds=1, device="cpu")
+    found = step.at_layer(base, 1, settings, triplet_heads=4)
+    assert set(found["rows"]) == {
+        step.FROZEN, step.PLAIN, step.CONTROL, step.PAIRED, step.AIM, step.SHARE, step.READOUT, step.NAIVE
+    }  # fmt: skip
+    work = {name: row["gflop_an_image"] for name, row in found["rows"].items()}
+    assert work[step.CONTROL] < work[step.PAIRED] < work[step.AIM] < work[step.NAIVE]
+    json.dumps(found)
+
+
+def test_loops_of_reranking_agree(base, monkeypatch):
+    settings = Settings(rerank_images=8, top_k=3, naive_queries=2, device="cpu")
+    for interaction in ("aim", "readout"):
+        model = build(base, 1, triplet_heads=4, interaction=interaction).eval()
+        rates, work = rerank.pairs_a_second(model, settings)
+        assert (rerank.EQUATIONS in rates) == (interaction == "aim")
+        assert work[rerank.ENGINE] < work[rerank.PER_PAIR]
+    real = rerank.rerank_scores
+    monkeypatch.setattr(rerank, "rerank_scores", lambda *given: real(*given) + 1e-3)
+    with pytest.raises(Exception, match="differ by"):
+        rerank.pairs_a_second(model, settings)
+
+
+@pytest.fixture
+def few(tmp_path):
+    return photos.given_or_drawn(tmp_path, None, 24)
+
+
+def test_drawn_photos_are_as_heavy_as_photos(few):
+    sizes = [path.stat().st_size for path in (ROOT / few["images"]).iterdir()]
+    assert len(sizes) == 24 and 100_000 < sum(sizes) / 24 < 200_000  # COCO's: 640 x 480 in 150 kB
+
+
+def test_streams_read_every_photo(few, tmp_path):
+    settings = Settings(images=24, stream_batch=8, rounds=1, device="cpu")
+    found = stream.run(settings, tmp_path / "work", few)
+    assert found["images"] == 24
+    for row in found["workers"].values():
+        assert set(row["images_a_second"]) == {stream.RAW, stream.OURS, stream.PILLOW, stream.NORMALIZED}
+        assert row["worker_MB"][stream.OURS] > 0
+
+
+def test_conversions_write_every_photo(few, tmp_path):
+    (tmp_path / "work").mkdir()
+    found = conversion.run(Settings(rounds=1), tmp_path / "work", few)
+    assert set(found["images_a_second"]) == {
+        conversion.COPY, conversion.WRITER, conversion.DECODING_WRITER, conversion.OURS, conversion.DECODED
+    }  # fmt: skip
+
+
+def test_the_plan_of_many_ranks_by_hand():
+    """Ten images in shards of four, two ranks of two: 8 of the 10 in two steps."""
+    found = scaling.plan_of(2, images=10, batch=2, window=3)
+    assert (found["steps"], found["left_out"], found["read_twice"]) == (2, 2, 0)
+    assert found["ranks_with_as_many_steps"] == 2
+
+
+def test_every_rank_of_a_cluster_reads_its_own_part_of_coco():
+    found = scaling.plan_of(64)
+    assert found["read_twice"] == 0 and found["ranks_with_as_many_steps"] == 64
+    assert found["left_out"] < 64 * 64 and found["shards_in_a_batch"] <= 64
+
+
+def test_two_ranks_take_their_steps(clip_folder):
+    settings = Settings(model=clip_folder, step_batch=2, rounds=1, device="cpu")
+    assert scaling.real_ranks(settings, 2, triplet_heads=4)["images_a_second"] > 0
+
+
+def test_the_roofline_counts_work():
+    found = scaling.roofline()
+    assert found["TFLOP_late"] > 0.5 * found["TFLOP_early"]
+    assert found["ms_a_step"] == pytest.approx(
+        1e3 * (found["TFLOP_early"] + found["TFLOP_late"]) / (0.4 * 989), rel=1e-3
+    )
+
+
+def test_generation_says_the_same_all_four_ways(tmp_path, smollm2):
+    model = tiny_model(tmp_path / "model", smollm2, "llama")
+    captions = ["A dog runs", "A man rides a horse on the beach", "A dog runs", "Two cats"]
+    found = generation.run(Settings(language_model=str(model), max_tokens=8), captions)
+    assert (found["captions"], found["different"], found["same_text"]) == (4, 3, 4)
+    assert list(found["captions_a_second"]) == [
+        generation.PLAIN,
+        generation.PREFIX,
+        generation.BATCHES,
+        generation.ONCE,
+    ]
+
+
+def test_the_command_line_writes_figures_and_names_what_it_does_not_know(tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    run.main(["--only", "[conversion]", "--images", "4", "--rounds", "1", "--out", str(out), "--page", "null"])
+    found = json.loads(out.read_text())["conversion"]
+    assert found["images"] == 4 and found["machine"]["torch"] == torch.__version__ and found["peak_resident_MB"] > 0
+    with pytest.raises(SystemExit):
+        run.main(["--only", "[speed]", "--out", str(out)])
+    assert "expected some of stream" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_page_shows_the_figures_of_the_run():
+    page, figures = ROOT / "docs/performance.md", ROOT / "results/benchmark.json"
+    assert tables.fill(page.read_text(), json.loads(figures.read_text())) == page.read_text()
