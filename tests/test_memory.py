@@ -37,7 +37,7 @@ from amp.train.stages import set_trainable
 
 # Kernels make a few small tensors inside, which count where the model is tiny; a larger step is held to a tenth of it.
 TOLERANCE = 0.02
-MATH = partial(sdpa_kernel, SDPBackend.MATH)  # what training uses on the CPU
+MATH = partial(sdpa_kernel, SDPBackend.MATH)  # what training uses on the CPU in bf16
 MICRO_CLIP = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"
 
 

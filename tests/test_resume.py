@@ -276,8 +276,8 @@ def test_skipping_reads_no_sample(short, tmp_path, monkeypatch):
     again(short)
     damage("cut", Path(short.out) / "checkpoints" / "stage1-step00000010")
     decoded = []
-    image = ShardSplit.image
-    monkeypatch.setattr(ShardSplit, "image", lambda self, index: decoded.append(index) or image(self, index))
+    photo = ShardSplit.decoded
+    monkeypatch.setattr(ShardSplit, "decoded", lambda self, i, decode: decoded.append(i) or photo(self, i, decode))
     again(short)
     assert len(decoded) == 2 * 4
 

@@ -1,12 +1,13 @@
 """Random access to the samples of a split, over all its shards."""
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from PIL import Image
 
 from amp.data.decode import decode_rgb
@@ -38,17 +39,17 @@ class ShardSplit:
         self.root, self.name = Path(root), split
         self.shards = ShardManifest.load(root).split(split)
         self.sizes = [shard.samples for shard in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._starts = [0, *accumulate(self.sizes)]
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getstate__(self):
         return {**self.__dict__, "_readers": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard = bisect_right(self._starts, index) - 1
         if shard not in self._readers:
             if len(self._readers) >= MAX_OPEN:
                 self._readers.popitem(last=False)[1].close()
@@ -60,7 +61,7 @@ class ShardSplit:
                 )
             self._readers[shard] = reader
         self._readers.move_to_end(shard)
-        return self._readers[shard], index - int(self._starts[shard])
+        return self._readers[shard], index - self._starts[shard]
 
     def record(self, index: int) -> dict:
         """The JSON record of a sample."""

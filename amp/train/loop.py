@@ -136,7 +136,8 @@ class StageLoop:
         """One step over `gradient_accumulation` batches: this rank's mean loss and the logit scale, (1,) each."""
         accelerator = self.accelerator
         # On the CPU the backward pass of fused attention leaves the processor's bf16 units idle.
-        attention = partial(sdpa_kernel, SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext
+        unfused = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+        attention = partial(sdpa_kernel, SDPBackend.MATH) if unfused else nullcontext
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.settings.warmup_steps, group["peak"])
         parts = [next(batches).to(accelerator.device) for _ in range(self.accumulation)]
