@@ -65,7 +65,7 @@ knowledge-demo: $(VENV)/.installed-models
 	    --data.cache $(KNOWLEDGE)/cache --data.batch_size 4 --mined_group 1 --stage1.epochs 1 --stage2.epochs 1
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

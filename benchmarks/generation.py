@@ -18,14 +18,13 @@ from benchmarks.settings import Settings
 from benchmarks.timing import rounded
 
 PLAIN, PREFIX, BATCHES, ONCE = "plain call", "+ shared prefix", "+ batches", "+ each caption once"
-BATCH = 32
 
 
 def run(settings: Settings, captions: list[str] | None = None) -> dict:
     """Times the four ways on the same captions, by default drawn ones, none of which occurs twice."""
     texts = captions or drawn_captions(settings.captions, 1)[0]
     prefix, sampling = load_template("default").triplets, Sampling(settings.max_tokens)
-    engine = TransformersEngine(model=settings.language_model, batch_size=BATCH, constrained=False)
+    engine = TransformersEngine(model=settings.language_model, batch_size=settings.generation_batch, constrained=False)
     alone = TransformersEngine(model=settings.language_model, batch_size=1, constrained=False)
     before, tail = engine.prefix_ids(prefix)
 
@@ -59,7 +58,8 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
         replies.append(way(texts))
         rates[name] = len(texts) / (time.perf_counter() - start)
     return {
-        "model": engine.describe(), "captions": len(texts), "different": len(set(texts)), "batch": BATCH,
+        "model": engine.describe(), "captions": len(texts), "different": len(set(texts)),
+        "batch": settings.generation_batch,
         "max_tokens": settings.max_tokens, "prefix_tokens": len(before),
         "captions_a_second": {name: rounded(rate) for name, rate in rates.items()},
         "ratio": {f"{name} / {PLAIN}": rounded(rates[name] / rates[PLAIN]) for name in rates if name != PLAIN},

@@ -31,6 +31,11 @@ def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32, size: i
     return rounded(max(in_turns({"": multiply}, rounds, device)[""]) * 2 * size**3 / 1e9)
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Whether bf16 is worth a measurement: some processors multiply it a hundred times more slowly than fp32."""
+    return matmul_peak(device, torch.bfloat16, 256) > 0.2 * matmul_peak(device, size=256)
+
+
 def copy_rate(megabytes: int = 256, rounds: int = 5) -> float:
     """GB/s at which memory is read and written by one thread's copy, the best round."""
     source = torch.ones(megabytes * 250_000)
@@ -44,7 +49,10 @@ def describe(device: str) -> dict:
         "processor": processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "device": device,
         "copy_GB_a_second": copy_rate(),
-        "matmul_GFLOP_a_second": {"fp32": matmul_peak(device), "bf16": matmul_peak(device, torch.bfloat16)},
+        "matmul_GFLOP_a_second": {
+            "fp32": matmul_peak(device),
+            "bf16": matmul_peak(device, torch.bfloat16, 1024 if multiplies_bf16(device) else 256),
+        },
     }  # fmt: skip
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()

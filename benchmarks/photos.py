@@ -42,7 +42,7 @@ def drawn_knowledge(random: np.random.Generator, triplets: int) -> tuple[str, Kn
     return " ".join(random.choice(WORDS, 10)), Knowledge(tuple(Triplet(*slot) for slot in slots), states)
 
 
-def draw_photos(folder: Path, count: int) -> dict[str, str]:
+def draw_photos(folder: Path, count: int, split: str = "train") -> dict[str, str]:
     """`count` photos with five captions each, four triplets a caption.
 
     Returns:
@@ -53,23 +53,23 @@ def draw_photos(folder: Path, count: int) -> dict[str, str]:
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(_save, photos), range(count), chunksize=8))
     names = [f"{number:06d}.jpg" for number in range(count)]
-    return {"images": str(photos), **describe_photos(folder, names)}
+    return {"images": str(photos), **describe_photos(folder, names, split)}
 
 
-def given_or_drawn(folder: Path, photos: Path | None, count: int) -> dict[str, str]:
+def given_or_drawn(folder: Path, photos: Path | None, count: int, split: str = "train") -> dict[str, str]:
     """Arguments of `make_shards` for the first `count` photos of a folder, or for drawn ones; captions are drawn."""
     if photos is None:
-        return draw_photos(folder, count)
+        return draw_photos(folder, count, split)
     names = sorted(path.name for path in photos.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS)[:count]
-    return {"images": str(photos), **describe_photos(folder, names)}
+    return {"images": str(photos), **describe_photos(folder, names, split)}
 
 
 def _save(folder: Path, number: int) -> None:
     photo(number).save(folder / f"{number:06d}.jpg", quality=QUALITY)
 
 
-def describe_photos(folder: Path, names: list[str]) -> dict[str, str]:
-    """Writes captions and knowledge of photos into `folder`; their files are named as `make_shards` wants them."""
+def describe_photos(folder: Path, names: list[str], split: str) -> dict[str, str]:
+    """Writes captions and knowledge of a split's photos into `folder`, and names these files as `make_shards` does."""
     random = np.random.default_rng(0)
     images, knowledge = [], []
     for number, name in enumerate(names):
@@ -79,7 +79,7 @@ def describe_photos(folder: Path, names: list[str]) -> dict[str, str]:
             knowledge.append({"sentid": len(knowledge), **found.to_dict()})
             sentences.append({"raw": text, "sentid": len(knowledge) - 1, "imgid": number})
         sentids = [sentence["sentid"] for sentence in sentences]
-        images.append({"filename": name, "imgid": number, "split": "train", "sentences": sentences, "sentids": sentids})
+        images.append({"filename": name, "imgid": number, "split": split, "sentences": sentences, "sentids": sentids})
     captions, lines = folder / "dataset.json", folder / "knowledge.jsonl"
     captions.write_text(json.dumps({"images": images, "dataset": "drawn"}))
     lines.write_text("".join(f"{json.dumps(line)}\n" for line in knowledge))

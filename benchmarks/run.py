@@ -24,7 +24,8 @@ from amp.errors import AmpError, exit_on_error
 from amp.retrieval.results import write_atomically
 from benchmarks.settings import Settings
 
-ALL = ("stream", "conversion", "step", "rerank", "generation", "scaling")
+ALL = ("stream", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
+PATHS = ("photos", "shards", "peer_python", "language_model")  # of this machine, not kept
 ON_PHOTOS = ("stream", "conversion")
 
 
@@ -86,9 +87,7 @@ def measured(name: str, settings: Settings) -> dict:
     else:
         found |= module.run(settings)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    kept = {
-        key: value for key, value in asdict(settings).items() if key not in ("photos", "peer_python", "language_model")
-    }
+    kept = {key: value for key, value in asdict(settings).items() if key not in PATHS}
     return found | {"settings": kept, "peak_resident_MB": round(peak), "minutes": round((time.time() - start) / 60, 1)}
 
 

@@ -24,18 +24,20 @@ class Settings:
         pairs_a_batch: Pairs a forward pass of re-ranking.
         naive_queries: Captions that the slow loops of re-ranking score.
         galleries: Sizes of galleries whose memory is measured.
+        shards: Folder of shards whose split `test` is evaluated; null takes some drawn photos.
         language_model: Model that generates knowledge, a GGUF file, a folder or a hub name; null leaves that out.
         captions: Captions that knowledge is generated for.
+        generation_batch: Replies at once.
         max_tokens: New tokens a caption at most.
         peer_python: Interpreter with open_clip_train and webdataset 0.2.86; null leaves that out.
         rounds: How often each way is timed.
         device: Where models run.
     """
 
-    model: str = "ViT-S-16"
+    model: str = "ViT-S-32"
     pretrained: str | None = None
     photos: Path | None = None
-    images: int = 768
+    images: int = 1536
     image_size: int = 224
     stream_batch: int = 64
     step_batch: int = 16
@@ -44,8 +46,10 @@ class Settings:
     pairs_a_batch: int = 128
     naive_queries: int = 1
     galleries: tuple[int, ...] = (1_000, 4_000, 16_000)
+    shards: Path | None = None
     language_model: str | None = None
-    captions: int = 32
+    captions: int = 64
+    generation_batch: int = 64
     max_tokens: int = 64
     peer_python: Path | None = None
     rounds: int = 5

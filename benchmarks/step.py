@@ -5,15 +5,20 @@ stored, so they are left out of all rows but the frozen CLIP's and the naive one
 """
 
 import contextlib
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from amp.checkpoint import save_adapter
 from amp.model import ActionAwareCLIP
 from amp.train.losses import contrastive_loss, same_image_mask, similarity
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable
+from amp.train.trained_state import MOMENTS
 from benchmarks.memory import kept_bytes
 from benchmarks.models import base_model, build, drawn_captions, random_batch
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
@@ -27,12 +32,14 @@ SHARE, READOUT = "contrastive m=2, aim, share 1/16", "contrastive all pairs, rea
 
 
 def run(settings: Settings) -> dict:
-    """Every way at l = 0, L/2 and 3L/4."""
+    """Every way at l = 0, L/2 and 3L/4, and the size of what is trained."""
     base = base_model(settings)
     depth, found = base.backbone.num_layers, {}
     for layer in (0, depth // 2, 3 * depth // 4):
         found[str(layer)] = at_layer(base, layer, settings)
-    return {"blocks": depth, "images": settings.step_batch, "patches": base.backbone.num_patches, "layers": found}
+    trained = {name: sizes(build(base, depth // 2, interaction=name)) for name in ("aim", "readout")}
+    return {"blocks": depth, "images": settings.step_batch, "patches": base.backbone.num_patches, "layers": found,
+            "sizes": trained}  # fmt: skip
 
 
 def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) -> dict:
@@ -51,6 +58,7 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
                       "gflop_a_second": rounded(figures["median"] * work)}  # fmt: skip
         if name not in (FROZEN, NAIVE):
             rows[name]["kept_MB_an_image"] = rounded(kept / 1e6 / items)
+    rows[CONTROL]["kept_MB_by_hand"] = rounded(kept_by_hand(ways[CONTROL][1]) / 1e6)
     against = {f"{name} / {PLAIN}": ratio(rates, PLAIN, name) for name in (CONTROL, PAIRED, AIM, SHARE, READOUT)}
     against |= {f"{NAIVE} / {name}": ratio(rates, name, NAIVE) for name in (AIM, READOUT)}
     return {"rows": rows, "times_as_long": {name: rounded(x) for name, x in against.items()}}
@@ -107,6 +115,36 @@ def ways_at(base: ActionAwareCLIP, layer: int, settings: Settings,
         SHARE: (ours(aim, "contrastive", 1 / 16), aim), READOUT: (ours(readout, "contrastive"), readout),
         NAIVE: (slow, None),
     }  # fmt: skip
+
+
+def kept_by_hand(model: ActionAwareCLIP) -> float:
+    """Bytes an image that a pass through frozen fp32 blocks with deep visual prompts keeps at least.
+
+    A block needs 10 d numbers a token: the inputs of both norms (2 d), query, key, value and attention's result (4 d),
+    and the input of the GELU (4 d). The last, which computes the class token alone, needs the input of its first norm,
+    keys and values of the others (3 d). Left out are the norms' and the attention's sums, a few numbers a token; the
+    inputs of linear maps aren't needed, whose weights are frozen.
+    """
+    config, backbone = model.config, model.backbone
+    tokens = 1 + backbone.num_patches + config.num_prompts
+    blocks = backbone.num_layers - config.interaction_layer
+    return 4 * backbone.vision_width * tokens * (10 * (blocks - 1) + 3)
+
+
+def sizes(model: ActionAwareCLIP) -> dict[str, float]:
+    """MB of all weights, of those trained, of an adapter file, and of a checkpoint with AdamW's two moments."""
+    set_trainable(model, 1)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    with tempfile.TemporaryDirectory() as folder:
+        adapter, moments = Path(folder) / "adapter.safetensors", Path(folder) / "optimizer.safetensors"
+        model.base_name, model.base_pretrained, model.base_hash = "", None, "0" * 64  # which factories set
+        save_adapter(adapter, model)
+        save_file({f"{m}.{name}": torch.zeros_like(p) for name, p in trained.items() for m in MOMENTS}, moments)
+        written = [path.stat().st_size for path in (adapter, moments)]
+    bytes_of = {"all_MB": model.parameters(), "trained_MB": trained.values()}
+    found = {key: sum(p.nbytes for p in parameters) for key, parameters in bytes_of.items()}
+    found |= {"adapter_MB": written[0], "checkpoint_MB": sum(written)}
+    return {key: rounded(value / 1e6) for key, value in found.items()}
 
 
 def low_precision(device: str) -> contextlib.AbstractContextManager:

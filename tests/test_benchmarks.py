@@ -12,7 +12,21 @@ from torch import nn
 
 from amp.config import PromptConfig
 from amp.factory import create_model_and_transforms
-from benchmarks import conversion, generation, memory, photos, rerank, run, scaling, step, stream, tables, timing
+from amp.train.stages import set_trainable
+from benchmarks import (
+    conversion,
+    evaluation,
+    generation,
+    memory,
+    photos,
+    rerank,
+    run,
+    scaling,
+    step,
+    stream,
+    tables,
+    timing,
+)
 from benchmarks.models import build, drawn_captions
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
 from benchmarks.settings import Settings
@@ -94,7 +108,30 @@ def test_a_step_of_every_way(base):
     }  # fmt: skip
     work = {name: row["gflop_an_image"] for name, row in found["rows"].items()}
     assert work[step.CONTROL] < work[step.PAIRED] < work[step.AIM] < work[step.NAIVE]
+    rows = found["rows"][step.CONTROL]
+    assert rows["kept_MB_by_hand"] < rows["kept_MB_an_image"]
     json.dumps(found)
+
+
+def test_what_a_pass_keeps_by_hand():
+    """ViT-S-32 by open_clip: two blocks of 384 numbers, 50 + 4 tokens, the last of them for one token."""
+    base = create_model_and_transforms("ViT-S-32", None)[0]
+    control = build(base, 10, knowledge="none")
+    set_trainable(control, 1)
+    images = torch.randn(2, 3, 224, 224)
+    early = control.encode_early(images)
+    _, kept = memory.kept_bytes(control, lambda: control(early, None, prompted=True).prompted)
+    assert step.kept_by_hand(control) == 4 * 384 * (50 + control.config.num_prompts) * 13
+    assert kept / 2 == pytest.approx(step.kept_by_hand(control), rel=0.05)
+
+
+def test_sizes_by_hand(base):
+    model = build(base, 1, triplet_heads=4)
+    found, header = step.sizes(model), 0.02
+    trained = 4e-6 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("backbone."))
+    assert found["trained_MB"] == pytest.approx(trained, rel=1e-3)
+    assert trained < found["adapter_MB"] < trained + header
+    assert 3 * trained < found["checkpoint_MB"] < 3 * trained + 2 * header
 
 
 def test_loops_of_reranking_agree(base, monkeypatch):
@@ -150,6 +187,7 @@ def test_every_rank_of_a_cluster_reads_its_own_part_of_coco():
     assert found["left_out"] < 64 * 64 and found["shards_in_a_batch"] <= 64
 
 
+@pytest.mark.slow
 def test_two_ranks_take_their_steps(clip_folder):
     settings = Settings(model=clip_folder, step_batch=2, rounds=1, device="cpu")
     assert scaling.real_ranks(settings, 2, triplet_heads=4)["images_a_second"] > 0
@@ -184,6 +222,14 @@ def test_the_command_line_writes_figures_and_names_what_it_does_not_know(tmp_pat
     with pytest.raises(SystemExit):
         run.main(["--only", "[speed]", "--out", str(out)])
     assert "expected some of stream" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_an_evaluation_from_end_to_end(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "DRAWN", 4)
+    found = evaluation.run(Settings(model=clip_folder, top_k=2, device="cpu"))
+    assert (found["images"], found["captions"], found["pairs"]) == (4, 20, 48)
+    assert all(seconds > 0 for seconds in found["seconds"].values())
 
 
 def test_the_page_shows_the_figures_of_the_run():

@@ -1,0 +1,64 @@
+"""An evaluation from end to end: launchers/evaluate.py as a user starts it, with nothing stored and then once more.
+
+The first run decodes and encodes all photos, encodes all texts, and re-ranks both directions; the second finds features
+of photos and texts on the disk.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from amp.checkpoint import save_adapter
+from amp.config import PromptConfig
+from amp.data.shards import ShardManifest
+from amp.data.writer import make_shards
+from amp.errors import AmpError
+from amp.factory import create_model_and_transforms
+from benchmarks import photos
+from benchmarks.models import base_model
+from benchmarks.settings import Settings
+from benchmarks.timing import rounded
+
+DRAWN = 128  # photos, where no shards are given
+COLD, STORED = "nothing stored", "features stored"
+LAUNCHER = Path(__file__).parents[1] / "launchers/evaluate.py"
+
+
+def run(settings: Settings) -> dict:
+    """Times both runs, each a process of its own; `readout` from the middle block on."""
+    with tempfile.TemporaryDirectory() as name:
+        return both_runs(settings, Path(name))
+
+
+def both_runs(settings: Settings, folder: Path) -> dict:
+    shards = settings.shards
+    if shards is None:
+        given, shards = photos.given_or_drawn(folder, settings.photos, DRAWN, "test"), folder / "shards"
+        make_shards(**given, out=str(shards))
+    weights, adapter = folder / "clip.pt", folder / "adapter.safetensors"
+    base = base_model(settings)
+    torch.save(base.backbone.clip.state_dict(), weights)  # random ones, if they are, must be the same in each process
+    prompt = PromptConfig(interaction="readout", interaction_layer=base.backbone.num_layers // 2)
+    save_adapter(adapter, create_model_and_transforms(settings.model, str(weights), prompt_config=prompt)[0])
+    command = [
+        sys.executable, str(LAUNCHER), "--model.name", settings.model, "--model.pretrained", str(weights),
+        "--data.shards", str(shards), "--data.cache", str(folder / "cache"), "--search.top_k", str(settings.top_k),
+        "--adapters", json.dumps([f"action-aware={adapter}"]), "--out",
+    ]  # fmt: skip
+    seconds = {}
+    for number, name in enumerate((COLD, STORED)):
+        start = time.perf_counter()
+        if subprocess.run([*command, str(folder / f"result{number}.json")]).returncode:
+            raise AmpError("launchers/evaluate.py has ended with an error; what it printed stands above")
+        seconds[name] = rounded(time.perf_counter() - start)
+    manifest = ShardManifest.load(shards)
+    images, captions = manifest.samples("test"), manifest.captions("test")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    return {"images": images, "captions": captions, "pairs": settings.top_k * (images + captions), "seconds": seconds,
+            "largest_process_MB": round(peak)}  # fmt: skip
