@@ -5,7 +5,6 @@ prefix that is computed once, full batches, and each different caption only once
 All must say the same.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from amp.generation.engines.transformers_engine import TransformersEngine
 from amp.generation.prompts import ask_triplets, load_template
 from benchmarks.models import drawn_captions
 from benchmarks.settings import Settings
-from benchmarks.timing import rounded
+from benchmarks.timing import in_turns, medians, ratio, rounded
 
 PLAIN, PREFIX, BATCHES, ONCE = "plain call", "+ shared prefix", "+ batches", "+ each caption once"
 
@@ -51,17 +50,28 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
         found = dict(zip(different, by(engine)(different), strict=True))
         return [found[caption] for caption in captions]
 
-    rates, replies = {}, []
-    for name, way in {PLAIN: plain, PREFIX: by(alone), BATCHES: by(engine), ONCE: once}.items():
-        way(texts[:1])  # warm
-        start = time.perf_counter()
-        replies.append(way(texts))
-        rates[name] = len(texts) / (time.perf_counter() - start)
+    replies: dict[str, list[str]] = {}
+
+    def timed(name: str, way: Callable[[list[str]], list[str]]) -> Callable[[], int]:
+        asked = texts[: settings.naive_captions] if name in (PLAIN, PREFIX) else texts
+
+        def work() -> int:
+            replies[name] = way(asked)
+            return len(asked)
+
+        return work
+
+    ways = {PLAIN: plain, PREFIX: by(alone), BATCHES: by(engine), ONCE: once}
+    for way in ways.values():
+        way(texts[:1])  # warms up
+    rates = in_turns(
+        {name: timed(name, way) for name, way in ways.items()}, settings.model_rounds, settings.device, warm=False
+    )
     return {
         "model": engine.describe(), "captions": len(texts), "different": len(set(texts)),
         "batch": settings.generation_batch,
         "max_tokens": settings.max_tokens, "prefix_tokens": len(before),
-        "captions_a_second": {name: rounded(rate) for name, rate in rates.items()},
-        "ratio": {f"{name} / {PLAIN}": rounded(rates[name] / rates[PLAIN]) for name in rates if name != PLAIN},
-        "same_text": sum(len(set(group)) == 1 for group in zip(*replies, strict=True)),
+        "asked_one_at_a_time": len(replies[PLAIN]), "captions_a_second": medians(rates),
+        "ratio": {f"{name} / {PLAIN}": rounded(ratio(rates, name, PLAIN)) for name in rates if name != PLAIN},
+        "same_text": sum(len(set(group)) == 1 for group in zip(*replies.values(), strict=False)),
     }  # fmt: skip

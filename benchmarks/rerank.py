@@ -7,7 +7,8 @@ prompts and knowledge enter at half of the image blocks. All loops score the sam
 import contextlib
 import multiprocessing
 import tempfile
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from benchmarks.models import base_model, build, drawn_captions
 from benchmarks.naive import NaiveAIM
 from benchmarks.settings import Settings
 from benchmarks.step import gflop
-from benchmarks.timing import rounded, synchronize
+from benchmarks.timing import in_turns, medians, ratio, rounded
 
 # The equations as they read; the loop that our public calls suggest; the same with texts encoded before; and a query's
 # candidates as one batch.
@@ -41,110 +42,106 @@ def run(settings: Settings) -> dict:
     base = base_model(settings)
     layer, speed = base.backbone.num_layers // 2, {}
     for interaction in ("aim", "readout"):
-        model = build(base, layer, interaction=interaction).eval()
-        rates, work = pairs_a_second(model, settings)
-        slow = EQUATIONS if interaction == "aim" else PER_PAIR
-        speed[interaction] = {
-            "pairs_a_second": {name: rounded(x) for name, x in rates.items()},
-            "gflop_a_pair": {name: rounded(x) for name, x in work.items()},
-            "ratio": {f"ours / {name}": rounded(rates[ENGINE] / x) for name, x in rates.items() if name != ENGINE},
-            "ratio_by_work": rounded(work[slow] / work[ENGINE]),
-        }  # fmt: skip
+        loops = Loops(build(base, layer, interaction=interaction).eval(), settings)
+        rates = loops.pairs_a_second()
+        work = {name: loops.gflop_a_pair(name) for name in loops.ways}
+        against = {f"ours / {name}": rounded(ratio(rates, ENGINE, name)) for name in rates if name != ENGINE}
+        by_work = {f"ours / {name}": rounded(x / work[ENGINE]) for name, x in work.items() if name != ENGINE}
+        speed[interaction] = {"pairs_a_second": medians(rates), "ratio": against, "ratio_by_work": by_work,
+                              "gflop_a_pair": {name: rounded(x) for name, x in work.items()}}  # fmt: skip
     return {"layer": layer, "blocks": base.backbone.num_layers, "speed": speed, "memory": gallery_memory(settings)}
 
 
-def pairs_a_second(model: ActionAwareCLIP, settings: Settings) -> tuple[dict[str, float], dict[str, float]]:
-    """Pairs a second of each loop, and GFLOP a pair of the slowest and of ours, matrix products counted.
+class Loops:
+    """Ways to score the same pairs: each returns scores, of all captions or of the first `settings.naive_queries`."""
 
-    Raises:
-        AmpError: The loops disagree.
-    """
-    device = model.logit_scale.device
-    images = torch.randn(settings.rerank_images, 3, *model.backbone.visual.image_size)
-    equations = None if model.has_readout else NaiveAIM(model)
-    captions, items = drawn_captions(settings.rerank_images, model.config.max_triplets)
-    candidates = torch.stack(
-        [torch.randperm(settings.rerank_images)[: settings.top_k] for _ in range(settings.rerank_images)]
-    )
-    rates, scores = {}, {}
+    def __init__(self, model: ActionAwareCLIP, settings: Settings):
+        self.model, self.settings, self.device = model, settings, model.logit_scale.device
+        count = settings.rerank_images
+        self.images = torch.randn(count, 3, *model.backbone.visual.image_size)
+        self.captions, self.items = drawn_captions(count, model.config.max_triplets)
+        self.candidates = torch.stack([torch.randperm(count)[: settings.top_k] for _ in range(count)])
+        self.text, self.knowledge = self.encoded_texts()
+        self.scored_text = self.scorer().scored_text
+        ways = {PER_PAIR: partial(self.slow, self.by_calls), NO_TEXT: partial(self.slow, self.conditioned),
+                PER_QUERY: self.by_query, ENGINE: self.ours}  # fmt: skip
+        if not model.has_readout:
+            self.naive = NaiveAIM(model)
+            ways = {EQUATIONS: partial(self.slow, self.by_equations), **ways}
+        if multiplies_bf16(self.device):
+            ways[ENGINE_BF16] = partial(self.ours, True)
+        self.ways = {name: torch.no_grad()(way) for name, way in ways.items()}
 
-    def encoded_texts() -> tuple[torch.Tensor, KnowledgeBatch]:
-        parts = [
-            model.encode_text(model.tokenizer(captions[i : i + 64]).to(device))
-            for i in range(0, settings.rerank_images, 64)
-        ]
-        return torch.cat(parts), model.prepare_knowledge(items)
+    def pairs_a_second(self) -> dict[str, list[float]]:
+        """Of each loop, a figure a round.
 
-    def naive(query: int) -> torch.Tensor:
-        found = []
-        for image in candidates[query].tolist():
-            frozen = model.encode_text(model.tokenizer([captions[query]]).to(device))
-            knowledge = [items[query]]
-            text = model(None, model.prepare_knowledge(knowledge), text=frozen).text
-            feature = model.encode_image(images[image : image + 1].to(device), knowledge, text=frozen)
-            found.append(F.cosine_similarity(feature.float(), text.float(), dim=-1).cpu())
-        return torch.cat(found)
+        Raises:
+            AmpError: The loops disagree.
+        """
+        scores = {}
 
-    def by_equations(query: int) -> torch.Tensor:
-        found = [equations.similarity(images[c].to(device), captions[query], items[query])
-                 for c in candidates[query].tolist()]  # fmt: skip
-        return torch.stack(found).cpu()
+        def timed(name: str) -> int:
+            scores[name] = self.ways[name]()
+            return scores[name].numel()
 
-    def conditioned(image: torch.Tensor, query: int) -> torch.Tensor:
-        own = slice(query, query + 1)
-        prompts = model.encode_knowledge(knowledge[own].to(device), text[own])
-        repeated = prompts.take(torch.zeros(len(image), dtype=torch.int64, device=device))
-        early = model.encode_early(image.to(device))
-        features = model.encode_pairs(early, repeated, torch.arange(len(image), device=device))
-        return F.cosine_similarity(features.float(), scorer.scored_text[own].float(), dim=-1).cpu()
+        rates = in_turns({name: partial(timed, name) for name in self.ways}, self.settings.model_rounds, self.device)
+        for name, found in scores.items():
+            error = float((found - scores[ENGINE][: len(found)]).abs().max())
+            allowed = 2e-2 if name == ENGINE_BF16 else 1e-5
+            if error > allowed:
+                raise AmpError(f"scores of {name!r} and {ENGINE!r} differ by {error:.1e}, expected {allowed} at most")
+        return rates
 
-    def ours() -> torch.Tensor:
-        # Early blocks and texts count: here no run before has stored their output.
-        scorer.early = np.concatenate(
-            [model.encode_early(x.to(device)).float().cpu().numpy() for x in images.split(32)]
-        )
-        return rerank_scores(scorer, candidates, settings.pairs_a_batch).flatten()
+    def gflop_a_pair(self, name: str) -> float:
+        """Matrix products of a loop, counted."""
+        pairs = []
+        return gflop(lambda: pairs.append(self.ways[name]().numel())) / pairs[0]
 
-    def timed(name: str, run) -> None:
-        synchronize(device)
-        start = time.perf_counter()
-        scores[name] = run()
-        synchronize(device)
-        rates[name] = scores[name].numel() / (time.perf_counter() - start)
+    def slow(self, score: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+        queries = range(self.settings.naive_queries)
+        return torch.cat([score(q, c).cpu().flatten() for q in queries for c in self.candidates[q].tolist()])
 
-    with torch.no_grad():
-        naive(0)  # warms up
-        if equations is not None:
-            by_equations(0)
-            timed(EQUATIONS, lambda: torch.cat([by_equations(q) for q in range(settings.naive_queries)]))
-        timed(PER_PAIR, lambda: torch.cat([naive(q) for q in range(settings.naive_queries)]))
-        start = time.perf_counter()
-        text, knowledge = encoded_texts()
-        texts_seconds = time.perf_counter() - start
-        scorer = PairScorer(model, np.empty((0,)), knowledge, text, batch_size=settings.pairs_a_batch)
-        queries = range(settings.naive_queries)
-        timed(
-            NO_TEXT, lambda: torch.cat([conditioned(images[[c]], q) for q in queries for c in candidates[q].tolist()])
-        )
-        timed(PER_QUERY, lambda: torch.cat([conditioned(images[candidates[q]], q) for q in queries]))
-        ways = {ENGINE: False}
-        if multiplies_bf16(device):
-            ways[ENGINE_BF16] = True
-        for name, autocast in ways.items():
-            scorer.autocast = lambda enabled=autocast: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-            timed(name, ours)
-            rates[name] = candidates.numel() / (candidates.numel() / rates[name] + texts_seconds)
-    for name in scores:
-        error = float((scores[name] - scores[ENGINE][: len(scores[name])]).abs().max())
-        allowed = 2e-2 if name == ENGINE_BF16 else 1e-5
-        if error > allowed:
-            raise AmpError(f"scores of {name!r} and {ENGINE!r} differ by {error:.1e}, expected {allowed} at most")
-    scorer.autocast = contextlib.nullcontext
-    with torch.no_grad():
-        work = {PER_PAIR: gflop(lambda: naive(0)) / settings.top_k,
-                **({EQUATIONS: gflop(lambda: by_equations(0)) / settings.top_k} if equations is not None else {}),
-                ENGINE: gflop(lambda: (encoded_texts(), ours())) / candidates.numel()}  # fmt: skip
-    return rates, work
+    def by_equations(self, query: int, image: int) -> torch.Tensor:
+        return self.naive.similarity(self.images[image].to(self.device), self.captions[query], self.items[query])
+
+    def by_calls(self, query: int, image: int) -> torch.Tensor:
+        model, knowledge = self.model, [self.items[query]]
+        frozen = model.encode_text(model.tokenizer([self.captions[query]]).to(self.device))
+        text = model(None, model.prepare_knowledge(knowledge), text=frozen).text
+        feature = model.encode_image(self.images[image : image + 1].to(self.device), knowledge, text=frozen)
+        return F.cosine_similarity(feature.float(), text.float(), dim=-1)
+
+    def conditioned(self, query: int, images: int | torch.Tensor) -> torch.Tensor:
+        own, image = slice(query, query + 1), self.images[images].view(-1, *self.images.shape[1:])
+        prompts = self.model.encode_knowledge(self.knowledge[own].to(self.device), self.text[own])
+        repeated = prompts.take(torch.zeros(len(image), dtype=torch.int64, device=self.device))
+        early = self.model.encode_early(image.to(self.device))
+        features = self.model.encode_pairs(early, repeated, torch.arange(len(image), device=self.device))
+        return F.cosine_similarity(features.float(), self.scored_text[own].float(), dim=-1)
+
+    def by_query(self) -> torch.Tensor:
+        return torch.cat([self.conditioned(q, self.candidates[q]).cpu() for q in range(self.settings.naive_queries)])
+
+    def ours(self, autocast: bool = False) -> torch.Tensor:
+        """Texts and early blocks included, which no run before has stored here."""
+        low = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
+        self.text, self.knowledge = self.encoded_texts()
+        scorer = self.scorer(low)
+        with low():
+            early = [self.model.encode_early(x.to(self.device)).float().cpu().numpy() for x in self.images.split(32)]
+        scorer.early = np.concatenate(early)
+        return rerank_scores(scorer, self.candidates, self.settings.pairs_a_batch).flatten()
+
+    @torch.no_grad()
+    def encoded_texts(self) -> tuple[torch.Tensor, KnowledgeBatch]:
+        tokens = self.model.tokenizer(self.captions).to(self.device)
+        text = torch.cat([self.model.encode_text(x) for x in tokens.split(64)])
+        return text, self.model.prepare_knowledge(self.items)
+
+    @torch.no_grad()
+    def scorer(self, autocast=contextlib.nullcontext) -> PairScorer:
+        return PairScorer(self.model, np.empty((0,)), self.knowledge, self.text,
+                          batch_size=self.settings.pairs_a_batch, autocast=autocast)  # fmt: skip
 
 
 def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -66,7 +66,7 @@ def _rank(settings: Settings, prompt: dict, rank: int, world: int, port: int, qu
     batch, objective = random_batch(model, settings.step_batch), Objective(1, "contrastive", all_pairs=True)
     batch.image_ids += rank * settings.step_batch
     times = []
-    for step in range(1 + settings.rounds):
+    for step in range(1 + settings.model_rounds):
         dist.barrier()
         start = time.perf_counter()
         objective(engine, batch, step)[0].backward()

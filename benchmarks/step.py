@@ -46,10 +46,7 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
     """Rates, work and memory of all ways at one `interaction_layer`; `prompt` are more settings of `PromptConfig`."""
     ways = ways_at(base, layer, settings, prompt)
     counted = {name: counted_work(way, model or base) for name, (way, model) in ways.items()}
-    quick = {name: way for name, (way, _) in ways.items() if name not in (AIM, NAIVE)}
-    rates = in_turns(quick, settings.rounds, settings.device)
-    for name in (AIM, NAIVE):  # minutes long: once, beside the others' median
-        rates |= {name: in_turns({name: ways[name][0]}, 1, settings.device, warm=False)[name] * settings.rounds}
+    rates = in_turns({name: way for name, (way, _) in ways.items()}, settings.model_rounds, settings.device, warm=False)
     rows = {}
     for name, figures in medians(rates).items():
         items, work, kept = counted[name]

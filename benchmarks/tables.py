@@ -85,7 +85,7 @@ def reranks(figures: dict) -> list[str]:
     for interaction, found in figures["speed"].items():
         for name, rate in found["pairs_a_second"].items():
             rows.append(
-                [interaction, name, rate, found["ratio"].get(f"ours / {name}"), found["gflop_a_pair"].get(name)]
+                [interaction, name, spread(rate), found["ratio"].get(f"ours / {name}"), found["gflop_a_pair"].get(name)]
             )
     return table(["interaction", "", "pairs/s", "ours is x times as fast", "GFLOP a pair"], rows)
 
@@ -98,7 +98,7 @@ def galleries(figures: dict) -> list[str]:
 
 def generations(figures: dict) -> list[str]:
     rows = [
-        [name, rate, figures["ratio"].get(f"{name} / plain call")]
+        [name, spread(rate), figures["ratio"].get(f"{name} / plain call")]
         for name, rate in figures["captions_a_second"].items()
     ]
     return table(["", "captions/s", "times the plain call"], rows)
