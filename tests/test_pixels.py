@@ -61,9 +61,11 @@ def test_a_damaged_jpeg_is_an_image_where_pillow_makes_one_of_it():
         except ValueError:
             mended += 1
             assert np.array_equal(decode_rgb(flipped), np.asarray(by_pillow(flipped)))
+            assert np.array_equal(decode_rgb(flipped, 2), np.asarray(by_pillow(flipped).reduce(2)))
     assert mended > 0
-    with pytest.raises(OSError, match="truncated"):
-        decode_rgb(content[: len(content) // 2])
+    for shrink in (1, 2):
+        with pytest.raises(OSError, match="truncated"):
+            decode_rgb(content[: len(content) // 2], shrink)
 
 
 def test_bombs_are_pillows_to_refuse(monkeypatch):

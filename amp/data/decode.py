@@ -33,11 +33,10 @@ def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
             return simplejpeg.decode_jpeg(
                 content, min_height=height, min_width=width, fastdct=True, fastupsample=True
             )  # fmt: skip
-        except ValueError:  # damaged; Pillow may still make an image of it, or says what is wrong
-            if shrink > 1:
-                raise
+        except ValueError:
+            pass  # damaged; Pillow may still make an image of it, or says what is wrong
     with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image.convert("RGB").reduce(shrink))
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
