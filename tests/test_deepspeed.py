@@ -78,7 +78,7 @@ def test_zero_trains_the_weights_of_ddp(config, ddp, name):
     assert distance(finish(under(config, name)), ddp) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
     config = under(config, name)
     whole = finish(replace(config, out=config.out + "-whole"))

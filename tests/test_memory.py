@@ -135,7 +135,7 @@ def test_peak_with_fused_attention(clip_folder):
         assert simulator.step(1, 1, 8).peak > 1.02 * real
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_peak_of_a_larger_step(precision, recompute):
     """The micro CLIP of this repository with 64 images; `pytest -s` prints the figures of docs/plan.md."""

@@ -410,6 +410,7 @@ def test_fp32_is_a_warning(config):
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_is_printed(main, monkeypatch, capsys):
     """docs/plan.md holds the command and, below it, its output at 100 columns."""
     found = re.search(

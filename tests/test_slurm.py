@@ -80,6 +80,7 @@ def log(tmp_path) -> Iterator[Path]:
     print(path.read_text() if path.exists() else "no job has written")
 
 
+@pytest.mark.slow
 def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm, settings, undisturbed, log, tmp_path):
     out = tmp_path / "run"
     # What --checkpoint.resume says holds for the first start, not for a requeued one.

@@ -326,7 +326,7 @@ class ShardReader:
             raise IndexError(f"{self.path}: sample {index} of {len(self.keys)}")
         if self._file is None:
             raise ValueError(f"{self.path}: read after close")
-        offset, size = (int(x) for x in self._spans[index, which])
+        offset, size = self._spans[index, which].tolist()
         content = os.pread(self._file, size, offset)
         if len(content) != size:
             raise ShardFormatError(

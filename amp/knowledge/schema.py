@@ -69,6 +69,8 @@ class Knowledge:
         """
         if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
             raise KnowledgeFormatError(f"kinds is {shorten(kinds)}; expected a collection out of {', '.join(KINDS)}")
+        if all(t.kind in kinds for t in self.triplets):
+            return self
         kept = [(t, s) for t, s in zip(self.triplets, self.states, strict=True) if t.kind in kinds]
         return Knowledge(tuple(t for t, _ in kept), tuple(s for _, s in kept))
 
