@@ -17,6 +17,7 @@ from amp.knowledge.schema import Knowledge, Triplet
 
 WORDS = ("dog", "girl", "horse", "boy", "man", "chases", "kicks", "carries", "throws", "watches", "ball", "kite")
 CAPTIONS = 5
+DRAWN = 512  # different photos; more are these again
 QUALITY = 90
 
 
@@ -50,9 +51,11 @@ def draw_photos(folder: Path, count: int, split: str = "train") -> dict[str, str
     """
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
+    names, drawn = [f"{number:06d}.jpg" for number in range(count)], min(count, DRAWN)
     with ProcessPoolExecutor() as pool:
-        list(pool.map(partial(_save, photos), range(count), chunksize=8))
-    names = [f"{number:06d}.jpg" for number in range(count)]
+        list(pool.map(partial(_save, photos), range(drawn), chunksize=8))
+    for number in range(drawn, count):
+        (photos / names[number]).hardlink_to(photos / names[number % drawn])
     return {"images": str(photos), **describe_photos(folder, names, split)}
 
 

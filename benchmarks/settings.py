@@ -39,7 +39,7 @@ class Settings:
     model: str = "ViT-S-32"
     pretrained: str | None = None
     photos: Path | None = None
-    images: int = 1536
+    images: int = 3072
     image_size: int = 224
     stream_batch: int = 64
     step_batch: int = 16
