@@ -121,7 +121,7 @@ def test_json_and_csv_agree(ran, folder):
             for k in (1, 5, 10):
                 value = row[direction]["recall"][f"R@{k}"]
                 total += value
-                assert float(line[f"{direction}_R@{k}"]) == pytest.approx(value, abs=0.005)
+                assert float(line[f"{direction}_R@{k}"]) == pytest.approx(value, abs=0.00501)  # 13 of 32 is 40.625
                 assert value <= row[direction]["ceiling"][f"R@{k}"] + 1e-6
                 assert f"{value:.1f}" in ran["evaluate"].stdout
         assert float(line["Rsum"]) == pytest.approx(total, abs=0.05)
