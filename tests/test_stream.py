@@ -103,9 +103,15 @@ def test_batches_hold_the_shards_content(world, tokenizer, keep):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(world, workers):
-    order, alone = loader_of(world)
-    other_order, loader = loader_of(world, workers)
+@pytest.mark.parametrize("images", ["pixels of Pillow", "crops", "stored tokens"])
+def test_the_number_of_workers_changes_nothing(world, workers, images):
+    model, train_transform, preprocess, split, *_ = world
+    given = {"preprocess": train_transform if images == "crops" else None}
+    if images == "stored tokens":
+        given["frozen"] = compute_frozen_features(split, model, preprocess, batch_size=8, workers=0)
+    order, alone = loader_of(world, **given)
+    other_order, loader = loader_of(world, workers, **given)
+    assert (loader.collate_fn.shared is None) == (images == "pixels of Pillow")
     for epoch in (0, 3):
         order.set_position(epoch * order.steps)
         other_order.set_position(epoch * other_order.steps)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder, caption_of_epoch
 from amp.data.pixels import RandomCrop
+from amp.data.shared_images import SharedImages
 from amp.data.split import ShardSplit, decoding_workers
 from amp.data.text_features import TextFeatureStore
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
@@ -108,6 +109,12 @@ class TrainingSamples(Dataset):
         self.split, self.preprocess, self.seed, self.keep, self.frozen = split, preprocess, seed, tuple(keep), frozen
         self.crop = RandomCrop.of(preprocess, scaled)
 
+    def image_type(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and type of each image; None where `preprocess` alone knows."""
+        if self.frozen is not None:
+            return self.frozen.early.shape[1:], torch.from_numpy(self.frozen.early[:0].copy()).dtype
+        return None if self.crop is None else ((3, *self.crop.crop.size), torch.uint8)
+
     def __getitem__(self, item: tuple[int, int]):
         index, epoch = item
         record = self.split.record(index)
@@ -128,13 +135,13 @@ class TrainingSamples(Dataset):
 
 
 class _Collate:
-    def __init__(self, knowledge: KnowledgeCollator, crop: RandomCrop | None):
-        self.knowledge, self.crop = knowledge, crop
+    def __init__(self, knowledge: KnowledgeCollator, crop: RandomCrop | None, shared: SharedImages | None):
+        self.knowledge, self.crop, self.shared = knowledge, crop, shared
 
     def __call__(self, samples: list) -> Batch:
         images, base, texts, knowledge, ids, indices = zip(*samples, strict=True)
         return Batch(
-            default_collate(images),  # of a worker, stacked straight into shared memory
+            default_collate(images) if self.shared is None else self.shared.put(images),
             None if base[0] is None else torch.stack([torch.from_numpy(b.copy()) for b in base]),
             torch.from_numpy(self.knowledge.store.lookup(texts)),
             self.knowledge(knowledge),
@@ -156,14 +163,18 @@ def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: Know
     The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
     `worker_init` is called in each worker with its number.
     """
-    workers = decoding_workers(workers)
+    workers, ahead = decoding_workers(workers), 4
+    shared, known = None, samples.image_type()
+    if workers and known:
+        (shape, dtype), pin = known, pin_memory and torch.cuda.is_available()
+        shared = SharedImages((order.batch_size, *shape), dtype, workers, ahead + 1, pin)
     return DataLoader(
         samples,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_Collate(knowledge, samples.crop),
+        collate_fn=_Collate(knowledge, samples.crop, shared),
         pin_memory=pin_memory,
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,  # the order, and with it the epoch, is read in this process
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
     )
