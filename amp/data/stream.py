@@ -164,9 +164,10 @@ def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: Know
     `worker_init` is called in each worker with its number.
     """
     workers, ahead = decoding_workers(workers), 4
-    shared, known = None, samples.image_type()
-    if workers and known:
-        (shape, dtype), pin = known, pin_memory and torch.cuda.is_available()
+    image, shared = samples.image_type(), None
+    if workers and image is not None:
+        shape, dtype = image
+        pin = pin_memory and torch.cuda.is_available()
         shared = SharedImages((order.batch_size, *shape), dtype, workers, ahead + 1, pin)
     return DataLoader(
         samples,
