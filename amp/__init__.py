@@ -16,9 +16,13 @@ _EXPORTS = {
     "Retriever": "amp.retrieval.retriever",
     "Triplet": "amp.knowledge.schema",
     "create_model_and_transforms": "amp.factory",
+    "export_image_encoder": "amp.export",
+    "from_pretrained": "amp.hub",
     "get_tokenizer": "amp.factory",
     "load_adapter": "amp.checkpoint",
+    "push_to_hub": "amp.hub",
     "save_adapter": "amp.checkpoint",
+    "save_pretrained": "amp.hub",
 }
 
 __all__ = ["__version__", *_EXPORTS]

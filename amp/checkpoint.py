@@ -51,7 +51,7 @@ class AdapterHeader:
 
 def save_adapter(path: str | os.PathLike, model: ActionAwareCLIP, training: dict[str, Any] | None = None,
                  state: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
-    """Writes the adapter's weights and header to `path`, under a temporary name first.
+    """Writes the adapter's weights and header.
 
     Args:
         path: A file name ending in ``.safetensors``.
@@ -62,7 +62,12 @@ def save_adapter(path: str | os.PathLike, model: ActionAwareCLIP, training: dict
     header = AdapterHeader(
         model.base_name, model.base_pretrained, model.base_hash, model.backbone.quick_gelu, model.config, training or {}
     )
-    weights = {k: v.detach().to("cpu").contiguous() for k, v in (state or model.adapter_state()).items()}
+    write_adapter(path, header, state or model.adapter_state())
+
+
+def write_adapter(path: str | os.PathLike, header: AdapterHeader, weights: dict[str, torch.Tensor]) -> None:
+    """Writes header and weights to `path`, under a temporary name first."""
+    weights = {k: v.detach().to("cpu").contiguous() for k, v in weights.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

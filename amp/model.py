@@ -373,7 +373,7 @@ class ActionAwareCLIP(nn.Module):
             if captions_a_pair > 1:
                 prompts = prompts.unite(captions_a_pair)
             if image_index is None:
-                image_index = torch.arange(len(early), device=early.device)
+                image_index = torch.arange(early.shape[0], device=early.device)  # `len` would fix an export to one B
             conditioned = self.encode_pairs(early, prompts, image_index)
         return Features(
             early=early,

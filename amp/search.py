@@ -24,7 +24,8 @@ class SearchSettings:
     Args:
         index: Folder of the index.
         photos: Folder of photos whose index is made or brought up to date first.
-        adapter: Adapter file of launchers/train.py; null searches with the base model alone.
+        adapter: Adapter file of a run, folder of `amp publish`, or hf-hub:ORG/REPO; null searches with the base model
+            alone.
         model: Base model, as open_clip names it; null takes the one in the adapter's record.
         pretrained: Its weights, as open_clip names them.
         count: Photos that are shown.

@@ -4,14 +4,16 @@ from pathlib import Path
 
 from amp.checkpoint import load_adapter_state, read_adapter
 from amp.errors import AmpError
+from amp.hub import adapter_file
 from amp.model import ActionAwareCLIP
 
 
 def named_adapter(text: str) -> tuple[str, str]:
-    """Splits ``NAME=FILE``; a bare file is named after its run's folder."""
+    """Splits ``NAME=FILE``; a bare file is named after its run's folder. A folder stands for the adapter in it."""
     name, equals, path = text.partition("=")
     if not equals:
         name, path = Path(text).resolve().parent.parent.name, text
+    path = str(adapter_file(path))
     if not Path(path).is_file():
         raise AmpError(
             f"adapter {text!r}: no file {path}, expected NAME=FILE with an adapter.safetensors of launchers/train.py"

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from amp.checkpoint import read_adapter
 from amp.errors import AmpError
-from amp.factory import create_model_and_transforms
+from amp.hub import from_pretrained
 from amp.knowledge.schema import Knowledge
 from amp.model import ActionAwareCLIP
 from amp.retrieval.metrics import stable_topk
@@ -95,22 +94,16 @@ class Retriever:
         device: str | torch.device = "cpu",
         **settings,
     ) -> "Retriever":
-        """Builds the model from an adapter file of launchers/train.py, whose record names base model and transform.
+        """Builds the model from an adapter, whose record names base model and transform.
 
         Args:
-            adapter: The file.
+            adapter: As for `amp.from_pretrained`.
             index: As for the class.
             model_name, pretrained: The base model, where it lies elsewhere than at training.
             device: Where the model is put.
             **settings: Further arguments of the class.
         """
-        header, _ = read_adapter(adapter)
-        if model_name is None:
-            model_name, pretrained = header.base_name, header.base_pretrained
-        resize = header.training.get("config", {}).get("model", {}).get("resize_mode")
-        model, _, preprocess = create_model_and_transforms(
-            model_name, pretrained, device=device, adapter=str(adapter), image_resize_mode=resize
-        )
+        model, _, preprocess = from_pretrained(adapter, model_name, pretrained, device)
         return cls(model, preprocess, index, **settings)
 
     @property

@@ -1,12 +1,23 @@
 """Command lines that read the configuration of a training run beside settings of their own."""
 
+from pathlib import Path
 from typing import TypeVar
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from amp.train.config import TrainConfig
 
 Settings = TypeVar("Settings")
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config FILE``, or the name of a recipe that is installed with the package, such as ``photos``."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        recipe = RECIPES / f"{values}.yaml"
+        installed = values.isidentifier() and not Path(values).exists() and recipe.is_file()
+        super().__call__(parser, cfg, str(recipe) if installed else values, option_string)
 
 
 def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
@@ -16,7 +27,7 @@ def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
         usage=f"{prog} [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=description.split("\n")[0],
     )
-    parser.add_argument("--config", action="config", help="YAML file of the training run; the command line wins")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file of the training run; the command line wins")
     parser.add_class_arguments(settings, as_group=False)
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"out"})
     return parser

@@ -1,0 +1,63 @@
+"""Compares two rows of evaluations on the same queries: differences with intervals, and what one mends or breaks.
+
+    python launchers/compare.py --a runs/mine/results.json --a_row control --b_row "action-aware (pairwise)"
+    python launchers/compare.py --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
+
+Both are resampled with the same images (paired bootstrap), so queries that both find or both miss add no noise. Reads
+the .npz file beside each JSON file.
+"""
+
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser
+
+from amp.errors import exit_on_error
+
+
+@dataclass
+class CompareSettings:
+    """Two rows.
+
+    Args:
+        a: Result file of launchers/evaluate.py.
+        a_row: Its row that the differences start from.
+        b_row: The row that is compared with it.
+        b: Result file of that row; null takes `a`.
+        out: JSON file of the comparison; null writes none.
+        bootstrap: Samples of the images.
+        seed: Of the samples.
+    """
+
+    a: str = ""
+    a_row: str = "base CLIP"
+    b_row: str = ""
+    b: str | None = None
+    out: str | None = None
+    bootstrap: int = 10_000
+    seed: int = 0
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="launchers/compare.py", usage="launchers/compare.py --a FILE --a_row ROW --b_row ROW",
+                            description=__doc__.split("\n")[0])  # fmt: skip
+    parser.add_class_arguments(CompareSettings, as_group=False)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parsed = parser().parse_args(arguments)
+    with exit_on_error():
+        from rich.console import Console
+
+        from amp.retrieval.compare import compare
+
+        settings = CompareSettings(**vars(parsed))
+        comparison = compare(settings.a, settings.a_row, settings.b or settings.a, settings.b_row, settings.bootstrap,
+                             settings.seed)  # fmt: skip
+        comparison.print_table(Console())
+        if settings.out is not None:
+            comparison.save_json(settings.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Evaluates retrieval: base CLIP and any number of adapters in one table, both directions, re-ranked top k.
+
+    python launchers/evaluate.py --config launchers/configs/flickr8k.yaml --split test \
+        --out runs/flickr8k/results.json --adapters '["control=runs/flickr8k/control/stage2/adapter.safetensors"]'
+    accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/evaluate.py ...   (pairs are split)
+
+The configuration is the one of training: of it `model`, `data` and `mixed_precision` are read, and `prompt` for the
+base model alone; adapters carry their own prompt settings. How the split is searched is set by --search. Writes OUT
+(JSON) and beside it .csv, .npz (results a query, for launchers/compare.py and launchers/report.py) and .verbs.csv
+(accuracy by action verb); with --gallery a picture of some retrievals. A run that was stopped goes on where it was.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from amp.errors import AmpError, exit_on_error
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.train.command import command_line, read_command_line
+
+
+@dataclass
+class EvaluationSettings:
+    """What is evaluated.
+
+    Args:
+        split: Split of the shards.
+        adapters: ``NAME=FILE`` each, in the order of the table; none evaluates the base model alone.
+        out: JSON file of the result; .csv, and .npz with results a query, stand beside it.
+        gallery: PNG file with retrievals of the last adapter; null draws none.
+        search: How the split is searched.
+        probes: Rows beside each knowledge-aware adapter with one input spoilt: ``shuffled`` knowledge, ``blank``
+            knowledge, knowledge of a ``sibling`` caption of the same image, ``grey`` images.
+        text_only: Add the text-only control: captions with their states, no action-aware image.
+        bootstrap: Samples of the images for the 95 % intervals; 0 computes none.
+    """
+
+    split: str = "test"
+    adapters: list[str] = field(default_factory=list)
+    out: str = "runs/results.json"
+    gallery: str | None = None
+    search: RetrievalSettings = field(default_factory=RetrievalSettings)
+    probes: list[Literal["shuffled", "blank", "sibling", "grey"]] = field(default_factory=list)
+    text_only: bool = False
+    bootstrap: int = 1000
+
+
+def parser() -> ArgumentParser:
+    return command_line("launchers/evaluate.py", __doc__, EvaluationSettings)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with exit_on_error():
+        evaluation, config = read_command_line(parser(), arguments, EvaluationSettings)
+        if Path(evaluation.out).suffix != ".json":  # said before hours of work
+            raise AmpError(
+                f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "
+                "so add --out FILE.json"
+            )
+        from amp.retrieval.run import evaluate
+
+        evaluate(
+            config,
+            evaluation.split,
+            evaluation.adapters,
+            evaluation.search,
+            Path(evaluation.out),
+            evaluation.gallery,
+            evaluation.probes,
+            evaluation.text_only,
+            evaluation.bootstrap,
+        )
+
+
+if __name__ == "__main__":
+    main()

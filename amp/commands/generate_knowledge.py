@@ -1,0 +1,91 @@
+"""Generate the action knowledge of a captions file: triplets and a state description of each, for tools/make_shards.py.
+
+Rules, no language model (``pip install "open-clip-amp[rules]"`` and a spaCy model)::
+
+    python tools/generate_knowledge.py --captions dataset_coco.json --out knowledge/rules
+
+A local or hub model, or a GGUF file; several GPUs with ``accelerate launch`` in front, then ``--merge``::
+
+    python tools/generate_knowledge.py --captions dataset_coco.json --out knowledge/qwen --template coco \
+        --engine transformers --model Qwen/Qwen2.5-7B-Instruct
+
+A server of OpenAI's interface: ``vllm serve MODEL --enable-prefix-caching``, ``llama-server -m MODEL.gguf``::
+
+    python tools/generate_knowledge.py --captions captions.csv --out knowledge/mine \
+        --engine openai --openai.base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
+
+The same command again does only what is missing. A job array: ``--part 0/16`` to ``--part 15/16``, then the command
+without it (on Slurm: launchers/slurm/generate_knowledge.sbatch). Then::
+
+    python tools/make_shards.py ... --knowledge OUT/knowledge.jsonl --knowledge_provenance OUT/knowledge_provenance.json
+
+or tools/rewrite_knowledge.py for shards that exist.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from amp.errors import exit_on_error
+from amp.generation.engines.openai_engine import OpenAIEngine
+from amp.generation.engines.transformers_engine import TransformersEngine
+from amp.generation.engines.vllm_engine import VLLMEngine
+from amp.generation.merge import KNOWLEDGE_NAME
+from amp.generation.run import GenerationError, generate_knowledge
+
+ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": VLLMEngine}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = ArgumentParser(
+        prog="generate_knowledge.py",
+        usage="generate_knowledge.py --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
+        description=__doc__.partition("\n")[0],
+    )
+    parser.add_function_arguments(generate_knowledge, skip={"splits", "engine_options", "command", "console"})
+    parser.add_argument("--splits", nargs="+", type=str, help="splits whose captions get knowledge; by default all")
+    parser.add_argument("--model", type=str | None, default=None, help="of the engine; rules have none")
+    for name, engine in ENGINES.items():
+        parser.add_class_arguments(engine, name, skip={"model"})
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    options = parser.parse_args(arguments).as_dict()
+    console = Console(stderr=True)
+    command = ["generate_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
+    options.pop("config")
+    of_engines = {name: options.pop(name) for name in ENGINES}
+    model = options.pop("model")
+    try:
+        with exit_on_error():
+            if (model is None) != (options["engine"] == "rules"):
+                raise GenerationError(
+                    f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
+                    "one, and none for rules; give both, or neither"
+                )
+            if options["engine"] != "rules":
+                options["engine_options"] = {"model": model, **of_engines[options["engine"]]}
+            summary = generate_knowledge(**options, command=command, console=console)
+    except KeyboardInterrupt:
+        console.print("stopped; the replies are kept, and the same command goes on from there")
+        raise SystemExit(130) from None
+    if summary is None:
+        return
+
+    table = Table("source", "triplets", "states")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for source in dict.fromkeys((*summary.triplets, *summary.states)):
+        table.add_row(source, f"{summary.triplets[source]:,}", f"{summary.states[source]:,}")
+    output = Console()
+    output.print(table)
+    output.print(f"{summary.captions:,} captions, {summary.distinct:,} different ones")
+    for reason, count in summary.empty.items():
+        output.print(f"{count:,} without a triplet: {reason}")
+    output.print(f"{options['out']}/{KNOWLEDGE_NAME} written")
+
+
+if __name__ == "__main__":
+    main()

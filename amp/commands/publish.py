@@ -1,0 +1,63 @@
+"""Writes a trained adapter as a folder that others load, with a model card, and uploads it if asked to.
+
+    amp publish --adapter runs/mine/action-aware/stage2/adapter.safetensors --results runs/mine/results.json \
+        --out models/mine
+    amp publish ... --push ORG/REPO       (asks the network; `hf auth login` first)
+
+amp.from_pretrained("models/mine"), `amp search --adapter models/mine` and hf-hub:ORG/REPO in its place load it.
+"""
+
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser
+
+from amp.errors import AmpError, exit_on_error
+
+
+@dataclass
+class PublishSettings:
+    """What is published.
+
+    Args:
+        adapter: ``adapter.safetensors`` of a run.
+        out: Folder for the adapter, its config.json and the card.
+        results: JSON file of an evaluation of this adapter, shown on the card; null says that there is none.
+        base: How others name the base model; null keeps the name that it was trained with.
+        base_pretrained: Its weights, as open_clip names them; read where `base` is given.
+        push: Repository of the Hugging Face hub, ORG/REPO; null uploads nothing.
+        private: Whether a repository that is made is private.
+    """
+
+    adapter: str = ""
+    out: str = ""
+    results: str | None = None
+    base: str | None = None
+    base_pretrained: str | None = None
+    push: str | None = None
+    private: bool = False
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="amp publish", usage="amp publish --adapter FILE --out FOLDER [--KEY VALUE ...]",
+                            description=__doc__.split("\n")[0])  # fmt: skip
+    parser.add_class_arguments(PublishSettings, as_group=False)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = PublishSettings(**vars(parser().parse_args(arguments)))
+    with exit_on_error():
+        for key in ("adapter", "out"):
+            if not getattr(settings, key):
+                raise AmpError(f"{key} is empty, expected a path; add --{key} PATH")
+        from amp.hub import push_to_hub, save_pretrained
+
+        folder = save_pretrained(settings.out, settings.adapter, settings.results, settings.base,
+                                 settings.base_pretrained)  # fmt: skip
+        print(f"{folder} written")
+        if settings.push is not None:
+            print(push_to_hub(folder, settings.push, settings.private))
+
+
+if __name__ == "__main__":
+    main()

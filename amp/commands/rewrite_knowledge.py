@@ -1,0 +1,48 @@
+"""Put other knowledge into shards that exist; images, keys and order stay.
+
+In place, or into another folder::
+
+    python tools/generate_knowledge.py --captions data/coco --out knowledge/qwen --template coco --engine ...
+    python tools/rewrite_knowledge.py --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
+        --knowledge_provenance knowledge/qwen/knowledge_provenance.json [--out data/coco-qwen]
+
+The same command again finishes what was interrupted. What the knowledge was before stays in manifest.json.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from amp.data.rewrite import rewrite_knowledge
+from amp.errors import exit_on_error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = ArgumentParser(prog="rewrite_knowledge.py", description=__doc__.partition("\n")[0])
+    parser.add_function_arguments(rewrite_knowledge, skip={"command", "console"})
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    command = ["rewrite_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        with exit_on_error():
+            manifest = rewrite_knowledge(**options.as_dict(), command=command, console=console)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from there")
+        raise SystemExit(130) from None
+    table = Table("split", "shards", "captions", "without knowledge")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for split, shards in manifest.splits.items():
+        without = manifest.captions_without_knowledge[split]
+        table.add_row(split, f"{len(shards):,}", f"{manifest.captions(split):,}", f"{without:,}")
+    output = Console(soft_wrap=True)
+    output.print(table)
+    output.print(f"{manifest.root / 'manifest.json'} written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Trains action-aware prompts: stage 1 (contrastive), then stage 2 (triplet loss).
+
+One process:   accelerate launch --config_file launchers/accelerate/one_process.yaml launchers/train.py \
+                   --config launchers/configs/flickr30k_vit_b16.yaml
+8 GPUs:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py --config ...
+ZeRO-2:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py \
+                   --config launchers/configs/coco_vit_l14_336.yaml --deepspeed ds_configs/zero2.json --stages '[1]'
+Will it work?  python launchers/train.py --config ... --plan.nodes 8 --plan.gpus 8 --plan.gpu_memory_gb 80
+Own photos:    amp train --config photos --data.shards SHARDS --out runs/mine
+The control:   ... --conditioning none --prompt.knowledge none --out runs/control
+What is set:   python launchers/train.py --config ... --print_config; python launchers/train.py --help
+
+OUT/stage1/adapter.safetensors and OUT/stage2/adapter.safetensors hold the new weights only; OUT/config.yaml the
+resolved configuration; OUT/open-clip-amp the TensorBoard logs.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from amp.errors import exit_on_error
+from amp.train.command import ConfigFile
+from amp.train.config import TrainConfig
+from amp.train.plan import PlanSettings, make_plan, print_plan
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="launchers/train.py",
+        usage="launchers/train.py [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
+        description=__doc__.split("\n")[0],
+    )
+    parser.add_argument(
+        "--config", action=ConfigFile, help="YAML file or a recipe: photos; keys on the command line win"
+    )
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    # No setting of a run: where it is not given, neither configurations nor OUT/config.yaml know of it.
+    parser.add_argument(
+        "--plan", type=PlanSettings | None, nargs="?", const={}, default=argparse.SUPPRESS,
+        help="print a plan instead of training; its keys say what for, such as --plan.nodes 8",
+    )  # fmt: skip
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser()
+    parsed = options.parse_args(arguments)
+    with exit_on_error():
+        settings = options.instantiate(parsed)
+        del settings["config"]
+        planned = settings.pop("plan", None)
+        config = TrainConfig(**settings)
+        config.check()
+        if planned is not None:
+            plan = make_plan(config, planned)
+            print_plan(plan, Console())
+            raise SystemExit(0 if plan.sound else 2)
+        if os.environ.get("RANK", "0") == "0":
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+            del parsed["config"]
+            # Nulls too: left out, they would be read back as the defaults.
+            options.save(parsed, Path(config.out) / "config.yaml", overwrite=True, skip_unset=False)
+        from amp.train.engine import train  # after the checks, which need none of its imports
+
+        train(config)
+
+
+if __name__ == "__main__":
+    main()
