@@ -125,8 +125,8 @@ def push_to_hub(folder: str | os.PathLike, repository: str, private: bool = Fals
     header, _ = read_adapter(folder / WEIGHTS)
     if header.base_name.startswith("local-dir:"):
         raise AmpError(
-            f"{folder}: the base model is {header.base_name!r}, a folder that nobody else has; save it with a base that "
-            "others can load, such as --base hf-hub:ORG/REPO"
+            f"{folder}: the base model is {header.base_name!r}, a folder that nobody else has; save it with one that "
+            "others can load: --base hf-hub:ORG/REPO"
         )
     api = HfApi(token=token)
     try:

@@ -33,12 +33,13 @@ def model_card(header: AdapterHeader, parameters: int, results: ResultFile | Non
         "---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "",
         "# Action-aware adapter for an open_clip model", "",
         f"{parameters / 1e6:.2f} million trained weights around the frozen CLIP {base}. An image is encoded under the",
-        "knowledge of a caption and scored against it: the base model pre-selects candidates, the adapter re-ranks them.",
+        "knowledge of a caption and scored against it: the base model pre-selects, the adapter re-ranks.",
         f"Method: [LLM-enhanced Action-aware Multi-modal Prompt Tuning]({PAPER}); code: open-clip-amp",
         f"{_text(header.version)}, which is not the authors'.", "",
         "## Use", "",
         "```python", "import amp", "", 'model, _, preprocess = amp.from_pretrained("FOLDER")  # or hf-hub:ORG/REPO',
-        "```", "", "```", 'amp search --index INDEX --photos PHOTOS --adapter FOLDER "a dog jumps over a fence"', "```", "",
+        "```", "",
+        "```", 'amp search --index INDEX --photos PHOTOS --adapter FOLDER "a dog jumps over a fence"', "```", "",
         f"The base model's weights must have SHA-256 `{header.base_hash}` (names, shapes and bytes as open_clip loads",
         "them); others are refused.", "",
         *_training(header), *_results(results),
@@ -46,7 +47,7 @@ def model_card(header: AdapterHeader, parameters: int, results: ResultFile | Non
         "- Features under knowledge belong to a pair of image and caption and can't be stored; only a pre-selection is",
         "  re-ranked.",
         f"- Knowledge used: {knowledge}. Every query needs its own, and wrong knowledge misleads.",
-        "- The adapter fits the photos and the wording that it was trained on; on others compare it with the base model.",
+        "- The adapter fits the photos and the wording that it was trained on; on others compare it with the base.",
         "- What the base model was trained on, and its biases and licence, come with it.", "",
     ])  # fmt: skip
 
@@ -80,8 +81,8 @@ def _results(results: ResultFile | None) -> list[str]:
         figures = [*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum]
         lines.append(f"| {_text(row.name)} | {' | '.join(f'{x:.1f}' for x in figures)} |")
     said = [_text(line) for line in results.protocol_lines()]
-    return ["## Results", "", *said, "", *lines, "",
-            "i2t: an image asks for captions; t2i: a caption asks for images. Written by launchers/evaluate.py.", ""]  # fmt: skip
+    read = "i2t: an image asks for captions; t2i: a caption asks for images. Written by launchers/evaluate.py."
+    return ["## Results", "", *said, "", *lines, "", read, ""]
 
 
 def _text(value: object) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import fresh_accelerate, shards  # noqa: F401, fixtures
+from helpers import distributions, fresh_accelerate, shards  # noqa: F401, fixtures
 from language_models import smollm2  # noqa: F401, fixture
 from slurm_helpers import slurm  # noqa: F401, fixture
 

@@ -46,29 +46,6 @@ def test_every_exported_name_is_there():
         _ = amp.nonsense
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory):
-    """Wheel and source archive, built without network from a copy, so that no build folder is left behind."""
-    pytest.importorskip("build")
-    pytest.importorskip("setuptools", minversion="77")
-    folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                           capture_output=True, text=True)  # fmt: skip
-    if files.returncode != 0:
-        pytest.skip("needs git and a checkout to know which files belong to the source")
-    for name in filter(None, files.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", folder, source],
-        env=QUIET_ENVIRONMENT, text=True, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
-
-
 def test_the_wheel_installs_amp_only(distributions):
     with zipfile.ZipFile(distributions[0]) as wheel:
         names = wheel.namelist()

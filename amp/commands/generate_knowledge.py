@@ -17,7 +17,7 @@ A server of OpenAI's interface: ``vllm serve MODEL --enable-prefix-caching``, ``
 The same command again does only what is missing. A job array: ``--part 0/16`` to ``--part 15/16``, then the command
 without it (on Slurm: launchers/slurm/generate_knowledge.sbatch). Then::
 
-    python tools/make_shards.py ... --knowledge OUT/knowledge.jsonl --knowledge_provenance OUT/knowledge_provenance.json
+    python tools/make_shards.py ... --knowledge OUT
 
 or tools/rewrite_knowledge.py for shards that exist.
 """
@@ -30,8 +30,8 @@ from amp.errors import exit_on_error
 from amp.generation.engines.openai_engine import OpenAIEngine
 from amp.generation.engines.transformers_engine import TransformersEngine
 from amp.generation.engines.vllm_engine import VLLMEngine
-from amp.generation.merge import KNOWLEDGE_NAME
 from amp.generation.run import GenerationError, generate_knowledge
+from amp.knowledge.schema import KNOWLEDGE_NAME
 
 ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": VLLMEngine}
 

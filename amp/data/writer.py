@@ -56,6 +56,7 @@ from amp.data.sources import (
     load_image_list,
 )
 from amp.errors import AmpError
+from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.version import __version__
 
 # Part of every shard's plan: raise it when the bytes written for the same input change.
@@ -113,8 +114,10 @@ def make_shards(
         captions: captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split.
         images: folder that the image files' paths start from.
         out: folder for the shards and manifest.json; made if absent.
-        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states.
-        knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest.
+        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states; or
+            the folder that tools/generate_knowledge.py wrote.
+        knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest. By default the
+            folder's, where `knowledge` is one.
         format: format of the captions file; auto goes by its suffix.
         default_split: split of CSV and JSONL rows that name none.
         keep_restval: keep Karpathy's restval a split of its own instead of a part of train.
@@ -146,6 +149,11 @@ def make_shards(
     """
     console = console or Console(stderr=True)
     images_root, out_root = Path(images), Path(out)
+    if knowledge is not None and Path(knowledge).is_dir():
+        folder = Path(knowledge)
+        knowledge = str(folder / KNOWLEDGE_NAME)
+        if knowledge_provenance is None:
+            knowledge_provenance = str(folder / PROVENANCE_NAME)
     if not images_root.is_dir():
         raise ShardWriteError(f"{images_root}: no such folder; expected the folder of image files; check --images")
     _check_at_least("samples_per_shard", samples_per_shard, 1)

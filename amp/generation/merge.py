@@ -16,9 +16,8 @@ from amp.errors import AmpError
 from amp.generation.cache import ReplyCache
 from amp.generation.ladder import Ladder, Outcome, Request
 from amp.generation.prompts import readable
+from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.version import __version__
-
-KNOWLEDGE_NAME, PROVENANCE_NAME = "knowledge.jsonl", "knowledge_provenance.json"
 
 
 class MergeError(AmpError):

@@ -12,6 +12,8 @@ from typing import Any
 from amp.errors import AmpError, shorten
 
 KINDS = ("action", "attribute")
+# What a folder of generated knowledge holds for shards.
+KNOWLEDGE_NAME, PROVENANCE_NAME = "knowledge.jsonl", "knowledge_provenance.json"
 
 _SLOTS = ("subject", "action", "object")
 _KEYS = frozenset((*_SLOTS, "kind"))

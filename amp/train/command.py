@@ -16,7 +16,7 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser, cfg, values, option_string=None):
         recipe = RECIPES / f"{values}.yaml"
-        installed = values.isidentifier() and not Path(values).exists() and recipe.is_file()
+        installed = values.isidentifier() and not Path(values).is_file() and recipe.is_file()
         super().__call__(parser, cfg, str(recipe) if installed else values, option_string)
 
 

