@@ -20,7 +20,8 @@ from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 
-CONFIGS = sorted((ROOT / "launchers/configs").glob("*.yaml"))
+REFERENCE = ROOT / "launchers/configs/reference.yaml"
+CONFIGS = [path for path in sorted((ROOT / "launchers/configs").glob("*.yaml")) if path != REFERENCE]
 PAPER = [path for path in CONFIGS if path.stem.startswith(("coco_", "flickr30k_"))]
 FLAGSHIP = ROOT / "launchers/configs/coco_vit_l14_336.yaml"
 
@@ -101,6 +102,51 @@ def test_config_loads_and_agrees_with_itself(path, read):
     config.check()
     assert config.out.startswith("runs/") and config.data.shards.startswith("data/")
     assert config.prompt.lam == 0.7 and config.validation.top_k == 20  # the paper's two
+
+
+def test_the_reference_holds_every_key_with_type_default_and_source(read):
+    """Each at its default, so that the file can be copied; each key of the other files is among them."""
+    assert launcher("tools/reference_config.py").reference() == REFERENCE.read_text(), "write it again, see its header"
+    assert asdict(read("--config", REFERENCE)) == asdict(TrainConfig())
+    lines = REFERENCE.read_text().splitlines()
+    head, count = re.compile(r"# \S.*, default .* \((ours|paper: .+?)\): \S"), 0
+    for number, line in enumerate(lines):
+        if line.lstrip().startswith("#") or line.endswith(":"):
+            continue
+        first = number - 1
+        while not lines[first].lstrip().startswith("# "):
+            first -= 1
+        while not head.search(lines[first]) and lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        assert head.search(" ".join(x.strip().removeprefix("#   ") for x in lines[first:number])), line
+        count += 1
+    known = _leaves(yaml.safe_load(REFERENCE.read_text()))
+    assert count == len(known)
+    everywhere = [*(ROOT / "launchers/configs").glob("**/*.yaml"), *(ROOT / "amp/recipes").glob("*.yaml")]
+    for path in everywhere:
+        assert _leaves(yaml.safe_load(path.read_text())) <= known, path
+
+
+def _leaves(content: dict, outer: str = "") -> set[str]:
+    found = set()
+    for key, value in content.items():
+        found |= _leaves(value, f"{outer}{key}.") if isinstance(value, dict) else {f"{outer}{key}"}
+    return found
+
+
+def test_a_recipe_goes_by_its_name_wherever_it_is_typed(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()  # the folder of the user's photos has the same name
+    for path in (ROOT / "amp/recipes").glob("*.yaml"):
+        config = read("--config", path.stem, "--data.shards", "shards")
+        config.check()
+        assert asdict(config) == asdict(read("--config", path, "--data.shards", "shards"))
+    assert read("--config", "photos").prompt.interaction == "readout"
+    (tmp_path / "photos").rmdir()
+    (tmp_path / "photos").write_text("seed: 5")  # a file of that name is meant
+    assert read("--config", "photos").seed == 5
+    with pytest.raises(SystemExit):
+        read("--config", "no_such_recipe")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)

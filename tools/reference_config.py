@@ -1,0 +1,90 @@
+"""Prints launchers/configs/reference.yaml: every key of a training run.
+
+Each key stands with its type, its default, its meaning (from the settings' docstrings) and whether the value is the
+paper's or ours. The paper's supplement with its hyper-parameters is not public, so few are the paper's.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import yaml
+from docstring_parser import parse
+
+from amp.train.config import TrainConfig
+
+# Keys whose default is what the paper says, and where. The rest is ours.
+PAPERS = {
+    "model.name": "one of its three backbones",
+    "model.pretrained": "its weights",
+    "prompt.knowledge": "sec. 3.3",
+    "prompt.interaction": "eq. 7-8",
+    "prompt.interaction_layer": "sec. 3.3",
+    "prompt.lam": "eq. 8",
+    "data.kinds": "Table 3",
+    "stages": "sec. 3.4",
+    "combined": "Table 5",
+    "validation.top_k": "sec. 3.5",
+    "validation.fusion_weight": "sec. 3.5",
+}
+HEAD = """\
+# Every key of a training run, as it is where no file sets it: type, default, whether that is the paper's or ours (this
+# project's; the paper's hyper-parameters are not public), and what it means. Leave out of your own file what stays as
+# it is. Written by:
+#   python tools/reference_config.py > launchers/configs/reference.yaml
+"""
+WIDTH = 118
+
+
+def reference() -> str:
+    """The file's content."""
+    return HEAD + "\n".join(_lines(TrainConfig(), "", 0)) + "\n"
+
+
+def _lines(settings: Any, outer: str, depth: int) -> Iterator[str]:
+    meanings = {p.arg_name: p.description or "" for p in parse(type(settings).__doc__ or "").params}
+    types = get_type_hints(type(settings))
+    indent = "  " * depth
+    for field in fields(settings):
+        key, value = f"{outer}{field.name}", getattr(settings, field.name)
+        text = " ".join(re.sub(r"`+", "", meanings[field.name]).split())
+        if is_dataclass(value):
+            yield from _comment(text, indent)
+            yield f"{indent}{field.name}:"
+            yield from _lines(value, f"{key}.", depth + 1)
+            continue
+        source = f"paper: {PAPERS[key]}" if key in PAPERS else "ours"
+        if source == "ours":
+            text = text.replace(" (ours)", "").replace("(ours, ", "(").replace(", ours)", ")")
+        head = f"{_name(types[field.name])}, default {_scalar(_default(field))} ({source})"
+        yield from _comment(f"{head}: {text}", indent)
+        yield f"{indent}{field.name}: {_scalar(value)}"
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ",
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+def _default(field: Field) -> Any:
+    """The class's own; a run may start from another value, such as stage 2's epochs."""
+    return field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+
+
+def _name(annotation: Any) -> str:
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    text = re.sub(r"(typing\.|amp\.[\w.]+\.)", "", text).replace("NoneType", "null").replace("None", "null")
+    text = re.sub(r"Optional\[(.*)\]", r"\1 | null", text)
+    return re.sub(r"Literal\[(.*?)\]", lambda found: "one of " + found[1].replace("'", "").replace(", ", "/"), text)
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
