@@ -97,9 +97,9 @@ def check(environment: Environment, printed: str, photos: int) -> None:
     assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_there_are_five_commands():
+def test_there_are_five_commands(distributions):
     first, *others = commands()
-    assert first[:2] == ["pip", "install"]
+    assert first[:3] == ["pip", "install", f"dist/{distributions[0].name}[rules]"]
     assert [words[:2] for words in others] == [
         ["amp", name] for name in ("generate_knowledge", "make_shards", "train", "search")
     ]
