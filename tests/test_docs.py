@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, launcher
 
+from amp.__main__ import COMMANDS
 from amp.knowledge.schema import parse_knowledge
 
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "results/README.md",
     *sorted((ROOT / "launchers/configs").glob("**/*.yaml")),
 ]
 TOOLS = ("make_shards", "generate_knowledge", "rewrite_knowledge", "knowledge_report", "score_knowledge")
@@ -22,6 +24,8 @@ SCRIPT = re.compile(rf"(?:launchers/(?:{'|'.join(LAUNCHERS)})|tools/(?:{'|'.join
 
 
 SEARCH = "amp/search.py"
+OF_AMP = {name: f"{module.replace('.', '/')}.py" for name, (module, _) in COMMANDS.items()}
+PROGRAM = re.compile(r"(?:[A-Z_]+=\$?\(?)?(?:make|pip|python|amp|accelerate|sbatch|launchers/\S+|cp) ")
 
 
 def blocks(page: Path) -> list[str]:
@@ -38,13 +42,15 @@ def commands(page: Path) -> list[list[str]]:
     for block in blocks(page):
         lines = block.replace("\\\n", " ").splitlines()
         for number, line in enumerate(lines):
-            if not line.startswith(("accelerate launch ", "python ")) or "..." in line:
+            if not line.startswith(("accelerate launch ", "python ", "amp ")) or "..." in line:
                 continue
             while line.count("'") % 2:  # a quoted list goes on in the next line
                 number += 1
                 line += lines[number]
             words = shlex.split(line.replace("-m amp.search", SEARCH), comments=True)
-            start = next((i for i, word in enumerate(words) if word == SEARCH or SCRIPT.fullmatch(word)), None)
+            if words[0] == "amp":
+                words = [OF_AMP[words[1]], *words[2:]]
+            start = next((i for i, w in enumerate(words) if w in OF_AMP.values() or SCRIPT.fullmatch(w)), None)
             if start is not None and "--help" not in words:
                 for option, file in pairwise(words[:start]):
                     assert not option.endswith("_file") or (ROOT / file).is_file(), f"{option} {file}"
@@ -59,11 +65,8 @@ def test_commands_are_found():
     """So that a change of style can't empty the test below."""
     assert len([words for words in ALL if words[0] == "README.md"]) >= 9
     launchers = {f"launchers/{name}.py" for name in LAUNCHERS}
-    assert {words[1] for words in ALL} == {
-        *launchers,
-        SEARCH,
-        *(f"tools/{n}.py" for n in TOOLS),
-    }
+    of_amp = {path for name, path in OF_AMP.items() if name != "rewrite_knowledge"}
+    assert {words[1] for words in ALL} == {*launchers, *of_amp, *(f"tools/{n}.py" for n in TOOLS)}
     for config in ("coco_vit_b16.yaml", "flickr30k_vit_l14_336.yaml"):
         assert {words[1] for words in ALL if words[0] == config} >= {"launchers/train.py", "launchers/evaluate.py"}
 
@@ -72,7 +75,7 @@ def test_commands_are_found():
 def test_scripts_understand_the_commands(words, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     _, script, *arguments = words
-    if script.startswith("tools/"):
+    if script.startswith("tools/") or script in (OF_AMP["generate_knowledge"], OF_AMP["make_shards"]):
         monkeypatch.chdir(tmp_path)  # nothing is here: once its options are understood, a tool misses its input
         if "--write_captions" in arguments:
             launcher(script).main(arguments)
@@ -82,9 +85,66 @@ def test_scripts_understand_the_commands(words, monkeypatch, tmp_path, capsys):
         assert re.search("no such folder; expected|can't be read", " ".join(capsys.readouterr().err.split()))
         return
     # A file that a training run would leave is replaced by one of ours.
-    made = re.compile(r"runs/.*\.yaml")
+    made = re.compile(r"runs/.*\.yaml")  # `--config photos` is a recipe's name
     arguments = ["launchers/configs/scenes.yaml" if made.fullmatch(word) else word for word in arguments]
     launcher(script).parser().parse_args(arguments)
+
+
+def listed() -> list[tuple[list[str], list[str]]]:
+    """Rows of docs/commands.md: the words of a command, and the tests named beside them."""
+    rows = []
+    for line in (ROOT / "docs/commands.md").read_text().splitlines():
+        if line.startswith("| `"):
+            words, run_by, needs = (cell.strip() for cell in line.strip("|").split("|"))
+            assert run_by or needs, line
+            rows.append((words.strip("`").split(), re.findall(r"tests/\w+\.py", run_by)))
+    return rows
+
+
+def test_every_documented_command_is_on_the_list_and_every_row_is_used():
+    rows, used, found, missing = listed(), set(), 0, []
+    for page in (page for page in PAGES if page.suffix == ".md" and page.name != "commands.md"):
+        lines = "\n".join(blocks(page)).replace("\\\n", " ").splitlines()
+        lines += [
+            " ".join(span.split())
+            for span in re.findall(
+                r"`([^`]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+            )
+        ]
+        for line in filter(PROGRAM.match, lines):
+            tokens = line.split()
+            row = next((n for n, (words, _) in enumerate(rows) if all(
+                word in tokens or (not word.isalpha() and word in line) for word in words)), None)  # fmt: skip
+            missing += [] if row is not None else [f"{page.name}: {line}"]
+            used.add(row)
+            found += 1
+    assert missing == [], "not in docs/commands.md"
+    assert found > 80
+    assert [" ".join(words) for n, (words, _) in enumerate(rows) if n not in used] == []
+    for _, tests in rows:
+        for test in tests:
+            assert (ROOT / test).is_file(), test
+
+
+def test_the_diagram_is_what_its_script_draws(tmp_path):
+    from PIL import Image, ImageChops
+
+    launcher("tools/architecture.py").draw(str(tmp_path / "drawn.png"))
+    drawn, shipped = (Image.open(p).convert("RGB") for p in (tmp_path / "drawn.png", ROOT / "docs/architecture.png"))
+    assert drawn.size == shipped.size
+    assert sum(ImageChops.difference(drawn, shipped).convert("L").point(lambda x: x > 60).histogram()[1:]) < 3000
+
+
+PYTHON_BLOCKS = ("docs/extending.md",)
+
+
+@pytest.mark.parametrize("page", PYTHON_BLOCKS)
+def test_python_of_the_page_runs(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert found
+    for code in found:
+        exec(compile(code, page, "exec"), {})
 
 
 def test_knowledge_example_is_well_formed():
