@@ -68,7 +68,7 @@ class Environment:
         done = subprocess.run([self.bin / words[0], *words[1:]], cwd=self.folder, env=self.variables, text=True,
                               capture_output=True)  # fmt: skip
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        return done.stdout + done.stderr
 
     def borrow_packages(self) -> None:
         """Sees the dependencies of this interpreter, but not its editable installation of `amp`."""
