@@ -93,7 +93,8 @@ class TripletTokenizer:
         if hasattr(self.tokenizer, "encode"):  # open_clip.SimpleTokenizer: plain byte pairs
             return self.tokenizer.encode(text.lower())
         inner = self.tokenizer.tokenizer  # open_clip.HFTokenizer
-        ids = inner.encode(self.tokenizer.clean_fn(text), add_special_tokens=False)
+        clean = getattr(self.tokenizer, "clean_fn", str)  # open_clip.SigLipTokenizer has none
+        ids = inner.encode(clean(text), add_special_tokens=False)
         return [i for i, token in zip(ids, inner.convert_ids_to_tokens(ids), strict=True) if token != WORD_START]
 
     def __call__(self, knowledge: Sequence[Knowledge]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
