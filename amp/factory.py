@@ -97,10 +97,13 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
 def to_precision(clip: torch.nn.Module, precision: str) -> torch.nn.Module:
     """The model with weights in ``fp32``, ``bf16`` or ``fp16``, as open_clip casts them."""
     if precision in LOW_PRECISION:
-        dtype = LOW_PRECISION[precision]
-        open_clip.convert_weights_to_lp(clip, dtype)
+        dtype, timm = LOW_PRECISION[precision], isinstance(clip.visual, TimmModel)
+        if not timm:
+            open_clip.convert_weights_to_lp(clip, dtype)
         for tower in clip.children():
-            if isinstance(tower, TimmModel | HFTextEncoder):  # their norms and embeddings don't mix types as native ones
+            # Norms and embeddings from elsewhere don't mix types as open_clip's do, so whole towers are cast: with an
+            # image tower of timm both, as open_clip does, but not the temperature.
+            if timm or isinstance(tower, HFTextEncoder):
                 tower.to(dtype)
     return clip
 

@@ -1,17 +1,16 @@
-"""CLIPs with image towers of timm and Hugging Face text towers: open_clip's own numbers at step 0, naive loops after."""
+"""CLIPs with image towers of timm and text towers of Hugging Face: open_clip's own numbers at step 0, naive loops after"""
 
 import json
 import math
-from functools import partial
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from conftest import clip_tokenizer, make_clip
+from conftest import EMBED_DIM, VISION
 from helpers import launcher
 from test_bad_input import arguments
 from timm_towers import (
-    STRANGE,
     TOWERS,
     embedded,
     make_timm_clip,
@@ -33,7 +32,6 @@ from amp.factory import to_precision
 from amp.knowledge.batch import TripletTokenizer
 from amp.model import ActionAwareCLIP
 from amp.retrieval.attention import attention_maps
-from amp.retrieval.retriever import Retriever
 from amp.train.config import ModelSettings, TrainConfig
 from amp.train.memory import shapes_only
 from amp.train.objective import Objective
@@ -126,19 +124,16 @@ def test_recomputing_changes_neither_values_nor_gradients(tower, monkeypatch):
 
 @every("siglip", "eva02")
 @torch.no_grad()
-def test_compiling_keeps_names_and_values(tower, monkeypatch, images):
-    """With a compiler that compiles nothing; what matters is that blocks take their arguments compiled."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    clip = make_timm_clip(tower)
+def test_compiled_blocks_are_what_runs(tower, monkeypatch, images):
+    """With a compiler that only counts: a real one takes longer than all other tests here."""
+    clip, calls = make_timm_clip(tower), []
     names, expected, backbone = list(clip.state_dict()), clip.encode_image(images), make_backbone(clip)
-    for block in backbone.visual.trunk.blocks:
-        block._compiled_call_impl = torch.compile(block._call_impl)
-    assert torch.equal(backbone.pool(backbone.blocks(backbone.embed(images), 0, 3)), expected)
-    assert list(clip.state_dict()) == names
-    seen = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: seen.append(block))
+    monkeypatch.setattr(
+        torch, "compile", lambda call, **_: lambda *given, **more: calls.append(1) or call(*given, **more)
+    )
     backbone.compile_blocks()
-    assert seen == list(backbone.visual.trunk.blocks)
+    assert torch.equal(backbone.pool(backbone.blocks(backbone.embed(images), 0, 3)), expected)
+    assert list(clip.state_dict()) == names and len(calls) == 3
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -160,23 +155,15 @@ def timm_clip(name, **vision):
         ("swin_tiny_patch4_window7_224", {}, "timm's SwinTransformer"),
         ("resnet10t", {}, "timm's ResNet"),
         ("naflexvit_base_patch16_gap", {}, "timm's NaFlexVit"),
-        ("deit_tiny_distilled_patch16_224", {}, "timm's VisionTransformerDistilled"),
+        ("deit_tiny_distilled_patch16_224", {"timm_pool": ""}, "timm's VisionTransformerDistilled"),
         ("vit_tiny_r_s16_p8_224", {}, "timm's VisionTransformer behind HybridEmbed"),
         ("amp_tiny_parallel", {"timm_pool": "token"}, "timm's VisionTransformer with blocks of ParallelScalingBlock"),
-        ("amp_tiny_siglip", {"timm_pool": "", "timm_proj": None}, None),
         ("amp_tiny_vit_token", {"timm_pool": "", "timm_proj": None}, "without pooling"),
     ],
 )
 def test_other_towers_are_refused_by_name(name, vision, seen):
-    clip = timm_clip(name, **vision)
-    if seen is None:  # its attention pooling went with the name of it
-        seen = "without pooling" if clip.visual.trunk.attn_pool is None else None
-    if seen is None:
-        make_backbone(clip)
-        return
     with pytest.raises(amp.AmpError, match=rf"image tower is .*{seen}.*, expected open_clip's native.*ViT-B-16-SigLIP"):
-        make_backbone(clip)
-    assert set(STRANGE) == {"parallel"}
+        make_backbone(timm_clip(name, **vision))
 
 
 # -- the model at step 0 ----------------------------------------------------------------------------------------------
@@ -192,12 +179,20 @@ def encoded(model, images, knowledge):
 @every()
 @torch.no_grad()
 def test_action_aware_features_start_as_the_base_models(tower, interaction, interaction_layer, images, knowledge):
-    """Bit for bit, and so does training, with gradients, but for rounding. `cat` has no gate, for native towers too."""
+    """Bit for bit, and with gradients but for rounding. `cat` has no gate, here as in native towers.
+
+    Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first, and
+    AIM's are laid out anew: the sums are rounded in another order.
+    """
     settings = {"interaction": interaction, "interaction_layer": interaction_layer, "num_prompts": 0}
     clip, model = make_timm_clip(tower), make_timm_model(tower, **settings).train()
     want = clip.encode_image(images)
     assert torch.equal(model.encode_image(images), want)
-    assert torch.equal(encoded(model, images, knowledge), want)
+    apart = 2e-6 if interaction == "aim" and tower == "vit_post_norm" else 0.0
+    print(
+        f"{tower} {interaction}: {(encoded(model, images, knowledge) - want).abs().max():.1e}, {want.abs().max():.1f}"
+    )
+    assert_close(encoded(model, images, knowledge), want, atol=apart, rtol=0)
     with torch.enable_grad():
         features = encoded(model, images, knowledge)
         assert features.requires_grad
@@ -274,7 +269,8 @@ def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interacti
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.activation_checkpointing = True
     for step in range(2):  # behind a gate of zero gradients are zero before the first step
-        loss = Objective(1, "contrastive", margin=0.2, all_pairs=True)(model, batch, step)[0]
+        objective = Objective(1, "contrastive", margin=0.2, all_pairs=interaction == "readout")
+        loss = objective(model, batch, step)[0]
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -282,8 +278,8 @@ def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interacti
         optimizer.step()
     assert all(math.isfinite(loss) for loss in losses)
     still = names - moved
-    # A constant added to all keys changes no softmax; the output of a clamp has no slope outside its bounds.
-    assert all("key" in name or name == "logit_scale" for name in still), still
+    # A constant added to all keys changes no softmax, and the readout asks nothing for a caption without knowledge.
+    assert still <= {"readout.key.bias", "triplet_encoder.null"} if interaction == "readout" else not still
     assert moved <= names
     assert not [name for name, p in model.backbone.named_parameters() if p.requires_grad or p.grad is not None]
     assert all(torch.equal(x, before[name]) for name, x in model.backbone.state_dict().items())
@@ -397,14 +393,14 @@ def test_hugging_face_text_towers(kind, text_folders, images, knowledge):
 
 
 def test_a_hugging_face_text_tower_behind_a_native_image_tower(text_folders, images, knowledge):
-    from conftest import EMBED_DIM, VISION
-
     folder = text_folders("bert").removeprefix("local-dir:")
-    config = json.loads(open(f"{folder}/open_clip_config.json").read())["model_cfg"]
+    config = json.loads(Path(folder, "open_clip_config.json").read_text())["model_cfg"]
     clip = open_clip.CustomTextCLIP(
         EMBED_DIM, open_clip.CLIPVisionCfg(**VISION), {**config["text_cfg"], "hf_model_pretrained": False}
     ).eval()  # fmt: skip
-    model = ActionAwareCLIP(clip, amp.PromptConfig(num_prompts=0, triplet_heads=4), open_clip.get_tokenizer(f"local-dir:{folder}"))
+    model = ActionAwareCLIP(
+        clip, amp.PromptConfig(num_prompts=0, triplet_heads=4), open_clip.get_tokenizer(f"local-dir:{folder}")
+    )
     with torch.no_grad():
         assert torch.equal(model.encode_image(images, knowledge), clip.encode_image(images))
 
@@ -433,19 +429,18 @@ def test_slots_of_sentencepiece(text_folders):
 def test_an_unknown_text_configuration_is_one_clear_error(text_folders):
     """The text tower's own configuration may lie elsewhere, such as on the hub."""
     folder = text_folders("bert", "eva02").removeprefix("local-dir:")
-    path = f"{folder}/open_clip_config.json"
-    config = json.loads(open(path).read())
+    path = Path(folder, "open_clip_config.json")
+    config = json.loads(path.read_text())
     broken = {**config["model_cfg"], "text_cfg": {**config["model_cfg"]["text_cfg"], "hf_model_name": "no/such-model"}}
-    with open(path, "w") as file:
-        json.dump({**config, "model_cfg": broken}, file)
+    path.write_text(json.dumps({**config, "model_cfg": broken}))
     with pytest.raises(amp.AmpError, match=r"local-dir.*can't build it without its weights.*network"):
         shapes_only(TrainConfig(out="runs/x", model=ModelSettings(f"local-dir:{folder}", None)))
     with pytest.raises(amp.AmpError, match=r"open_clip can't load it"):
         amp.create_model_and_transforms(f"local-dir:{folder}")
 
 
-def test_both_towers_from_elsewhere_are_trained_evaluated_and_searched(text_folders, shards, tmp_path, fresh_accelerate):
-    """The whole chain by its launchers: early tokens and texts in caches, AIM, adapters read again, a search."""
+def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shards, tmp_path, fresh_accelerate):
+    """The whole chain by its launchers: early tokens and texts in caches, AIM, adapters read again."""
     name = text_folders("xlm-roberta", "perception")
     common = {"model.name": name, "model.pretrained": "null", "data.shards": shards, "data.cache": tmp_path / "cache",
               "data.batch_size": 4, "data.workers": 0, "data.augment": "none", "prompt.num_prompts": 2,
@@ -457,15 +452,8 @@ def test_both_towers_from_elsewhere_are_trained_evaluated_and_searched(text_fold
     evaluate = {**common, "out": tmp_path / "out.json", "adapters": f"[mine={adapter}]", "bootstrap": 20}
     launcher("launchers/evaluate.py").main(arguments(evaluate))
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"] for row in found["rows"]][0] == "base CLIP" and len(found["rows"]) > 1
-    model, _, preprocess = amp.create_model_and_transforms(name, adapter=str(adapter))
+    assert found["rows"][0]["name"] == "base CLIP" and len(found["rows"]) > 1
+    model, _, _ = amp.create_model_and_transforms(name, adapter=str(adapter))
     assert {n.partition(".")[0] for n in model.adapter_state()} == {
         "logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction",
     }  # fmt: skip
-    assert Retriever is not None and preprocess is not None
-
-
-def test_native_towers_are_what_they_were(images):
-    backbone = make_backbone(make_clip())
-    assert type(backbone).__name__ == "NativeBackbone" and (backbone.num_prefix, backbone.num_tokens) == (1, 17)
-    assert clip_tokenizer() is not None

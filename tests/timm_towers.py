@@ -163,7 +163,7 @@ def rotated(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def run_block(trunk, index: int, tokens: torch.Tensor) -> torch.Tensor:
-    """A block on tokens (T, d_v) of one image, one head at a time; only the M patches behind the F prefix tokens turn."""
+    """A block on tokens (T, d_v) of one image, head by head; only the M patches behind the F prefix tokens turn."""
     block, own = trunk.blocks[index], trunk.blocks[index].attn
     first, patches = trunk.num_prefix_tokens, trunk.patch_embed.num_patches
     rope = getattr(trunk, "rope", None)
@@ -234,7 +234,7 @@ def naive_feature(model, image: torch.Tensor, knowledge, row: int, conditioned: 
 
 # -- Hugging Face text towers -----------------------------------------------------------------------------------------
 
-WORDS = "a dog girl horse boy chases kicks carries throws watches ball kite stick is red green blue in of".split()
+WORDS = ("a", "dog", "girl", "horse", "boy", "chases", "kicks", "carries", "throws", "ball", "kite", "is", "red", "of")
 
 
 def write_text_tower(folder: Path, kind: str) -> dict:
