@@ -1,4 +1,4 @@
-"""CLIPs with image towers of timm and text towers of Hugging Face: open_clip's own numbers at step 0, naive loops after"""
+"""CLIPs with image towers of timm and text towers of Hugging Face: open_clip's own numbers at step 0, naive loops"""
 
 import json
 import math
@@ -174,15 +174,14 @@ def encoded(model, images, knowledge):
     return model.encode_image(images, knowledge, text=model.encode_text(model.tokenizer(CAPTIONS)))
 
 
-@pytest.mark.parametrize("interaction_layer", [0, 2])
-@pytest.mark.parametrize("interaction", ["aim", "readout"])
+@pytest.mark.parametrize(("interaction", "interaction_layer"), [("aim", 0), ("aim", 2), ("readout", 1)])
 @every()
 @torch.no_grad()
 def test_action_aware_features_start_as_the_base_models(tower, interaction, interaction_layer, images, knowledge):
     """Bit for bit, and with gradients but for rounding. `cat` has no gate, here as in native towers.
 
-    Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first, and
-    AIM's are laid out anew: the sums are rounded in another order.
+    Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first,
+    and AIM's are laid out anew: the sums are rounded in another order.
     """
     settings = {"interaction": interaction, "interaction_layer": interaction_layer, "num_prompts": 0}
     clip, model = make_timm_clip(tower), make_timm_model(tower, **settings).train()

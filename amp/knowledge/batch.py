@@ -63,8 +63,8 @@ class KnowledgeBatch:
 class TripletTokenizer:
     """Cuts subjects, actions and objects into CLIP's tokens, without start and end marks.
 
-    Hugging Face tokenizers get words cleaned as captions are. SentencePiece's mark of a word's start is left out where it
-    is a token of its own: it would take one of the S places and say nothing.
+    Hugging Face tokenizers get words cleaned as captions are. SentencePiece's mark of a word's start is left out where
+    it is a token of its own: it would take one of the S places and say nothing.
 
     Args:
         tokenizer: What `open_clip.get_tokenizer` returns.
