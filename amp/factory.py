@@ -6,9 +6,11 @@ from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
 from safetensors import SafetensorError
 
-from amp.backbone import Backbone
+from amp.backbone import make_backbone
 from amp.config import PromptConfig
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
@@ -52,7 +54,7 @@ def create_model_and_transforms(
     meta = torch.device(device).type == "meta"
     clip, preprocess_train, preprocess_val = load_clip(model_name, pretrained, meta, **open_clip_kwargs)
     with torch.device("meta" if meta else "cpu"):
-        base_hash = Backbone(clip).weights_hash()
+        base_hash = make_backbone(clip).weights_hash()
         clip = to_precision(clip, precision)
         if adapter is not None:
             from amp.checkpoint import (  # the checkpoint module builds on this one's model
@@ -95,7 +97,14 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
 def to_precision(clip: torch.nn.Module, precision: str) -> torch.nn.Module:
     """The model with weights in ``fp32``, ``bf16`` or ``fp16``, as open_clip casts them."""
     if precision in LOW_PRECISION:
-        open_clip.convert_weights_to_lp(clip, LOW_PRECISION[precision])
+        dtype, timm = LOW_PRECISION[precision], isinstance(clip.visual, TimmModel)
+        if not timm:
+            open_clip.convert_weights_to_lp(clip, dtype)
+        for tower in clip.children():
+            # Norms and embeddings from elsewhere don't mix types as open_clip's do, so whole towers are cast: with an
+            # image tower of timm both, as open_clip does, but not the temperature.
+            if timm or isinstance(tower, HFTextEncoder):
+                tower.to(dtype)
     return clip
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from amp.backbone import Backbone
+from amp.backbone import make_backbone
 from amp.config import PromptConfig
 from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
@@ -46,7 +46,7 @@ class Features(NamedTuple):
     """What one forward pass returns; None where it was not asked for.
 
     Attributes:
-        early: Tokens before block `interaction_layer` (B, 1 + M, d_v).
+        early: Tokens before block `interaction_layer` (B, F + M, d_v).
         base: The frozen CLIP's image features (B, d).
         prompted: Features under visual prompts alone, without knowledge (B, d).
         conditioned: Action-aware features, a row a pair (P, d), or of all pairs (B, C, d).
@@ -70,19 +70,19 @@ class ActionAwareCLIP(nn.Module):
     Without knowledge it is its base CLIP: `encode_image(images)` and `encode_text` return the same bits.
 
     Args:
-        clip: A model of `open_clip.create_model` with a native VisionTransformer.
+        clip: A model of `open_clip.create_model` that `make_backbone` takes.
         config: Settings of the prompts.
         tokenizer: The base model's tokenizer; needed where knowledge is given as text.
 
     Raises:
-        AmpError: Timm or ResNet towers, an `interaction_layer` outside the tower, `triplet_heads` that don't divide the
-            text width, `cat` with image blocks that can't leave tokens out.
+        AmpError: An image tower without plain transformer blocks, an `interaction_layer` outside the tower,
+            `triplet_heads` that don't divide the text width, `cat` with image blocks that can't leave tokens out.
     """
 
     def __init__(self, clip: nn.Module, config: PromptConfig | None = None, tokenizer=None):
         super().__init__()
         self.config = config = config or PromptConfig()
-        self.backbone = backbone = Backbone(clip)
+        self.backbone = backbone = make_backbone(clip)
         self.tokenizer = tokenizer
         if config.interaction_layer >= backbone.num_layers:
             raise AmpError(
@@ -95,7 +95,7 @@ class ActionAwareCLIP(nn.Module):
         d_t, d = backbone.text_width, backbone.embed_dim
         self.has_readout = config.interaction == "readout"
         if self.has_readout:
-            if not backbone.reads_class_token:
+            if not backbone.keeps_patches:
                 raise AmpError(
                     "interaction is 'readout' and the image tower pools by attention or average, expected the class "
                     "token, which leaves the patches as they are; choose interaction 'aim'"
@@ -200,7 +200,7 @@ class ActionAwareCLIP(nn.Module):
 
     @torch.no_grad()
     def encode_early(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, 1 + M, d_v), whatever the caption."""
+        """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, F + M, d_v), whatever the caption."""
         return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
 
     def encode_triplets(self, knowledge: KnowledgeBatch) -> torch.Tensor | None:
@@ -239,7 +239,7 @@ class ActionAwareCLIP(nn.Module):
         """Action-aware features of P pairs of an image and a caption.
 
         Args:
-            early: Tokens of B images from `encode_early` (B, 1 + M, d_v).
+            early: Tokens of B images from `encode_early` (B, F + M, d_v).
             prompts: Prompts of the pairs' captions, P rows.
             image_index: The image of each pair, int64 (P,) with values below B.
 
@@ -255,8 +255,9 @@ class ActionAwareCLIP(nn.Module):
             absent = (~prompts.mask).repeat(1, len(kinds))
             tokens = self._prompted_blocks(early[image_index], torch.cat(kinds, dim=1).to(early.dtype), absent)
         else:
-            patches = self.interaction(early[:, 1:], prompts.triplets, prompts.states, prompts.mask, image_index)
-            tokens = self._prompted_blocks(torch.cat([early[image_index, :1], patches.to(early.dtype)], dim=1))
+            front = self.backbone.num_prefix  # class token and registers see the knowledge in the blocks
+            patches = self.interaction(early[:, front:], prompts.triplets, prompts.states, prompts.mask, image_index)
+            tokens = self._prompted_blocks(torch.cat([early[image_index, :front], patches.to(early.dtype)], dim=1))
         return self._pool(tokens)[0]
 
     def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
@@ -276,7 +277,7 @@ class ActionAwareCLIP(nn.Module):
     def read_patches(self, early: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Early tokens to features without knowledge (B, d) and to the patches (B, M, d_v) that a readout reads."""
         features, last = self._pool(self._prompted_blocks(early))
-        return features, self.readout.patches(early[:, 1:], last)
+        return features, self.readout.patches(early[:, self.backbone.num_prefix :], last)
 
     def _pool(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens behind the last block to image features (B, d) and patches (B, M, d_v)."""
@@ -330,7 +331,7 @@ class ActionAwareCLIP(nn.Module):
         """All computation of training and re-ranking passes here, where DDP's and ZeRO's hooks can see it.
 
         Args:
-            images: Images (B, 3, H, W), or tokens (B, 1 + M, d_v) of an earlier call with `only_frozen`; None for texts
+            images: Images (B, 3, H, W), or tokens (B, F + M, d_v) of an earlier call with `only_frozen`; None for texts
                 alone.
             knowledge: Knowledge of C captions, or their prompts.
             image_index, knowledge_index: The P pairs to encode; by default pair i is image i with caption i.

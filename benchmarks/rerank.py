@@ -161,7 +161,7 @@ def memory_of_gallery(settings: Settings, size: int, queue) -> None:
     images, captions = torch.randn(2, size, model.backbone.embed_dim)
     queries = min(size, MEMORY_QUERIES)
     knowledge = model.prepare_knowledge(drawn_captions(queries, model.config.max_triplets)[1])
-    shape = (size, 1 + model.backbone.num_patches, model.backbone.vision_width)
+    shape = (size, model.backbone.num_tokens, model.backbone.vision_width)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         # A file with holes: reading it costs no disk.
         early = np.lib.format.open_memmap(Path(folder) / "early.npy", mode="w+", dtype=np.float16, shape=shape)

@@ -123,7 +123,7 @@ def kept_by_hand(model: ActionAwareCLIP) -> float:
     inputs of linear maps aren't needed, whose weights are frozen.
     """
     config, backbone = model.config, model.backbone
-    tokens = 1 + backbone.num_patches + config.num_prompts
+    tokens = backbone.num_tokens + config.num_prompts
     blocks = backbone.num_layers - config.interaction_layer
     return 4 * backbone.vision_width * tokens * (10 * (blocks - 1) + 3)
 

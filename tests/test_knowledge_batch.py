@@ -91,6 +91,9 @@ def test_tokenizers_of_hugging_face(tokenizer):
             assert not add_special_tokens
             return [len(word) for word in text.split()]
 
+        def convert_ids_to_tokens(self, ids):
+            return [str(i) for i in ids]
+
     class Wrapper:
         tokenizer = Inner()
 

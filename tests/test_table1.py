@@ -130,12 +130,15 @@ def test_each_row_with_an_id_has_its_config(rows):
 
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
+    return write_timm_folder(tmp_path_factory.mktemp("timm") / "tiny-timm", "test_vit")
+
+
+def write_timm_folder(folder, tower):
     """A model whose image tower is timm's, in open_clip's own format; with SigLIP's bias on the logits."""
-    folder = tmp_path_factory.mktemp("timm") / "tiny-timm"
     folder.mkdir()
     config = {
         "embed_dim": 16, "init_logit_bias": -10, "custom_text": True,
-        "vision_cfg": {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "avg",
+        "vision_cfg": {"timm_model_name": tower, "timm_model_pretrained": False, "timm_pool": "avg",
                        "timm_proj": "linear", "image_size": 160},
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }  # fmt: skip
@@ -176,14 +179,15 @@ def test_a_baseline_equals_clip_benchmark(tower, timm_folder, clip_folder, shard
     assert row.rsum_interval is not None and not (tmp_path / "out.verbs.csv").exists()
 
 
-def test_a_timm_tower_takes_no_adapter(timm_folder, shards, tmp_path, capsys, fresh_accelerate):
+def test_a_tower_without_plain_blocks_takes_no_adapter(shards, tmp_path, capsys, fresh_accelerate):
+    convnext = write_timm_folder(tmp_path / "convnext", "test_convnext")
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(SystemExit):
         launcher("launchers/evaluate.py").main([
-            "--model.name", timm_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--out",
+            "--model.name", convnext, "--model.pretrained", "null", "--data.shards", str(shards), "--out",
             str(tmp_path / "out.json"), "--adapters", f"[x={tmp_path}/a.safetensors]",
         ])  # fmt: skip
-    assert "expected open_clip's native VisionTransformer" in capsys.readouterr().err
+    assert "image tower is timm's ConvNeXt, expected open_clip's native VisionTransformer" in capsys.readouterr().err
 
 
 def _rank_row(name, shards):

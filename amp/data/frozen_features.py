@@ -1,7 +1,7 @@
 """What the frozen blocks make of each image of a split, computed once: early tokens and base features.
 
 With `interaction_layer: l` the blocks below l see no knowledge and no prompts, and without random augmentation their
-output never changes: (1 + M) x d_v numbers an image, memory-mapped.
+output never changes: (F + M) x d_v numbers an image, memory-mapped.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from amp.model import ActionAwareCLIP
 
 
 class FrozenFeatures:
-    """Early tokens (I, 1 + M, d_v), or None, and base features (I, d) of the I images of a split, as arrays."""
+    """Early tokens (I, F + M, d_v), or None, and base features (I, d) of the I images of a split, as arrays."""
 
     def __init__(self, early: np.ndarray | None, base: np.ndarray):
         self.early, self.base = early, base
@@ -92,7 +92,7 @@ def compute_frozen_features(
     if folder is not None and folder.is_dir():
         return FrozenFeatures.load(folder, tokens)
     backbone, device = model.backbone, model.logit_scale.device
-    shape = (len(split), 1 + backbone.num_patches, backbone.vision_width)
+    shape = (len(split), backbone.num_tokens, backbone.vision_width)
     workers = decoding_workers(workers)
     loader = DataLoader(
         SplitImages(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda"

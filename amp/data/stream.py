@@ -25,7 +25,7 @@ class Batch:
     """B images with one caption each.
 
     Attributes:
-        images: Images (B, 3, H, W), or their early tokens (B, 1 + M, d_v); uint8 images until `to`, where there is a
+        images: Images (B, 3, H, W), or their early tokens (B, F + M, d_v); uint8 images until `to`, where there is a
             `crop`.
         base: The frozen CLIP's image features (B, d), or None where they are not stored.
         text: The frozen CLIP's caption features (B, d), not normalised.

@@ -131,7 +131,7 @@ def encode_texts(
         segment: Texts a segment at most, which bounds memory.
     """
     mine = store.missing(texts)[rank::world]
-    device = backbone.visual.conv1.weight.device
+    device = backbone.device
     for low in range(0, len(mine), segment):
         part, rows = mine[low : low + segment], []
         for start in range(0, len(part), batch_size):

@@ -9,6 +9,9 @@ import torch
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import select
 
+WORD_START = "\u2581"
+"""SentencePiece's mark of a word's start."""
+
 
 @dataclass
 class KnowledgeBatch:
@@ -60,6 +63,9 @@ class KnowledgeBatch:
 class TripletTokenizer:
     """Cuts subjects, actions and objects into CLIP's tokens, without start and end marks.
 
+    Hugging Face tokenizers get words cleaned as captions are. SentencePiece's mark of a word's start is left out where
+    it is a token of its own: it would take one of the S places and say nothing.
+
     Args:
         tokenizer: What `open_clip.get_tokenizer` returns.
         max_triplets: K.
@@ -86,7 +92,10 @@ class TripletTokenizer:
             return []
         if hasattr(self.tokenizer, "encode"):  # open_clip.SimpleTokenizer: plain byte pairs
             return self.tokenizer.encode(text.lower())
-        return self.tokenizer.tokenizer.encode(text, add_special_tokens=False)  # open_clip.HFTokenizer
+        inner = self.tokenizer.tokenizer  # open_clip.HFTokenizer
+        clean = getattr(self.tokenizer, "clean_fn", str)  # open_clip.SigLipTokenizer has none
+        ids = inner.encode(clean(text), add_special_tokens=False)
+        return [i for i, token in zip(ids, inner.convert_ids_to_tokens(ids), strict=True) if token != WORD_START]
 
     def __call__(self, knowledge: Sequence[Knowledge]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns `triplet_tokens`, `token_mask` and `mask` of a `KnowledgeBatch` for C captions."""

@@ -16,7 +16,7 @@ def attention_maps(model: ActionAwareCLIP, early: torch.Tensor, knowledge) -> di
 
     Args:
         model: In eval mode.
-        early: Tokens of one image before block `interaction_layer`, (1, 1 + M, d_v).
+        early: Tokens of one image before block `interaction_layer`, (1, F + M, d_v).
         knowledge: `KnowledgeBatch` of one caption.
 
     Returns:
@@ -29,7 +29,7 @@ def attention_maps(model: ActionAwareCLIP, early: torch.Tensor, knowledge) -> di
     maps = (
         _of_readout(model, early, knowledge, places) if model.has_readout else _of_aim(model, early, knowledge, places)
     )
-    height, width = model.backbone.visual.grid_size
+    height, width = model.backbone.grid_size
     return {name: x.unflatten(1, (height, width)) for name, x in maps.items()}
 
 
@@ -38,7 +38,12 @@ def _of_aim(model, early, knowledge, places) -> dict[str, torch.Tensor]:
     repeated = prompts.take(torch.zeros_like(places))
     alone = torch.nn.functional.one_hot(places, prompts.mask.shape[1]).bool()
     _, of_triplets, of_states = model.interaction(
-        early[:, 1:], repeated.triplets, repeated.states, alone, torch.zeros_like(places), return_maps=True
+        early[:, model.backbone.num_prefix :],
+        repeated.triplets,
+        repeated.states,
+        alone,
+        torch.zeros_like(places),
+        return_maps=True,
     )
     found = {"triplet": of_triplets, "state": of_states}
     return {name: x.float().mean(dim=1) for name, x in found.items() if x is not None}

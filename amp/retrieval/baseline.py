@@ -60,7 +60,7 @@ def baseline(
     def tokenised(start: int, stop: int):
         return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))
 
-    dtype = next(clip.parameters()).dtype
+    dtype = next(p.dtype for p in clip.visual.parameters() if p.ndim == 4)  # of the first convolution
     base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"encoding {split.name} images")
     text = encoded(len(texts), tokenised, clip.encode_text, "encoding texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))

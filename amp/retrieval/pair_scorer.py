@@ -20,7 +20,7 @@ class PairScorer:
 
     Args:
         model: `ActionAwareCLIP` in eval mode, or an engine around it, on the device of `text`.
-        early: Tokens of the images before block `interaction_layer`, (I, 1 + M, d_v), may be memory-mapped.
+        early: Tokens of the images before block `interaction_layer`, (I, F + M, d_v), may be memory-mapped.
         knowledge: Of C captions.
         text: The frozen caption features (C, d).
         autocast: Makes the context of a forward pass.

@@ -46,7 +46,7 @@ class DataSettings:
         kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".
         cache: Folder for text features and frozen image features.
         cache_dtype: Type of cached features; float16 halves the space, float32 is exact.
-        cache_images: Store each image's tokens below `interaction_layer` on disk, (1 + M) x d_v numbers an image;
+        cache_images: Store each image's tokens below `interaction_layer` on disk, (F + M) x d_v numbers an image;
             asks for ``augment: none``.
     """
 

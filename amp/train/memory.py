@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from amp.data.stream import Batch
-from amp.factory import LOW_PRECISION
+from amp.errors import AmpError
+from amp.factory import LOW_PRECISION, to_precision
 from amp.knowledge.batch import KnowledgeBatch
 from amp.model import ActionAwareCLIP
 from amp.train.config import TrainConfig
@@ -312,17 +313,27 @@ def fake_world(world: int) -> Iterator[None]:
 
 
 def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
-    """The model of a run on the meta device, with neither weights nor tokenizer."""
+    """The model of a run on the meta device, with neither weights nor tokenizer.
+
+    Raises:
+        AmpError: A Hugging Face text tower whose configuration is not on this machine, or an unsupported tower.
+    """
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # open_clip warns of the weights that are not there
     try:
         with torch.device("meta"):
-            clip = open_clip.create_model(config.model.name, None, load_weights=False, device="meta")
+            clip = open_clip.create_model(
+                config.model.name, None, load_weights=False, device="meta", pretrained_text=False
+            )
+    except OSError as error:  # of transformers, which reads the text tower's configuration
+        raise AmpError(
+            f"model {config.model.name!r}: open_clip can't build it without its weights "
+            f"({str(error).strip().splitlines()[0][:200]}). Load it once where there is a network"
+        ) from error
     finally:
         root.setLevel(level)
-    if config.model.precision in LOW_PRECISION:
-        open_clip.convert_weights_to_lp(clip, LOW_PRECISION[config.model.precision])
+    clip = to_precision(clip, config.model.precision)
     with torch.device("meta"):
         return ActionAwareCLIP(clip, config.prompt)
 
@@ -337,7 +348,7 @@ def empty_batch(model: ActionAwareCLIP, config: TrainConfig, size: int) -> Batch
     images, base = torch.empty(size, 3, *backbone.visual.image_size), None
     if config.data.cache_images:
         dtype = getattr(torch, config.data.cache_dtype)
-        images = torch.empty(size, 1 + backbone.num_patches, backbone.vision_width, dtype=dtype)
+        images = torch.empty(size, backbone.num_tokens, backbone.vision_width, dtype=dtype)
         base = torch.empty(size, backbone.embed_dim)
     ids = torch.empty(2, size, dtype=torch.long)
     return Batch(images, base, torch.empty(size, backbone.embed_dim), knowledge, ids[0].clone(), ids[1].clone())

@@ -321,7 +321,7 @@ def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, train
     adapter = 4 * sum(value.numel() for value in model.adapter_state().values())
     checkpoint, count = adapter + 8 * trained, len(config.stages) * config.checkpoint.keep + 1
     number = 2 if config.data.cache_dtype == "float16" else 4
-    base, early = 4 * backbone.embed_dim, number * (1 + backbone.num_patches) * backbone.vision_width
+    base, early = 4 * backbone.embed_dim, number * backbone.num_tokens * backbone.vision_width
     parts = [part for part in (data.train, data.val) if part is not None]
     texts = sum(part.captions for part in parts) * (1 + (data.triplets if prompt.reads_states else 0))
     cached = {"texts": texts * (number * backbone.embed_dim + 8)}

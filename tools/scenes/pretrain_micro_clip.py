@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from scene_language import PLACE_WORDS, noun_phrase, pick
 from scenes import captions, draw, make_scene
 
-from amp.backbone import Backbone
+from amp.backbone import make_backbone
 from amp.knowledge.schema import Triplet
 from amp.knowledge.text import state_text
 
@@ -165,7 +165,7 @@ def pretrain(
     started = time.time()
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     model = CLIP(**CONFIG["model_cfg"])
-    backbone = Backbone(
+    backbone = make_backbone(
         model
     )  # for its text tower, which trims padding without changing a result; it freezes the model
     model.requires_grad_(True)

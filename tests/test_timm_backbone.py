@@ -1,0 +1,458 @@
+"""CLIPs with image towers of timm and text towers of Hugging Face: open_clip's own numbers at step 0, naive loops"""
+
+import json
+import math
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import EMBED_DIM, VISION
+from helpers import launcher
+from test_bad_input import arguments
+from timm_towers import (
+    TOWERS,
+    embedded,
+    make_timm_clip,
+    make_timm_model,
+    naive_feature,
+    pooled_feature,
+    run_block,
+    tower_config,
+    write_folder,
+    write_text_tower,
+)
+from torch.testing import assert_close
+
+import amp
+from amp.backbone import make_backbone
+from amp.checkpoint import load_adapter, save_adapter
+from amp.data.stream import Batch
+from amp.factory import to_precision
+from amp.knowledge.batch import TripletTokenizer
+from amp.model import ActionAwareCLIP
+from amp.retrieval.attention import attention_maps
+from amp.train.config import ModelSettings, TrainConfig
+from amp.train.memory import shapes_only
+from amp.train.objective import Objective
+from amp.train.stages import set_trainable, trainable_names
+
+CAPTIONS = ["A dog jumps", "A small girl studies", "A street", "Men chase horses"]
+INTERACTIONS = ("aim", "cat", "readout")
+
+
+def every(*names):
+    return pytest.mark.parametrize("tower", names or tuple(TOWERS))
+
+
+# -- the tower alone --------------------------------------------------------------------------------------------------
+
+
+@every()
+@torch.no_grad()
+def test_the_pieces_make_encode_image_bit_for_bit(tower, images):
+    clip = make_timm_clip(tower)
+    expected, backbone = clip.encode_image(images), make_backbone(clip.train())
+    first = TOWERS[tower][-1]
+    assert (backbone.num_prefix, backbone.num_patches, backbone.num_tokens) == (first, 16, first + 16)
+    assert (backbone.vision_width, backbone.vision_heads, backbone.num_layers) == (32, 2, 3)
+    assert (backbone.patch_size, backbone.grid_size, backbone.text_width) == ((8, 8), (4, 4), 40)
+    assert backbone.embed_dim == expected.shape[1] and not backbone.quick_gelu
+    for cut in range(4):
+        tokens = backbone.blocks(backbone.embed(images), 0, cut)
+        assert tokens.shape == (4, first + 16, 32)
+        assert torch.equal(backbone.pool(backbone.blocks(tokens, cut, 3)), expected)
+    pooled, patches = backbone.pooled(tokens)
+    assert pooled.shape == (4, backbone.pooled_width) and patches.shape == (4, 16, 32)
+    assert not any(module.training for module in backbone.train().modules())
+
+
+@every()
+@torch.no_grad()
+def test_the_naive_loop_is_open_clips_tower(tower, images):
+    """Else it would be worth nothing below; and the image must count, or all towers would be equal."""
+    clip = make_timm_clip(tower)
+    expected = clip.encode_image(images)
+    for image, want in zip(images, expected, strict=True):
+        tokens = embedded(clip.visual.trunk, image)
+        for index in range(3):
+            tokens = run_block(clip.visual.trunk, index, tokens)
+        assert_close(pooled_feature(clip.visual, tokens), want, atol=2e-5, rtol=0)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+@every()
+@torch.no_grad()
+def test_prompts_behind_the_patches_are_not_turned_and_patches_are(tower):
+    """One block on tokens with five prompts behind the patches, two of which nobody attends to."""
+    backbone = make_backbone(make_timm_clip(tower))
+    trunk, tokens = backbone.visual.trunk, torch.randn(2, backbone.num_tokens + 5, 32)
+    absent = torch.zeros(2, tokens.shape[1], dtype=torch.bool)
+    absent[1, -2:] = True
+    for index in range(3):
+        whole = backbone.prompted_block(index, tokens)
+        assert torch.equal(whole, backbone.blocks(tokens, index, index + 1))
+        assert_close(whole[0], run_block(trunk, index, tokens[0]), atol=2e-5, rtol=0)
+        masked = backbone.prompted_block(index, tokens, absent=absent)
+        assert_close(masked[0], whole[0], atol=2e-5, rtol=0)
+        assert_close(masked[1, :-2], run_block(trunk, index, tokens[1, :-2]), atol=2e-5, rtol=0)
+        assert (masked[1, :-2] - whole[1, :-2]).abs().max() > 1e-3
+
+
+@every("siglip", "vit_registers", "eva02", "perception")
+@torch.no_grad()
+def test_pooling_never_sees_tokens_behind_the_patches(tower):
+    backbone = make_backbone(make_timm_clip(tower))
+    tokens = torch.randn(4, backbone.num_tokens, 32)
+    extended = torch.cat([tokens, 1e4 * torch.randn(4, 5, 32)], dim=1)
+    assert torch.equal(backbone.pool(extended), backbone.pool(tokens))
+
+
+@every("siglip", "eva02")
+def test_recomputing_changes_neither_values_nor_gradients(tower, monkeypatch):
+    backbone, found, calls = make_backbone(make_timm_clip(tower)), [], []
+    mlp = backbone.visual.trunk.blocks[1].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: calls.append(1) or forward(x))
+    for recompute in (False, True):
+        given = torch.randn(2, backbone.num_tokens + 4, 32, generator=torch.Generator().manual_seed(0))
+        tokens = given.requires_grad_()
+        backbone.prompted_block(1, tokens, recompute).square().sum().backward()
+        found.append(tokens.grad)
+    assert torch.equal(*found) and len(calls) == 3  # once, then once forward and once again backward
+
+
+@every("siglip", "eva02")
+@torch.no_grad()
+def test_compiled_blocks_are_what_runs(tower, monkeypatch, images):
+    """With a compiler that only counts: a real one takes longer than all other tests here."""
+    clip, calls = make_timm_clip(tower), []
+    names, expected, backbone = list(clip.state_dict()), clip.encode_image(images), make_backbone(clip)
+    monkeypatch.setattr(
+        torch, "compile", lambda call, **_: lambda *given, **more: calls.append(1) or call(*given, **more)
+    )
+    backbone.compile_blocks()
+    assert torch.equal(backbone.pool(backbone.blocks(backbone.embed(images), 0, 3)), expected)
+    assert list(clip.state_dict()) == names and len(calls) == 3
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def timm_clip(name, **vision):
+    """A CLIP with any tower of timm, on the meta device."""
+    with torch.device("meta"):
+        return open_clip.CustomTextCLIP(
+            24, {"timm_model_name": name, "image_size": 224, **vision},
+            {"width": 40, "heads": 4, "layers": 1, "vocab_size": 10},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "seen"),
+    [
+        ("convnext_atto", {}, "timm's ConvNeXt"),
+        ("swin_tiny_patch4_window7_224", {}, "timm's SwinTransformer"),
+        ("resnet10t", {}, "timm's ResNet"),
+        ("naflexvit_base_patch16_gap", {}, "timm's NaFlexVit"),
+        ("deit_tiny_distilled_patch16_224", {"timm_pool": ""}, "timm's VisionTransformerDistilled"),
+        ("vit_tiny_r_s16_p8_224", {}, "timm's VisionTransformer behind HybridEmbed"),
+        ("amp_tiny_parallel", {"timm_pool": "token"}, "timm's VisionTransformer with blocks of ParallelScalingBlock"),
+        ("amp_tiny_vit_token", {"timm_pool": "", "timm_proj": None}, "without pooling"),
+    ],
+)
+def test_other_towers_are_refused_by_name(name, vision, seen):
+    with pytest.raises(amp.AmpError, match=rf"image tower is .*{seen}.*, expected open_clip's native.*ViT-B-16-SigLIP"):
+        make_backbone(timm_clip(name, **vision))
+
+
+# -- the model at step 0 ----------------------------------------------------------------------------------------------
+
+
+def encoded(model, images, knowledge):
+    """Action-aware features of images with one caption's knowledge each, whatever the interaction."""
+    return model.encode_image(images, knowledge, text=model.encode_text(model.tokenizer(CAPTIONS)))
+
+
+@pytest.mark.parametrize(("interaction", "interaction_layer"), [("aim", 0), ("aim", 2), ("readout", 1)])
+@every()
+@torch.no_grad()
+def test_action_aware_features_start_as_the_base_models(tower, interaction, interaction_layer, images, knowledge):
+    """Bit for bit, and with gradients but for rounding. `cat` has no gate, here as in native towers.
+
+    Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first,
+    and AIM's are laid out anew: the sums are rounded in another order.
+    """
+    settings = {"interaction": interaction, "interaction_layer": interaction_layer, "num_prompts": 0}
+    clip, model = make_timm_clip(tower), make_timm_model(tower, **settings).train()
+    want = clip.encode_image(images)
+    assert torch.equal(model.encode_image(images), want)
+    apart = 2e-6 if interaction == "aim" and tower == "vit_post_norm" else 0.0
+    print(
+        f"{tower} {interaction}: {(encoded(model, images, knowledge) - want).abs().max():.1e}, {want.abs().max():.1f}"
+    )
+    assert_close(encoded(model, images, knowledge), want, atol=apart, rtol=0)
+    with torch.enable_grad():
+        features = encoded(model, images, knowledge)
+        assert features.requires_grad
+        assert_close(features.detach(), want, atol=1e-5, rtol=0)
+    shaken = make_timm_model(tower, trained=True, **settings)
+    assert (encoded(shaken, images, knowledge) - want).abs().max() > 1e-3
+
+
+@every("siglip", "eva02")
+@torch.no_grad()
+def test_visual_prompts_are_all_that_differs_at_step_0(tower, images, knowledge):
+    for interaction in ("aim", "readout"):
+        model = make_timm_model(tower, interaction=interaction)
+        text = model.encode_text(model.tokenizer(CAPTIONS))
+        features = model(images, model.prepare_knowledge(knowledge), prompted=True, text=text)
+        assert torch.equal(features.conditioned, features.prompted)
+        assert (features.prompted - model.encode_image(images)).abs().max() > 1e-4
+
+
+# -- the model when trained -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interaction", ["aim", "cat"])
+@every()
+@torch.no_grad()
+def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
+    """Without knowledge, with one triplet, and with padding that a loop doesn't have."""
+    model = make_timm_model(tower, trained=True, interaction=interaction, interaction_layer=1, num_prompts=3)
+    batch = model.prepare_knowledge(knowledge)
+    features = model(images, batch, prompted=True)
+    for i in (1, 2):
+        assert_close(features.conditioned[i], naive_feature(model, images[i], batch, i), atol=5e-5, rtol=1e-4)
+    assert_close(features.prompted[0], naive_feature(model, images[0], batch, 0, False), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+@every("siglip", "vit_registers", "perception")
+@torch.no_grad()
+def test_the_readout_asks_the_patches_alone(tower, blocks, images, knowledge):
+    """Of the last block, behind the norm that comes before pooling or after it; class token and registers stay out."""
+    model = make_timm_model(tower, trained=True, interaction="readout", readout_blocks=blocks, interaction_layer=1)
+    trunk, first = model.backbone.visual.trunk, TOWERS[tower][-1]
+    text = model.encode_text(model.tokenizer(CAPTIONS))
+    batch = model.prepare_knowledge(knowledge)
+    queries = model.encode_knowledge(batch, text).queries
+    for i in (1, 3):
+        tokens = run_block(trunk, 0, embedded(trunk, images[i]))
+        seen = model.readout.blocks(tokens[None, first:])[0] if blocks else None
+        length = len(tokens)
+        for depth, index in enumerate((1, 2)):
+            tokens = run_block(trunk, index, torch.cat([tokens[:length], model.visual_prompts.prompts[depth]]))
+        tokens = tokens[:length]
+        seen = trunk.fc_norm(trunk.norm(tokens))[first:] if seen is None else seen
+        key, value = model.readout.key(seen), model.readout.value(seen)
+        asked = queries[i][: 1 + int(batch.mask[i].sum())]
+        answers = (asked @ key.T / math.sqrt(len(key.T))).softmax(dim=1) @ value  # of one head, d is below 64
+        want = pooled_feature(model.backbone.visual, tokens) + model.readout.out(answers.mean(dim=0))
+        got = model(images, batch, text=text).conditioned[i]
+        assert model.readout.heads == 1
+        assert_close(got, want, atol=5e-5, rtol=1e-4)
+    scores = model(images, batch, text=text, all_pairs=True).conditioned
+    assert_close(scores.diagonal().T, model(images, batch, text=text).conditioned, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@every("siglip", "vit_registers", "eva02", "perception")
+def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interaction, images, knowledge):
+    model = make_timm_model(tower, interaction=interaction, interaction_layer=1, num_prompts=2).train()
+    set_trainable(model, 1)
+    before = {name: x.clone() for name, x in model.backbone.state_dict().items()}
+    text = model.encode_text(model.tokenizer(CAPTIONS)).detach()
+    batch = Batch(images, None, text, model.prepare_knowledge(knowledge), torch.arange(4))
+    names, moved, losses = trainable_names(model, 1), set(), []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.activation_checkpointing = True
+    for step in range(2):  # behind a gate of zero gradients are zero before the first step
+        objective = Objective(1, "contrastive", margin=0.2, all_pairs=interaction == "readout")
+        loss = objective(model, batch, step)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        moved |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+    assert all(math.isfinite(loss) for loss in losses)
+    still = names - moved
+    # A constant added to all keys changes no softmax, and the readout asks nothing for a caption without knowledge.
+    assert still <= {"readout.key.bias", "triplet_encoder.null"} if interaction == "readout" else not still
+    assert moved <= names
+    assert not [name for name, p in model.backbone.named_parameters() if p.requires_grad or p.grad is not None]
+    assert all(torch.equal(x, before[name]) for name, x in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@every("siglip", "eva02", "eva_mixed")
+@torch.no_grad()
+def test_a_backbone_in_low_precision_starts_as_itself(tower, dtype, images, knowledge):
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    clip, model = make_timm_clip(tower), make_timm_model(tower, num_prompts=0, interaction_layer=1)
+    exact = clip.encode_image(images)
+    for m in (clip, model.backbone.clip):
+        to_precision(m, name)
+    features = encoded(model, images, knowledge)
+    assert features.dtype == dtype and model.backbone.dtype == dtype
+    assert torch.equal(features, clip.encode_image(images.to(dtype)))
+    assert_close(features.float(), exact, atol=0.1, rtol=0.1)
+    prompted = make_timm_model(tower, interaction="cat")
+    to_precision(prompted.backbone.clip, name)
+    assert encoded(prompted, images, knowledge).isfinite().all()
+
+
+@every("siglip", "vit_registers")
+@torch.no_grad()
+def test_attention_maps_are_those_of_the_patches(tower, images, knowledge):
+    for interaction in ("aim", "readout"):
+        model = make_timm_model(tower, trained=True, interaction=interaction)
+        found = attention_maps(model, model.encode_early(images[1:2]), model.prepare_knowledge(knowledge[1:2]))
+        for maps in found.values():
+            assert maps.shape == (3, 4, 4)
+            assert_close(maps.sum(dim=(1, 2)), torch.ones(3))
+
+
+# -- files and shapes -------------------------------------------------------------------------------------------------
+
+
+def test_adapters_know_their_tower(tmp_path, images, knowledge):
+    config = amp.PromptConfig(bottleneck=4, triplet_heads=4, num_prompts=2)
+    name, other = (write_folder(tmp_path / f"seed{i}", tower_config("eva02"), seed=i) for i in (0, 1))
+    model, _, _ = amp.create_model_and_transforms(name, prompt_config=config)
+    for key, value in model.adapter_state().items():
+        value.data += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(key)))
+    save_adapter(tmp_path / "a.safetensors", model)
+    again, _, _ = amp.create_model_and_transforms(name, adapter=str(tmp_path / "a.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(images, knowledge), model.encode_image(images, knowledge))
+    with pytest.raises(amp.AmpError, match="was trained on base model"):
+        amp.create_model_and_transforms(other, adapter=str(tmp_path / "a.safetensors"))
+    foreign = amp.create_model_and_transforms(other, prompt_config=config)[0]
+    with pytest.raises(amp.AmpError, match="was trained on base model"):
+        load_adapter(tmp_path / "a.safetensors", foreign)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "EVA02-B-16", "PE-Core-T-16-384"])
+def test_shapes_of_real_models_without_their_weights(name):
+    """open_clip's own configurations on the meta device, as a plan builds them; 16-bit weights stand for all."""
+    prefix, width, d_t, d = {"ViT-B-16-SigLIP": (0, 768, 768, 768), "EVA02-B-16": (1, 768, 512, 512),
+                             "PE-Core-T-16-384": (1, 192, 512, 512)}[name]  # fmt: skip
+    config = TrainConfig(out="runs/x", model=ModelSettings(name, None, precision="bf16"))
+    model = shapes_only(config)
+    backbone = model.backbone
+    assert (backbone.num_prefix, backbone.vision_width, backbone.text_width, backbone.embed_dim) == (
+        prefix, width, d_t, d,
+    )  # fmt: skip
+    assert {p.device.type for p in model.parameters()} == {"meta"} and backbone.dtype == torch.bfloat16
+    side = backbone.visual.image_size
+    with torch.device("meta"):
+        early = model.encode_early(torch.empty(2, 3, *side))
+        assert early.shape == (2, prefix + backbone.num_patches, width)
+        assert model.encode_prompted(early).shape == (2, d)
+
+
+# -- Hugging Face text towers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_folders(tmp_path_factory):
+    """`text_folders(kind)` names a model with that text tower behind a tower of timm."""
+    made = {}
+
+    def named(kind, tower="siglip"):
+        if (kind, tower) not in made:
+            folder = tmp_path_factory.mktemp("hf") / kind
+            made[kind, tower] = write_folder(folder, tower_config(tower, write_text_tower(folder, kind)))
+        return made[kind, tower]
+
+    return named
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "bert", "mt5"])
+@torch.no_grad()
+def test_hugging_face_text_towers(kind, text_folders, images, knowledge):
+    name = text_folders(kind)
+    clip = open_clip.create_model(name).eval().requires_grad_(False)
+    config = amp.PromptConfig(bottleneck=4, triplet_heads=4, num_prompts=0)
+    model, _, _ = amp.create_model_and_transforms(name, prompt_config=config)
+    ids = model.tokenizer(CAPTIONS)
+    assert ids.shape == (4, 96) and (ids[:, -1] == 1).all()  # padding is token 1
+    assert torch.equal(model.encode_text(ids), clip.encode_text(ids))
+    assert torch.equal(model.backbone.encode_text(ids), clip.encode_text(ids))
+    text = clip.text.transformer
+    table = text.embed_tokens.weight if kind == "mt5" else text.embeddings.word_embeddings.weight
+    words = torch.tensor([[0, 5], [7, 1]])
+    assert model.backbone.text_width == 40 and torch.equal(model.backbone.embed_tokens(words), table[words])
+    assert torch.equal(model.encode_image(images, knowledge), clip.encode_image(images))
+    state = clip.encode_text(model.tokenizer([amp.knowledge.text.state_texts(knowledge[0], 1)[0]]))[0]
+    assert_close(model.prepare_knowledge(knowledge).states[0, 0], state, atol=1e-5, rtol=1e-5)
+    low, _, _ = amp.create_model_and_transforms(name, prompt_config=config, precision="bf16")
+    assert_close(low.encode_text(ids).float(), clip.encode_text(ids), atol=0.1, rtol=0.1)
+
+
+def test_a_hugging_face_text_tower_behind_a_native_image_tower(text_folders, images, knowledge):
+    folder = text_folders("bert").removeprefix("local-dir:")
+    config = json.loads(Path(folder, "open_clip_config.json").read_text())["model_cfg"]
+    clip = open_clip.CustomTextCLIP(
+        EMBED_DIM, open_clip.CLIPVisionCfg(**VISION), {**config["text_cfg"], "hf_model_pretrained": False}
+    ).eval()  # fmt: skip
+    model = ActionAwareCLIP(
+        clip, amp.PromptConfig(num_prompts=0, triplet_heads=4), open_clip.get_tokenizer(f"local-dir:{folder}")
+    )
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(images, knowledge), clip.encode_image(images))
+
+
+def test_slots_of_sentencepiece(text_folders):
+    """Without start and end marks, without marks of words that stand alone, cleaned as the captions are."""
+    tokenizer = open_clip.get_tokenizer(text_folders("xlm-roberta"))
+    vocabulary = tokenizer.tokenizer.convert_tokens_to_ids
+    slots = TripletTokenizer(tokenizer, 1, 5)
+
+    def ids(text):
+        found, count = slots.slot(text)
+        assert not found[count:].any()
+        return found[:count].tolist()
+
+    assert ids("red   dog") == vocabulary(["▁red", "▁dog"])
+    assert tokenizer.tokenizer.encode("cat", add_special_tokens=False)[0] == vocabulary("▁")
+    assert ids("cat") == vocabulary(["c", "a", "t"])
+    assert ids("") == ids("  ") == []
+    assert ids("犬") == [vocabulary("<unk>")]
+    tokenizer.clean_fn = open_clip.tokenizer.get_clean_fn("canonicalize")  # as SigLIP's
+    assert TripletTokenizer(tokenizer, 1, 5).slot("Red, DOG!")[0].tolist()[:2] == vocabulary(["▁red", "▁dog"])
+    assert TripletTokenizer(tokenizer, 1, 5).slot("...")[1] == 0
+
+
+def test_an_unknown_text_configuration_is_one_clear_error(text_folders):
+    """The text tower's own configuration may lie elsewhere, such as on the hub."""
+    folder = text_folders("bert", "eva02").removeprefix("local-dir:")
+    path = Path(folder, "open_clip_config.json")
+    config = json.loads(path.read_text())
+    broken = {**config["model_cfg"], "text_cfg": {**config["model_cfg"]["text_cfg"], "hf_model_name": "no/such-model"}}
+    path.write_text(json.dumps({**config, "model_cfg": broken}))
+    with pytest.raises(amp.AmpError, match=r"local-dir.*can't build it without its weights.*network"):
+        shapes_only(TrainConfig(out="runs/x", model=ModelSettings(f"local-dir:{folder}", None)))
+    with pytest.raises(amp.AmpError, match=r"open_clip can't load it"):
+        amp.create_model_and_transforms(f"local-dir:{folder}")
+
+
+def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shards, tmp_path, fresh_accelerate):
+    """The whole chain by its launchers: early tokens and texts in caches, AIM, adapters read again."""
+    name = text_folders("xlm-roberta", "perception")
+    common = {"model.name": name, "model.pretrained": "null", "data.shards": shards, "data.cache": tmp_path / "cache",
+              "data.batch_size": 4, "data.workers": 0, "data.augment": "none", "prompt.num_prompts": 2,
+              "prompt.triplet_heads": 4, "prompt.interaction_layer": 1, "prompt.bottleneck": 4}  # fmt: skip
+    train = {**common, "data.cache_images": "true", "data.val_split": "null", "stages": "[1, 2]", "trackers": "[]",
+             "stage1.max_steps": 2, "stage2.max_steps": 2, "out": tmp_path / "run"}  # fmt: skip
+    launcher("launchers/train.py").main(arguments(train))
+    adapter = tmp_path / "run" / "stage2" / "adapter.safetensors"
+    evaluate = {**common, "out": tmp_path / "out.json", "adapters": f"[mine={adapter}]", "bootstrap": 20}
+    launcher("launchers/evaluate.py").main(arguments(evaluate))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["rows"][0]["name"] == "base CLIP" and len(found["rows"]) > 1
+    model, _, _ = amp.create_model_and_transforms(name, adapter=str(adapter))
+    assert {n.partition(".")[0] for n in model.adapter_state()} == {
+        "logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction",
+    }  # fmt: skip

@@ -1,0 +1,270 @@
+"""Tiny random CLIPs with image towers of timm and Hugging Face text towers, and a naive forward pass of the former.
+
+They come out of open_clip's own factory: the towers are registered with timm, the text tower and its tokenizer lie in
+the folder of the model.
+"""
+
+import copy
+import json
+import math
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+
+import open_clip
+import reference
+import torch
+from conftest import EMBED_DIM, TEXT, clip_tokenizer
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.eva import Eva
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch.nn import functional as F
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2}  # 16 patches
+ROTARY = {"use_rot_pos_emb": True, "ref_feat_shape": (2, 2)}
+
+# name -> (class, its settings, timm_pool, timm_proj, tokens before the patches)
+TOWERS = {
+    "siglip": (VisionTransformer, {"class_token": False, "global_pool": "map"}, "map", "none", 0),
+    "vit_token": (VisionTransformer, {"pre_norm": True}, "token", None, 1),
+    "vit_registers": (
+        VisionTransformer,
+        {"reg_tokens": 3, "init_values": 0.5, "dynamic_img_size": True, "patch_drop_rate": 0.5, "pos_drop_rate": 0.5},
+        "avg",
+        "linear",
+        4,
+    ),
+    "vit_post_norm": (
+        VisionTransformer,
+        {"block_fn": ResPostBlock, "class_token": False, "global_pool": "avg", "no_embed_class": True},
+        "avg",
+        "mlp",
+        0,
+    ),
+    "eva02": (
+        Eva,
+        {**ROTARY, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True,
+         "global_pool": "token", "patch_drop_rate": 0.5},
+        "token",
+        None,
+        1,
+    ),
+    "eva_average": (Eva, {**ROTARY, "num_reg_tokens": 2, "init_values": 0.5}, "avg", "linear", 3),
+    "eva01": (Eva, {"use_post_norm": True, "global_pool": "token"}, "token", None, 1),
+    "perception": (
+        Eva,
+        {**ROTARY, "global_pool": "map", "attn_type": "rope", "use_pre_transformer_norm": True,
+         "rope_grid_offset": 1.0, "rope_grid_indexing": "xy", "dynamic_img_size": True},
+        "map",
+        None,
+        1,
+    ),
+    "eva_mixed": (
+        Eva,
+        {"use_rot_pos_emb": True, "rope_type": "mixed", "attn_type": "rope", "use_abs_pos_emb": False,
+         "rope_temperature": 10.0, "global_pool": "token", "num_reg_tokens": 1, "rope_rotate_half": False},
+        "token",
+        None,
+        2,
+    ),
+}  # fmt: skip
+# Of a class that is supported, but not all of whose parts are.
+STRANGE = {"parallel": (VisionTransformer, {"block_fn": ParallelScalingBlock}, "token", None, 1)}
+
+
+def _register(name, kind, settings):
+    def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **given):
+        model = kind(**{**SIZES, **settings, **given})
+        model.default_cfg = {}
+        return model
+
+    build.__name__ = f"amp_tiny_{name}"
+    register_model(build)
+
+
+for _name, (_kind, _settings, *_) in {**TOWERS, **STRANGE}.items():
+    _register(_name, _kind, _settings)
+
+
+def tower_config(tower: str, text: dict | None = None) -> dict:
+    """The `model_cfg` of an open_clip config file. SigLIP has no projection, so its joint width is the tower's."""
+    _, _, pool, proj, _ = {**TOWERS, **STRANGE}[tower]
+    vision = {"timm_model_name": f"amp_tiny_{tower}", "timm_model_pretrained": False, "timm_pool": pool,
+              "timm_proj": proj, "image_size": 32}  # fmt: skip
+    return {"embed_dim": 32 if proj == "none" else EMBED_DIM, "vision_cfg": vision, "text_cfg": text or TEXT,
+            "custom_text": True, "init_logit_bias": -10.0}  # fmt: skip
+
+
+def write_folder(folder: Path, model_cfg: dict, seed: int = 0) -> str:
+    """Writes a model with random weights in open_clip's own format and returns its name, ``local-dir:FOLDER``."""
+    preprocess = {"size": 32, "mode": "RGB", "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic",
+                  "resize_mode": "squash"}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_image=False,
+                                      pretrained_text=False).eval()  # fmt: skip
+        for name, parameter in clip.named_parameters():
+            # No bias, norm, token or matrix may be next to nothing by its initial value.
+            if "logit" not in name and "freqs" not in name:
+                scale = 0.2 if parameter.ndim == 2 and name.startswith("visual.") else 0.1
+                parameter.data += scale * torch.randn_like(parameter)
+    save_file({name: x.contiguous() for name, x in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@cache
+def _built(tower: str, seed: int):
+    with tempfile.TemporaryDirectory() as folder:
+        return open_clip.create_model(write_folder(Path(folder), tower_config(tower), seed)).eval()
+
+
+def make_timm_clip(tower: str, seed: int = 0):
+    """A tiny CLIP with an image tower of `TOWERS` and a native text tower, in eval mode."""
+    return copy.deepcopy(_built(tower, seed)).requires_grad_(False)
+
+
+def make_timm_model(tower: str, trained: bool = False, **prompt_settings):
+    """An `ActionAwareCLIP` around `make_timm_clip`; `trained` shakes its own parameters."""
+    from amp.config import PromptConfig
+    from amp.model import ActionAwareCLIP
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = PromptConfig(**{"bottleneck": 4, **prompt_settings})
+        model = ActionAwareCLIP(make_timm_clip(tower), config, clip_tokenizer())
+        if trained:
+            for name, parameter in model.named_parameters():
+                if not name.startswith("backbone."):
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+# -- a naive forward pass ---------------------------------------------------------------------------------------------
+
+
+def embedded(trunk, image: torch.Tensor) -> torch.Tensor:
+    """What enters block 0 (F + M, d_v), by open_clip's and timm's own forward pass: a hook sees it."""
+    seen = []
+    with trunk.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        trunk(image[None])
+    return seen[0][0]
+
+
+def rotated(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Each pair of channels of (M, d_head) as a complex number, turned by its angle; angles are (sines, cosines)."""
+    sine, cosine = angles.chunk(2, dim=-1)
+    turned = torch.view_as_complex(rows.reshape(len(rows), -1, 2).contiguous()) * torch.complex(
+        cosine[:, ::2].contiguous(), sine[:, ::2].contiguous()
+    )
+    return torch.view_as_real(turned).reshape(rows.shape)
+
+
+def run_block(trunk, index: int, tokens: torch.Tensor) -> torch.Tensor:
+    """A block on tokens (T, d_v) of one image, head by head; only the M patches behind the F prefix tokens turn."""
+    block, own = trunk.blocks[index], trunk.blocks[index].attn
+    first, patches = trunk.num_prefix_tokens, trunk.patch_embed.num_patches
+    rope = getattr(trunk, "rope", None)
+    angles = None if rope is None else rope.get_embed(shape=list(trunk.patch_embed.grid_size))
+    if angles is not None and angles.ndim == 4:
+        angles = angles[index]
+
+    def attend(x):
+        if getattr(own, "q_proj", None) is not None:
+            q, k, v = own.q_proj(x), own.k_proj(x), own.v_proj(x)
+        else:
+            q, k, v = F.linear(x, own.qkv.weight, own.qkv.bias).chunk(3, dim=1)
+            if getattr(own, "q_bias", None) is not None:
+                q, v = q + own.q_bias, v + own.v_bias
+        heads = []
+        for h in range(own.num_heads):
+            part = slice(h * own.head_dim, (h + 1) * own.head_dim)
+            asks, keys = q[:, part].clone(), k[:, part].clone()
+            if angles is not None:
+                turn = partial(rotated, angles=angles[h] if angles.ndim == 3 else angles)
+                for rows in (asks, keys):
+                    rows[first : first + patches] = turn(rows[first : first + patches])
+            heads.append((asks @ keys.T / math.sqrt(own.head_dim)).softmax(dim=1) @ v[:, part])
+        return own.proj(own.norm(torch.cat(heads, dim=1)))
+
+    def scaled(x, layer, weight):
+        x = x if getattr(block, layer, None) is None else getattr(block, layer)(x)
+        return x if getattr(block, weight, None) is None else getattr(block, weight) * x
+
+    if isinstance(block, ResPostBlock) or type(block).__name__ == "EvaBlockPostNorm":
+        tokens = tokens + block.norm1(attend(tokens))
+        return tokens + block.norm2(block.mlp(tokens))
+    tokens = tokens + scaled(attend(block.norm1(tokens)), "ls1", "gamma_1")
+    return tokens + scaled(block.mlp(block.norm2(tokens)), "ls2", "gamma_2")
+
+
+def pooled_feature(visual, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens behind the last block (F + M, d_v) to a feature (d,), by the tower's own head."""
+    return visual.head(visual.trunk.forward_head(visual.trunk.norm(tokens[None])))[0]
+
+
+def naive_feature(model, image: torch.Tensor, knowledge, row: int, conditioned: bool = True) -> torch.Tensor:
+    """Feature (d,) of one image (3, H, W) under row `row` of a KnowledgeBatch, or under visual prompts alone."""
+    visual, config = model.backbone.clip.visual, model.config
+    trunk, first = visual.trunk, visual.trunk.num_prefix_tokens
+    tokens, joined = embedded(trunk, image), torch.zeros(0, 32)
+    length = len(tokens)
+    for index in range(config.interaction_layer):
+        tokens = run_block(trunk, index, tokens)
+    if conditioned:
+        mask = knowledge.mask[row]
+        words = model.backbone.embed_tokens(knowledge.triplet_tokens[row])
+        triplets = reference.triplet_prompts(model.triplet_encoder, words, knowledge.token_mask[row], mask)
+        states = knowledge.states[row][mask] if mask.any() else model.null_state[None]
+        if isinstance(model.state_projection, torch.nn.Linear):
+            states = reference.linear(states, model.state_projection)
+        prompts = [reference.adapt(x, model.adapter) for x in (triplets, states)]
+        if config.interaction == "aim":
+            patches, *_ = reference.interact(model.interaction, tokens[first:], *prompts)
+            tokens = torch.cat([tokens[:first], patches])
+        else:
+            joined = torch.cat(prompts)
+    for depth, index in enumerate(range(config.interaction_layer, len(trunk.blocks))):
+        tokens = run_block(trunk, index, torch.cat([tokens, joined, model.visual_prompts.prompts[depth]]))
+        tokens, joined = tokens[:length], tokens[length : length + len(joined)]
+    return pooled_feature(visual, tokens)
+
+
+# -- Hugging Face text towers -----------------------------------------------------------------------------------------
+
+WORDS = ("a", "dog", "girl", "horse", "boy", "chases", "kicks", "carries", "throws", "ball", "kite", "is", "red", "of")
+
+
+def write_text_tower(folder: Path, kind: str) -> dict:
+    """Writes configuration and tokenizer of a tiny text tower; returns the `text_cfg` of an open_clip config.
+
+    The tokenizer is SentencePiece's kind, with XLM-R's padding, token 1. ``mt5`` is an encoder out of a pair.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import BertConfig, MT5Config, PreTrainedTokenizerFast, XLMRobertaConfig
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [(word, 0.0) for word in special] + [("▁", -2.0)] + [(f"▁{word}", -3.0) for word in WORDS]
+    pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,<>-"]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                   unk_token="<unk>")  # fmt: skip
+    sizes = {"vocab_size": len(pieces), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    if kind == "mt5":
+        config = MT5Config(**sizes, d_model=40, d_kv=10, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=1)
+    else:
+        config = {"xlm-roberta": XLMRobertaConfig, "bert": BertConfig}[kind](
+            **sizes, hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=120,
+        )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+    config.save_pretrained(folder)
+    return {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "context_length": 96,
+            "hf_pooler_type": "cls_pooler" if kind == "bert" else "mean_pooler"}  # fmt: skip
