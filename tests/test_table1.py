@@ -151,10 +151,10 @@ def write_timm_folder(folder, tower):
     return f"local-dir:{folder}"
 
 
-def _evaluate(name, shards, out):
+def _evaluate(name, shards, out, *more):
     launcher("launchers/evaluate.py").main([
         "--model.name", name, "--model.pretrained", "null", "--data.shards", str(shards), "--data.batch_size", "5",
-        "--data.workers", "0", "--out", str(out), "--bootstrap", "20",
+        "--data.workers", "0", "--out", str(out), "--bootstrap", "20", *more,
     ])  # fmt: skip
     return ResultFile.load_json(out)
 
@@ -177,6 +177,16 @@ def test_a_baseline_equals_clip_benchmark(tower, timm_folder, clip_folder, shard
         assert row.i2t.recall[k] == pytest.approx(100 * expected[f"text_retrieval_recall@{k}"], abs=1e-4)
     assert result.protocol["image_size"] == ([160, 160] if tower == "timm" else [32, 32])
     assert row.rsum_interval is not None and not (tmp_path / "out.verbs.csv").exists()
+
+
+@pytest.mark.parametrize("tower", ["timm", "native"])
+def test_a_baseline_in_low_precision(tower, timm_folder, clip_folder, shards, tmp_path, fresh_accelerate):
+    name = timm_folder if tower == "timm" else clip_folder
+    exact, low = (
+        _evaluate(name, shards, tmp_path / f"{precision}.json", "--model.precision", precision).rows[0]
+        for precision in ("fp32", "bf16")
+    )
+    assert low.rsum > 0 and abs(low.rsum - exact.rsum) < 0.5 * exact.rsum
 
 
 def test_a_tower_without_plain_blocks_takes_no_adapter(shards, tmp_path, capsys, fresh_accelerate):

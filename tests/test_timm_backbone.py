@@ -228,7 +228,7 @@ def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
-@every("siglip", "vit_registers", "perception")
+@every("siglip", "eva_average", "perception")
 @torch.no_grad()
 def test_the_readout_asks_the_patches_alone(tower, blocks, images, knowledge):
     """Of the last block, behind the norm that comes before pooling or after it; class token and registers stay out."""
