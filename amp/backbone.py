@@ -10,8 +10,14 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from open_clip.model import CLIP
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer, text_global_pool
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import (
+    QuickGELU,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+    text_global_pool,
+)
 from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
@@ -29,7 +35,9 @@ class Backbone(nn.Module):
             token embedding of its own (Hugging Face towers).
     """
 
-    def __init__(self, clip: nn.Module):
+    clip: CLIP | CustomTextCLIP
+
+    def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__()
         visual = getattr(clip, "visual", None)
         if not isinstance(visual, VisionTransformer):
@@ -72,7 +80,7 @@ class Backbone(nn.Module):
         return self.clip.visual
 
     @property
-    def _text(self) -> nn.Module:
+    def _text(self) -> CLIP | TextTransformer:
         return self.clip if isinstance(self.clip, CLIP) else self.clip.text
 
     @property

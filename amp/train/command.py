@@ -1,12 +1,15 @@
 """Command lines that read the configuration of a training run beside settings of their own."""
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jsonargparse import ArgumentParser
 
 from amp.train.config import TrainConfig
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
