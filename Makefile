@@ -87,6 +87,7 @@ bench: $(PEER)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 wheel: $(VENV)/.installed-test
 	$(BIN)/python -m build --wheel

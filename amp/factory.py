@@ -3,6 +3,7 @@
 import logging
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 import open_clip
 import torch
@@ -15,6 +16,7 @@ from amp.config import PromptConfig
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,7 +96,7 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
             ) from error
 
 
-def to_precision(clip: torch.nn.Module, precision: str) -> torch.nn.Module:
+def to_precision(clip: Model, precision: str) -> Model:
     """The model with weights in ``fp32``, ``bf16`` or ``fp16``, as open_clip casts them."""
     if precision in LOW_PRECISION:
         dtype, timm = LOW_PRECISION[precision], isinstance(clip.visual, TimmModel)

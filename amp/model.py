@@ -35,11 +35,11 @@ class Prompts(NamedTuple):
 
     def take(self, index: torch.Tensor) -> "Prompts":
         """Rows of captions, index int64 (P,)."""
-        return Prompts(*(None if x is None else x[index] for x in self))
+        return Prompts._make(None if x is None else x[index] for x in self)
 
     def unite(self, captions: int) -> "Prompts":
         """Joins each run of n = `captions` rows into one: (C, K, ...) -> (C / n, n K, ...)."""
-        return Prompts(*(None if x is None else x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self))
+        return Prompts._make(None if x is None else x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self)
 
 
 class Features(NamedTuple):
@@ -78,6 +78,11 @@ class ActionAwareCLIP(nn.Module):
         AmpError: An image tower without plain transformer blocks, an `interaction_layer` outside the tower,
             `triplet_heads` that don't divide the text width, `cat` with image blocks that can't leave tokens out.
     """
+
+    # Set by `amp.create_model_and_transforms`: what an adapter file says of its base model.
+    base_name: str
+    base_pretrained: str | None
+    base_hash: str
 
     def __init__(self, clip: nn.Module, config: PromptConfig | None = None, tokenizer=None):
         super().__init__()
@@ -136,7 +141,7 @@ class ActionAwareCLIP(nn.Module):
         if self.image_projection is not None:
             nn.init.zeros_(self.image_projection.weight)
         # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
-        self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone().float().reshape(1))
+        self.logit_scale = nn.Parameter(backbone.clip.logit_scale.detach().clone().float().reshape(1))
         self.activation_checkpointing = False
 
     # -- what open_clip's users call --------------------------------------------------------------------------------
@@ -248,6 +253,7 @@ class ActionAwareCLIP(nn.Module):
         """
         self._require_knowledge_aware()
         if self.has_readout:
+            assert prompts.queries is not None, "these prompts are of a model without readout"
             features, patches = self.read_patches(early)
             return features[image_index] + self.readout.pairs(patches, prompts.queries, prompts.mask, image_index)
         if self.config.interaction == "cat":
@@ -263,6 +269,7 @@ class ActionAwareCLIP(nn.Module):
     def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
         """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run
         once an image."""
+        assert prompts.queries is not None, "these prompts are of a model without readout"
         features, patches = self.read_patches(early)
         return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
 
@@ -295,7 +302,7 @@ class ActionAwareCLIP(nn.Module):
         backbone, first = self.backbone, self.config.interaction_layer
         if self.config.num_prompts == 0 and joined is None:  # the base CLIP's own calls: its features bit for bit
             return backbone.blocks(tokens, first, backbone.num_layers, self.activation_checkpointing)
-        if joined is not None:
+        if joined is not None and absent is not None:
             absent = F.pad(absent, (tokens.shape[1], self.config.num_prompts))
             tokens = torch.cat([tokens, joined], dim=1)
         length = tokens.shape[1]  # visual prompts are replaced behind it, at each block
@@ -343,6 +350,7 @@ class ActionAwareCLIP(nn.Module):
             text: The frozen features of the C captions (C, d); returned as `text`, enriched.
         """
         if only_prompts:
+            assert isinstance(knowledge, KnowledgeBatch), "prompts are made of knowledge"
             return Features(prompts=self.encode_knowledge(knowledge, text))
         frozen_text, triplets = text, None
         if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
@@ -363,9 +371,9 @@ class ActionAwareCLIP(nn.Module):
             plain = self.encode_prompted(early)
         conditioned = None
         if knowledge is not None and (self.knowledge_aware or prompted is False):
+            if isinstance(knowledge, KnowledgeBatch):
+                knowledge = self.encode_knowledge(knowledge, frozen_text, triplets)
             prompts = knowledge
-            if not isinstance(knowledge, Prompts):
-                prompts = self.encode_knowledge(knowledge, frozen_text, triplets)
             if all_pairs:
                 return Features(early=early, conditioned=self.encode_all_pairs(early, prompts), text=text,
                                 logit_scale=self._temperature())  # fmt: skip

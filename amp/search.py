@@ -76,7 +76,7 @@ def retriever(settings: SearchSettings, asks: bool):
     from amp.retrieval.retriever import Retriever
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    common = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
+    common: dict[str, Any] = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
     if settings.adapter is None:
         if settings.model is None:
             raise AmpError("adapter and model are both missing, expected one of them; add --adapter FILE")

@@ -45,12 +45,12 @@ def test_forbidden_columns_are_never_drawn(m, cosines):
     """Own caption and captions of the same image, which the frozen CLIP likes best."""
     mask = forbidden(0, 3, 5)
     drawn = draw_often(cosines, mask, m, draws=500)
-    assert drawn.index.shape == drawn.log_weight.shape == (500, m)
+    assert drawn.columns.shape == drawn.log_weight.shape == (500, m)
     counts = drawn.log_weight > -math.inf
-    assert not mask[drawn.index[counts]].any()
+    assert not mask[drawn.columns[counts]].any()
     assert (counts.sum(dim=1) == min(m, 9)).all()  # where more are asked than there are, the rest has no weight
     assert drawn.log_weight[counts].isfinite().all() and not drawn.log_weight.isnan().any()
-    for row in drawn.index[:50].tolist():
+    for row in drawn.columns[:50].tolist():
         assert len(set(row)) == m
 
 
@@ -63,7 +63,7 @@ def test_rows_are_independent(cosines):
     """Each row has its own forbidden columns."""
     mask = torch.stack([forbidden(*range(11)), forbidden(), forbidden(*range(1, 12))])
     drawn = draw_negatives(cosines.expand(3, -1), mask, gumbel_noise(3, COLUMNS, 0, 0, 0), 1, 10.0)
-    assert drawn.index[0].item() == 11 and drawn.index[2].item() == 0
+    assert drawn.columns[0].item() == 11 and drawn.columns[2].item() == 0
     assert drawn.log_weight[[0, 2]].flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # certain: weight one
 
 
@@ -72,10 +72,10 @@ def test_the_first_is_drawn_as_often_as_q_says(uniform, cosines):
     mask = forbidden(0, 3)
     drawn = draw_often(cosines, mask, 1, scale=15.0, uniform=uniform)
     expected = torch.tensor(probabilities(cosines, mask, 15.0, uniform))
-    found = drawn.index.flatten().bincount(minlength=COLUMNS) / DRAWS
+    found = drawn.columns.flatten().bincount(minlength=COLUMNS) / DRAWS
     assert_close(found, expected, atol=4 * 0.5 / math.sqrt(DRAWS), rtol=0)
     assert expected[5] > 0.4  # the favourite
-    assert_close(drawn.log_weight.flatten(), -expected[drawn.index.flatten()].log(), atol=1e-4, rtol=0)
+    assert_close(drawn.log_weight.flatten(), -expected[drawn.columns.flatten()].log(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [5.0, 20.0])
@@ -89,7 +89,7 @@ def test_weighted_sum_over_the_drawn_has_the_full_sum_as_its_mean(m, scale, cosi
     drawn = draw_often(cosines, mask, m, scale)
     for terms in ((scale * cosines).exp(), torch.ones(COLUMNS), torch.arange(1.0, 13.0).flip(0) ** 2):
         full = terms[~mask].sum()
-        estimates = (drawn.log_weight.exp() * terms[drawn.index]).sum(dim=1) / full
+        estimates = (drawn.log_weight.exp() * terms[drawn.columns]).sum(dim=1) / full
         error = 4 * estimates.std() / math.sqrt(DRAWS)
         assert abs(estimates.mean() - 1) < error.clamp(min=1e-4)
         assert error < 0.1  # else the line above says nothing
@@ -106,7 +106,7 @@ def test_loss_over_all_negatives_approaches_the_full_one(cosines):
     """With m = all the draw only orders the negatives; what is left of the weights' spread is small."""
     mask, scale = forbidden(0), torch.tensor([10.0])
     drawn = draw_often(cosines, mask, COLUMNS - 1, draws=2000)
-    loss = candidate_contrastive_loss(cosines[:1].expand(2000), cosines[drawn.index], drawn.log_weight, scale)
+    loss = candidate_contrastive_loss(cosines[:1].expand(2000), cosines[drawn.columns], drawn.log_weight, scale)
     logits = scale * cosines
     full = logits.logsumexp(dim=0) - logits[0]
     assert loss.item() == pytest.approx(full.item(), rel=0.02)

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from amp.errors import AmpError
+from amp.retrieval.report import table_of
+from amp.retrieval.report_plots import results_plot
 from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow, write_atomically
 
 
@@ -142,6 +145,14 @@ def test_each_preselection_has_its_references(results):
     text = printed(results, width=120)
     assert "ceiling (top 20, base CLIP)" in text and "ceiling (top 16/20, larger CLIP)" in text
     assert text.count("ceiling") == 2
+
+
+def test_an_interval_of_rsum_alone_is_left_out(results, tmp_path):
+    results.rows = [replace(row, rsum_interval=(200.0, 210.0)) for row in results.rows]
+    found = ResultFile.load_json(results.save_json(tmp_path / "results.json"))
+    assert "±" not in printed(found)
+    assert results_plot(found) is None
+    assert all(row["bounds"] is None for row in table_of(found))
 
 
 def test_empty_results_print_and_save(tmp_path):

@@ -129,9 +129,12 @@ def test_batches_and_order_have_no_effect(rules):
     assert all(sorted(found, key=lambda t: t.kind != "action") == list(found) for found in together)
 
 
-def test_a_missing_model_is_told():
-    with pytest.raises(RulesError, match="no spaCy model named en_no_such is installed; expected one"):
-        RuleTriplets("en_no_such")
+@pytest.mark.parametrize("name", ["en_no_such", "no.such.package", "./models/en.none", "folder_without_code"])
+def test_a_missing_model_is_told(name, tmp_path, monkeypatch):
+    (tmp_path / "folder_without_code").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RulesError, match=f"no spaCy model named {name} is installed; expected one"):
+        RuleTriplets(name)
 
 
 def test_describe(rules):

@@ -28,6 +28,12 @@ class FrozenFeatures:
     def __len__(self) -> int:
         return len(self.base)
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """`early`, for those who read images by them."""
+        assert self.early is not None, "these features were loaded without their tokens"
+        return self.early
+
     @classmethod
     def load(cls, folder: str | os.PathLike, tokens: bool = True) -> "FrozenFeatures":
         """Maps what `compute_frozen_features` left in a folder.
@@ -119,6 +125,6 @@ def compute_frozen_features(
         if tokens:
             early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
         np.save(temporary / "base.npy", fill(early))
-        if tokens:
+        if early is not None:
             early.flush()
     return FrozenFeatures.load(folder, tokens)

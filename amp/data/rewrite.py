@@ -195,8 +195,11 @@ def _sidecar(job: _Job) -> dict[str, Any] | None:
 def _rewrite(job: _Job) -> dict[str, Any]:
     """Writes one shard, unless it is there; returns its sidecar."""
     done, present = _sidecar(job), sha256_of(job.target) if job.target.exists() else ""
-    current = done is not None and done["knowledge"] == job.knowledge and done["sha256"] == present
-    if current and (job.in_place or done["replaces"] == job.source.sha256):
+    if (
+        done is not None
+        and (done["knowledge"], done["sha256"]) == (job.knowledge, present)
+        and (job.in_place or done["replaces"] == job.source.sha256)
+    ):
         return done
     suffix = f".{uuid.uuid4().hex}.tmp"
     temporary = job.target.with_name(job.target.name + suffix)
@@ -206,7 +209,9 @@ def _rewrite(job: _Job) -> dict[str, Any]:
         with tarfile.open(job.source.path, "r:") as old, open(temporary, "wb") as file:
             hashed = HashedFile(file)
             for member in old:
-                content = old.extractfile(member).read()
+                inner = old.extractfile(member)
+                assert inner is not None, "a checked shard holds files alone"
+                content = inner.read()
                 if member.name.endswith(".json"):
                     content = record_bytes(json.loads(content)["key"], next(by_key))
                 add_member(hashed, member.name, content)

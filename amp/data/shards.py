@@ -337,6 +337,7 @@ class ShardReader:
 
     def _index(self) -> tuple[list[str], np.ndarray]:
         """Keys (n), and int64 (n, 2, 2): for image and record, the offset and the size in bytes."""
+        assert self._file is not None
         found: dict[str, dict[str, tuple[int, int]]] = {}
         last_key = None
         with open(self._file, "rb", closefd=False) as file:

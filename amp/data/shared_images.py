@@ -7,6 +7,7 @@ passed to the other process either.
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -39,15 +40,17 @@ class SharedImages:
         self._number = next(_numbers)
         _known[self._number] = self
 
-    def put(self, images: Sequence[torch.Tensor]) -> "_Placed | torch.Tensor":
+    def put(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """In a worker: images of a batch, stacked, as what becomes a tensor of its own when another process unpickles
         it. Takes the worker's places in turn, for its batches arrive in order."""
-        worker = get_worker_info().id
+        info = get_worker_info()
+        assert info is not None, "images are put by a loader's worker"
+        worker = info.id
         if not self._free[worker].acquire(block=False):
-            return default_collate(images)
+            return default_collate(list(images))
         place, self._next = self._next, (self._next + 1) % self._places.shape[1]
         torch.stack(tuple(images), out=self._places[worker, place])
-        return _Placed(self._number, worker, place)
+        return cast(torch.Tensor, _Placed(self._number, worker, place))
 
     def take(self, worker: int, place: int) -> torch.Tensor:
         """In the loader's process: a copy of what a worker has put there; the place is free again."""

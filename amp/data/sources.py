@@ -194,10 +194,10 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
             if key in record:
                 _check_text(record[key], where, key)
         if "sentid" in record:
-            image, caption = by_id.get(str(_check_id(record["sentid"], where, "sentid")), (None, None))
-            if image is not None:
-                _check_same(record, image, caption, where)
-            targets = [caption] if caption else []
+            known = by_id.get(str(_check_id(record["sentid"], where, "sentid")))
+            if known is not None:
+                _check_same(record, *known, where)
+            targets = [known[1]] if known else []
         elif "image" in record and "caption" in record:
             targets = by_text.get((record["image"].strip(), record["caption"].strip()), [])
         else:
@@ -296,9 +296,9 @@ def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
             reason = f"{where}: 'filename' is empty"
             skipped.append(Skip("caption_without_image", "", reason, split, captions=len(captions)))
             continue
-        first = first_with.setdefault(file, i)
-        if first != i:
-            reason = f"{where}: images[{first}] (split {entries[first]['split']}) is the same file and was kept"
+        kept = first_with.setdefault(file, i)
+        if kept != i:
+            reason = f"{where}: images[{kept}] (split {entries[kept]['split']}) is the same file and was kept"
             skipped.append(Skip("duplicate_key", file, reason, split, captions=len(captions)))
             continue
         image_id = _check_id(entry.get("cocoid", entry.get("imgid", file)), where, "imgid")
@@ -463,6 +463,5 @@ def _get(content: Any, key: str, kind: type, where: str) -> Any:
             f"{where}: key '{key}' is missing; keys seen: {shorten(', '.join(content))}; check the file's format"
         )
     if not isinstance(content[key], kind):
-        expected = {list: "a list"}[kind]
-        raise SourceFormatError(f"{where}: '{key}' is {shorten(content[key])}; expected {expected}; correct it")
+        raise SourceFormatError(f"{where}: '{key}' is {shorten(content[key])}; expected a list; correct it")
     return content[key]

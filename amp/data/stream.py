@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -45,7 +46,7 @@ class Batch:
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
         batch = self._map(lambda x: x.to(device, non_blocking=non_blocking))
-        if batch.images.dtype == torch.uint8:
+        if self.crop is not None and batch.images.dtype == torch.uint8:
             batch.images = self.crop.normalized(batch.images)
         return batch
 
@@ -60,13 +61,13 @@ class Batch:
         return _unpacked, (self.images, small, knowledge, self.crop)
 
     def _map(self, function) -> "Batch":
-        *values, crop = vars(self).values()
-        return Batch(*(None if x is None else function(x) for x in values), crop)
+        return replace(self, **{k: function(x) for k, x in vars(self).items() if k != "crop" and x is not None})
 
 
 def _unpacked(images: torch.Tensor, small: dict, knowledge: dict, crop: RandomCrop | None) -> Batch:
-    tensors, texts = ({key: torch.from_numpy(x) for key, x in part.items()} for part in (small, knowledge))
-    return Batch(images=images, knowledge=KnowledgeBatch(**texts), crop=crop, **{"base": None, **tensors})
+    texts = {key: torch.from_numpy(x) for key, x in knowledge.items()}
+    tensors: dict[str, Any] = {"base": None, **{key: torch.from_numpy(x) for key, x in small.items()}}
+    return Batch(images=images, knowledge=KnowledgeBatch(**texts), crop=crop, **tensors)
 
 
 class KnowledgeCollator:
@@ -112,7 +113,7 @@ class TrainingSamples(Dataset):
     def image_type(self) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and type of each image; None where `preprocess` alone knows."""
         if self.frozen is not None:
-            return self.frozen.early.shape[1:], torch.from_numpy(self.frozen.early[:0].copy()).dtype
+            return self.frozen.tokens.shape[1:], torch.from_numpy(self.frozen.tokens[:0].copy()).dtype
         return None if self.crop is None else ((3, *self.crop.crop.size), torch.uint8)
 
     def __getitem__(self, item: tuple[int, int]):
@@ -122,7 +123,7 @@ class TrainingSamples(Dataset):
         text, knowledge = self.split.caption(record, number, self.keep)
         image_id = stable_id(record["image_id"])
         if self.frozen is not None:
-            early = torch.from_numpy(self.frozen.early[index].copy())
+            early = torch.from_numpy(self.frozen.tokens[index].copy())
             return early, self.frozen.base[index], text, knowledge, image_id, index
         draw = stable_id(f"{self.seed}/{epoch}/{index}")
         if self.crop is not None:
@@ -141,7 +142,7 @@ class _Collate:
     def __call__(self, samples: list) -> Batch:
         images, base, texts, knowledge, ids, indices = zip(*samples, strict=True)
         return Batch(
-            default_collate(images) if self.shared is None else self.shared.put(images),
+            default_collate(list(images)) if self.shared is None else self.shared.put(images),
             None if base[0] is None else torch.stack([torch.from_numpy(b.copy()) for b in base]),
             torch.from_numpy(self.knowledge.store.lookup(texts)),
             self.knowledge(knowledge),

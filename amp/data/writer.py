@@ -396,7 +396,7 @@ def _find_files(
         if len(present) == limit:
             break
         suffix = PurePosixPath(image.path).suffix
-        kind = reason = None
+        kind, reason = None, ""
         if suffix[1:].lower() not in IMAGE_EXTENSIONS:
             kind, reason = "unreadable_image", f"suffix {suffix!r} isn't one of {', '.join(IMAGE_EXTENSIONS)}"
         else:
@@ -604,7 +604,9 @@ def _start_worker(counter: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is a worker's thread"
+    parent.join()
     os._exit(1)
 
 

@@ -59,7 +59,7 @@ class ReplyCache:
     def __init__(self, folder: Path, part: str | None) -> None:
         self._replies: dict[str, Reply] = {}
         self.damaged = 0
-        self._file: int | None = None
+        self._file = -1  # none is open
         self._path = folder / f"{part}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +124,8 @@ class ReplyCache:
 
     def close(self) -> None:
         """Makes everything durable; a second call does nothing."""
-        file, self._file = self._file, None
-        if file is not None:
+        file, self._file = self._file, -1
+        if file >= 0:
             os.fsync(file)
             os.close(file)
 

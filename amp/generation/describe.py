@@ -110,7 +110,8 @@ def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
     if not both:
         raise DescribeError("the two versions have no caption in common; expected knowledge of the same captions")
     overlaps, same_states = [], 0
-    gained, lost = Counter(), Counter()
+    gained: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     for name in both:
         first, second = ({_normal(t): t for t in entries[name].knowledge.triplets} for entries in (a, b))
         union = first.keys() | second.keys()

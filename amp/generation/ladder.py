@@ -125,7 +125,8 @@ class Ladder:
         caption = readable(text)
         if not any(letter.isalpha() for letter in caption) or not words_of(caption):
             return Outcome(Knowledge(), empty=NO_WORD)
-        triplets, source = (), ""
+        triplets: tuple[Triplet, ...] = ()
+        source = ""
         if self.engine is not None:
             for attempt in range(1 + self.retries):
                 request = self._ask_triplets(caption, attempt)
@@ -148,7 +149,9 @@ class Ladder:
             return Outcome(Knowledge(), empty=NOTHING_FOUND)
         return self._resolve_states(caption, triplets, source, lookup)
 
-    def _resolve_states(self, caption: str, triplets: tuple[Triplet, ...], source: str, lookup: Lookup):
+    def _resolve_states(
+        self, caption: str, triplets: tuple[Triplet, ...], source: str, lookup: Lookup
+    ) -> Outcome | Request:
         states: list[tuple[str, str] | None] = [None] * len(triplets)  # (text, rung)
         if self.engine is not None:
             for attempt in range(1 + self.retries):
@@ -161,7 +164,7 @@ class Ladder:
                     return request
                 if not reply.refused:
                     for index, (text, how) in zip(missing, read_states(reply.text, len(missing)), strict=True):
-                        states[index] = text and (text, _rung(how == "strict", attempt))
+                        states[index] = (text, _rung(how == "strict", attempt)) if text else None
         if self.rules is not None:
             states = [state or (state_of(triplet), "rules") for triplet, state in zip(triplets, states, strict=True)]
         kept = [(triplet, *state) for triplet, state in zip(triplets, states, strict=True) if state is not None]

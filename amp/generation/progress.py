@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from amp.generation.ladder import Outcome
@@ -28,7 +28,7 @@ class Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[rates]}"), TimeRemainingColumn())  # fmt: skip
         self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = None
+        self._task: TaskID | None = None
         self._done = self._total = self._tokens = 0
         self._what, self._asked = "", False  # whether a model was
 
@@ -51,6 +51,7 @@ class Progress:
 
     def reply(self, tokens: int = 0, error: str = "") -> None:
         """A reply came; `error` says why there is none."""
+        assert self._task is not None, "replies come within a pass"
         self._done += 1
         self._tokens += tokens
         if error:

@@ -12,7 +12,7 @@ import yaml
 
 from amp.errors import AmpError, shorten
 from amp.generation.engines.base import Message
-from amp.generation.replies import parse_triplet_line, read_states, read_triplets, triplet_line
+from amp.generation.replies import parse_triplet_lines, read_states, read_triplets, triplet_line
 from amp.knowledge.schema import Triplet
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -112,8 +112,8 @@ def _states_prefix(content: Any, where: str) -> tuple[Message, ...]:
     for number, sample in enumerate(_get(part, "samples", list, here)):
         place = f"{here}.samples[{number}]"
         caption, lines = _sample(sample, place)
-        triplets = tuple(parse_triplet_line(line) for line in lines)
-        if None in triplets:
+        triplets = parse_triplet_lines(lines)
+        if triplets is None:
             raise TemplateError(f"{place}: 'triplets' holds a line that is no triplet: {shorten(lines)}; correct it")
         states = _get(sample, "states", list, place)
         reply = "\n".join(f"{index}. {state}" for index, state in enumerate(states, start=1))

@@ -48,8 +48,10 @@ class KnowledgeGenerator:
         self._ladder = Ladder(
             described["engine"], load_template(template), described["rules"], retries, temperature, seed
         )
-        self._temporary = tempfile.TemporaryDirectory() if cache is None else None
-        self._cache = Path(self._temporary.name) if cache is None else Path(cache)
+        if cache is None:
+            self._temporary = tempfile.TemporaryDirectory()  # goes when this object does
+            cache = Path(self._temporary.name)
+        self._cache = Path(cache)
 
     def describe(self) -> dict[str, Any]:
         """All that decides what a caption gets."""
@@ -65,9 +67,10 @@ class KnowledgeGenerator:
         with ReplyCache(self._cache, "queries") as replies:
             lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, Console(quiet=True))
             outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
-        if lost or not all(isinstance(outcome, Outcome) for outcome in outcomes):
+        found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
+        if lost or len(found) < len(outcomes):
             raise AmpError(
                 f"{lost:,} of {len(distinct):,} captions got no reply from the model's server, expected one each; look "
                 "at the server, or take the engine 'rules'"
             )
-        return [outcome.knowledge for outcome in outcomes]
+        return found

@@ -7,6 +7,7 @@ copulas of attributes), a state is one line of printable text. What can't be bro
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,12 @@ def parse_triplet_line(line: str) -> Triplet | None:
     return Triplet(subject, action, object_, kind)
 
 
+def parse_triplet_lines(lines: Sequence[str]) -> tuple[Triplet, ...] | None:
+    """The triplets of all lines; None if one of them is something else."""
+    triplets = tuple(triplet for line in lines if (triplet := parse_triplet_line(line)) is not None)
+    return triplets if len(triplets) == len(lines) else None
+
+
 def read_triplets(reply: str, caption: str) -> TripletReply:
     """The triplets of a reply to Q1: first the strict check, then repair.
 
@@ -94,9 +101,9 @@ def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
         count: triplets asked about.
     """
     lines = [line for line in reply.strip().splitlines() if line.strip()]
-    numbered = [re.fullmatch(r"(\d{1,2})\. (\S.*)", line) for line in lines]
-    in_order = [match is not None and int(match[1]) == index for index, match in enumerate(numbered, start=1)]
-    if len(lines) == count and all(in_order):
+    numbered = [match for line in lines if (match := re.fullmatch(r"(\d{1,2})\. (\S.*)", line))]
+    in_order = [int(match[1]) == index for index, match in enumerate(numbered, start=1)]
+    if len(numbered) == len(lines) == count and all(in_order):
         return [_state(match[2]) for match in numbered]
     states: list[tuple[str | None, StateSource]] = [(None, "repaired")] * count
     place = 0
@@ -113,8 +120,8 @@ def _strict_triplets(reply: str, words: frozenset[str]) -> tuple[Triplet, ...] |
     """The same language as `TripletGrammar.regex`, without a regex's backtracking over a long caption."""
     if reply == "none":
         return ()
-    triplets = tuple(parse_triplet_line(line) for line in reply.split("\n"))
-    if None in triplets or not 1 <= len(triplets) <= MAX_TRIPLETS or len(set(triplets)) < len(triplets):
+    triplets = parse_triplet_lines(reply.split("\n"))
+    if triplets is None or not 1 <= len(triplets) <= MAX_TRIPLETS or len(set(triplets)) < len(triplets):
         return None
     return triplets if all(_grounded(triplet, words) for triplet in triplets) else None
 
@@ -174,9 +181,10 @@ def _to_caption(slot: str, words: frozenset[str]) -> str | None:
     for word in slot.split():
         if word not in words and word not in COPULAS:
             stems = {stem(known): known for known in sorted(words, reverse=True)}
-            word = stems.get(stem(word))
-            if word is None:
+            found = stems.get(stem(word))
+            if found is None:
                 return None
+            word = found
         result.append(word)
     return " ".join(result)
 

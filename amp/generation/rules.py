@@ -88,8 +88,11 @@ def _find(model: str | None) -> str | Path:
     if model is not None and Path(model).is_dir():
         return Path(model)
     for name in MODELS if model is None else (model,):
-        spec = importlib.util.find_spec(name)
-        if spec is not None:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # of a package that isn't there, or a path
+            spec = None
+        if spec is not None and spec.origin is not None:  # a folder without code has no origin
             inner = Path(spec.origin).parent / "_model"
             return inner if inner.is_dir() else name
     raise RulesError(
@@ -120,10 +123,11 @@ def _clean(triplet: Triplet) -> Triplet | None:
     """Slots of plain words, or nothing."""
     slots = [" ".join(words_of(slot)) for slot in (triplet.subject, triplet.action, triplet.object)]
     too_long = any(len(slot.split()) > MAX_WORDS_IN_SLOT for slot in slots)
-    lost = not slots[0] or not slots[1] or bool(slots[2]) != bool(triplet.object)
-    if too_long or lost or slots[0] == slots[2] != "":
+    subject, action, object_ = slots
+    lost = not subject or not action or bool(object_) != bool(triplet.object)
+    if too_long or lost or subject == object_ != "":
         return None
-    return Triplet(*slots, triplet.kind)
+    return Triplet(subject, action, object_, triplet.kind)
 
 
 def _is_verb(token) -> bool:

@@ -180,6 +180,7 @@ def ask_all(
 
 
 def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, progress: Progress) -> None:
+    assert makers.rules is not None, "the ladder asks the rules only where there are some"
     progress.begin("rules", 0, len(group))
     found = makers.rules.triplets(request.caption for request in group)
     for request, triplets in zip(group, found, strict=True):
@@ -192,11 +193,13 @@ def _ask_model(
 ) -> set[str]:
     stage, attempt = group[0].stage, group[0].attempt
     engine, lost = makers.engine, set()
+    assert engine is not None, "the ladder asks a model only where there is one"
     progress.begin(stage, attempt, len(group))
     completions = engine.generate(
         ladder.prefix(stage),
         [request.suffix for request in group],
-        [request.grammar for request in group] if engine.constrained else None,
+        # Only the rules' requests have no grammar.
+        [request.grammar for request in group if request.grammar is not None] if engine.constrained else None,
         ladder.sampling(stage, attempt),
         [request.seed for request in group],
     )

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from amp.errors import AmpError, shorten
-from amp.generation.replies import parse_triplet_line
+from amp.generation.replies import parse_triplet_lines
 from amp.generation.words import ARTICLES, stem, words_of
 from amp.knowledge.schema import Knowledge, Triplet
 
@@ -82,8 +82,8 @@ def load_gold(path: Path = GOLD) -> list[GoldCaption]:
     """
 
     def triplets(lines: Sequence[str], caption: str) -> tuple[Triplet, ...]:
-        found = tuple(parse_triplet_line(line) for line in lines)
-        if None in found:
+        found = parse_triplet_lines(lines)
+        if found is None:
             raise GoldError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
         return found
 
@@ -127,7 +127,8 @@ def score_triplets(
     draw = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
     samples = [_f1(*total) for total in counts[draw].sum(axis=1)]
     low, high = np.percentile(samples, (2.5, 97.5))
-    return Score(*(int(total) for total in counts.sum(axis=0)), interval=(float(low), float(high)))
+    hits, mistakes, misses = counts.sum(axis=0).tolist()
+    return Score(hits, mistakes, misses, (float(low), float(high)))
 
 
 def good_states(knowledge: Knowledge, caption: str) -> list[bool]:

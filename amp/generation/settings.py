@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amp.data.shards import write_json
 from amp.errors import AmpError, shorten
@@ -14,6 +14,9 @@ from amp.generation.engines import EngineName, make_engine
 from amp.generation.engines.base import Engine
 from amp.generation.ladder import Ladder
 from amp.generation.states import lexicon_version
+
+if TYPE_CHECKING:
+    from amp.generation.rules import RuleTriplets
 
 SETTINGS_NAME = "settings.json"
 
@@ -28,7 +31,7 @@ class Makers:
     def __init__(self, engine: EngineName, options: dict[str, Any], fallback: str, spacy_model: str | None) -> None:
         self._name, self._options, self._fallback, self._spacy_model = engine, options, fallback, spacy_model
         self._engine: Engine | None = None
-        self._rules = None
+        self._rules: RuleTriplets | None = None
 
     @property
     def engine(self) -> Engine | None:
@@ -37,7 +40,7 @@ class Makers:
         return self._engine
 
     @property
-    def rules(self):
+    def rules(self) -> RuleTriplets | None:
         if self._rules is None and (self._name == "rules" or self._fallback == "rules"):
             from amp.generation.rules import RuleTriplets
 

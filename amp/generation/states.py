@@ -61,7 +61,8 @@ def _attribute(triplet: Triplet) -> str:
         )
     if first in _HAVE:
         return lexicon["attributes"]["have"]
-    return _verb(triplet.action)["with"] if _verb(triplet.action) else lexicon["attributes"]["place"]
+    verb = _verb(triplet.action)
+    return verb["with"] if verb else lexicon["attributes"]["place"]
 
 
 def _verb(action: str) -> dict[str, str] | None:

@@ -131,12 +131,13 @@ class ActionAwareInteraction(nn.Module):
         """
         normed = self.norm(patches.to(self.norm.weight.dtype))  # the frozen tower may be in low precision
         pairs = normed[image_index] if self.gate is not None else None
-        values, maps = [], []
+        values: list[torch.Tensor] = []
+        maps: list[torch.Tensor | None] = []
         for cross, attend, prompts in (
             (self.cross_triplet, self.self_triplet, triplet_prompts),
             (self.cross_state, self.self_state, state_prompts),
         ):
-            if cross is None:
+            if cross is None or attend is None:
                 maps.append(None)
                 continue
             augmented = cross(cross.query(normed)[image_index], prompts, mask)
@@ -150,7 +151,7 @@ class ActionAwareInteraction(nn.Module):
         else:
             attention = map_s if map_t is None else map_t
         enhanced = attention.to(value.dtype) @ value
-        if self.gate is not None:
+        if self.gate is not None and self.norm_out is not None:
             # In units of the patches' own scale, which differs tenfold between towers and depths.
             scale = patches.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
             update = self.gate * scale[image_index] * self.norm_out(enhanced)

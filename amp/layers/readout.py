@@ -78,9 +78,12 @@ class KnowledgeReadout(nn.Module):
         Returns:
             (C, 1 + K, d), the caption's own first, and which exist, bool (C, 1 + K).
         """
+        assert self.query_text is not None, "the control has one query of its own"
         own = self.query_text(unit(text, self.query_text.weight))[:, None]
         parts = [] if states is None else [self.query_text(unit(states, self.query_text.weight))]
-        parts += [] if triplets is None else [self.query_triplet(triplets)]
+        if triplets is not None:
+            assert self.query_triplet is not None, "no triplet_width was given"
+            parts.append(self.query_triplet(triplets))
         if not parts:
             return own, mask.new_ones(len(mask), 1)
         return torch.cat([own, sum(parts)], dim=1), F.pad(mask, (1, 0), value=True)
@@ -106,6 +109,7 @@ class KnowledgeReadout(nn.Module):
 
     def unconditioned(self, patches: torch.Tensor) -> torch.Tensor:
         """The control's addition (B, d), by the learned query."""
+        assert self.query is not None, "only the control has a learned query"
         queries = self.query.to(patches.dtype).expand(len(patches), 1, -1)
         ones = torch.ones(len(patches), 1, dtype=torch.bool, device=patches.device)
         return self.pairs(patches, queries, ones, torch.arange(len(patches), device=patches.device))

@@ -26,8 +26,9 @@ class TextEnrichment(nn.Module):
         outputs = width + 1 if triplet_width else width  # the last channel is the logit of a_k
         self.states = nn.Linear(width, outputs, bias=False) if states else None
         self.triplets = nn.Linear(triplet_width, outputs, bias=False) if triplet_width else None
-        for layer in self.children():
-            nn.init.zeros_(layer.weight)
+        for layer in (self.adapt, self.states, self.triplets):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
 
     def forward(
         self, text: torch.Tensor, states: torch.Tensor, triplets: torch.Tensor | None, mask: torch.Tensor

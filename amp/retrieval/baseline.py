@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from open_clip.model import CLIP, CustomTextCLIP
 from torch.utils.data import DataLoader, Subset
 
 from amp.backbone import weights_hash
@@ -67,7 +67,7 @@ def baseline(
     return Retrieval(captions, frozen, text, None, search, accelerator.device), described
 
 
-def describe_clip(clip: nn.Module) -> dict:
+def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:
     """What a protocol says of a base model."""
     quick_gelu = any(type(module).__name__ == "QuickGELU" for module in clip.modules())
     size = clip.visual.image_size

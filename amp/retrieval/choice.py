@@ -131,7 +131,7 @@ class Choices:
             count = counts.setdefault(group, [0, 0])
             count[0] += 1
             count[1] += right
-        return {group: tuple(count) for group, count in counts.items()}
+        return {group: (number, right) for group, (number, right) in counts.items()}
 
 
 @torch.no_grad()
@@ -180,10 +180,10 @@ def choose(
                 skipped[choice.image] = str(error)
         if part:
             places = {key: place for place, key in enumerate(images)}
-            image = torch.tensor([places[choice.image, choice.box] for choice in part for _ in choice.captions])
-            found = _scores(part, torch.stack(list(images.values())).to(device), image, models, generate)
-            for name, rows in found.items():
-                scores[name] += rows
+            rows = torch.tensor([places[choice.image, choice.box] for choice in part for _ in choice.captions])
+            found = _scores(part, torch.stack(list(images.values())).to(device), rows, models, generate)
+            for name, values in found.items():
+                scores[name] += values
             groups += [choice.group for choice in part]
         if progress is not None:
             progress(min(low + batch_size, len(choices)), len(choices))
@@ -198,11 +198,11 @@ def _scores(choices: list[Choice], images: torch.Tensor, image: torch.Tensor, mo
     """Scores of the captions of each choice; `image` is the row in `images` of each caption."""
     captions = [caption for choice in choices for caption in choice.captions]
     sizes = [len(choice.captions) for choice in choices]
-    knowledge = [k for choice in choices for k in choice.knowledge or [None] * len(choice.captions)]
-    missing = [i for i, item in enumerate(knowledge) if item is None]
+    given = [k for choice in choices for k in choice.knowledge or [None] * len(choice.captions)]
+    missing = [i for i, item in enumerate(given) if item is None]
     generated = generate([captions[i] for i in missing]) if generate is not None and missing else []
-    for i, item in zip(missing, generated or [Knowledge()] * len(missing), strict=True):
-        knowledge[i] = item
+    made = dict(zip(missing, generated or [Knowledge()] * len(missing), strict=True))
+    knowledge = [made[i] if item is None else item for i, item in enumerate(given)]
     first = next(iter(models.values()))
     text = first.encode_text(first.tokenizer(captions).to(images.device))
     base = first(images, only_frozen=True).base

@@ -109,9 +109,10 @@ def compare(a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, 
     for index, direction in enumerate(DIRECTIONS):
         for column, k in enumerate(KS):
             hits = [s[direction].ranks < k for s in sides]
+            recall = [getattr(row, direction).recall[k] for row in rows]
+            low, high = interval(change[:, index, column])
             differences.append(Difference(
-                f"{direction} R@{k}", *(getattr(row, direction).recall[k] for row in rows),
-                *interval(change[:, index, column]), _two_sided(change[:, index, column]),
+                f"{direction} R@{k}", recall[0], recall[1], low, high, _two_sided(change[:, index, column]),
                 int((hits[1] & ~hits[0]).sum()), int((hits[0] & ~hits[1]).sum()),
             ))  # fmt: skip
     total = change.sum(axis=(1, 2))

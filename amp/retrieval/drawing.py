@@ -42,7 +42,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) ->
             lines.append(line)
         while len(word) > 1 and font.getlength(word) > width:
             # Bisection: measuring every prefix of a very long word would take seconds.
-            cut = 1 + bisect_right(range(2, len(word)), width, key=lambda n: font.getlength(word[:n]))
+            cut = 1 + bisect_right(range(2, len(word)), float(width), key=lambda n: font.getlength(word[:n]))
             lines.append(word[:cut])
             word = word[cut:]
         line = word

@@ -1,6 +1,7 @@
 """Retrieval: the frozen CLIP pre-selects, the action-aware model re-ranks, in both directions (paper, sec. 3.5)."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,7 +174,8 @@ class Retrieval:
 
     def base_row(self, name: str = "base CLIP") -> RetrievalRow:
         """The figures of `base`."""
-        return RetrievalRow(name, *(self.base()[d].result for d in ("i2t", "t2i")))
+        base = self.base()
+        return RetrievalRow(name, base["i2t"].result, base["t2i"].result)
 
     def rank_text(self, text: torch.Tensor) -> dict[str, Ranking]:
         """Re-ranks with other caption features (C, d) against the frozen CLIP's image features, without any model."""
@@ -208,13 +210,13 @@ class Retrieval:
             text, names = pairs.scored_text, ["t2i", *(f"i2t {mode}" for mode in self.settings.i2t)]
             key = self._content_key(model, precision) if partial is not None else ""
         else:
-            features, text = self._over_images(model, autocast), scored_text(model, self.knowledge, self.text)
+            features, text = self._over_images(model, autocast), scored_text(model, self._known(), self.text)
             names = ["t2i", "i2t"]
         rankings = {}
         for name in names:
             direction = name[:3]
             start, before = time.perf_counter(), 0.0
-            report = None if progress is None else (lambda done, total, name=name: progress(name, done, total))
+            report = None if progress is None else functools.partial(progress, name)
             first, mask = self.first[direction], self.positives[direction].of(self.first[direction].candidates)
             rows = mask.any(dim=1).nonzero().flatten() if self.settings.skip_decided else torch.arange(len(mask))
             candidates, store = first.candidates[rows], None
@@ -227,11 +229,10 @@ class Retrieval:
             else:
                 if aware:  # the images are the work, what follows is a look-up
                     features, report = self._over_images(model, autocast, rows, report), None
-                scorer = self._feature_scorer(features, direction, by_query=aware, text=text)
+                scorer = self._feature_scorer(features, direction, by_query=aware, text=text, queries=rows)
                 part = score_candidates(
-                    candidates, lambda query, candidate, scorer=scorer, rows=rows: scorer(rows[query], candidate),
-                    self.settings.batch_size, shard=(rank(), world_size()), progress=report,
-                )  # fmt: skip
+                    candidates, scorer, self.settings.batch_size, shard=(rank(), world_size()), progress=report
+                )
             scores = torch.zeros_like(first.scores)
             scores[rows] = all_reduce_sum(part.to(self.device)).cpu()
             # Time of the queries left out is counted as that of the others.
@@ -248,9 +249,9 @@ class Retrieval:
                 row = name if key == "i2t" else f"{name} ({key[4:]})"
                 found[row] = i2t, rankings["t2i"]
                 for weight in self.settings.fusions:
-                    found[f"{row}, fusion {weight:g}"] = tuple(
-                        self.fused(d, ranking, weight) for d, ranking in zip(("i2t", "t2i"), found[row], strict=True)
-                    )
+                    found[f"{row}, fusion {weight:g}"] = (
+                        self.fused("i2t", i2t, weight), self.fused("t2i", rankings["t2i"], weight)
+                    )  # fmt: skip
         return found
 
     def fused(self, direction: str, ranking: Ranking, weight: float) -> Ranking:
@@ -285,7 +286,7 @@ class Retrieval:
                 return pairs(images, captions)
 
             return score
-        text = scored_text(model, self.knowledge, self.text)
+        text = scored_text(model, self._known(), self.text)
         return self._feature_scorer(self._over_images(model, autocast), "i2t", text=text)
 
     def _reranking(self, direction: str, scores: torch.Tensor, mask: torch.Tensor, seconds: float) -> Ranking:
@@ -304,8 +305,12 @@ class Retrieval:
     def _folds(self, direction: str) -> torch.Tensor | None:
         return None if self.settings.folds == 1 else self.fold[self.positives[direction].query_image]
 
+    def _known(self) -> KnowledgeBatch:
+        assert self.knowledge is not None, "the base model alone does without knowledge"
+        return self.knowledge
+
     def _pair_scorer(self, model, autocast) -> PairScorer:
-        return PairScorer(model, self.frozen.early, self.knowledge, self.text, autocast, self.settings.batch_size)
+        return PairScorer(model, self.frozen.tokens, self._known(), self.text, autocast, self.settings.batch_size)
 
     def _score_pairs(self, pairs: PairScorer, direction: str, rows: torch.Tensor, candidates: torch.Tensor, progress,
                      store: ScoreStore | None) -> torch.Tensor:  # fmt: skip
@@ -328,16 +333,19 @@ class Retrieval:
     def _content_key(self, model, precision: str) -> str:
         """Name for all that scores of pairs depend on, but for the pairs."""
         state = getattr(model, "module", model).adapter_state()
-        knowledge, images = vars(self.knowledge).values(), (self.frozen.base, self.frozen.early[0])
+        knowledge, images = vars(self._known()).values(), (self.frozen.base, self.frozen.tokens[0])
         # A row of tokens tells a grey image from photos; base features tell these apart.
         return content_key([repr(model.config), precision, *state, *state.values(), *knowledge, self.text, *images])
 
-    def _feature_scorer(self, features: torch.Tensor, direction: str, by_query: bool = False, text=None):
-        """Scores from one feature an image (I, d), or with `by_query` one an image query (Q, d)."""
+    def _feature_scorer(self, features: torch.Tensor, direction: str, by_query: bool = False, text=None,
+                        queries: torch.Tensor | None = None):  # fmt: skip
+        """Scores from one feature an image (I, d), or with `by_query` one an image query (Q, d). `queries`: rows of the
+        queries that are asked about, by the numbers that they are asked under; None for all."""
         features = F.normalize(features.float(), dim=-1)
         text = F.normalize((self.text if text is None else text).float(), dim=-1)
 
         def score(query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+            query = query if queries is None else queries[query]
             item = self.queries[direction][query]
             image, caption = (item, candidate) if direction == "i2t" else (candidate, item)
             rows = query if by_query else image
@@ -349,7 +357,7 @@ class Retrieval:
         """One feature an image, split over ranks: without knowledge of all images (I, d), or with `rows` of those image
         queries, each conditioned on the union of its candidates' knowledge (Q, d)."""
         pooled = rows is not None
-        if not pooled:
+        if rows is None:
             rows = torch.arange(self.captions.images)
         total = len(self.queries["i2t"]) if pooled else len(rows)
         features = torch.zeros(total, self.text.shape[1], device=self.device)
@@ -360,12 +368,12 @@ class Retrieval:
             with torch.no_grad(), autocast():
                 if pooled:
                     candidates = self.first["i2t"].candidates[part]
-                    knowledge = self.knowledge[candidates.flatten()].to(self.device)
-                    early = early_tokens(self.frozen.early, self.queries["i2t"][part], self.device)
+                    knowledge = self._known()[candidates.flatten()].to(self.device)
+                    early = early_tokens(self.frozen.tokens, self.queries["i2t"][part], self.device)
                     text = self.text[candidates.flatten().to(self.device)]
                     out = model(early, knowledge, captions_a_pair=candidates.shape[1], text=text).conditioned
                 else:
-                    out = model(early_tokens(self.frozen.early, part, self.device), prompted=True).prompted
+                    out = model(early_tokens(self.frozen.tokens, part, self.device), prompted=True).prompted
             features[part.to(self.device)] = out.float()
             if progress is not None:
                 progress(low + len(part) - start, stop - start)

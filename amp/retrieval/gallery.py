@@ -145,7 +145,8 @@ def choose_queries(
     worst = min(fallen, key=lambda q: (base[q] > 0, base[q] - new[q], q), default=None)
     last = [worst] if worst is not None and count > 1 else []
     label = list(range(len(base))) if groups is None else list(groups)
-    chosen, seen = [], {label[q] for q in last}
+    chosen: list[int] = []
+    seen = {label[q] for q in last}
     for repeats in (False, True):
         for q in by_worth:
             if len(chosen) + len(last) < count and q not in chosen + last and (repeats or label[q] not in seen):

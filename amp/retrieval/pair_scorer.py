@@ -32,7 +32,8 @@ class PairScorer:
         self.model, self.early, self.knowledge, self.text = model, early, knowledge, text
         self.autocast, self.batch_size = autocast, batch_size
         self.scored_text = scored_text(model, knowledge, text)
-        self._captions, self._prompts = torch.empty(0, dtype=torch.int64), None
+        self._captions = torch.empty(0, dtype=torch.int64)
+        self._prompts: Prompts | None = None
 
     def captions_a_block(self) -> int:
         """Captions whose prompts fit into `PROMPT_BYTES`."""
@@ -43,7 +44,7 @@ class PairScorer:
         """Encodes the knowledge of captions, int64 with repeats, in place of that of earlier calls."""
         self._captions = captions.unique()
         parts = [self._encode(part) for part in self._captions.split(self.batch_size)]
-        self._prompts = Prompts(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))
+        self._prompts = Prompts._make(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
 
     def __call__(self, images: Tensor, captions: Tensor) -> Tensor:
         """Scores (P,) of images (P,) with prepared captions (P,), on the CPU."""

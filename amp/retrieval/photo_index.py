@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,13 +141,15 @@ def update_index(
         raise AmpError(f"{folder}: holds {old.root} as another model or transform sees it, expected {root} by this "
                        "one; give another folder with --index")  # fmt: skip
     stamps = {name: stamp for name, stamp in _photos(root)}
-    known = {}
+    known: dict[str, np.ndarray] = {}
     if old is not None:
-        known = {name: row for row, name in enumerate(old.names) if stamps.get(name) == old.stamps[name]}
+        known = {n: row for n, row in zip(old.names, old.features, strict=True) if stamps.get(n) == old.stamps[n]}
     wanted = [name for name in stamps if name not in known]
     loader = DataLoader(_Photos(root, wanted, preprocess), batch_size, num_workers=decoding_workers(workers),
                         collate_fn=list)  # fmt: skip
-    fresh, skipped, done = {}, {}, 0
+    fresh: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
+    done = 0
     for batch in loader:
         names = wanted[done : done + len(batch)]
         done += len(batch)
@@ -162,8 +165,8 @@ def update_index(
     if not names:
         reason = f"; first file skipped: {next(iter(skipped.items()))}" if skipped else ""
         raise AmpError(f"{root}: no photo that can be read, expected files of {', '.join(SUFFIXES)}{reason}")
-    features = np.stack([fresh[name] if name in fresh else old.features[known[name]] for name in names])
-    content = {
+    features = np.stack([fresh[name] if name in fresh else known[name] for name in names])
+    content: dict[str, Any] = {
         "format": FORMAT, "version": VERSION, "root": str(root), "base_sha256": base_hash, "transform": transform,
         "features": f"features-{uuid.uuid4().hex[:8]}.npy", "photos": [[name, *stamps[name]] for name in names],
         "skipped": skipped,

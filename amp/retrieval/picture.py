@@ -45,11 +45,11 @@ def draw_retrievals(path: Path, split: ShardSplit, captions: SplitCaptions, rank
         text_cards.append(TextToImage(captions.texts[caption], triplets, base, new))
     for row in choose_queries(i2t.first.ranks.tolist(), i2t.ranks.tolist(), i2t_examples):
         image = int(i2t.queries[row])
-        base, new = (
+        captions_before, captions_after = (
             [CaptionHit(captions.texts[c], score, int(captions.image[c]) == image) for c, score in hits]
             for hits in both_orders(i2t, row, shown)
         )
-        image_cards.append(ImageToText(split.image(image), base, new))
+        image_cards.append(ImageToText(split.image(image), captions_before, captions_after))
     notes = [outcome_note(r.first.ranks.tolist(), r.ranks.tolist()) for r in (t2i, i2t)]
     draw_gallery(path, text_cards, image_cards, t2i_note=notes[0], i2t_note=notes[1])
 

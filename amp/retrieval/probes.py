@@ -35,14 +35,15 @@ def probe(retrieval: Retrieval, name: Probe, model, preprocess, seed: int = 0) -
         preprocess: The validation transform.
         seed: Of the shuffle.
     """
-    spoilt = copy.copy(retrieval)
+    spoilt, knowledge = copy.copy(retrieval), retrieval.knowledge
+    assert knowledge is not None, "the base model alone reads none and can't be probed"
     owner = retrieval.captions.image
     if name == "shuffled":
-        spoilt.knowledge = retrieval.knowledge[shuffled(owner, seed)]
+        spoilt.knowledge = knowledge[shuffled(owner, seed)]
     elif name == "sibling":
-        spoilt.knowledge = retrieval.knowledge[siblings(owner)]
+        spoilt.knowledge = knowledge[siblings(owner)]
     elif name == "blank":
-        spoilt.knowledge = retrieval.knowledge.blank()
+        spoilt.knowledge = knowledge.blank()
     elif name == "grey":
         spoilt.frozen = grey(retrieval.frozen, model, preprocess)
         # One image a thousand times ties all its scores, and ties keep the order of the candidates: the first stage's.

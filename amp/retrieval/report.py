@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -55,7 +55,7 @@ class ReportInput:
     split: ShardSplit
     captions: SplitCaptions
     model: ActionAwareCLIP | None
-    preprocess: object
+    preprocess: Callable[[Image.Image], torch.Tensor] | None
     preprocess_cfg: dict
     plots: dict[str, str]
     title: str
@@ -121,7 +121,7 @@ def table_of(result: ResultFile) -> list[dict]:
     for row in result.rows:
         values = [*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum]
         bounds = None
-        if row.rsum_interval is not None:
+        if row.i2t.interval and row.t2i.interval and row.rsum_interval:
             bounds = [*row.i2t.interval.values(), *row.t2i.interval.values(), row.rsum_interval]
         rows.append({"name": row.name, "values": values, "bounds": bounds, "reference": False})
     first = result.rows[0]
@@ -181,7 +181,7 @@ class _Page:
     def _maps(self, image: int, caption: int) -> dict[str, list[str]]:
         """Maps of each triplet as small grey PNG files."""
         model = self.given.model
-        if model is None or not model.knowledge_aware:
+        if model is None or self.given.preprocess is None or not model.knowledge_aware:
             return {}
         if image not in self._early:
             pixels = self.given.preprocess(self.given.split.image(image))[None].to(model.logit_scale.device)

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -45,14 +46,13 @@ def dot_plot(rows: list[tuple[str, list[tuple[float, float, float]]]]) -> str:
 
 def results_plot(result: ResultFile) -> str | None:
     """The rows of an evaluation with their 95 % intervals; None without intervals."""
-    rows = [row for row in result.rows if row.rsum_interval is not None]
-    if not rows:
-        return None
-    return dot_plot([
-        (row.name, [(row.i2t.recall[1], *row.i2t.interval[1]), (row.t2i.recall[1], *row.t2i.interval[1]),
-                    (row.rsum, *row.rsum_interval)])
-        for row in rows
-    ])  # fmt: skip
+    rows = []
+    for row in result.rows:
+        i2t, t2i = row.i2t, row.t2i
+        if i2t.interval and t2i.interval and row.rsum_interval:
+            figures = [(i2t.recall[1], *i2t.interval[1]), (t2i.recall[1], *t2i.interval[1])]
+            rows.append((row.name, [*figures, (row.rsum, *row.rsum_interval)]))
+    return dot_plot(rows) if rows else None
 
 
 def sweep_plot(path: str | os.PathLike) -> str:
@@ -110,7 +110,7 @@ def training_plot(runs: dict[str, Path]) -> str | None:
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = {}
+    found: dict[str, list[tuple[int, float]]] = {}
     for place in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
         log = EventAccumulator(str(place)).Reload()
         for tag in log.Tags()["scalars"]:
@@ -120,7 +120,8 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _style():
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _GROUND)
+    keys: tuple[Any, ...] = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    colours = dict.fromkeys(keys, _GROUND)
     return rc_context({**colours, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
                        "svg.hashsalt": "report"})  # fmt: skip
 

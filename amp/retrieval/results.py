@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -115,8 +116,10 @@ class DirectionResult:
             (recalls(ranks[p]), ceilings(first_ranks[p], top_k), chance(positive_mask[p], first_ranks[p]))
             for p in parts
         ]
-        means = [{k: sum(x[k] for x in column) / len(parts) for k in KS} for column in zip(*figures, strict=True)]
-        return cls(*means, len(ranks), top_k, seconds)
+        recall, ceiling, by_chance = (
+            {k: sum(x[k] for x in column) / len(parts) for k in KS} for column in zip(*figures, strict=True)
+        )
+        return cls(recall, ceiling, by_chance, len(ranks), top_k, seconds)
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class ResultFile:
         """
         rows = []
         for row in self.rows:
-            entry = {"name": row.name}
+            entry: dict[str, Any] = {"name": row.name}
             for name in _DIRECTIONS:
                 direction = getattr(row, name)
                 entry[name] = asdict(direction) | {"queries_per_second": direction.queries_per_second}
@@ -284,14 +287,14 @@ class ResultFile:
                 table.add_column(f"{name}\nR@{k}", justify="right", no_wrap=True)
         table.add_column("\nRsum", justify="right", no_wrap=True)
         for row in self.rows:
-            if row.rsum_interval:
+            if row.rsum_interval and row.i2t.interval and row.t2i.interval:
                 bounds = [*row.i2t.interval.values(), *row.t2i.interval.values(), row.rsum_interval]
                 table.add_row(Text(row.name), *(f"±{(high - low) / 2:.1f}" for low, high in bounds), style="dim")
         return table
 
     def _references(self) -> list[tuple[str, dict, dict]]:
         """Ceiling and chance, once for each pre-selection among the rows (usually all share one)."""
-        first_rows = {}
+        first_rows: dict[tuple, RetrievalRow] = {}
         for row in self.rows:
             key = tuple(tuple(d.values()) for side in (row.i2t, row.t2i) for d in (side.ceiling, side.chance))
             first_rows.setdefault(key, row)

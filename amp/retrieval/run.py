@@ -59,7 +59,7 @@ class Evaluation:
                 bounds = {k: interval(recalls[:, index, column]) for column, k in enumerate(KS)}
                 results[index] = replace(result, interval=bounds)
             rsum_interval = interval(recalls.sum(axis=(1, 2)))
-        self.result.rows.append(RetrievalRow(name, *results, rsum_interval))
+        self.result.rows.append(RetrievalRow(name, results[0], results[1], rsum_interval))
 
     def save(self, out: Path) -> None:
         """Writes JSON, CSV, and results a query beside them."""
@@ -111,7 +111,8 @@ def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe]
     models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
     described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
                  "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
-    evaluation, rankings = None, {}
+    evaluation: Evaluation | None = None
+    rankings: dict[str, Ranking] = {}
     for name, model in models.items():
         collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
         k = model.config.max_triplets
@@ -148,6 +149,7 @@ def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe]
                 evaluation.add(row, *pair, images)
         if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
             evaluation.save(out)
+    assert evaluation is not None  # the first model has begun it
     return evaluation, rankings
 
 

@@ -25,10 +25,10 @@ def swapped_roles(captions: SplitCaptions) -> list[Choice]:
     for text, knowledge, image in zip(captions.texts, captions.knowledge, captions.image.tolist(), strict=True):
         for triplet in _actions(knowledge):
             one, two = triplet.subject.lower(), triplet.object.lower()
-            spans = [_span(text, part) for part in (one, two)]
-            if one == two or None in spans or _overlap(*spans):
+            here, there = _span(text, one), _span(text, two)
+            if one == two or here is None or there is None or _overlap(here, there):
                 continue
-            wrong = _replace(text, dict(zip(spans, (triplet.object, triplet.subject), strict=True)))
+            wrong = _replace(text, {here: triplet.object, there: triplet.subject})
             exchanged = {one: triplet.object, two: triplet.subject}
             swapped = [
                 Triplet(exchanged.get(t.subject.lower(), t.subject), t.action,

@@ -45,7 +45,8 @@ class Run:
 
 def plan(config: SweepConfig) -> dict[str, list[Run]]:
     """The runs of each trained row, by the row's name and in the order of the seeds."""
-    runs, seen = {}, {}
+    runs: dict[str, list[Run]] = {}
+    seen: dict[str, list[Run]] = {}
     for row in (row for table in config.tables for row in table.rows if row.train):
         keys, digest = identity(config, row)
         if digest not in seen:

@@ -120,6 +120,7 @@ def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command
         + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the "
         "order of rows, not values."
     ]
+    control = lines.get(config.control) if config.control else None
     probed = set()  # rows whose probes stand in a table above
     for table in config.tables:
         papers = any(row.paper for row in table.rows)
@@ -138,7 +139,7 @@ def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command
                 cells = [
                     name,
                     str(len(line.values) or ""),
-                    *(cell(line, i, base, lines.get(config.control)) for i in range(7)),
+                    *(cell(line, i, base, control) for i in range(7)),
                 ]
                 if papers:
                     paper = with_sum(row.paper) if line is base or line.name == row.name else None

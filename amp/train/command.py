@@ -1,13 +1,16 @@
 """Command lines that read the configuration of a training run beside settings of their own."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from amp.train.config import TrainConfig
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 

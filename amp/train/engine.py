@@ -116,7 +116,7 @@ class Run:
 
     def find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint that this run goes on from; rank 0 looks for all."""
-        newest = [None]
+        newest: list[Checkpoint | None] = [None]
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / STOPPED).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class Run:
             self.images(self.split, preprocess_val, tokens=data.cache_images) if data.cache_images or mined else None
         )
         neighbours = None
-        if mined:
+        if mined and frozen is not None:
             text = torch.from_numpy(self.collate.store.lookup(captions.texts))
             base = torch.from_numpy(np.array(frozen.base))
             device = accelerator.device
@@ -190,7 +190,7 @@ class Run:
             samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", prepare_worker
         )
         self.retrieval = None
-        if val_split is not None:
+        if val_split is not None and val_captions is not None:
             features = self.images(val_split, preprocess_val)
             self.retrieval = Retrieval.stored(
                 val_captions, features, self.collate, config.validation, accelerator.device
@@ -209,5 +209,7 @@ class Run:
 def open_splits(config: TrainConfig) -> tuple[ShardSplit, ShardSplit | None]:
     """The training split and, where the run validates, the validation split."""
     data = config.data
-    validates = data.val_split and config.validate_every
-    return ShardSplit(data.shards, data.train_split), ShardSplit(data.shards, data.val_split) if validates else None
+    train = ShardSplit(data.shards, data.train_split)
+    if not data.val_split or not config.validate_every:
+        return train, None
+    return train, ShardSplit(data.shards, data.val_split)

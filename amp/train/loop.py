@@ -27,6 +27,7 @@ from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
 
 if TYPE_CHECKING:
+    from amp.retrieval.evaluate import Retrieval
     from amp.train.engine import Run
 
 SKIPPED = "skipped.jsonl"
@@ -87,7 +88,7 @@ class StageLoop:
                 if number and not (last and self.stage == self.config.stages[-1]):
                     run.stop(number, self.stage, self.step)
                 if epoch_ends and run.retrieval is not None and (last or epoch % self.config.validate_every == 0):
-                    self.validate(epoch)
+                    self.validate(run.retrieval, epoch)
         if found is not None and found.finished:  # of whose adapter somebody has removed the file
             self.save(adapter_too=True, must=True)
         self.accelerator.wait_for_everyone()  # where rank 0 found no room, no other may end as if all were well
@@ -142,7 +143,7 @@ class StageLoop:
             group["lr"] = learning_rate(self.step, self.steps, self.settings.warmup_steps, group["peak"])
         parts = [next(batches).to(accelerator.device) for _ in range(self.accumulation)]
         losses = self.objective.parts(self.engine, parts, self.step)
-        mean = 0.0
+        mean = torch.zeros((), device=accelerator.device)
         for _ in parts:
             with accelerator.accumulate(self.engine), attention():
                 with accelerator.autocast():
@@ -153,7 +154,7 @@ class StageLoop:
             mean = mean + loss.detach() / self.accumulation
         self.step += 1
         if skipped:
-            self.note_skipped(mean, torch.cat([part.samples for part in parts]))
+            self.note_skipped(mean, torch.cat([part.samples for part in parts if part.samples is not None]))
         else:
             self.skipped_in_a_row = 0
         return mean, scale.detach()
@@ -183,15 +184,15 @@ class StageLoop:
             return  # the loss scale was too high, as it is now and then; it has been lowered
         self.skipped += 1
         self.skipped_in_a_row += 1
-        samples = all_gather(samples).tolist()
+        indices = all_gather(samples).tolist()
         path = run.out / SKIPPED
         if self.accelerator.is_main_process:
-            keys = [run.split.record(index)["key"] for index in samples]
+            keys = [run.split.record(index)["key"] for index in indices]
             with open(path, "a") as file:
                 file.write(json.dumps({"stage": self.stage, "step": self.step, "loss": str(mean), "keys": keys}) + "\n")
         self.terminal.say(
             f"stage {self.stage} step {self.step} is skipped: its loss is {mean} or a gradient is not finite; its "
-            f"{len(samples)} samples are listed in {path} ({self.skipped} steps skipped so far)"
+            f"{len(indices)} samples are listed in {path} ({self.skipped} steps skipped so far)"
         )
         if self.skipped_in_a_row > config.max_skipped:
             raise AmpError(
@@ -208,14 +209,14 @@ class StageLoop:
         self.track({f"stage{self.stage}/{key}": value for key, value in values.items()})
         return mean, temperature
 
-    def validate(self, epoch: int) -> None:
+    def validate(self, retrieval: "Retrieval", epoch: int) -> None:
         """Searches the validation split and logs R@1 beside the base model's."""
-        retrieval = self.run.retrieval
         self.engine.eval()
         rankings = retrieval.rank(self.engine, self.accelerator.autocast)
         self.engine.train()
         base = retrieval.base_row()
-        values, parts = {}, []
+        values: dict[str, float] = {}
+        parts = []
         for name, ranking in rankings.items():
             recall = ranking.result.recall
             values |= {f"validation/{name.replace(' ', '_')}_R@{k}": v for k, v in recall.items()}

@@ -68,9 +68,10 @@ class Zero:
         copies = 1 if stage == 3 else int(zero.get("contiguous_gradients", True))
         if stage < 3 and zero.get("overlap_comm", False):  # a second one is filled while the first is under way
             copies *= 2
-        on_cpu = [(zero.get(key) or {}).get("device", "none") != "none" for key in OFFLOADS]
+        optimizer, parameters = ((zero.get(key) or {}).get("device", "none") != "none" for key in OFFLOADS)
         buckets = copies * int(zero.get("reduce_bucket_size", 5e8))
-        return cls(stage, *on_cpu, buckets, int(zero.get("stage3_max_live_parameters", 1e9)) if stage == 3 else 0)
+        live = int(zero.get("stage3_max_live_parameters", 1e9)) if stage == 3 else 0
+        return cls(stage, optimizer, parameters, buckets, live)
 
 
 class Parameters(NamedTuple):
@@ -86,7 +87,8 @@ class Parameters(NamedTuple):
         """Of a model after `set_trainable`; buffers count as frozen."""
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-        return cls(*(sum(x.numel() for x in part) for part in (trained, frozen)), bytes_of(trained), bytes_of(frozen))
+        elements = [sum(x.numel() for x in part) for part in (trained, frozen)]
+        return cls(elements[0], elements[1], bytes_of(trained), bytes_of(frozen))
 
 
 class StepMemory(NamedTuple):
@@ -182,11 +184,12 @@ class StepSimulator:
         engine = model if dtype is None or self.deepspeed else convert_outputs_to_fp32(model)
         with fake_world(world), self.mode:
             batches = [empty_batch(model, config, batch_size) for _ in range(config.gradient_accumulation)]
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
+            gradients = [torch.empty_like(parameter) for parameter in trained]
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
             given = [x for batch in batches for x in tensors_of(batch)]
             kept = 0
-            with Allocations([*model.parameters(), *model.buffers(), *(p.grad for p in trained), *given]) as counted:
+            with Allocations([*model.parameters(), *model.buffers(), *gradients, *given]) as counted:
                 losses = objective.parts(engine, batches, 0)
                 for _ in batches:
                     with torch.autocast("cpu", dtype, enabled=dtype is not None):

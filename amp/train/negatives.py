@@ -14,7 +14,7 @@ import torch
 class Negatives(NamedTuple):
     """m negatives for each of B rows: columns int64 (B, m) and log importance weights (B, m), -inf for "none left"."""
 
-    index: torch.Tensor
+    columns: torch.Tensor
     log_weight: torch.Tensor
 
 

@@ -82,14 +82,14 @@ class Objective:
                 KnowledgeBatch.cat([batch.knowledge.map(all_gather) for batch in batches]),
                 torch.cat([all_gather(batch.text) for batch in batches]),
             )
-        kept = []
+        kept: list[tuple[torch.Tensor, ...]] = [()]  # the place of the part that is at hand, if it is the only one
         if len(batches) > 1:
             with torch.no_grad():
                 kept = [tuple(map(all_gather, self._rows(model, batch, everyone)[:-1])) for batch in batches]
         ignore = losses.same_image_mask(torch.cat([all_gather(batch.image_ids) for batch in batches]))
         for number, batch in enumerate(batches):
             *rows, scale = self._rows(model, batch, everyone)
-            parts = list(kept) or [None]
+            parts = list(kept)
             # The gradient of a part passes through one of the losses only, whose mean divides by their number.
             parts[number] = tuple(all_gather_with_grad(scale_gradient(x, len(batches))) for x in rows)
             image, *text = (torch.cat(kind) for kind in zip(*parts, strict=True))
@@ -109,12 +109,10 @@ class Objective:
         return features.prompted, features.text, features.logit_scale
 
     def _loss(self, cosines: torch.Tensor, scale: torch.Tensor, ignore: torch.Tensor) -> torch.Tensor:
-        loss = 0.0
-        if self.stage == 1:
-            loss = losses.contrastive_loss(cosines, scale, ignore)
-        if self.stage == 2 or self.combined:
-            loss = loss + losses.triplet_loss(cosines, self.margin, ignore)
-        return loss
+        if self.stage == 2:
+            return losses.triplet_loss(cosines, self.margin, ignore)
+        loss = losses.contrastive_loss(cosines, scale, ignore)
+        return loss + losses.triplet_loss(cosines, self.margin, ignore) if self.combined else loss
 
     def _without_some_knowledge(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """Drawn for the global batch, of which a rank takes its rows: the same for any processes and parts."""
@@ -150,8 +148,8 @@ class Objective:
         mine, scored, drawn_texts, drawn_images = (
             everyone,
             own,
-            texts_of_image.index.flatten(),
-            images_of_text.index.flatten(),
+            texts_of_image.columns.flatten(),
+            images_of_text.columns.flatten(),
         )
         if total > len(mine) + size * m:
             images, texts = torch.cat([mine, drawn_images]), torch.cat([mine, drawn_texts])
@@ -177,7 +175,7 @@ class Objective:
                 )
             if self.stage == 2 or self.combined:
                 parts.append(losses.candidate_triplet_loss(positive, negative, drawn.log_weight, self.margin))
-        loss = sum(parts) / 2
+        loss = sum(parts[1:], start=parts[0]) / 2
         if self.stage == 1:
             image, text = (all_gather_with_grad(x) for x in (features.prompted, features.text[mine]))
             plain = losses.contrastive_loss(
@@ -188,7 +186,8 @@ class Objective:
         return loss, features.logit_scale
 
     def _draw(self, cosines, forbidden, own, m, step, direction):
-        noise = gumbel_noise(*cosines.shape, self.seed, step, direction).to(cosines.device)
+        rows, columns = cosines.shape
+        noise = gumbel_noise(rows, columns, self.seed, step, direction).to(cosines.device)
         return draw_negatives(cosines[own], forbidden[own], noise[own], m, self.sampling_scale)
 
 

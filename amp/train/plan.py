@@ -128,7 +128,7 @@ class Plan:
     @property
     def sound(self) -> bool:
         """Whether no check has failed."""
-        return self.findings.count("error") == 0
+        return self.findings.number("error") == 0
 
 
 def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
@@ -217,7 +217,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(steps_table(plan))
     if plan.estimates:
         console.print(memory_table(plan))
-    errors, warnings = findings.count("error"), findings.count("warning")
+    errors, warnings = findings.number("error"), findings.number("warning")
     verdict = "as it is, this job would fail" if errors else "nothing found that would stop this job"
     console.print(
         Text(
@@ -238,6 +238,7 @@ def findings_table(findings: Findings) -> Table:
 
 def steps_table(plan: Plan) -> Table:
     """Steps, images and parameters of each stage."""
+    assert plan.steps is not None and plan.data is not None  # steps are of data
     config, steps, world = plan.config, plan.steps, plan.settings.world
     size, accumulation = config.data.batch_size, config.gradient_accumulation
     stages = [config.stage(number) for number in config.stages]

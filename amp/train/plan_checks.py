@@ -84,13 +84,14 @@ class Findings(list[Finding]):
 
     def add(self, check: str, said: Iterable[Said]) -> bool:
         """Takes down what a check says; returns whether it said nothing of an error."""
-        before = self.count("error")
+        before = self.number("error")
         with self.about(check):
             for level, text in said:
                 self.append(Finding(level, check, text))
-        return self.count("error") == before
+        return self.number("error") == before
 
-    def count(self, level: Level) -> int:
+    def number(self, level: Level) -> int:
+        """Findings of a level."""
         return sum(finding.level == level for finding in self)
 
 

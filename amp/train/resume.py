@@ -64,7 +64,7 @@ def refuse_other_run(found: Checkpoint, config: TrainConfig, split: ShardSplit, 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
     """Nested settings as one level of scalars, which is what trackers store."""
-    out = {}
+    out: dict[str, str | int | float | bool] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             out |= flat(value, f"{prefix}{key}.")

@@ -20,7 +20,9 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr: flo
     keeps its peak rate as ``peak``.
     """
     prompt_lr = lr if prompt_lr is None else prompt_lr
-    decay, plain, prompts = [], [], []
+    decay: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    prompts: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             fast = name.startswith("visual_prompts.") or name == "logit_scale"

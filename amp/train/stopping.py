@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +31,9 @@ class StopRequest:
     Only the main thread of a process gets signals, so this does nothing elsewhere.
     """
 
-    def __init__(self):
-        self.received: int = 0
-        self._before = {}
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:

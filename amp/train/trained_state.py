@@ -4,6 +4,9 @@ DDP holds them whole on each rank, ZeRO holds a slice a rank. By name and whole 
 any engine reads on any number of ranks.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
@@ -32,17 +35,16 @@ class TrainedState:
         self._scaler = scaler
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inner = optimizer.optimizer
-        self._zero = inner if hasattr(inner, "loss_scaler") else None
+        self._zero: Any = inner if hasattr(inner, "loss_scaler") else None
         self._adam = inner if self._zero is None else inner.optimizer
-        held = list(self.parameters.values())
+        held: Iterable[torch.Tensor] = self.parameters.values()
         if self._zero is not None:  # ZeRO 1 and 2 hold one flat slice a parameter group, 3 one a sub-group
-            held = getattr(inner, "single_partition_of_fp32_groups", None)
-            if held is None:
-                held = inner.fp32_partitioned_groups_flat
+            slices = getattr(inner, "single_partition_of_fp32_groups", None)
+            held = inner.fp32_partitioned_groups_flat if slices is None else slices
         self._held = list(held)
         for tensor in self._held:
             self._adam.state[tensor] = {"step": torch.tensor(0.0), **{m: torch.zeros_like(tensor) for m in MOMENTS}}
-        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
+        if self._zero is not None and hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -93,7 +95,7 @@ class TrainedState:
             return
         from deepspeed import utils
 
-        if hasattr(parameter, "ds_id"):  # ZeRO-3; its call for whole values fails where ranks don't divide them
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3; its call for whole values fails where ranks don't divide them
             size = parameter.ds_tensor.numel()
             value = F.pad(value.flatten(), (0, size * world_size() - value.numel()))[rank() * size :][:size]
             if moment:

@@ -104,9 +104,8 @@ class OpenAIEngine:
 
         def submit() -> None:
             for number in numbers:
-                arguments = self._arguments(
-                    prefix, suffixes[number], grammar and grammar[number], sampling, seeds and seeds[number]
-                )
+                rule, seed = grammar[number] if grammar else None, seeds[number] if seeds else None
+                arguments = self._arguments(prefix, suffixes[number], rule, sampling, seed)
                 running[pool.submit(self._complete, arguments, stopped)] = number
                 return
 
@@ -284,6 +283,6 @@ def _public(url: str) -> str:
 
 def _seconds(header: str | None) -> float | None:
     try:
-        return max(0.0, float(header))
-    except (TypeError, ValueError):
+        return max(0.0, float(header or ""))
+    except ValueError:
         return None

@@ -108,7 +108,7 @@ class TransformersEngine:
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         )
         commit = getattr(self.model.config, "_commit_hash", None)
-        self._described = {
+        self._described: dict[str, Any] = {
             "engine": "transformers",
             "model": Path(model).name if Path(model).exists() else model,
             "weights": origin or {"revision": commit or revision},

@@ -84,7 +84,8 @@ class VLLMEngine:
         for start in range(0, len(suffixes), _CHUNK):
             numbers = range(start, min(start + _CHUNK, len(suffixes)))
             parameters = [
-                self._parameters(sampling, grammar and grammar[number], seeds and seeds[number]) for number in numbers
+                self._parameters(sampling, grammar[number] if grammar else None, seeds[number] if seeds else None)
+                for number in numbers
             ]
             outputs = self._run(prefix, [suffixes[number] for number in numbers], parameters)
             for number, output in zip(numbers, outputs, strict=True):
