@@ -7,16 +7,22 @@ tower's tables): a change upstream is mended here.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer, text_global_pool
+from open_clip.transformer import (
+    QuickGELU,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+    text_global_pool,
+)
 from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
@@ -43,6 +49,7 @@ class Backbone(nn.Module, ABC):
         AmpError: The text tower has no token embedding that this project knows.
     """
 
+    clip: CLIP | CustomTextCLIP
     vision_width: int
     vision_heads: int
     num_layers: int
@@ -51,7 +58,7 @@ class Backbone(nn.Module, ABC):
     num_prefix: int
     embed_dim: int
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__()
         self.clip = clip
         if not (hasattr(self._text, "token_embedding") or isinstance(self._text, HFTextEncoder)):
@@ -75,7 +82,7 @@ class Backbone(nn.Module, ABC):
         return super().train(False)
 
     @property
-    def visual(self) -> nn.Module:
+    def visual(self) -> VisionTransformer | TimmModel:
         return self.clip.visual
 
     @property
@@ -173,11 +180,11 @@ class Backbone(nn.Module, ABC):
     # -- text tower -------------------------------------------------------------------------------------------------
 
     @property
-    def _text(self) -> nn.Module:
+    def _text(self) -> CLIP | TextTransformer | HFTextEncoder:
         return self.clip if isinstance(self.clip, CLIP) else self.clip.text
 
     @property
-    def _token_embedding(self) -> nn.Module:
+    def _token_embedding(self) -> nn.Embedding:
         if isinstance(self._text, HFTextEncoder):
             return self._text.transformer.get_input_embeddings()
         return self._text.token_embedding
@@ -226,7 +233,7 @@ class NativeBackbone(Backbone):
         AmpError: The image tower's tokens don't come batch first.
     """
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: CLIP | CustomTextCLIP):
         visual: VisionTransformer = clip.visual
         if not visual.transformer.batch_first:
             raise AmpError("image tower has batch_first=False, expected True, the default of open_clip")
@@ -261,7 +268,7 @@ class NativeBackbone(Backbone):
 
     def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False,
                        absent: torch.Tensor | None = None, all_tokens: bool = False) -> torch.Tensor:  # fmt: skip
-        block = self._layers[index]
+        block: Callable[[torch.Tensor], torch.Tensor] = self._layers[index]
         if index == self.num_layers - 1 and self._reads_only_class_token and not all_tokens:
             block = partial(self._last_block, absent=absent)
         elif absent is not None:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+from open_clip.model import CLIP, CustomTextCLIP
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
@@ -29,7 +30,7 @@ class TimmBackbone(Backbone):
         AmpError: Another tower of timm, a stem of convolutions, unusual blocks, or no pooling.
     """
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: CLIP | CustomTextCLIP):
         trunk = clip.visual.trunk
         refuse_unsupported(trunk)
         super().__init__(clip)
@@ -125,7 +126,7 @@ class TimmBackbone(Backbone):
         return self.visual.head(self._trunk.head(pooled))
 
 
-def refuse_unsupported(trunk: nn.Module) -> None:
+def refuse_unsupported(trunk: VisionTransformer | Eva) -> None:
     """Raises AmpError where prompts can't stand between the blocks of a tower of timm."""
     name = f"timm's {type(trunk).__name__}"
     if type(trunk) not in BLOCKS:
