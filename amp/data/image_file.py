@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 
 from amp.data.decode import PILLOW_FORMATS, decode_rgb, is_whole
+from amp.data.shards import MAX_MEMBER_BYTES
 from amp.errors import AmpError
 
 # What tells of a damaged file before it is decoded.
@@ -62,6 +65,23 @@ class UnreadableImageError(Exception):
         self.may_pass = may_pass
 
 
+def read_limited(path: Path) -> bytes:
+    """A file's bytes, of a regular file of at most `MAX_MEMBER_BYTES`.
+
+    Raises:
+        OSError: It can't be read.
+        UnreadableImageError: It is a pipe or a device, which could be read for ever, or too large.
+    """
+    # Not blocking, or a pipe put here after the folder was looked at would hang.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableImageError("not a file, but a pipe or a device")
+        if found.st_size > MAX_MEMBER_BYTES:
+            raise UnreadableImageError(f"{found.st_size} bytes, expected at most {MAX_MEMBER_BYTES}")
+        return file.read(MAX_MEMBER_BYTES)
+
+
 def read_image(path: Path, resize: Resize | None = None, check: Check = "decode") -> tuple[bytes, str]:
     """The bytes to store and their extension (lower case, no dot), of a file that is whole.
 
@@ -78,7 +98,7 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
         UnreadableImageError: unreadable, damaged, cut short, of another format, or a decompression bomb.
     """
     try:
-        content = path.read_bytes()
+        content = read_limited(path)
     except OSError as error:
         raise UnreadableImageError(f"can't be read ({error.strerror})", may_pass=True) from None
     extension = path.suffix[1:].lower()

@@ -122,6 +122,7 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def _style():
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _GROUND)
     return rc_context({**colours, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
+                       "text.parse_math": False,  # a "$" in a name is no formula
                        "svg.hashsalt": "report"})  # fmt: skip
 
 

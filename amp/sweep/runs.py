@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from amp.errors import AmpError
+from amp.errors import AmpError, public_command
+from amp.files import open_log
 from amp.retrieval.results import write_atomically
 from amp.sweep.config import Row, SweepConfig
 
@@ -122,8 +124,8 @@ def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
 
 def call(command: list[str], log: Path) -> bool:
     """Runs a command with its output in a file; whether it went well."""
-    with log.open("w", encoding="utf-8") as file:
-        file.write(f"{' '.join(command)}\n")
+    with os.fdopen(open_log(log), "w", encoding="utf-8") as file:
+        file.write(f"{' '.join(public_command(command))}\n")
         file.flush()
         try:
             return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode == 0

@@ -2,16 +2,15 @@
 
 from typing import TypeVar
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.train.config import TrainConfig
 
 Settings = TypeVar("Settings")
 
 
-def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
+def command_line(prog: str, description: str, settings: type) -> CommandLine:
     """A parser of the dataclass `settings` and, but for `out`, of `TrainConfig`, from a YAML file and options."""
-    parser = ArgumentParser(
+    parser = CommandLine(
         prog=prog,
         usage=f"{prog} [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=description.split("\n")[0],
@@ -23,7 +22,7 @@ def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
 
 
 def read_command_line(
-    parser: ArgumentParser, arguments: list[str] | None, settings: type[Settings]
+    parser: CommandLine, arguments: list[str] | None, settings: type[Settings]
 ) -> tuple[Settings, TrainConfig]:
     """What `command_line` parses, as the two dataclasses.
 
