@@ -61,13 +61,13 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     import torch
     from rich.table import Table
 
+    from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.adapters import adapted, named_adapter
     from amp.retrieval.choice import choose, load_choices, save_choices
     from amp.retrieval.evaluate import SplitCaptions, spaced
-    from amp.retrieval.photo_index import open_photo
     from amp.retrieval.swaps import TESTS, swapped_actions, swapped_roles
     from amp.terminal import PlainConsole, Terminal
 

@@ -83,9 +83,14 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 def is_whole(content: bytes) -> bool:
     """Whether a JPEG has all its segments, a frame of a size that Pillow takes, and its end behind its scan; or a PNG
-    all its chunks, each with the right checksum. False of other formats, and where in doubt."""
+    all its chunks, each with the right checksum. False of other formats, and where in doubt.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: A PNG that is not whole; see `decoding`.
+    """
     if content.startswith(b"\x89PNG"):
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:  # checks the size too
+        with decoding(), Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            refuse_bomb(image)
             image.verify()
         return content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82")
     size = jpeg_size(content)

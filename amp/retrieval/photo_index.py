@@ -5,18 +5,16 @@ import json
 import os
 import stat
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from amp.data.decode import PILLOW_FORMATS, decoding, refuse_bomb
-from amp.data.image_file import UnreadableImageError, read_limited
+from amp.data.image_file import open_photo
 from amp.data.split import decoding_workers
 from amp.errors import AmpError, printable
 from amp.json_text import parse_json
@@ -99,23 +97,6 @@ class PhotoIndex:
             return open_photo(self.root / self.names[number])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(f"{self.root / self.names[number]}: can't be read ({error}); update the index") from error
-
-
-def open_photo(path: Path) -> Image.Image:
-    """A photo in RGB, turned as its camera noted (EXIF); bombs and formats that start other programs are refused.
-
-    Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: It can't be read, or is no such photo.
-    """
-    try:
-        content = read_limited(path)
-    except UnreadableImageError as error:
-        raise OSError(str(error)) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
-        with decoding(), Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-            refuse_bomb(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @torch.no_grad()
