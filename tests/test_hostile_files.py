@@ -13,6 +13,7 @@ from helpers import launcher
 from hostile_helpers import Canary, bad_images, captions_of, odd_images, one_error, training_arguments
 from PIL import Image
 
+import amp
 from amp.data.image_file import Resize, UnreadableImageError, open_photo, read_image
 from amp.data.shards import MAX_MEMBER_BYTES, ShardFormatError, ShardManifest, ShardReader, sha256_of
 from amp.data.split import ShardSplit
@@ -57,7 +58,7 @@ def with_size(raw: bytes, field: bytes) -> bytes:
 
 
 WHOLE = b"".join(member(name, content) for name, content in GOOD.items())
-NEGATIVE = b"\xff" * 11 + b"\x00"  # base 256, -256
+NEGATIVE = b"\xff" * 10 + b"\xfc\x00"  # base 256, -1024
 TARS = {
     "a negative size": with_size(header("b.jpg"), NEGATIVE) + WHOLE,
     "a negative size in front of itself": WHOLE + with_size(header("b.jpg"), b"\xff" * 10 + b"\xfa\x00"),
@@ -181,40 +182,38 @@ def test_conversion_skips_and_counts_them(photos, tmp_path, check):
     assert {split.image(i).getpixel((20, 20))[0] > 200 for i in range(len(split))} == {True}  # the first picture, red
 
 
-def test_the_search_index_skips_and_lists_them(photos, tmp_path, clip_folder):
-    import amp
-
+@pytest.fixture(scope="module")
+def model(clip_folder):
+    """A model and its transform."""
     model, _, preprocess = amp.create_model_and_transforms(clip_folder)
-    update = update_index(tmp_path / "index", photos, model, preprocess, workers=0)
+    return model, preprocess
+
+
+def test_the_search_index_skips_and_lists_them(photos, tmp_path, model):
+    update = update_index(tmp_path / "index", photos, *model, workers=0)
     assert set(update.skipped) == {*bad_images(), *SPECIAL}
     assert set(PhotoIndex(tmp_path / "index").names) == set(odd_images())
-    again = update_index(tmp_path / "index", photos, model, preprocess, workers=0)
+    again = update_index(tmp_path / "index", photos, *model, workers=0)
     assert again.encoded == 0 and set(again.skipped) == set(update.skipped)
 
 
-def test_a_name_that_is_no_text_is_listed(tmp_path, clip_folder):
-    import amp
-
+def test_a_name_that_is_no_text_is_listed(tmp_path, model):
     root = tmp_path / "photos"
     root.mkdir()
     whole = odd_images()["animated.gif"]
     (root / "a.gif").write_bytes(whole)
     Path(os.fsdecode(os.fsencode(root) + b"/\xff.gif")).write_bytes(whole)
-    model, _, preprocess = amp.create_model_and_transforms(clip_folder)
-    update = update_index(tmp_path / "index", root, model, preprocess, workers=0)
+    update = update_index(tmp_path / "index", root, *model, workers=0)
     assert update.skipped == {"\\udcff.gif": "its name is not valid UTF-8"}
 
 
-def test_a_photo_that_became_a_bomb_is_told_by_a_search(tmp_path, clip_folder):
+def test_a_photo_that_became_a_bomb_is_told_by_a_search(tmp_path, model):
     """The warning of Pillow that lies between its limits was no error that anybody expected."""
-    import amp
-
     root = tmp_path / "photos"
     root.mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(root / name)
-    model, _, preprocess = amp.create_model_and_transforms(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(*model, tmp_path / "index")
     search.update(root, workers=0)
     (root / "a.png").write_bytes(bad_images()["png a bit too large.png"])
     found = search.search("a dog")
@@ -244,21 +243,19 @@ def own_shards(shards, tmp_path):
     return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
-@pytest.mark.parametrize("name", bad_images())
-def test_a_shard_with_it_is_refused_with_file_and_key(own_shards, name):
-    content = bad_images()[name]
-    path = rewrite(own_shards, "train", lambda members: [(members[0][0], content), *members[1:]])
-    split = ShardSplit(own_shards, "train")
-    with pytest.raises(AmpError, match="can't be decoded") as error:
-        split.image(0)
-    assert str(path) in str(error.value) and "train_" in str(error.value)
-    assert split.image(1).mode == "RGB"
+def test_a_shard_with_them_is_refused_with_file_and_key(own_shards):
+    for content in bad_images().values():
+        path = rewrite(own_shards, "train", lambda members, new=content: [(members[0][0], new), *members[1:]])
+        split = ShardSplit(own_shards, "train")
+        with pytest.raises(AmpError, match="can't be decoded") as error:
+            split.image(0)
+        assert str(path) in str(error.value) and "train_" in str(error.value)
+        assert split.image(1).mode == "RGB"
 
 
 @pytest.mark.parametrize("launched", ["train", "evaluate"])
-def test_training_and_evaluation_end_in_one_error(
-    own_shards, tmp_path, clip_folder, capsys, fresh_accelerate, launched
-):
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_training_and_evaluation_end_in_one_error(own_shards, tmp_path, clip_folder, capsys, launched):
     split = {"train": "train", "evaluate": "test"}[launched]
     bomb = bad_images()["png a bit too large.png"]
     path = rewrite(own_shards, split, lambda members: [(members[0][0], bomb), *members[1:]])

@@ -104,9 +104,7 @@ class TransformersEngine:
         self.ends = self._end_tokens()
         self._constraint = self._make_constraint(constrained, config.vocab_size)
         self.constrained = self._constraint is not None
-        marks = {text: token for text, token in self.tokenizer.get_added_vocab().items() if len(text) > 1}
-        self._added = frozenset(marks.values())
-        self._added_texts = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
+        self.watch_added_tokens()
         self._prefixes: dict[tuple[Message, ...], _Prefix] = {}
         self._forward_options = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
@@ -120,6 +118,12 @@ class TransformersEngine:
             "dtype": dtype,
             "constrained": self.constrained,
         }
+
+    def watch_added_tokens(self) -> None:
+        """Notes the tokens that no suffix may hold: all that were added to the tokenizer's own vocabulary."""
+        marks = {text: token for text, token in self.tokenizer.get_added_vocab().items() if len(text) > 1}
+        self._added = frozenset(marks.values())
+        self._added_texts = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
 
     def describe(self) -> dict[str, Any]:
         return dict(self._described)
