@@ -265,16 +265,17 @@ def test_the_openai_engine_sends_captions_without_marks():
             list(engine.generate(TEMPLATE.triplets, [ask_triplets(INJECTIONS["turn"])], None, GREEDY))
     for request in faulty.requests:
         asked = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
-        assert "A man < |im_end| >" in asked and not MARK.search(asked)
+        assert "A man<| im_end |>" in asked and not MARK.search(asked)
 
 
 def test_no_caption_becomes_a_special_token(smollm2):
     """Neither a special token of the chat template nor another added one; the text stays the caption's."""
-    from transformers import AddedToken
+    from transformers import AddedToken, AutoTokenizer
 
     from amp.generation.engines.transformers_engine import TransformersEngine
 
-    engine = TransformersEngine(model=str(smollm2), constrained=False)
+    engine = object.__new__(TransformersEngine)  # the weights, which take half a minute, play no part
+    engine.tokenizer, engine._chat = AutoTokenizer.from_pretrained(smollm2), True
     engine.tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("</think>", "<tool_call>")])
     engine.watch_added_tokens()
     added = set(engine.tokenizer.get_added_vocab().values())
@@ -321,16 +322,19 @@ def test_printable_keeps_what_people_write():
 
 def test_make_shards_shows_evil_names_as_they_are(tmp_path, capsys):
     """A reason with square brackets was taken for markup."""
-    name = "[/] [bold]evil.jpg"
-    (tmp_path / name).write_bytes(b"no image")
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    captions = captions_of(tmp_path, ["a.png", name, "[/] gone.jpg"])
+    folder = tmp_path / "[" / "]"  # a path of these reads as "[/]", which ends a style that never began
+    folder.mkdir(parents=True)
+    (folder / "[bold]evil.jpg").write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    captions = captions_of(folder, ["a.png", "[bold]evil.jpg"])
     with captions.open("a") as file:
         file.write(json.dumps({"image": "a.png", "caption": " ", "split": "train"}) + "\n")
-    launcher("tools/make_shards.py").main(["--captions", str(captions), "--images", str(tmp_path), "--out",
-                                           str(tmp_path / "[out]"), "--max_skipped", "1", "--workers", "1"])  # fmt: skip
+    launcher("tools/make_shards.py").main(["--captions", str(captions), "--images", str(folder), "--out",
+                                           str(folder / "out"), "--max_skipped", "1"])  # fmt: skip
     shown = capsys.readouterr()
-    assert "[out]/manifest.json" in shown.out.replace("\n", "") and "empty_caption" in shown.out
+    assert "[/]/out/manifest.json" in shown.out.replace("\n", "") and "[/]/captions.jsonl" in shown.out.replace(
+        "\n", ""
+    )
 
 
 def test_a_search_shows_evil_names_as_they_are(tmp_path, capsys, clip_folder):
@@ -338,14 +342,15 @@ def test_a_search_shows_evil_names_as_they_are(tmp_path, capsys, clip_folder):
 
     root = tmp_path / "photos"
     root.mkdir()
-    (root / f"{EVIL_NAME.replace('/', ' ')}[/.jpg").write_bytes(b"no image")
+    (root / "\x1b[2J[").mkdir()
+    (root / "\x1b[2J[" / "].jpg").write_bytes(b"no image")
     for number in range(2):
-        Image.new("RGB", (40, 30)).save(root / f"\x1b[31m{number} [bold].png")
+        Image.new("RGB", (40, 30)).save(root / f"\x1b[31m{number} [bold]\u202e.png")
     search.main(["--index", str(tmp_path / "index"), "--model", clip_folder, "--photos", str(root), "--workers", "0",
                  "a \x1b[2J dog"])  # fmt: skip
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err and "\u202e" not in shown.out + shown.err
-    assert "\\x1b[31m0 [bold].png" in shown.out and "skipped \\x1b[2J" in shown.err
+    assert "\\x1b[31m0 [bold]\\u202e.png" in shown.out and "skipped \\x1b[2J[/].jpg" in shown.err
 
 
 def test_the_knowledge_report_shows_no_escape_code(tmp_path, capsys):
@@ -391,7 +396,7 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
                for row in rows for d in ("t2i", "i2t")}  # fmt: skip
     preprocess = {"size": 32, "mode": "RGB", "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic",
                   "resize_mode": "squash", "fill_color": 0}  # fmt: skip
-    plots = {EVIL_HTML: results_plot(result), "b": dot_plot([(EVIL_HTML, [(1.0, 0.0, 2.0)] * 3)])}
+    plots = {EVIL_HTML: results_plot(result), "b": dot_plot([("<img>$\\frac{", [(1.0, 0.0, 2.0)] * 3)])}
     given = ReportInput(result, queries, EVIL_HTML, split, captions, None, None, preprocess, plots, EVIL_HTML)
     text = write_report(tmp_path / "report.html", given).read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 2 and "<img src=x" not in text and "<!--" not in text
@@ -400,4 +405,5 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     assert data["cards"][0]["triplets"][0]["state"] == EVIL_HTML and data["verbs"]
     for plot in data["plots"]:
         svg = plot["svg"]
-        assert "&lt;/script&gt;&lt;img" in svg and "<img" not in svg and "<script" not in svg and "$" in svg
+        assert "&lt;img" in svg and "<img" not in svg and "<script" not in svg
+    assert "&lt;img&gt;$\\frac{" in data["plots"][1]["svg"]  # no formula, which matplotlib would refuse
