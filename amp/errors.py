@@ -14,6 +14,7 @@ _SECRETS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # NAME:PASSWORD of an address
     re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}(?:[ =]+)(?P<value>[^\s-]\S*)"),
     re.compile(rf"(?i){_SECRET}[\"']?\s*[=:]\s*[\"']?(?P<value>[^\s\"',}}\])]+)"),
+    re.compile(r"\b(?:Basic|Bearer) (?P<value>[\w+/=.~-]{8,})"),  # of a request's head
     re.compile(r"\b(?:sk-|hf_|github_pat_|ghp_)[\w-]{12,}"),  # keys that can be told by their beginning
 )
 

@@ -1,15 +1,15 @@
 """Output folders of others: links planted in them, folders that can't be written, permissions; and secrets in files."""
 
+import io
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
+import socket
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, launcher
+from helpers import draw_dataset, launcher
 from hostile_helpers import one_error, training_arguments
 
 import amp
@@ -18,7 +18,7 @@ from amp.data.shards import ShardManifest
 from amp.data.writer import make_shards
 from amp.errors import public_command, without_secrets
 from amp.files import open_log, whole_file, write_json
-from amp.generation.cache import CacheError, Reply, ReplyCache
+from amp.generation.cache import CacheError, ReplyCache
 from amp.retrieval.results import write_atomically
 
 MINE = b"what is nobody else's business, without a newline"
@@ -112,7 +112,7 @@ def test_shards_and_knowledge_replace_links(tmp_path, folder, mine):
     out = tmp_path / "knowledge"
     out.mkdir()
     names = ["knowledge.jsonl", "knowledge_provenance.json", "settings.json"]
-    for name in (*names, *(x for name in names for x in guessable(name))):
+    for name in (*names, *(x for known in names for x in guessable(known))):
         (out / name).symlink_to(mine if name != "settings.json" else tmp_path / "nowhere")
     launcher("tools/generate_knowledge.py").main(["--captions", given["captions"], "--out", str(out)])
     assert mine.read_bytes() == MINE and not any((out / name).is_symlink() for name in names)
@@ -120,38 +120,25 @@ def test_shards_and_knowledge_replace_links(tmp_path, folder, mine):
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_a_run_replaces_links(shards, clip_folder, tmp_path, mine):
-    out = tmp_path / "run"
-    (out / "stage1").mkdir(parents=True)
-    for name in ("config.yaml", "stage1/adapter.safetensors", "stage1/.adapter.safetensors.tmp"):
-        (out / name).symlink_to(mine)
-    launcher("launchers/train.py").main(training_arguments(shards, clip_folder, tmp_path, out=out))
-    assert mine.read_bytes() == MINE and "stages:" in (out / "config.yaml").read_text()
-    assert read_adapter(out / "stage1" / "adapter.safetensors")[0].training["step"] == 2
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_path, capsys):
     """/proc takes no file from anybody, not even from root; a file is no folder."""
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
     given = draw_dataset(tmp_path / "drawn", {"train": 3})
-    (tmp_path / "photos").symlink_to(given["images"])
     (tmp_path / "file").write_text("no folder")
-    for closed in ("/proc/nowhere", str(tmp_path / "file")):
-        training = training_arguments(shards, clip_folder, tmp_path, out=f"{closed}/x.json")
-        cached = training_arguments(shards, clip_folder, tmp_path, data__cache=f"{closed}/x", out=tmp_path / "r.json")
-        calls = [
-            (launcher("launchers/train.py").main, training),
-            (launcher("launchers/evaluate.py").main, training),
-            (launcher("launchers/train.py").main, cached),
-            (launcher("tools/make_shards.py").main,
-             ["--captions", given["captions"], "--images", given["images"], "--out", f"{closed}/x"]),
-            (launcher("tools/generate_knowledge.py").main, ["--captions", given["captions"], "--out", f"{closed}/x"]),
-            (amp.search.main, ["--index", f"{closed}/x", "--photos", str(tmp_path / "photos"), "--model", clip_folder,
-                               "--workers", "0"]),
-        ]  # fmt: skip
-        for main, arguments in calls:
-            assert closed in one_error(lambda run=main, given=arguments: run(given), capsys)
+    here, there = str(tmp_path / "file"), "/proc/nowhere"
+    calls = {
+        "launchers/train.py": training_arguments(shards, clip_folder, tmp_path, out=f"{there}/x.json"),
+        "launchers/evaluate.py": training_arguments(shards, clip_folder, tmp_path, out=f"{there}/x.json"),
+        "launchers/train.py cache": training_arguments(shards, clip_folder, tmp_path, data__cache=f"{there}/x"),
+        "tools/make_shards.py": ["--captions", given["captions"], "--images", given["images"], "--out", f"{here}/x"],
+        "tools/generate_knowledge.py": ["--captions", given["captions"], "--out", f"{here}/x"],
+        "amp/search.py": ["--index", f"{there}/x", "--photos", given["images"], "--model", clip_folder,
+                          "--workers", "0"],
+    }  # fmt: skip
+    for name, arguments in calls.items():
+        main = launcher(name.split()[0]).main
+        line = one_error(lambda run=main, given=arguments: run(given), capsys)
+        assert here in line or there in line, name
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------
@@ -159,6 +146,82 @@ def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_pat
 KEY, PASSWORD, TOKEN = "sk-canary-0123456789abcdef", "canary-password", "hf_canary0123456789"
 CANARIES = re.compile(f"{KEY}|{PASSWORD}|{TOKEN}|canary-wandb")
 SECRET_ENVIRONMENT = {"OPENAI_API_KEY": KEY, "HF_TOKEN": TOKEN, "WANDB_API_KEY": "canary-wandb"}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, clip_folder):
+    """Conversion, training, evaluation and search in a folder with planted links and an environment with keys: the
+    folder, what was shown, and the addresses that were connected to."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    root = tmp_path_factory.mktemp("job")
+    (root / "mine.txt").write_bytes(MINE)
+    run = root / "run"
+    (run / "stage1").mkdir(parents=True)
+    for name in ("config.yaml", "stage1/adapter.safetensors", "stage1/.adapter.safetensors.tmp"):
+        (run / name).symlink_to(root / "mine.txt")
+    given = draw_dataset(root / "drawn", {"train": 8, "test": 4})
+    adapter = run / "stage1" / "adapter.safetensors"
+    common = training_arguments(root / "shards", clip_folder, root, out=run)
+    results = training_arguments(root / "shards", clip_folder, root, adapters=f"[mine={adapter}]")
+    steps = [
+        ("tools/make_shards.py", ["--captions", given["captions"], "--images", given["images"], "--knowledge",
+                                  given["knowledge"], "--out", str(root / "shards"), "--workers", "1"]),
+        ("launchers/train.py", [*common, "--trackers", "[tensorboard]"]),
+        ("launchers/evaluate.py", results),
+        ("amp/search.py", ["--index", str(root / "index"), "--adapter", str(adapter), "--photos", given["images"],
+                           "--workers", "0", "a dog chases a ball"]),
+    ]  # fmt: skip
+    connected, out = [], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
+        for name, value in SECRET_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, _noting(getattr(socket.socket, name), connected), raising=False)
+        patch.setattr(socket, "getaddrinfo", lambda host, *_, **__: connected.append(("asked for", host)) or [])
+        for script, arguments in steps:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState._reset_state()
+            launcher(script).main(arguments)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    return root, out.getvalue(), connected
+
+
+def _noting(function, connected: list):
+    def call(self, *arguments):
+        connected.append(arguments[-1])
+        return function(self, *arguments)
+
+    return call
+
+
+def test_a_job_on_local_data_uses_no_network(job):
+    """Conversion, training, evaluation, search: no name is looked up, no address but of this machine connected to."""
+    _, _, connected = job
+    outside = [to for to in connected if not isinstance(to, str | bytes) and to[0] not in ("127.0.0.1", "::1")]
+    assert not outside
+
+
+def test_a_run_replaces_links(job):
+    root, _, _ = job
+    assert (root / "mine.txt").read_bytes() == MINE and "stages:" in (root / "run" / "config.yaml").read_text()
+    assert read_adapter(root / "run" / "stage1" / "adapter.safetensors")[0].training["step"] == 2
+
+
+def test_a_job_keeps_no_secret(job):
+    root, shown, _ = job
+    assert list((root / "run").rglob("events.out.*")) and "photos in" in shown
+    assert not CANARIES.search(shown) and not files_with_canaries(root)
+
+
+def test_a_wrong_command_line_shows_no_secret(capsys, tmp_path):
+    url = f"http://me:{PASSWORD}@host/x"
+    with pytest.raises(SystemExit):
+        launcher("launchers/train.py").main(["--out", str(tmp_path), "--model.name", url, "--wandb.api_key", KEY])
+    shown = capsys.readouterr().err
+    assert "--wandb.api_key ***" in shown and not CANARIES.search(shown)
 
 
 def test_secrets_are_replaced_and_nothing_else():
@@ -203,7 +266,8 @@ def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
     def arguments(url, out):
         return ["--captions", str(captions), "--out", str(tmp_path / out), "--engine", "openai", "--model", "m",
                 "--openai.base_url", url.replace("http://", f"http://me:{PASSWORD}@"), "--openai.constrained", "none",
-                "--fallback", "none", "--max_fallback", "1", "--openai.first_wait", "0.01", "--openai.tries", "1"]  # fmt: skip
+                "--fallback", "none", "--max_fallback", "1", "--openai.first_wait", "0.01",
+                "--openai.tries", "1"]  # fmt: skip
 
     for number, answer in enumerate((good(), echo)):
         with Faulty(answer).serve() as url:
@@ -211,7 +275,7 @@ def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     provenance = json.loads((tmp_path / "out0" / "knowledge_provenance.json").read_text())
     assert any("***@127.0.0.1" in part for part in provenance["command"])
-    assert "no: Bearer ***" in "".join(p.read_text() for p in (tmp_path / "out1" / "cache").iterdir())
+    assert "no: Basic ***" in "".join(p.read_text() for p in (tmp_path / "out1" / "cache").iterdir())
     for answer in (status(401), status(404), status(500), b"not JSON"):
         with Faulty(answer).serve() as url, pytest.raises(SystemExit):
             main(arguments(url, "out2"))
@@ -220,31 +284,3 @@ def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
     more = capsys.readouterr()
     assert "***" in more.err and not CANARIES.search(shown.out + shown.err + more.out + more.err)
     assert not files_with_canaries(tmp_path)
-
-
-def test_conversion_training_and_search_keep_no_secret(tmp_path, clip_folder):
-    """With keys in the environment and one on a command line, in processes of their own: output and files."""
-    given = draw_dataset(tmp_path / "drawn", {"train": 8, "val": 4})
-    url = f"http://me:{PASSWORD}@host/x"
-    (tmp_path / "provenance.json").write_text("{}")
-    steps = [
-        ["tools/make_shards.py", "--captions", given["captions"], "--images", given["images"], "--knowledge",
-         given["knowledge"], "--out", str(tmp_path / "shards"), "--workers", "1"],
-        ["launchers/train.py", *training_arguments(tmp_path / "shards", clip_folder, tmp_path, out=tmp_path / "run",
-                                                   trackers="[tensorboard]")],
-        ["launchers/train.py", "--out", str(tmp_path / "no"), "--model.name", url, "--wandb.api_key", KEY],
-    ]  # fmt: skip
-    for number, step in enumerate(steps):
-        done = subprocess.run([sys.executable, *step], cwd=ROOT, capture_output=True, text=True,
-                              env={**QUIET_ENVIRONMENT, **SECRET_ENVIRONMENT, "PYTHONPATH": str(ROOT)})  # fmt: skip
-        assert (done.returncode == 0) == (number < 2), done.stderr
-        assert not CANARIES.search(done.stdout + done.stderr), done.stderr
-    assert (tmp_path / "run" / "config.yaml").is_file() and list((tmp_path / "run").rglob("events.out.*"))
-    assert not files_with_canaries(tmp_path)
-
-
-def test_the_cache_holds_what_was_said_and_no_more(tmp_path):
-    with ReplyCache(tmp_path, "a") as replies:
-        replies.put("k", Reply("text"), caption="c")
-    assert json.loads((tmp_path / "a.jsonl").read_text()) == {"key": "k", "caption": "c", "reply": "text"}
-    shutil.rmtree(tmp_path)
