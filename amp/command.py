@@ -14,8 +14,14 @@ class CommandLine(ArgumentParser):
     def parse_args(self, *arguments, **options):
         try:
             return super().parse_args(*arguments, **options)
-        except (RecursionError, ValueError) as error:  # a list in a list in a list; a number of thousands of digits
+        except (RecursionError, TypeError, ValueError) as error:  # lists in lists; a number of thousands of digits
             self.error(f"a value can't be read ({type(error).__name__}: {error})")
+
+    def instantiate(self, *arguments, **options):
+        try:
+            return super().instantiate(*arguments, **options)
+        except TypeError as error:  # a list in place of a group of settings
+            self.error(f"a value is of the wrong type ({error})")
 
     def error(self, message, *arguments, **options):
         lines = without_secrets(str(message)).split("\n")

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, launcher
-from hostile_helpers import one_error
 
-SOURCES = sorted(
-    path for folder in ("amp", "launchers", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("amp", "launchers", "tools", "benchmarks")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 # Who may speak to others: the engine of a server that the user names.
 NETWORK = {"amp/generation/engines/openai_engine.py"}
 NETWORK_MODULES = ("requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftplib", "smtplib", "openai")
@@ -54,7 +52,8 @@ def test_no_module_loads_code_from_data(path):
 @pytest.mark.parametrize("source", [
     "import pickle", "from pickle import loads", "torch.load(x)", "torch.load(x, weights_only=False)", "np.load(x)",
     "np.load(x, allow_pickle=True)", "yaml.load(x)", "eval(x)", "exec(x)", "subprocess.run(x, shell=True)",
-    "os.system(x)", "import requests", "from urllib.request import urlopen", "import urllib.request", "tar.extractall(x)",
+    "os.system(x)", "import requests", "from urllib.request import urlopen", "import urllib.request",
+    "tar.extractall(x)",
 ])  # fmt: skip
 def test_the_reading_above_finds_faults(source):
     assert faults(source, "amp/x.py")
@@ -62,20 +61,20 @@ def test_the_reading_above_finds_faults(source):
 
 # -- YAML -------------------------------------------------------------------------------------------------------------
 
-MAKE = "tools/make_shards.py", "--config"
-COMMANDS = [("launchers/train.py", "--config"), ("launchers/evaluate.py", "--config"), ("launchers/choose.py", "--config"),
-            ("launchers/report.py", "--config"), ("launchers/sweep.py", "--config"), MAKE,
-            ("tools/generate_knowledge.py", "--config")]  # fmt: skip
+COMMANDS = ("launchers/train.py", "launchers/evaluate.py", "launchers/choose.py", "launchers/report.py",
+            "launchers/sweep.py", "tools/make_shards.py", "tools/generate_knowledge.py")  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "option"), COMMANDS, ids=lambda value: value)
-def test_yaml_makes_no_objects(tmp_path, capsys, script, option):
+@pytest.mark.parametrize("script", COMMANDS)
+def test_yaml_makes_no_objects(tmp_path, capsys, script):
     path, canary = tmp_path / "c.yaml", tmp_path / "canary"
     for tag, value in (("object/apply:os.mkdir", f"[{canary}]"), ("object/new:os.mkdir", f"[{canary}]"),
                        ("name:os.system", "''"), ("module:os", "''")):  # fmt: skip
         path.write_text(f"seed: !!python/{tag} {value}\n")
-        line = one_error(lambda: launcher(script).main([option, str(path)]), capsys)
-        assert "python/" in line or "constructor" in line
+        with pytest.raises(SystemExit) as ended:
+            launcher(script).main(["--config", str(path)])
+        shown = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in shown and f"python/{tag.split(':')[0]}" in shown
     assert not canary.exists()
 
 
@@ -108,12 +107,12 @@ def test_settings_choose_no_class(tmp_path, capsys, key):
 def test_templates_are_read_by_the_safe_loader(tmp_path):
     from amp.errors import AmpError
     from amp.generation.prompts import load_template
-    from amp.retrieval.table1 import load_rows
+    from amp.retrieval.table1 import load_published
 
     canary, path = tmp_path / "canary", tmp_path / "x.yaml"
     for text in (f"version: !!python/object/apply:os.mkdir [{canary}]\n", "version: 0x" + "f" * 6000, "[" * 5000):
         path.write_text(text)
-        for read in (load_template, load_rows):
+        for read in (load_template, load_published):
             with pytest.raises(AmpError, match=r"x\.yaml"):
                 read(str(path))
     assert not Path(canary).exists()

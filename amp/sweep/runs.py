@@ -67,7 +67,7 @@ def identity(config: SweepConfig, row: Row) -> tuple[dict, str]:
     for path in [*config.base, *row.configs]:
         try:
             files.append(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise AmpError(f"{path}: can't be read as YAML ({error}); row {row.name!r} names it") from error
     for part in (*files, keys):  # where a run is written to is no part of what it is
         part.pop("out", None)
