@@ -11,11 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from amp.config import PromptConfig
-from amp.errors import AmpError
+from amp.errors import AmpError, shorten
+from amp.files import whole_file
+from amp.json_text import parse_json
 from amp.model import ActionAwareCLIP
 from amp.version import __version__
 
 FORMAT = "open-clip-amp adapter"
+_AGAIN = "Give an adapter.safetensors that launchers/train.py wrote"
 
 
 @dataclass
@@ -70,13 +73,8 @@ def write_adapter(path: str | os.PathLike, header: AdapterHeader, weights: dict[
     weights = {k: v.detach().to("cpu").contiguous() for k, v in weights.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # Not `save_file`, whose files nobody else of a group may read.
-        temporary.write_bytes(save(weights, metadata={"format": FORMAT, "header": json.dumps(asdict(header))}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:  # not `save_file`, whose files nobody else of a group may read
+        file.write(save(weights, metadata={"format": FORMAT, "header": json.dumps(asdict(header))}))
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torch.Tensor]]:
@@ -102,7 +100,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
         raise AmpError(f"{path}: not a whole safetensors file ({error}). Copy or train it again") from error
     except OSError as error:
         raise AmpError(f"{path}: can't be read ({error}), expected a file") from error
-    record = json.loads(metadata["header"])
+    record = _header(path, metadata)
     for what, seen, known in (
         ("header keys", record, AdapterHeader),
         ("prompt settings", record["prompt_config"], PromptConfig),
@@ -111,8 +109,29 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
         if unknown:
             raise AmpError(f"{path}: {what} {unknown} are unknown to open-clip-amp {__version__}, the file was "
                            f"written by {record['version']}. Install that version or a newer one")  # fmt: skip
-    record["prompt_config"] = PromptConfig(**record["prompt_config"])
-    return AdapterHeader(**record), weights
+    try:
+        record["prompt_config"] = PromptConfig(**record["prompt_config"])
+        return AdapterHeader(**record), weights
+    except TypeError as error:  # a key is missing, or compared with a number and is none
+        raise AmpError(f"{path}: {error}; expected the header of an adapter. {_AGAIN}") from None
+
+
+def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
+    """The header as JSON values of the right types; which keys there are is not checked yet."""
+    try:
+        record = parse_json(metadata["header"])
+    except (KeyError, ValueError) as error:
+        raise AmpError(f"{path}: metadata key 'header' is missing or not JSON ({error!r}). {_AGAIN}") from None
+    if not isinstance(record, dict):
+        raise AmpError(f"{path}: the header is {shorten(record)}, expected a JSON object. {_AGAIN}")
+    types = {"base_name": str, "base_hash": str, "version": str, "quick_gelu": bool, "prompt_config": dict,
+             "training": dict, "base_pretrained": str | None}  # fmt: skip
+    for key, kind in types.items():
+        if key not in record:
+            raise AmpError(f"{path}: header key {key!r} is missing; keys seen: {shorten(sorted(record))}. {_AGAIN}")
+        if not isinstance(record[key], kind):
+            raise AmpError(f"{path}: header key {key!r} is {shorten(record[key])}, expected {kind}. {_AGAIN}")
+    return record
 
 
 def load_adapter(path: str | os.PathLike, model: ActionAwareCLIP) -> AdapterHeader:

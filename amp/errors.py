@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+_HIDDEN = "***"
+_SECRET = r"(?:api[_-]?key|access[_-]?token|auth[_-]?token|token|secret|password|passwd)"
+_SECRETS = (
+    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # NAME:PASSWORD of an address
+    re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}(?:[ =]+)(?P<value>[^\s-]\S*)"),
+    re.compile(rf"(?i){_SECRET}[\"']?\s*[=:]\s*[\"']?(?P<value>[^\s\"',}}\])]+)"),
+    re.compile(r"\b(?:Basic|Bearer) (?P<value>[\w+/=.~-]{8,})"),  # of a request's head
+    re.compile(r"\b(?:sk-|hf_|github_pat_|ghp_)[\w-]{12,}"),  # keys that can be told by their beginning
+)
 
 
 class AmpError(ValueError):
@@ -23,11 +35,43 @@ def exit_on_error() -> Iterator[None]:
         message = str(error)
         if "Original Traceback" in message:  # from a DataLoader's worker, which passes it on below a traceback
             message = message.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(without_secrets(message))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def shorten(value: object, limit: int = 80) -> str:
     """``repr(value)`` on one line, cut to ``limit`` characters: how a message shows the value that was seen."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # lists in lists in lists; a number of thousands of digits
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """One line without control characters: those in file names and captions could move the cursor, change what was
+    printed before, or reverse the order of letters; each is shown as its escape."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """The text with passwords in addresses, and what is named or looks like a key, replaced by ``***``."""
+    for pattern in _SECRETS:
+        text = pattern.sub(_hide, text)
+    return text
+
+
+def public_command(command: Sequence[str]) -> list[str]:
+    """A command line fit to be kept in a file beside the data: without secrets."""
+    after_secret = [False, *(bool(re.fullmatch(rf"(?i)--[\w.-]*{_SECRET}", part)) for part in command)]
+    return [_HIDDEN if hide else without_secrets(part) for part, hide in zip(command, after_secret, strict=False)]
+
+
+def _hide(match: re.Match) -> str:
+    if "value" not in match.re.groupindex:
+        return _HIDDEN
+    return match[0].removesuffix(match["value"]) + _HIDDEN
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")

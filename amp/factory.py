@@ -3,6 +3,7 @@
 import logging
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
 
 import open_clip
@@ -88,7 +89,7 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
     with torch.device(device):
         try:
             return open_clip.create_model_and_transforms(model_name, pretrained, device=device, **open_clip_kwargs)
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        except (RuntimeError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
             reason = str(error).strip().split("\n")[0]
             raise AmpError(
                 f"model {model_name!r} with pretrained {pretrained!r}: open_clip can't load it ({reason[:300]}). Check "

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
-
-from amp.errors import AmpError, exit_on_error
+from amp.command import CommandLine
+from amp.errors import AmpError, exit_on_error, printable
 
 
 @dataclass
@@ -48,16 +47,16 @@ class SearchSettings:
     top_k: int = 20
     fusion_weight: float = 0.0
     knowledge: Literal["rules", "transformers", "openai", "vllm", "none"] = "rules"
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     sheet: str | None = None
     device: str | None = None
     batch_size: int = 32
     workers: int = 4
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandLine:
     usage = 'python -m amp.search --index FOLDER [--KEY VALUE ...] "QUERY"'
-    parser = ArgumentParser(prog="python -m amp.search", usage=usage, description=__doc__.split("\n")[0])
+    parser = CommandLine(prog="python -m amp.search", usage=usage, description=__doc__.split("\n")[0])
     parser.add_argument("query", nargs="?", default=None, help="what the photo shows")
     parser.add_class_arguments(SearchSettings, as_group=False)
     return parser
@@ -99,13 +98,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise AmpError("index is empty, expected a folder; add --index FOLDER")
         if query is None and settings.photos is None:
             raise AmpError('neither query nor photos, expected one: python -m amp.search --index FOLDER "a dog jumps"')
-        from rich.console import Console
-
         from amp.factory import quiet_open_clip
-        from amp.terminal import Terminal
+        from amp.terminal import PlainConsole, Terminal
 
         quiet_open_clip()
-        terminal, console = Terminal(True), Console()
+        terminal, console = Terminal(True), PlainConsole()
         search = retriever(settings, asks=query is not None)
         if settings.photos is not None:
             with terminal.progress("encoding photos") as report:
@@ -126,15 +123,15 @@ def show(console, found, sheet: str | None) -> None:
 
     for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
         slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)
-        console.print(Text(f"<{slots}>  {state}", style="dim"))
+        console.print(Text(printable(f"<{slots}>  {state}"), style="dim"))
     console.print(Text("rank  score  CLIP's rank and score  photo", style="bold"))
     for number, hit in enumerate(found.hits, start=1):
         line = f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}"
-        console.print(Text(line), soft_wrap=True)  # a path cut in two can't be copied
+        console.print(Text(printable(line)), soft_wrap=True)  # a path cut in two can't be copied
     for path, reason in found.skipped.items():
-        console.print(Text(f"skipped {path}: {reason}"), style="yellow", soft_wrap=True)
+        console.print(Text(printable(f"skipped {path}: {reason}")), style="yellow", soft_wrap=True)
     if sheet is not None:
-        console.print(Text(f"{draw_contact_sheet(sheet, found)} written"), soft_wrap=True)
+        console.print(Text(printable(f"{draw_contact_sheet(sheet, found)} written")), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,23 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from amp.errors import printable
+
+
+class PlainConsole(Console):
+    """A console that shows texts as they are: "[bold]" in a caption is no markup, and control characters are spelt out.
+
+    Args:
+        **options: Of `rich.console.Console`.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def render_str(self, text: str, **options):
+        lines = text.split("\n")  # a table's header has two
+        return super().render_str("\n".join(printable(line) for line in lines), **options)
+
 
 class Terminal:
     """Standard error of a run.
@@ -15,7 +32,7 @@ class Terminal:
     """
 
     def __init__(self, main: bool):
-        self.main, self.console = main, Console(stderr=True, quiet=not main)
+        self.main, self.console = main, PlainConsole(stderr=True, quiet=not main)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)  # a path cut in two can't be copied
@@ -23,11 +40,16 @@ class Terminal:
     @contextmanager
     def progress(self, what: str):
         """Yields report(done, total)."""
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         # In a log file a bar that goes away again would leave an empty line.
         off = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=off) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(printable(what), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     @contextmanager

@@ -11,10 +11,9 @@ their photos in a folder; both captions get knowledge from --knowledge, which ne
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error
 from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
@@ -42,13 +41,13 @@ class ChooseSettings:
     images: str | None = None
     split: str = "test"
     knowledge: Literal["rules", "transformers", "openai", "vllm", "none"] = "rules"
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     limit: int = 0
     choices_a_batch: int = 64
     out: str = "runs/choices.csv"
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandLine:
     return command_line("launchers/choose.py", __doc__, ChooseSettings)
 
 
@@ -60,18 +59,17 @@ def main(arguments: list[str] | None = None) -> None:
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.adapters import adapted, named_adapter
     from amp.retrieval.choice import choose, load_choices, save_choices
     from amp.retrieval.evaluate import SplitCaptions, spaced
-    from amp.retrieval.photo_index import open_photo
     from amp.retrieval.swaps import TESTS, swapped_actions, swapped_roles
-    from amp.terminal import Terminal
+    from amp.terminal import PlainConsole, Terminal
 
     named = dict(named_adapter(text) for text in settings.adapters)
     if not named:
@@ -121,7 +119,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
         if skipped:
             terminal.say(f"{name}: {len(skipped):,} photos skipped, first: {next(iter(skipped.items()))}")
     save_choices(settings.out, results)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ RESULTS.csv, RESULTS.md and RESULTS.png. Ends with status 1 where a run failed.
 import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import exit_on_error
 from amp.sweep.config import SweepConfig
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def parser() -> CommandLine:
+    parser = CommandLine(
         prog="launchers/sweep.py",
         usage="launchers/sweep.py [--config FILE] [--KEY VALUE ...]",
         description=__doc__.split("\n")[0],

@@ -6,8 +6,7 @@ python launchers/table1.py --commands true         (what to run for the lines th
 
 from dataclasses import dataclass
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import exit_on_error
 
 
@@ -28,8 +27,8 @@ class TableSettings:
     commands: bool = False
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="launchers/table1.py", description=__doc__.split("\n")[0])
+def parser() -> CommandLine:
+    parser = CommandLine(prog="launchers/table1.py", description=__doc__.split("\n")[0])
     parser.add_class_arguments(TableSettings, as_group=False)
     return parser
 
@@ -37,11 +36,11 @@ def parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     settings = TableSettings(**vars(parser().parse_args(arguments)))
     with exit_on_error():
-        from rich.console import Console
         from rich.markdown import Markdown
 
         from amp.retrieval.results import write_atomically
         from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
+        from amp.terminal import PlainConsole
 
         rows, sources = load_published(settings.published)
         add_results(rows, settings.results)
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = render_markdown(rows, sources)
         if settings.out is not None:
             write_atomically(settings.out, text.encode())
-        Console().print(Markdown(text))
+        PlainConsole().print(Markdown(text))
 
 
 if __name__ == "__main__":

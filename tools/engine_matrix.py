@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, IMAGES_A_STEP, KILL_AT = 12, 16, 5
@@ -34,7 +35,7 @@ SETTINGS = [
     "1", "--validation.max_queries", "8", "--validate_every", "1", "--data.workers", "1",
     "--checkpoint.every_steps", "1", "--checkpoint.keep", str(STEPS),
 ]  # fmt: skip
-CONSOLE = Console(stderr=True)
+CONSOLE = PlainConsole(stderr=True)
 
 
 @dataclass
@@ -139,7 +140,7 @@ def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"
     table = Table(*rows[0].keys())
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,22 @@ A JSONL file or a folder of shards each::
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from amp.errors import exit_on_error
+from amp.errors import exit_on_error, printable
 from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
 from amp.generation.replies import triplet_line
+from amp.retrieval.results import write_atomically
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from jsonargparse import ArgumentParser
     from open_clip import SimpleTokenizer
-    from rich.console import Console
     from rich.markdown import Markdown
 
-    parser = ArgumentParser(prog="knowledge_report.py", description=__doc__.partition("\n")[0])
+    from amp.command import CommandLine
+    from amp.terminal import PlainConsole
+
+    parser = CommandLine(prog="knowledge_report.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--knowledge", type=str, required=True, help="knowledge.jsonl, or a folder of shards")
     parser.add_argument("--against", type=str | None, help="another version, likewise")
     parser.add_argument("--sample", type=int, default=10, help="captions to show")
@@ -46,10 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         text = markdown(report, [[entries[name] for entries in versions] for name in chosen])
         if options.out:
             content = json.dumps(report, indent=1, ensure_ascii=False) if options.out.endswith(".json") else text
-            temporary = Path(f"{options.out}.tmp")
-            temporary.write_text(content + "\n", encoding="utf-8")
-            os.replace(temporary, options.out)
-        Console().print(Markdown(text))
+            write_atomically(options.out, f"{content}\n".encode())
+        PlainConsole().print(Markdown(text))
 
 
 def markdown(report: dict, samples: list[list[Entry]]) -> str:
@@ -90,7 +89,7 @@ def _counts(counts: dict) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown doesn't read as its own marks."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>|#" else letter for letter in text)
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>|#" else letter for letter in printable(text))
 
 
 if __name__ == "__main__":

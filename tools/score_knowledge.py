@@ -10,8 +10,8 @@ First the labelled captions as a captions file, then knowledge for them by any e
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from pathlib import Path
 
 from amp.data.sources import jsonl_objects
@@ -19,19 +19,20 @@ from amp.errors import exit_on_error
 from amp.generation.replies import triplet_line
 from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
 from amp.knowledge.schema import Knowledge, parse_knowledge
+from amp.retrieval.results import write_atomically
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from jsonargparse import ArgumentParser
-    from rich.console import Console
+    from amp.command import CommandLine
+    from amp.terminal import PlainConsole
 
-    parser = ArgumentParser(prog="score_knowledge.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(prog="score_knowledge.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--knowledge", type=str | None, help="knowledge.jsonl of the labelled captions")
     parser.add_argument("--write_captions", type=str | None, help="write the labelled captions to this CSV instead")
     parser.add_argument("--worst", type=int, default=0, help="show so many captions with the most mistakes and misses")
     parser.add_argument("--out", type=str | None, help="JSON file for the figures")
     options = parser.parse_args(arguments)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PlainConsole(soft_wrap=True, highlight=False)
     with exit_on_error():
         gold = load_gold()
         if (options.knowledge is None) == (options.write_captions is None):
@@ -45,19 +46,16 @@ def main(arguments: list[str] | None = None) -> None:
         if options.worst:
             show_worst(found, gold, options.worst, console)
         if options.out:
-            temporary = Path(f"{options.out}.tmp")
-            temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, options.out)
+            write_atomically(options.out, f"{json.dumps(figures, indent=1)}\n".encode())
 
 
 def write_captions(gold: list[GoldCaption], path: Path) -> None:
     """A captions file whose data row numbers are the places in the gold file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "caption", "split"])
-        rows.writerows([f"gold-{number:03d}.jpg", label.caption, "test"] for number, label in enumerate(gold))
-    os.replace(temporary, path)
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["image", "caption", "split"])
+    rows.writerows([f"gold-{number:03d}.jpg", label.caption, "test"] for number, label in enumerate(gold))
+    write_atomically(path, text.getvalue().encode())
 
 
 def read_knowledge(path: Path, gold: list[GoldCaption]) -> list[Knowledge]:

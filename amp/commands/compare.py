@@ -9,8 +9,7 @@ the .npz file beside each JSON file.
 
 from dataclasses import dataclass
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import exit_on_error
 
 
@@ -37,8 +36,8 @@ class CompareSettings:
     seed: int = 0
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="launchers/compare.py", usage="launchers/compare.py --a FILE --a_row ROW --b_row ROW",
+def parser() -> CommandLine:
+    parser = CommandLine(prog="launchers/compare.py", usage="launchers/compare.py --a FILE --a_row ROW --b_row ROW",
                             description=__doc__.split("\n")[0])  # fmt: skip
     parser.add_class_arguments(CompareSettings, as_group=False)
     return parser
@@ -47,14 +46,13 @@ def parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     with exit_on_error():
-        from rich.console import Console
-
         from amp.retrieval.compare import compare
+        from amp.terminal import PlainConsole
 
         settings = CompareSettings(**vars(parsed))
         comparison = compare(settings.a, settings.a_row, settings.b or settings.a, settings.b_row, settings.bootstrap,
                              settings.seed)  # fmt: skip
-        comparison.print_table(Console())
+        comparison.print_table(PlainConsole())
         if settings.out is not None:
             comparison.save_json(settings.out)
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error
 from amp.retrieval.evaluate import RetrievalSettings
 from amp.train.command import command_line, read_command_line
@@ -47,7 +46,7 @@ class EvaluationSettings:
     bootstrap: int = 1000
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandLine:
     return command_line("launchers/evaluate.py", __doc__, EvaluationSettings)
 
 

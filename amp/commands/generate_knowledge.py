@@ -37,11 +37,12 @@ ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": V
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from jsonargparse import ArgumentParser
-    from rich.console import Console
     from rich.table import Table
 
-    parser = ArgumentParser(
+    from amp.command import CommandLine
+    from amp.terminal import PlainConsole
+
+    parser = CommandLine(
         prog="generate_knowledge.py",
         usage="generate_knowledge.py --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
         description=__doc__.partition("\n")[0],
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_class_arguments(engine, name, skip={"model"})
     parser.add_argument("--config", action="config", help="YAML file with these options")
     options = parser.parse_args(arguments).as_dict()
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     command = ["generate_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
     options.pop("config")
     of_engines = {name: options.pop(name) for name in ENGINES}
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         column.justify = "right"
     for source in dict.fromkeys((*summary.triplets, *summary.states)):
         table.add_row(source, f"{summary.triplets[source]:,}", f"{summary.states[source]:,}")
-    output = Console()
+    output = PlainConsole()
     output.print(table)
     output.print(f"{summary.captions:,} captions, {summary.distinct:,} different ones")
     for reason, count in summary.empty.items():

@@ -33,11 +33,12 @@ from amp.errors import exit_on_error
 
 def main(arguments: list[str] | None = None) -> None:
     # Imported here because the worker processes import this file too.
-    from jsonargparse import ArgumentParser
-    from rich.console import Console
     from rich.table import Table
 
-    parser = ArgumentParser(
+    from amp.command import CommandLine
+    from amp.terminal import PlainConsole
+
+    parser = CommandLine(
         prog="make_shards.py",
         usage="make_shards.py --captions FILE --images FOLDER --out FOLDER [options]",
         description=__doc__.partition("\n")[0],
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", action="config", help="YAML file with these options")
     options = parser.parse_args(arguments)
     options.pop("config")
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     command = ["make_shards.py", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         with exit_on_error():
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{len(shards):,}",
             f"{sum(shard.bytes for shard in shards) / 1e6:,.1f}",
         )
-    output = Console()
+    output = PlainConsole()
     output.print(table)
     for split, count in manifest.excluded.items():
         output.print(f"{count:,} images of split {split} excluded on request")

@@ -9,8 +9,7 @@ amp.from_pretrained("models/mine"), `amp search --adapter models/mine` and hf-hu
 
 from dataclasses import dataclass
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error
 
 
@@ -37,9 +36,9 @@ class PublishSettings:
     private: bool = False
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="amp publish", usage="amp publish --adapter FILE --out FOLDER [--KEY VALUE ...]",
-                            description=__doc__.split("\n")[0])  # fmt: skip
+def parser() -> CommandLine:
+    parser = CommandLine(prog="amp publish", usage="amp publish --adapter FILE --out FOLDER [--KEY VALUE ...]",
+                         description=__doc__.split("\n")[0])  # fmt: skip
     parser.add_class_arguments(PublishSettings, as_group=False)
     return parser
 

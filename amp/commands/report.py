@@ -11,8 +11,7 @@ shown, and the TensorBoard files of their runs give the training curves.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
+from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error
 from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
@@ -43,7 +42,7 @@ class ReportSettings:
     out: str = "runs/report.html"
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandLine:
     return command_line("launchers/report.py", __doc__, ReportSettings)
 
 

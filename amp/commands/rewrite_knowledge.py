@@ -18,14 +18,15 @@ from amp.errors import exit_on_error
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from jsonargparse import ArgumentParser
-    from rich.console import Console
     from rich.table import Table
 
-    parser = ArgumentParser(prog="rewrite_knowledge.py", description=__doc__.partition("\n")[0])
+    from amp.command import CommandLine
+    from amp.terminal import PlainConsole
+
+    parser = CommandLine(prog="rewrite_knowledge.py", description=__doc__.partition("\n")[0])
     parser.add_function_arguments(rewrite_knowledge, skip={"command", "console"})
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     command = ["rewrite_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         with exit_on_error():
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     for split, shards in manifest.splits.items():
         without = manifest.captions_without_knowledge[split]
         table.add_row(split, f"{len(shards):,}", f"{manifest.captions(split):,}", f"{without:,}")
-    output = Console(soft_wrap=True)
+    output = PlainConsole(soft_wrap=True)
     output.print(table)
     output.print(f"{manifest.root / 'manifest.json'} written")
 

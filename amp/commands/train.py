@@ -18,17 +18,16 @@ import argparse
 import os
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-from rich.console import Console
-
+from amp.command import CommandLine
 from amp.errors import exit_on_error
+from amp.terminal import PlainConsole
 from amp.train.command import ConfigFile
 from amp.train.config import TrainConfig
 from amp.train.plan import PlanSettings, make_plan, print_plan
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def parser() -> CommandLine:
+    parser = CommandLine(
         prog="launchers/train.py",
         usage="launchers/train.py [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=__doc__.split("\n")[0],
@@ -56,13 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
         config.check()
         if planned is not None:
             plan = make_plan(config, planned)
-            print_plan(plan, Console())
+            print_plan(plan, PlainConsole())
             raise SystemExit(0 if plan.sound else 2)
         if os.environ.get("RANK", "0") == "0":
-            Path(config.out).mkdir(parents=True, exist_ok=True)
+            from amp.retrieval.results import write_atomically
+
             del parsed["config"]
             # Nulls too: left out, they would be read back as the defaults.
-            options.save(parsed, Path(config.out) / "config.yaml", overwrite=True, skip_unset=False)
+            write_atomically(Path(config.out) / "config.yaml", options.dump(parsed, skip_unset=False).encode())
         from amp.train.engine import train  # after the checks, which need none of its imports
 
         train(config)

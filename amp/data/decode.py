@@ -1,6 +1,8 @@
 """Photo bytes to pixels; without torch, which costs a process that only looks at files seconds."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -22,7 +24,7 @@ def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
             time, and gives (ceil(H / shrink), ceil(W / shrink), 3). Only where `jpeg_size` knows the size.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: as Pillow does.
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: see `decoding`.
     """
     size = jpeg_size(content)
     if size is not None:
@@ -35,8 +37,37 @@ def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
             )  # fmt: skip
         except ValueError:
             pass  # damaged; Pillow may still make an image of it, or says what is wrong
-    with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
+    with decoding(), Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
+        refuse_bomb(image)
         return np.asarray(image.convert("RGB").reduce(shrink))
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turns what Pillow's decoders raise on damaged data, which is nearly anything, into an OSError.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: These pass as they are.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Refuses an image, opened but not decoded, of more pixels than Pillow warns of; by itself it takes twice as many.
+
+    Raises:
+        PIL.Image.DecompressionBombError: With its size.
+    """
+    (width, height), most = image.size, Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise Image.DecompressionBombError(
+            f"{width} x {height} pixels, expected at most {most:,}: a decompression bomb"
+        )
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -52,9 +83,14 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 def is_whole(content: bytes) -> bool:
     """Whether a JPEG has all its segments, a frame of a size that Pillow takes, and its end behind its scan; or a PNG
-    all its chunks, each with the right checksum. False of other formats, and where in doubt."""
+    all its chunks, each with the right checksum. False of other formats, and where in doubt.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: A PNG that is not whole; see `decoding`.
+    """
     if content.startswith(b"\x89PNG"):
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:  # checks the size too
+        with decoding(), Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            refuse_bomb(image)
             image.verify()
         return content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82")
     size = jpeg_size(content)

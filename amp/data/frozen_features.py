@@ -42,8 +42,8 @@ class FrozenFeatures:
             AmpError: A file is missing or cut short.
         """
         try:
-            early = np.load(Path(folder) / "early.npy", mmap_mode="r") if tokens else None
-            return cls(early, np.load(Path(folder) / "base.npy", mmap_mode="r"))
+            early = np.load(Path(folder) / "early.npy", mmap_mode="r", allow_pickle=False) if tokens else None
+            return cls(early, np.load(Path(folder) / "base.npy", mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise AmpError(f"{folder}: can't be read ({error}). Remove the folder; it is made again") from error
 

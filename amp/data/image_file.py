@@ -1,17 +1,22 @@
-"""An image file on its way into a shard: seen to be whole, then passed on as it is, or resized."""
+"""Image files of others: seen to be whole and passed on to a shard, as they are or resized; or opened to be shown."""
 
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from amp.data.decode import PILLOW_FORMATS, decode_rgb, is_whole
+from amp.data.decode import PILLOW_FORMATS, decode_rgb, decoding, is_whole, refuse_bomb
+from amp.data.shards import MAX_MEMBER_BYTES
 from amp.errors import AmpError
+
+LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
 # What tells of a damaged file before it is decoded.
 Check = Literal["structure", "decode"]
@@ -62,6 +67,23 @@ class UnreadableImageError(Exception):
         self.may_pass = may_pass
 
 
+def read_limited(path: Path) -> bytes:
+    """A file's bytes, of a regular file of at most `MAX_MEMBER_BYTES`.
+
+    Raises:
+        OSError: It can't be read.
+        UnreadableImageError: It is a pipe or a device, which could be read for ever, or too large.
+    """
+    # Not blocking, or a pipe put here after the folder was looked at would hang.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableImageError("not a file, but a pipe or a device")
+        if found.st_size > MAX_MEMBER_BYTES:
+            raise UnreadableImageError(f"{found.st_size} bytes, expected at most {MAX_MEMBER_BYTES}")
+        return file.read(MAX_MEMBER_BYTES)
+
+
 def read_image(path: Path, resize: Resize | None = None, check: Check = "decode") -> tuple[bytes, str]:
     """The bytes to store and their extension (lower case, no dot), of a file that is whole.
 
@@ -75,10 +97,11 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
             or not in order, about a thirtieth of the time of a photo; damage that leaves the structure alone passes.
 
     Raises:
-        UnreadableImageError: unreadable, damaged, cut short, of another format, or a decompression bomb.
+        UnreadableImageError: unreadable, damaged, cut short, of another format, a decompression bomb, or too
+            narrow to be resized.
     """
     try:
-        content = path.read_bytes()
+        content = read_limited(path)
     except OSError as error:
         raise UnreadableImageError(f"can't be read ({error.strerror})", may_pass=True) from None
     extension = path.suffix[1:].lower()
@@ -99,7 +122,27 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
         raise UnreadableImageError(f"damaged ({type(error).__name__}: {error})") from None
     if resize is None or resize.target(*rgb.size) == rgb.size:
         return content, extension
+    width, height = resize.target(*rgb.size)
+    if max(width, height) > LARGEST_JPEG:
+        raise UnreadableImageError(f"{width} x {height} pixels when resized, expected at most {LARGEST_JPEG} a side")
     buffer = io.BytesIO()
     rgb = rgb.resize(resize.target(*rgb.size), Image.Resampling.BICUBIC)
     rgb.save(buffer, "JPEG", quality=resize.quality, subsampling=0)
     return buffer.getvalue(), "jpg"
+
+
+def open_photo(path: Path) -> Image.Image:
+    """A photo in RGB, turned as its camera noted (EXIF); bombs and formats that start other programs are refused.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: It can't be read, or is no such photo.
+    """
+    try:
+        content = read_limited(path)
+    except UnreadableImageError as error:
+        raise OSError(str(error)) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
+        with decoding(), Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
+            refuse_bomb(image)
+            return ImageOps.exif_transpose(image).convert("RGB")

@@ -6,7 +6,6 @@ sidecar says what it will be. As long as there is no manifest the folder isn't f
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tarfile
@@ -15,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
-from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of, write_json
+from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of
 from amp.data.sources import CaptionedImage, attach_knowledge
 from amp.data.writer import load_provenance, lock_folder, source_file
-from amp.errors import AmpError
+from amp.errors import AmpError, public_command
+from amp.files import write_json
+from amp.json_text import parse_json
+from amp.terminal import PlainConsole
 
 _BEFORE = "manifest-before.json"  # the manifest that an unfinished rewrite began with
 
@@ -57,7 +58,7 @@ def rewrite_knowledge(
     out: str | None = None,
     max_missing: float = 0.0,
     command: list[str] | None = None,
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> ShardManifest:
     """Replace the knowledge in shards.
 
@@ -76,7 +77,7 @@ def rewrite_knowledge(
     Raises:
         AmpError: input that can't be used; before that nothing is changed.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     if not 0 <= max_missing <= 1:
         raise RewriteError(f"max_missing is {max_missing}; expected a fraction from 0 to 1")
     root = Path(shards)
@@ -108,7 +109,7 @@ def rewrite_knowledge(
                 "records": report.records,
                 "captions_with_knowledge": report.attached,
                 "records_without_caption": report.unused,
-                "command": command,
+                "command": public_command(command) if command is not None else None,
             },
             "previous_knowledge": earlier if before.get("sha256") == provenance["sha256"] else [*earlier, before],
         }
@@ -186,7 +187,7 @@ def _check_room(jobs: list[_Job], target: Path) -> None:
 def _sidecar(job: _Job) -> dict[str, Any] | None:
     """What an earlier rewrite noted for this shard."""
     try:
-        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
+        sidecar = parse_json(job.sidecar.read_text(encoding="utf-8"))
         return sidecar if {"knowledge", "sha256", "replaces"} <= sidecar.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
@@ -213,7 +214,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
                 assert inner is not None, "a checked shard holds files alone"
                 content = inner.read()
                 if member.name.endswith(".json"):
-                    content = record_bytes(json.loads(content)["key"], next(by_key))
+                    content = record_bytes(parse_json(content)["key"], next(by_key))
                 add_member(hashed, member.name, content)
             end_archive(hashed)
             file.flush()

@@ -2,7 +2,7 @@
 
 from pathlib import PurePosixPath
 
-from amp.data.shards import ShardManifest, ShardReader
+from amp.data.shards import ShardFormatError, ShardManifest, ShardReader
 from amp.data.sources import Caption, CaptionedImage
 
 
@@ -20,6 +20,13 @@ def read_captions(reader: ShardReader) -> list[CaptionedImage]:
     """The images of one shard, without knowledge; closes the reader."""
     with reader:
         records = [reader.record(index) for index in range(len(reader))]
+    for record in records:
+        missing = {"filename", "image_id", "split"} - record.keys()
+        if missing or not all("id" in caption for caption in record["captions"]):
+            raise ShardFormatError(
+                f"{reader.path}: {record['key']}.json: {', '.join(sorted(missing)) or 'a caption id'} is missing; "
+                "expected a shard of tools/make_shards.py; make it again"
+            )
     return [
         CaptionedImage(
             path=record["filename"],

@@ -17,7 +17,6 @@ its samples are read by number.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from dataclasses import dataclass, field
@@ -27,12 +26,18 @@ from typing import Any
 import numpy as np
 
 from amp.errors import AmpError, shorten
+from amp.files import write_json
+from amp.json_text import parse_json
+from amp.knowledge.schema import is_unicode
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "open-clip-amp shards"
 MANIFEST_VERSION = 1
 RECORD_SCHEMA = 1
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+MAX_MEMBER_BYTES = 1 << 29
+"""Bytes of an image file or a record: half a gigabyte, more than any image that isn't a decompression bomb takes."""
 
 _REMAKE = "make the shards again with tools/make_shards.py"
 
@@ -106,7 +111,7 @@ class ShardManifest:
         path = root if root.name == MANIFEST_NAME else root / MANIFEST_NAME
         root = path.parent
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             if not root.is_dir():
                 raise ShardFormatError(f"{root}: no such folder; expected a folder of shards; {_REMAKE}") from None
@@ -308,7 +313,7 @@ class ShardReader:
         where = f"{self.path}: {self.keys[index]}.json"
         content = self._bytes(index, 1)
         try:
-            record = json.loads(content)
+            record = parse_json(content)
         except ValueError as error:
             raise ShardFormatError(f"{where}: not JSON ({error}); {_REMAKE}") from None
         if _get(record, "schema", int, where) != RECORD_SCHEMA:
@@ -319,6 +324,13 @@ class ShardReader:
             raise ShardFormatError(f"{where}: 'key' is {shorten(record['key'])}; expected the member's name; {_REMAKE}")
         if not _get(record, "captions", list, where):
             raise ShardFormatError(f"{where}: 'captions' is empty; expected at least one caption; {_REMAKE}")
+        for number, caption in enumerate(record["captions"]):
+            here = f"{where}: captions[{number}]"
+            _check_text(_get(caption, "text", str, here), f"{here}: 'text'")
+            _check_id(caption.get("id", number), f"{here}: 'id'")
+        _check_id(record.get("image_id", ""), f"{where}: 'image_id'")
+        for name in ("filename", "split"):
+            _check_text(record.get(name, ""), f"{where}: '{name}'")
         return record
 
     def _bytes(self, index: int, which: int) -> bytes:
@@ -351,9 +363,12 @@ class ShardReader:
                         sample[slot] = (member.offset_data, member.size)
                         last_key = key
                     end = tar.offset  # of the first block that is no header
-            except tarfile.TarError as error:
+            except (ShardFormatError, OSError):
+                raise
+            except Exception as error:  # tarfile raises nearly anything on damaged headers
                 raise ShardFormatError(
-                    f"{self.path}: not a readable tar file ({error}); expected an uncompressed tar shard; {_REMAKE}"
+                    f"{self.path}: not a readable tar file ({error or type(error).__name__}); expected an "
+                    f"uncompressed tar shard; {_REMAKE}"
                 ) from None
         # tarfile takes a damaged header or a missing end for the end of the archive, without a word. A whole archive
         # has at least two zero blocks behind its last member.
@@ -376,6 +391,12 @@ class ShardReader:
         where = f"{self.path}: member {shorten(member.name)}"
         if not member.isreg() or member.issparse():
             raise ShardFormatError(f"{where} is a link, a folder or a device; expected plain files only; {_REMAKE}")
+        if not 0 <= member.size <= MAX_MEMBER_BYTES:
+            raise ShardFormatError(
+                f"{where} is of {shorten(member.size)} bytes; expected at most {MAX_MEMBER_BYTES}; {_REMAKE}"
+            )
+        if not is_unicode(member.name):
+            raise ShardFormatError(f"{where} has a name that is not UTF-8; expected one that is; {_REMAKE}")
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts:
             raise ShardFormatError(
@@ -401,17 +422,6 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary name, so that ``path`` is complete or absent."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _get(content: Any, key: str, kind: type, where: str) -> Any:
     """``content[key]``, checked to be there and of type ``kind``."""
     if not isinstance(content, dict):
@@ -424,14 +434,31 @@ def _get(content: Any, key: str, kind: type, where: str) -> Any:
     return content[key]
 
 
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not is_unicode(value):
+        raise ShardFormatError(f"{where} is {shorten(value)}; expected a text of valid Unicode; {_REMAKE}")
+
+
+def _check_id(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | str) or not is_unicode(str(value)):
+        raise ShardFormatError(f"{where} is {shorten(value)}; expected a whole number or a text; {_REMAKE}")
+
+
+def _count(content: Any, key: str, where: str) -> int:
+    count = _get(content, key, int, where)
+    if count < 0:
+        raise ShardFormatError(f"{where}: '{key}' is {count}; expected 0 or more; {_REMAKE}")
+    return count
+
+
 def _shard_info(root: Path, content: Any, where: str) -> ShardInfo:
     name = _get(content, "name", str, where)
     if Path(name).name != name or name in ("", ".", ".."):
         raise ShardFormatError(f"{where}: 'name' is {shorten(name)}; expected a file name without a folder; {_REMAKE}")
     return ShardInfo(
         path=root / name,
-        samples=_get(content, "samples", int, where),
-        captions=_get(content, "captions", int, where),
-        bytes=_get(content, "bytes", int, where),
+        samples=_count(content, "samples", where),
+        captions=_count(content, "captions", where),
+        bytes=_count(content, "bytes", where),
         sha256=_get(content, "sha256", str, where),
     )

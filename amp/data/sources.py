@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from amp.errors import AmpError, shorten
+from amp.json_text import parse_json
 from amp.knowledge.schema import is_unicode, parse_knowledge, parse_origin
 
 FORMATS = ("auto", "karpathy", "csv", "jsonl")
@@ -252,11 +253,14 @@ def check_split(value: Any, where: str) -> str:
 
 def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        content = parse_json(_read_text(path))
+    except SourceFormatError:
+        raise
+    except ValueError as error:
+        place, reason = _json_problem(error)
         raise SourceFormatError(
-            f"{path} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); expected a Karpathy "
-            "JSON; download it again, or name another format with --format"
+            f"{path}{place}: not valid JSON ({reason}); expected a Karpathy JSON; download it again, or name another "
+            "format with --format"
         ) from None
     if isinstance(content, dict) and "annotations" in content:
         raise SourceFormatError(
@@ -372,10 +376,10 @@ def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise SourceFormatError(
-                f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno}); line seen: "
+                f"{path} line {number}: not valid JSON ({_json_problem(error)[1]}); line seen: "
                 f"{shorten(line.strip())}; expected one object a line; correct or remove it"
             ) from None
         if not isinstance(value, dict):
@@ -383,6 +387,13 @@ def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path} line {number}: {shorten(value)}; expected a JSON object; correct or remove the line"
             )
         yield number, value
+
+
+def _json_problem(error: ValueError) -> tuple[str, str]:
+    """(" line N" where the error knows its place, what is wrong)."""
+    if isinstance(error, json.JSONDecodeError):
+        return f" line {error.lineno}", f"{error.msg}, column {error.colno}"
+    return "", str(error)
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -38,7 +38,10 @@ class TextFeatureStore:
         for path in sorted(self.folder.glob("segment-*")):
             if path.name not in self._segments:
                 try:
-                    keys, features = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("keys", "features"))
+                    keys, features = (
+                        np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                        for name in ("keys", "features")
+                    )
                 except (OSError, ValueError, EOFError) as error:
                     raise AmpError(f"{path}: can't be read ({error}). Remove the folder; it is made again") from error
                 if features.shape != (len(keys), self.dim):

@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
@@ -44,7 +43,6 @@ from amp.data.shards import (
     ShardInfo,
     ShardManifest,
     sha256_of,
-    write_json,
 )
 from amp.data.sources import (
     SKIP_KINDS,
@@ -55,8 +53,11 @@ from amp.data.sources import (
     load_captions,
     load_image_list,
 )
-from amp.errors import AmpError
+from amp.errors import AmpError, public_command
+from amp.files import write_json
+from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
+from amp.terminal import PlainConsole
 from amp.version import __version__
 
 # Part of every shard's plan: raise it when the bytes written for the same input change.
@@ -106,7 +107,7 @@ def make_shards(
     seed: int = 0,
     part: str | None = None,
     command: list[str] | None = None,
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> ShardManifest | None:
     """Turn a captions file and a folder of photos into shards.
 
@@ -147,7 +148,7 @@ def make_shards(
     Raises:
         AmpError: input that can't be used; the message says which, where, and what to do.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     images_root, out_root = Path(images), Path(out)
     if knowledge is not None and Path(knowledge).is_dir():
         folder = Path(knowledge)
@@ -259,7 +260,7 @@ def make_shards(
                 "check": check,
                 "seed": seed,
                 "limit": limit,
-                "command": command,
+                "command": public_command(command) if command is not None else None,
             },
             created_by=f"open-clip-amp {__version__}",
         )
@@ -346,9 +347,15 @@ def _assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage
     """
     stems = [re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(image.path).stem) for image in images]
     counts = Counter(stems)
-    return [
-        (stem if counts[stem] == 1 else f"{stem}-{_digest(image.path)[:8]}", image)
+    keys = [
+        stem if counts[stem] == 1 else f"{stem}-{_digest(image.path)[:8]}"
         for stem, image in zip(stems, images, strict=True)
+    ]
+    # A file may be called as another's key with its hash; all of the hash can't be met by a name.
+    counts = Counter(keys)
+    return [
+        (key if counts[key] == 1 else f"{key}-{_digest(image.path)}", image)
+        for key, image in zip(keys, images, strict=True)
     ]
 
 
@@ -443,7 +450,7 @@ def _plan_split(
 def _sidecar(plan: ShardPlan) -> dict[str, Any] | None:
     """What was noted when the shard was last written as planned; None if it never was."""
     try:
-        sidecar = json.loads(plan.sidecar.read_text(encoding="utf-8"))
+        sidecar = parse_json(plan.sidecar.read_text(encoding="utf-8"))
         return sidecar if sidecar["plan"] == plan.hash else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -549,7 +556,7 @@ def _clear_stale(out: Path, surplus: list[str]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _write_all(plans: list[ShardPlan], workers: int | None, console: Console, accept_gaps: bool) -> None:
+def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsole, accept_gaps: bool) -> None:
     """Write the shards, several at once; the bar counts images."""
     if not plans:
         return
@@ -660,7 +667,7 @@ def load_provenance(path: str | None) -> Any:
     if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ShardWriteError(
             f"{path}: can't be read ({error.strerror}); expected a JSON file; check the path"

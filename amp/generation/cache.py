@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from amp.errors import AmpError
+from amp.files import open_log
+from amp.json_text import parse_json
 
 _SYNC_SECONDS = 5.0
 
@@ -64,7 +66,7 @@ class ReplyCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if part is not None:
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+                self._file = open_log(self._path, os.O_APPEND)
                 self._take()
                 self._drop_torn_line()
             for path in sorted(folder.glob("*.jsonl")):
@@ -157,7 +159,7 @@ class ReplyCache:
                 if not line.endswith(b"\n"):
                     break  # another part is writing it just now, or was killed
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     key, text, refused = record["key"], record["reply"], record.get("refused", False)
                     valid = isinstance(key, str) and isinstance(text, str) and isinstance(refused, bool)
                 except (ValueError, KeyError, TypeError):

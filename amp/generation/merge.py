@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amp.data.shards import MANIFEST_NAME, sha256_of, write_json
+from amp.data.shards import MANIFEST_NAME, sha256_of
 from amp.data.sources import Caption, CaptionedImage
-from amp.errors import AmpError
+from amp.errors import AmpError, public_command
+from amp.files import whole_file, write_json
 from amp.generation.cache import ReplyCache
 from amp.generation.ladder import Ladder, Outcome, Request
 from amp.generation.prompts import readable
@@ -94,12 +94,11 @@ def merge_knowledge(
         MergeError: naming how many captions are missing or fell back.
     """
     path = out / KNOWLEDGE_NAME
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     summary, missing = Summary(), {}
     times = Counter(readable(caption.text) for _, caption in _captions(images))
     repeated: dict[str, dict[str, Any]] = {}  # what is written again later
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path, sync=True) as file:
             for image, caption in _captions(images):
                 text = readable(caption.text)
                 if text not in wanted:
@@ -115,18 +114,15 @@ def merge_knowledge(
                     if times[text] > 1:
                         repeated[text] = content
                 summary.captions += 1
-                file.write(json.dumps(_place(image, caption) | content, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _check_merge(summary, Counter(missing.values()), len(wanted), max_fallback, out)
-        os.replace(temporary, path)
+                file.write(f"{json.dumps(_place(image, caption) | content, ensure_ascii=False)}\n".encode())
+            _check_merge(summary, Counter(missing.values()), len(wanted), max_fallback, out)
         provenance = {
             **ladder.describe(),
             "created_by": f"open-clip-amp {__version__}",
             "captions_sha256": sha256_of(Path(captions) / MANIFEST_NAME if Path(captions).is_dir() else captions),
             **summary.to_dict(),
             "knowledge_sha256": sha256_of(path),
-            "command": command,
+            "command": public_command(command) if command is not None else None,
         }
         write_json(out / PROVENANCE_NAME, provenance)
     except OSError as error:
@@ -134,8 +130,6 @@ def merge_knowledge(
             f"{path}: can't be written ({error.strerror}); make room or mend the folder, and merge again: the replies "
             "are kept"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return summary
 
 

@@ -67,7 +67,7 @@ def load_template(name: str) -> Template:
         raise TemplateError(
             f"{path}: no such template; expected one of {known}, or a path that ends in .yaml; check --template"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise TemplateError(f"{path}: can't be read as YAML ({shorten(str(error))}); correct the file") from None
     where = str(path)
     version = _get(content, "version", int, where)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from amp.errors import AmpError
 from amp.generation.cache import ReplyCache
 from amp.generation.engines import EngineName
@@ -17,6 +15,7 @@ from amp.generation.prompts import load_template, readable
 from amp.generation.run import ask_all
 from amp.generation.settings import Makers
 from amp.knowledge.schema import Knowledge
+from amp.terminal import PlainConsole
 
 
 class KnowledgeGenerator:
@@ -65,7 +64,7 @@ class KnowledgeGenerator:
         """
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
         with ReplyCache(self._cache, "queries") as replies:
-            lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, Console(quiet=True))
+            lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
             outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
         found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
         if lost or len(found) < len(outcomes):

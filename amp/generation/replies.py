@@ -17,6 +17,7 @@ from amp.knowledge.schema import Triplet
 
 MAX_TRIPLETS = 6
 MIN_STATE_WORDS, MAX_STATE_CHARACTERS = 3, 160
+MAX_REPLY_CHARACTERS, MAX_LINE_CHARACTERS = 20_000, 2_000  # a server may send megabytes, whatever it was asked for
 
 StateSource = Literal["strict", "repaired"]
 
@@ -77,6 +78,7 @@ def read_triplets(reply: str, caption: str) -> TripletReply:
         reply: without the empty line that ends it.
         caption: whose words the slots must keep to.
     """
+    reply = _bounded(reply)
     words = frozenset(slot_words(caption))
     strict = _strict_triplets(reply.rstrip("\n"), words)
     if strict is not None:
@@ -100,7 +102,7 @@ def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
         reply: without the empty line that ends it.
         count: triplets asked about.
     """
-    lines = [line for line in reply.strip().splitlines() if line.strip()]
+    lines = [line for line in _bounded(reply).strip().splitlines() if line.strip()]
     numbered = [match for line in lines if (match := re.fullmatch(r"(\d{1,2})\. (\S.*)", line))]
     in_order = [int(match[1]) == index for index, match in enumerate(numbered, start=1)]
     if len(numbered) == len(lines) == count and all(in_order):
@@ -114,6 +116,11 @@ def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
             states[place] = (_state(line[match.end() :] if match else line)[0], "repaired")
         place += 1
     return states
+
+
+def _bounded(reply: str) -> str:
+    """A reply cut to what is worth reading: repair looks for separators in a time that grows with a line's square."""
+    return "\n".join(line[:MAX_LINE_CHARACTERS] for line in reply[:MAX_REPLY_CHARACTERS].split("\n"))
 
 
 def _strict_triplets(reply: str, words: frozenset[str]) -> tuple[Triplet, ...] | None:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from amp.data.parts import part_of
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shards import ShardManifest
@@ -26,6 +24,7 @@ from amp.generation.merge import Summary, merge_knowledge
 from amp.generation.progress import Progress
 from amp.generation.prompts import load_template, readable
 from amp.generation.settings import SETTINGS_NAME, Makers, Settings
+from amp.terminal import PlainConsole
 
 STAGES = ("triplets", "rules", "states")
 
@@ -55,7 +54,7 @@ def generate_knowledge(
     cache: str | None = None,
     engine_options: dict[str, Any] | None = None,
     command: list[str] | None = None,
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> Summary | None:
     """Generate action triplets and states for every caption of a file.
 
@@ -93,7 +92,7 @@ def generate_knowledge(
     Raises:
         AmpError: input that can't be used, a model that can't be loaded; replies that came before are kept.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     _check_options(retries, temperature, max_fallback, limit)
     if part is not None and merge:
         raise GenerationError("part and merge are both given; expected one of them; merge once all parts have ended")
@@ -143,7 +142,7 @@ def generate_knowledge(
 
 
 def ask_all(
-    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: Console
+    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: PlainConsole
 ) -> int:
     """Asks until every caption has its outcome; returns how many got no answer in this run.
 

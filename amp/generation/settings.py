@@ -8,12 +8,13 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amp.data.shards import write_json
 from amp.errors import AmpError, shorten
+from amp.files import write_json
 from amp.generation.engines import EngineName, make_engine
 from amp.generation.engines.base import Engine
 from amp.generation.ladder import Ladder
 from amp.generation.states import lexicon_version
+from amp.json_text import parse_json
 
 if TYPE_CHECKING:
     from amp.generation.rules import RuleTriplets
@@ -109,7 +110,7 @@ class Settings:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = parse_json(self._path.read_text(encoding="utf-8"))
             return {key: content[key] for key in ("options", "made_with", "ladder")}
         except FileNotFoundError:
             return None

@@ -5,19 +5,20 @@ SugarCrepe: Hsieh et al., arXiv 2306.14610. ARO: Yuksekgonul et al., arXiv 2210.
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from amp.errors import AmpError
-from amp.knowledge.schema import Knowledge
+from amp.errors import AmpError, shorten
+from amp.json_text import parse_json
+from amp.knowledge.schema import Knowledge, is_unicode
 from amp.model import ActionAwareCLIP
+from amp.retrieval.csv_cell import csv_cell
 from amp.retrieval.pair_scorer import PairScorer, scored_text
 from amp.retrieval.results import write_atomically
 
@@ -50,7 +51,7 @@ def load_choices(path: str | os.PathLike) -> list[Choice]:
         AmpError: The file can't be read, or an entry lacks a key or has another type than expected.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise AmpError(f"{path}: can't be read ({error.strerror}), expected SugarCrepe's or ARO's JSON") from error
     except ValueError as error:
@@ -69,7 +70,12 @@ def load_choices(path: str | os.PathLike) -> list[Choice]:
             raise AmpError(f"{where}: key {error} is missing; keys seen: {', '.join(entry)}") from error
         except (TypeError, ValueError) as error:
             raise AmpError(f"{where}: {error}") from error
-        if not all(isinstance(caption, str) and caption.strip() for caption in choices[-1].captions):
+        photo = PurePosixPath(choices[-1].image)
+        if photo.is_absolute() or ".." in photo.parts or "\0" in choices[-1].image:
+            raise AmpError(f"{where}: image is {shorten(choices[-1].image)}, expected a path inside the images folder")
+        if not all(
+            isinstance(caption, str) and caption.strip() and is_unicode(caption) for caption in choices[-1].captions
+        ):
             raise AmpError(f"{where}: captions are {choices[-1].captions}, expected texts")
     return choices
 
@@ -233,5 +239,5 @@ def save_choices(path: str | os.PathLike, tests: dict[str, dict[str, Choices]]) 
             groups = {"all": (len(found.scores), sum(found.right)), **found.by_group()}
             for group, (count, right) in groups.items():
                 if group:
-                    writer.writerow((test, name, group, count, right, f"{100 * right / count:.2f}"))
+                    writer.writerow((*map(csv_cell, (test, name, group)), count, right, f"{100 * right / count:.2f}"))
     return write_atomically(path, text.getvalue().encode())

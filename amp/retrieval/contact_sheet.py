@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from amp.data.image_file import open_photo
 from amp.errors import AmpError
 from amp.retrieval.drawing import (
     CARD,
@@ -24,7 +25,6 @@ from amp.retrieval.drawing import (
     rounded_mask,
     wrap,
 )
-from amp.retrieval.photo_index import open_photo
 from amp.retrieval.results import write_atomically
 from amp.retrieval.retriever import Found, Hit
 

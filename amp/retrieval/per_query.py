@@ -85,5 +85,5 @@ def load_queries(path: str | os.PathLike) -> QueryTable:
         return {key: QueryResults(**arrays) for key, arrays in parts.items()}
     except OSError as error:
         raise AmpError(f"{path}: can't be read ({error.strerror}), expected results a query; {again}") from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise AmpError(f"{path}: no results a query ({error}); {again}") from error

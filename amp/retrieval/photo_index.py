@@ -3,8 +3,8 @@
 import io
 import json
 import os
+import stat
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from amp.data.decode import PILLOW_FORMATS
+from amp.data.image_file import open_photo
 from amp.data.split import decoding_workers
-from amp.errors import AmpError
+from amp.errors import AmpError, printable
+from amp.json_text import parse_json
+from amp.knowledge.schema import is_unicode
 from amp.model import ActionAwareCLIP
 from amp.retrieval.results import write_atomically
 
@@ -64,7 +66,7 @@ class PhotoIndex:
         again = "make it with python -m amp.search --index FOLDER --photos PHOTOS"
         path = Path(folder) / "index.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
                 raise AmpError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r} {VERSION}; {again}")
             self.root = Path(content["root"])
@@ -72,7 +74,7 @@ class PhotoIndex:
             self.stamps: dict[str, tuple[int, int]] = {name: tuple(stamp) for name, *stamp in content["photos"]}
             self.skipped: dict[str, str] = content["skipped"]
             self.names = list(self.stamps)
-            self.features = np.load(Path(folder) / content["features"], mmap_mode="r")
+            self.features = np.load(Path(folder) / content["features"], mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise AmpError(f"{path}: can't be read ({error.strerror}), expected an index; {again}") from error
         except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -96,15 +98,6 @@ class PhotoIndex:
             return open_photo(self.root / self.names[number])
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(f"{self.root / self.names[number]}: can't be read ({error}); update the index") from error
-
-
-def open_photo(path: Path) -> Image.Image:
-    """A photo in RGB, turned as its camera noted (EXIF); bombs and formats that start other programs are refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=PILLOW_FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @torch.no_grad()
@@ -140,7 +133,8 @@ def update_index(
     if old is not None and (old.base_hash, old.transform, old.root) != (base_hash, transform, root):
         raise AmpError(f"{folder}: holds {old.root} as another model or transform sees it, expected {root} by this "
                        "one; give another folder with --index")  # fmt: skip
-    stamps = {name: stamp for name, stamp in _photos(root)}
+    skipped: dict[str, str] = {}
+    stamps = {name: stamp for name, stamp in _photos(root, skipped)}
     known: dict[str, np.ndarray] = {}
     if old is not None:
         known = {n: row for n, row in zip(old.names, old.features, strict=True) if stamps.get(n) == old.stamps[n]}
@@ -148,7 +142,6 @@ def update_index(
     loader = DataLoader(_Photos(root, wanted, preprocess), batch_size, num_workers=decoding_workers(workers),
                         collate_fn=list)  # fmt: skip
     fresh: dict[str, np.ndarray] = {}
-    skipped: dict[str, str] = {}
     done = 0
     for batch in loader:
         names = wanted[done : done + len(batch)]
@@ -182,19 +175,26 @@ def update_index(
     return Update(len(names), len(fresh), removed, skipped)
 
 
-def _photos(root: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Names below the root in order, with size and time of change."""
+def _photos(root: Path, skipped: dict[str, str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names below the root in order, with size and time of change; says in `skipped` why others are left out."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 path = Path(folder) / name
-                try:
-                    stat = path.stat()
-                    path.name.encode("utf-8")  # a name that is no text can't be written to JSON
-                except (OSError, UnicodeEncodeError):
+                name = path.relative_to(root).as_posix()
+                if not is_unicode(name):  # can't be written to JSON
+                    skipped[printable(name)] = "its name is not valid UTF-8"
                     continue
-                yield path.relative_to(root).as_posix(), (stat.st_size, stat.st_mtime_ns)
+                try:
+                    found = path.stat()
+                except OSError as error:  # gone, or a link to nowhere or to itself
+                    skipped[name] = f"can't be read ({error.strerror})"
+                    continue
+                if not stat.S_ISREG(found.st_mode):
+                    skipped[name] = "not a file, but a pipe or a device"
+                    continue
+                yield name, (found.st_size, found.st_mtime_ns)
 
 
 class _Photos(Dataset):

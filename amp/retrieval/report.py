@@ -91,7 +91,7 @@ def write_report(
     template = resources.files("amp.retrieval").joinpath("report.html").read_text(encoding="utf-8")
     # Inside a script element only its end tag must not occur: no text can leave the data.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
-    return write_atomically(path, template.replace("__DATA__", data, 1).encode())
+    return write_atomically(path, template.replace("__DATA__", data, 1).encode("utf-8", "replace"))
 
 
 def outcomes(results: QueryResults) -> np.ndarray:

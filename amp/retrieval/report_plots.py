@@ -123,6 +123,7 @@ def _style():
     keys: tuple[Any, ...] = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     colours = dict.fromkeys(keys, _GROUND)
     return rc_context({**colours, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
+                       "text.parse_math": False,  # a "$" in a name is no formula
                        "svg.hashsalt": "report"})  # fmt: skip
 
 

@@ -15,7 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from amp.errors import AmpError
+from amp.errors import AmpError, printable
+from amp.files import whole_file
+from amp.json_text import parse_json
+from amp.retrieval.csv_cell import csv_cell
 from amp.retrieval.metrics import KS, ceilings, chance, recalls, rsum
 
 FORMAT = "open-clip-amp retrieval results"
@@ -36,14 +39,10 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Pa
         AmpError: The folder can't be made or written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            file.write(content)
     except OSError as error:
         raise AmpError(
             f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
@@ -189,7 +188,7 @@ class ResultFile:
         path = Path(path)
         again = "write it again with launchers/evaluate.py"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise AmpError(f"{path}: can't be read ({error.strerror}), expected a results file; {again}") from error
         except ValueError as error:
@@ -217,7 +216,7 @@ class ResultFile:
         header = ["method"]
         lines = []
         for row in self.rows:
-            line = {"method": row.name}
+            line = {"method": csv_cell(row.name)}
             for name in _DIRECTIONS:
                 line |= {f"{name}_R@{k}": f"{value:.2f}" for k, value in getattr(row, name).recall.items()}
             line["Rsum"] = f"{row.rsum:.2f}"
@@ -267,16 +266,16 @@ class ResultFile:
                 for i, value in enumerate(values)
             ]
             speeds = [_speed(side.queries_per_second) for side in (row.i2t, row.t2i)]
-            table.add_row(Text(row.name), *cells, *speeds)
+            table.add_row(Text(printable(row.name)), *cells, *speeds)
         if self.rows:
             table.add_section()
         for label, i2t, t2i in self._references():
-            table.add_row(Text(label), *(f"{value:.1f}" for value in _figures(i2t, t2i)), style="dim")
+            table.add_row(Text(printable(label)), *(f"{value:.1f}" for value in _figures(i2t, t2i)), style="dim")
         console.print(table)
         if any(row.rsum_interval for row in self.rows):
             console.print(self._intervals())
         for line in self.protocol_lines():
-            console.print(Text(line, style="dim"))
+            console.print(Text(printable(line), style="dim"))
 
     def _intervals(self) -> Table:
         """Half the width of each interval; its ends, seldom far from symmetric, are in the files."""
@@ -289,7 +288,9 @@ class ResultFile:
         for row in self.rows:
             if row.rsum_interval and row.i2t.interval and row.t2i.interval:
                 bounds = [*row.i2t.interval.values(), *row.t2i.interval.values(), row.rsum_interval]
-                table.add_row(Text(row.name), *(f"±{(high - low) / 2:.1f}" for low, high in bounds), style="dim")
+                table.add_row(
+                    Text(printable(row.name)), *(f"±{(high - low) / 2:.1f}" for low, high in bounds), style="dim"
+                )
         return table
 
     def _references(self) -> list[tuple[str, dict, dict]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
@@ -24,7 +23,7 @@ from amp.retrieval.probes import Probe, enriched_text, probe
 from amp.retrieval.protocol import protocol
 from amp.retrieval.results import ResultFile, RetrievalRow
 from amp.retrieval.verbs import by_verb, save_verbs
-from amp.terminal import Terminal
+from amp.terminal import PlainConsole, Terminal
 from amp.train.config import TrainConfig
 from amp.train.launch import make_accelerator
 
@@ -196,7 +195,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
             verbs = {row: by_verb(evaluation.queries, row, captions.knowledge) for row in rows}
             save_verbs(out.with_suffix(".verbs.csv"), verbs)
         shutil.rmtree(_partial(out), ignore_errors=True)
-        evaluation.result.print_table(Console())
+        evaluation.result.print_table(PlainConsole())
         if gallery is not None:
             draw_retrievals(Path(gallery), split, captions, rankings)
     accelerator.end_training()

@@ -54,7 +54,7 @@ class ScoreStore:
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 pairs, values = torch.from_numpy(file["pairs"]), torch.from_numpy(file["scores"])
                 seconds = float(file["seconds"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
             return
         if (
             pairs.shape == values.shape

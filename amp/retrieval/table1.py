@@ -53,7 +53,7 @@ def load_published(path: str | os.PathLike) -> tuple[list[Row], dict[str, str]]:
         sources = dict(content["sources"])
     except OSError as error:
         raise AmpError(f"{path}: can't be read ({error.strerror}), expected the published figures") from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AmpError(f"{path}: not a file of published figures ({error})") from error
     for row in rows:
         for dataset, by_source in row.figures.items():

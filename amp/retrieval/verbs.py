@@ -10,6 +10,7 @@ from pathlib import Path
 from amp.generation.states import plain_verb
 from amp.generation.words import stem
 from amp.knowledge.schema import Knowledge
+from amp.retrieval.csv_cell import csv_cell
 from amp.retrieval.per_query import QueryTable
 from amp.retrieval.results import write_atomically
 
@@ -74,5 +75,5 @@ def save_verbs(path: str | os.PathLike, rows: dict[str, list[VerbCount]]) -> Pat
     for row, counts in rows.items():
         for c in counts:
             rates = (f"{100 * n / c.queries:.1f}" for n in (c.base, c.row))
-            writer.writerow((row, c.verb, c.queries, *rates, c.mended, c.broken))
+            writer.writerow((csv_cell(row), csv_cell(c.verb), c.queries, *rates, c.mended, c.broken))
     return write_atomically(path, text.getvalue().encode())

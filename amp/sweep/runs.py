@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from amp.errors import AmpError
+from amp.errors import AmpError, public_command
+from amp.files import open_log
 from amp.retrieval.results import write_atomically
 from amp.sweep.config import Row, SweepConfig
 
@@ -66,7 +68,7 @@ def identity(config: SweepConfig, row: Row) -> tuple[dict, str]:
     for path in [*config.base, *row.configs]:
         try:
             files.append(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise AmpError(f"{path}: can't be read as YAML ({error}); row {row.name!r} names it") from error
     for part in (*files, keys):  # where a run is written to is no part of what it is
         part.pop("out", None)
@@ -123,8 +125,8 @@ def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
 
 def call(command: list[str], log: Path) -> bool:
     """Runs a command with its output in a file; whether it went well."""
-    with log.open("w", encoding="utf-8") as file:
-        file.write(f"{' '.join(command)}\n")
+    with os.fdopen(open_log(log), "w", encoding="utf-8") as file:
+        file.write(f"{' '.join(public_command(command))}\n")
         file.flush()
         try:
             return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode == 0

@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from amp.checkpoint import read_adapter
 from amp.data.shards import sha256_of
-from amp.errors import AmpError
+from amp.errors import AmpError, shorten
+from amp.json_text import parse_json
 from amp.version import __version__
 
 FORMAT = "open-clip-amp checkpoint"
 FORMAT_VERSION = 1
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+_TYPES = {"stage": int, "step": int, "steps": int, "updates": int, "skipped": int, "loss_scale": dict, "run": dict,
+          "files": dict}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,10 @@ class Checkpoint:
         return read_adapter(self.folder / ADAPTER)[1]
 
     def moments(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / OPTIMIZER)
+        try:
+            return load_file(self.folder / OPTIMIZER)
+        except (OSError, SafetensorError) as error:
+            raise AmpError(f"{self.folder / OPTIMIZER}: not a whole safetensors file ({error})") from error
 
 
 class Checkpoints:
@@ -143,12 +150,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     path = folder / STATE
     try:
-        state = json.loads(path.read_text())
+        state = parse_json(path.read_text())
         if state["format"] != FORMAT or state["format_version"] != FORMAT_VERSION:
             raise AmpError(
                 f"{path}: format is {state['format']!r} version {state['format_version']}, expected {FORMAT!r} version "
                 f"{FORMAT_VERSION}; it was written by open-clip-amp {state.get('version')}"
             )
+        for key, kind in _TYPES.items():
+            if not isinstance(state[key], kind) or isinstance(state[key], bool):
+                raise AmpError(f"{path}: {key!r} is {shorten(state[key])}, expected {kind.__name__}")
+        if state["files"].keys() != {ADAPTER, OPTIMIZER}:
+            raise AmpError(f"{path}: 'files' names {shorten(sorted(state['files']))}, expected {ADAPTER}, {OPTIMIZER}")
         for name, digest in state["files"].items():
             if sha256_of(folder / name) != digest:
                 raise AmpError(f"{folder / name}: damaged, its sha256 is not the one that {STATE} states")

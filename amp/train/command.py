@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 
+from amp.command import CommandLine
 from amp.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, str(recipe) if installed else values, option_string)
 
 
-def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
+def command_line(prog: str, description: str, settings: type) -> CommandLine:
     """A parser of the dataclass `settings` and, but for `out`, of `TrainConfig`, from a YAML file and options."""
-    parser = ArgumentParser(
+    parser = CommandLine(
         prog=prog,
         usage=f"{prog} [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=description.split("\n")[0],
@@ -37,7 +38,7 @@ def command_line(prog: str, description: str, settings: type) -> ArgumentParser:
 
 
 def read_command_line(
-    parser: ArgumentParser, arguments: list[str] | None, settings: type[Settings]
+    parser: CommandLine, arguments: list[str] | None, settings: type[Settings]
 ) -> tuple[Settings, TrainConfig]:
     """What `command_line` parses, as the two dataclasses.
 

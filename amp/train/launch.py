@@ -1,6 +1,5 @@
 """The Accelerator of a run, however it was launched: `accelerate launch`, torchrun, srun or plain Python."""
 
-import json
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, LoggerType
 
 from amp.errors import AmpError
+from amp.json_text import parse_json
 from amp.train.config import TrainConfig
 
 
@@ -127,7 +127,7 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
             fills in with another value.
     """
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = parse_json(Path(path).read_text())
         stage = settings["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AmpError(

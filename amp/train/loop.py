@@ -1,6 +1,7 @@
 """One stage: its engine and optimizer, the loop of optimizer steps, and what happens between two of them."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from amp.checkpoint import save_adapter
 from amp.data.stream import Batch
 from amp.distributed import all_gather, rank
 from amp.errors import AmpError
+from amp.files import open_log
 from amp.train.checkpoints import ADAPTER, OPTIMIZER, Checkpoint
 from amp.train.objective import Objective
 from amp.train.resume import identity
@@ -188,7 +190,7 @@ class StageLoop:
         path = run.out / SKIPPED
         if self.accelerator.is_main_process:
             keys = [run.split.record(index)["key"] for index in indices]
-            with open(path, "a") as file:
+            with os.fdopen(open_log(path, os.O_APPEND), "w") as file:
                 file.write(json.dumps({"stage": self.stage, "step": self.step, "loss": str(mean), "keys": keys}) + "\n")
         self.terminal.say(
             f"stage {self.stage} step {self.step} is skipped: its loss is {mean} or a gradient is not finite; its "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 
 from amp.distributed import rank, world_size
+from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,14 +64,27 @@ class TrainedState:
     def load(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], updates: int) -> None:
         """Puts back what `weights`, `moments` and `updates` returned, on every rank, before the next step.
 
+        Raises:
+            AmpError: One is missing or of another shape.
+
         The model must hold the weights already when it is given to `prepare`: ZeRO keeps a second copy of them.
         """
+        for name in self.parameters:
+            shape = self._shape(name)
+            for part, where in ((weights, name), *((moments, f"{moment}.{name}") for moment in MOMENTS)):
+                if where not in part or part[where].shape != shape:
+                    seen = tuple(part[where].shape) if where in part else "missing"
+                    raise AmpError(f"the checkpoint's {where} is {seen}, expected shape {tuple(shape)}; remove it")
         for tensor in self._held:
             self._adam.state[tensor]["step"].fill_(updates)
         for name in self.parameters:
             self._put(name, "", weights[name])
             for moment in MOMENTS:
                 self._put(name, moment, moments[f"{moment}.{name}"])
+
+    def _shape(self, name: str) -> torch.Size:
+        parameter = self.parameters[name]
+        return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in its place
 
     def _collect(self, moment: str) -> dict[str, torch.Tensor]:
         out = {}

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 
+from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error, shorten
 from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
@@ -238,7 +238,7 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     return result
 
 
-def parser() -> ArgumentParser:
+def parser() -> CommandLine:
     return command_line("tools/scenes/twins.py", __doc__, TwinSettings)
 
 

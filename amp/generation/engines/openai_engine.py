@@ -11,9 +11,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from amp.errors import shorten
+from amp.errors import shorten, without_secrets
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
-from amp.generation.engines.rendering import plain_text
+from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
 _THINKING = re.compile(r"\A\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)
@@ -72,9 +72,8 @@ class OpenAIEngine:
         self._limiter = _Limiter(requests_per_minute)
         self._where = _public(base_url)
         # Retries are counted here, since the package doesn't retry half an answer or an empty one.
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=os.environ.get(api_key_variable) or "none", timeout=timeout, max_retries=0
-        )
+        self._key = os.environ.get(api_key_variable) or "none"
+        self._client = openai.OpenAI(base_url=base_url, api_key=self._key, timeout=timeout, max_retries=0)
         self._kind = self._ask_server() if constrained == "auto" else constrained
         self.constrained = self._kind != "none"
 
@@ -137,6 +136,7 @@ class OpenAIEngine:
             extra["structured_outputs"] = {"regex": grammar.regex()}
         elif grammar is not None and self._kind == "vllm guided":
             extra["guided_regex"] = grammar.regex()
+        suffix = without_marks(suffix)
         arguments: dict[str, Any] = {
             "model": self._model,
             "max_tokens": sampling.max_tokens,
@@ -192,10 +192,10 @@ class OpenAIEngine:
             raise _TryAgain(f"{self._where}: no answer in time") from None
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
-            raise _TryAgain(f"{self._where}: the connection failed ({shorten(str(reason))})") from None
+            raise _TryAgain(f"{self._where}: the connection failed ({shorten(self._said(reason))})") from None
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
             # Half a JSON, bytes that are no UTF-8, an answer without choices.
-            raise _TryAgain(f"{self._where}: an answer that can't be read ({shorten(str(error))})") from None
+            raise _TryAgain(f"{self._where}: an answer that can't be read ({shorten(self._said(error))})") from None
         usage = answer.usage
         return Completion(
             text=_THINKING.sub("", text).encode("utf-8", "replace").decode(),
@@ -205,7 +205,7 @@ class OpenAIEngine:
 
     def _refused(self, error) -> Completion:
         """A status that isn't success: try again, go on without this reply, or stop."""
-        status, reason = error.status_code, shorten(str(error), 200)
+        status, reason = error.status_code, shorten(self._said(error), 200)
         if status in (401, 403):
             raise EngineError(
                 f"{self._where}: the key is refused (status {status}); expected a valid one in the environment "
@@ -222,6 +222,11 @@ class OpenAIEngine:
             raise again
         return Completion("", error=f"status {status}: {reason}", refused=True)
 
+    def _said(self, error: Exception) -> str:
+        """An error's text without the key, which a server may repeat."""
+        text = without_secrets(str(error))
+        return text.replace(self._key, "***") if len(self._key) > 4 else text
+
     def _ask_server(self) -> str:
         """How the server takes grammars, by what it says of itself."""
         openai = self._openai
@@ -233,7 +238,7 @@ class OpenAIEngine:
             self._refused(error)
         except openai.APIConnectionError as error:
             raise EngineError(
-                f"{self._where}: no server answers ({shorten(str(error.__cause__ or error))}); expected one of "
+                f"{self._where}: no server answers ({shorten(self._said(error.__cause__ or error))}); expected one of "
                 "OpenAI's interface; start it, or check --openai.base_url"
             ) from None
         except (openai.OpenAIError, AttributeError, TypeError, ValueError):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from amp.generation.engines.base import EngineError, Message
 
 _SENTINEL = "SUFFIX-GOES-HERE"
+_MARK = re.compile(r"(<<|<[|｜]?|\[)([/\w▁|｜]{1,40}?)([|｜]?>|>>|\])")
 
 
 def plain_text(prefix: Sequence[Message], suffix: str) -> str:
     """For a model that only continues text: instructions, then question, newline, answer, empty line, and so on."""
     return plain_prefix(prefix) + suffix + "\n"
+
+
+def without_marks(text: str) -> str:
+    """A suffix in which no control mark of a chat template is left, for servers that read them anywhere in a prompt:
+    spaces stand around the brackets of ``<|im_end|>``, ``</s>``, ``[INST]`` and the like."""
+    return _MARK.sub(lambda match: f"{match[1]} {match[2]} {match[3]}", text)
 
 
 def plain_prefix(prefix: Sequence[Message]) -> str:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ class TransformersEngine:
         self.ends = self._end_tokens()
         self._constraint = self._make_constraint(constrained, config.vocab_size)
         self.constrained = self._constraint is not None
+        self.watch_added_tokens()
         self._prefixes: dict[tuple[Message, ...], _Prefix] = {}
         self._forward_options = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
@@ -116,6 +118,12 @@ class TransformersEngine:
             "dtype": dtype,
             "constrained": self.constrained,
         }
+
+    def watch_added_tokens(self) -> None:
+        """Notes the tokens that no suffix may hold: all that were added to the tokenizer's own vocabulary."""
+        marks = {text: token for text, token in self.tokenizer.get_added_vocab().items() if len(text) > 1}
+        self._added = frozenset(marks.values())
+        self._added_texts = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
 
     def describe(self) -> dict[str, Any]:
         return dict(self._described)
@@ -174,7 +182,16 @@ class TransformersEngine:
 
     def suffix_ids(self, text: str) -> list[int]:
         """Tokens of a suffix, in which no text is read as a special token."""
-        return self._continued(text if self._chat else f"\n{text}", split_special_tokens=True)
+        text = text if self._chat else f"\n{text}"
+        ids = self._continued(text, split_special_tokens=True)
+        if self._added.isdisjoint(ids):
+            return ids
+        # <think>, <tool_call> and the like are added tokens, though not special ones: they are read in two parts.
+        ids = []
+        for part in self._added_texts.split(text):
+            for half in (part[:1], part[1:]) if self._added_texts.fullmatch(part) else (part,):
+                ids += self._continued(half, split_special_tokens=True) if half else []
+        return ids
 
     def _continued(self, text: str, **options) -> list[int]:
         """Tokens of a text behind a newline: SentencePiece would begin it with a space of its own."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
-from amp.generation.engines.rendering import plain_text
+from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
 _CHUNK = 1024  # replies are kept after each, so a kill loses at most these
@@ -87,7 +87,7 @@ class VLLMEngine:
                 self._parameters(sampling, grammar[number] if grammar else None, seeds[number] if seeds else None)
                 for number in numbers
             ]
-            outputs = self._run(prefix, [suffixes[number] for number in numbers], parameters)
+            outputs = self._run(prefix, [without_marks(suffixes[number]) for number in numbers], parameters)
             for number, output in zip(numbers, outputs, strict=True):
                 reply = output.outputs[0]
                 yield number, Completion(reply.text, len(reply.token_ids), len(output.prompt_token_ids))

@@ -1,0 +1,150 @@
+"""What the tests of hostile input share: files that do harm where they are believed, and commands."""
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SMALL_PROMPT = {"knowledge": "both", "num_prompts": 2, "triplet_heads": 4, "interaction_layer": 1}
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
+    """Arguments of launchers/train.py and evaluate.py that work; dots of changed settings are written as ``__``."""
+    settings = {"model.name": clip_folder, "model.pretrained": "null", "data.shards": shards,
+                "data.cache": folder / "cache", "data.batch_size": 4, "data.workers": 0, "data.augment": "none",
+                "data.val_split": "null", "stages": "[1]", "stage1.max_steps": 2, "trackers": "[]",
+                "out": folder / "run" / "out.json"}  # fmt: skip
+    settings |= {f"prompt.{key}": value for key, value in SMALL_PROMPT.items()}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def one_error(call, capsys) -> str:
+    """The one line that `call` ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and "Traceback" not in shown.err + shown.out, shown.err
+    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and shown.err.splitlines()[-1] == errors[0], shown.err
+    return errors[0]
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of any declared size with right checksums and hardly any pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def jpeg(width: int, height: int) -> bytes:
+    """A JPEG with another size in its header."""
+    content = bytearray(saved(Image.new("RGB", (16, 16)), "JPEG"))
+    content[(at := content.index(b"\xff\xc0")) + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def webp(width: int, height: int) -> bytes:
+    body = saved(Image.new("RGB", (16, 16)), "WEBP")[12:]
+    size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    chunks = b"WEBPVP8X" + struct.pack("<II", 10, 0) + size + body
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
+
+
+def gif(width: int, height: int) -> bytes:
+    """Both the screen and its one frame are of that size."""
+    content = bytearray(saved(Image.new("P", (16, 16)), "GIF"))
+    at = content.index(b"\x2c", 13)
+    content[6:10] = content[at + 5 : at + 9] = struct.pack("<HH", width, height)
+    return bytes(content)
+
+
+def bmp(width: int, height: int) -> bytes:
+    content = bytearray(saved(Image.new("RGB", (16, 16)), "BMP"))
+    content[18:26] = struct.pack("<ii", width, height)
+    return bytes(content)
+
+
+def tiff(width: int, height: int) -> bytes:
+    content = saved(Image.new("RGB", (16, 16)), "TIFF")
+    for tag, value in ((256, width), (257, height)):
+        at = (
+            content.index(struct.pack("<HH", tag, 4))
+            if struct.pack("<HH", tag, 4) in content
+            else content.index(struct.pack("<HH", tag, 3))
+        )
+        content = content[:at] + struct.pack("<HHII", tag, 4, 1, value) + content[at + 12 :]
+    return content
+
+
+def bad_images() -> dict[str, bytes]:
+    """By file name: none may reach a model, none may stop the files beside it."""
+    whole = Image.effect_noise((48, 36), 60).convert("RGB")
+    orientations = struct.pack("<2sHIH", b"II", 42, 8, 60_000) + b"\x12\x01\x03\x00\xff\xff\xff\x7f\x06\x00\x00\x00" * 9
+    return {
+        "png bomb.png": png(60_000, 60_000),
+        "png a bit too large.png": png(13_000, 7_000),
+        "png text bomb.png": png(16, 16, (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80_000_000)))),
+        "jpeg bomb.jpg": jpeg(65_500, 65_500),
+        "webp bomb.webp": webp(16_383, 16_383),
+        "gif bomb.gif": gif(65_535, 65_535),
+        "bmp bomb.bmp": bmp(60_000, 60_000),
+        "tiff bomb.tif": tiff(200_000, 200_000),
+        "empty.jpg": b"",
+        "one byte.png": b"\x89",
+        "text.jpg": b"<html><script>alert(1)</script></html>",
+        "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch canary) (w) file\n",
+        "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        "half.jpg": saved(whole, "JPEG")[:400],
+        "exif alone.jpg": b"\xff\xd8\xff\xe1\xff\xff" + b"Exif\0\0" + orientations,
+        "zip.webp": b"PK\x05\x06" + bytes(18),
+    }
+
+
+def odd_images() -> dict[str, bytes]:
+    """By file name: strange but whole, so they are used, and nothing but their first picture is."""
+    first, second = (Image.new("RGB", (48, 36), colour) for colour in ("red", "blue"))
+    exif = Image.Exif()
+    exif[0x010E] = "=cmd|' /C calc'!A0 <script>alert(1)</script>" * 100
+    animated = {"save_all": True, "append_images": [second] * 20}
+    return {
+        "a png in truth.jpg": saved(first, "PNG"),
+        "a jpeg in truth.png": saved(first, "JPEG"),
+        "a zip behind it.jpg": saved(first, "JPEG") + b"PK\x05\x06" + bytes(18),
+        "a page behind it.png": saved(first, "PNG") + b"<script>alert(1)</script>",
+        "much exif.jpg": saved(first, "JPEG", exif=exif),
+        "animated.gif": saved(first, "GIF", **animated),
+        "animated.webp": saved(first, "WEBP", **animated),
+        "pages.tif": saved(first, "TIFF", **animated),
+    }
+
+
+def captions_of(folder: Path, names) -> Path:
+    """A captions file for these images."""
+    path = folder / "captions.jsonl"
+    path.write_text("".join(json.dumps({"image": name, "caption": f"A dog {i} runs"}) + "\n"
+                            for i, name in enumerate(names)))  # fmt: skip
+    return path
