@@ -2,7 +2,8 @@
 
 import json
 import os
-from pathlib import Path
+import resource
+import signal
 
 import pytest
 import torch
@@ -102,21 +103,21 @@ def test_an_engines_own_state_is_stored_instead(model, tmp_path):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_interrupted_write_leaves_the_old_file_or_none(existing, model, path, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file_or_none(existing, model, path, tmp_path):
     folder = path.parent
     before = path.read_bytes()
     if not existing:
         path.unlink()
 
-    write_bytes = Path.write_bytes
-
-    def half(self, content):
-        write_bytes(self, content[:1000])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(OSError, match="No space left"):
-        save_adapter(path, model)
+    real, limit = resource.getrlimit(resource.RLIMIT_FSIZE), 1000
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the process would be killed
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, real[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save_adapter(path, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, real)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert [p.name for p in folder.iterdir()] == ([path.name] if existing else [])
     assert not existing or path.read_bytes() == before
 
