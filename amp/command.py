@@ -1,8 +1,40 @@
 """Command lines: wrong ones are refused in one short error, and no secret of theirs is shown."""
 
-from jsonargparse import ArgumentParser
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from amp.errors import printable, without_secrets
+
+_load = get_loader("yaml")
+
+
+def load_settings(text: str) -> Any:
+    """YAML by jsonargparse's own safe loader, without the key by which a file would choose a class.
+
+    No setting of ours takes one; but to say so, jsonargparse would import the module first, and run what it holds.
+
+    Raises:
+        yaml.YAMLError: Not YAML, or with a key ``class_path``.
+    """
+    value = _load(text)
+    parts, seen = [value], set()
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:  # an alias, which may stand for what it lies in
+            continue
+        seen.add(id(part))
+        if isinstance(part, dict):
+            if "class_path" in part:
+                raise yaml.YAMLError(f"key 'class_path' is {part['class_path']!r}; expected settings without classes")
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return value
+
+
+set_loader("yaml", load_settings, (yaml.YAMLError,))
 
 
 class CommandLine(ArgumentParser):

@@ -51,7 +51,7 @@ def test_failures_are_seen(monkeypatch, tmp_path, how, said):
     """A case that fails is counted with its number, and those behind it are run."""
     (tmp_path / "sitecustomize.py").write_text(BROKEN.replace("HOW", how))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    found = fuzz("reply", 12, SEED, first=100, seconds=2.0, memory_gb=0.5)
+    found = fuzz("reply", 12, SEED, first=100, seconds=8.0, memory_gb=0.5)
     assert found.outcomes.total() == 12 and found.outcomes["failed"] == 1
     assert found.failures[0][0] == 105 and said in found.failures[0][1]
 
