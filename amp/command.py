@@ -40,8 +40,12 @@ set_loader("yaml", load_settings, (yaml.YAMLError,))
 class CommandLine(ArgumentParser):
     """`jsonargparse.ArgumentParser` for values that may be hostile; takes the same arguments.
 
-    YAML is read by a safe loader, and none of our settings has a type whose ``class_path`` could be chosen.
+    YAML is read by `load_settings`. Options are written out: ``--openai.api_key KEY`` would be a short form of
+    ``--openai.api_key_variable``, and the key be taken for a name and shown.
     """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def parse_args(self, *arguments, **options):
         try:
