@@ -20,7 +20,7 @@ def test_every_case_ends_as_documented(kind):
     assert not found.failures, "\n".join(f"{kind} {number}: {what}" for number, what in found.failures[:3])
     assert found.outcomes.total() == CASES[kind] and found.outcomes["failed"] == 0
     assert found.outcomes["accepted"] and found.outcomes["skipped"] + found.outcomes["refused"]
-    assert found.peak_mb < 1500
+    assert found.peak_mb < 2000  # two images of the most pixels that are taken
 
 
 def test_adapters_end_as_documented(tmp_path):
