@@ -1,15 +1,51 @@
 """Command lines: wrong ones are refused in one short error, and no secret of theirs is shown."""
 
-from jsonargparse import ArgumentParser
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from amp.errors import printable, without_secrets
+
+_load = get_loader("yaml")
+
+
+def load_settings(text: str) -> Any:
+    """YAML by jsonargparse's own safe loader, without the key by which a file would choose a class.
+
+    No setting of ours takes one; but to say so, jsonargparse would import the module first, and run what it holds.
+
+    Raises:
+        yaml.YAMLError: Not YAML, or with a key ``class_path``.
+    """
+    value = _load(text)
+    parts, seen = [value], set()
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:  # an alias, which may stand for what it lies in
+            continue
+        seen.add(id(part))
+        if isinstance(part, dict):
+            if "class_path" in part:
+                raise yaml.YAMLError(f"key 'class_path' is {part['class_path']!r}; expected settings without classes")
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return value
+
+
+set_loader("yaml", load_settings, (yaml.YAMLError,))
 
 
 class CommandLine(ArgumentParser):
     """`jsonargparse.ArgumentParser` for values that may be hostile; takes the same arguments.
 
-    YAML is read by a safe loader, and none of our settings has a type whose ``class_path`` could be chosen.
+    YAML is read by `load_settings`. Options are written out: ``--openai.api_key KEY`` would be a short form of
+    ``--openai.api_key_variable``, and the key be taken for a name and shown.
     """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def parse_args(self, *arguments, **options):
         try:

@@ -20,7 +20,7 @@ def test_every_case_ends_as_documented(kind):
     assert not found.failures, "\n".join(f"{kind} {number}: {what}" for number, what in found.failures[:3])
     assert found.outcomes.total() == CASES[kind] and found.outcomes["failed"] == 0
     assert found.outcomes["accepted"] and found.outcomes["skipped"] + found.outcomes["refused"]
-    assert found.peak_mb < 1500
+    assert found.peak_mb < 2000  # two images of the most pixels that are taken
 
 
 def test_adapters_end_as_documented(tmp_path):
@@ -51,7 +51,7 @@ def test_failures_are_seen(monkeypatch, tmp_path, how, said):
     """A case that fails is counted with its number, and those behind it are run."""
     (tmp_path / "sitecustomize.py").write_text(BROKEN.replace("HOW", how))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    found = fuzz("reply", 12, SEED, first=100, seconds=2.0, memory_gb=0.5)
+    found = fuzz("reply", 12, SEED, first=100, seconds=8.0, memory_gb=0.5)
     assert found.outcomes.total() == 12 and found.outcomes["failed"] == 1
     assert found.failures[0][0] == 105 and said in found.failures[0][1]
 

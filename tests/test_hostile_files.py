@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import launcher
-from hostile_helpers import Canary, bad_images, captions_of, odd_images, one_error, training_arguments
+from hostile_helpers import Canary, bad_images, captions_of, odd_images, one_error, png, training_arguments
 from PIL import Image
 
 import amp
+from amp.data.decode import is_whole
 from amp.data.image_file import Resize, UnreadableImageError, open_photo, read_image
 from amp.data.shards import MAX_MEMBER_BYTES, ShardFormatError, ShardManifest, ShardReader, sha256_of
 from amp.data.split import ShardSplit
@@ -263,6 +264,18 @@ def test_training_and_evaluation_end_in_one_error(own_shards, tmp_path, clip_fol
     arguments = training_arguments(own_shards, clip_folder, tmp_path, **changes)
     line = one_error(lambda: launcher(f"launchers/{launched}.py").main(arguments), capsys)
     assert str(path) in line and f"'{split}_" in line and "decompression bomb" in line
+
+
+def test_a_png_without_pixels_is_skipped(tmp_path):
+    """Found by the fuzz test: Pillow's own check ends in an IndexError."""
+    content = png(9, 9)
+    start, stop = content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+    (tmp_path / "a.png").write_bytes(content[:start] + content[stop:])
+    with pytest.raises(OSError, match="IndexError"):
+        is_whole((tmp_path / "a.png").read_bytes())
+    for check in ("structure", "decode"):
+        with pytest.raises(UnreadableImageError, match="damaged"):
+            read_image(tmp_path / "a.png", None, check)
 
 
 # -- conversion -------------------------------------------------------------------------------------------------------

@@ -281,6 +281,8 @@ def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
             main(arguments(url, "out2"))
     with pytest.raises(SystemExit):
         main(["--captions", str(captions), "--out", str(tmp_path / "out3"), "--openai.api_key", KEY])
+    with pytest.raises(SystemExit):
+        main([*arguments("http://host", "out4"), "--openai.api_key_variable", KEY])
     more = capsys.readouterr()
     assert "***" in more.err and not CANARIES.search(shown.out + shown.err + more.out + more.err)
     assert not files_with_canaries(tmp_path)

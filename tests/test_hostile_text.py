@@ -143,6 +143,17 @@ def test_records_of_a_shard_that_are_no_text_are_refused(tmp_path, change, words
     assert f"{path}: a.json" in str(error.value)
 
 
+def test_an_error_that_names_what_is_no_text_can_be_printed(tmp_path):
+    """Found by the fuzz test: keys that were seen stood in the error as they were."""
+    from test_shards import tar_of
+
+    content = json.dumps({"\ud800" * 1000: 1}).encode()
+    path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.json", content))
+    with pytest.raises(ShardFormatError, match="keys seen") as error:
+        ShardReader(path).record(0)
+    assert len(str(error.value).encode()) < 400
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

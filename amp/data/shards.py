@@ -427,7 +427,7 @@ def _get(content: Any, key: str, kind: type, where: str) -> Any:
     if not isinstance(content, dict):
         raise ShardFormatError(f"{where}: {shorten(content)}; expected a JSON object; {_REMAKE}")
     if key not in content:
-        seen = ", ".join(content) or "none"
+        seen = shorten(", ".join(content)) if content else "none"
         raise ShardFormatError(f"{where}: key '{key}' is missing; keys seen: {seen}; {_REMAKE}")
     if not isinstance(content[key], kind) or isinstance(content[key], bool):
         raise ShardFormatError(f"{where}: '{key}' is {shorten(content[key])}; expected {kind.__name__}; {_REMAKE}")

@@ -204,7 +204,7 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         else:
             raise SourceFormatError(
                 f"{where}: no key says which caption this is; expected 'sentid', or 'image' and 'caption'; keys seen: "
-                f"{', '.join(record)}; add them"
+                f"{shorten(', '.join(record))}; add them"
             )
         unused += not targets
         for caption in targets:

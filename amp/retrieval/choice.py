@@ -67,7 +67,7 @@ def load_choices(path: str | os.PathLike) -> list[Choice]:
         try:
             choices.append(_sugarcrepe(entry) if "filename" in entry else _aro(entry))
         except KeyError as error:
-            raise AmpError(f"{where}: key {error} is missing; keys seen: {', '.join(entry)}") from error
+            raise AmpError(f"{where}: key {error} is missing; keys seen: {shorten(', '.join(entry))}") from error
         except (TypeError, ValueError) as error:
             raise AmpError(f"{where}: {error}") from error
         photo = PurePosixPath(choices[-1].image)

@@ -64,6 +64,11 @@ class OpenAIEngine:
         for name, value in (("concurrency", concurrency), ("tries", tries), ("timeout", timeout)):
             if value <= 0:
                 raise EngineError(f"openai.{name} is {value}; expected more than 0; correct it")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api_key_variable):  # not shown: it may be the key itself
+            raise EngineError(
+                "openai.api_key_variable is no name of an environment variable; expected one, such as OPENAI_API_KEY, "
+                "that holds the key; set it"
+            )
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise EngineError(f"openai.requests_per_minute is {requests_per_minute}; expected more than 0, or none")
         self._openai, self._model, self._rendering = openai, model, rendering
