@@ -218,13 +218,13 @@ def drawn_scenes(folder: Path) -> Path:
 def disk(out: Path) -> dict[str, float]:
     """MB of a run's checkpoints and adapters, and of its TensorBoard logs, which grow with every step."""
     sizes = {"checkpoints_MB": 0.0, "logs": 0.0}
-    for path in out.rglob("*"):
-        try:
-            size = path.stat().st_size / 1e6
-        except OSError:  # a checkpoint that was removed meanwhile
-            continue
-        if path.is_file():
-            sizes["logs" if "open-clip-amp" in path.parts else "checkpoints_MB"] += size
+    for folder, _, names in os.walk(out):  # which passes over checkpoints that are removed meanwhile
+        for name in names:
+            try:
+                size = os.path.getsize(os.path.join(folder, name)) / 1e6
+            except OSError:
+                continue
+            sizes["logs" if "open-clip-amp" in Path(folder).parts else "checkpoints_MB"] += size
     return {name: round(size, 3) for name, size in sizes.items()}
 
 

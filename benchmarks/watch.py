@@ -12,6 +12,7 @@ WINDOWS = 60  # a minute each in a run of an hour
 # A leak of one kB a step is above 2 % an hour for a process of 400 MB that takes five steps a second. Below a MB lies
 # what an allocator takes and gives back: glibc's arenas grow in pieces of 132 kB, torch's caches in pieces of 2 MB.
 MEMORY_SHARE, MEMORY_FLOOR_MB = 0.02, 1.0
+KIB = 1.024e-3  # what /proc calls a kB, in MB
 COUNT_RISE = 0.5  # what a line through one more makes, if it comes before the last tenth
 
 
@@ -54,8 +55,8 @@ def held(process: int) -> Held:
         kb[name.rstrip(":")] = int(value)
     maps = (folder / "maps").read_text()
     return Held(
-        round((kb["Pss_Anon"] + kb["Pss_Shmem"]) / 1e3, 2),
-        round(kb["Rss"] / 1e3, 2),
+        round(KIB * (kb["Pss_Anon"] + kb["Pss_Shmem"]), 2),
+        round(KIB * kb["Rss"], 2),
         len(os.listdir(folder / "fd")),
         len(os.listdir(folder / "task")),
         len(children(process)),
@@ -66,13 +67,11 @@ def held(process: int) -> Held:
 def children(process: int) -> list[int]:
     """Child processes in the order of their ids; none where it has ended."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
         try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])  # a name may hold spaces and brackets
-        except OSError:
+            found += [int(child) for child in path.read_text().split()]
+        except OSError:  # a thread that has ended
             continue
-        if parent == process:
-            found.append(int(path.parent.name))
     return sorted(found)
 
 
@@ -108,7 +107,7 @@ def trend(seconds: Sequence[float], values: Sequence[float], count: bool) -> Tre
     time, value = np.asarray(seconds, float), np.asarray(values, float)
     behind = time >= time[0] + WARM_UP * (time[-1] - time[0])
     time, value = time[behind], value[behind]
-    windows = np.array_split(np.arange(len(time)), min(WINDOWS, max(2, len(time) // 3)))
+    windows = np.array_split(np.arange(len(time)), min(WINDOWS, max(2, len(time) // 10)))
     floors = np.array([value[window].min() for window in windows])
     centres = np.array([time[window].mean() for window in windows])
     slope = float(np.polyfit(centres - centres[0], floors, 1)[0])
