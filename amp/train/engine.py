@@ -1,7 +1,10 @@
 """A training run: data once, then one engine a stage, from the beginning or from where a checkpoint stands."""
 
+import gc
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,9 +111,10 @@ class Run:
             loops.append(StageLoop(self, stage, done))
             done += loops[-1].steps
         self.start_trackers(loops, found)
-        for loop in loops:
-            if loop.stage in left or (not left and loop is loops[-1]):
-                loop.take_steps(found if found is not None and found.stage == loop.stage else None)
+        with frozen_heap():
+            for loop in loops:
+                if loop.stage in left or (not left and loop is loops[-1]):
+                    loop.take_steps(found if found is not None and found.stage == loop.stage else None)
         accelerator.end_training()
         return last
 
@@ -204,6 +208,24 @@ class Run:
         data = self.config.data
         return prepare_images(self.accelerator, self.terminal, split, self.model, preprocess, data.cache,
                               data.cache_dtype, data.batch_size, data.workers, tokens)  # fmt: skip
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Leaves the objects of now out of garbage collections meanwhile.
+
+    Imported packages alone are half a million. Python goes through all of them when a quarter as many are new, a pause
+    of a third of a second, and until then holds the cycles that each checkpoint leaves behind: memory would grow for
+    hours. Without the old ones it looks often, at the new ones alone, and doesn't write to pages that decoding workers
+    share with the process they were forked from.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # of nothing; or else the number of old objects would still decide when to collect
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def open_splits(config: TrainConfig) -> tuple[ShardSplit, ShardSplit | None]:
