@@ -58,6 +58,7 @@ def with_size(raw: bytes, field: bytes) -> bytes:
     return raw[:148] + b"%06o\0 " % total + raw[156:]
 
 
+RECORD = member("b.json", GOOD["a.json"].replace(b'"a"', b'"b"'))  # whole samples but for their image
 WHOLE = b"".join(member(name, content) for name, content in GOOD.items())
 NEGATIVE = b"\xff" * 10 + b"\xfc\x00"  # base 256, -1024
 TARS = {
@@ -80,8 +81,12 @@ TARS = {
     + member("b.jpg", b"99999999\n" * 60) + WHOLE,
     "pax sparse numbers": pax(GNU__sparse__map="0,x,-1", GNU__sparse__numblocks="7") + WHOLE,
     "a kind nobody knows": member("b.jpg", b"x", b"Z") + WHOLE,
-    "a block device": header("b.jpg", kind=tarfile.BLKTYPE, devmajor=8) + WHOLE,
-    "a hard link to a member": header("b.jpg", kind=tarfile.LNKTYPE, linkname="a.jpg") + WHOLE,
+    "a block device": header("b.jpg", kind=tarfile.BLKTYPE, devmajor=8) + RECORD + WHOLE,
+    "a pipe": header("b.jpg", kind=tarfile.FIFOTYPE) + RECORD + WHOLE,
+    "a hard link to a member": WHOLE + header("b.jpg", kind=tarfile.LNKTYPE, linkname="a.jpg") + RECORD,
+    "a link": header("b.jpg", kind=tarfile.SYMTYPE, linkname="/etc/passwd") + RECORD + WHOLE,
+    "a record that is a link": member("b.jpg", b"J")
+    + header("b.json", kind=tarfile.SYMTYPE, linkname="a.json") + WHOLE,
     "a name that is no text": header("b.jpg").replace(b"b.jpg", b"\xff\xfe.j"[:5]) + WHOLE,
 }  # fmt: skip
 
@@ -245,11 +250,12 @@ def own_shards(shards, tmp_path):
 
 
 def test_a_shard_with_them_is_refused_with_file_and_key(own_shards):
-    for content in bad_images().values():
+    for name, content in bad_images().items():
         path = rewrite(own_shards, "train", lambda members, new=content: [(members[0][0], new), *members[1:]])
         split = ShardSplit(own_shards, "train")
         with pytest.raises(AmpError, match="can't be decoded") as error:
             split.image(0)
+        assert "too large" not in name or "decompression bomb" in str(error.value)
         assert str(path) in str(error.value) and "train_" in str(error.value)
         assert split.image(1).mode == "RGB"
 

@@ -103,6 +103,17 @@ def test_numbers_that_are_no_id_are_refused(tmp_path, value):
         attach_knowledge(load_captions(captions).images, path)
 
 
+@pytest.mark.parametrize("key", ["sentid", "cocoid"])
+def test_an_id_that_is_no_text_is_refused(tmp_path, key):
+    """Found by the fuzz test: it went in, and ended the conversion when its record was written."""
+    sentence = {"raw": "A man", "sentid": "\ud800"} if key == "sentid" else {"raw": "A man"}
+    image = {"filename": "a.jpg", "split": "train", "cocoid": "\ud800" if key == "cocoid" else 3}
+    image["sentences"] = [sentence]
+    (tmp_path / "c.json").write_text(json.dumps({"images": [image]}))
+    with pytest.raises(AmpError, match="valid Unicode"):
+        load_captions(tmp_path / "c.json")
+
+
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 def test_odd_texts_go_through_shards_as_they_are(tmp_path, text):
     """Captions and knowledge of any characters but lone surrogates come out of a shard as they went in."""

@@ -101,12 +101,12 @@ def test_trends_by_hand():
 
 def test_garbage_does_not_wait_for_old_objects():
     """A run's cycles are collected though the process holds many more objects, which count again afterwards."""
-    old = [[] for _ in range(400_000)]
+    old = [[] for _ in range(600_000)]
     gc.collect()
     with pytest.raises(KeyboardInterrupt), frozen_heap():
         assert gc.get_freeze_count() > len(old)
         before, new = gc.get_stats()[2]["collections"], []
-        for _ in range(90_000):  # not a quarter of the old ones: beside them they would be too few to look
+        for _ in range(110_000):  # not a quarter of the old ones: beside them they would be too few to look
             new.append([])
         assert gc.get_stats()[2]["collections"] > before
         raise KeyboardInterrupt

@@ -453,7 +453,7 @@ def _check_id(value: Any, where: str, key: str) -> int | str:
         raise SourceFormatError(
             f"{where}: '{key}' is {shorten(value)}; expected a whole number or a string; correct it"
         )
-    return value
+    return value if isinstance(value, int) else _check_text(value, where, key)
 
 
 def _check_text(value: Any, where: str, key: str) -> str:

@@ -38,6 +38,7 @@ def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
         if file is not None:
             os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
+            leave_inference_out()
     timeout = timedelta(minutes=config.timeout_minutes)
     group = InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
@@ -58,6 +59,14 @@ def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
             f"Accelerate chose {accelerator.distributed_type.value}, the DeepSpeed file is {file}; launch without --cpu"
         )
     return accelerator
+
+
+def leave_inference_out() -> None:
+    """Keeps DeepSpeed from compiling, which takes a minute and a compiler, an exchange between CPU processes that its
+    tensor-parallel inference alone uses: training goes through gloo with and without it."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> Iterator[str]:
