@@ -1,12 +1,14 @@
 """What the tests of the stream, of several processes and of the command lines share."""
 
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -119,6 +121,19 @@ def launcher(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_here(path: str, *arguments) -> subprocess.CompletedProcess:
+    """What a script of the repository prints and its exit status, run in this process: its imports alone take one of
+    its own ten seconds of a core. What would end in a traceback fails the test."""
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    arguments = [str(argument) for argument in arguments]
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            launcher(path).main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return subprocess.CompletedProcess([path, *arguments], status, output.getvalue(), errors.getvalue())
 
 
 @pytest.fixture

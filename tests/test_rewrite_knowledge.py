@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset
+from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
 from rich.console import Console
 
 from amp.data import rewrite
@@ -263,14 +264,9 @@ def test_a_full_disk(shards, tmp_path, monkeypatch):
 def test_command_line(shards, tmp_path):
     arguments, folder = shards
     knowledge = new_knowledge(arguments, tmp_path / "new.jsonl")
-    script = [sys.executable, str(ROOT / "tools" / "rewrite_knowledge.py"), "--shards", str(folder), "--knowledge"]
-    process = subprocess.run([*script, str(knowledge)], capture_output=True, text=True, env=QUIET_ENVIRONMENT)
+    run = partial(run_here, "tools/rewrite_knowledge.py", "--shards", folder, "--knowledge")
+    process = run(knowledge)
     assert process.returncode == 0 and "manifest.json written" in process.stdout, process.stderr
-    process = subprocess.run(
-        [*script, str(tmp_path / "none.jsonl")], capture_output=True, text=True, env=QUIET_ENVIRONMENT
-    )
-    assert (
-        process.returncode == 2
-        and process.stderr.startswith("error: ")
-        and "none.jsonl: can't be read" in process.stderr
-    )
+    process = run(tmp_path / "none.jsonl")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ") and "none.jsonl: can't be read" in process.stderr

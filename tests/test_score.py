@@ -3,12 +3,11 @@
 import itertools
 import json
 import random
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT
+from helpers import run_here
 
 from amp.generation.grammar import COPULAS
 from amp.generation.score import GoldCaption, good_states, load_gold, score_triplets
@@ -137,11 +136,9 @@ def test_labelled_captions():
             assert (score.hits, score.mistakes, score.misses) == (len(label.triplets), 0, 0)
 
 
-def test_command_line(tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        script = [sys.executable, str(ROOT / "tools" / "score_knowledge.py"), *arguments]
-        return subprocess.run(script, capture_output=True, text=True, env=QUIET_ENVIRONMENT, cwd=tmp_path)
-
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = partial(run_here, "tools/score_knowledge.py")
     assert run("--write_captions", "gold.csv").returncode == 0
     assert len((tmp_path / "gold.csv").read_text().splitlines()) == len(load_gold()) + 1
     lines = []
