@@ -9,6 +9,7 @@ import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
 
 from amp.data import writer
+from amp.data.image_file import read_limited
 from amp.data.shards import ShardManifest, ShardReader
 from amp.data.writer import make_shards
 from amp.errors import AmpError
@@ -191,14 +192,14 @@ def test_a_failing_part_is_named_and_the_others_stay(drawn):
 def test_a_part_leaves_out_a_shard_whose_image_could_be_read_later(drawn, monkeypatch):
     """Otherwise two tasks at one shard, of which one meets a hiccup of the disk, would write different bytes."""
     image = drawn.image_of("train-000003.tar")
-    real = Path.read_bytes
+    real = read_limited
 
     def failing(path):
         if path == image:
             raise OSError(5, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr("amp.data.image_file.read_limited", failing)
     with pytest.raises(AmpError, match=f"first: {image.name}: can't be read .Input/output error"):
         drawn.make("0/3")
     drawn.make("0/3", max_skipped=0.06)

@@ -19,7 +19,7 @@ from helpers import run_here
 from PIL import Image
 
 from amp.data import writer
-from amp.data.image_file import Resize, UnreadableImageError, read_image
+from amp.data.image_file import Resize, UnreadableImageError, read_image, read_limited
 from amp.data.shards import ShardFormatError, ShardInfo, ShardManifest, ShardReader
 from amp.data.writer import make_shards
 from amp.errors import AmpError
@@ -455,14 +455,14 @@ def test_a_split_without_readable_images_is_an_error(ten):
 
 
 def test_an_image_that_could_not_be_opened_is_tried_again(ten, monkeypatch):
-    real = Path.read_bytes
+    real = read_limited
 
     def failing(path):
         if path.name == "1.jpg":
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr("amp.data.image_file.read_limited", failing)
     manifest = ten.make(max_skipped=0.5)
     assert manifest.skipped["unreadable_image"][0]["reason"] == "can't be read (Permission denied)"
     before = ten.tars()

@@ -352,7 +352,7 @@ def test_knowledge_said_twice_is_fine_if_it_is_the_same(tmp_path, images):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (TRIPLETS, "line 2: no key says which caption this is; .* keys seen: triplets, states"),
+        (TRIPLETS, "line 2: no key says which caption this is; .* keys seen: 'triplets, states'"),
         ({"image": "1.jpg", **TRIPLETS}, "line 2: no key says which caption"),
         ({"sentid": None, **TRIPLETS}, "line 2: 'sentid' is None"),
         ({"sentid": 10, "triplets": [], "states": []}, "line 2: other knowledge of the same caption stands in line 1"),
