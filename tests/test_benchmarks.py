@@ -102,7 +102,7 @@ def test_the_equations_are_what_the_model_computes(base, layer):
 
 def test_a_step_of_every_way(base):
     settings = Settings(step_batch=3, model_rounds=1, device="cpu")
-    found = step.at_layer(base, 1, settings, triplet_heads=4)
+    found = step.at_layer(base, 1, settings, triplet_heads=4, max_triplets=3)
     assert set(found["rows"]) == {
         step.FROZEN, step.PLAIN, step.CONTROL, step.PAIRED, step.AIM, step.SHARE, step.READOUT, step.NAIVE
     }  # fmt: skip
@@ -135,9 +135,10 @@ def test_sizes_by_hand(base):
 
 
 def test_loops_of_reranking_agree(base, monkeypatch):
-    settings = Settings(rerank_images=8, top_k=3, naive_queries=2, model_rounds=1, device="cpu")
+    settings = Settings(rerank_images=6, top_k=2, naive_queries=2, model_rounds=1, device="cpu")
     for interaction in ("aim", "readout"):
-        loops = rerank.Loops(build(base, 1, triplet_heads=4, interaction=interaction).eval(), settings)
+        model = build(base, 1, triplet_heads=4, max_triplets=3, interaction=interaction).eval()
+        loops = rerank.Loops(model, settings)
         assert len(loops.pairs_a_second()[rerank.ENGINE]) == 1
         assert (rerank.EQUATIONS in loops.ways) == (interaction == "aim")
         assert loops.gflop_a_pair(rerank.ENGINE) < loops.gflop_a_pair(rerank.PER_PAIR)
@@ -147,20 +148,21 @@ def test_loops_of_reranking_agree(base, monkeypatch):
         loops.pairs_a_second()
 
 
-@pytest.fixture
-def few(tmp_path):
-    return photos.given_or_drawn(tmp_path, None, 24)
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Arguments of `make_shards` for sixteen drawn photos; read only."""
+    return photos.given_or_drawn(tmp_path_factory.mktemp("photos"), None, 16)
 
 
 def test_drawn_photos_are_as_heavy_as_photos(few):
     sizes = [path.stat().st_size for path in (ROOT / few["images"]).iterdir()]
-    assert len(sizes) == 24 and 100_000 < sum(sizes) / 24 < 200_000  # COCO's: 640 x 480 in 150 kB
+    assert len(sizes) == 16 and 100_000 < sum(sizes) / 16 < 200_000  # COCO's: 640 x 480 in 150 kB
 
 
 def test_streams_read_every_photo(few, tmp_path):
-    settings = Settings(images=24, stream_batch=8, rounds=1, device="cpu")
+    settings = Settings(images=16, stream_batch=8, rounds=1, device="cpu")
     found = stream.run(settings, tmp_path / "work", few)
-    assert found["images"] == 24
+    assert found["images"] == 16
     for row in found["workers"].values():
         assert set(row["images_a_second"]) == {stream.RAW, stream.OURS, stream.PILLOW, stream.NORMALIZED}
         assert row["worker_MB"][stream.OURS] > 0
