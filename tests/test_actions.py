@@ -142,7 +142,7 @@ def test_both_formats_are_read(tmp_path):
         ([], "expected an object or a list with entries"),
         ("x", "holds str"),
         ([3], "entry 0 is int"),
-        ([{"filename": "a", "caption": "b"}], "key 'negative_caption' is missing; keys seen: filename, caption"),
+        ([{"filename": "a", "caption": "b"}], "key 'negative_caption' is missing; keys seen: 'filename, caption'"),
         ([{"image_path": "a"}], "key 'true_caption' is missing"),
         ([{"image_path": "a", "true_caption": "x", "false_caption": ""}], "expected texts"),
         ([{"image_path": "a", "caption_options": ["x"]}], "has 1 texts, expected 2 or more"),

@@ -144,7 +144,7 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
         drawn = draw_negatives(scores, same, noise, m, sampling)
         for i in range(4):
             own = cosine_of(model, batch, i, i)
-            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.index[i].tolist()]
+            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.columns[i].tolist()]
             others = [cosine_of(model, batch, image, caption) for image, caption in pairs]
             if stage == 1:
                 terms = sum(
@@ -222,7 +222,7 @@ def test_knowledge_share_conditions_the_first_images_and_all_are_scored_without(
     for direction, scores in enumerate((base, base.T)):
         drawn = draw_negatives(scores, same, gumbel_noise(4, 4, 11, 5, direction), 2, 10.0)
         for i in range(2):
-            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.index[i].tolist()]
+            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.columns[i].tolist()]
             logits = [scale.item() * cosine_of(model, batch, i, i)]
             logits += [scale.item() * cosine_of(model, batch, *pair) + w.item()
                        for pair, w in zip(pairs, drawn.log_weight[i], strict=True)]  # fmt: skip
