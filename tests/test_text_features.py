@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_clip
 
-from amp.backbone import Backbone
+from amp.backbone import Backbone, make_backbone
 from amp.data.text_features import TextFeatureStore, encode_texts, text_keys
 from amp.errors import AmpError
 
@@ -28,7 +28,7 @@ def store(tmp_path):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return Backbone(make_clip())
+    return make_backbone(make_clip())
 
 
 def test_features_come_back_in_the_order_asked_for(store):
