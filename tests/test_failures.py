@@ -159,9 +159,16 @@ def test_a_full_file_system(tmp_path):
 
             return files
 
-        checkpoints.save(1, 1, write(1000), {"steps": 9})
+        checkpoints.save(
+            1, 1, write(1000), {"steps": 9, "updates": 0, "skipped": 0, "processes": 1, "loss_scale": {}, "run": {}}
+        )
         with pytest.raises(AmpError, match=r"step00000002: can't be written .*space.* GB are free.*Make room"):
-            checkpoints.save(1, 2, write(1_000_000), {"steps": 9})
+            checkpoints.save(
+                1,
+                2,
+                write(1_000_000),
+                {"steps": 9, "updates": 0, "skipped": 0, "processes": 1, "loss_scale": {}, "run": {}},
+            )
         assert [path.name for path in checkpoints.folder.iterdir()] == ["stage1-step00000001"]
         assert checkpoints.newest([1]).step == 1
     finally:
