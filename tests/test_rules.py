@@ -142,6 +142,7 @@ def test_describe(rules):
     assert described["model"].startswith("en_core_web") and described["version"] and described["spacy"].count(".") == 2
 
 
+@pytest.mark.slow  # a minute, or two where other work shares the machine
 def test_forty_thousand_captions_in_three_minutes(rules):
     path = SHARED / "data" / "flickr8k" / "dataset_flickr8k.json"
     if not path.exists():
