@@ -76,8 +76,8 @@ def from_pretrained(
     """Builds the base model and puts an adapter around it.
 
     Args:
-        source: A folder of `save_pretrained`, an ``adapter.safetensors``, or ``hf-hub:ORG/REPO`` (the one case that
-            asks the network).
+        source: A folder of `save_pretrained`, an ``adapter.safetensors``, or ``hf-hub:ORG/REPO``, which asks the
+            network, as does a base model whose weights are not on this machine.
         base, base_pretrained: Where the base model lies now; None takes the names in the adapter.
         device, precision: As of `create_model_and_transforms`.
         **download: Of `huggingface_hub.hf_hub_download`: ``revision``, ``cache_dir``, ``token``,
@@ -141,7 +141,7 @@ def adapter_file(source: str | os.PathLike, **download) -> Path:
     """The ``adapter.safetensors`` that `from_pretrained`'s `source` names; a repository's is downloaded.
 
     Raises:
-        AmpError: It isn't there.
+        AmpError: A repository can't be downloaded; whether a local file is there is seen where it is read.
     """
     if not str(source).startswith(HUB):
         path = Path(source)
