@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import unicodedata
@@ -20,7 +21,73 @@ _SECRETS = (
 
 
 class AmpError(ValueError):
-    """Wrong input. The message names the file, the key, the value seen, the value expected and the next step."""
+    """Wrong input. The message names the file, the key, the value seen, the value expected and the next step.
+
+    Attributes:
+        messages: Those of `Problems`, where several are said at once.
+    """
+
+    messages: tuple[str, ...] = ()
+
+
+class Problems:
+    """Errors of several inputs, so that one message names all of them instead of the first.
+
+    Attributes:
+        found: The messages so far.
+    """
+
+    SHOWN = 10
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keeps an :class:`AmpError` raised inside instead of letting it pass."""
+        try:
+            yield
+        except AmpError as error:
+            self.found += error.messages or [str(error)]
+
+    def check(self) -> None:
+        """Raises AmpError with all messages, if there is any."""
+        if len(self.found) == 1:
+            raise AmpError(self.found[0])
+        if self.found:
+            more = len(self.found) - self.SHOWN
+            listed = "; ".join(f"({n}) {text}" for n, text in enumerate(self.found[: self.SHOWN], start=1))
+            error = AmpError(f"{len(self.found)} errors: {listed}{f'; and {more} more' if more > 0 else ''}")
+            error.messages = tuple(self.found)
+            raise error
+
+
+def too_many_skipped(
+    where: object, lost: dict[str, tuple[int, int]], option: str, allowed: float, reasons: Sequence[str], note: str = ""
+) -> str | None:
+    """What to say if more is skipped than an option allows; None if it is not.
+
+    Args:
+        where: File or folder that the skipped entries belong to.
+        lost: How many are skipped, and of how many, by what they are called, such as ``entries``.
+        option: Name of the option, such as ``--max_skipped``.
+        allowed: Its value, the largest fraction of each that may be skipped.
+        reasons: Why, one text per skipped entry. The first three are shown.
+        note: A clause after the counts, such as what was not written.
+    """
+    shares = {what: count / total if total else 0.0 for what, (count, total) in lost.items()}
+    worst = max(shares.values())
+    if worst <= allowed:
+        return None
+    counts = " and ".join(f"{n:,} of {of:,} {what} ({shares[what]:.2%})" for what, (n, of) in lost.items() if n)
+    allow = f", or allow it with {option} {math.ceil(worst * 100) / 100:g}" if worst < 1 else ""
+    clauses = [
+        f"{where}: {counts} can't be used, above {option} {allowed:g}",
+        note,
+        f"first: {'; '.join(reasons[:3])}",
+        f"correct the input{allow}",
+    ]
+    return "; ".join(clause for clause in clauses if clause)
 
 
 @contextmanager

@@ -124,12 +124,14 @@ def write(path, content):
 
 def test_both_formats_are_read(tmp_path):
     crepe = write(tmp_path / "swap_obj.json", {"0": {"filename": "a.jpg", "caption": "x y", "negative_caption": "y x"}})
-    assert load_choices(crepe) == [Choice("a.jpg", ("x y", "y x"))]
+    assert load_choices(crepe) == ([Choice("a.jpg", ("x y", "y x"))], {})
     relation = {"image_path": "b.jpg", "bbox_x": 3, "bbox_y": 4, "bbox_w": 20, "bbox_h": 10, "relation_name": "riding",
                 "true_caption": "a man riding a horse", "false_caption": "a horse riding a man"}  # fmt: skip
     attribution = {"image_path": "c.jpg", "attributes": ["red", "small"], "true_caption": "t", "false_caption": "f"}
     order = {"image_path": "d.jpg", "caption_options": ["right", "wrong", "worse"]}
-    assert load_choices(write(tmp_path / "aro.json", [relation, attribution, order])) == [
+    path = write(tmp_path / "aro.json", [relation, attribution, order])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows writes it
+    assert load_choices(path)[0] == [
         Choice("b.jpg", ("a man riding a horse", "a horse riding a man"), "riding", (3, 4, 23, 14)),
         Choice("c.jpg", ("t", "f"), "red_small"),
         Choice("d.jpg", ("right", "wrong", "worse")),
@@ -137,23 +139,50 @@ def test_both_formats_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([], "expected an object or a list with entries"),
-        ("x", "holds str"),
-        ([3], "entry 0 is int"),
-        ([{"filename": "a", "caption": "b"}], "key 'negative_caption' is missing; keys seen: 'filename, caption'"),
-        ([{"image_path": "a"}], "key 'true_caption' is missing"),
-        ([{"image_path": "a", "true_caption": "x", "false_caption": ""}], "expected texts"),
-        ([{"image_path": "a", "caption_options": ["x"]}], "has 1 texts, expected 2 or more"),
-        ([{"image_path": "a", "true_caption": "x", "false_caption": "y", "bbox_x": 0, "bbox_y": 0, "bbox_w": 0,
-           "bbox_h": 5}], "the box is 0 x 5 pixels"),
-    ],
+    ("text", "message"),
+    [("[]", "expected an object or a list with entries"), ('"x"', "holds str"), ("{}", "holds dict"),
+     ("filepath\ttitle\tneg_caption", "not JSON")],
 )  # fmt: skip
-def test_other_files_are_refused(tmp_path, content, message):
+def test_other_files_are_refused(tmp_path, text, message):
+    (tmp_path / "test.json").write_text(text)
     with pytest.raises(AmpError, match=r"test\.json") as error:
-        load_choices(write(tmp_path / "test.json", content))
+        load_choices(tmp_path / "test.json")
     assert message in str(error.value)
+
+
+CREPE = {"filename": "a.jpg", "caption": "a dog", "negative_caption": "a cat"}
+ARO = {"image_path": "a.jpg", "true_caption": "a dog", "false_caption": "a cat"}
+BOX = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 5}
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (3, "is int, expected an object"),
+        ({"filename": "a", "caption": "b"}, "key 'negative_caption' is missing; keys seen: 'filename, caption'"),
+        ({"image_path": "a"}, "key 'true_caption' is missing"),
+        (CREPE | {"negative_caption": ""}, "negative_caption is '', expected a text"),  # as in NegCLIP's file
+        (CREPE | {"negative_caption": float("nan")}, "negative_caption is nan"),  # as pandas writes an empty cell
+        (CREPE | {"negative_caption": ["a cat"]}, "negative_caption is ['a cat']"),
+        (CREPE | {"caption": None}, "caption is None"),
+        (CREPE | {"filename": 17}, "filename is 17, expected a text"),
+        (CREPE | {"filename": "b.jpg"}, "no photo b.jpg in"),
+        (CREPE | {"filename": "../a.jpg"}, "expected a path inside the images folder"),
+        (CREPE | {"negative_caption": "A  dog"}, "a wrong caption is the right one: 'a dog'"),
+        ({"image_path": "a.jpg", "caption_options": ["x"]}, "caption_options is ['x'], expected a list of 2 texts"),
+        ({"image_path": "a.jpg", "caption_options": "xyz"}, "caption_options is 'xyz'"),
+        ({"image_path": "a.jpg", "caption_options": ["x", ""]}, "caption_options[1] is ''"),
+        ({"image_path": "a.jpg", "caption_options": ["x", "y", "x"]}, "a wrong caption is the right one"),
+        (ARO | BOX | {"bbox_w": 0}, "the box is 0 x 5 pixels"),
+        (ARO | BOX | {"bbox_w": float("inf")}, "infinity"),
+        (ARO | {"relation_name": ["on"]}, "relation_name is ['on']"),
+    ],
+)
+def test_a_bad_entry_is_skipped_with_its_reason(tmp_path, entry, reason):
+    (tmp_path / "a.jpg").touch()
+    found, skipped = load_choices(write(tmp_path / "x.json", [CREPE, entry, ARO]), tmp_path)
+    assert found == [Choice("a.jpg", ("a dog", "a cat"))] * 2
+    assert list(skipped) == ["entry 1"] and reason in skipped["entry 1"]
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------
@@ -216,14 +245,29 @@ def test_a_tie_is_wrong_and_groups_are_averaged():
     assert found.group_mean == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
 
 
-def test_missing_photos_are_counted(world, photos):
+def test_photos_that_cant_be_read_are_skipped_up_to_a_share(world, photos):
     choices = drawn_choices()
     (photos / "2.png").unlink()
     (photos / "4.png").write_text("no image")
-    found = choose(choices, {"ours": world.model}, world.preprocess, lambda name: open_photo(photos / name))
-    assert len(found["ours"].scores) == 5 and set(found["ours"].skipped) == {"2.png", "4.png"}
+    choices[0] = replace(choices[0], box=(500, 0, 520, 20))
+    asked = []
+
+    def run(max_skipped, folder=photos):
+        def open_image(name):
+            asked.append(name)
+            return open_photo(folder / name)
+
+        return choose(choices, {"ours": world.model}, world.preprocess, open_image, max_skipped=max_skipped)["ours"]
+
+    found = run(3 / 7)
+    assert len(found.scores) == 4 and set(found.skipped) == {"0.png", "2.png", "4.png"}
+    assert "the box (500, 0, 520, 20) lies outside the photo" in found.skipped["0.png"]
+    asked.clear()
+    with pytest.raises(AmpError, match=r"photos: 2 of 7 entries \(28\.57%\) .*--max_skipped_entries 0\.29$"):
+        run(1 / 7)
+    assert asked == ["0.png", "1.png", "2.png"]  # the rest would be in vain
     with pytest.raises(AmpError, match="none of 7 choices has a photo that can be read"):
-        choose(choices, {"ours": world.model}, world.preprocess, lambda name: open_photo(photos / "no" / name))
+        run(1.0, photos / "no")
 
 
 def test_the_generator_is_asked_where_a_file_brings_no_knowledge(world, photos):
@@ -243,26 +287,95 @@ def test_the_generator_is_asked_where_a_file_brings_no_knowledge(world, photos):
     assert with_it[0] != without[0] and with_it[1] == pytest.approx(without[1], abs=1e-6)
 
 
-def test_the_command_runs_all_kinds(world, clip_folder, shards, photos, tmp_path, capsys):
+@pytest.fixture
+def choosing(world, clip_folder, shards, photos, tmp_path):
+    """Runs the command with an adapter; returns its CSV rows of whole tests."""
     save_adapter(tmp_path / "adapter.safetensors", world.model)
-    file = write(tmp_path / "swap_obj.json", {str(i): {"filename": f"{i}.png", "caption": "A dog chases a ball",
-                 "negative_caption": "A ball chases a dog"} for i in range(9)})  # fmt: skip
-    launcher("launchers/choose.py").main([
-        "--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--adapters",
-        f"[ours={tmp_path}/adapter.safetensors]", "--tests", f"[swapped-roles, swapped-actions, {file}]", "--images",
-        str(photos), "--knowledge", "none", "--out", str(tmp_path / "choices.csv"),
-    ])  # fmt: skip
-    rows = list(csv.DictReader((tmp_path / "choices.csv").open()))
-    whole = {(row["test"], row["method"]): row for row in rows if row["group"] == "all"}
-    assert len(whole) == 6 and whole["swap_obj", "ours"]["choices"] == "7"
+
+    def run(tests, *more):
+        launcher("launchers/choose.py").main([
+            "--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--adapters",
+            f"[ours={tmp_path}/adapter.safetensors]", "--tests", json.dumps(list(map(str, tests))), "--images",
+            str(photos), "--knowledge", "none", "--out", str(tmp_path / "choices.csv"), *more,
+        ])  # fmt: skip
+
+    return run
+
+
+def entries(numbers, negative="A ball chases a dog"):
+    return {f"{i}": {"filename": f"{i}.png", "caption": "A dog chases a ball", "negative_caption": negative}
+            for i in numbers}  # fmt: skip
+
+
+def saved(tmp_path):
+    rows = csv.DictReader((tmp_path / "choices.csv").open())
+    return {(row["test"], row["method"]): row for row in rows if row["group"] == "all"}
+
+
+def test_the_command_runs_all_kinds_and_one_bad_test_does_not_cost_the_rest(choosing, photos, tmp_path, capsys):
+    (photos / "6.png").write_text("no image")
+    good = write(tmp_path / "swap_obj.json", entries(range(6)) | {"9": {**entries([5])["5"], "negative_caption": ""}})
+    spoilt = write(tmp_path / "spoilt.json", entries([5, 6]))
+    with pytest.raises(SystemExit) as error:
+        choosing(["swapped-roles", spoilt, "swapped-actions", good], "--max_skipped_entries", "0.2")
+    whole = saved(tmp_path)
+    assert error.value.code == 2 and len(whole) == 6 and whole["swap_obj", "ours"]["choices"] == "6"
     assert int(whole["swapped-roles", "ours"]["choices"]) > 3
     captured = capsys.readouterr()
-    assert "swap_obj" in captured.out and "2 photos skipped" in captured.err
+    assert "swap_obj" in captured.out and "spoilt" not in captured.out
+    assert "swap_obj: 1 entries skipped" in captured.err and "choices.csv holds 3 of 4 tests" in captured.err
+    assert "test spoilt: photos: 1 of 2 entries (50.00%) can't be used" in captured.err.splitlines()[-1]
+    listed = list(csv.DictReader((tmp_path / "choices.skipped.csv").open()))
+    assert listed == [{"test": "swap_obj", "skipped": "entry 9", "reason": "negative_caption is '', expected a text"}]
 
 
-def test_the_command_refuses(capsys):
-    main = launcher("launchers/choose.py").main
-    for arguments, message in (([], "adapters is empty"),):
+def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch):
+    done = []
+
+    def fails_later(choices, *arguments):
+        if done:
+            assert len(saved(tmp_path)) == 1  # the first test, before the second ends
+            raise RuntimeError("the machine is on fire")
+        done.append(choices)
+        return {"base CLIP": Choices([[1.0, 0.0]] * len(choices), ["g"] * len(choices), {})}
+
+    monkeypatch.setattr("amp.retrieval.choice.choose", fails_later)
+    with pytest.raises(RuntimeError, match="fire"):
+        choosing(["swapped-roles", "swapped-actions"])
+    assert set(saved(tmp_path)) == {("swapped-roles", "base CLIP")}
+    captured = capsys.readouterr()
+    assert "swapped" in captured.out and "choices.csv holds 1 of 2 tests" in captured.err
+
+
+def test_everything_given_is_checked_before_a_model_is_loaded(choosing, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("amp.factory.create_model_and_transforms", None)
+    files = [write(tmp_path / "empty.json", entries(range(3)) | {"3": CREPE | {"negative_caption": " "}}),
+             write(tmp_path / "elsewhere.json", entries(range(100, 103))), tmp_path / "none.json"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        choosing([*files, "swapped-roles"], "--adapters", "[a=no/a, b=no/b]", "--out", f"{photos}/0.png/out.csv",
+                 "--choices_a_batch", "0", "--data.shards", "no/shards")  # fmt: skip
+    said = capsys.readouterr().err
+    for words in ("error: 8 errors: ", "adapter 'a=no/a'", "adapter 'b=no/b'", "choices_a_batch is 0", "no/shards",
+                  "empty.json: 1 of 4 entries (25.00%) can't be used, above --max_skipped_entries 0.01; first:",
+                  "negative_caption is ' ', expected a text; correct the input, or allow it with --max_skipped_entries",
+                  "elsewhere.json: 3 of 3 entries (100.00%) can't be used", "no photo 100.png in",
+                  "none.json: can't be read", "out.csv: can't be written"):  # fmt: skip
+        assert words in said
+
+
+def test_names_are_used_once(choosing, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    same = [write(folder / "x.json", entries([1])) for folder in (tmp_path, tmp_path / "other")]
+    file = tmp_path / "adapter.safetensors"
+    for tests, more, message in (
+        (same, [], "tests has more than one named 'x'"),
+        ([], [], "tests is empty"),
+        (["swapped-roles"], ["--adapters", "[]"], "adapters is empty"),
+        (["swapped-roles"], ["--adapters", f"[a={file}, a={file}]"], "adapters has two named 'a'"),
+        (["swapped-roles"], ["--adapters", f"[base CLIP={file}]"], "the name is 'base CLIP'"),
+        (["swapped-roles"], ["--max_skipped_entries", "5"], "max_skipped_entries is 5.0, expected a fraction"),
+        (same[:1], ["--images", "null"], "images is None, expected the folder"),
+    ):
         with pytest.raises(SystemExit):
-            main(arguments)
+            choosing(tests, *more)
         assert message in capsys.readouterr().err

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -53,7 +52,7 @@ from amp.data.sources import (
     load_captions,
     load_image_list,
 )
-from amp.errors import AmpError, public_command
+from amp.errors import AmpError, public_command, too_many_skipped
 from amp.files import write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
@@ -631,21 +630,16 @@ _CAPTION_KINDS = ("empty_caption", "caption_without_image")
 
 def _check_skipped(skipped: list[Skip], kept: list[CaptionedImage], allowed: float, file: str) -> None:
     """Raise if more than the allowed fraction of images, or of captions, is left out."""
+    images, captions = sum(skip.kind not in _CAPTION_KINDS for skip in skipped), sum(skip.captions for skip in skipped)
     lost = {
-        "images": (sum(skip.kind not in _CAPTION_KINDS for skip in skipped), len(kept)),
-        "captions": (sum(skip.captions for skip in skipped), sum(len(image.captions) for image in kept)),
+        "images": (images, images + len(kept)),
+        "captions": (captions, captions + sum(len(image.captions) for image in kept)),
     }
-    shares = {what: count / (count + rest) if count else 0.0 for what, (count, rest) in lost.items()}
-    worst = max(shares.values())
-    if worst <= allowed:
-        return
-    counts = " and ".join(f"{n} of {n + rest} {what} ({shares[what]:.2%})" for what, (n, rest) in lost.items() if n)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(skip.kind for skip in skipped).items())
-    first = "; ".join(f"{skip.file or '(no file)'}: {skip.reason}" for skip in skipped[:3])
-    raise ShardWriteError(
-        f"{file}: {counts} can't be used, above --max_skipped {allowed:g}; {kinds}; first: {first}; no manifest was "
-        f"written; mend the input, or allow it with --max_skipped {math.ceil(worst * 100) / 100:g}"
-    )
+    reasons = [f"{skip.file or '(no file)'}: {skip.reason}" for skip in skipped]
+    note = f"no manifest was written; {kinds}"
+    if message := too_many_skipped(file, lost, "--max_skipped", allowed, reasons, note):
+        raise ShardWriteError(message)
 
 
 def _by_kind(skipped: Iterable[Skip]) -> dict[str, list[dict[str, Any]]]:

@@ -20,7 +20,7 @@ from amp.errors import AmpError
 from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import tower_texts
-from amp.retrieval.first_stage import FirstStage, Positives, first_stage_in_folds
+from amp.retrieval.first_stage import FirstStage, Positives, first_stage_in_folds, usable_faiss
 from amp.retrieval.pair_scorer import PairScorer, early_tokens, scored_text
 from amp.retrieval.rerank import rerank, score_candidates, shard_bounds
 from amp.retrieval.results import DirectionResult, RetrievalRow
@@ -65,6 +65,13 @@ class RetrievalSettings:
                 raise AmpError(f"search setting {key} is {getattr(self, key)}, expected an integer of at least {low}")
         if not self.i2t:
             raise AmpError("search setting i2t is [], expected pairwise, pooled or both")
+
+    def check(self, images: int) -> None:
+        """Raises AmpError where a split of so many images can't be searched like this, or faiss is missing."""
+        if self.folds > images:
+            raise AmpError(f"search setting folds is {self.folds}, expected at most {images}, the images")
+        if self.first_stage == "faiss":
+            usable_faiss(self.top_k)
 
 
 @dataclass
@@ -148,8 +155,7 @@ class Retrieval:
             "i2t": Positives(gallery_images[self.queries["i2t"]], captions.image),
             "t2i": Positives(captions.image[self.queries["t2i"]], gallery_images),
         }
-        if settings.folds > captions.images:
-            raise AmpError(f"search setting folds is {settings.folds}, expected at most {captions.images}, the images")
+        settings.check(captions.images)
         self.fold = torch.arange(captions.images) * settings.folds // captions.images
         self.first, self.first_seconds = {}, {}
         for direction, (query, gallery) in {"i2t": (base, self.text), "t2i": (self.text, base)}.items():
@@ -246,12 +252,10 @@ class Retrieval:
         found = {}
         for key, i2t in rankings.items():
             if key.startswith("i2t"):
-                row = name if key == "i2t" else f"{name} ({key[4:]})"
-                found[row] = i2t, rankings["t2i"]
-                for weight in self.settings.fusions:
-                    found[f"{row}, fusion {weight:g}"] = (
-                        self.fused("i2t", i2t, weight), self.fused("t2i", rankings["t2i"], weight)
-                    )  # fmt: skip
+                plain, *fused = row_names(name, [key], self.settings.fusions)
+                found[plain] = i2t, rankings["t2i"]
+                for row, weight in zip(fused, self.settings.fusions, strict=True):
+                    found[row] = self.fused("i2t", i2t, weight), self.fused("t2i", rankings["t2i"], weight)
         return found
 
     def fused(self, direction: str, ranking: Ranking, weight: float) -> Ranking:
@@ -378,6 +382,18 @@ class Retrieval:
             if progress is not None:
                 progress(low + len(part) - start, stop - start)
         return all_reduce_sum(features)
+
+
+def row_names(name: str, i2t: Sequence[str], fusions: Sequence[float]) -> list[str]:
+    """The rows that a method's rankings make, such as "ours (pairwise)" and "ours (pairwise), fusion 0.5".
+
+    Args:
+        name: Of the method.
+        i2t: Its rankings of image queries: ``i2t``, or ``i2t pairwise`` and ``i2t pooled``.
+        fusions: Of the settings.
+    """
+    plain = [name if key == "i2t" else f"{name} ({key[4:]})" for key in i2t]
+    return [row for one in plain for row in (one, *(f"{one}, fusion {weight:g}" for weight in fusions))]
 
 
 def spaced(total: int, count: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Pre-selection by the frozen CLIP: the top-k candidates of each query, and where its best positive stands."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -165,12 +166,7 @@ def faiss_first_stage(query_features: Tensor, gallery_features: Tensor, positive
     Raises:
         AmpError: As `first_stage`, faiss is not installed, or k is below the largest K of R@K.
     """
-    if k < max(KS):
-        raise AmpError(f"top-k is {k} with the first stage 'faiss', expected at least {max(KS)}: it ranks no more")
-    try:
-        import faiss
-    except ImportError as error:
-        raise AmpError("the first stage 'faiss' needs faiss-cpu: pip install 'open-clip-amp[faiss]'") from error
+    faiss = usable_faiss(k)
     missing = ~torch.isin(positives.query_image, positives.gallery_image)
     if missing.any():
         raise AmpError(f"{int(missing.sum()):,} of {len(missing):,} queries have no positive in the gallery")
@@ -189,6 +185,21 @@ def faiss_first_stage(query_features: Tensor, gallery_features: Tensor, positive
     hit = positives.to("cpu").of(candidates)
     ranks = torch.where(hit.any(1), hit.int().argmax(1), len(gallery))
     return FirstStage(*(x.to(query_features.device) for x in (candidates, scores, ranks)))
+
+
+def usable_faiss(k: int) -> ModuleType:
+    """The module faiss, for a first stage that keeps k candidates.
+
+    Raises:
+        AmpError: It is not installed, or k is below the largest K of R@K.
+    """
+    if k < max(KS):
+        raise AmpError(f"top-k is {k} with the first stage 'faiss', expected at least {max(KS)}: it ranks no more")
+    try:
+        import faiss
+    except ImportError as error:
+        raise AmpError("the first stage 'faiss' needs faiss-cpu: pip install 'open-clip-amp[faiss]'") from error
+    return faiss
 
 
 def first_stage_in_folds(query_features: Tensor, gallery_features: Tensor, positives: Positives, k: int, fold: Tensor,

@@ -1,10 +1,12 @@
 """The result of an evaluation: rows of recall in both directions, as a table, as JSON and as CSV."""
 
 import csv
+import errno
 import io
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +50,25 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Pa
             f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
         ) from error
     return path
+
+
+def check_writable(*paths: str | os.PathLike) -> None:
+    """Checks before the work that `write_atomically` can write these files after it. Makes their folders.
+
+    Raises:
+        AmpError: Naming the first that can't be written.
+    """
+    for path in map(Path, paths):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise AmpError(
+                f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -308,11 +329,14 @@ class ResultFile:
         return references
 
     def protocol_lines(self) -> tuple[str, ...]:
-        """The protocol in two short lines: what was searched, and how; empty ones are left out."""
+        """The protocol in two short lines: what was searched, and how; empty ones are left out. A third line names rows
+        that are missing because the evaluation has not ended."""
         lines = []
         for keys in (_DATA_KEYS, _METHOD_KEYS):
             parts = [_protocol_part(key, self.protocol[key]) for key in keys if self.protocol.get(key) is not None]
             lines.append(" · ".join(parts))
+        if missing := self.protocol.get("missing_rows"):
+            lines.append(f"incomplete, {len(missing)} rows are missing: {', '.join(map(str, missing))}")
         return tuple(line for line in lines if line)
 
 

@@ -1,6 +1,7 @@
 """An evaluation run: one split, the base model and any number of adapters, one table."""
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +11,20 @@ from accelerate import Accelerator
 
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
-from amp.errors import AmpError
+from amp.errors import AmpError, Problems
 from amp.factory import create_model_and_transforms
-from amp.retrieval.adapters import adapted, named_adapter
+from amp.model import ActionAwareCLIP
+from amp.retrieval.adapters import load_adapters, named_adapters
 from amp.retrieval.baseline import baseline
 from amp.retrieval.bootstrap import interval, resampled_recalls
-from amp.retrieval.evaluate import Ranking, Retrieval, RetrievalSettings, SplitCaptions
+from amp.retrieval.evaluate import Ranking, Retrieval, RetrievalSettings, SplitCaptions, row_names
+from amp.retrieval.first_stage import i2t_positives
 from amp.retrieval.metrics import KS
 from amp.retrieval.per_query import QueryResults, QueryTable, save_queries
 from amp.retrieval.picture import draw_retrievals
-from amp.retrieval.probes import Probe, enriched_text, probe
+from amp.retrieval.probes import Probe, enriched_text, probe, shuffled
 from amp.retrieval.protocol import protocol
-from amp.retrieval.results import ResultFile, RetrievalRow
+from amp.retrieval.results import ResultFile, RetrievalRow, check_writable
 from amp.retrieval.verbs import by_verb, save_verbs
 from amp.terminal import PlainConsole, Terminal
 from amp.train.config import TrainConfig
@@ -32,15 +35,17 @@ class Evaluation:
     """Rows of an evaluation as they come: figures with intervals, and results a query.
 
     Args:
-        protocol: Of the result file.
+        protocol: Of the result file. While rows are missing, the file lists them as ``missing_rows``.
+        rows: Names of all rows, in order.
         fold: Fold of each image.
         samples: Bootstrap samples; 0 computes no interval.
         seed: Of the bootstrap.
     """
 
-    def __init__(self, protocol: dict, fold: torch.Tensor, samples: int, seed: int):
-        self.result = ResultFile(protocol)
+    def __init__(self, protocol: dict, rows: Sequence[str], fold: torch.Tensor, samples: int, seed: int):
+        self.result, self.planned = ResultFile(protocol), list(rows)
         self.queries: QueryTable = {}
+        self.missing = self.planned
         self.fold, self.samples, self.seed = fold.numpy(), samples, seed
 
     def add(self, name: str, i2t: Ranking, t2i: Ranking, images: dict[str, torch.Tensor], base: bool = False) -> None:
@@ -61,7 +66,12 @@ class Evaluation:
         self.result.rows.append(RetrievalRow(name, results[0], results[1], rsum_interval))
 
     def save(self, out: Path) -> None:
-        """Writes JSON, CSV, and results a query beside them."""
+        """Writes JSON, CSV, and results a query beside them, of the rows so far."""
+        done = {row.name for row in self.result.rows}
+        self.result.protocol.pop("missing_rows", None)
+        self.missing = [name for name in self.planned if name not in done]
+        if self.missing:
+            self.result.protocol["missing_rows"] = self.missing
         save_queries(out.with_suffix(".npz"), self.queries)
         self.result.save_csv(out.with_suffix(".csv"))
         self.result.save_json(out)
@@ -79,15 +89,24 @@ class Run:
     terminal: Terminal
     precision: str
     bootstrap: int
+    out: Path
 
-    def begin(self, retrieval: Retrieval, described: dict, adapters: dict[str, str]) -> Evaluation:
-        """An evaluation with the base model's row."""
+    def begin(
+        self, retrieval: Retrieval, described: dict, adapters: dict[str, str], rows: Sequence[str] = ()
+    ) -> Evaluation:
+        """An evaluation with the base model's row, and `rows` to come."""
         found = protocol(self.config, self.split, self.captions, self.search, self.precision, self.bootstrap, described,
                          adapters)  # fmt: skip
-        evaluation = Evaluation(found, retrieval.fold, self.bootstrap, self.config.seed)
+        evaluation = Evaluation(found, ["base CLIP", *rows], retrieval.fold, self.bootstrap, self.config.seed)
         base = retrieval.base()
         evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
+        self.save(evaluation)
         return evaluation
+
+    def save(self, evaluation: Evaluation) -> None:
+        """Writes the rows so far, so that a stop loses only those being computed."""
+        if self.accelerator.is_main_process:
+            evaluation.save(self.out)
 
 
 def images_of(retrieval: Retrieval) -> dict[str, torch.Tensor]:
@@ -99,7 +118,29 @@ def _partial(out: Path) -> Path:
     return out.with_suffix(".partial")
 
 
-def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe], text_only: bool, out: Path,
+def planned_rows(
+    models: dict[str, ActionAwareCLIP], probes: Sequence[Probe], text_only: bool, search: RetrievalSettings
+) -> list[str]:
+    """Names of the rows after the base model's.
+
+    Raises:
+        AmpError: Two would have one name.
+    """
+    rows = row_names("captions with states", ["i2t"], search.fusions) if text_only else []
+    for name, model in models.items():
+        i2t = [f"i2t {mode}" for mode in search.i2t] if model.knowledge_aware else ["i2t"]
+        for method in (name, *(f"{name}, {kind}" for kind in probes if model.knowledge_aware)):
+            rows += row_names(method, i2t, search.fusions)
+    twice = next((row for row, count in Counter(["base CLIP", *rows]).items() if count > 1), None)
+    if twice is not None:
+        raise AmpError(
+            f"the row {twice!r} would be there twice, expected different rows; look for an adapter's name, a probe, an "
+            "i2t or a fusion that is given twice"
+        )
+    return rows
+
+
+def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_only: bool,
                  ) -> tuple[Evaluation, dict[str, Ranking]]:  # fmt: skip
     """Rows of base model, text-only control, adapters and probes, and the last adapter's rankings."""
     config, accelerator, terminal, captions = run.config, run.accelerator, run.terminal, run.captions
@@ -107,47 +148,60 @@ def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe]
         config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
         prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
     )  # fmt: skip
-    models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
+    adapters = load_adapters(base, config.model.name, named)
+    planned = planned_rows(adapters, probes, text_only, run.search)
     described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
                  "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
     evaluation: Evaluation | None = None
     rankings: dict[str, Ranking] = {}
-    for name, model in models.items():
-        collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
-        k = model.config.max_triplets
-        prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(k, model.config.knowledge))
-        frozen = prepare_images(accelerator, terminal, run.split, model, preprocess, config.data.cache,
-                                config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
-        retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
-        images = images_of(retrieval)
-        if evaluation is None:
-            evaluation = run.begin(retrieval, described, dict(named))
-            if text_only:
-                # The first model need not read states.
-                states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
-                prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
-                text = enriched_text(retrieval.text, states(captions.knowledge))
-                for row, pair in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
-                    evaluation.add(row, *pair, images)
-        if not named:
-            break
-        model.eval()
+    try:
+        for name, model in (adapters or {"base": base}).items():
+            collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
+            k = model.config.max_triplets
+            prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(k, model.config.knowledge))
+            frozen = prepare_images(accelerator, terminal, run.split, model, preprocess, config.data.cache,
+                                    config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
+            retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
+            images = images_of(retrieval)
+            if evaluation is None:
+                evaluation = run.begin(retrieval, described, named, planned)
+                if text_only:
+                    # The first model need not read states.
+                    states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
+                    prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
+                    text = enriched_text(retrieval.text, states(captions.knowledge))
+                    for row, pair in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
+                        evaluation.add(row, *pair, images)
+                    run.save(evaluation)
+            if not adapters:
+                break
 
-        def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
-            with terminal.progress(title) as report:
-                return searched.rank(model, accelerator.autocast, lambda _, done, total: report(done, total),
-                                     _partial(out), run.precision)  # fmt: skip
+            def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
+                with terminal.progress(title) as report:
+                    return searched.rank(model, accelerator.autocast, lambda _, done, total: report(done, total),
+                                         _partial(run.out), run.precision)  # fmt: skip
 
-        rankings = ranked(retrieval, f"re-ranking with {name}")
-        for row, pair in retrieval.methods(name, rankings).items():
-            evaluation.add(row, *pair, images)
-        for kind in probes if model.knowledge_aware else ():
-            spoilt = probe(retrieval, kind, model, preprocess, config.seed)
-            found = ranked(spoilt, f"probe {kind} of {name}")
-            for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
+            rankings = ranked(retrieval, f"re-ranking with {name}")
+            for row, pair in retrieval.methods(name, rankings).items():
                 evaluation.add(row, *pair, images)
-        if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
-            evaluation.save(out)
+            run.save(evaluation)
+            for kind in probes if model.knowledge_aware else ():
+                spoilt = probe(retrieval, kind, model, preprocess, config.seed)
+                found = ranked(spoilt, f"probe {kind} of {name}")
+                for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
+                    evaluation.add(row, *pair, images)
+                run.save(evaluation)
+    except BaseException as error:
+        if evaluation is not None and evaluation.missing:
+            terminal.say(
+                f"{run.out} holds the rows that were finished and lists the {len(evaluation.missing)} missing "
+                "ones; the same command goes on with the scores so far"
+            )
+        if isinstance(error, torch.OutOfMemoryError):
+            raise AmpError(
+                "the GPU's memory is full; give smaller --search.batch_size and --data.batch_size"
+            ) from error
+        raise
     assert evaluation is not None  # the first model has begun it
     return evaluation, rankings
 
@@ -157,7 +211,9 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
              ) -> ResultFile:  # fmt: skip
     """Evaluates the base model and adapters, prints the table and writes its files.
 
-    Scores of pairs are kept in OUT.partial while it runs: the same call goes on with them, on any number of processes.
+    Everything given is checked before a model is loaded. The files are written again after each adapter and probe, with
+    the rows that are missing in the protocol. Scores of pairs are kept in OUT.partial while it runs: the same call goes
+    on with them, on any number of processes.
 
     Args:
         config: Of it `model`, `data` and `mixed_precision` are read.
@@ -173,23 +229,37 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     Raises:
         AmpError: Wrong input, such as an adapter of another base model.
     """
-    named = [named_adapter(text) for text in adapters]
-    if gallery is not None and not named:
-        raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
+    problems, named = Problems(), {}
+    with problems.collect():
+        named = named_adapters(adapters)
+    with problems.collect():
+        if gallery is not None and not adapters:
+            raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
+    with problems.collect():
+        if bootstrap < 0:
+            raise AmpError(f"bootstrap is {bootstrap}, expected a number of samples, or 0 for no intervals")
+    with problems.collect():
+        split = ShardSplit(config.data.shards, split_name)
+        captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
+        search.check(captions.images)
+        i2t_positives(captions.image, captions.images)
+        if "shuffled" in probes:
+            shuffled(captions.image, config.seed)
+    with problems.collect():
+        suffixes = (".json", ".csv", ".npz", ".verbs.csv")
+        check_writable(*(out.with_suffix(suffix) for suffix in suffixes), *([gallery] if gallery is not None else []))
+    problems.check()
     accelerator = make_accelerator(config, training=False)
     terminal = Terminal(accelerator.is_main_process)
-    split = ShardSplit(config.data.shards, split_name)
-    captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
     precision = f"{config.model.precision}, autocast {accelerator.mixed_precision}"
-    run = Run(config, split, captions, search, accelerator, terminal, precision, bootstrap)
+    run = Run(config, split, captions, search, accelerator, terminal, precision, bootstrap, out)
     if named or text_only:
-        evaluation, rankings = _with_models(run, named, probes, text_only, out)
+        evaluation, rankings = _with_models(run, named, probes, text_only)
     else:
         retrieval, described = baseline(config.model, config.data, split, captions, search, accelerator, terminal)
         evaluation = run.begin(retrieval, described, {})
     accelerator.wait_for_everyone()  # no process reads partial scores any more
     if accelerator.is_main_process:
-        evaluation.save(out)
         if named:
             rows = [row.name for row in evaluation.result.rows[1:]]
             verbs = {row: by_verb(evaluation.queries, row, captions.knowledge) for row in rows}
