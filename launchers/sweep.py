@@ -5,16 +5,22 @@
     python launchers/sweep.py --config ... --shard 3/8         the fourth of eight jobs of an array
     python launchers/sweep.py --config ... --report_only true  tables of what is there
 
-What is done isn't run again, a run that fails leaves the others alone, and several processes can share a sweep. Writes
-RESULTS.csv, RESULTS.md and RESULTS.png. Ends with status 1 where a run failed.
+All rows are checked before the first is trained. What is done isn't run again, a run that fails leaves the others
+alone, and several processes can share a sweep. Writes RESULTS.csv, RESULTS.md and RESULTS.png after each run. Ends with
+status 1 where a run failed or a result can't be used.
 """
 
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from amp.command import CommandLine
-from amp.errors import exit_on_error
+from amp.errors import AmpError, Problems, exit_on_error
 from amp.sweep.config import SweepConfig
+
+if TYPE_CHECKING:
+    from amp.sweep.runs import Run
 
 
 def parser() -> CommandLine:
@@ -34,48 +40,102 @@ def main(arguments: list[str] | None = None) -> int:
     with exit_on_error():
         settings = options.instantiate(parsed)
         names = ", ".join(str(path) for path in settings.pop("config") or ())
-        config = SweepConfig(**settings)
-        config.check()
-        from amp.retrieval.results import write_atomically
-        from amp.sweep.plot import draw
-        from amp.sweep.runs import execute, plan
-        from amp.sweep.summary import collect, to_csv, to_markdown
-        from amp.terminal import Terminal
+        return run_sweep(SweepConfig(**settings), f"python launchers/sweep.py --config {names}")
 
-        terminal = Terminal(True)
-        runs = plan(config)
-        wanted = list(
-            dict.fromkeys(run for name, of_row in runs.items() if name in (config.rows or runs) for run in of_row)
+
+def run_sweep(config: SweepConfig, command: str) -> int:
+    """Runs what is missing and writes the tables after each run; returns the exit status."""
+    config.check()
+    from amp.sweep.runs import execute, plan
+    from amp.terminal import Terminal
+
+    terminal = Terminal(True)
+    runs = plan(config)
+    wanted = list(
+        dict.fromkeys(run for name, of_row in runs.items() if name in (config.rows or runs) for run in of_row)
+    )
+    missing = [run for run in wanted if not run.done]
+    index, count = config.part()
+    mine = missing[index::count]
+    terminal.say(f"{len(wanted)} runs, {len(wanted) - len(missing)} done, {len(mine)} to do here")
+    if not config.report_only:
+        check_runs(config, mine)
+    if config.dry_run:
+        for run in mine:
+            terminal.say(f"{run.row}, seed {run.seed}: {run.folder}")
+        return 0
+    states = {}
+    with terminal.progress("sweep") as report:
+        for number, run in enumerate([] if config.report_only else mine):
+            states[run] = execute(config, run, terminal.say)
+            terminal.say(f"{run.row}, seed {run.seed}: {states[run]}")
+            report(number + 1, len(mine))
+            write_tables(config, runs, command)
+    written, left_out = write_tables(config, runs, command)
+    terminal.say(
+        f"{config.results}.csv, .md and .png written" if written else "no run has a result yet, so no table is written"
+    )
+    for reason in left_out:
+        terminal.say(f"left out: {reason}")
+    failed = [run for run, state in states.items() if state == "failed"]
+    for run in failed:
+        terminal.say(f"failed: {run.row}, seed {run.seed}; see {run.folder}/*.log, then start the sweep again")
+    return 1 if failed or left_out else 0
+
+
+def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
+    """Raises AmpError naming every row that could not be trained or evaluated, before any is."""
+    if not runs:
+        return
+    from jsonargparse import ArgumentError
+
+    from amp.commands import evaluate, train
+    from amp.data.split import ShardSplit
+    from amp.retrieval.results import check_writable
+    from amp.train.command import read_command_line
+    from amp.train.config import TrainConfig
+
+    problems = Problems()
+    for run in {run.row: run for run in runs}.values():  # seeds differ in nothing that can be wrong
+        with problems.collect():
+            try:
+                options = train.parser()
+                options.exit_on_error = False
+                settings = options.instantiate(options.parse_args([*run.arguments, "--out", str(run.folder)]))
+                training = TrainConfig(**{key: settings[key] for key in TrainConfig.__dataclass_fields__})
+                training.check()
+                options = evaluate.parser()
+                options.exit_on_error = False
+                read_command_line(options, [*run.arguments, *run.evaluation], evaluate.EvaluationSettings)
+                for split in (training.data.train_split, config.split):
+                    ShardSplit(training.data.shards, split)
+            except (AmpError, ArgumentError) as error:
+                raise AmpError(f"row {run.row!r}: {' '.join(str(error).split())}") from error
+    with problems.collect():
+        check_writable(*(Path(config.results).with_suffix(suffix) for suffix in (".csv", ".md", ".png")))
+    if shutil.which(config.launcher[0]) is None:
+        problems.found.append(
+            f"launcher is {config.launcher}, expected a command that starts training; "
+            f"{config.launcher[0]!r} is not installed"
         )
-        missing = [run for run in wanted if not run.done]
-        index, count = config.part()
-        mine = missing[index::count]
-        terminal.say(f"{len(wanted)} runs, {len(wanted) - len(missing)} done, {len(mine)} to do here")
-        if config.dry_run:
-            for run in mine:
-                terminal.say(f"{run.row}, seed {run.seed}: {run.folder}")
-            return 0
-        states = {}
-        with terminal.progress("sweep") as report:
-            for number, run in enumerate([] if config.report_only else mine):
-                states[run] = execute(config, run, terminal.say)
-                terminal.say(f"{run.row}, seed {run.seed}: {states[run]}")
-                report(number + 1, len(mine))
-        lines, base = collect(config, runs)
-        if not base.values:
-            terminal.say("no run has a result yet, so no table is written")
-        else:
-            results = Path(config.results)
-            command = f"python launchers/sweep.py --config {names}"
-            write_atomically(results.with_suffix(".csv"), to_csv(lines, base, config.control).encode())
-            write_atomically(results.with_suffix(".md"), to_markdown(config, lines, base, command).encode())
-            if picture := draw(config, lines, base):
-                write_atomically(results.with_suffix(".png"), picture)
-            terminal.say(f"{results}.csv, .md and .png written")
-        failed = [run for run, state in states.items() if state == "failed"]
-        for run in failed:
-            terminal.say(f"failed: {run.row}, seed {run.seed}; see {run.folder}/*.log, then start the sweep again")
-        return 1 if failed else 0
+    problems.check()
+
+
+def write_tables(config: SweepConfig, runs: "dict[str, list[Run]]", command: str) -> tuple[bool, list[str]]:
+    """Writes tables and plot of the results so far; returns whether there are any, and why some are left out."""
+    from amp.retrieval.results import write_atomically
+    from amp.sweep.plot import draw
+    from amp.sweep.summary import collect, to_csv, to_markdown
+
+    lines, base, left_out = collect(config, runs)
+    if not base.values:
+        return False, left_out
+    results = Path(config.results)
+    write_atomically(results.with_suffix(".csv"), to_csv(lines, base, config.control).encode())
+    write_atomically(results.with_suffix(".md"), to_markdown(config, lines, base, command, left_out).encode())
+    if picture := draw(config, lines, base):
+        write_atomically(results.with_suffix(".png"), picture)
+    return True, left_out
 
 
 if __name__ == "__main__":

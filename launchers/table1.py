@@ -2,6 +2,8 @@
 
 python launchers/table1.py --out results/table1.md
 python launchers/table1.py --commands true         (what to run for the lines that are empty)
+
+Results that can't be used are left out and listed, and the status is 1.
 """
 
 from dataclasses import dataclass
@@ -40,17 +42,21 @@ def main(arguments: list[str] | None = None) -> None:
 
         from amp.retrieval.results import write_atomically
         from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
-        from amp.terminal import PlainConsole
+        from amp.terminal import PlainConsole, Terminal
 
         rows, sources = load_published(settings.published)
-        add_results(rows, settings.results)
+        left_out = add_results(rows, settings.results)
+        for reason in left_out:
+            Terminal(True).say(f"left out: {reason}")
         if settings.commands:
             print("\n".join(commands(rows, settings.results)))
             return
-        text = render_markdown(rows, sources)
+        text = render_markdown(rows, sources, left_out)
         if settings.out is not None:
             write_atomically(settings.out, text.encode())
         PlainConsole().print(Markdown(text))
+        if left_out:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -303,8 +303,10 @@ def choosing(world, clip_folder, shards, photos, tmp_path):
 
 
 def entries(numbers, negative="A ball chases a dog"):
-    return {f"{i}": {"filename": f"{i}.png", "caption": "A dog chases a ball", "negative_caption": negative}
-            for i in numbers}  # fmt: skip
+    return {
+        f"{i}": {"filename": f"{i}.png", "caption": "A dog chases a ball", "negative_caption": negative}
+        for i in numbers
+    }
 
 
 def saved(tmp_path):
@@ -349,17 +351,37 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
 
 def test_everything_given_is_checked_before_a_model_is_loaded(choosing, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("amp.factory.create_model_and_transforms", None)
-    files = [write(tmp_path / "empty.json", entries(range(3)) | {"3": CREPE | {"negative_caption": " "}}),
-             write(tmp_path / "elsewhere.json", entries(range(100, 103))), tmp_path / "none.json"]  # fmt: skip
+    files = [
+        write(tmp_path / "empty.json", entries(range(3)) | {"3": CREPE | {"negative_caption": " "}}),
+        write(tmp_path / "elsewhere.json", entries(range(100, 103))),
+        tmp_path / "none.json",
+    ]
     with pytest.raises(SystemExit):
-        choosing([*files, "swapped-roles"], "--adapters", "[a=no/a, b=no/b]", "--out", f"{photos}/0.png/out.csv",
-                 "--choices_a_batch", "0", "--data.shards", "no/shards")  # fmt: skip
+        choosing(
+            [*files, "swapped-roles"],
+            "--adapters",
+            "[a=no/a, b=no/b]",
+            "--out",
+            f"{photos}/0.png/out.csv",
+            "--choices_a_batch",
+            "0",
+            "--data.shards",
+            "no/shards",
+        )
     said = capsys.readouterr().err
-    for words in ("error: 8 errors: ", "adapter 'a=no/a'", "adapter 'b=no/b'", "choices_a_batch is 0", "no/shards",
-                  "empty.json: 1 of 4 entries (25.00%) can't be used, above --max_skipped_entries 0.01; first:",
-                  "negative_caption is ' ', expected a text; correct the input, or allow it with --max_skipped_entries",
-                  "elsewhere.json: 3 of 3 entries (100.00%) can't be used", "no photo 100.png in",
-                  "none.json: can't be read", "out.csv: can't be written"):  # fmt: skip
+    for words in (
+        "error: 8 errors: ",
+        "adapter 'a=no/a'",
+        "adapter 'b=no/b'",
+        "choices_a_batch is 0",
+        "no/shards",
+        "empty.json: 1 of 4 entries (25.00%) can't be used, above --max_skipped_entries 0.01; first:",
+        "negative_caption is ' ', expected a text; correct the input, or allow it with --max_skipped_entries",
+        "elsewhere.json: 3 of 3 entries (100.00%) can't be used",
+        "no photo 100.png in",
+        "none.json: can't be read",
+        "out.csv: can't be written",
+    ):
         assert words in said
 
 

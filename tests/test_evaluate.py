@@ -1,22 +1,30 @@
 """Re-ranked retrieval against a naive loop: one query, one candidate and one forward pass at a time."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import run_ranks
+from helpers import launcher, run_ranks
 
 import amp
+from amp.checkpoint import read_adapter, write_adapter
 from amp.data.frozen_features import compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.text_features import encode_texts
+from amp.errors import AmpError
 from amp.model import Prompts
+from amp.retrieval.adapters import load_adapters
 from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions, spaced
 from amp.retrieval.metrics import recalls
+from amp.retrieval.per_query import load_queries
+from amp.retrieval.results import ResultFile
 
 KINDS = ("action", "attribute")
 TOP_K = 8
@@ -267,6 +275,164 @@ def test_progress_counts_every_direction_to_its_end(aware):
     aware.retrieval(batch_size=10).rank(aware.model, progress=report)
     pairs = {"t2i": len(aware.captions.texts) * TOP_K, "i2t pairwise": 12 * TOP_K, "i2t pooled": 12}
     assert last == {name: (count, count) for name, count in pairs.items()}
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(aware, clip_folder, shards, cache_folder, tmp_path, fresh_accelerate):
+    """Runs the command with two adapters of one model, called one and two."""
+    amp.save_adapter(tmp_path / "adapter.safetensors", aware.model)
+    adapters = [f"{name}={tmp_path}/adapter.safetensors" for name in ("one", "two")]
+
+    def run(*more):
+        launcher("launchers/evaluate.py").main(
+            [
+                "--model.name",
+                clip_folder,
+                "--model.pretrained",
+                "null",
+                "--data.shards",
+                str(shards),
+                "--data.cache",
+                str(cache_folder),
+                "--data.workers",
+                "0",
+                "--bootstrap",
+                "0",
+                "--adapters",
+                json.dumps(adapters),
+                "--search.i2t",
+                "[pairwise]",
+                "--search.top_k",
+                "10",
+                "--out",
+                str(tmp_path / "out.json"),
+                *more,
+            ]
+        )
+
+    return run
+
+
+def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, tmp_path, monkeypatch, capsys):
+    real, seen, out = Retrieval.rank, [], tmp_path / "out.json"
+
+    def rank(self, *arguments):
+        seen.append([row.name for row in ResultFile.load_json(out).rows])
+        if len(seen) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Retrieval, "rank", rank)
+    arguments = ("--probes", "[grey]", "--text_only", "true", "--search.fusions", "[0.5]")
+    with pytest.raises(SystemExit):
+        command(*arguments)
+    states = ["captions with states", "captions with states, fusion 0.5"]
+    one, two = (
+        [f"{name}{mode} (pairwise){fusion}" for mode in ("", ", grey") for fusion in ("", ", fusion 0.5")]
+        for name in ("one", "two")
+    )
+    first = ["base CLIP", *states]
+    assert seen == [first, [*first, *one[:2]], [*first, *one]]
+    result = ResultFile.load_json(out)
+    assert [row.name for row in result.rows] == seen[2] and result.protocol["missing_rows"] == two
+    assert result.protocol_lines()[-1] == f"incomplete, 4 rows are missing: {', '.join(two)}"
+    assert set(load_queries(out.with_suffix(".npz"))) == {(row, side) for row in seen[2] for side in ("i2t", "t2i")}
+    assert out.with_suffix(".csv").read_text().count("\n") == 1 + len(seen[2])
+    said = capsys.readouterr().err
+    assert "out.json holds the rows that were finished and lists the 4 missing ones" in said
+    assert "the GPU's memory is full; give smaller --search.batch_size and --data.batch_size" in said
+
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command(*arguments)
+    result = ResultFile.load_json(out)
+    assert [row.name for row in result.rows] == [*first, *one, *two]
+    assert "missing_rows" not in result.protocol and len(result.protocol_lines()) == 2
+
+
+def test_everything_given_is_checked_before_a_model_is_loaded(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("amp.retrieval.run.create_model_and_transforms", None)
+    with pytest.raises(SystemExit):
+        command(
+            "--adapters",
+            "[one=no/a, two=no/b]",
+            "--split",
+            "tset",
+            "--bootstrap",
+            "-1",
+            "--out",
+            str(tmp_path / "adapter.safetensors" / "out.json"),
+        )
+    said = capsys.readouterr().err
+    for words in (
+        "5 errors: ",
+        "adapter 'one=no/a'",
+        "adapter 'two=no/b'",
+        "'tset'",
+        "bootstrap is -1",
+        "out.json: can't be written",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("image", "arguments", "message"),
+    [
+        ([0, 0, 2], [], "1 of 3 images have no caption"),
+        ([0, 0, 0, 1, 2], ["--probes", "[shuffled]"], "one image has 3 of 5 captions"),
+        ([0, 1, 2], ["--search.folds", "4"], "folds is 4, expected at most 3"),
+        (
+            [0, 1, 2],
+            ["--search.first_stage", "faiss", "--search.top_k", "5"],
+            "top-k is 5 with the first stage 'faiss'",
+        ),
+    ],
+)
+def test_a_split_that_cant_be_searched_is_refused_first(command, monkeypatch, capsys, image, arguments, message):
+    captions = SplitCaptions(["x"] * len(image), [amp.Knowledge()] * len(image), torch.tensor(image), 3)
+    monkeypatch.setattr(SplitCaptions, "read", lambda *_: captions)
+    monkeypatch.setattr("amp.retrieval.run.create_model_and_transforms", None)
+    with pytest.raises(SystemExit):
+        command(*arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp_path, capsys):
+    file = f"{tmp_path}/adapter.safetensors"
+    for arguments, message in (
+        (["--adapters", f"[one={file}, one={file}]"], "adapters has two named 'one'"),
+        (["--adapters", json.dumps([f"a\tb={file}"])], r"the name is 'a\tb'"),
+        (["--probes", "[grey, grey]"], "the row 'one, grey (pairwise)' would be there twice"),
+        (["--adapters", f'["one={file}", "one, grey={file}"]', "--probes", "[grey]"], "the row 'one, grey (pairwise)'"),
+    ):
+        with pytest.raises(SystemExit):
+            command(*arguments)
+        assert message in capsys.readouterr().err
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_every_adapter_that_does_not_fit_is_named(clip_folder, aware, tmp_path):
+    header, weights = read_adapter(save(tmp_path / "good", aware.model))
+    write_adapter(tmp_path / "other", replace(header, base_hash="0" * 64), weights)
+    name = next(iter(weights))
+    write_adapter(tmp_path / "nan", header, weights | {name: torch.full_like(weights[name], float("nan"))})
+    (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:99])
+    with pytest.raises(AmpError) as error:
+        load_adapters(aware.model, clip_folder, {n: str(tmp_path / n) for n in ("other", "good", "nan", "cut")})
+    assert len(error.value.messages) == 3
+    for message, words in zip(
+        error.value.messages, ("was trained on base", "1 weights hold NaN", "not a whole"), strict=True
+    ):
+        assert words in message
+
+
+def save(path, model):
+    amp.save_adapter(path, model)
+    return path
 
 
 def _rank_both(clip_folder, shards, cache_folder):

@@ -420,7 +420,7 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
                   "resize_mode": "squash", "fill_color": 0}  # fmt: skip
     plots = {EVIL_HTML: results_plot(result), "b": dot_plot([("<img>$\\frac{", [(1.0, 0.0, 2.0)] * 3)])}
     given = ReportInput(result, queries, EVIL_HTML, split, captions, None, None, preprocess, plots, EVIL_HTML)
-    text = write_report(tmp_path / "report.html", given).read_text(encoding="utf-8")
+    text = write_report(tmp_path / "report.html", given)[0].read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 2 and "<img src=x" not in text and "<!--" not in text
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
     assert data["title"] == data["row"] == EVIL_HTML and data["cards"][0]["text"] == EVIL_HTML

@@ -184,6 +184,82 @@ def test_refusals(page, shards, tmp_path, capsys):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(AmpError, match="no results of a sweep"):
         sweep_plot(tmp_path / "x.csv")
+    (tmp_path / "empty.json").write_text(
+        json.dumps({"format": "open-clip-amp retrieval results", "version": 1, "protocol": {}, "rows": []})
+    )
+    (tmp_path / "empty.npz").write_bytes((page / "results.npz").read_bytes())
+    with pytest.raises(SystemExit):  # all at once, before a model is loaded
+        main(
+            [
+                "--results",
+                str(tmp_path / "empty.json"),
+                "--adapters",
+                "[a=no/a, b=no/b]",
+                "--sweep",
+                str(tmp_path / "x.csv"),
+                "--out",
+                str(tmp_path / "x.csv" / "report.html"),
+                "--model.name",
+                "none",
+            ]
+        )
+    said = capsys.readouterr().err
+    for words in (
+        "5 errors: ",
+        "protocol key 'split' is missing",
+        "adapter 'a=no/a'",
+        "adapter 'b=no/b'",
+        "no results of a sweep",
+        "report.html: can't be written",
+    ):
+        assert words in said
+
+
+def test_a_photo_that_cant_be_read_costs_its_queries_only(page, tmp_path, clip_folder, shards, monkeypatch, capsys):
+    _, data = data_of(page)
+    captions, real = ShardSplit.captions, ShardSplit.image
+    monkeypatch.setattr(ShardSplit, "captions", lambda self, record, keep=("action", "attribute"): [
+        (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
+        for i, (text, item) in enumerate(captions(self, record, keep))
+    ])  # fmt: skip
+
+    def image(self, index):
+        if index == 3:
+            raise AmpError("image of sample 3 can't be decoded")
+        return real(self, index)
+
+    monkeypatch.setattr(ShardSplit, "image", image)
+    launcher("launchers/report.py").main(
+        [
+            "--model.name",
+            clip_folder,
+            "--model.pretrained",
+            "null",
+            "--data.shards",
+            str(shards),
+            "--results",
+            str(page / "results.json"),
+            "--out",
+            str(tmp_path / "report.html"),
+            "--captions",
+            "200",
+            "--images",
+            "50",
+        ]
+    )
+    _, found = data_of(tmp_path)
+
+    def photos(card):
+        hits = [hit for side in card["hits"] for hit in side] if card["direction"] == "t2i" else []
+        return {card["image"], *(hit["photo"] for hit in hits)}
+
+    def keys(cards):
+        return [(card["direction"], card["query"]) for card in cards]
+
+    kept = [card for card in data["cards"] if "3" not in photos(card)]
+    assert keys(found["cards"]) == keys(kept) and 0 < len(kept) < len(data["cards"])
+    lost = len(data["cards"]) - len(kept)
+    assert f"{lost} queries left out, first: image of sample 3 can't be decoded" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,17 @@ def test_a_failure_is_told_apart_and_leaves_nothing_that_looks_done(config, tmp_
     assert "no luck" in (run.folder / "train.log").read_text()
     config.launcher = ["/no/such/launcher"]
     assert execute(config, run, print) == "failed"
+    said = []
+    for name, text in ((TRAINED, "{"), (TRAINED, "[]"), ("train.log", None)):
+        (run.folder / TRAINED).unlink(missing_ok=True)
+        (run.folder / name).unlink(missing_ok=True)
+        if text is None:
+            (run.folder / name).mkdir()  # can't be written
+        else:
+            (run.folder / name).write_text(text)
+        assert execute(config, run, said.append) == "failed" and "remove trained.json" in said[-1]
+    (run.folder / "train.log").rmdir()
+    assert execute(config, run, print) == "failed"
     assert "Set `launcher`" in (run.folder / "train.log").read_text()
 
 
@@ -175,7 +186,8 @@ def partial(config):
 
 
 def test_csv_of_partial_results(config, partial):
-    lines, base = collect(config, partial)
+    lines, base, left_out = collect(config, partial)
+    assert left_out == []
     table = {(r["row"], r["metric"]): r for r in csv.DictReader(io.StringIO(to_csv(lines, base, config.control)))}
     assert table["control", "i2t R@1"] == {
         "row": "control", "metric": "i2t R@1", "mean": "12.000", "standard_error": "1.000", "seeds": "2", "paper": "",
@@ -191,7 +203,8 @@ def test_csv_of_partial_results(config, partial):
 
 
 def test_markdown_has_rows_probes_paper_and_marks(config, partial):
-    text = to_markdown(config, *collect(config, partial), "python launchers/sweep.py --config x.yaml")
+    lines, base, _ = collect(config, partial)
+    text = to_markdown(config, lines, base, "python launchers/sweep.py --config x.yaml")
     assert text.startswith("Made by `python launchers/sweep.py --config x.yaml`")
     one, two = text.split("## ")[1:]
     cells = {
@@ -213,16 +226,35 @@ def test_markdown_has_rows_probes_paper_and_marks(config, partial):
     assert "| big margin |  |  |" in two
 
 
-def test_runs_that_disagree_on_the_base_are_refused(config, partial):
-    run = plan(config)["big margin"][0]
-    run.folder.mkdir(parents=True)
-    ResultFile({}, [row("base CLIP", (10, 20, 30), (5, 15, 26))]).save_json(run.folder / RESULTS)
-    with pytest.raises(AmpError, match=r"base CLIP has Rsum 106\.00, expected 105\.00"):
-        collect(config, plan(config))
+def test_results_that_cant_be_used_are_left_out_with_the_reason(config, partial):
+    expected = collect(config, partial)[:2]
+    big, states = partial["big margin"], partial["States, alone"]
+    finish(big[0])  # no row but base CLIP
+    big[1].folder.mkdir()
+    ResultFile({}, [row("base CLIP", (10, 20, 30), (5, 15, 26)), BASE]).save_json(big[1].folder / RESULTS)
+    states[1].folder.mkdir()
+    (states[1].folder / RESULTS).write_text("{")
+    *found, left_out = collect(config, partial)
+    assert tuple(found) == expected and len(left_out) == 3
+    text = to_markdown(config, *found, "x", left_out)
+    for run, words in (
+        (states[1], "not JSON"),
+        (big[0], "has 1 rows, expected base CLIP and 'big margin'"),
+        (big[1], "base CLIP has Rsum 106.00, expected 105.00 as in most runs"),
+    ):
+        (reason,) = (reason for reason in left_out if str(run.folder) in reason)
+        assert words in reason and "remove the file and start the sweep again" in reason
+        assert f"- {reason}" in text.partition("## Results left out")[2]
+
+
+def test_the_base_of_most_runs_counts_and_not_the_first(config, partial):
+    ResultFile({}, [row("base CLIP", (9, 20, 30), (5, 15, 25)), BASE]).save_json(partial["control"][0].folder / RESULTS)
+    lines, base, left_out = collect(config, partial)
+    assert base.mean(len(METRICS) - 1) == 105 and set(lines["control"].values) == {7} and len(left_out) == 1
 
 
 def test_plot(config, partial):
-    lines, base = collect(config, partial)
+    lines, base, _ = collect(config, partial)
     assert draw(config, lines, base).startswith(b"\x89PNG")
     assert draw(config, {name: Line(name, {}) for name in lines}, base) is None
 
@@ -275,20 +307,88 @@ def test_every_run_of_a_shipped_sweep_is_a_valid_training(path, monkeypatch):
         TrainConfig(**parsed).check()
 
 
-def test_the_launcher_reports_a_failure_and_runs_the_rest(config, tmp_path, evaluated, capfd):
-    scripted(config, tmp_path, fails=["big-margin"])
-    file = tmp_path / "sweep.yaml"
-    rows = [{"name": "control"}, {"name": "big margin", "set": {"margin": 0.5}}]
-    file.write_text(yaml.safe_dump({
-        "base": config.base, "seeds": [0], "launcher": config.launcher, "out": config.out, "results": config.results,
-        "tables": [{"title": "One", "rows": rows}],
-    }))  # fmt: skip
+@pytest.fixture
+def sweep(config, tmp_path, shards):
+    """Runs the launcher with a table of two rows."""
     main = launcher("launchers/sweep.py").main
-    assert main(["--config", str(file), "--dry_run", "true"]) == 0 and not Path(config.out).exists()
-    assert main(["--config", str(file)]) == 1
+    big = {"name": "big margin", "set": {"margin": 0.5}}
+
+    def run(*arguments, rows=({"name": "control"}, big), **settings):
+        file = tmp_path / "sweep.yaml"
+        file.write_text(yaml.safe_dump({
+            "base": config.base, "seeds": [0], "launcher": config.launcher, "out": config.out, "results":
+            config.results, "set": {"data.shards": str(shards)}, "tables": [{"title": "One", "rows": list(rows)}],
+            **settings,
+        }))  # fmt: skip
+        return main(["--config", str(file), *arguments])
+
+    return run
+
+
+def test_the_launcher_reports_a_failure_and_runs_the_rest(config, sweep, tmp_path, evaluated, capfd):
+    scripted(config, tmp_path, fails=["big-margin"])
+    assert sweep("--dry_run", "true") == 0 and not Path(config.out).exists()
+    assert sweep() == 1
     said = capfd.readouterr().err.replace("\n", " ")
     assert "2 runs, 0 done, 2 to do here" in said and "failed: big margin, seed 0" in said
     assert {p.name for p in tmp_path.glob("results.*")} == {"results.csv", "results.md", "results.png"}
     scripted(config, tmp_path)
-    assert main(["--config", str(file), "--shard", "1/2"]) == 0  # one is missing, and it is the other's
-    assert main(["--config", str(file)]) == 0 and len(evaluated) == 2
+    assert sweep("--shard", "1/2") == 0  # one is missing, and it is the other's
+    assert sweep() == 0 and len(evaluated) == 2
+    (next(Path(config.out).glob("big-margin-*")) / "seed0" / RESULTS).write_text("{")
+    assert sweep() == 1  # a result that can't be used
+    assert "left out: " in capfd.readouterr().err and "## Results left out" in Path(f"{config.results}.md").read_text()
+
+
+def test_tables_are_written_after_each_run(config, sweep, tmp_path, evaluated, monkeypatch):
+    scripted(config, tmp_path)
+    real, tables = runs_module.call, []
+
+    def call(command, log):
+        if "big-margin" in str(log):
+            tables.append(Path(f"{config.results}.csv").read_text())
+            raise KeyboardInterrupt
+        return real(command, log)
+
+    monkeypatch.setattr(runs_module, "call", call)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        sweep()
+    assert "control,Rsum,111.000,,1" in tables[0]
+
+
+def test_every_row_is_checked_before_one_is_trained(sweep, tmp_path, capsys):
+    overlay = tmp_path / "wrong.yaml"
+    overlay.write_text("stage1: {lr: much}\n")
+    rows = (
+        {"name": "control"},
+        {"name": "typo", "set": {"marginn": 0.5}},
+        {"name": "file", "configs": [str(overlay)]},
+        {"name": "stages", "set": {"stages": [2]}},
+        {"name": "top k", "evaluate": {"search.top_k": 0}},
+        {"name": "probe", "evaluate": {"probes": ["gray"]}},
+        {"name": "shards", "set": {"data.shards": "no/shards"}},
+    )
+    with pytest.raises(SystemExit) as error:
+        sweep(rows=rows, launcher=["no-such-launcher"], results=str(tmp_path / "base.yaml" / "results"))
+    assert error.value.code == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    for words in (
+        "8 errors: ",
+        "row 'typo': ",
+        "marginn",
+        "row 'file': ",
+        "row 'stages': stages is [2]",
+        "row 'top k': ",
+        "row 'probe': ",
+        "row 'shards': no/shards",
+        "results.csv: can't be written",
+        "'no-such-launcher' is not installed",
+    ):
+        assert words in said
+    assert "row 'control'" not in said
+
+
+def test_a_split_that_is_not_there_is_found_before_training(sweep, capsys):
+    with pytest.raises(SystemExit):
+        sweep(split="tset", launcher=["true"])
+    assert "2 errors: (1) row 'control'" in (said := capsys.readouterr().err) and "'tset'" in said

@@ -76,6 +76,32 @@ def test_runs_are_read_and_the_others_have_commands(rows, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 25
 
 
+def test_results_that_cant_be_used_are_left_out_with_the_reason(rows, tmp_path, capsys):
+    _result(tmp_path / "clip_vit_b16.coco.json")
+    ours = next(row.id for row in rows if row.configs)
+    spoilt = {
+        "clip_vit_b32.coco.json": ("{", "not JSON"),
+        f"{ours}.coco.json": (_result(tmp_path / "x").read_text(), "has 1 rows, expected base CLIP and an adapter"),
+        "clip_vit_b32.flickr30k.json": (
+            json.dumps(json.loads(_result(tmp_path / "x").read_text()) | {"protocol": {"missing_rows": ["ours"]}}),
+            "1 rows are missing",
+        ),
+    }
+    for name, (text, _) in spoilt.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as error:
+        launcher("launchers/table1.py").main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--out",
+                                              str(tmp_path / "table.md")])  # fmt: skip
+    text, said = (tmp_path / "table.md").read_text(), capsys.readouterr().err
+    assert error.value.code == 1 and "| ViT-B/16 | CLIP | here | 10.0 |" in text
+    assert "| ViT-B/32 | CLIP | here |  |" in text
+    listed = text.split("## Results left out")[1].split("## Sources")[0].strip().splitlines()
+    assert len(listed) == 3 and said.count("left out: ") == 3
+    for name, (_, reason) in spoilt.items():
+        (line,) = (line for line in listed if name in line)
+        assert reason in line
+
+
 def test_the_table_in_the_repository_is_current(rows):
     assert (ROOT / "results/table1.md").read_text() == render_markdown(*load_published(PUBLISHED))
 

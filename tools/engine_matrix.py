@@ -95,6 +95,16 @@ def make_data(folder: Path) -> None:
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
 
 
+def save(out: str, rows: list[dict[str, str]]) -> None:
+    """Writes the table so far."""
+    temporary = Path(f"{out}.tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.rename(out)
+
+
 def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"]) -> None:  # noqa: B006
     """Compares the engines.
 
@@ -131,12 +141,7 @@ def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"
                     "resumed": "same bits" if distance(resumed, weights) == 0 else f"{distance(resumed, weights):.1e}",
                     "moved to 1 process": f"{distance(elsewhere, weights):.1e}",
                 })  # fmt: skip
-    temporary = Path(f"{out}.tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.rename(out)
+                save(out, rows)  # an engine that fails does not cost the others
     table = Table(*rows[0].keys())
     for row in rows:
         table.add_row(*row.values())

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from amp.errors import exit_on_error, printable
+from amp.errors import Problems, exit_on_error, printable
 from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
 from amp.generation.replies import triplet_line
-from amp.retrieval.results import write_atomically
+from amp.retrieval.results import check_writable, write_atomically
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,14 @@ def main(arguments: list[str] | None = None) -> None:
         if options.out and Path(options.out).suffix not in (".md", ".json"):
             raise DescribeError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
         paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]
-        versions = [load_entries(path) for path in paths]
+        problems, versions = Problems(), []
+        for path in paths:
+            with problems.collect():
+                versions.append(load_entries(path))
+        with problems.collect():
+            if options.out:
+                check_writable(options.out)
+        problems.check()
         tokenizer = SimpleTokenizer()
         report = {
             "versions": {str(path): describe(list(entries.values()), tokenizer.encode)

@@ -19,7 +19,7 @@ from amp.errors import exit_on_error
 from amp.generation.replies import triplet_line
 from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
 from amp.knowledge.schema import Knowledge, parse_knowledge
-from amp.retrieval.results import write_atomically
+from amp.retrieval.results import check_writable, write_atomically
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
             write_captions(gold, Path(options.write_captions))
             console.print(f"{len(gold)} captions written to {options.write_captions}")
             return
+        if options.out:
+            check_writable(options.out)
         found = read_knowledge(Path(options.knowledge), gold)
         figures = show(found, gold, console)
         if options.worst:

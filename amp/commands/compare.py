@@ -47,9 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     with exit_on_error():
         from amp.retrieval.compare import compare
+        from amp.retrieval.results import check_writable
         from amp.terminal import PlainConsole
 
         settings = CompareSettings(**vars(parsed))
+        if settings.out is not None:
+            check_writable(settings.out)
         comparison = compare(settings.a, settings.a_row, settings.b or settings.a, settings.b_row, settings.bootstrap,
                              settings.seed)  # fmt: skip
         comparison.print_table(PlainConsole())

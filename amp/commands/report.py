@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from amp.command import CommandLine
-from amp.errors import AmpError, exit_on_error
+from amp.errors import AmpError, Problems, exit_on_error
 from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
 
@@ -57,45 +57,64 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
 
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
-    from amp.retrieval.adapters import adapted, named_adapter
+    from amp.retrieval.adapters import adapted, named_adapters
     from amp.retrieval.evaluate import SplitCaptions
     from amp.retrieval.per_query import load_queries
     from amp.retrieval.protocol import captions_hash
     from amp.retrieval.report import ReportInput, write_report
     from amp.retrieval.report_plots import results_plot, sweep_plot, training_plot
-    from amp.retrieval.results import ResultFile
+    from amp.retrieval.results import ResultFile, check_writable
     from amp.terminal import Terminal
 
-    result = ResultFile.load_json(settings.results)
-    queries = load_queries(Path(settings.results).with_suffix(".npz"))
-    row = settings.row or next((r.name for r in reversed(result.rows) if not _is_probe(r.name)), result.rows[-1].name)
-    if (row, "t2i") not in queries:
-        names = ", ".join(repr(r.name) for r in result.rows)
-        raise AmpError(f"{settings.results}: no row {row!r}, expected one of {names}")
-    split = ShardSplit(config.data.shards, result.protocol["split"])
-    per_image = result.protocol["captions_per_image"]
-    captions = SplitCaptions.read(split, config.data.kinds, 0 if per_image == "all" else per_image)
-    if captions_hash(captions) != result.protocol["captions_sha256"]:
-        raise AmpError(f"{config.data.shards}: other captions than {settings.results} was made from, expected the same "
-                       "shards; give them with --data.shards")  # fmt: skip
-    named = [named_adapter(text) for text in settings.adapters]
+    problems = Problems()
+    plots: dict[str, str | None] = {}
+    with problems.collect():
+        result = ResultFile.load_json(settings.results)
+        queries = load_queries(Path(settings.results).with_suffix(".npz"))
+        row = settings.row or next((r.name for r in reversed(result.rows) if not _is_probe(r.name)), "base CLIP")
+        if (row, "t2i") not in queries:
+            names = ", ".join(repr(r.name) for r in result.rows)
+            raise AmpError(f"{settings.results}: no row {row!r}, expected one of {names}")
+        lacking = [
+            key for key in ("split", "captions_per_image", "captions_sha256", "dataset") if key not in result.protocol
+        ]
+        if lacking:
+            raise AmpError(
+                f"{settings.results}: protocol key {lacking[0]!r} is missing; write it again with launchers/evaluate.py"
+            )
+        split = ShardSplit(config.data.shards, result.protocol["split"])
+        per_image = result.protocol["captions_per_image"]
+        captions = SplitCaptions.read(split, config.data.kinds, 0 if per_image == "all" else per_image)
+        if captions_hash(captions) != result.protocol["captions_sha256"]:
+            raise AmpError(
+                f"{config.data.shards}: other captions than {settings.results} was made from, expected the "
+                "same shards; give them with --data.shards"
+            )
+        plots["Rows with 95 % intervals (bootstrap over images)"] = results_plot(result)
+    with problems.collect():
+        named = named_adapters(settings.adapters)
+    with problems.collect():
+        if settings.sweep is not None:
+            plots["Ablations, mean and standard error over seeds"] = sweep_plot(settings.sweep)
+    with problems.collect():
+        check_writable(settings.out)
+    problems.check()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, _, preprocess = create_model_and_transforms(
         config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
         prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
     )  # fmt: skip
-    model = adapted(base, config.model.name, named[-1][1]).eval() if named else None
-    plots = {"Rows with 95 % intervals (bootstrap over images)": results_plot(result)}
-    if settings.sweep is not None:
-        plots["Ablations, mean and standard error over seeds"] = sweep_plot(settings.sweep)
-    plots["Training"] = training_plot({name: Path(path).resolve().parents[1] for name, path in named})
+    model = adapted(base, config.model.name, list(named.values())[-1]).eval() if named else None
+    plots["Training"] = training_plot({name: Path(path).resolve().parent.parent for name, path in named.items()})
     title = settings.title or f"{result.protocol['dataset']} {split.name}, {Path(config.model.name).name}"
     given = ReportInput(result, queries, row, split, captions, model, preprocess, base.backbone.visual.preprocess_cfg,
                         {name: plot for name, plot in plots.items() if plot is not None}, title)  # fmt: skip
     terminal = Terminal(True)
     with terminal.progress("drawing queries") as report:
-        path = write_report(settings.out, given, settings.captions, settings.images, report)
+        path, left_out = write_report(settings.out, given, settings.captions, settings.images, report)
     terminal.say(f"{path} written, {path.stat().st_size / 1e6:.1f} MB")
+    if left_out:
+        terminal.say(f"{len(left_out):,} queries left out, first: {left_out[0]}")
 
 
 def _is_probe(name: str) -> bool:

@@ -41,8 +41,8 @@ def named_adapters(texts: Sequence[str]) -> dict[str, str]:
                 )
             if name in ("", "base CLIP") or "\t" in name:
                 raise AmpError(
-                    f"adapter {text!r}: the name is {name!r}, expected a text other than 'base CLIP'; give "
-                    "it as NAME=FILE"
+                    f"adapter {text!r}: the name is {name!r}, expected a text without tabs, other than "
+                    "'base CLIP'; give it as NAME=FILE"
                 )
             found[name] = path
     problems.check()

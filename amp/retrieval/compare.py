@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amp.errors import AmpError
+from amp.errors import AmpError, Problems
 from amp.retrieval.bootstrap import interval, resampled_recalls
 from amp.retrieval.metrics import KS
 from amp.retrieval.per_query import QueryResults, load_queries
@@ -87,13 +87,22 @@ def compare(a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, 
     """
     if bootstrap < 1:
         raise AmpError(f"bootstrap is {bootstrap}, expected at least 1")
-    one, two = ResultFile.load_json(a), ResultFile.load_json(b)
+    problems, files = Problems(), []
+    for path in dict.fromkeys((a, b)):
+        with problems.collect():
+            files.append(ResultFile.load_json(path))
+    problems.check()
+    one, two = files[0], files[-1]
     for key in SHARED:
         seen = [file.protocol.get(key) for file in (one, two)]
         if seen[0] != seen[1]:
             raise AmpError(f"{a} and {b}: {key} is {seen[0]!r} and {seen[1]!r}, expected the same queries; evaluate "
                            "both on the same split")  # fmt: skip
-    sides = [_row(path, file, row) for path, file, row in ((a, one, a_row), (b, two, b_row))]
+    sides = []
+    for path, file, row in ((a, one, a_row), (b, two, b_row)):
+        with problems.collect():
+            sides.append(_row(path, file, row))
+    problems.check()
     for direction in DIRECTIONS:
         if not np.array_equal(sides[0][direction].queries, sides[1][direction].queries):
             raise AmpError(f"{a} and {b}: other {direction} queries; evaluate both with the same max_queries")

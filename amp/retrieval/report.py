@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import Compose
 
 from amp.data.split import ShardSplit
+from amp.errors import Problems
 from amp.knowledge.text import select
 from amp.model import ActionAwareCLIP
 from amp.retrieval.attention import attention_maps
@@ -63,7 +64,7 @@ class ReportInput:
 
 def write_report(
     path: str | os.PathLike, given: ReportInput, captions: int = 80, images: int = 30, progress=None
-) -> Path:
+) -> tuple[Path, list[str]]:
     """Writes the page.
 
     Args:
@@ -71,13 +72,17 @@ def write_report(
         given: What is shown.
         captions, images: Caption and image queries in the gallery.
         progress: Called as progress(done, total).
+
+    Returns:
+        The file, and why queries are left out: one of their photos can't be read.
     """
-    page = _Page(given)
+    page, problems = _Page(given), Problems()
     chosen = [("t2i", row) for row in choose_rows(given.queries[given.row, "t2i"], captions)]
     chosen += [("i2t", row) for row in choose_rows(given.queries[given.row, "i2t"], images)]
     cards = []
     for done, (direction, row) in enumerate(chosen, start=1):
-        cards.append(page.card(direction, row))
+        with problems.collect():
+            cards.append(page.card(direction, row))
         if progress is not None:
             progress(done, len(chosen))
     verbs = by_verb(given.queries, given.row, given.captions.knowledge)
@@ -91,7 +96,8 @@ def write_report(
     template = resources.files("amp.retrieval").joinpath("report.html").read_text(encoding="utf-8")
     # Inside a script element only its end tag must not occur: no text can leave the data.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
-    return write_atomically(path, template.replace("__DATA__", data, 1).encode("utf-8", "replace"))
+    page_text = template.replace("__DATA__", data, 1)
+    return write_atomically(path, page_text.encode("utf-8", "replace")), problems.found
 
 
 def outcomes(results: QueryResults) -> np.ndarray:

@@ -178,8 +178,13 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
 
             def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
                 with terminal.progress(title) as report:
-                    return searched.rank(model, accelerator.autocast, lambda _, done, total: report(done, total),
-                                         _partial(run.out), run.precision)  # fmt: skip
+                    return searched.rank(
+                        model,
+                        accelerator.autocast,
+                        lambda _, done, total: report(done, total),
+                        _partial(run.out),
+                        run.precision,
+                    )
 
             rankings = ranked(retrieval, f"re-ranking with {name}")
             for row, pair in retrieval.methods(name, rankings).items():

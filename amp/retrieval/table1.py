@@ -1,13 +1,13 @@
 """Table 1 of the paper beside what open_clip publishes and what was run here, with what doesn't add up marked."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from amp.errors import AmpError
+from amp.errors import AmpError, Problems, printable
 from amp.retrieval.results import ResultFile
 
 DATASETS = {"coco": "COCO 5K", "flickr30k": "Flickr30K 1K"}
@@ -70,14 +70,36 @@ def _row(entry: dict) -> Row:
     return Row(entry["backbone"], entry["method"], entry.get("id"), figures, configs)
 
 
-def add_results(rows: list[Row], folder: str | os.PathLike) -> None:
-    """Adds the figures of FOLDER/ID.DATASET.json, files of launchers/evaluate.py; ours are the last row of theirs."""
+def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
+    """Adds the figures of FOLDER/ID.DATASET.json, files of launchers/evaluate.py; ours are the last row of theirs.
+
+    Returns:
+        Why files that are there are left out: they can't be read, or lack the row.
+    """
+    problems = Problems()
     for row in rows:
         for dataset in DATASETS:
             path = Path(folder) / f"{row.id}.{dataset}.json"
             if row.id is not None and path.exists():
-                found = ResultFile.load_json(path).rows[-1 if row.configs else 0]
-                row.figures[dataset]["here"] = [*found.i2t.recall.values(), *found.t2i.recall.values(), found.rsum]
+                with problems.collect():
+                    row.figures[dataset]["here"] = _figures(path, ours=bool(row.configs))
+    return problems.found
+
+
+def _figures(path: Path, ours: bool) -> Figures:
+    """Figures of base CLIP, or of the last row of an evaluation that has ended."""
+    result = ResultFile.load_json(path)
+    if missing := result.protocol.get("missing_rows"):
+        raise AmpError(
+            f"{path}: {len(missing)} rows are missing, expected all; run the same launchers/evaluate.py again"
+        )
+    if len(result.rows) < 1 + ours:
+        raise AmpError(
+            f"{path}: has {len(result.rows)} rows, expected base CLIP{' and an adapter' if ours else ''}; "
+            "write it again with launchers/evaluate.py"
+        )
+    found = result.rows[-1 if ours else 0]
+    return [*found.i2t.recall.values(), *found.t2i.recall.values(), found.rsum]
 
 
 def commands(rows: list[Row], folder: str) -> list[str]:
@@ -149,8 +171,9 @@ def _of_paper(rows: list[Row]) -> Iterator[tuple[Row, str, Figures]]:
                 yield row, dataset, row.figures[dataset]["paper"]
 
 
-def render_markdown(rows: list[Row], sources: dict[str, str]) -> str:
-    """The table as Markdown: a line a row and source, marks of anomalies, and what they mean."""
+def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence[str] = ()) -> str:
+    """The table as Markdown: a line a row and source, marks of anomalies, and what they mean; then why result files are
+    left out."""
     found = anomalies(rows)
     notes = {key: number for number, key in enumerate(dict.fromkeys((r.name, d) for r, d, _ in found), start=1)}
     lines = ["# Table 1", ""]
@@ -173,6 +196,8 @@ def render_markdown(rows: list[Row], sources: dict[str, str]) -> str:
     for (name, dataset), number in notes.items():
         what = "; ".join(text for row, d, text in found if (row.name, d) == (name, dataset))
         lines.append(f"- [{number}] {name}, {DATASETS[dataset]}: {what}.")
+    if left_out:
+        lines += ["", "## Results left out", "", *(f"- {printable(reason)}" for reason in left_out)]
     lines += ["", "## Sources", "", *(f"- {name.replace('_', ' ')}: {text}" for name, text in sources.items()),
               "- here: runs of this project; a line without figures has not been run.", ""]  # fmt: skip
     return "\n".join(lines)

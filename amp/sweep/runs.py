@@ -95,10 +95,10 @@ def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
     """Trains and evaluates what is missing of a run.
 
     Returns:
-        ``done``, ``failed`` (its log says why) or ``elsewhere``: another process of the sweep has it.
+        ``done``, ``failed`` (its log says why, or what was said) or ``elsewhere``: another process of the sweep has it.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
     try:
+        run.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(run.folder / LOCK, timeout=0):
             if run.done:
                 return "done"
@@ -121,6 +121,10 @@ def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
             return "done"
     except Timeout:
         return "elsewhere"
+    except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
+        # A full disk, or a file of this run that is damaged: the other runs can still be done.
+        say(f"{run.folder}: {error or type(error).__name__}; remove {TRAINED} from it to train this run again")
+        return "failed"
 
 
 def call(command: list[str], log: Path) -> bool:

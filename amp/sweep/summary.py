@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amp.errors import AmpError
+from amp.errors import AmpError, Problems, printable
 from amp.retrieval.metrics import KS
 from amp.retrieval.results import ResultFile, RetrievalRow
 from amp.sweep.config import SweepConfig
@@ -59,35 +59,57 @@ def figures(row: RetrievalRow) -> tuple[float, ...]:
     return (*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum)
 
 
-def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, Line], Line]:
-    """Lines by name, those of probes behind their row's, and the line of the base CLIP.
+def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, Line], Line, list[str]]:
+    """Reads the results that are there.
 
-    Raises:
-        AmpError: Two runs disagree on the base CLIP: they weren't evaluated on the same split or model.
+    Returns:
+        Lines by name, those of probes behind their row's; the line of the base CLIP; and why the results of some runs
+        are left out: they can't be read, or their base CLIP is not that of most runs, so they weren't evaluated on the
+        same split or model.
     """
-    lines, base, first = {}, {}, None
+    results, base, left_out = _read(runs)
+    lines = {}
     papers = {row.name: row.paper for table in config.tables for row in table.rows}
     for name, of_row in runs.items():
         found: dict[str, dict[int, tuple[float, ...]]] = {name: {}}
         for run in of_row:
-            if not run.done:
-                continue
-            path = run.folder / RESULTS
-            result = ResultFile.load_json(path)
-            base[run.seed] = figures(result.rows[0])
-            first = first or (path, base[run.seed])
-            if max(abs(a - b) for a, b in zip(first[1], base[run.seed], strict=True)) > 1e-3:
-                raise AmpError(
-                    f"{path}: base CLIP has Rsum {base[run.seed][-1]:.2f}, expected {first[1][-1]:.2f} ({first[0]}): "
-                    "the runs differ in model, split or shards. Remove the one that is wrong"
-                )
-            for row in result.rows[1:]:
+            for row in results[run].rows[1:] if run in results else ():
                 # Named "ROW (mode)" or "ROW, probe (mode)", where ROW is the first with this configuration.
                 shown = name + row.name.removeprefix(run.row).removesuffix(" (pairwise)")
                 found.setdefault(shown, {})[run.seed] = figures(row)
         for shown, values in found.items():
             lines[shown] = Line(shown, values, with_sum(papers[name]) if shown == name else None)
-    return lines, Line(BASE, base)
+    return lines, Line(BASE, base), left_out
+
+
+def _read(
+    runs: dict[str, list[Run]],
+) -> tuple[dict[Run, ResultFile], dict[int, tuple[float, ...]], list[str]]:
+    """Results by run, figures of the base CLIP by seed, and why other results are left out."""
+    again = "remove the file and start the sweep again"
+    results, problems = {}, Problems()
+    for run in dict.fromkeys(run for of_row in runs.values() for run in of_row if run.done):
+        path = run.folder / RESULTS
+        with problems.collect():
+            try:
+                found = ResultFile.load_json(path)
+            except AmpError as error:
+                raise AmpError(f"{error}; or {again}") from error
+            if len(found.rows) < 2:
+                raise AmpError(f"{path}: has {len(found.rows)} rows, expected base CLIP and {run.row!r}; {again}")
+            results[run] = found
+    base = {run: figures(found.rows[0]) for run, found in results.items()}
+    rounded = {run: tuple(round(value, 2) for value in values) for run, values in base.items()}
+    usual = max(base, key=lambda run: list(rounded.values()).count(rounded[run]), default=None)
+    for run, values in base.items():
+        expected = base[usual] if usual is not None else values
+        if max(abs(a - b) for a, b in zip(values, expected, strict=True)) > 1e-3:
+            problems.found.append(
+                f"{run.folder / RESULTS}: base CLIP has Rsum {values[-1]:.2f}, expected {expected[-1]:.2f} as in most "
+                f"runs: it was evaluated with another model, split or shards; {again}"
+            )
+            del results[run]
+    return results, {run.seed: base[run] for run in results}, problems.found
 
 
 def with_sum(paper: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -109,10 +131,12 @@ def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
     return out.getvalue()
 
 
-def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command: str) -> str:
+def to_markdown(
+    config: SweepConfig, lines: dict[str, Line], base: Line, command: str, left_out: Sequence[str] = ()
+) -> str:
     """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold.
 
-    Probes stand in the first table that has their row."""
+    Probes stand in the first table that has their row; `left_out`, results that can't be used, comes last."""
     parts = [
         f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
         "nobody has run it. Bold: more than two standard errors above base CLIP"
@@ -147,6 +171,8 @@ def to_markdown(config: SweepConfig, lines: dict[str, Line], base: Line, command
                 body.append(cells)
         rule = ["---"] + ["---:"] * (len(head) - 1)
         parts.append(f"## {table.title}\n\n" + "\n".join("| " + " | ".join(c) + " |" for c in [head, rule, *body]))
+    if left_out:
+        parts.append("## Results left out\n\n" + "\n".join(f"- {printable(reason)}" for reason in left_out))
     return "\n\n".join(parts) + "\n"
 
 

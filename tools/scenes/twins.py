@@ -184,14 +184,15 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
-    from amp.retrieval.adapters import adapted, named_adapter
+    from amp.retrieval.adapters import load_adapters, named_adapters
     from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
     from amp.retrieval.probes import grey
-    from amp.retrieval.results import write_atomically
+    from amp.retrieval.results import check_writable, write_atomically
     from amp.terminal import Terminal
     from amp.train.launch import make_accelerator
 
-    named = [named_adapter(text) for text in settings.adapters]
+    named = named_adapters(settings.adapters)
+    check_writable(settings.out)
     accelerator = make_accelerator(config, training=False)
     if accelerator.num_processes > 1:
         raise AmpError(f"{accelerator.num_processes} processes, expected 1; start it with python, not with a launcher")
@@ -204,8 +205,12 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
         config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
         prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
     )  # fmt: skip
-    models = {name: adapted(base, config.model.name, path) for name, path in named}
-    rows = []
+    models = load_adapters(base, config.model.name, named)
+    rows: list[dict] = []
+    result = {
+        "split": settings.split, "images": captions.images, "captions": len(captions.texts), "chance": 50.0,
+        "model": config.model.name, "rows": rows,
+    }  # fmt: skip
     for name, model in {"base CLIP": base, **models}.items():
         model.eval()
         collate = knowledge_collator(model, data.cache, data.cache_dtype)
@@ -223,11 +228,7 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
             retrieval.frozen = grey(frozen, model, preprocess)
             spoilt = accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))
             rows.append({"name": f"{name}, grey", **spoilt})
-    result = {
-        "split": settings.split, "images": captions.images, "captions": len(captions.texts), "chance": 50.0,
-        "model": config.model.name, "rows": rows,
-    }  # fmt: skip
-    write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())  # what is done stays
     width = max(len(row["name"]) for row in rows)
     counts = ", ".join(f"{change}: {c.twins} twins, {len(c.caption)} captions" for change, c in comparisons.items())
     print(f"Own picture above its twin's, percent ± standard error (chance 50). {counts}")
