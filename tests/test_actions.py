@@ -270,6 +270,15 @@ def test_photos_that_cant_be_read_are_skipped_up_to_a_share(world, photos):
         run(1.0, photos / "no")
 
 
+def test_a_full_gpu_is_one_error_that_says_what_helps(world, photos, monkeypatch):
+    def scores(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("amp.retrieval.choice._scores", scores)
+    with pytest.raises(AmpError, match=r"full with 4 choices at a time; give fewer with --choices_a_batch"):
+        choose(drawn_choices(), {"ours": world.model}, world.preprocess, lambda n: open_photo(photos / n), None, 4)
+
+
 def test_the_generator_is_asked_where_a_file_brings_no_knowledge(world, photos):
     choices = [Choice("1.png", ("dog kicks ball", "ball kicks dog")), drawn_choices()[0]]
     asked = []

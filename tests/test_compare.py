@@ -135,6 +135,20 @@ def test_other_queries_are_refused(files, tmp_path):
         compare(tmp_path / "alone.json", ROWS[0], tmp_path / "alone.json", ROWS[1])
 
 
+def test_both_sides_are_checked_before_a_sample_is_drawn(files, tmp_path, capsys):
+    with pytest.raises(AmpError) as error:
+        compare(tmp_path / "a.json", ROWS[0], tmp_path / "b.json", ROWS[0])
+    assert [message.split(":")[0] for message in error.value.messages] == [f"{tmp_path}/a.json", f"{tmp_path}/b.json"]
+    with pytest.raises(AmpError) as error:
+        compare(files / "whole.json", "one", files / "whole.json", "two")
+    assert ["no row 'one'" in error.value.messages[0], "no row 'two'" in error.value.messages[1]] == [True, True]
+    with pytest.raises(SystemExit):
+        launcher("launchers/compare.py").main(
+            ["--a", "none.json", "--b_row", "x", "--out", str(files / "whole.json" / "c.json")]
+        )
+    assert "c.json: can't be written" in capsys.readouterr().err
+
+
 def test_the_protocol_is_complete(files):
     protocol = ResultFile.load_json(files / "whole.json").protocol
     for key in ("split", "images", "captions", "captions_sha256", "top_k", "i2t", "prompt_prefix", "resize",

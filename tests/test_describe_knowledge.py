@@ -97,6 +97,11 @@ def test_command_line(tmp_path):
     ):
         process = run(*arguments)
         assert process.returncode == 2 and message in process.stderr
+    process = run(
+        "--knowledge", tmp_path / "none.jsonl", "--against", tmp_path / "empty.jsonl", "--out", first / "x.md"
+    )
+    for words in ("3 errors: ", "none.jsonl: can't be read", "no record in it", "x.md: can't be written"):
+        assert process.returncode == 2 and words in process.stderr
 
 
 def test_forty_thousand_captions():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from amp.data.shards import ShardFormatError, ShardManifest, ShardReader
 from amp.data.sources import attach_knowledge, load_captions
-from amp.errors import AmpError, exit_on_error, printable, shorten
+from amp.errors import AmpError, Problems, exit_on_error, printable, shorten
 from amp.generation.engines.rendering import chat_parts, plain_text, without_marks
 from amp.generation.prompts import MAX_CAPTION_WORDS, ask_states, ask_triplets, load_template
 from amp.generation.replies import MAX_STATE_CHARACTERS, MAX_TRIPLETS, read_states, read_triplets
@@ -196,6 +196,23 @@ def test_no_cell_of_our_tables_is_a_formula(tmp_path):
     assert [row[1] for row in rows[1:]] == ["'=cmd|x", "'+1", "'-2", "'@sum", "'\tx", "run"] and rows[1][0] == "'=row"
     save_choices(tmp_path / "c.csv", {"=test": {"=method": Choices([[1.0, 0.0]], ["=group"], {})}})
     assert not re.search(r"(?m)(^|,)[=+@-]", (tmp_path / "c.csv").read_text())
+
+
+def test_several_errors_are_said_at_once():
+    problems, outer = Problems(), Problems()
+    problems.check()
+    for number in range(12):
+        with problems.collect():
+            raise AmpError(f"no {number}")
+    with outer.collect():
+        problems.check()
+    with outer.collect():
+        raise AmpError("last")
+    assert outer.found == [*(f"no {number}" for number in range(12)), "last"]
+    with pytest.raises(AmpError) as error:
+        outer.check()
+    assert str(error.value).startswith("13 errors: (1) no 0; (2) no 1; ")
+    assert str(error.value).endswith("(10) no 9; and 3 more")
 
 
 def test_values_that_cant_be_shown_are_named():

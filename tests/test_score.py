@@ -155,4 +155,6 @@ def test_command_line(tmp_path, monkeypatch):
     (tmp_path / "part.jsonl").write_text("\n".join(lines[3:]) + "\n")
     process = run("--knowledge", "part.jsonl")
     assert process.returncode == 2 and "part.jsonl: no record for 3 of" in process.stderr
+    process = run("--knowledge", "part.jsonl", "--out", "gold.csv/scores.json")  # found before the file is read
+    assert process.returncode == 2 and "scores.json: can't be written" in process.stderr
     assert run().returncode == 2

@@ -30,7 +30,8 @@ def named_adapters(texts: Sequence[str]) -> dict[str, str]:
     Raises:
         AmpError: Naming every file that is missing and every name that can't be a row of a table.
     """
-    problems, found = Problems(), {}
+    problems = Problems()
+    found: dict[str, str] = {}
     for text in texts:
         with problems.collect():
             name, path = named_adapter(text)
