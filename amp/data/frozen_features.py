@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from amp.data.decode import DECODING_VERSION
 from amp.data.folders import build_folder
 from amp.data.split import ShardSplit, decoding_workers
 from amp.errors import AmpError
@@ -64,6 +65,7 @@ class SplitImages(Dataset):
 def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str) -> Path:
     """Where a split's features lie: the name depends on all that they depend on."""
     parts = [model.backbone.weights_hash("vision"), str(model.config.interaction_layer), repr(preprocess), dtype]
+    parts += [f"pixels {DECODING_VERSION}"]
     parts += [shard.sha256 for shard in split.shards]
     return Path(root) / f"image-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
 

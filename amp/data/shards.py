@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from amp.data.decode import DECODER_OF
 from amp.errors import AmpError, shorten
 from amp.files import write_json
 from amp.json_text import parse_json
@@ -34,7 +35,7 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "open-clip-amp shards"
 MANIFEST_VERSION = 1
 RECORD_SCHEMA = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in DECODER_OF)
 
 MAX_MEMBER_BYTES = 1 << 29
 """Bytes of an image file or a record: half a gigabyte, more than any image that isn't a decompression bomb takes."""

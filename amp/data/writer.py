@@ -33,11 +33,11 @@ from typing import Any, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import (
-    IMAGE_EXTENSIONS,
     MANIFEST_NAME,
     RECORD_SCHEMA,
     ShardInfo,
@@ -61,7 +61,7 @@ from amp.terminal import PlainConsole
 from amp.version import __version__
 
 # Part of every shard's plan: raise it when the bytes written for the same input change.
-WRITER_VERSION = 1
+WRITER_VERSION = 2
 
 
 class ShardWriteError(AmpError):
@@ -404,8 +404,9 @@ def _find_files(
             break
         suffix = PurePosixPath(image.path).suffix
         kind, reason = None, ""
-        if suffix[1:].lower() not in IMAGE_EXTENSIONS:
-            kind, reason = "unreadable_image", f"suffix {suffix!r} isn't one of {', '.join(IMAGE_EXTENSIONS)}"
+        if suffix.lower() not in PHOTO_SUFFIXES:
+            kind = "unreadable_image"
+            reason = unreadable_reason(suffix) or f"suffix {suffix!r} isn't one of {', '.join(PHOTO_SUFFIXES)}"
         else:
             try:
                 state = os.stat(root / image.path)

@@ -97,16 +97,13 @@ def stamp(image: Image.Image, right: bool, size: int, at: tuple[int, int]) -> No
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The whole image in RGB within `size`, centred on a mat."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda v: v / 256).convert("L")  # 16-bit grey, which convert("L") would clip
-    image = image.convert("RGBA")
-    fit = Image.new("RGBA", size, MAT)
+    """The whole of an RGB image within `size`, centred on a mat."""
+    fit = Image.new("RGB", size, MAT)
     # Small drawings keep their pixels sharp: enlarged by a whole number first, then shrunk smoothly to the size.
     scale = min(size[0] / image.width, size[1] / image.height)
     if scale > 1:
         times = int(scale) + 1
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     image = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
-    fit.alpha_composite(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
-    return fit.convert("RGB")
+    fit.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return fit
