@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from amp.layers.interaction import merge_heads, split_heads
-from amp.layers.transformer_block import transformer_block
+from amp.layers.transformer_block import TransformerBlock
 
 HEAD_WIDTH = 64
 
@@ -50,7 +50,7 @@ class KnowledgeReadout(nn.Module):
         if blocks:
             self.blocks = nn.Sequential(
                 nn.LayerNorm(vision_width),
-                *(transformer_block(vision_width, vision_heads) for _ in range(blocks)),
+                *(TransformerBlock(vision_width, vision_heads) for _ in range(blocks)),
                 nn.LayerNorm(vision_width),
             )
         self.key = nn.Linear(vision_width, embed_dim)
