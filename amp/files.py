@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from amp.errors import AmpError
 
-LOCK = ".lock"
+LOCK = ".writer.lock"
 # A node that died keeps its locks on NFS for 90 seconds; the job that Slurm starts again after it waits that long.
 REQUEUED_SECONDS = 120.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
@@ -74,7 +74,7 @@ def open_log(path: str | os.PathLike, flags: int = os.O_TRUNC) -> int:
 def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) -> Iterator[None]:
     """Keeps other processes out of a folder while the block runs. The lock ends with the process, however that ends.
 
-    It is advisory, on the file ``.lock`` of the folder, which stays there. File systems without locks take none.
+    It is advisory, on the file ``.writer.lock`` of the folder. File systems without locks take none.
 
     Args:
         folder: An existing folder.
@@ -87,36 +87,48 @@ def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) ->
         OSError: The folder can't be written.
     """
     path = Path(folder) / LOCK
-    descriptor = open_log(path, os.O_APPEND)  # open for reading and writing, which NFS wants
-    _held.add(descriptor)
+    descriptor = _lock(path, busy, shared)
     try:
-        deadline = time.monotonic() + (REQUEUED_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)
-        while not _try_lock(descriptor, shared):
-            if time.monotonic() > deadline:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                raise AmpError(f"{folder}: {busy}{f' (held by {holder})' if holder else ''}")
-            time.sleep(0.5)
-        if shared:
-            yield
-            return
-        with suppress(OSError):  # a full disk; the lock itself takes no room
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        try:
-            yield
-        finally:
-            os.ftruncate(descriptor, 0)
+        if not shared:
+            with suppress(OSError):  # a full disk; the lock itself takes no room
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
     finally:
+        if not shared:  # nobody else holds it
+            path.unlink(missing_ok=True)
         _held.discard(descriptor)
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, shared: bool) -> bool:
+def _lock(path: Path, busy: str, shared: bool) -> int:
+    """Descriptor of the locked file."""
+    deadline = time.monotonic() + (REQUEUED_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)
+    while True:
+        descriptor = open_log(path, os.O_APPEND)  # open for reading and writing, which NFS wants
+        _held.add(descriptor)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            taken = True
+        except OSError as error:
+            taken = error.errno in _UNSUPPORTED
+        if taken and _is_at(path, descriptor):
+            return descriptor
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        _held.discard(descriptor)
+        os.close(descriptor)
+        if not taken and time.monotonic() > deadline:
+            raise AmpError(f"{path.parent}: {busy}{f' (held by {holder})' if holder else ''}")
+        if not taken:
+            time.sleep(0.5)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has its name: a holder that has ended meanwhile removed it, and the lock with it."""
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in _UNSUPPORTED
-    return True
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _close_inherited() -> None:

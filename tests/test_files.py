@@ -40,6 +40,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
             os.kill(child, 0)  # is alive, and has inherited the descriptor
             with locked_folder(tmp_path, "busy"):
                 pass
+            assert not list(tmp_path.iterdir())
         finally:
             holder.kill()
             os.kill(child, signal.SIGKILL)
@@ -49,7 +50,7 @@ def test_shared_holders_keep_out_those_that_want_the_folder_for_themselves(tmp_p
     def holds(shared: bool):
         return locked_folder(tmp_path, "busy", shared)
 
-    with holds(shared=True), holds(shared=True), pytest.raises(AmpError, match="busy$"), holds(shared=False):
+    with holds(shared=True), holds(shared=True), pytest.raises(AmpError, match=r"busy$"), holds(shared=False):
         pass
     with holds(shared=False), pytest.raises(AmpError, match="busy"), holds(shared=True):
         pass
@@ -63,6 +64,7 @@ def test_a_job_that_slurm_starts_again_waits_for_its_predecessor(tmp_path, monke
     monkeypatch.setattr(time, "sleep", lambda seconds: first.__exit__(None, None, None))
     with locked_folder(tmp_path, "busy"):
         assert time.monotonic() - begin < 5
+        assert (tmp_path / files.LOCK).is_file()  # its own, not the one that its predecessor has removed
     monkeypatch.setattr(files, "REQUEUED_SECONDS", -1.0)
     with locked_folder(tmp_path, "busy"), pytest.raises(AmpError, match="busy"), locked_folder(tmp_path, "busy"):
         pass
