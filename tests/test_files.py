@@ -18,10 +18,8 @@ HOLDER = """
 import os, sys, time
 from amp.files import locked_folder
 with locked_folder(sys.argv[1], "busy"):
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-    print(child, flush=True)
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
