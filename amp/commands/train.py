@@ -15,8 +15,6 @@ resolved configuration; OUT/open-clip-amp the TensorBoard logs.
 """
 
 import argparse
-import os
-from pathlib import Path
 
 from amp.command import CommandLine
 from amp.errors import exit_on_error
@@ -57,12 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
             plan = make_plan(config, planned)
             print_plan(plan, PlainConsole())
             raise SystemExit(0 if plan.sound else 2)
-        if os.environ.get("RANK", "0") == "0":
-            from amp.retrieval.results import write_atomically
-
-            del parsed["config"]
-            # Nulls too: left out, they would be read back as the defaults.
-            write_atomically(Path(config.out) / "config.yaml", options.dump(parsed, skip_unset=False).encode())
         from amp.train.engine import train  # after the checks, which need none of its imports
 
         train(config)

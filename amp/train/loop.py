@@ -23,7 +23,7 @@ from amp.errors import AmpError
 from amp.files import open_log
 from amp.train.checkpoints import ADAPTER, OPTIMIZER, Checkpoint
 from amp.train.objective import Objective
-from amp.train.resume import identity
+from amp.train.resume import adapter_path, identity
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
@@ -253,7 +253,7 @@ class StageLoop:
         try:
             run.checkpoints.save(self.stage, self.step, write, state)
             if adapter_too:
-                save_adapter(run.out / f"stage{self.stage}" / ADAPTER, model, training, weights | self.fixed)
+                save_adapter(adapter_path(run.out, self.stage), model, training, weights | self.fixed)
         except Exception as error:
             if must:
                 raise error if isinstance(error, AmpError) else AmpError(f"{run.out}: {error}") from error

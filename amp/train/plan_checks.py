@@ -27,7 +27,7 @@ from amp.train.config import TrainConfig
 from amp.train.engine import open_splits
 from amp.train.launch import launch_problems
 from amp.train.memory import OFFLOADS
-from amp.train.resume import refuse_other_run, stages_left
+from amp.train.resume import find_checkpoint, refuse_other_run, stages_left
 
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -379,14 +379,17 @@ def check_init(path: str, model: ActionAwareCLIP) -> Iterator[Said]:
 
 def check_checkpoints(data: Dataset, config: TrainConfig, world: int) -> Iterator[Said]:
     """What the run would do with the checkpoints in its folder."""
+    if not config.checkpoint.resume:
+        checkpoints = Checkpoints(config.out)
+        for name in checkpoints.names(*range(config.stages[0], 3))[-1:]:
+            yield warning(f"{checkpoints.folder / name} and all others are removed: checkpoint.resume is false")
+        return
     damaged: list[str] = []
-    found = Checkpoints(config.out, config.checkpoint.keep).newest(config.stages, damaged.append)
+    found = find_checkpoint(config, damaged.append)
     yield from map(warning, damaged)
     if found is None:
         stages = " and ".join(map(str, config.stages))
         yield ok(f"{config.out} has no checkpoint of stage {stages}: the run starts at step 0")
-    elif not config.checkpoint.resume:
-        yield warning(f"{found.folder} and all others are removed: checkpoint.resume is false")
     elif data.simulated:
         yield note(f"{found.folder}: not compared with simulated data")
     else:
