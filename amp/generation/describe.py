@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.sources import jsonl_objects
+from amp.data.tables import jsonl_objects
 from amp.errors import AmpError
 from amp.generation.words import stem
 from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge, parse_origin
