@@ -28,6 +28,7 @@ from amp.data.tables import (
 from amp.errors import shorten
 from amp.json_text import parse_json
 from amp.knowledge.schema import is_unicode, parse_knowledge, parse_origin
+from amp.knowledge.text import CONTEXT_TOKENS, state_text, surely_cut
 
 FORMATS = ("auto", "karpathy", "csv", "jsonl")
 SKIP_KINDS = (
@@ -140,11 +141,15 @@ class KnowledgeReport:
         records: records in the knowledge file.
         attached: captions that now have knowledge.
         unused: records that belong to no caption.
+        states: states of the captions.
+        cut_states: those of them whose prompt is surely longer than CLIP reads.
     """
 
     records: int
     attached: int
     unused: int
+    states: int
+    cut_states: int
 
 
 def load_captions(
@@ -217,12 +222,13 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
             for name in {image.path, image.name}:
                 by_text.setdefault((name, caption.text), []).append(caption)
 
-    records = unused = 0
+    records = unused = states = cut_states = 0
     lines: dict[int, int] = {}  # id() of a caption -> line that its knowledge came from
     for number, record in jsonl_objects(path):
         where = f"{path} line {number}"
         records += 1
-        content = parse_knowledge(record, where).to_dict() | parse_origin(record, where)
+        parsed = parse_knowledge(record, where)
+        content = parsed.to_dict() | parse_origin(record, where)
         knowledge = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         for key in ("image", "caption"):
             if key in record:
@@ -240,6 +246,8 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
                 f"{shorten(', '.join(record))}; add them"
             )
         unused += not targets
+        pairs = zip(parsed.triplets, parsed.states, strict=True)
+        cut = sum(surely_cut(state_text(triplet, state)) for triplet, state in pairs)
         for caption in targets:
             first = lines.setdefault(id(caption), number)
             if first != number and caption.knowledge != knowledge:
@@ -247,6 +255,9 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
                     f"{where}: other knowledge of the same caption stands in line {first}; expected one record a "
                     "caption; remove one of them"
                 )
+            if caption.knowledge is None:
+                states += len(parsed.states)
+                cut_states += cut
             caption.knowledge = knowledge
     if records and unused == records:
         raise SourceFormatError(
@@ -255,7 +266,23 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         )
     if not records:
         raise SourceFormatError(f"{path}: no record in it; expected one JSON object a line; check the file")
-    return KnowledgeReport(records=records, attached=len(lines), unused=unused)
+    return KnowledgeReport(records, len(lines), unused, states, cut_states)
+
+
+def cut_note(images: Iterable[CaptionedImage], report: KnowledgeReport | None) -> str | None:
+    """A line with the number of captions and states that CLIP doesn't read to their end; None where none was found."""
+    captions = [caption.text for image in images for caption in image.captions]
+    cut = [text for text in captions if surely_cut(text)]
+    counts = [f"{len(cut):,} of {len(captions):,} captions"] if cut else []
+    if report is not None and report.cut_states:
+        counts.append(f"{report.cut_states:,} of {report.states:,} states")
+    if not counts:
+        return None
+    first = f", the first is {shorten(cut[0])}" if cut else ""
+    return (
+        f"at least {' and '.join(counts)} are longer than the {CONTEXT_TOKENS} tokens that CLIP reads (counted by "
+        f"words); the rest of them is cut off{first}; amp train --plan counts with the tokenizer of a model"
+    )
 
 
 def load_image_list(path: str | Path) -> list[str]:

@@ -27,7 +27,6 @@ ALIASES = {
     "split": (),
 }
 
-_HEAD_BYTES = 1 << 16
 _FOREIGN = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet; unpack it, or save the sheet as 'CSV UTF-8'"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as 'CSV UTF-8'"),
@@ -151,8 +150,8 @@ def _read_header(where: str, line: str, separators: tuple[str, ...]) -> tuple[st
         try:
             return separator, names, find_columns(tuple(names))
         except SourceFormatError as error:
-            failed.append((len(names), separator, names, error))
-    count, separator, names, error = max(failed, key=lambda reading: reading[0])
+            failed.append((len(names), separator, names, str(error)))
+    count, separator, names, reason = max(failed, key=lambda reading: reading[0])
     if re.match(r"\S+#\d+\t", line):
         raise SourceFormatError(
             f"{where}: {shorten(line.strip())} is a line of Flickr's token file (IMAGE#NUMBER, tab, caption), which "
@@ -170,7 +169,7 @@ def _read_header(where: str, line: str, separators: tuple[str, ...]) -> tuple[st
             f"such as image{separator}caption; write them as the first line"
         )
     seen = "one column" if count == 1 else f"{count} columns separated by {SEPARATORS[separator]}"
-    raise SourceFormatError(f"{where}: the header has {seen}; {error}") from None
+    raise SourceFormatError(f"{where}: the header has {seen}; {reason}") from None
 
 
 def jsonl_rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -228,8 +227,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     number = 0
     try:
-        with open(path, "rb", buffering=_HEAD_BYTES) as file:
-            head = file.peek(_HEAD_BYTES)
+        with open(path, "rb") as file:
+            head = file.peek()  # not a second look at the file, which may be a pipe
             encoding = _encoding(path, head)
             start = head.decode(encoding, "ignore")
             if encoding == "utf-16" or ("\r" in start and "\n" not in start):
@@ -250,7 +249,7 @@ def read_text(path: Path) -> str:
     """All of a text file, in an encoding that `text_lines` reads."""
     try:
         content = path.read_bytes()
-        return content.decode(_encoding(path, content[:_HEAD_BYTES]))
+        return content.decode(_encoding(path, content[:512]))
     except UnicodeDecodeError as error:
         raise _not_text(str(path), error) from None
     except OSError as error:

@@ -49,6 +49,7 @@ from amp.data.sources import (
     CaptionedImage,
     Skip,
     attach_knowledge,
+    cut_note,
     load_captions,
     load_image_list,
     normal_split,
@@ -168,6 +169,7 @@ def make_shards(
 
     with console.status("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
+        report = None
         source = load_captions(captions, format, default_split, keep_restval)
         if knowledge is not None:
             report = attach_knowledge(source.images, knowledge)
@@ -197,7 +199,8 @@ def make_shards(
                 "names": len(names),
                 "images": before - len(keyed),
             }
-    for note in (*source.notes, *_split_notes(captions, source.images)):
+    cut = cut_note((image for image in source.images if image.split in chosen), report)
+    for note in (*source.notes, *_split_notes(captions, source.images), *([cut] if cut else [])):
         console.print(note, soft_wrap=True)
     skipped = [skip for skip in source.skipped if skip.split in chosen]
     _check_skipped(skipped, [image for image in source.images if image.split in chosen], max_skipped, captions)

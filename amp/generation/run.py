@@ -21,6 +21,7 @@ from amp.errors import AmpError
 from amp.generation.cache import Reply, ReplyCache
 from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
+from amp.generation.language import language_note
 from amp.generation.merge import Summary, merge_knowledge
 from amp.generation.progress import Progress
 from amp.generation.prompts import load_template, readable
@@ -112,6 +113,8 @@ def generate_knowledge(
     for kind, count in Counter(skip.kind for skip in source.skipped).items():
         first = next(skip.reason for skip in source.skipped if skip.kind == kind)
         console.print(f"{captions}: {count:,} skipped: {kind}, first: {first}", soft_wrap=True)
+    if engine == "rules" and not merge and (warning := language_note(distinct)):
+        console.print(f"warning: {warning}", soft_wrap=True)
     out_root = Path(out)
     settings = Settings(
         out_root / SETTINGS_NAME,
