@@ -9,13 +9,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _HIDDEN = "***"
-_SECRET = r"(?:api[_-]?key|access[_-]?token|auth[_-]?token|token|secret|password|passwd)"
+_WORD = r"(?:token|secret|password|passwd)"  # also words of captions, and endings of file names
+_KEY = r"(?:api[_-]?key|secret[_-]?key|(?:access|auth|api|client|session|refresh|hf)[_-](?:token|secret|key))"
+_SECRET = rf"(?:{_KEY}|{_WORD})"
+_VALUE = r"[\"']?(?P<value>[^\s\"',}\])]+)"
 _SECRETS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # NAME:PASSWORD of an address
-    re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}(?:[ =]+)(?P<value>[^\s-]\S*)"),
-    re.compile(rf"(?i){_SECRET}[\"']?\s*[=:]\s*[\"']?(?P<value>[^\s\"',}}\])]+)"),
-    re.compile(r"\b(?:Basic|Bearer) (?P<value>[\w+/=.~-]{8,})"),  # of a request's head
-    re.compile(r"\b(?:sk-|hf_|github_pat_|ghp_)[\w-]{12,}"),  # keys that can be told by their beginning
+    re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}[ =]+(?P<value>[^\s-]\S*)"),
+    re.compile(rf"(?i){_KEY}[\"']?\s*[=:]\s*{_VALUE}"),
+    re.compile(rf"(?i)(?<![\w./\\-])[\w-]*{_WORD}[\"']?\s*=\s*{_VALUE}"),
+    re.compile(rf"(?i)[\"'][\w-]*{_WORD}[\"']\s*:\s*{_VALUE}"),  # JSON
+    re.compile(rf"(?i)\{{\s*[\w-]*{_WORD}\s*:\s*{_VALUE}"),  # YAML on one line
+    re.compile(rf"(?i)authorization[\"']?\s*[=:]\s*[\"']?(?:(?:basic|bearer|token)\s+)?{_VALUE}"),
+    # Of a request's head; "Basic training" in a caption is none.
+    re.compile(r"\b(?:Basic|Bearer) (?=[\w+/.~-]*(?:[\d=]|[a-z][A-Z]))(?P<value>[\w+/=.~-]{8,})"),
+    re.compile(r"\b(?:sk-|github_pat_|ghp_)[\w-]{12,}"),  # keys that can be told by their beginning
+    re.compile(r"\bhf_(?=[a-z]*[A-Z\d])[A-Za-z\d]{12,}(?![\w-]|\.\w)"),  # unlike hf_captions.csv
+)
+_SECRETS_OUTSIDE = (
+    re.compile(rf"(?i)(?<![./\\]){_WORD}\s*:\s*{_VALUE}"),  # YAML and heads of requests
+    re.compile(r"\b(?:Basic|Bearer) (?P<value>[\w+/=.~-]{8,})"),
 )
 
 
@@ -35,7 +48,7 @@ def exit_on_error() -> Iterator[None]:
         message = str(error)
         if "Original Traceback" in message:  # from a DataLoader's worker, which passes it on below a traceback
             message = message.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {printable(without_secrets(message))}", file=sys.stderr)
+        print(f"error: {printable(without_secrets(message, outside=False))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -54,9 +67,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
 
 
-def without_secrets(text: str) -> str:
-    """The text with passwords in addresses, and what is named or looks like a key, replaced by ``***``."""
-    for pattern in _SECRETS:
+def without_secrets(text: str, outside: bool = True) -> str:
+    """The text with passwords in addresses, and what is named or looks like a key, replaced by ``***``.
+
+    Args:
+        text: Any text.
+        outside: Whether it repeats a command line, a configuration or a server's answer. Messages of our own may quote
+            captions and file names, in which "password: a word" and "results.token: not found" are no secrets.
+    """
+    for pattern in (*_SECRETS, *(_SECRETS_OUTSIDE if outside else ())):
         text = pattern.sub(_hide, text)
     return text
 

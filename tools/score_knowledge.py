@@ -14,7 +14,7 @@ import io
 import json
 from pathlib import Path
 
-from amp.data.sources import jsonl_objects
+from amp.data.tables import jsonl_objects
 from amp.errors import exit_on_error
 from amp.generation.replies import triplet_line
 from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets

@@ -19,7 +19,7 @@ from rich.progress import track
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of
-from amp.data.sources import CaptionedImage, attach_knowledge
+from amp.data.sources import CaptionedImage, attach_knowledge, cut_note
 from amp.data.writer import load_provenance, lock_folder, source_file
 from amp.errors import AmpError, public_command
 from amp.files import write_json
@@ -94,6 +94,9 @@ def rewrite_knowledge(
             images = [image for job in jobs for image in job.images]
             report = attach_knowledge(images, knowledge)
         _check_missing(images, max_missing, knowledge)
+        cut = cut_note(images, report)
+        if cut:
+            console.print(cut, soft_wrap=True)
         _check_room(jobs, target)
         if target == root:
             write_json(target / ".plan" / _BEFORE, manifest.to_dict())

@@ -48,9 +48,10 @@ from amp.data.sources import (
     CaptionedImage,
     Skip,
     attach_knowledge,
-    check_split,
+    cut_note,
     load_captions,
     load_image_list,
+    normal_split,
 )
 from amp.errors import AmpError, public_command
 from amp.files import locked_folder, write_json
@@ -167,6 +168,7 @@ def make_shards(
 
     with console.status("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
+        report = None
         source = load_captions(captions, format, default_split, keep_restval)
         if knowledge is not None:
             report = attach_knowledge(source.images, knowledge)
@@ -186,6 +188,7 @@ def make_shards(
         excluded: dict[str, int] = {}
         if exclude_images is not None:
             names = set(load_image_list(exclude_images))
+            exclude_split = normal_split(exclude_split, "--exclude_split", {image.split for image in source.images})
             before = len(keyed)
             keyed = _exclude(keyed, names, exclude_split, exclude_images)
             excluded = {exclude_split: before - len(keyed)} if exclude_split in chosen else {}
@@ -195,6 +198,9 @@ def make_shards(
                 "names": len(names),
                 "images": before - len(keyed),
             }
+    cut = cut_note((image for image in source.images if image.split in chosen), report)
+    for note in (*source.notes, *_split_notes(captions, source.images), *([cut] if cut else [])):
+        console.print(note, soft_wrap=True)
     skipped = [skip for skip in source.skipped if skip.split in chosen]
     _check_skipped(skipped, [image for image in source.images if image.split in chosen], max_skipped, captions)
 
@@ -370,12 +376,24 @@ def _digest(text: str) -> str:
 def _choose_splits(images: list[CaptionedImage], splits: list[str] | None) -> list[str]:
     """The splits to write, in the order of the captions file."""
     present = list(dict.fromkeys(image.split for image in images))
+    splits = splits and [normal_split(split, "--splits", present) for split in splits]
     for split in splits or ():
-        if check_split(split, "--splits") not in present:
+        if split not in present:
             raise ShardWriteError(
                 f"--splits names {split!r}, which no image is in; expected some of {', '.join(present)}; correct it"
             )
     return [split for split in present if splits is None or split in splits]
+
+
+def _split_notes(captions: str, images: list[CaptionedImage]) -> list[str]:
+    """What training would stumble over, where the captions file has no split of the usual name."""
+    present = dict.fromkeys(image.split for image in images)
+    if "train" in present:
+        return []
+    return [
+        f"{captions}: no split 'train' in it; splits seen: {', '.join(present)}; that is enough for an evaluation; to "
+        "train on one of them give --data.train_split NAME"
+    ]
 
 
 def _exclude(

@@ -11,6 +11,7 @@ from amp.errors import AmpError
 from amp.generation.cache import ReplyCache
 from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome
+from amp.generation.language import language_note
 from amp.generation.prompts import load_template, readable
 from amp.generation.run import ask_all
 from amp.generation.settings import Makers
@@ -25,6 +26,7 @@ class KnowledgeGenerator:
         engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: as of
             `amp.generation.run.generate_knowledge`.
         cache: folder of replies, which later processes find again; None forgets them at the end.
+        console: where a warning goes that rules are given captions in another language; stderr by default.
 
     Raises:
         AmpError: the engine's model, its server or spaCy can't be loaded or reached.
@@ -41,7 +43,10 @@ class KnowledgeGenerator:
         spacy_model: str | None = None,
         engine_options: dict[str, Any] | None = None,
         cache: Path | None = None,
+        console: PlainConsole | None = None,
     ) -> None:
+        self._console = console or PlainConsole(stderr=True)
+        self._warns = engine == "rules"
         self._makers = Makers(engine, engine_options or {}, fallback, spacy_model)
         described = self._makers.describe()
         self._ladder = Ladder(
@@ -63,6 +68,9 @@ class KnowledgeGenerator:
             AmpError: the model's server gave no reply.
         """
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
+        if self._warns and (note := language_note(distinct)):
+            self._console.print(f"warning: {note}", soft_wrap=True)
+            self._warns = False  # once
         with ReplyCache(self._cache, "queries") as replies:
             lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
             outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,12 @@ from typing import Any, Literal
 from amp.data.parts import part_of
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shards import ShardManifest
-from amp.data.sources import CaptionedImage, load_captions
+from amp.data.sources import CaptionedImage, CaptionSource, load_captions, normal_split
 from amp.errors import AmpError
 from amp.generation.cache import Reply, ReplyCache
 from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
+from amp.generation.language import language_note
 from amp.generation.merge import Summary, merge_knowledge
 from amp.generation.progress import Progress
 from amp.generation.prompts import load_template, readable
@@ -103,8 +105,16 @@ def generate_knowledge(
         )
     index, parts = _share(part)
     with console.status("reading captions"):
-        images = _choose(_load(captions, format, default_split, keep_restval), splits, captions)
+        source = _load(captions, format, default_split, keep_restval)
+        images = _choose(source.images, splits, captions)
         distinct = list(dict.fromkeys(readable(caption.text) for image in images for caption in image.captions))[:limit]
+    for note in source.notes:
+        console.print(note, soft_wrap=True)
+    for kind, count in Counter(skip.kind for skip in source.skipped).items():
+        first = next(skip.reason for skip in source.skipped if skip.kind == kind)
+        console.print(f"{captions}: {count:,} skipped: {kind}, first: {first}", soft_wrap=True)
+    if engine == "rules" and not merge and (warning := language_note(distinct)):
+        console.print(f"warning: {warning}", soft_wrap=True)
     out_root = Path(out)
     settings = Settings(
         out_root / SETTINGS_NAME,
@@ -216,15 +226,16 @@ def _ask_model(
     return lost
 
 
-def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> list[CaptionedImage]:
+def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> CaptionSource:
     if not Path(captions).is_dir():
-        return load_captions(captions, format, default_split, keep_restval).images
+        return load_captions(captions, format, default_split, keep_restval)
     by_shard = load_shard_captions(ShardManifest.load(captions))
-    return [image for images in by_shard.values() for image in images]
+    return CaptionSource([image for images in by_shard.values() for image in images], [])
 
 
 def _choose(images: list[CaptionedImage], splits: list[str] | None, path: str) -> list[CaptionedImage]:
     known = list(dict.fromkeys(image.split for image in images))
+    splits = splits and [normal_split(split, "--splits", known) for split in splits]
     for split in splits or []:
         if split not in known:
             raise GenerationError(f"{path}: no split {split!r}; splits seen: {', '.join(known)}; check --splits")
