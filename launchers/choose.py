@@ -48,12 +48,12 @@ class ChooseSettings:
 
 
 def parser() -> CommandLine:
-    return command_line("launchers/choose.py", __doc__, ChooseSettings)
+    return command_line(__doc__, ChooseSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        run(*read_command_line(parser(), arguments, ChooseSettings))
+    run(*read_command_line(parser(), arguments, ChooseSettings))
 
 
 def run(settings: ChooseSettings, config: TrainConfig) -> None:

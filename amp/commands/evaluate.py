@@ -47,30 +47,30 @@ class EvaluationSettings:
 
 
 def parser() -> CommandLine:
-    return command_line("launchers/evaluate.py", __doc__, EvaluationSettings)
+    return command_line(__doc__, EvaluationSettings)
 
 
+@exit_on_error("scores so far are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        evaluation, config = read_command_line(parser(), arguments, EvaluationSettings)
-        if Path(evaluation.out).suffix != ".json":  # said before hours of work
-            raise AmpError(
-                f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "
-                "so add --out FILE.json"
-            )
-        from amp.retrieval.run import evaluate
-
-        evaluate(
-            config,
-            evaluation.split,
-            evaluation.adapters,
-            evaluation.search,
-            Path(evaluation.out),
-            evaluation.gallery,
-            evaluation.probes,
-            evaluation.text_only,
-            evaluation.bootstrap,
+    evaluation, config = read_command_line(parser(), arguments, EvaluationSettings)
+    if Path(evaluation.out).suffix != ".json":  # said before hours of work
+        raise AmpError(
+            f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "
+            "so add --out FILE.json"
         )
+    from amp.retrieval.run import evaluate
+
+    evaluate(
+        config,
+        evaluation.split,
+        evaluation.adapters,
+        evaluation.search,
+        Path(evaluation.out),
+        evaluation.gallery,
+        evaluation.probes,
+        evaluation.text_only,
+        evaluation.bootstrap,
+    )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from amp.knowledge.schema import KNOWLEDGE_NAME
 ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": VLLMEngine}
 
 
+@exit_on_error("the replies are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
@@ -43,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.terminal import PlainConsole
 
     parser = CommandLine(
-        prog="generate_knowledge.py",
-        usage="generate_knowledge.py --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
+        usage="%(prog)s --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(generate_knowledge, skip={"splits", "engine_options", "command", "console"})
@@ -59,19 +59,14 @@ def main(arguments: list[str] | None = None) -> None:
     options.pop("config")
     of_engines = {name: options.pop(name) for name in ENGINES}
     model = options.pop("model")
-    try:
-        with exit_on_error():
-            if (model is None) != (options["engine"] == "rules"):
-                raise GenerationError(
-                    f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
-                    "one, and none for rules; give both, or neither"
-                )
-            if options["engine"] != "rules":
-                options["engine_options"] = {"model": model, **of_engines[options["engine"]]}
-            summary = generate_knowledge(**options, command=command, console=console)
-    except KeyboardInterrupt:
-        console.print("stopped; the replies are kept, and the same command goes on from there")
-        raise SystemExit(130) from None
+    if (model is None) != (options["engine"] == "rules"):
+        raise GenerationError(
+            f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
+            "one, and none for rules; give both, or neither"
+        )
+    if options["engine"] != "rules":
+        options["engine_options"] = {"model": model, **of_engines[options["engine"]]}
+    summary = generate_knowledge(**options, command=command, console=console)
     if summary is None:
         return
 

@@ -31,6 +31,7 @@ from amp.data.writer import make_shards
 from amp.errors import exit_on_error
 
 
+@exit_on_error("finished shards are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     # Imported here because the worker processes import this file too.
     from rich.table import Table
@@ -39,8 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.terminal import PlainConsole
 
     parser = CommandLine(
-        prog="make_shards.py",
-        usage="make_shards.py --captions FILE --images FOLDER --out FOLDER [options]",
+        usage="%(prog)s --captions FILE --images FOLDER --out FOLDER [options]",
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(make_shards, skip={"splits", "command", "console"})
@@ -50,12 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.pop("config")
     console = PlainConsole(stderr=True)
     command = ["make_shards.py", *(sys.argv[1:] if arguments is None else arguments)]
-    try:
-        with exit_on_error():
-            manifest = make_shards(**options.as_dict(), command=command, console=console)
-    except KeyboardInterrupt:
-        console.print("stopped; finished shards are kept, and the same command goes on from there")
-        raise SystemExit(130) from None
+    manifest = make_shards(**options.as_dict(), command=command, console=console)
     if manifest is None:
         return
 

@@ -43,12 +43,12 @@ class ReportSettings:
 
 
 def parser() -> CommandLine:
-    return command_line("launchers/report.py", __doc__, ReportSettings)
+    return command_line(__doc__, ReportSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        run(*read_command_line(parser(), arguments, ReportSettings))
+    run(*read_command_line(parser(), arguments, ReportSettings))
 
 
 def run(settings: ReportSettings, config: TrainConfig) -> None:

@@ -28,8 +28,7 @@ from amp.train.plan import PlanSettings, make_plan, print_plan
 
 def parser() -> CommandLine:
     parser = CommandLine(
-        prog="launchers/train.py",
-        usage="launchers/train.py [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=__doc__.split("\n")[0],
     )
     parser.add_argument(
@@ -44,28 +43,28 @@ def parser() -> CommandLine:
     return parser
 
 
+@exit_on_error("the same command goes on from the last checkpoint")
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
     parsed = options.parse_args(arguments)
-    with exit_on_error():
-        settings = options.instantiate(parsed)
-        del settings["config"]
-        planned = settings.pop("plan", None)
-        config = TrainConfig(**settings)
-        config.check()
-        if planned is not None:
-            plan = make_plan(config, planned)
-            print_plan(plan, PlainConsole())
-            raise SystemExit(0 if plan.sound else 2)
-        if os.environ.get("RANK", "0") == "0":
-            from amp.retrieval.results import write_atomically
+    settings = options.instantiate(parsed)
+    del settings["config"]
+    planned = settings.pop("plan", None)
+    config = TrainConfig(**settings)
+    config.check()
+    if planned is not None:
+        plan = make_plan(config, planned)
+        print_plan(plan, PlainConsole())
+        raise SystemExit(0 if plan.sound else 2)
+    if os.environ.get("RANK", "0") == "0":
+        from amp.retrieval.results import write_atomically
 
-            del parsed["config"]
-            # Nulls too: left out, they would be read back as the defaults.
-            write_atomically(Path(config.out) / "config.yaml", options.dump(parsed, skip_unset=False).encode())
-        from amp.train.engine import train  # after the checks, which need none of its imports
+        del parsed["config"]
+        # Nulls too: left out, they would be read back as the defaults.
+        write_atomically(Path(config.out) / "config.yaml", options.dump(parsed, skip_unset=False).encode())
+    from amp.train.engine import train  # after the checks, which need none of its imports
 
-        train(config)
+    train(config)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import os
 import shutil
 import tarfile
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.progress import track
 
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
@@ -89,16 +88,21 @@ def rewrite_knowledge(
         raise RewriteError(f"{root}: no such folder; expected a folder of shards; check --shards")
     with lock_folder(target):
         manifest = _manifest(root, target)
-        with console.status("reading captions and knowledge"):
-            jobs = _plan(manifest, target, provenance["sha256"])
+        with console.progress("checking shards", "shards") as report:
+            jobs = _plan(manifest, target, provenance["sha256"], report)
+        with console.progress("reading captions and knowledge"):
             images = [image for job in jobs for image in job.images]
-            report = attach_knowledge(images, knowledge)
+            found = attach_knowledge(images, knowledge)
         _check_missing(images, max_missing, knowledge)
         _check_room(jobs, target)
         if target == root:
             write_json(target / ".plan" / _BEFORE, manifest.to_dict())
         (target / MANIFEST_NAME).unlink(missing_ok=True)
-        sidecars = [_rewrite(job) for job in track(jobs, "shards", console=console, transient=True)]
+        sidecars = []
+        with console.progress("rewriting shards", "shards") as report:
+            for job in jobs:
+                sidecars.append(_rewrite(job))
+                report(len(sidecars), len(jobs))
         rewritten = _new_manifest(manifest, jobs, sidecars, target)
         before = manifest.provenance.get("knowledge") or {}
         earlier = manifest.provenance.get("previous_knowledge", [])
@@ -106,9 +110,9 @@ def rewrite_knowledge(
             **manifest.provenance,
             "knowledge": {
                 **provenance,
-                "records": report.records,
-                "captions_with_knowledge": report.attached,
-                "records_without_caption": report.unused,
+                "records": found.records,
+                "captions_with_knowledge": found.attached,
+                "records_without_caption": found.unused,
                 "command": public_command(command) if command is not None else None,
             },
             "previous_knowledge": earlier if before.get("sha256") == provenance["sha256"] else [*earlier, before],
@@ -138,7 +142,7 @@ def _manifest(root: Path, target: Path) -> ShardManifest:
     return manifest
 
 
-def _plan(manifest: ShardManifest, target: Path, knowledge: str) -> list[_Job]:
+def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Callable[[int, int], None]) -> list[_Job]:
     """A job a shard; every shard is checked to be what the manifest, or an unfinished rewrite, says."""
     jobs = []
     infos = [info for infos in manifest.splits.values() for info in infos]
@@ -152,6 +156,7 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str) -> list[_Job]:
                 "or is damaged; make the shards again with tools/make_shards.py"
             )
         jobs.append(job)
+        progress(len(jobs), len(infos))
     # Shards that were rewritten already have another size, so the manifest's own check would refuse them.
     current = ShardManifest(manifest.root, {"all": [_as_it_is(info) for info in infos]})
     captions = load_shard_captions(current)

@@ -239,15 +239,15 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
 
 
 def parser() -> CommandLine:
-    return command_line("tools/scenes/twins.py", __doc__, TwinSettings)
+    return command_line(__doc__, TwinSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        twins, config = read_command_line(parser(), arguments, TwinSettings)
-        if twins.out.suffix != ".json":
-            raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
-        measure(config, twins)
+    twins, config = read_command_line(parser(), arguments, TwinSettings)
+    if twins.out.suffix != ".json":
+        raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
+    measure(config, twins)
 
 
 if __name__ == "__main__":
