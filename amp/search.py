@@ -103,9 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     quiet_open_clip()
     terminal, console = Terminal(True), PlainConsole()
-    search = retriever(settings, asks=query is not None)
+    with terminal.progress("loading the model"):
+        search = retriever(settings, asks=query is not None)
     if settings.photos is not None:
-        with terminal.progress("encoding photos") as report:
+        with terminal.progress("encoding photos", "photos") as report:
             update = search.update(settings.photos, settings.workers, report)
         counts = f"{update.encoded:,} encoded, {update.removed:,} removed, {len(update.skipped):,} files skipped"
         terminal.say(f"{update.photos:,} photos in {settings.index}: {counts}")

@@ -38,6 +38,7 @@ class PlainConsole(Console):
         if not watched and "COLUMNS" not in os.environ:
             own["width"] = _NO_LIMIT
         super().__init__(**{**own, **options})
+        self.phases: list[Progress] = []  # that are under way, the innermost last
 
     def render_str(self, text: str, **options):
         lines = text.split("\n")  # a table's header has two
@@ -118,7 +119,11 @@ class Progress:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _State())
         # The period is that of the rate's samples; an item may take hours.
         self._bar = Bar(
-            *columns, console=console, transient=True, disable=self._logs or console.quiet, speed_estimate_period=1e9
+            *columns,
+            console=console,
+            transient=True,
+            disable=self._logs or console.quiet or bool(console.phases),
+            speed_estimate_period=1e9,
         )
         self._id = self._bar.add_task(printable(what), total=None, unit=unit, note="")
         self._task = self._bar.tasks[0]
@@ -132,6 +137,7 @@ class Progress:
         return self._task.finished_speed or self._task.speed
 
     def __enter__(self) -> "Progress":
+        self._console.phases.append(self)
         self._bar.start()
         if self._logs and not self._console.quiet:
             self._thread.start()
@@ -160,6 +166,7 @@ class Progress:
         if self._thread.is_alive():
             self._thread.join()
         self._bar.stop()
+        self._console.phases.remove(self)
         if kind is None and (self._keep or self._said_any):
             self._task.stop_time = self._task.get_time()
             self._console.say(f"{self._task.description}: {state_of(self._task)}")
@@ -172,7 +179,9 @@ class Progress:
 
     def _log_now_and_then(self) -> None:
         while not self._end.wait(max(0.0, self._logged + LOG_SECONDS - time.monotonic())):
-            if time.monotonic() - self._logged >= LOG_SECONDS:
+            if self._console.phases[-1] is not self:
+                self._logged = time.monotonic()  # the inner phase has the word
+            elif time.monotonic() - self._logged >= LOG_SECONDS:
                 try:
                     self.log()
                 except OSError:  # nobody reads any more, which the main thread finds out itself

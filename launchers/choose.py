@@ -81,10 +81,11 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     generate = None
     if files and settings.knowledge != "none":
         generate = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options)
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
     models = {name: adapted(base, config.model.name, path).eval() for name, path in named.items()}
     if len(files) < len(settings.tests):
         split = ShardSplit(config.data.shards, settings.split)
@@ -107,7 +108,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
         choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
         if not choices:
             raise AmpError(f"{test}: no choice, expected captions with action triplets; look at the knowledge")
-        with terminal.progress(name) as report:
+        with terminal.progress(name, "choices") as report:
             results[name] = choose(choices, models, preprocess, open_image, generate, settings.choices_a_batch, report)
         base_right = results[name]["base CLIP"].right
         for method, found in results[name].items():

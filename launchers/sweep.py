@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
             terminal.say(f"{run.row}, seed {run.seed}: {run.folder}")
         return 0
     states = {}
-    with terminal.progress("sweep") as report:
+    with terminal.progress("sweep", "runs") as report:
+        report(0, len(mine))
         for number, run in enumerate([] if config.report_only else mine):
             states[run] = execute(config, run, terminal.say)
             terminal.say(f"{run.row}, seed {run.seed}: {states[run]}")

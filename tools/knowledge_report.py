@@ -35,13 +35,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out and Path(options.out).suffix not in (".md", ".json"):
         raise DescribeError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
     paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]
-    versions = [load_entries(path) for path in paths]
-    tokenizer = SimpleTokenizer()
-    report = {
-        "versions": {str(path): describe(list(entries.values()), tokenizer.encode)
-                     for path, entries in zip(paths, versions, strict=True)},
-        "agreement": agreement(*versions) if len(versions) == 2 else {},
-    }  # fmt: skip
+    with PlainConsole(stderr=True).progress("reading knowledge"):
+        versions = [load_entries(path) for path in paths]
+        tokenizer = SimpleTokenizer()
+        report = {
+            "versions": {str(path): describe(list(entries.values()), tokenizer.encode)
+                         for path, entries in zip(paths, versions, strict=True)},
+            "agreement": agreement(*versions) if len(versions) == 2 else {},
+        }  # fmt: skip
     names = [name for name in versions[0] if all(name in entries for entries in versions)]
     chosen = sample(names, options.sample, options.seed)
     text = markdown(report, [[entries[name] for entries in versions] for name in chosen])

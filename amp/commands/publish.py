@@ -51,12 +51,17 @@ def main(arguments: list[str] | None = None) -> None:
         if not getattr(settings, key):
             raise AmpError(f"{key} is empty, expected a path; add --{key} PATH")
     from amp.hub import push_to_hub, save_pretrained
+    from amp.terminal import Terminal
 
-    folder = save_pretrained(settings.out, settings.adapter, settings.results, settings.base,
-                             settings.base_pretrained)  # fmt: skip
+    terminal = Terminal(True)
+    with terminal.progress("reading the adapter and its base model"):
+        folder = save_pretrained(settings.out, settings.adapter, settings.results, settings.base,
+                                 settings.base_pretrained)  # fmt: skip
     print(f"{folder} written")
     if settings.push is not None:
-        print(push_to_hub(folder, settings.push, settings.private))
+        with terminal.progress(f"uploading to {settings.push}"):
+            address = push_to_hub(folder, settings.push, settings.private)
+        print(address)
 
 
 if __name__ == "__main__":

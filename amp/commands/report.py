@@ -66,6 +66,7 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     from amp.retrieval.results import ResultFile
     from amp.terminal import Terminal
 
+    terminal = Terminal(True)
     result = ResultFile.load_json(settings.results)
     queries = load_queries(Path(settings.results).with_suffix(".npz"))
     row = settings.row or next((r.name for r in reversed(result.rows) if not _is_probe(r.name)), result.rows[-1].name)
@@ -74,16 +75,18 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
         raise AmpError(f"{settings.results}: no row {row!r}, expected one of {names}")
     split = ShardSplit(config.data.shards, result.protocol["split"])
     per_image = result.protocol["captions_per_image"]
-    captions = SplitCaptions.read(split, config.data.kinds, 0 if per_image == "all" else per_image)
+    with terminal.progress("reading captions"):
+        captions = SplitCaptions.read(split, config.data.kinds, 0 if per_image == "all" else per_image)
     if captions_hash(captions) != result.protocol["captions_sha256"]:
         raise AmpError(f"{config.data.shards}: other captions than {settings.results} was made from, expected the same "
                        "shards; give them with --data.shards")  # fmt: skip
     named = [named_adapter(text) for text in settings.adapters]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
     model = adapted(base, config.model.name, named[-1][1]).eval() if named else None
     plots = {"Rows with 95 % intervals (bootstrap over images)": results_plot(result)}
     if settings.sweep is not None:
@@ -92,8 +95,7 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     title = settings.title or f"{result.protocol['dataset']} {split.name}, {Path(config.model.name).name}"
     given = ReportInput(result, queries, row, split, captions, model, preprocess, base.backbone.visual.preprocess_cfg,
                         {name: plot for name, plot in plots.items() if plot is not None}, title)  # fmt: skip
-    terminal = Terminal(True)
-    with terminal.progress("drawing queries") as report:
+    with terminal.progress("drawing queries", "queries") as report:
         path = write_report(settings.out, given, settings.captions, settings.images, report)
     terminal.say(f"{path} written, {path.stat().st_size / 1e6:.1f} MB")
 

@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = TrainConfig(**settings)
     config.check()
     if planned is not None:
-        plan = make_plan(config, planned)
+        with PlainConsole(stderr=True).progress("checking the run"):
+            plan = make_plan(config, planned)
         print_plan(plan, PlainConsole())
         raise SystemExit(0 if plan.sound else 2)
     if os.environ.get("RANK", "0") == "0":
