@@ -96,7 +96,7 @@ def complain(message: str) -> None:
 
 
 def typed_command() -> str:
-    """The running command as it was typed: ``amp search``, ``launchers/train.py`` or ``python -m amp.search``."""
+    """The running command as it was typed: ``amp search``, ``launchers/train.py`` or ``python -m amp``."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     if module is not None and sys.argv[0] == module.origin:
         name = f"python -m {module.name.removesuffix('.__main__')}"

@@ -30,7 +30,7 @@ class SearchSettings:
         count: Photos that are shown.
         top_k: Photos that are re-ranked (paper: 20).
         fusion_weight: Of the base model's score beside the new one.
-        knowledge: Where the query's triplets and states come from: an engine of tools/generate_knowledge.py, or none.
+        knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
         sheet: PNG file with the photos found.
         device: Where the model runs; null takes a GPU if there is one.
@@ -68,13 +68,12 @@ def retriever(settings: SearchSettings, asks: bool):
     Raises:
         AmpError: Neither adapter nor model, or one that can't be loaded.
     """
-    import torch
-
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.retriever import Retriever
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(settings.device)
     common: dict[str, Any] = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
     if settings.adapter is None:
         if settings.model is None:

@@ -117,14 +117,9 @@ class Progress:
     def __init__(self, console: PlainConsole, what: str, unit: str, keep: bool):
         self._console, self._keep, self._logs = console, keep, not console.is_interactive
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _State())
+        hidden = self._logs or console.quiet or bool(console.phases)  # rich 13 has one bar at a time
         # The period is that of the rate's samples; an item may take hours.
-        self._bar = Bar(
-            *columns,
-            console=console,
-            transient=True,
-            disable=self._logs or console.quiet or bool(console.phases),
-            speed_estimate_period=1e9,
-        )
+        self._bar = Bar(*columns, console=console, transient=True, disable=hidden, speed_estimate_period=1e9)
         self._id = self._bar.add_task(printable(what), total=None, unit=unit, note="")
         self._task = self._bar.tasks[0]
         self._reported = self._logged = time.monotonic()

@@ -28,7 +28,7 @@ class ChooseSettings:
         tests: JSON files, or ``swapped-roles`` and ``swapped-actions``, made from the shards.
         images: Folder of the photos of JSON files.
         split: Split of the shards for the swapped tests.
-        knowledge: Where knowledge of a JSON file's captions comes from: an engine of tools/generate_knowledge.py, or
+        knowledge: Where knowledge of a JSON file's captions comes from: an engine of amp generate_knowledge, or
             none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
         limit: Choices of each test at most, evenly spaced; 0 for all.
@@ -58,11 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
-    import torch
     from rich.table import Table
 
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.adapters import adapted, named_adapter
@@ -77,13 +77,13 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     files = [test for test in settings.tests if test not in TESTS]
     if files and settings.images is None:
         raise AmpError(f"tests has {files[0]!r} and images is null, expected the folder of its photos; add --images")
-    terminal, device = Terminal(True), "cuda" if torch.cuda.is_available() else "cpu"
+    terminal = Terminal(True)
     generate = None
     if files and settings.knowledge != "none":
         generate = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options)
     with terminal.progress(f"loading {config.model.name}"):
         base, _, preprocess = create_model_and_transforms(
-            config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
             prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
         )  # fmt: skip
     models = {name: adapted(base, config.model.name, path).eval() for name, path in named.items()}

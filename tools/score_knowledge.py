@@ -3,7 +3,7 @@
 First the labelled captions as a captions file, then knowledge for them by any engine, then the score::
 
     python tools/score_knowledge.py --write_captions gold.csv
-    python tools/generate_knowledge.py --captions gold.csv --out runs/gold/rules
+    amp generate_knowledge --captions gold.csv --out runs/gold/rules
     python tools/score_knowledge.py --knowledge runs/gold/rules/knowledge.jsonl
 """
 

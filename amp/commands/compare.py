@@ -1,7 +1,7 @@
 """Compares two rows of evaluations on the same queries: differences with intervals, and what one mends or breaks.
 
-    python launchers/compare.py --a runs/mine/results.json --a_row control --b_row "action-aware (pairwise)"
-    python launchers/compare.py --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
+    amp compare --a runs/mine/results.json --a_row control --b_row "action-aware (pairwise)"
+    amp compare --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
 
 Both are resampled with the same images (paired bootstrap), so queries that both find or both miss add no noise. Reads
 the .npz file beside each JSON file.
@@ -18,7 +18,7 @@ class CompareSettings:
     """Two rows.
 
     Args:
-        a: Result file of launchers/evaluate.py.
+        a: Result file of amp evaluate.
         a_row: Its row that the differences start from.
         b_row: The row that is compared with it.
         b: Result file of that row; null takes `a`.

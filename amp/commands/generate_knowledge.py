@@ -1,25 +1,25 @@
-"""Generate the action knowledge of a captions file: triplets and a state description of each, for tools/make_shards.py.
+"""Generate the action knowledge of a captions file: triplets and a state description of each, for amp make_shards.
 
 Rules, no language model (``pip install "open-clip-amp[rules]"`` and a spaCy model)::
 
-    python tools/generate_knowledge.py --captions dataset_coco.json --out knowledge/rules
+    amp generate_knowledge --captions dataset_coco.json --out knowledge/rules
 
 A local or hub model, or a GGUF file; several GPUs with ``accelerate launch`` in front, then ``--merge``::
 
-    python tools/generate_knowledge.py --captions dataset_coco.json --out knowledge/qwen --template coco \
+    amp generate_knowledge --captions dataset_coco.json --out knowledge/qwen --template coco \
         --engine transformers --model Qwen/Qwen2.5-7B-Instruct
 
 A server of OpenAI's interface: ``vllm serve MODEL --enable-prefix-caching``, ``llama-server -m MODEL.gguf``::
 
-    python tools/generate_knowledge.py --captions captions.csv --out knowledge/mine \
+    amp generate_knowledge --captions captions.csv --out knowledge/mine \
         --engine openai --openai.base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
 
 The same command again does only what is missing. A job array: ``--part 0/16`` to ``--part 15/16``, then the command
 without it (on Slurm: launchers/slurm/generate_knowledge.sbatch). Then::
 
-    python tools/make_shards.py ... --knowledge OUT
+    amp make_shards ... --knowledge OUT
 
-or tools/rewrite_knowledge.py for shards that exist.
+or amp rewrite_knowledge for shards that exist.
 """
 
 from __future__ import annotations

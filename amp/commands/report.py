@@ -1,9 +1,9 @@
 """Writes one HTML page about an evaluation: tables, plots, verbs, and a gallery with attention maps.
 
-    python launchers/report.py --config runs/mine/action-aware/config.yaml --results runs/mine/results.json \
+    amp report --config runs/mine/action-aware/config.yaml --results runs/mine/results.json \
         --adapters '["action-aware=runs/mine/action-aware/stage2/adapter.safetensors"]' --out runs/mine/report.html
 
-The page needs no network and no other file. --results names the JSON file of launchers/evaluate.py, whose .npz file
+The page needs no network and no other file. --results names the JSON file of amp evaluate, whose .npz file
 stands beside it; the photos come from the shards of the configuration. Of the adapters the last one's attention is
 shown, and the TensorBoard files of their runs give the training curves.
 """
@@ -22,7 +22,7 @@ class ReportSettings:
     """What the page shows.
 
     Args:
-        results: JSON file of launchers/evaluate.py.
+        results: JSON file of amp evaluate.
         row: Its row that is compared with base CLIP; null takes the last one that is no probe.
         adapters: ``NAME=FILE`` each, as in the evaluation; none shows neither attention nor training.
         sweep: CSV file of launchers/sweep.py, for the ablation plot; null shows none.
@@ -53,9 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: ReportSettings, config: TrainConfig) -> None:
     """Collects what the page shows and writes it."""
-    import torch
-
     from amp.data.split import ShardSplit
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.retrieval.adapters import adapted, named_adapter
     from amp.retrieval.evaluate import SplitCaptions
@@ -81,10 +80,9 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
         raise AmpError(f"{config.data.shards}: other captions than {settings.results} was made from, expected the same "
                        "shards; give them with --data.shards")  # fmt: skip
     named = [named_adapter(text) for text in settings.adapters]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with terminal.progress(f"loading {config.model.name}"):
         base, _, preprocess = create_model_and_transforms(
-            config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
             prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
         )  # fmt: skip
     model = adapted(base, config.model.name, named[-1][1]).eval() if named else None

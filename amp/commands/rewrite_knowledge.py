@@ -2,8 +2,8 @@
 
 In place, or into another folder::
 
-    python tools/generate_knowledge.py --captions data/coco --out knowledge/qwen --template coco --engine ...
-    python tools/rewrite_knowledge.py --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
+    amp generate_knowledge --captions data/coco --out knowledge/qwen --template coco --engine ...
+    amp rewrite_knowledge --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
         --knowledge_provenance knowledge/qwen/knowledge_provenance.json [--out data/coco-qwen]
 
 The same command again finishes what was interrupted. What the knowledge was before stays in manifest.json.

@@ -33,9 +33,8 @@ def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatu
     missing = store.missing(texts)
     accelerator.wait_for_everyone()
     if missing:
-        with terminal.progress(
-            "encoding texts", "texts"
-        ) as report:  # not under autocast: runs of any precision share the store
+        with terminal.progress("encoding texts", "texts") as report:
+            # Not under autocast: runs of any precision share the store.
             encode_texts(store, missing, model.backbone, model.tokenizer, rank=accelerator.process_index,
                          world=accelerator.num_processes, progress=report)  # fmt: skip
     accelerator.wait_for_everyone()

@@ -153,7 +153,7 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Calla
         if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
             raise RewriteError(
                 f"{info.path}: sha256 is {digest}; expected {info.sha256}, as the manifest says; the shard was changed "
-                "or is damaged; make the shards again with tools/make_shards.py"
+                "or is damaged; make the shards again with amp make_shards"
             )
         jobs.append(job)
         progress(len(jobs), len(infos))
@@ -173,7 +173,7 @@ def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str)
     if len(missing) > allowed * len(captions):
         raise RewriteError(
             f"{knowledge}: no record for {len(missing):,} of {len(captions):,} captions of the shards, the first is "
-            f"{missing[0].text!r}; expected one each; generate knowledge for these shards (tools/generate_knowledge.py "
+            f"{missing[0].text!r}; expected one each; generate knowledge for these shards (amp generate_knowledge "
             f"--captions FOLDER), or accept it with --max_missing; nothing was changed"
         )
 
@@ -225,7 +225,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         sidecar = {
-            # No plan: to tools/make_shards.py this shard is one that must be written anew.
+            # No plan: to amp make_shards this shard is one that must be written anew.
             "plan": "",
             "knowledge": job.knowledge,
             "replaces": present if job.in_place else job.source.sha256,

@@ -115,7 +115,7 @@ def make_shards(
         images: folder that the image files' paths start from.
         out: folder for the shards and manifest.json; made if absent.
         knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states; or
-            the folder that tools/generate_knowledge.py wrote.
+            the folder that amp generate_knowledge wrote.
         knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest. By default the
             folder's, where `knowledge` is one.
         format: format of the captions file; auto goes by its suffix.
