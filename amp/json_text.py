@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 DEEPEST = 100
-"""Levels of lists and objects within each other. Python's own limit is ten times as high or a hundred times, by version,
+"""Levels of lists and objects within each other. Python's own limit is ten or a hundred times as high, by version,
 and not the same for reading and for writing."""
 
 

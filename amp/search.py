@@ -1,7 +1,7 @@
 """Searches a folder of photos by text.
 
-    python -m amp.search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
-    python -m amp.search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
         "a dog jumps over a hurdle"
 
 The first command makes the index, or brings it up to date after photos have changed; a query may stand beside it. The
@@ -30,7 +30,7 @@ class SearchSettings:
         count: Photos that are shown.
         top_k: Photos that are re-ranked (paper: 20).
         fusion_weight: Of the base model's score beside the new one.
-        knowledge: Where the query's triplets and states come from: an engine of tools/generate_knowledge.py, or none.
+        knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
         sheet: PNG file with the photos found.
         device: Where the model runs; null takes a GPU if there is one.
@@ -55,8 +55,8 @@ class SearchSettings:
 
 
 def parser() -> CommandLine:
-    usage = 'python -m amp.search --index FOLDER [--KEY VALUE ...] "QUERY"'
-    parser = CommandLine(prog="python -m amp.search", usage=usage, description=__doc__.split("\n")[0])
+    usage = '%(prog)s --index FOLDER [--KEY VALUE ...] "QUERY"'
+    parser = CommandLine(usage=usage, description=__doc__.split("\n")[0])
     parser.add_argument("query", nargs="?", default=None, help="what the photo shows")
     parser.add_class_arguments(SearchSettings, as_group=False)
     return parser
@@ -68,13 +68,12 @@ def retriever(settings: SearchSettings, asks: bool):
     Raises:
         AmpError: Neither adapter nor model, or one that can't be loaded.
     """
-    import torch
-
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.retriever import Retriever
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(settings.device)
     common: dict[str, Any] = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
     if settings.adapter is None:
         if settings.model is None:
@@ -89,30 +88,31 @@ def retriever(settings: SearchSettings, asks: bool):
                                   knowledge=knowledge, top_k=settings.top_k, **common)  # fmt: skip
 
 
+@exit_on_error("the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
-    with exit_on_error():
-        query = parsed.pop("query")
-        settings = SearchSettings(**vars(parsed))
-        if not settings.index:
-            raise AmpError("index is empty, expected a folder; add --index FOLDER")
-        if query is None and settings.photos is None:
-            raise AmpError('neither query nor photos, expected one: python -m amp.search --index FOLDER "a dog jumps"')
-        from amp.factory import quiet_open_clip
-        from amp.terminal import PlainConsole, Terminal
+    query = parsed.pop("query")
+    settings = SearchSettings(**vars(parsed))
+    if not settings.index:
+        raise AmpError("index is empty, expected a folder; add --index FOLDER")
+    if query is None and settings.photos is None:
+        raise AmpError('neither query nor photos, expected one: amp search --index FOLDER "a dog jumps"')
+    from amp.factory import quiet_open_clip
+    from amp.terminal import PlainConsole, Terminal
 
-        quiet_open_clip()
-        terminal, console = Terminal(True), PlainConsole()
+    quiet_open_clip()
+    terminal, console = Terminal(True), PlainConsole()
+    with terminal.progress("loading the model"):
         search = retriever(settings, asks=query is not None)
-        if settings.photos is not None:
-            with terminal.progress("encoding photos") as report:
-                update = search.update(settings.photos, settings.workers, report)
-            counts = f"{update.encoded:,} encoded, {update.removed:,} removed, {len(update.skipped):,} files skipped"
-            terminal.say(f"{update.photos:,} photos in {settings.index}: {counts}")
-            for name, reason in list(update.skipped.items())[:10]:
-                terminal.say(f"skipped {name}: {reason}")
-        if query is not None:
-            show(console, search.search(query, settings.count), settings.sheet)
+    if settings.photos is not None:
+        with terminal.progress("encoding photos", "photos") as report:
+            update = search.update(settings.photos, settings.workers, report)
+        counts = f"{update.encoded:,} encoded, {update.removed:,} removed, {len(update.skipped):,} files skipped"
+        terminal.say(f"{update.photos:,} photos in {settings.index}: {counts}")
+        for name, reason in list(update.skipped.items())[:10]:
+            terminal.say(f"skipped {name}: {reason}")
+    if query is not None:
+        show(console, search.search(query, settings.count), settings.sheet)
 
 
 def show(console, found, sheet: str | None) -> None:

@@ -28,7 +28,7 @@ class ChooseSettings:
         tests: JSON files, or ``swapped-roles`` and ``swapped-actions``, made from the shards.
         images: Folder of the photos of JSON files.
         split: Split of the shards for the swapped tests.
-        knowledge: Where knowledge of a JSON file's captions comes from: an engine of tools/generate_knowledge.py, or
+        knowledge: Where knowledge of a JSON file's captions comes from: an engine of amp generate_knowledge, or
             none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
         limit: Choices of each test at most, evenly spaced; 0 for all.
@@ -48,17 +48,17 @@ class ChooseSettings:
 
 
 def parser() -> CommandLine:
-    return command_line("launchers/choose.py", __doc__, ChooseSettings)
+    return command_line(__doc__, ChooseSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        run(*read_command_line(parser(), arguments, ChooseSettings))
+    run(*read_command_line(parser(), arguments, ChooseSettings))
 
 
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
-    import torch
+    from amp.device import usable_device
     from rich.table import Table
 
     from amp.data.image_file import open_photo
@@ -77,14 +77,15 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     files = [test for test in settings.tests if test not in TESTS]
     if files and settings.images is None:
         raise AmpError(f"tests has {files[0]!r} and images is null, expected the folder of its photos; add --images")
-    terminal, device = Terminal(True), "cuda" if torch.cuda.is_available() else "cpu"
+    terminal = Terminal(True)
     generate = None
     if files and settings.knowledge != "none":
         generate = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options)
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
     models = {name: adapted(base, config.model.name, path).eval() for name, path in named.items()}
     if len(files) < len(settings.tests):
         split = ShardSplit(config.data.shards, settings.split)
@@ -107,7 +108,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
         choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
         if not choices:
             raise AmpError(f"{test}: no choice, expected captions with action triplets; look at the knowledge")
-        with terminal.progress(name) as report:
+        with terminal.progress(name, "choices") as report:
             results[name] = choose(choices, models, preprocess, open_image, generate, settings.choices_a_batch, report)
         base_right = results[name]["base CLIP"].right
         for method, found in results[name].items():

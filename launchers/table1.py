@@ -28,29 +28,30 @@ class TableSettings:
 
 
 def parser() -> CommandLine:
-    parser = CommandLine(prog="launchers/table1.py", description=__doc__.split("\n")[0])
+    parser = CommandLine(description=__doc__.split("\n")[0])
     parser.add_class_arguments(TableSettings, as_group=False)
     return parser
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = TableSettings(**vars(parser().parse_args(arguments)))
-    with exit_on_error():
-        from rich.markdown import Markdown
+    from rich.markdown import Markdown
 
-        from amp.retrieval.results import write_atomically
-        from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
-        from amp.terminal import PlainConsole
+    from amp.retrieval.results import write_atomically
+    from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
+    from amp.terminal import PlainConsole
 
-        rows, sources = load_published(settings.published)
-        add_results(rows, settings.results)
-        if settings.commands:
-            print("\n".join(commands(rows, settings.results)))
-            return
-        text = render_markdown(rows, sources)
-        if settings.out is not None:
-            write_atomically(settings.out, text.encode())
-        PlainConsole().print(Markdown(text))
+    rows, sources = load_published(settings.published)
+    add_results(rows, settings.results)
+    if settings.commands:
+        print("\n".join(commands(rows, settings.results)))
+        return
+    text = render_markdown(rows, sources)
+    if settings.out is not None:
+        write_atomically(settings.out, text.encode())
+    console = PlainConsole()
+    console.print(Markdown(text) if console.is_terminal else text)
 
 
 if __name__ == "__main__":

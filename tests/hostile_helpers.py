@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from functools import cache
@@ -37,15 +38,15 @@ def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> lis
 
 
 def one_error(call, capsys) -> str:
-    """The one line that `call` ends with."""
+    """The one line that `call` ends with, without the name of the command before it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         call()
     shown = capsys.readouterr()
     assert ended.value.code == 2 and "Traceback" not in shown.err + shown.out, shown.err
-    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in shown.err.splitlines() if re.match(r"\S[^:]*: error: ", line)]
     assert len(errors) == 1 and shown.err.splitlines()[-1] == errors[0], shown.err
-    return errors[0]
+    return errors[0].partition(": ")[2]
 
 
 def saved(image: Image.Image, format: str, **options) -> bytes:

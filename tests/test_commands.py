@@ -32,8 +32,5 @@ def test_an_unknown_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, "trian")
     assert ended.value.code == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .startswith("error: command is 'trian', expected one of generate_knowledge")
-    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("amp: error: command is 'trian', expected one of generate_knowledge")

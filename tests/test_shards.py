@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -679,7 +680,7 @@ def test_command_line(ten):
     options = ["--captions", ten.root / "captions.jsonl", "--images", ten.images, "--out", ten.root / "cli"]
     done = command_line(*options, "--samples_per_shard", 4, "--splits", "train", "test", "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert "10/10" in done.stderr or "11/11" in done.stderr
+    assert re.search(r"writing 4 shards: (10 of 10|11 of 11) images, .* took ", done.stderr)
     assert "manifest.json written" in done.stdout.replace("\n", "")
     expected = {name: sha for name, (_, sha) in ten.tars().items()}
     ten.out = ten.root / "cli"
@@ -691,7 +692,7 @@ def test_command_line_errors_are_one_line(tmp_path):
     options = ["--captions", tmp_path / "no.json", "--images", tmp_path, "--out", tmp_path / "out"]
     done = command_line(*options)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
+    assert [done.stderr.rstrip().partition(": ")[2]] == [
         f"error: {tmp_path / 'no.json'}: can't be read (No such file or directory); expected a file; check the path"
     ]
     done = command_line(*options, "--sample_per_shard", 3)
@@ -881,7 +882,7 @@ def test_reader_survives_a_fork_and_pickling(many):
 def test_manifest_of_a_folder_without_one(tmp_path):
     with pytest.raises(ShardFormatError, match="nowhere: no such folder"):
         ShardManifest.load(tmp_path / "nowhere")
-    with pytest.raises(ShardFormatError, match=r"manifest.json: no such file; .*tools/make_shards.py"):
+    with pytest.raises(ShardFormatError, match=r"manifest.json: no such file; .*amp make_shards"):
         ShardManifest.load(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ShardFormatError, match="can't be read as JSON"):

@@ -40,7 +40,7 @@ IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in DECODER_OF)
 MAX_MEMBER_BYTES = 1 << 29
 """Bytes of an image file or a record: half a gigabyte, more than any image that isn't a decompression bomb takes."""
 
-_REMAKE = "make the shards again with tools/make_shards.py"
+_REMAKE = "make the shards again with amp make_shards"
 
 
 class ShardFormatError(AmpError):
@@ -125,7 +125,7 @@ class ShardManifest:
         if _get(content, "format", str, where) != MANIFEST_FORMAT:
             raise ShardFormatError(
                 f"{where}: 'format' is {shorten(content['format'])}; expected {MANIFEST_FORMAT!r}; "
-                "give a folder made by tools/make_shards.py"
+                "give a folder made by amp make_shards"
             )
         if _get(content, "version", int, where) != MANIFEST_VERSION:
             raise ShardFormatError(
@@ -165,7 +165,7 @@ class ShardManifest:
             known = ", ".join(self.splits) or "none"
             raise ShardFormatError(
                 f"{path}: split {name!r} isn't there; splits present: {known}; choose one of them, or convert it with "
-                "tools/make_shards.py"
+                "amp make_shards"
             )
         if not self.samples(name):
             raise ShardFormatError(f"{path}: split {name!r} holds no sample; expected at least one; {_REMAKE}")

@@ -57,7 +57,7 @@ class ShardSplit:
             if len(reader) != self.sizes[shard]:
                 raise AmpError(
                     f"{reader.path}: holds {len(reader)} samples, the manifest says {self.sizes[shard]}. Run "
-                    "tools/make_shards.py again"
+                    "amp make_shards again"
                 )
             self._readers[shard] = reader
         self._readers.move_to_end(shard)
@@ -80,7 +80,7 @@ class ShardSplit:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(
                 f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run "
-                "tools/make_shards.py again with --check decode, which leaves out and lists such images"
+                "amp make_shards again with --check decode, which leaves out and lists such images"
             ) from error
 
     def image(self, index: int) -> Image.Image:

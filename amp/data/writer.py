@@ -12,6 +12,7 @@ depends on the plan alone, so parts needn't wait for each other, and two at the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -29,8 +30,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
@@ -116,7 +115,7 @@ def make_shards(
         images: folder that the image files' paths start from.
         out: folder for the shards and manifest.json; made if absent.
         knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states; or
-            the folder that tools/generate_knowledge.py wrote.
+            the folder that amp generate_knowledge wrote.
         knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest. By default the
             folder's, where `knowledge` is one.
         format: format of the captions file; auto goes by its suffix.
@@ -166,7 +165,7 @@ def make_shards(
     share = slice(index, None, parts)
     resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
 
-    with console.status("reading captions and knowledge"):
+    with console.progress("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
         report = None
         source = load_captions(captions, format, default_split, keep_restval)
@@ -204,7 +203,7 @@ def make_shards(
     skipped = [skip for skip in source.skipped if skip.split in chosen]
     _check_skipped(skipped, [image for image in source.images if image.split in chosen], max_skipped, captions)
 
-    with console.status("looking for the image files"):
+    with console.progress("looking for the image files"):
         plans: dict[str, list[ShardPlan]] = {}
         lost_files: list[Skip] = []
         for split in chosen:
@@ -577,26 +576,16 @@ def _clear_stale(out: Path, surplus: list[str]) -> None:
 
 
 def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsole, accept_gaps: bool) -> None:
-    """Write the shards, several at once; the bar counts images."""
+    """Write the shards, several at once; images are counted."""
     if not plans:
         return
     workers = min(workers or len(os.sched_getaffinity(0)), len(plans))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
     total = sum(len(plan.samples) for plan in plans)
-    with bar:
-        task = bar.add_task(f"{len(plans)} shards", total=total)
+    with console.progress(f"writing {len(plans)} shards", "images", keep=True) as report:
         if workers == 1:
+            done = itertools.count(1)
             for plan in plans:
-                write_shard(plan, lambda: bar.advance(task), accept_gaps)
+                write_shard(plan, lambda: report(next(done), total), accept_gaps)
             return
         # spawn: a fork beside the bar's thread could inherit a lock for ever, and would inherit the folder's lock.
         context = multiprocessing.get_context("spawn")
@@ -606,9 +595,12 @@ def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsol
             try:
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    bar.update(task, completed=counter.value)
+                    report(counter.value, total)
                     for future in finished:
                         future.result()
+            except KeyboardInterrupt:
+                console.say("stopping; the shards at hand are finished first")
+                raise
             except BrokenProcessPool:
                 raise ShardWriteError(
                     "a worker process was killed, most likely for want of memory; run the same command with fewer "

@@ -31,16 +31,17 @@ def baseline(
     Returns:
         `Retrieval` without knowledge, and what the protocol says of the model.
     """
-    clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
-    described = describe_clip(clip)
-    clip = to_precision(clip, settings.precision).to(accelerator.device).eval()
-    tokenizer = get_tokenizer(settings.name)
+    with terminal.progress(f"loading {settings.name}"):
+        clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
+        described = describe_clip(clip)
+        clip = to_precision(clip, settings.precision).to(accelerator.device).eval()
+        tokenizer = get_tokenizer(settings.name)
     images, texts = SplitImages(split, preprocess), captions.texts
 
     def encoded(total: int, batches, encode, what: str) -> torch.Tensor:
         start, stop = shard_bounds(total, rank(), world_size())
         parts, done = [], 0
-        with terminal.progress(what) as report, torch.no_grad():
+        with terminal.progress(f"encoding {what}", what) as report, torch.no_grad():
             for batch in batches(start, stop):
                 parts.append(encode(batch.to(accelerator.device, non_blocking=True)).float())
                 done += len(parts[-1])
@@ -61,10 +62,11 @@ def baseline(
         return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))
 
     dtype = next(p.dtype for p in clip.visual.parameters() if p.ndim == 4)  # of the first convolution
-    base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"encoding {split.name} images")
-    text = encoded(len(texts), tokenised, clip.encode_text, "encoding texts")
+    base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"{split.name} images")
+    text = encoded(len(texts), tokenised, clip.encode_text, "texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
-    return Retrieval(captions, frozen, text, None, search, accelerator.device), described
+    with terminal.progress("searching with the base model"):
+        return Retrieval(captions, frozen, text, None, search, accelerator.device), described
 
 
 def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:

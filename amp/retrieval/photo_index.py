@@ -63,7 +63,7 @@ class PhotoIndex:
         Raises:
             AmpError: There is none, or it is damaged.
         """
-        again = "make it with python -m amp.search --index FOLDER --photos PHOTOS"
+        again = "make it with amp search --index FOLDER --photos PHOTOS"
         path = Path(folder) / "index.json"
         try:
             content = parse_json(path.read_text(encoding="utf-8"))

@@ -86,8 +86,15 @@ class Run:
                          adapters)  # fmt: skip
         evaluation = Evaluation(found, retrieval.fold, self.bootstrap, self.config.seed)
         base = retrieval.base()
-        evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
+        with self.terminal.progress("figures of base CLIP"):
+            evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
         return evaluation
+
+    def add_rows(self, evaluation: Evaluation, retrieval: Retrieval, name: str, rankings: dict[str, Ranking]) -> None:
+        """Adds the rows of one model's rankings."""
+        with self.terminal.progress(f"figures of {name}"):
+            for row, pair in retrieval.methods(name, rankings).items():
+                evaluation.add(row, *pair, images_of(retrieval))
 
 
 def images_of(retrieval: Retrieval) -> dict[str, torch.Tensor]:
@@ -103,13 +110,14 @@ def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe]
                  ) -> tuple[Evaluation, dict[str, Ranking]]:  # fmt: skip
     """Rows of base model, text-only control, adapters and probes, and the last adapter's rankings."""
     config, accelerator, terminal, captions = run.config, run.accelerator, run.terminal, run.captions
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
-    models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
-    described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
-                 "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
+        models = {name: adapted(base, config.model.name, path) for name, path in named} or {"base": base}
+        described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
+                     "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
     evaluation: Evaluation | None = None
     rankings: dict[str, Ranking] = {}
     for name, model in models.items():
@@ -118,8 +126,8 @@ def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe]
         prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(k, model.config.knowledge))
         frozen = prepare_images(accelerator, terminal, run.split, model, preprocess, config.data.cache,
                                 config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
-        retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
-        images = images_of(retrieval)
+        with terminal.progress("searching with the base model"):
+            retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
         if evaluation is None:
             evaluation = run.begin(retrieval, described, dict(named))
             if text_only:
@@ -127,25 +135,22 @@ def _with_models(run: Run, named: list[tuple[str, str]], probes: Sequence[Probe]
                 states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
                 prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
                 text = enriched_text(retrieval.text, states(captions.knowledge))
-                for row, pair in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
-                    evaluation.add(row, *pair, images)
+                run.add_rows(evaluation, retrieval, "captions with states", retrieval.rank_text(text))
         if not named:
             break
         model.eval()
 
         def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
-            with terminal.progress(title) as report:
+            with terminal.progress(title, "pairs") as report:
                 return searched.rank(model, accelerator.autocast, lambda _, done, total: report(done, total),
                                      _partial(out), run.precision)  # fmt: skip
 
         rankings = ranked(retrieval, f"re-ranking with {name}")
-        for row, pair in retrieval.methods(name, rankings).items():
-            evaluation.add(row, *pair, images)
+        run.add_rows(evaluation, retrieval, name, rankings)
         for kind in probes if model.knowledge_aware else ():
             spoilt = probe(retrieval, kind, model, preprocess, config.seed)
             found = ranked(spoilt, f"probe {kind} of {name}")
-            for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
-                evaluation.add(row, *pair, images)
+            run.add_rows(evaluation, retrieval, f"{name}, {kind}", found)
         if accelerator.is_main_process:  # after each adapter, so that a stop loses one at most
             evaluation.save(out)
     assert evaluation is not None  # the first model has begun it
@@ -179,7 +184,8 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     accelerator = make_accelerator(config, training=False)
     terminal = Terminal(accelerator.is_main_process)
     split = ShardSplit(config.data.shards, split_name)
-    captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
+    with terminal.progress("reading captions"):
+        captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
     precision = f"{config.model.precision}, autocast {accelerator.mixed_precision}"
     run = Run(config, split, captions, search, accelerator, terminal, precision, bootstrap)
     if named or text_only:

@@ -71,7 +71,7 @@ def _row(entry: dict) -> Row:
 
 
 def add_results(rows: list[Row], folder: str | os.PathLike) -> None:
-    """Adds the figures of FOLDER/ID.DATASET.json, files of launchers/evaluate.py; ours are the last row of theirs."""
+    """Adds the figures of FOLDER/ID.DATASET.json, files of `amp evaluate`; ours are the last row of theirs."""
     for row in rows:
         for dataset in DATASETS:
             path = Path(folder) / f"{row.id}.{dataset}.json"

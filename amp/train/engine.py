@@ -108,14 +108,15 @@ class Run:
         if finished and not differing.keys() & {"model.name", "model.pretrained"}:
             return self.say_finished(last, differing)
         set_seed(config.seed)
-        self.model, *transforms = create_model_and_transforms(
-            config.model.name,
-            config.model.pretrained,
-            precision=config.model.precision,
-            device=accelerator.device,
-            prompt_config=config.prompt,
-            image_resize_mode=config.model.resize_mode,
-        )
+        with self.terminal.progress(f"loading {config.model.name}"):
+            self.model, *transforms = create_model_and_transforms(
+                config.model.name,
+                config.model.pretrained,
+                precision=config.model.precision,
+                device=accelerator.device,
+                prompt_config=config.prompt,
+                image_resize_mode=config.model.resize_mode,
+            )
         start = config.init if found is None else found.folder / ADAPTER
         if start is not None:
             load_adapter(start, self.model)  # which compares the base model's weights
@@ -233,10 +234,11 @@ class Run:
         """Encodes the texts of both splits once, and stores frozen image features where asked."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
         self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
-        captions = SplitCaptions.read(self.split, data.kinds)
-        val_captions = None
-        if val_split is not None:
-            val_captions = SplitCaptions.read(val_split, data.kinds, config.validation.captions_per_image)
+        with self.terminal.progress("reading captions"):
+            captions = SplitCaptions.read(self.split, data.kinds)
+            val_captions = None
+            if val_split is not None:
+                val_captions = SplitCaptions.read(val_split, data.kinds, config.validation.captions_per_image)
         prompt = config.prompt
         texts = [
             text
@@ -255,7 +257,8 @@ class Run:
             text = torch.from_numpy(self.collate.store.lookup(captions.texts))
             base = torch.from_numpy(np.array(frozen.base))
             device = accelerator.device
-            neighbours = confusable(base.to(device), text.to(device), captions.image.to(device), NEIGHBOURS).numpy()
+            with self.terminal.progress("looking for images that are easily confused"):
+                neighbours = confusable(base.to(device), text.to(device), captions.image.to(device), NEIGHBOURS).numpy()
         self.order = BatchOrder(
             self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes, config.seed,
             data.shuffle_window, neighbours, config.mined_group, config.gradient_accumulation,
@@ -271,9 +274,10 @@ class Run:
         self.retrieval = None
         if val_split is not None and val_captions is not None:
             features = self.images(val_split, preprocess_val)
-            self.retrieval = Retrieval.stored(
-                val_captions, features, self.collate, config.validation, accelerator.device
-            )
+            with self.terminal.progress("searching with the base model"):
+                self.retrieval = Retrieval.stored(
+                    val_captions, features, self.collate, config.validation, accelerator.device
+                )
         self.terminal.say(
             f"{len(self.split):,} training images, {len(captions.texts):,} captions, {self.order.steps:,} steps of "
             f"{data.batch_size} x {accelerator.num_processes} an epoch"

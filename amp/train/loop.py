@@ -80,6 +80,8 @@ class StageLoop:
                 loss, scale = self.optimizer_step(batches)
                 if self.step % self.config.log_every == 0 or self.step in (1, total):
                     show(self.step, *self.log_step(loss, scale))
+                else:
+                    show(self.step)
                 epoch = (self.step - 1) // self.steps_an_epoch + 1
                 last = self.step == total
                 epoch_ends = last or self.step == epoch * self.steps_an_epoch
@@ -214,7 +216,10 @@ class StageLoop:
     def validate(self, retrieval: "Retrieval", epoch: int) -> None:
         """Searches the validation split and logs R@1 beside the base model's."""
         self.engine.eval()
-        rankings = retrieval.rank(self.engine, self.accelerator.autocast)
+        with self.terminal.progress("validating", "pairs") as report:
+            rankings = retrieval.rank(
+                self.engine, self.accelerator.autocast, lambda _, done, total: report(done, total)
+            )
         self.engine.train()
         base = retrieval.base_row()
         values: dict[str, float] = {}

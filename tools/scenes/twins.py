@@ -200,10 +200,11 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     captions = SplitCaptions.read(split, data.kinds)
     filenames = [record["filename"] for record in split.records()]
     comparisons = twin_comparisons(settings.dataset, filenames, captions.image)
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
     models = {name: adapted(base, config.model.name, path) for name, path in named}
     rows = []
     for name, model in {"base CLIP": base, **models}.items():
@@ -239,15 +240,15 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
 
 
 def parser() -> CommandLine:
-    return command_line("tools/scenes/twins.py", __doc__, TwinSettings)
+    return command_line(__doc__, TwinSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        twins, config = read_command_line(parser(), arguments, TwinSettings)
-        if twins.out.suffix != ".json":
-            raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
-        measure(config, twins)
+    twins, config = read_command_line(parser(), arguments, TwinSettings)
+    if twins.out.suffix != ".json":
+        raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
+    measure(config, twins)
 
 
 if __name__ == "__main__":
