@@ -72,15 +72,15 @@ def register() -> None:
         models.MODEL_TYPES.append("amp")
 
 
+@exit_on_error()
 def main() -> None:
     """CLIP_benchmark's own command line, which knows the type ``amp`` besides."""
     try:
         register()
         from clip_benchmark.cli import main as run
     except ImportError as error:
-        raise SystemExit(f"error: {error}; pip install clip-benchmark") from None
-    with exit_on_error():
-        run()
+        raise AmpError(f"{error}; pip install clip-benchmark") from None
+    run()
 
 
 if __name__ == "__main__":

@@ -61,6 +61,9 @@ class CommandLine(ArgumentParser):
         except TypeError as error:  # a list in place of a group of settings
             self.error(f"a value is of the wrong type ({error})")
 
+    def _print_message(self, message, file=None):
+        (file or sys.stderr).write(message)  # argparse hides that a disk is full
+
     def error(self, message, ex=None):
         if not self.exit_on_error:
             super().error(message, ex)

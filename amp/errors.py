@@ -90,12 +90,11 @@ def exit_on_error(kept: str = "") -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         name = error.filename
-        if name is None and full:
-            name = "standard output" if _still_fails(sys.stdout) else "a file"
+        if name is None and full:  # our files have their names in the error
+            name = "standard output"
+            _drop_output(sys.stdout)
         if name is None or not error.strerror:
             raise
-        if name == "standard output":
-            _drop_output(sys.stdout)
         complain(f"error: {os.fsdecode(name)}: {error.strerror}" + ("; make room and try again" if full else ""))
         raise SystemExit(NOT_WRITTEN) from None
 
@@ -128,16 +127,6 @@ def _has_no_reader(stream: TextIO | None) -> bool:
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in waiting.poll(0))
     except (AttributeError, OSError, ValueError):  # no stream, or one without a descriptor
         return False
-
-
-def _still_fails(stream: TextIO | None) -> bool:
-    """Whether what was not written can't be written now either."""
-    try:
-        if stream is not None:
-            stream.flush()
-    except OSError:
-        return True
-    return False
 
 
 def _drop_output(stream: TextIO | None) -> None:

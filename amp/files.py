@@ -45,6 +45,9 @@ def whole_file(path: str | os.PathLike, sync: bool = False) -> Iterator[BinaryIO
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk doesn't say which file it was
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -126,6 +126,8 @@ def compute_frozen_features(
         early = None
         if tokens:
             early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
+            with open(temporary / "early.npy", "r+b") as file:  # a disk that fills up later would end it by SIGBUS
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         np.save(temporary / "base.npy", fill(early))
         if early is not None:
             early.flush()
