@@ -233,7 +233,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             start = head.decode(encoding, "ignore")
             if encoding == "utf-16" or ("\r" in start and "\n" not in start):
                 end = "\r" if "\n" not in start else "\n"
-                yield from enumerate(io.TextIOWrapper(file, encoding, newline=end), start=1)
+                with io.TextIOWrapper(file, encoding, newline=end) as lines:
+                    yield from enumerate(lines, start=1)
                 return
             # Bytes are split, not text: Unicode has line separators that may stand inside a JSON string.
             for number, line in enumerate(file, start=1):

@@ -10,7 +10,8 @@ CONTEXT_TOKENS = 77
 
 # Each part is one token or more: CLIP's tokenizer divides texts here before it divides words.
 _PARTS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
-_FEW_WORDS = 25
+FEW_WORDS = 25
+"""Words of a text that isn't looked at more closely: hardly any of so few is cut."""
 
 STATE_TEMPLATE = "Fine-grained state description of action triplet <{subject}, {action}, {object}> is {state}"
 """The template of the paper, sec. 3.3 "Action State Prompts"."""
@@ -33,7 +34,7 @@ def surely_cut(text: str) -> bool:
 
     Words of several tokens count once, so a text that is cut may not be found; one that is found is cut.
     """
-    return text.count(" ") >= _FEW_WORDS and len(_PARTS.findall(unescape(unescape(text)))) + 2 > CONTEXT_TOKENS
+    return text.count(" ") >= FEW_WORDS and len(_PARTS.findall(unescape(unescape(text)))) + 2 > CONTEXT_TOKENS
 
 
 def select(knowledge: Knowledge, max_triplets: int) -> list[tuple[Triplet, str]]:
