@@ -4,7 +4,8 @@
 
 CLIP_benchmark encodes images and texts apart and multiplies them. Features under a caption's knowledge belong to a
 pair and can't be had that way, so what it measures is the adapter without knowledge: what adapting costs or gives on
-other data. Retrieval under knowledge is measured by amp evaluate.
+other data. Retrieval under knowledge is measured by amp evaluate. CLIP_benchmark opens images with its own
+readers, which do not apply a camera's orientation.
 """
 
 import torch

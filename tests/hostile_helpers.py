@@ -113,6 +113,12 @@ def tiff(width: int, height: int) -> bytes:
     return content
 
 
+def avif(width: int, height: int) -> bytes:
+    content = saved(Image.new("RGB", (16, 16)), "AVIF")
+    at = content.index(b"ispe") + 8
+    return content[:at] + struct.pack(">II", width, height) + content[at + 8 :]
+
+
 @cache
 def bad_images() -> dict[str, bytes]:
     """By file name: none may reach a model, none may stop the files beside it."""
@@ -127,6 +133,7 @@ def bad_images() -> dict[str, bytes]:
         "gif bomb.gif": gif(65_535, 65_535),
         "bmp bomb.bmp": bmp(60_000, 60_000),
         "tiff bomb.tif": tiff(200_000, 200_000),
+        "avif bomb.jpg": avif(16_000, 16_000),
         "empty.jpg": b"",
         "one byte.png": b"\x89",
         "text.jpg": b"<html><script>alert(1)</script></html>",

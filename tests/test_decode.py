@@ -56,7 +56,7 @@ def tagged(pixels: np.ndarray, format: str, orientation: int, description: str =
     if description:
         exif[0x010E] = description
         exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
-    return saved(Image.fromarray(stored(pixels, orientation)), format, exif=exif, **options)
+    return saved(Image.fromarray(stored(pixels, orientation)), format, exif=exif.tobytes(), **options)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
