@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 DEEPEST = 100
-"""Levels of lists and objects within each other. Python's own limit is ten or a hundred times as high, by version,
-and not the same for reading and for writing."""
+"""Most levels of lists and objects within each other that are read. Python's own limit is higher, but differs between
+its versions and between reading and writing."""
 
 
 def parse_json(text: str | bytes) -> Any:
