@@ -24,6 +24,7 @@ from amp.data.image_file import Resize, UnreadableImageError, read_image, read_l
 from amp.data.shards import ShardFormatError, ShardInfo, ShardManifest, ShardReader
 from amp.data.writer import make_shards
 from amp.errors import AmpError
+from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).parents[1]
 FLICKR8K = ROOT.parent / "shared" / "data" / "flickr8k"
@@ -981,3 +982,47 @@ def test_flickr8k_sample(tmp_path):
                 assert (caption["id"], caption["text"]) == (sentence["sentid"], sentence["raw"].strip())
                 assert caption["triplets"] == known[sentence["sentid"]]["triplets"]
                 assert caption["states"] == known[sentence["sentid"]]["states"]
+
+
+# What the user is told
+
+
+def told(data, **options):
+    """What a conversion prints."""
+    shown = io.StringIO()
+    manifest = data.make(console=PlainConsole(file=shown, width=80), **options)
+    return manifest, shown.getvalue()
+
+
+def test_splits_that_training_would_miss_are_told_at_conversion(data):
+    for n, split in enumerate(("Validation", "fold1", "TEST")):
+        data.add(f"{n}.jpg", split)
+    manifest, shown = told(data)
+    assert list(manifest.splits) == ["val", "fold1", "test"]
+    assert "splits stored: 'Validation' as 'val', 'TEST' as 'test'\n" in shown
+    assert "no split 'train' in it; splits seen: val, fold1, test; that is enough for an evaluation; to train" in shown
+    data.out = data.root / "some"
+    assert list(told(data, splits=["Testing", "dev"])[0].splits) == ["val", "test"]
+    data.add("3.jpg", "training")
+    data.out = data.root / "more"
+    manifest, shown = told(data)
+    assert "no split 'train'" not in shown and "train" in manifest.splits
+
+
+def test_texts_longer_than_clip_reads_are_counted(data):
+    data.add("0.jpg", captions=("A dog", "A dog " + "and a cat " * 40))
+    data.add("1.jpg", captions=("A cat",))
+    assert "longer than" in (shown := told(data)[1])
+    assert "at least 1 of 3 captions are longer than the 77 tokens that CLIP reads" in shown
+    triplet = {"subject": "dog", "action": "runs", "object": ""}
+    long, short = "It is in the air and " * 20, "It is in the air"
+    data.knowledge = [
+        {"image": "0.jpg", "caption": "A dog", "triplets": [triplet] * 2, "states": [long, short]},
+        {"image": "1.jpg", "caption": "A cat", "triplets": [triplet], "states": [long]},
+    ]
+    assert "at least 1 of 3 captions and 2 of 3 states are longer than" in told(data)[1]
+    data.rows[1]["caption"] = "A dog again"
+    assert "at least 2 of 3 states are longer than" in told(data)[1]
+    data.knowledge = data.knowledge[1:]
+    data.knowledge[0]["states"] = [short]
+    assert "longer than" not in told(data)[1]
