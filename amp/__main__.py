@@ -6,6 +6,8 @@ On several processes ``accelerate launch ... -m amp.commands.train`` takes the p
 import sys
 from importlib import import_module
 
+import amp.commands  # noqa: F401, sets what torch reads when it is loaded
+
 COMMANDS = {
     "generate_knowledge": ("amp.commands.generate_knowledge", "write the knowledge of captions"),
     "make_shards": ("amp.commands.make_shards", "photos, captions and knowledge to shards"),

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from amp.cores import usable_cores
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
@@ -561,7 +562,7 @@ def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsol
     """Write the shards, several at once; the bar counts images."""
     if not plans:
         return
-    workers = min(workers or len(os.sched_getaffinity(0)), len(plans))
+    workers = min(workers or usable_cores(), len(plans))
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
