@@ -6,6 +6,7 @@ On several processes ``accelerate launch ... -m amp.commands.train`` takes the p
 import sys
 from importlib import import_module
 
+import amp.commands  # noqa: F401, sets what torch reads when it is loaded
 from amp.errors import WRONG_INPUT, complain, exit_on_error
 
 COMMANDS = {

@@ -97,11 +97,16 @@ def main(arguments: list[str] | None = None) -> None:
         raise AmpError("index is empty, expected a folder; add --index FOLDER")
     if query is None and settings.photos is None:
         raise AmpError('neither query nor photos, expected one: amp search --index FOLDER "a dog jumps"')
+    import torch
+
+    from amp.cores import use_cores
     from amp.factory import quiet_open_clip
     from amp.terminal import PlainConsole, Terminal
 
     quiet_open_clip()
     terminal, console = Terminal(True), PlainConsole()
+    gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
+    use_cores(0 if settings.photos is None else settings.workers, gpu)
     with terminal.progress("loading the model"):
         search = retriever(settings, asks=query is not None)
     if settings.photos is not None:

@@ -58,11 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
-    from amp.device import usable_device
     from rich.table import Table
 
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.adapters import adapted, named_adapter

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from amp.cores import decoding_workers
 from amp.data.decode import DECODING_VERSION
 from amp.data.folders import build_folder
-from amp.data.split import ShardSplit, decoding_workers
+from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
@@ -101,7 +102,7 @@ def compute_frozen_features(
         return FrozenFeatures.load(folder, tokens)
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), backbone.num_tokens, backbone.vision_width)
-    workers = decoding_workers(workers)
+    workers = decoding_workers(workers, device.type == "cuda")
     loader = DataLoader(
         SplitImages(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda"
     )

@@ -1,6 +1,5 @@
 """Random access to the samples of a split, over all its shards."""
 
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,6 @@ from amp.knowledge.schema import Knowledge, parse_knowledge
 
 MAX_OPEN = 256
 Decoded = TypeVar("Decoded")
-
-
-def decoding_workers(wanted: int) -> int:
-    """`wanted` worker processes, or fewer where this process may use fewer cores."""
-    return min(wanted, len(os.sched_getaffinity(0)))
 
 
 class ShardSplit:

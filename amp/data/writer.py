@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from amp.cores import usable_cores
 from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
@@ -579,7 +580,7 @@ def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsol
     """Write the shards, several at once; images are counted."""
     if not plans:
         return
-    workers = min(workers or len(os.sched_getaffinity(0)), len(plans))
+    workers = min(workers or usable_cores(), len(plans))
     total = sum(len(plan.samples) for plan in plans)
     with console.progress(f"writing {len(plans)} shards", "images", keep=True) as report:
         if workers == 1:

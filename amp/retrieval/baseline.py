@@ -7,8 +7,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch.utils.data import DataLoader, Subset
 
 from amp.backbone import weights_hash
+from amp.cores import decoding_workers
 from amp.data.frozen_features import FrozenFeatures, SplitImages
-from amp.data.split import ShardSplit, decoding_workers
+from amp.data.split import ShardSplit
 from amp.distributed import all_reduce_sum, rank, world_size
 from amp.factory import get_tokenizer, load_clip, to_precision
 from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
@@ -56,7 +57,7 @@ def baseline(
 
     def decoded(start: int, stop: int):
         part, pinned = Subset(images, range(start, stop)), accelerator.device.type == "cuda"
-        return DataLoader(part, data.batch_size, num_workers=decoding_workers(data.workers), pin_memory=pinned)
+        return DataLoader(part, data.batch_size, num_workers=decoding_workers(data.workers, pinned), pin_memory=pinned)
 
     def tokenised(start: int, stop: int):
         return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))

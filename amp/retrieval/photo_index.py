@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from amp.cores import decoding_workers
 from amp.data.image_file import open_photo
-from amp.data.split import decoding_workers
 from amp.errors import AmpError, printable
 from amp.json_text import parse_json
 from amp.knowledge.schema import is_unicode
@@ -139,8 +139,8 @@ def update_index(
     if old is not None:
         known = {n: row for n, row in zip(old.names, old.features, strict=True) if stamps.get(n) == old.stamps[n]}
     wanted = [name for name in stamps if name not in known]
-    loader = DataLoader(_Photos(root, wanted, preprocess), batch_size, num_workers=decoding_workers(workers),
-                        collate_fn=list)  # fmt: skip
+    loader = DataLoader(_Photos(root, wanted, preprocess), batch_size, collate_fn=list,
+                        num_workers=decoding_workers(workers, model.logit_scale.device.type == "cuda"))  # fmt: skip
     fresh: dict[str, np.ndarray] = {}
     done = 0
     for batch in loader:

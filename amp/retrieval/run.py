@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from amp.cores import use_cores
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
@@ -183,6 +184,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
     accelerator = make_accelerator(config, training=False)
     terminal = Terminal(accelerator.is_main_process)
+    terminal.say(str(use_cores(config.data.workers, accelerator.device.type == "cuda")))
     split = ShardSplit(config.data.shards, split_name)
     with terminal.progress("reading captions"):
         captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)

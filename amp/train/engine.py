@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from amp.checkpoint import load_adapter
+from amp.cores import use_cores
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
@@ -107,6 +108,11 @@ class Run:
         finished = not left and last.is_file()
         if finished and not differing.keys() & {"model.name", "model.pretrained"}:
             return self.say_finished(last, differing)
+        threads = None if found is None else found.state.get("threads")
+        share = use_cores(config.data.workers, accelerator.device.type == "cuda", threads)
+        if threads not in (None, share.threads):
+            differing["threads"] = (threads, share.threads)
+        self.terminal.say(str(share))
         set_seed(config.seed)
         with self.terminal.progress(f"loading {config.model.name}"):
             self.model, *transforms = create_model_and_transforms(

@@ -248,6 +248,7 @@ class StageLoop:
         state = {
             "steps": self.steps, "updates": self.state.updates, "skipped": self.skipped,
             "loss_scale": self.state.loss_scale(), "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
             "run": identity(self.config, run.split, run.images_a_step),
         }  # fmt: skip
 

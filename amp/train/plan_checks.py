@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 from amp.checkpoint import read_adapter
+from amp.cores import usable_cores
 from amp.data.shards import sha256_of
 from amp.data.split import MAX_OPEN, ShardSplit
 from amp.data.text_features import cut_texts
@@ -212,7 +213,7 @@ def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Sa
 def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Said]:
     """Whether the processes of a node and their decoding workers have a core each."""
     workers = config.data.workers
-    wanted, here = gpus * (workers + 1), len(os.sched_getaffinity(0))
+    wanted, here = gpus * (workers + 1), usable_cores()
     text = f"a node wants {wanted} cores: {counted(gpus, 'process')} x (1 + {counted(workers, 'worker')})"
     if data.simulated:
         yield note(text)
