@@ -439,8 +439,8 @@ def test_texts_that_are_cut_are_counted(config, clip_folder):
     encode = amp.get_tokenizer(clip_folder).encode
     texts = {"captions": [], "texts of knowledge": []}
     for split in data.splits:
-        for record in split.records():
-            for caption, knowledge in split.captions(record):
+        for sample in split.records():
+            for caption, knowledge in split.captions(sample):
                 texts["captions"].append(caption)
                 texts["texts of knowledge"] += state_texts(knowledge, config.prompt.max_triplets)
     images = sum(len(split) for split in data.splits)
