@@ -3,13 +3,69 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-# The decoders that may look at a photo. Pillow knows many more, some of which start other programs (EPS).
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Suffixes of the photos that can be read, and the decoder of Pillow that reads each. Pillow knows many more, some of
+# which start other programs (EPS). Decoders look at a file's content: a PNG called a.jpg is read, too.
+DECODER_OF = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    ".avif": "AVIF",
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIF"),
+}
+
+# Suffixes of photos and pictures that are not read, by what they are. A folder's listing names them.
+_OTHER_FORMATS = {
+    "JPEG 2000": ".jp2 .j2k .j2c .jpc .jpf .jpx .jph",
+    "JPEG XL": ".jxl",
+    "JPEG XR": ".jxr .wdp .hdp",
+    "a camera's raw format": ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef "
+    ".raf .raw .rw2 .rwl .sr2 .srf .srw .x3f",
+    "a drawing program's format": ".psd .psb .xcf .kra .svg .svgz .eps .ai",
+    "an image format without a reader here": ".exr .hdr .pfm .tga .pcx .ppm .pgm .pbm .pnm .dib .dds .qoi .fits .dcm",
+}
+_NOT_READ = {
+    suffix: f"{name} is not read; convert it to JPEG or PNG"
+    for name, suffixes in _OTHER_FORMATS.items()
+    for suffix in suffixes.split()
+}
+
+
+def unreadable_reason(suffix: str) -> str | None:
+    """Why a photo can't be read on this machine, by the suffix of its name (with the dot, in any case).
+
+    Returns:
+        One sentence; None where it can be read (it is one of `PHOTO_SUFFIXES`), and for files that are no photos.
+    """
+    suffix = suffix.lower()
+    if DECODER_OF.get(suffix) == "AVIF" and not _reads_avif():
+        return "AVIF needs Pillow 11.3 or newer; run pip install --upgrade pillow"
+    if DECODER_OF.get(suffix) == "HEIF" and find_spec("pillow_heif") is None:
+        return "HEIC needs the package pillow-heif; run pip install pillow-heif"
+    return _NOT_READ.get(suffix)
+
+
+def _reads_avif() -> bool:
+    try:
+        from PIL import AvifImagePlugin
+    except ImportError:  # Pillow before 11.3
+        return False
+    return AvifImagePlugin.SUPPORTED
+
+
+PHOTO_SUFFIXES = tuple(suffix for suffix in DECODER_OF if unreadable_reason(suffix) is None)
+"""Suffixes of the photos that can be read on this machine, in lower case with the dot."""
+
+PILLOW_FORMATS = tuple(dict.fromkeys(DECODER_OF[suffix] for suffix in PHOTO_SUFFIXES))
+"""The decoders that may look at a photo."""
 
 
 def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
