@@ -11,7 +11,6 @@ depends on the plan alone, so parts needn't wait for each other, and two at the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -54,7 +53,7 @@ from amp.data.sources import (
     load_image_list,
 )
 from amp.errors import AmpError, public_command
-from amp.files import write_json
+from amp.files import locked_folder, write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.terminal import PlainConsole
@@ -514,17 +513,19 @@ def lock_folder(out: Path, shared: bool = False) -> Iterator[None]:
                 "own; choose another --out"
             )
         plan_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(plan_folder / "lock", "a+")  # noqa: SIM115, closed below; NFS wants a shared lock readable
     except OSError as error:
-        raise ShardWriteError(f"{out}: can't be made or written ({error.strerror}); choose another --out") from None
-    with lock:
+        raise _cannot_write(out, error) from None
+    busy = "another run is writing shards here; wait for it to end, or choose another --out"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            raise ShardWriteError(
-                f"{out}: another run is writing shards here; wait for it to end, or choose another --out"
-            ) from None
+            stack.enter_context(locked_folder(plan_folder, busy, shared))
+        except OSError as error:
+            raise _cannot_write(out, error) from None
         yield
+
+
+def _cannot_write(out: Path, error: OSError) -> ShardWriteError:
+    return ShardWriteError(f"{out}: can't be made or written ({error.strerror}); choose another --out")
 
 
 def _surplus(out: Path, plans: list[ShardPlan]) -> list[str]:
