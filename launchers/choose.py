@@ -61,6 +61,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     import torch
     from rich.table import Table
 
+    from amp.data.file_names import find_file
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
     from amp.factory import create_model_and_transforms
@@ -102,7 +103,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
             choices, name = load_choices(test), Path(test).stem
 
             def open_image(file: str):
-                return open_photo(Path(settings.images) / file)
+                return open_photo(find_file(Path(settings.images), file))
 
         choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
         if not choices:

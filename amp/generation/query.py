@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amp.errors import AmpError
-from amp.generation.cache import ReplyCache
+from amp.generation.cache import CacheError, ReplyCache
 from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome
 from amp.generation.prompts import load_template, readable
@@ -24,7 +24,8 @@ class KnowledgeGenerator:
     Args:
         engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: as of
             `amp.generation.run.generate_knowledge`.
-        cache: folder of replies, which later processes find again; None forgets them at the end.
+        cache: folder of replies, which later processes find again; None forgets them at the end, as does a folder that
+            can't be written or that another process is writing to.
 
     Raises:
         AmpError: the engine's model, its server or spaCy can't be loaded or reached.
@@ -47,10 +48,8 @@ class KnowledgeGenerator:
         self._ladder = Ladder(
             described["engine"], load_template(template), described["rules"], retries, temperature, seed
         )
-        if cache is None:
-            self._temporary = tempfile.TemporaryDirectory()  # goes when this object does
-            cache = Path(self._temporary.name)
-        self._cache = Path(cache)
+        self._temporary = tempfile.TemporaryDirectory()  # goes when this object does
+        self._cache = Path(self._temporary.name if cache is None else cache)
 
     def describe(self) -> dict[str, Any]:
         """All that decides what a caption gets."""
@@ -63,7 +62,7 @@ class KnowledgeGenerator:
             AmpError: the model's server gave no reply.
         """
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
-        with ReplyCache(self._cache, "queries") as replies:
+        with self._open_cache() as replies:
             lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
             outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
         found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
@@ -73,3 +72,9 @@ class KnowledgeGenerator:
                 "at the server, or take the engine 'rules'"
             )
         return found
+
+    def _open_cache(self) -> ReplyCache:
+        try:
+            return ReplyCache(self._cache, "queries")
+        except CacheError:  # an index that is shared read-only, or searched by two processes at once
+            return ReplyCache(Path(self._temporary.name), "queries")
