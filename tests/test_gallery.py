@@ -207,6 +207,71 @@ def test_hostile_text_and_short_lists_are_drawn(tmp_path):
     assert read(tmp_path / "gallery.png").shape[1] == gallery.CARD_WIDTH + 2 * gallery.MARGIN
 
 
+@pytest.fixture
+def font_file(tmp_path):
+    """A font of the machine that draws one Chinese character, as a full square."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    square, empty = TTGlyphPen(None), TTGlyphPen(None)
+    square.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        square.lineTo(corner)
+    square.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "dog"])
+    font.setupCharacterMap({ord("犬"): "dog"})
+    font.setupGlyf({".notdef": empty.glyph(), "dog": square.glyph()})
+    font.setupHorizontalMetrics({".notdef": (500, 0), "dog": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Square", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "Square.ttf")
+    return str(tmp_path / "Square.ttf")
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """Replaces the fonts of the machine by those of a list."""
+    files: list[str] = []
+    drawing._file_with.cache_clear()
+    monkeypatch.setattr(drawing, "_other_fonts", lambda: files)
+    monkeypatch.setattr(drawing, "_missing", set())
+    yield files
+    drawing._file_with.cache_clear()
+
+
+def test_letters_that_dejavu_lacks_come_from_a_font_of_the_machine(fonts, font_file, capsys):
+    fonts.append(font_file)
+    assert drawing.clean("a 犬 b") == "a 犬 b" and capsys.readouterr().err == ""
+    font = drawing.Font(20)
+    alone = [drawing.Font(20).getlength(part) for part in ("a ", " b")]
+    assert font.getlength("a 犬 b") == pytest.approx(sum(alone) + 20)  # as wide as the font is high
+    for anchor, left in (("lm", 10), ("rm", 190 - font.getlength("犬犬"))):
+        page = Image.new("L", (200, 40))
+        drawing.draw_text(ImageDraw.Draw(page), (10 if anchor == "lm" else 190, 20), "犬犬", "white", font, anchor)
+        assert (
+            page.getbbox()[0] == left and page.getbbox()[2] == left + 38 and page.getbbox()[3] - page.getbbox()[1] == 18
+        )
+    assert drawing.plot_fonts("a犬") == ["DejaVu Sans", "Square"]
+
+
+def test_letters_that_no_font_has_are_written_as_codes_and_names(fonts, capsys):
+    assert drawing.clean("犬 runs 🐕‍🦺") == r"\u72ac runs [dog][safety vest]"
+    told = capsys.readouterr().err
+    assert told.count("no font of this machine has \\u72ac (CJK UNIFIED IDEOGRAPH-72AC)") == 1
+    drawing.clean("走")
+    assert capsys.readouterr().err == ""  # said once
+    assert drawing.clean("Mu\u0308nchen") == "M\u00fcnchen"
+
+
+def test_a_picture_of_an_unknown_suffix_is_refused(tmp_path):
+    with pytest.raises(AmpError, match=r"a\.bmp: the suffix is '\.bmp', expected one of \.png, \.jpg"):
+        draw_gallery(tmp_path / "a.bmp", [TextToImage("", [], [], [])])
+    assert Image.open(draw_gallery(tmp_path / "a.jpg", [TextToImage("", [], [], [])])).format == "JPEG"
+
+
 def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(AmpError, match=r"gallery\.png: no query to draw"):
         draw_gallery(tmp_path / "gallery.png")

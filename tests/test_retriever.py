@@ -20,6 +20,8 @@ from amp.errors import AmpError
 from amp.files import open_log
 from amp.retrieval import photo_index
 from amp.retrieval.photo_index import PhotoIndex, Update
+from amp.retrieval.retriever import Found, Hit
+from amp.terminal import PlainConsole
 
 PHOTOS = 14
 KNOWLEDGE = amp.Knowledge((amp.Triplet("dog", "chases", "ball"),), ("The dog runs with its legs stretched out",))
@@ -423,10 +425,8 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
     assert f"{index}: can't be written (Read-only file system), expected a folder" in capsys.readouterr().err
 
 
-def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys, monkeypatch):
+def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys):
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
-    from amp.generation.query import KnowledgeGenerator
-
     model, _ = build(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
     options = ["--index", str(tmp_path / "index"), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]
@@ -443,16 +443,29 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     with Image.open(tmp_path / "found.png") as sheet:
         assert sheet.format == "PNG" and len(sheet.convert("RGB").getcolors(1 << 24)) > 100
     assert list((tmp_path / "index" / "replies").glob("*.jsonl"))
-    monkeypatch.setattr(KnowledgeGenerator, "__call__", lambda self, captions: [LONG])
-    for suffix, kind in ((".jpg", "JPEG"), (".webp", "WEBP")):
-        command.main([*options, "--sheet", str(tmp_path / f"found{suffix}"), "A dog chases a red ball"])
-        with Image.open(tmp_path / f"found{suffix}") as sheet:
-            assert sheet.format == kind
-    assert f"<dog, chases, ball>  {LONG.states[0]}" in capsys.readouterr().out.splitlines()  # on one line
     # Without an adapter the base model alone.
     command.main(["--index", str(tmp_path / "index"), "--model", clip_folder, "--count", "3", QUERY])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) >= 3 and lines[0].split()[:1] == ["1"]
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_lines_are_not_wrapped_and_the_suffix_decides_the_sheets_format(photos, tmp_path, capsys, suffix, kind):
+    path = photos / "photo 01.png"
+    gone = {photos / f"photo {number}.png": "gone since it was indexed" for number in range(20, 27)}
+    found = Found(QUERY, LONG, [Hit(path, 0.5, 0.4, 2)], gone)
+    sheet = tmp_path / f"found.{suffix}"
+    command.show(PlainConsole(), found, str(sheet))
+    listed = ", ".join(str(path) for path in list(gone)[:5])
+    assert capsys.readouterr().out.splitlines() == [
+        f"<dog, chases, ball>  {LONG.states[0]}",
+        "rank  score  CLIP's rank and score  photo",
+        f"   1  0.500            3      0.400  {path}",
+        f"skipped 7, gone since it was indexed: {listed}, ...",
+        f"{sheet} written",
+    ]
+    with Image.open(sheet) as image:
+        assert image.format == kind
 
 
 @pytest.mark.parametrize(
