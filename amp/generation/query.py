@@ -48,8 +48,8 @@ class KnowledgeGenerator:
         self._ladder = Ladder(
             described["engine"], load_template(template), described["rules"], retries, temperature, seed
         )
-        self._temporary = tempfile.TemporaryDirectory()  # goes when this object does
-        self._cache = Path(self._temporary.name if cache is None else cache)
+        self._cache = None if cache is None else Path(cache)
+        self._temporary: tempfile.TemporaryDirectory | None = None  # goes when this object does
 
     def describe(self) -> dict[str, Any]:
         """All that decides what a caption gets."""
@@ -74,7 +74,11 @@ class KnowledgeGenerator:
         return found
 
     def _open_cache(self) -> ReplyCache:
-        try:
-            return ReplyCache(self._cache, "queries")
-        except CacheError:  # an index that is shared read-only, or searched by two processes at once
-            return ReplyCache(Path(self._temporary.name), "queries")
+        if self._cache is not None:
+            try:
+                return ReplyCache(self._cache, "queries")
+            except CacheError:
+                pass  # an index that is shared read-only, or searched by two processes at once
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory()
+        return ReplyCache(Path(self._temporary.name), "queries")
