@@ -1,5 +1,7 @@
 """The picture of retrievals: which queries it shows, what it draws, what it survives."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
@@ -264,6 +266,22 @@ def test_letters_that_no_font_has_are_written_as_codes_and_names(fonts, capsys):
     drawing.clean("走")
     assert capsys.readouterr().err == ""  # said once
     assert drawing.clean("Mu\u0308nchen") == "M\u00fcnchen"
+
+
+def test_plots_show_names_in_any_script(fonts):
+    """Matplotlib warns of every character that it draws as a box."""
+    from types import SimpleNamespace
+
+    from amp.retrieval.report_plots import dot_plot
+    from amp.sweep.plot import draw
+
+    line = SimpleNamespace(values=[1], mean=lambda i: float(i), error=lambda i: 1.0)
+    rows = [SimpleNamespace(name=name, train=True) for name in ("control $x", "犬 🐕")]
+    config = SimpleNamespace(tables=[SimpleNamespace(rows=rows)], split="test", seeds=[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw(config, {row.name: line for row in rows}, line).startswith(b"\x89PNG")
+        assert "犬 🐕" in dot_plot([("犬 🐕", [(1.0, 0.0, 2.0)] * 3)])
 
 
 def test_a_picture_of_an_unknown_suffix_is_refused(tmp_path):

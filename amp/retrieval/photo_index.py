@@ -157,12 +157,13 @@ class PhotoIndex:
         """
         path = self.path(number)
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise UnreadableImageError("not a file any more")
+            mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             raise UnreadableImageError("gone since it was indexed") from None
         except OSError as error:
             raise UnreadableImageError(f"can't be read ({error.strerror})") from None
+        if not stat.S_ISREG(mode):
+            raise UnreadableImageError("not a file any more")
         if not os.access(path, os.R_OK):
             raise UnreadableImageError("can't be read (Permission denied)")
 

@@ -125,7 +125,7 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def _style():
     keys: tuple[Any, ...] = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     colours = dict.fromkeys(keys, _GROUND)
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 9,
