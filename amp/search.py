@@ -8,6 +8,7 @@ The first command makes the index, or brings it up to date after photos have cha
 base model is the one that the adapter was trained on.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ class SearchSettings:
         fusion_weight: Of the base model's score beside the new one.
         knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
-        sheet: PNG file with the photos found.
+        sheet: Picture of the photos found, a file such as found.png or found.jpg.
         device: Where the model runs; null takes a GPU if there is one.
         batch_size: Photos a forward pass.
         workers: Decoding processes.
@@ -97,6 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise AmpError("index is empty, expected a folder; add --index FOLDER")
     if query is None and settings.photos is None:
         raise AmpError('neither query nor photos, expected one: amp search --index FOLDER "a dog jumps"')
+    if settings.sheet is not None:
+        from amp.retrieval.drawing import picture_format
+
+        picture_format(settings.sheet)  # said before minutes of work
     import torch
 
     from amp.cores import use_cores
@@ -112,12 +117,40 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.photos is not None:
         with terminal.progress("encoding photos", "photos") as report:
             update = search.update(settings.photos, settings.workers, report)
-        counts = f"{update.encoded:,} encoded, {update.removed:,} removed, {len(update.skipped):,} files skipped"
-        terminal.say(f"{update.photos:,} photos in {settings.index}: {counts}")
-        for name, reason in list(update.skipped.items())[:10]:
-            terminal.say(f"skipped {name}: {reason}")
+        tell_update(terminal.say, update, settings.index)
     if query is not None:
+        if search.index.pending:
+            terminal.say(
+                f"{search.index.pending:,} photos are not searched, since their encoding was interrupted; add "
+                "--photos FOLDER to encode the rest"
+            )
         show(console, search.search(query, settings.count), settings.sheet)
+
+
+def tell_update(say: Callable[[str], None], update, index: str) -> None:
+    """Says what an update of the index did."""
+    from amp.retrieval.photo_index import SKIPPED
+
+    counts = f"{update.encoded:,} encoded, {update.photos - update.encoded:,} kept, {update.removed:,} removed"
+    say(f"{update.photos:,} photos in {index}: {counts}")
+    for line in skipped_lines(update.skipped):
+        say(line)
+    if update.skipped:
+        say(f"{Path(index) / SKIPPED} lists all {len(update.skipped):,} skipped files and folders")
+    left = {"hidden files and folders": update.hidden, "files that are no photos": update.others}
+    if any(left.values()):
+        say("left out: " + ", ".join(f"{count:,} {what}" for what, count in left.items() if count))
+
+
+def skipped_lines(skipped: Mapping[Any, str]) -> list[str]:
+    """One line per reason, with the first names."""
+    named: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        named.setdefault(reason.partition(" (")[0], []).append(str(name))
+    return [
+        f"skipped {len(names):,}, {reason}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for reason, names in named.items()
+    ]
 
 
 def show(console, found, sheet: str | None) -> None:
@@ -126,17 +159,19 @@ def show(console, found, sheet: str | None) -> None:
 
     from amp.retrieval.contact_sheet import draw_contact_sheet
 
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style), soft_wrap=True)  # a path cut in two can't be copied
+
     for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
         slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)
-        console.print(Text(printable(f"<{slots}>  {state}"), style="dim"))
-    console.print(Text("rank  score  CLIP's rank and score  photo", style="bold"))
+        line(f"<{slots}>  {state}", "dim")
+    line("rank  score  CLIP's rank and score  photo", "bold")
     for number, hit in enumerate(found.hits, start=1):
-        line = f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}"
-        console.print(Text(printable(line)), soft_wrap=True)  # a path cut in two can't be copied
-    for path, reason in found.skipped.items():
-        console.print(Text(printable(f"skipped {path}: {reason}")), style="yellow", soft_wrap=True)
+        line(f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}")
+    for text in skipped_lines(found.skipped):
+        line(text, "yellow")
     if sheet is not None:
-        console.print(Text(printable(f"{draw_contact_sheet(sheet, found)} written")), soft_wrap=True)
+        line(f"{draw_contact_sheet(sheet, found)} written")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
     from rich.table import Table
 
+    from amp.data.file_names import find_file
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
     from amp.device import usable_device
@@ -103,7 +104,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
             choices, name = load_choices(test), Path(test).stem
 
             def open_image(file: str):
-                return open_photo(Path(settings.images) / file)
+                return open_photo(find_file(Path(settings.images), file))
 
         choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
         if not choices:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,28 @@ def everything(manifest, split):
 
 
 # Writing and reading back
+
+
+@pytest.mark.parametrize(("on_disk", "in_files"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_match_in_composed_and_decomposed_unicode(data, on_disk, in_files):
+    """macOS decomposes the names of files; captions, knowledge and lists mostly compose them."""
+    folder, first, second = "Straßenfest Zürich", "é 강아지.jpg", "が.png"
+    for n, name in enumerate((first, second)):
+        photo(data.images / unicodedata.normalize(on_disk, f"{folder}/{name}"), n)
+    paths = [unicodedata.normalize(in_files, f"{folder}/{name}") for name in (first, second)]
+    other = unicodedata.normalize(on_disk, paths[0])  # one photo, spelt in two ways
+    rows = [(paths[0], "A man runs"), (other, "A dog sleeps"), (paths[1], "A cat jumps")]
+    data.rows = [{"image": image, "caption": caption, "split": "train"} for image, caption in rows]
+    data.know(other, "A man runs", "He leans forward")
+    manifest = data.make()
+    samples = everything(manifest, "train")
+    assert not any(manifest.skipped.values())
+    assert sorted(len(record["captions"]) for _, record in samples.values()) == [1, 2]
+    assert manifest.captions_without_knowledge == {"train": 2}
+    names = data.root / "names.txt"
+    names.write_text(other)
+    samples = everything(data.make(exclude_images=str(names)), "train")
+    assert [record["captions"][0]["text"] for _, record in samples.values()] == ["A cat jumps"]
 
 
 def test_round_trip(data):

@@ -28,7 +28,7 @@ class EvaluationSettings:
         split: Split of the shards.
         adapters: ``NAME=FILE`` each, in the order of the table; none evaluates the base model alone.
         out: JSON file of the result; .csv, and .npz with results a query, stand beside it.
-        gallery: PNG file with retrievals of the last adapter; null draws none.
+        gallery: Picture with retrievals of the last adapter, a PNG, JPEG or WebP file; null draws none.
         search: How the split is searched.
         probes: Rows beside each knowledge-aware adapter with one input spoilt: ``shuffled`` knowledge, ``blank``
             knowledge, knowledge of a ``sibling`` caption of the same image, ``grey`` images.
@@ -58,6 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "
             "so add --out FILE.json"
         )
+    if evaluation.gallery is not None:
+        from amp.retrieval.drawing import picture_format
+
+        picture_format(evaluation.gallery)
     from amp.retrieval.run import evaluate
 
     evaluate(

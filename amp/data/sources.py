@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from amp.data.file_names import composed
 from amp.data.tables import (
     SourceFormatError,
     csv_rows,
@@ -219,7 +220,7 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
     for image in images:
         for caption in image.captions:
             by_id[str(caption.id)] = (image, caption)
-            for name in {image.path, image.name}:
+            for name in {composed(image.path), composed(image.name)}:
                 by_text.setdefault((name, caption.text), []).append(caption)
 
     records = unused = states = cut_states = 0
@@ -239,7 +240,7 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
                 _check_same(record, *known, where)
             targets = [known[1]] if known else []
         elif "image" in record and "caption" in record:
-            targets = by_text.get((record["image"].strip(), record["caption"].strip()), [])
+            targets = by_text.get((composed(record["image"].strip()), record["caption"].strip()), [])
         else:
             raise SourceFormatError(
                 f"{where}: no key says which caption this is; expected 'sentid', or 'image' and 'caption'; keys seen: "
@@ -418,7 +419,7 @@ def _load_karpathy(path: Path, keep_restval: bool, splits: _SplitNames) -> Capti
             reason = f"{where}: 'filename' is empty"
             skipped.append(Skip("caption_without_image", "", reason, split, captions=len(captions)))
             continue
-        kept = first_with.setdefault(file, i)
+        kept = first_with.setdefault(composed(file), i)
         if kept != i:
             reason = f"{where}: images[{kept}] (split {entries[kept]['split']}) is the same file and was kept"
             skipped.append(Skip("duplicate_key", file, reason, split, captions=len(captions)))
@@ -447,8 +448,8 @@ def _load_rows(
             skipped.append(Skip("caption_without_image", "", f"{where}: 'image' is empty", split, captions=1))
             continue
         file = _relative(file, where)
-        image = images.setdefault(file, CaptionedImage(file, file, file, split))
-        first = first_line.setdefault(file, line)
+        image = images.setdefault(composed(file), CaptionedImage(file, file, file, split))
+        first = first_line.setdefault(image.path, line)
         if image.split != split:
             raise SourceFormatError(
                 f"{where}: 'split' is {split!r} but line {first} puts the same image in {image.split!r}; expected one "
@@ -475,9 +476,9 @@ def _relative(file: str, where: str) -> str:
 
 def _check_same(record: dict[str, Any], image: CaptionedImage, caption: Caption, where: str) -> None:
     """A record found by ``sentid`` must not contradict the captions file."""
-    expected = {"image": {image.path, image.name}, "caption": {caption.text}}
+    expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
     for key, values in expected.items():
-        if key in record and record[key].strip() not in values:
+        if key in record and composed(record[key].strip()) not in values:
             raise SourceFormatError(
                 f"{where}: '{key}' is {shorten(record[key])} but sentid {record['sentid']} of the captions file has "
                 f"{shorten(min(values))}; expected the same; give the knowledge of this captions file"

@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from amp.cores import usable_cores
 from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
+from amp.data.file_names import composed, find_file
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
@@ -297,7 +298,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
             hashed = HashedFile(file)
             for key, image in plan.samples:
                 try:
-                    content, extension = read_image(plan.images_root / image.path, plan.resize, plan.check)
+                    content, extension = read_image(find_file(plan.images_root, image.path), plan.resize, plan.check)
                 except UnreadableImageError as error:
                     # A file that can't be opened may be mended without a new mtime, so the next run tries again.
                     retry |= error.may_pass
@@ -400,7 +401,12 @@ def _exclude(
     keyed: list[tuple[str, CaptionedImage]], names: set[str], split: str, list_file: str
 ) -> list[tuple[str, CaptionedImage]]:
     """Drop the named images from one split."""
-    kept = [(key, image) for key, image in keyed if image.split != split or names.isdisjoint((image.path, image.name))]
+    names = set(map(composed, names))
+    kept = [
+        (key, image)
+        for key, image in keyed
+        if image.split != split or names.isdisjoint((composed(image.path), composed(image.name)))
+    ]
     if len(kept) == len(keyed):
         raise ShardWriteError(
             f"{list_file}: none of its {len(names)} names is an image of split {split!r}; expected file names as in "
@@ -426,7 +432,7 @@ def _find_files(
             reason = unreadable_reason(suffix) or f"suffix {suffix!r} isn't one of {', '.join(PHOTO_SUFFIXES)}"
         else:
             try:
-                state = os.stat(root / image.path)
+                state = os.stat(find_file(root, image.path))
             except OSError as error:
                 kind, reason = "missing_image", f"{error.strerror} in the images folder"
             else:
