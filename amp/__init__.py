@@ -20,6 +20,7 @@ _EXPORTS = {
     "from_pretrained": "amp.hub",
     "get_tokenizer": "amp.factory",
     "load_adapter": "amp.checkpoint",
+    "open_photo": "amp.data.image_file",
     "push_to_hub": "amp.hub",
     "save_adapter": "amp.checkpoint",
     "save_pretrained": "amp.hub",

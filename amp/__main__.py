@@ -6,6 +6,9 @@ On several processes ``accelerate launch ... -m amp.commands.train`` takes the p
 import sys
 from importlib import import_module
 
+import amp.commands  # noqa: F401, sets what torch reads when it is loaded
+from amp.errors import WRONG_INPUT, complain, exit_on_error
+
 COMMANDS = {
     "generate_knowledge": ("amp.commands.generate_knowledge", "write the knowledge of captions"),
     "make_shards": ("amp.commands.make_shards", "photos, captions and knowledge to shards"),
@@ -19,6 +22,7 @@ COMMANDS = {
 }
 
 
+@exit_on_error()
 def main() -> None:
     """Runs the command that the first argument names; the others are its own."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
@@ -35,8 +39,10 @@ def main() -> None:
 
         print(__version__)
         return
-    print(f"{usage}\n\nerror: command is {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-    raise SystemExit(2)
+    print(f"{usage}\n", file=sys.stderr)
+    sys.argv[1:] = []  # the name of this command is only `amp`
+    complain(f"error: command is {name!r}, expected one of {', '.join(COMMANDS)}")
+    raise SystemExit(WRONG_INPUT)
 
 
 if __name__ == "__main__":

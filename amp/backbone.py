@@ -235,7 +235,8 @@ class NativeBackbone(Backbone):
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
         visual: VisionTransformer = clip.visual
-        if not visual.transformer.batch_first:
+        # From open_clip 4 on, the attribute is gone and tokens always come batch first.
+        if not getattr(visual.transformer, "batch_first", True):
             raise AmpError("image tower has batch_first=False, expected True, the default of open_clip")
         super().__init__(clip)
         self.vision_width = visual.conv1.out_channels

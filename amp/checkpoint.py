@@ -18,7 +18,7 @@ from amp.model import ActionAwareCLIP
 from amp.version import __version__
 
 FORMAT = "open-clip-amp adapter"
-_AGAIN = "Give an adapter.safetensors that launchers/train.py wrote"
+_AGAIN = "Give an adapter.safetensors that amp train wrote"
 
 
 @dataclass
@@ -89,12 +89,12 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
             if metadata.get("format") != FORMAT:
                 raise AmpError(
                     f"{path}: metadata key 'format' is {metadata.get('format')!r}, expected {FORMAT!r}. Give an "
-                    "adapter.safetensors that launchers/train.py wrote"
+                    "adapter.safetensors that amp train wrote"
                 )
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except FileNotFoundError as error:
         raise AmpError(
-            f"{path}: no such adapter file. launchers/train.py writes it to OUT/stage2/adapter.safetensors"
+            f"{path}: no such adapter file. amp train writes it to OUT/stage2/adapter.safetensors"
         ) from error
     except SafetensorError as error:
         raise AmpError(f"{path}: not a whole safetensors file ({error}). Copy or train it again") from error

@@ -4,7 +4,8 @@
 
 CLIP_benchmark encodes images and texts apart and multiplies them. Features under a caption's knowledge belong to a
 pair and can't be had that way, so what it measures is the adapter without knowledge: what adapting costs or gives on
-other data. Retrieval under knowledge is measured by launchers/evaluate.py.
+other data. Retrieval under knowledge is measured by amp evaluate. CLIP_benchmark opens images with its own
+readers, which do not apply a camera's orientation.
 """
 
 import torch
@@ -72,15 +73,15 @@ def register() -> None:
         models.MODEL_TYPES.append("amp")
 
 
+@exit_on_error()
 def main() -> None:
     """CLIP_benchmark's own command line, which knows the type ``amp`` besides."""
     try:
         register()
         from clip_benchmark.cli import main as run
     except ImportError as error:
-        raise SystemExit(f"error: {error}; pip install clip-benchmark") from None
-    with exit_on_error():
-        run()
+        raise AmpError(f"{error}; pip install clip-benchmark") from None
+    run()
 
 
 if __name__ == "__main__":

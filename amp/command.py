@@ -1,11 +1,12 @@
 """Command lines: wrong ones are refused in one short error, and no secret of theirs is shown."""
 
+import sys
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
-from amp.errors import printable, without_secrets
+from amp.errors import WRONG_INPUT, complain, typed_command
 
 _load = get_loader("yaml")
 
@@ -40,12 +41,13 @@ set_loader("yaml", load_settings, (yaml.YAMLError,))
 class CommandLine(ArgumentParser):
     """`jsonargparse.ArgumentParser` for values that may be hostile; takes the same arguments.
 
-    YAML is read by `load_settings`. Options are written out: ``--openai.api_key KEY`` would be a short form of
-    ``--openai.api_key_variable``, and the key be taken for a name and shown.
+    Its name is the command as it was typed; ``%(prog)s`` stands for it in `usage`. YAML is read by `load_settings`.
+    Options are written out: ``--openai.api_key KEY`` would be a short form of ``--openai.api_key_variable``, and the
+    key be taken for a name and shown.
     """
 
     def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        super().__init__(*arguments, **{"prog": typed_command(), "allow_abbrev": False, **options})
 
     def parse_args(self, *arguments, **options):
         try:
@@ -59,6 +61,13 @@ class CommandLine(ArgumentParser):
         except TypeError as error:  # a list in place of a group of settings
             self.error(f"a value is of the wrong type ({error})")
 
-    def error(self, message, *arguments, **options):
-        lines = without_secrets(str(message)).split("\n")
-        return super().error("\n".join(printable(line) for line in lines), *arguments, **options)
+    def _print_message(self, message, file=None):
+        (file or sys.stderr).write(message)  # argparse hides that a disk is full
+
+    def error(self, message, ex=None):
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.print_usage(sys.stderr)
+        print(f"tip: {self.prog} --help lists the options", file=sys.stderr)
+        complain("error: " + " ".join(line.strip() for line in str(message).split("\n")))
+        self.exit(WRONG_INPUT)

@@ -1,22 +1,40 @@
-"""Errors that a user can mend: one class, so that a command line shows them as one line instead of a traceback."""
+"""How a command ends: errors that a user can fix, interruptions and failing outputs are one line, never a traceback."""
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
+import select
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
 
 _HIDDEN = "***"
-_SECRET = r"(?:api[_-]?key|access[_-]?token|auth[_-]?token|token|secret|password|passwd)"
+_WORD = r"(?:token|secret|password|passwd)"  # also words of captions, and endings of file names
+_KEY = r"(?:api[_-]?key|secret[_-]?key|(?:access|auth|api|client|session|refresh|hf)[_-](?:token|secret|key))"
+_SECRET = rf"(?:{_KEY}|{_WORD})"
+_VALUE = r"[\"']?(?P<value>[^\s\"',}\])]+)"
 _SECRETS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # NAME:PASSWORD of an address
-    re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}(?:[ =]+)(?P<value>[^\s-]\S*)"),
-    re.compile(rf"(?i){_SECRET}[\"']?\s*[=:]\s*[\"']?(?P<value>[^\s\"',}}\])]+)"),
-    re.compile(r"\b(?:Basic|Bearer) (?P<value>[\w+/=.~-]{8,})"),  # of a request's head
-    re.compile(r"\b(?:sk-|hf_|github_pat_|ghp_)[\w-]{12,}"),  # keys that can be told by their beginning
+    re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}[ =]+(?P<value>[^\s-]\S*)"),
+    re.compile(rf"(?i){_KEY}[\"']?\s*[=:]\s*{_VALUE}"),
+    re.compile(rf"(?i)(?<![\w./\\-])[\w-]*{_WORD}[\"']?\s*=\s*{_VALUE}"),
+    re.compile(rf"(?i)[\"'][\w-]*{_WORD}[\"']\s*:\s*{_VALUE}"),  # JSON
+    re.compile(rf"(?i)\{{\s*[\w-]*{_WORD}\s*:\s*{_VALUE}"),  # YAML on one line
+    re.compile(rf"(?i)authorization[\"']?\s*[=:]\s*[\"']?(?:(?:basic|bearer|token)\s+)?{_VALUE}"),
+    # Of a request's head; "Basic training" in a caption is none.
+    re.compile(r"\b(?:Basic|Bearer) (?=[\w+/.~-]*(?:[\d=]|[a-z][A-Z]))(?P<value>[\w+/=.~-]{8,})"),
+    re.compile(r"\b(?:sk-|github_pat_|ghp_)[\w-]{12,}"),  # keys that can be told by their beginning
+    re.compile(r"\bhf_(?=[a-z]*[A-Z\d])[A-Za-z\d]{12,}(?![\w-]|\.\w)"),  # unlike hf_captions.csv
+)
+_SECRETS_OUTSIDE = (
+    re.compile(rf"(?i)(?<![./\\]){_WORD}\s*:\s*{_VALUE}"),  # YAML and heads of requests
+    re.compile(r"\b(?:Basic|Bearer) (?P<value>[\w+/=.~-]{8,})"),
 )
 
 
@@ -90,20 +108,98 @@ def too_many_skipped(
     return "; ".join(clause for clause in clauses if clause)
 
 
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Turn an :class:`AmpError` raised inside into one line on stderr and exit status 2.
+# Exit statuses, those of shells and well-known tools.
+WRONG_INPUT, NOT_WRITTEN, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 
-    Anything else is a defect of the program (or of the machine) and keeps its traceback.
+
+@contextmanager
+def exit_on_error(kept: str = "") -> Iterator[None]:
+    """Ends a command in words: the decorator of every `main`, and the block around a script's imports.
+
+    | what happens inside                                   | on stderr                          | exit status |
+    |-------------------------------------------------------|------------------------------------|-------------|
+    | :class:`AmpError`                                     | ``amp search: error: ...``         | 2           |
+    | a file, or standard output, can't be read or written  | the same, with the file's name     | 1           |
+    | Ctrl-C                                                | ``amp search: interrupted; kept``  | 130         |
+    | nobody reads standard output any more (``| head``)    | nothing                            | 141         |
+
+    Characters that standard output or standard error can't encode are shown as escapes. Any other exception is a defect
+    of the program and keeps its traceback.
+
+    Args:
+        kept: What an interrupted command leaves behind, and what to do next.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        yield
-    except AmpError as error:
-        message = str(error)
-        if "Original Traceback" in message:  # from a DataLoader's worker, which passes it on below a traceback
-            message = message.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {printable(without_secrets(message))}", file=sys.stderr)
-        raise SystemExit(2) from None
+        try:
+            yield
+        except AmpError as error:
+            message = str(error)
+            if "Original Traceback" in message:  # from a DataLoader's worker, which passes it on below a traceback
+                message = message.rstrip().splitlines()[-1].partition(": ")[2]
+            complain(f"error: {message}", outside=False)
+            raise SystemExit(WRONG_INPUT) from None
+        except KeyboardInterrupt:
+            complain(f"interrupted; {kept}" if kept else "interrupted")
+            raise SystemExit(INTERRUPTED) from None
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at the interpreter's own end a failure could no longer be reported
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+        if not gone:  # another pipe, such as one to a worker
+            raise
+        for stream in gone:
+            _drop_output(stream)
+        raise SystemExit(PIPE_CLOSED) from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        name = error.filename
+        if name is None and full:  # our files have their names in the error
+            name = "standard output"
+            _drop_output(sys.stdout)
+        if name is None or not error.strerror:
+            raise
+        complain(f"error: {os.fsdecode(name)}: {error.strerror}" + ("; make room and try again" if full else ""))
+        raise SystemExit(NOT_WRITTEN) from None
+
+
+def complain(message: str, outside: bool = True) -> None:
+    """Prints ``COMMAND: message`` on stderr, the command as it was typed, without secrets and control characters."""
+    line = f"{typed_command()}: {without_secrets(message, outside)}"
+    newline = "\n" if message.startswith("interrupted") and sys.stderr.isatty() else ""  # after the terminal's ^C
+    with suppress(OSError):  # a full disk or a closed pipe; the exit status still tells
+        print(newline + printable(line), file=sys.stderr, flush=True)
+
+
+def typed_command() -> str:
+    """The running command as it was typed: ``amp search``, ``launchers/train.py`` or ``python -m amp``."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and sys.argv[0] == module.origin:
+        name = f"python -m {module.name.removesuffix('.__main__')}"
+    else:
+        program = Path(sys.argv[0])
+        name = str(program) if program.suffix == ".py" else program.stem
+    if name in ("amp", "python -m amp") and len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        name += f" {sys.argv[1]}"
+    return printable(name)
+
+
+def _has_no_reader(stream: TextIO | None) -> bool:
+    try:
+        waiting = select.poll()
+        waiting.register(stream.fileno(), select.POLLOUT)  # type: ignore[union-attr]
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in waiting.poll(0))
+    except (AttributeError, OSError, ValueError):  # no stream, or one without a descriptor
+        return False
+
+
+def _drop_output(stream: TextIO | None) -> None:
+    """Sends what is left in the stream's buffer nowhere, so that the interpreter's end doesn't fail over it."""
+    with suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -121,9 +217,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
 
 
-def without_secrets(text: str) -> str:
-    """The text with passwords in addresses, and what is named or looks like a key, replaced by ``***``."""
-    for pattern in _SECRETS:
+def without_secrets(text: str, outside: bool = True) -> str:
+    """The text with passwords in addresses, and what is named or looks like a key, replaced by ``***``.
+
+    Args:
+        text: Any text.
+        outside: Whether it repeats a command line, a configuration or a server's answer. Messages of our own may quote
+            captions and file names, in which "password: a word" and "results.token: not found" are no secrets.
+    """
+    for pattern in (*_SECRETS, *(_SECRETS_OUTSIDE if outside else ())):
         text = pattern.sub(_hide, text)
     return text
 

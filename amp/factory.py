@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from amp.backbone import make_backbone
 from amp.config import PromptConfig
+from amp.device import usable_device
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
@@ -47,14 +48,16 @@ def create_model_and_transforms(
         left and right.
 
     Raises:
-        AmpError: QuickGELU of model and weights differ, an unsupported tower, an adapter of another base model, or
-            weights that can't be downloaded or read.
+        AmpError: QuickGELU of model and weights differ, an unsupported tower, an adapter of another base model, a
+            device that isn't there, or weights that can't be downloaded or read.
     """
     if precision not in ("fp32", *LOW_PRECISION):
         raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
     if adapter is not None and prompt_config is not None:
         raise AmpError("give either prompt_config or adapter: an adapter file holds the settings it was trained with")
-    meta = torch.device(device).type == "meta"
+    meta = str(device) == "meta"
+    if not meta:
+        device = usable_device(device)
     clip, preprocess_train, preprocess_val = load_clip(model_name, pretrained, meta, **open_clip_kwargs)
     with torch.device("meta" if meta else "cpu"):
         base_hash = make_backbone(clip).weights_hash()

@@ -16,7 +16,7 @@ from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import tower_texts
 from amp.layers.interaction import ActionAwareInteraction
 from amp.layers.prompt_adapter import PromptAdapter
-from amp.layers.readout import KnowledgeReadout
+from amp.layers.readout import KnowledgeReadout, in_type_of
 from amp.layers.text_enrichment import TextEnrichment
 from amp.layers.triplet_encoder import TripletEncoder, null_rows, with_null
 from amp.layers.visual_prompts import VisualPrompts
@@ -290,7 +290,9 @@ class ActionAwareCLIP(nn.Module):
         """Tokens behind the last block to image features (B, d) and patches (B, M, d_v)."""
         pooled, patches = self.backbone.pooled(tokens)
         features = self.backbone.project(pooled)
-        return features if self.image_projection is None else features + self.image_projection(pooled), patches
+        if self.image_projection is not None:
+            features = features + self.image_projection(in_type_of(self.image_projection.weight, pooled))
+        return features, patches
 
     def _prompted_blocks(
         self, tokens: torch.Tensor, joined: torch.Tensor | None = None, absent: torch.Tensor | None = None

@@ -81,7 +81,7 @@ def _results(results: ResultFile | None) -> list[str]:
         figures = [*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum]
         lines.append(f"| {_text(row.name)} | {' | '.join(f'{x:.1f}' for x in figures)} |")
     said = [_text(line) for line in results.protocol_lines()]
-    read = "i2t: an image asks for captions; t2i: a caption asks for images. Written by launchers/evaluate.py."
+    read = "i2t: an image asks for captions; t2i: a caption asks for images. Written by amp evaluate."
     return ["## Results", "", *said, "", *lines, "", read, ""]
 
 

@@ -1,13 +1,14 @@
 """Searches a folder of photos by text.
 
-    python -m amp.search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
-    python -m amp.search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
         "a dog jumps over a hurdle"
 
 The first command makes the index, or brings it up to date after photos have changed; a query may stand beside it. The
 base model is the one that the adapter was trained on.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +31,9 @@ class SearchSettings:
         count: Photos that are shown.
         top_k: Photos that are re-ranked (paper: 20).
         fusion_weight: Of the base model's score beside the new one.
-        knowledge: Where the query's triplets and states come from: an engine of tools/generate_knowledge.py, or none.
+        knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
-        sheet: PNG file with the photos found.
+        sheet: Picture of the photos found, a file such as found.png or found.jpg.
         device: Where the model runs; null takes a GPU if there is one.
         batch_size: Photos a forward pass.
         workers: Decoding processes.
@@ -55,8 +56,8 @@ class SearchSettings:
 
 
 def parser() -> CommandLine:
-    usage = 'python -m amp.search --index FOLDER [--KEY VALUE ...] "QUERY"'
-    parser = CommandLine(prog="python -m amp.search", usage=usage, description=__doc__.split("\n")[0])
+    usage = '%(prog)s --index FOLDER [--KEY VALUE ...] "QUERY"'
+    parser = CommandLine(usage=usage, description=__doc__.split("\n")[0])
     parser.add_argument("query", nargs="?", default=None, help="what the photo shows")
     parser.add_class_arguments(SearchSettings, as_group=False)
     return parser
@@ -68,13 +69,12 @@ def retriever(settings: SearchSettings, asks: bool):
     Raises:
         AmpError: Neither adapter nor model, or one that can't be loaded.
     """
-    import torch
-
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.retriever import Retriever
 
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(settings.device)
     common: dict[str, Any] = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
     if settings.adapter is None:
         if settings.model is None:
@@ -89,30 +89,68 @@ def retriever(settings: SearchSettings, asks: bool):
                                   knowledge=knowledge, top_k=settings.top_k, **common)  # fmt: skip
 
 
+@exit_on_error("the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
-    with exit_on_error():
-        query = parsed.pop("query")
-        settings = SearchSettings(**vars(parsed))
-        if not settings.index:
-            raise AmpError("index is empty, expected a folder; add --index FOLDER")
-        if query is None and settings.photos is None:
-            raise AmpError('neither query nor photos, expected one: python -m amp.search --index FOLDER "a dog jumps"')
-        from amp.factory import quiet_open_clip
-        from amp.terminal import PlainConsole, Terminal
+    query = parsed.pop("query")
+    settings = SearchSettings(**vars(parsed))
+    if not settings.index:
+        raise AmpError("index is empty, expected a folder; add --index FOLDER")
+    if query is None and settings.photos is None:
+        raise AmpError('neither query nor photos, expected one: amp search --index FOLDER "a dog jumps"')
+    if settings.sheet is not None:
+        from amp.retrieval.drawing import picture_format
 
-        quiet_open_clip()
-        terminal, console = Terminal(True), PlainConsole()
+        picture_format(settings.sheet)  # said before minutes of work
+    import torch
+
+    from amp.cores import use_cores
+    from amp.factory import quiet_open_clip
+    from amp.terminal import PlainConsole, Terminal
+
+    quiet_open_clip()
+    terminal, console = Terminal(True), PlainConsole()
+    gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
+    use_cores(0 if settings.photos is None else settings.workers, gpu)
+    with terminal.progress("loading the model"):
         search = retriever(settings, asks=query is not None)
-        if settings.photos is not None:
-            with terminal.progress("encoding photos") as report:
-                update = search.update(settings.photos, settings.workers, report)
-            counts = f"{update.encoded:,} encoded, {update.removed:,} removed, {len(update.skipped):,} files skipped"
-            terminal.say(f"{update.photos:,} photos in {settings.index}: {counts}")
-            for name, reason in list(update.skipped.items())[:10]:
-                terminal.say(f"skipped {name}: {reason}")
-        if query is not None:
-            show(console, search.search(query, settings.count), settings.sheet)
+    if settings.photos is not None:
+        with terminal.progress("encoding photos", "photos") as report:
+            update = search.update(settings.photos, settings.workers, report)
+        tell_update(terminal.say, update, settings.index)
+    if query is not None:
+        if search.index.pending:
+            terminal.say(
+                f"{search.index.pending:,} photos are not searched, since their encoding was interrupted; add "
+                "--photos FOLDER to encode the rest"
+            )
+        show(console, search.search(query, settings.count), settings.sheet)
+
+
+def tell_update(say: Callable[[str], None], update, index: str) -> None:
+    """Says what an update of the index did."""
+    from amp.retrieval.photo_index import SKIPPED
+
+    counts = f"{update.encoded:,} encoded, {update.photos - update.encoded:,} kept, {update.removed:,} removed"
+    say(f"{update.photos:,} photos in {index}: {counts}")
+    for line in skipped_lines(update.skipped):
+        say(line)
+    if update.skipped:
+        say(f"{Path(index) / SKIPPED} lists all {len(update.skipped):,} skipped files and folders")
+    left = {"hidden files and folders": update.hidden, "files that are no photos": update.others}
+    if any(left.values()):
+        say("left out: " + ", ".join(f"{count:,} {what}" for what, count in left.items() if count))
+
+
+def skipped_lines(skipped: Mapping[Any, str]) -> list[str]:
+    """One line per reason, with the first names."""
+    named: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        named.setdefault(reason.partition(" (")[0], []).append(str(name))
+    return [
+        f"skipped {len(names):,}, {reason}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for reason, names in named.items()
+    ]
 
 
 def show(console, found, sheet: str | None) -> None:
@@ -121,17 +159,19 @@ def show(console, found, sheet: str | None) -> None:
 
     from amp.retrieval.contact_sheet import draw_contact_sheet
 
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style), soft_wrap=True)  # a path cut in two can't be copied
+
     for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
         slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)
-        console.print(Text(printable(f"<{slots}>  {state}"), style="dim"))
-    console.print(Text("rank  score  CLIP's rank and score  photo", style="bold"))
+        line(f"<{slots}>  {state}", "dim")
+    line("rank  score  CLIP's rank and score  photo", "bold")
     for number, hit in enumerate(found.hits, start=1):
-        line = f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}"
-        console.print(Text(printable(line)), soft_wrap=True)  # a path cut in two can't be copied
-    for path, reason in found.skipped.items():
-        console.print(Text(printable(f"skipped {path}: {reason}")), style="yellow", soft_wrap=True)
+        line(f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}")
+    for text in skipped_lines(found.skipped):
+        line(text, "yellow")
     if sheet is not None:
-        console.print(Text(printable(f"{draw_contact_sheet(sheet, found)} written")), soft_wrap=True)
+        line(f"{draw_contact_sheet(sheet, found)} written")
 
 
 if __name__ == "__main__":

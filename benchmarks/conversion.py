@@ -11,9 +11,9 @@ from pathlib import Path
 
 import webdataset as wds
 from PIL import Image
-from rich.console import Console
 
 from amp.data.writer import make_shards
+from amp.terminal import PlainConsole
 from benchmarks.settings import Settings
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
@@ -31,7 +31,7 @@ def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
         return out
 
     def ours(check: str) -> int:
-        quiet = Console(file=io.StringIO())
+        quiet = PlainConsole(quiet=True)
         made = make_shards(
             **given, out=str(fresh()), samples_per_shard=size, workers=1, check=check, console=quiet
         )  # fmt: skip

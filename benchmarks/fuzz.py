@@ -28,8 +28,8 @@ from jsonargparse import auto_cli
 
 from benchmarks.mutate import KINDS
 
-SHARES = {"jpeg": 0.37, "png": 0.23, "webp": 0.03, "gif": 0.02, "bmp": 0.015, "tiff": 0.03, "tar": 0.14, "json": 0.09,
-          "reply": 0.045, "adapter": 0.03}  # fmt: skip
+SHARES = {"jpeg": 0.37, "png": 0.23, "webp": 0.03, "gif": 0.02, "bmp": 0.015, "tiff": 0.03, "avif": 0.03, "tar": 0.14,
+          "json": 0.06, "reply": 0.045, "adapter": 0.03}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -131,8 +131,14 @@ def _tiffs() -> list[bytes]:
     packed = [_saved(_drawn(), "TIFF", compression=c)
               for c in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")]  # fmt: skip
     return [*packed, _saved(_drawn("1"), "TIFF", compression="group4"), _saved(_drawn("CMYK"), "TIFF"),
-            _saved(_drawn("I;16"), "TIFF"),
+            _saved(_drawn("I;16"), "TIFF"), _saved(Image.fromarray(np.float32(_drawn("L")) / 255), "TIFF"),
+            _saved(_drawn("LA"), "TIFF"), _saved(_drawn(), "TIFF", exif=_exif()),
             _saved(_drawn(), "TIFF", save_all=True, append_images=[_drawn(seed=1)])]  # fmt: skip
+
+
+def _avifs() -> list[bytes]:
+    options = [{}, {"exif": _exif()}, {"save_all": True, "append_images": [_drawn(seed=1)]}]
+    return [*(_saved(_drawn(), "AVIF", **o) for o in options), _saved(_drawn("RGBA"), "AVIF", quality=100)]
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
@@ -281,8 +287,8 @@ def _adapter(content: bytes, folder: Path, kind: str) -> str:
         return "refused"
 
 
-_CORPORA = {"jpeg": _jpegs, "png": _pngs, "webp": _webps, "gif": _gifs, "bmp": _bmps, "tiff": _tiffs, "tar": _tars,
-            "json": _jsons, "reply": _replies, "adapter": _adapters}  # fmt: skip
+_CORPORA = {"jpeg": _jpegs, "png": _pngs, "webp": _webps, "gif": _gifs, "bmp": _bmps, "tiff": _tiffs, "avif": _avifs,
+            "tar": _tars, "json": _jsons, "reply": _replies, "adapter": _adapters}  # fmt: skip
 _TARGETS = {"tar": _tar, "json": _json, "reply": _reply, "adapter": _adapter}
 
 

@@ -200,6 +200,29 @@ def _tiff_fields(content: bytes) -> list[tuple[int, int, str]]:
                                                            (s + 8, 4, "little")))]  # fmt: skip
 
 
+def _avif_boxes(content: bytes) -> list[bytes]:
+    parts, at = [], 0
+    while at + 8 <= len(content):
+        size = max(8, int.from_bytes(content[at : at + 4], "big"))
+        parts.append(content[at : at + size])
+        at += size
+    return parts
+
+
+def _avif_fields(content: bytes) -> list[tuple[int, int, str]]:
+    """Sizes of boxes at any depth, width and height, and how the picture is turned."""
+    found = []
+    boxes = rb"ftyp|meta|hdlr|pitm|iloc|iinf|infe|iref|iprp|ipco|ipma|ispe|pixi|av1C|irot|mdat"
+    for match in re.finditer(boxes, content):
+        at, name = match.start(), match.group()
+        found.append((max(0, at - 4), 4, "big"))
+        if name in (b"ispe", b"iloc"):
+            found += [(at + 8, 4, "big"), (at + 12, 4, "big")] * 2
+        if name == b"irot":
+            found.append((at + 4, 1, "big"))
+    return found
+
+
 def _tar_fields(content: bytes) -> list[tuple[int, int, str]]:
     """Sizes, types and the first letters of names; a size may be digits in base 8 or, from the top bit on, base 256."""
     found = []
@@ -211,12 +234,19 @@ def _tar_fields(content: bytes) -> list[tuple[int, int, str]]:
     return found
 
 
-_SPLITS: dict[str, Split] = {"png": _png_chunks, "jpeg": _jpeg_segments, "webp": _riff_chunks, "tar": _tar_blocks}
+_SPLITS: dict[str, Split] = {
+    "png": _png_chunks,
+    "jpeg": _jpeg_segments,
+    "webp": _riff_chunks,
+    "avif": _avif_boxes,
+    "tar": _tar_blocks,
+}
 _FIELDS = {
     "png": _png_fields,
     "jpeg": _jpeg_fields,
     "webp": _riff_fields,
     "tiff": _tiff_fields,
+    "avif": _avif_fields,
     "tar": _tar_fields,
     "gif": lambda content: [(6, 2, "little"), (8, 2, "little"), (10, 1, "little")],
     "bmp": lambda content: [(at, 4, "little") for at in range(10, 54, 4)] + [(26, 2, "little"), (28, 2, "little")],
@@ -243,4 +273,4 @@ def _token(content: bytes, others, kind, random: Random) -> bytes:
     return content[:start] + new + content[stop:]
 
 
-KINDS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "tar", "json", "reply", "adapter")
+KINDS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "tar", "json", "reply", "adapter")

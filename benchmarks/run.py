@@ -1,10 +1,12 @@
-"""Runs the benchmarks, writes their figures, and puts the tables into docs/performance.md.
+"""Runs the benchmarks, prints their tables and keeps their figures.
 
     python -m benchmarks.run                                      # drawn photos, random weights: needs no network
     python -m benchmarks.run --only '[stream]' --photos photos    # one of them, on a folder of photos
-    python -m benchmarks.run --model ViT-B-16-quickgelu --pretrained openai --out results/vit_b16.json --page null
+    python -m benchmarks.run --model ViT-B-16-quickgelu --pretrained openai --out runs/vit_b16.json
+    python -m benchmarks.run --record true                        # the release's own figures and page
 
-Each benchmark has a process of its own, so that none inherits another's memory.
+Each benchmark has a process of its own, so that none inherits another's memory, and its figures are written when it is
+done. Figures of other benchmarks in the same file stay.
 """
 
 import importlib
@@ -22,9 +24,11 @@ from jsonargparse import ArgumentParser
 
 from amp.errors import AmpError, exit_on_error
 from amp.retrieval.results import write_atomically
+from benchmarks import tables
 from benchmarks.settings import Settings
 
 ALL = ("stream", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
+RECORD, PAGE = Path("results/benchmark.json"), Path("docs/performance.md")  # the release's
 PATHS = ("photos", "shards", "peer_python", "language_model")  # of this machine, not kept
 ON_PHOTOS = ("stream", "conversion")
 
@@ -33,8 +37,8 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_class_arguments(Settings, as_group=False)
     parser.add_argument("--only", type=list[str], default=list(ALL), help=f"which, some of {', '.join(ALL)}")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark.json"), help="JSON file of the figures")
-    parser.add_argument("--page", type=Path | None, default=Path("docs/performance.md"), help="page with the tables")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark.json"), help="JSON file of the figures")
+    parser.add_argument("--record", type=bool, default=False, help=f"write {RECORD} and the tables of {PAGE} instead")
     parser.add_argument("--alone", type=str | None, help="run this one here, and write its figures alone")
     return parser
 
@@ -49,17 +53,24 @@ def main(arguments: list[str] | None = None) -> None:
         unknown = set(options.only) - set(ALL)
         if unknown:
             raise AmpError(f"--only names {', '.join(sorted(unknown))}; expected some of {', '.join(ALL)}")
-        figures = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        out = RECORD if options.record else options.out
+        figures, failed = json.loads(out.read_text()) if out.is_file() else {}, []
         for name in options.only:
             if name == "generation" and settings.language_model is None:
                 print("generation is left out: no --language_model", file=sys.stderr)
                 continue
-            figures[name] = in_own_process(name, arguments if arguments is not None else sys.argv[1:])
-            write_atomically(options.out, f"{json.dumps(figures, indent=1)}\n".encode())
-        if options.page is not None:
-            from benchmarks.tables import fill
-
-            write_atomically(options.page, fill(options.page.read_text(), figures).encode())
+            try:
+                figures[name] = in_own_process(name, arguments if arguments is not None else sys.argv[1:])
+            except AmpError as error:  # the others are worth having
+                print(error, file=sys.stderr)
+                failed.append(name)
+                continue
+            write_atomically(out, f"{json.dumps(figures, indent=1)}\n".encode())
+            print(f"{tables.of_part(name, figures[name])}\n", flush=True)
+            if options.record:
+                write_atomically(PAGE, tables.fill(PAGE.read_text(), figures).encode())
+        if failed:
+            raise AmpError(f"{', '.join(failed)} ended with an error (see above); the others' figures are in {out}")
 
 
 def in_own_process(name: str, arguments: list[str]) -> dict:
@@ -70,7 +81,7 @@ def in_own_process(name: str, arguments: list[str]) -> dict:
         command = [sys.executable, "-m", "benchmarks.run", *arguments, "--alone", name, "--out", str(out)]
         # One thread: what a thread does is measured, and on busy machines threads that wait for each other say little.
         if subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode:
-            raise AmpError(f"benchmark {name} has ended with an error; what it printed stands above")
+            raise AmpError(f"benchmark {name} ended with an error; see what it printed above")
         return json.loads(out.read_text())
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run as the tables of docs/performance.md, each between two comments that name it."""
+"""Figures of a run as tables, in docs/performance.md each between two comments that name it."""
 
 import re
 from collections.abc import Iterable
@@ -17,6 +17,12 @@ def fill(page: str, figures: dict) -> str:
         return "".join([found[1], *(f"{line}\n" for line in lines), found[3]])
 
     return MARK.sub(replaced, page)
+
+
+def of_part(name: str, figures: dict) -> str:
+    """All tables of one benchmark."""
+    parts = [lines(figures) for key, lines in TABLES.items() if key.partition(".")[0] == name]
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:

@@ -38,7 +38,7 @@ class ChooseSettings:
         tests: JSON files, or ``swapped-roles`` and ``swapped-actions``, made from the shards.
         images: Folder of the photos of JSON files.
         split: Split of the shards for the swapped tests.
-        knowledge: Where knowledge of a JSON file's captions comes from: an engine of tools/generate_knowledge.py, or
+        knowledge: Where knowledge of a JSON file's captions comes from: an engine of amp generate_knowledge, or
             none.
         engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
         limit: Choices of each test at most, evenly spaced; 0 for all.
@@ -61,12 +61,12 @@ class ChooseSettings:
 
 
 def parser() -> CommandLine:
-    return command_line("launchers/choose.py", __doc__, ChooseSettings)
+    return command_line(__doc__, ChooseSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        run(*read_command_line(parser(), arguments, ChooseSettings))
+    run(*read_command_line(parser(), arguments, ChooseSettings))
 
 
 class Test(NamedTuple):
@@ -87,8 +87,7 @@ class Test(NamedTuple):
 
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
-    import torch
-
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.adapters import load_adapters, named_adapters
@@ -99,12 +98,13 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
 
     out = Path(settings.out)
     lists = out.with_suffix(".skipped.csv")
-    problems, named, generate = Problems(), {}, None
+    terminal, problems, named, generate = Terminal(True), Problems(), {}, None
     with problems.collect():
         named = named_adapters(settings.adapters)
         if not named:
             raise AmpError("adapters is empty, expected one at least; add --adapters '[NAME=FILE]'")
-    tests = read_tests(settings, config, problems)
+    with terminal.progress("reading tests"):
+        tests = read_tests(settings, config, problems)
     with problems.collect():
         if settings.knowledge != "none" and any(test not in TESTS for test in settings.tests):
             generate = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options)
@@ -112,23 +112,23 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
         check_writable(out, lists)
     problems.check()
 
-    terminal, device = Terminal(True), "cuda" if torch.cuda.is_available() else "cpu"
     skipped = {test.name: test.skipped for test in tests if test.skipped}
     for name, reasons in skipped.items():
         first = "; ".join(f"{entry}: {reason}" for entry, reason in list(reasons.items())[:3])
         terminal.say(f"{name}: {len(reasons):,} entries skipped, listed in {lists}; first: {first}")
     save_skipped(lists, skipped)
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
-    models = load_adapters(base, config.model.name, named)
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
+        models = load_adapters(base, config.model.name, named)
     results: dict[str, dict[str, Choices]] = {}
     failed = Problems()
     try:
         for test in tests:
             try:
-                with terminal.progress(test.name) as report:
+                with terminal.progress(test.name, "choices") as report:
                     found = choose(
                         test.choices,
                         models,
@@ -161,6 +161,7 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
 
 def read_tests(settings: ChooseSettings, config: TrainConfig, problems: Problems) -> list[Test]:
     """All tests with the entries that can be used, found without a model; what is wrong goes to `problems`."""
+    from amp.data.file_names import find_file
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
     from amp.retrieval.choice import check_skipped, load_choices
@@ -191,7 +192,7 @@ def read_tests(settings: ChooseSettings, config: TrainConfig, problems: Problems
 
     def from_folder(file: str) -> "Image.Image":
         assert images is not None, "files need a folder"
-        return open_photo(images / file)
+        return open_photo(find_file(images, file))
 
     for given, name in zip(settings.tests, names, strict=True):
         with problems.collect():

@@ -1,6 +1,9 @@
 """`amp compare` as a script of the clone; its text and options are in amp/commands/compare.py."""
 
-from amp.commands.compare import main, parser
+from amp.errors import exit_on_error
+
+with exit_on_error():
+    from amp.commands.compare import main, parser
 
 __all__ = ["main", "parser"]
 

@@ -1,6 +1,9 @@
 """`amp evaluate` as a script of the clone; its text and options are in amp/commands/evaluate.py."""
 
-from amp.commands.evaluate import main, parser
+from amp.errors import exit_on_error
+
+with exit_on_error():
+    from amp.commands.evaluate import main, parser
 
 __all__ = ["main", "parser"]
 

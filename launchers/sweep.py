@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 def parser() -> CommandLine:
     parser = CommandLine(
-        prog="launchers/sweep.py",
-        usage="launchers/sweep.py [--config FILE] [--KEY VALUE ...]",
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
         description=__doc__.split("\n")[0],
     )
     parser.add_argument("--config", action="config", help="YAML file of launchers/sweeps; the command line wins")
@@ -34,13 +33,13 @@ def parser() -> CommandLine:
     return parser
 
 
+@exit_on_error("finished runs are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> int:
     options = parser()
     parsed = options.parse_args(arguments)
-    with exit_on_error():
-        settings = options.instantiate(parsed)
-        names = ", ".join(str(path) for path in settings.pop("config") or ())
-        return run_sweep(SweepConfig(**settings), f"python launchers/sweep.py --config {names}")
+    settings = options.instantiate(parsed)
+    names = ", ".join(str(path) for path in settings.pop("config") or ())
+    return run_sweep(SweepConfig(**settings), f"python launchers/sweep.py --config {names}")
 
 
 def run_sweep(config: SweepConfig, command: str) -> int:
@@ -65,7 +64,8 @@ def run_sweep(config: SweepConfig, command: str) -> int:
             terminal.say(f"{run.row}, seed {run.seed}: {run.folder}")
         return 0
     states = {}
-    with terminal.progress("sweep") as report:
+    with terminal.progress("sweep", "runs") as report:
+        report(0, len(mine))
         for number, run in enumerate([] if config.report_only else mine):
             states[run] = execute(config, run, terminal.say)
             terminal.say(f"{run.row}, seed {run.seed}: {states[run]}")

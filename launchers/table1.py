@@ -30,33 +30,34 @@ class TableSettings:
 
 
 def parser() -> CommandLine:
-    parser = CommandLine(prog="launchers/table1.py", description=__doc__.split("\n")[0])
+    parser = CommandLine(description=__doc__.split("\n")[0])
     parser.add_class_arguments(TableSettings, as_group=False)
     return parser
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = TableSettings(**vars(parser().parse_args(arguments)))
-    with exit_on_error():
-        from rich.markdown import Markdown
+    from rich.markdown import Markdown
 
-        from amp.retrieval.results import write_atomically
-        from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
-        from amp.terminal import PlainConsole, Terminal
+    from amp.retrieval.results import write_atomically
+    from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
+    from amp.terminal import PlainConsole, Terminal
 
-        rows, sources = load_published(settings.published)
-        left_out = add_results(rows, settings.results)
-        for reason in left_out:
-            Terminal(True).say(f"left out: {reason}")
-        if settings.commands:
-            print("\n".join(commands(rows, settings.results)))
-            return
-        text = render_markdown(rows, sources, left_out)
-        if settings.out is not None:
-            write_atomically(settings.out, text.encode())
-        PlainConsole().print(Markdown(text))
-        if left_out:
-            raise SystemExit(1)
+    rows, sources = load_published(settings.published)
+    left_out = add_results(rows, settings.results)
+    for reason in left_out:
+        Terminal(True).say(f"left out: {reason}")
+    if settings.commands:
+        print("\n".join(commands(rows, settings.results)))
+        return
+    text = render_markdown(rows, sources, left_out)
+    if settings.out is not None:
+        write_atomically(settings.out, text.encode())
+    console = PlainConsole()
+    console.print(Markdown(text) if console.is_terminal else text)
+    if left_out:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """`amp train` as a script of the clone; its text and options are in amp/commands/train.py."""
 
-from amp.commands.train import main, parser
+from amp.errors import exit_on_error
+
+with exit_on_error():
+    from amp.commands.train import main, parser
 
 __all__ = ["main", "parser"]
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from functools import cache
@@ -37,15 +38,15 @@ def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> lis
 
 
 def one_error(call, capsys) -> str:
-    """The one line that `call` ends with."""
+    """The one line that `call` ends with, without the name of the command before it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         call()
     shown = capsys.readouterr()
     assert ended.value.code == 2 and "Traceback" not in shown.err + shown.out, shown.err
-    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in shown.err.splitlines() if re.match(r"\S[^:]*: error: ", line)]
     assert len(errors) == 1 and shown.err.splitlines()[-1] == errors[0], shown.err
-    return errors[0]
+    return errors[0].partition(": ")[2]
 
 
 def saved(image: Image.Image, format: str, **options) -> bytes:
@@ -112,6 +113,12 @@ def tiff(width: int, height: int) -> bytes:
     return content
 
 
+def avif(width: int, height: int) -> bytes:
+    content = saved(Image.new("RGB", (16, 16)), "AVIF")
+    at = content.index(b"ispe") + 8
+    return content[:at] + struct.pack(">II", width, height) + content[at + 8 :]
+
+
 @cache
 def bad_images() -> dict[str, bytes]:
     """By file name: none may reach a model, none may stop the files beside it."""
@@ -126,6 +133,7 @@ def bad_images() -> dict[str, bytes]:
         "gif bomb.gif": gif(65_535, 65_535),
         "bmp bomb.bmp": bmp(60_000, 60_000),
         "tiff bomb.tif": tiff(200_000, 200_000),
+        "avif bomb.jpg": avif(16_000, 16_000),
         "empty.jpg": b"",
         "one byte.png": b"\x89",
         "text.jpg": b"<html><script>alert(1)</script></html>",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -77,9 +78,9 @@ def refused(capsys):
         shown = capsys.readouterr()
         assert "Traceback" not in shown.err and "Traceback" not in shown.out
         lines = [line for line in shown.err.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error: ")]
+        errors = [line for line in lines if re.match(r"\S[^:]*: error: ", line)]
         assert len(errors) == 1 and lines[-1] == errors[0], shown.err
-        return errors[0]
+        return errors[0].partition(": ")[2]
 
     return expect
 

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_transformers_engine import tiny_model
 from torch import nn
 
 from amp.config import PromptConfig
+from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
 from amp.train.stages import set_trainable
 from benchmarks import (
@@ -135,6 +138,8 @@ def test_sizes_by_hand(base):
 
 
 def test_loops_of_reranking_agree(base, monkeypatch):
+    """In fp32 and, as on processors with instructions for it, in bf16."""
+    monkeypatch.setattr(rerank, "multiplies_bf16", lambda device: True)
     settings = Settings(rerank_images=6, top_k=2, naive_queries=2, model_rounds=1, device="cpu")
     for interaction in ("aim", "readout"):
         model = build(base, 1, triplet_heads=4, max_triplets=3, interaction=interaction).eval()
@@ -142,6 +147,7 @@ def test_loops_of_reranking_agree(base, monkeypatch):
         assert len(loops.pairs_a_second()[rerank.ENGINE]) == 1
         assert (rerank.EQUATIONS in loops.ways) == (interaction == "aim")
         assert loops.gflop_a_pair(rerank.ENGINE) < loops.gflop_a_pair(rerank.PER_PAIR)
+        assert loops.gflop_a_pair(rerank.ENGINE_BF16) == pytest.approx(loops.gflop_a_pair(rerank.ENGINE), rel=0.2)
     real = rerank.rerank_scores
     monkeypatch.setattr(rerank, "rerank_scores", lambda *given: real(*given) + 1e-3)
     with pytest.raises(Exception, match="differ by"):
@@ -220,12 +226,56 @@ def test_generation_says_the_same_all_four_ways(tmp_path, smollm2):
 
 def test_the_command_line_writes_figures_and_names_what_it_does_not_know(tmp_path, capsys):
     out = tmp_path / "figures.json"
-    run.main(["--only", "[conversion]", "--images", "4", "--rounds", "1", "--out", str(out), "--page", "null"])
+    run.main(["--only", "[conversion]", "--images", "4", "--rounds", "1", "--out", str(out)])
+    assert "make_shards" in capsys.readouterr().out  # its table
     found = json.loads(out.read_text())["conversion"]
     assert found["images"] == 4 and found["machine"]["torch"] == torch.__version__ and found["peak_resident_MB"] > 0
     with pytest.raises(SystemExit):
         run.main(["--only", "[speed]", "--out", str(out)])
     assert "expected some of stream" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """Copies of the release's figures and page, in the folder where a run starts; the benchmarks aren't run."""
+    for path in (run.RECORD, run.PAGE):
+        (tmp_path / path).parent.mkdir()
+        shutil.copy(ROOT / path, tmp_path / path)
+    monkeypatch.chdir(tmp_path)
+    figures = json.loads(run.RECORD.read_text())
+
+    def measure(name, arguments):
+        if name == "rerank":
+            raise AmpError("benchmark rerank ended with an error")
+        if name == "scaling":
+            raise KeyboardInterrupt
+        return {**figures[name], "minutes": 77.5}
+
+    monkeypatch.setattr(run, "in_own_process", measure)
+    return {path: path.read_text() for path in (run.RECORD, run.PAGE)}
+
+
+def test_measured_parts_survive_a_failure_and_an_interruption(released, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--only", "[step, rerank, evaluation]"])
+    found = json.loads(Path("runs/benchmark.json").read_text())
+    assert list(found) == ["step", "evaluation"] and found["step"]["minutes"] == 77.5
+    printed = capsys.readouterr()
+    assert "rerank ended with an error" in printed.err and "queries/s" in printed.out
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.main(["--only", "[conversion, scaling, stream]"])
+    assert list(json.loads(Path("runs/benchmark.json").read_text())) == ["step", "evaluation", "conversion"]
+    assert released == {path: path.read_text() for path in released}
+
+
+def test_only_a_recorded_run_writes_the_page_and_keeps_its_other_rows(released):
+    run.main(["--only", "[step]", "--record", "true"])
+    page, figures = run.PAGE.read_text(), json.loads(run.RECORD.read_text())
+    before = released[run.PAGE].splitlines()
+    new = [(old, line) for old, line in zip(before, page.splitlines(), strict=True) if line != old]
+    assert len(new) == 1 and new[0][0].startswith("| step |") and "| 77.5 |" in new[0][1]
+    assert figures["step"]["minutes"] == 77.5 and list(figures) == list(json.loads(released[run.RECORD]))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow

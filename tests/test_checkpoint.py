@@ -155,7 +155,7 @@ def test_truncated_file(keep, model, path):
 def test_foreign_safetensors_file(metadata, model, path):
     save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
     seen = repr(metadata and metadata["format"])
-    with pytest.raises(AmpError, match=f"metadata key 'format' is {seen}, expected '{FORMAT}'.*launchers/train.py"):
+    with pytest.raises(AmpError, match=f"metadata key 'format' is {seen}, expected '{FORMAT}'.*amp train"):
         load_adapter(path, model)
 
 

@@ -1,23 +1,53 @@
-"""The command `amp`: every name leads to its command line, and wrong names are told."""
+"""The command `amp` and the scripts: every name leads to its command line, names are those typed, endings are clean."""
 
+import errno
+import io
+import os
+import re
+import runpy
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import QUIET_ENVIRONMENT, ROOT
+from hostile_helpers import one_error
 
 from amp import __main__ as command
+from amp.command import CommandLine
+from amp.data.folders import build_folder
+from amp.device import usable_device
+from amp.errors import AmpError, exit_on_error, typed_command
+from amp.files import whole_file
+from amp.terminal import PlainConsole
 from amp.version import __version__
+
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("launchers", "tools", "tools/scenes")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text()
+)
 
 
 def call(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["amp", *words])
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/amp", *words])
     command.main()
+
+
+def run_script(monkeypatch, path: str, *arguments: str) -> None:
+    monkeypatch.syspath_prepend(ROOT / path.rpartition("/")[0])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(path, run_name="__main__")
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_each_command_has_help(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, name, "--help")
-    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: amp {name} " in capsys.readouterr().out
 
 
 def test_the_list_and_the_version(monkeypatch, capsys):
@@ -32,8 +62,167 @@ def test_an_unknown_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, "trian")
     assert ended.value.code == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .startswith("error: command is 'trian', expected one of generate_knowledge")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("amp: error: command is 'trian', expected one of generate_knowledge")
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_usage_and_errors_name_the_command_as_typed(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, name, "--nonsense", "1")
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and lines[0].startswith(f"usage: amp {name} ")
+    assert re.match(f"amp {name}: error: .*nonsense", lines[-1])
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if "reference_config" not in path])
+def test_so_does_each_script(path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, path, "--nonsense", "1")
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and lines[0].startswith(f"usage: {path} ")
+    assert re.match(f"{path}: error: .*nonsense", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "name"),
+    [
+        (["/venv/bin/amp", "search", "a dog"], None, "amp search"),
+        (["/venv/bin/amp", "--version"], None, "amp"),
+        (["launchers/train.py", "search"], None, "launchers/train.py"),
+        (["/site-packages/amp/search.py", "a dog"], "amp.search", "python -m amp.search"),
+        (["/site-packages/amp/__main__.py", "search"], "amp.__main__", "python -m amp search"),
+    ],
+)
+def test_the_name_that_was_typed(arguments, module, name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments)
+    spec = module and SimpleNamespace(name=module, origin=arguments[0])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert typed_command() == name
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", [*command.COMMANDS, *SCRIPTS])
+def test_ctrl_c_is_one_line_in_every_command(name, monkeypatch, capsys):
+    monkeypatch.setattr(CommandLine, "parse_args", interrupt)
+    monkeypatch.setattr("docstring_parser.parse", interrupt)  # of tools/reference_config.py, which has no options
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, name) if name in SCRIPTS else call(monkeypatch, name)
+    shown = capsys.readouterr()
+    typed = name if name in SCRIPTS else f"amp {name}"
+    assert ended.value.code == 130 and shown.out == ""
+    assert re.fullmatch(f"{typed}: interrupted(; .+)?\n", shown.err), shown.err
+
+
+def ending(action, monkeypatch, capsys, kept: str = "") -> tuple[int, str]:
+    """Exit status and stderr of a command that does this."""
+    monkeypatch.setattr(sys, "argv", ["amp", "search"])
+    with pytest.raises(SystemExit) as ended:
+        exit_on_error(kept)(action)()
+    return ended.value.code, capsys.readouterr().err
+
+
+def raise_(error: BaseException):
+    raise error
+
+
+def test_each_ending_is_one_line_with_its_status(monkeypatch, capsys, tmp_path):
+    shown = lambda error, kept="": ending(lambda: raise_(error), monkeypatch, capsys, kept)  # noqa: E731
+    assert shown(AmpError("x is 1\n, expected 2")) == (2, "amp search: error: x is 1\\n, expected 2\n")
+    assert shown(KeyboardInterrupt(), "scores are kept") == (130, "amp search: interrupted; scores are kept\n")
+    denied = PermissionError(errno.EACCES, "Permission denied", "/there/index")
+    assert shown(denied) == (1, "amp search: error: /there/index: Permission denied\n")
+    full = (1, f"amp search: error: {tmp_path / 'x.json'}: No space left on device; make room and try again\n")
+
+    def write():
+        with whole_file(tmp_path / "x.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it, without the file
+
+    assert ending(write, monkeypatch, capsys) == full
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("hub")])
+def test_a_defect_keeps_its_traceback(error, monkeypatch, capsys):
+    """So does a broken pipe to a worker, which is no closed standard output."""
+    with pytest.raises(type(error)), exit_on_error():
+        raise error
+
+
+def test_an_error_is_told_although_nobody_reads_the_output(monkeypatch, capsys):
+    class Gone(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "argv", ["amp", "search"])
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError), exit_on_error():  # this stream has no descriptor to ask
+        raise AmpError("x is 1")
+    assert capsys.readouterr().err == "amp search: error: x is 1\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_a_stream_cannot_encode_is_escaped(errors, monkeypatch):
+    """PYTHONIOENCODING=ascii, and a locale that is not UTF-8."""
+    from rich.table import Table
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+    monkeypatch.setattr(sys, "stdout", out)
+    with exit_on_error():
+        table = Table("photo")
+        table.add_row("été.jpg")
+        PlainConsole().print(table)
+        print("漢字")
+    shown = out.buffer.getvalue().decode("ascii")
+    assert "\\xe9t\\xe9.jpg" in shown and "\\u6f22\\u5b57" in shown
+
+
+HELP = [sys.executable, "-m", "amp", "compare", "--help"]  # one of the quick ones
+
+
+def test_a_closed_pipe_is_silent():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(HELP, env=QUIET_ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_on_standard_output_is_one_line(unbuffered):
+    environment = {**QUIET_ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(HELP, env=environment, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "python -m amp compare: error: standard output: No space left on device; make room and try again\n"
     )
+
+
+@pytest.mark.parametrize("name", ["quantum", "meta", "cuda:77", ""])
+def test_a_device_that_is_not_there_is_refused(name):
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(AmpError, match=f"device is '{name}', expected one of cpu"):
+        usable_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_search_on_a_gpu_that_is_not_there(monkeypatch, capsys, tmp_path):
+    words = ("search", "--index", str(tmp_path), "--photos", str(tmp_path), "--model", "ViT-B-32", "--device", "cuda")
+    assert "device is 'cuda', expected one of cpu (" in one_error(lambda: call(monkeypatch, *words), capsys)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("9 requested and 5 written")])
+def test_a_folder_of_features_on_a_full_disk_is_named(error, tmp_path):
+    with (
+        pytest.raises(AmpError, match=r"segment: can't be written \(No space left|no room"),
+        build_folder(tmp_path / "segment"),
+    ):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(BrokenPipeError), build_folder(tmp_path / "segment"):
+        raise BrokenPipeError  # of a log that nobody reads

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 from conftest import SHARED
 from helpers import draw_dataset, run_here
-from rich.console import Console
 
 from amp.data.writer import make_shards
 from amp.generation.describe import DescribeError, agreement, describe, load_entries
+from amp.terminal import PlainConsole
 
 TWO = [
     {"sentid": 1, "caption": "A man runs to a big dog", "triplets": [
@@ -71,7 +71,7 @@ def test_agreement_by_hand(tmp_path):
 
 def test_shards_are_described_as_their_file(tmp_path):
     dataset = draw_dataset(tmp_path / "drawn")
-    make_shards(**dataset, out=str(tmp_path / "shards"), workers=1, console=Console(quiet=True))
+    make_shards(**dataset, out=str(tmp_path / "shards"), workers=1, console=PlainConsole(quiet=True))
     from_file, from_shards = load_entries(tmp_path / "drawn" / "knowledge.jsonl"), load_entries(tmp_path / "shards")
     assert {name: entry.knowledge for name, entry in from_file.items()} == {
         n: e.knowledge for n, e in from_shards.items()

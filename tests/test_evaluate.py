@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,15 @@ def test_knowledge_aware_ranking_equals_the_naive_loop(aware, name):
     # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
     assert (rankings[name].ranks != rankings[name].first.ranks).sum() > 2
     assert rankings[name].scores.std() > 1e-2
+
+
+def test_autocast_changes_scores_by_its_rounding_alone(aware):
+    """As an evaluation on a processor with bf16 instructions runs (`mixed_precision: auto`)."""
+    rankings = aware.retrieval(batch_size=7).rank(aware.model, partial(torch.autocast, "cpu", torch.bfloat16))
+    for name, expected in aware.retrieval(batch_size=7).rank(aware.model).items():
+        assert rankings[name].scores.dtype == torch.float32
+        difference = (rankings[name].scores - expected.scores).abs()
+        assert 0 < difference.max() < 3e-2 and difference.mean() < 5e-3
 
 
 def test_pooled_and_pairwise_conditioning_differ(aware):

@@ -1,5 +1,8 @@
 """Stored outputs of the frozen image blocks: what a direct computation gives, kept where its inputs say."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ import amp
 from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folder
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
+from amp.errors import AmpError
 from amp.terminal import Terminal
 
 LAYER = 2
@@ -97,6 +101,20 @@ def test_an_interrupted_build_leaves_nothing_that_counts(split, made, tmp_path):
     assert list(tmp_path.iterdir()) == []
     again = compute(split, made, folder=folder)
     np.testing.assert_array_equal(again.early, compute(split, made).early)
+
+
+def test_a_full_disk_is_found_before_anything_is_encoded(split, made, tmp_path, monkeypatch):
+    """The file of tokens is mapped into memory: where the disk fills up later, the process would end by SIGBUS."""
+
+    def full(descriptor, start, length):
+        assert length >= len(split) * made[0].backbone.num_tokens * made[0].backbone.vision_width * 2
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    reports = []
+    with pytest.raises(AmpError, match=r"image-ab: can't be written \(No space left on device\); make room"):
+        compute(split, made, folder=tmp_path / "image-ab", progress=lambda *done: reports.append(done))
+    assert reports == [] and list(tmp_path.iterdir()) == []
 
 
 def test_two_builds_at_once_end_with_one_folder(split, made, tmp_path):

@@ -8,8 +8,8 @@ from benchmarks.fuzz import fuzz
 from benchmarks.mutate import KINDS
 
 SEED = 7
-CASES = {"jpeg": 4000, "png": 2400, "webp": 300, "gif": 250, "bmp": 150, "tiff": 300, "tar": 1600, "json": 1200,
-         "reply": 600}  # fmt: skip
+CASES = {"jpeg": 4000, "png": 2400, "webp": 300, "gif": 250, "bmp": 150, "tiff": 300, "avif": 300, "tar": 1600,
+         "json": 1200, "reply": 600}  # fmt: skip
 ADAPTERS = 400
 
 

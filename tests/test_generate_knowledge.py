@@ -330,3 +330,12 @@ def test_processes_of_a_launcher_divide_the_captions(whole, tmp_path, model):
     process = run(captions, tmp_path / "out", model, "--merge", "true")
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "out" / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()
+
+
+def test_captions_in_other_languages_are_no_warning_to_a_model(tmp_path, model):
+    """The rules' English is not the model's."""
+    captions = tmp_path / "captions.csv"
+    captions.write_text("image,caption\na.jpg,Un chien brun saute par-dessus une clôture\n", encoding="utf-8")
+    done = run(captions, tmp_path / "out", model, "--max_fallback", "1")
+    assert done.returncode == 0, done.stderr
+    assert "not in English" not in done.stdout + done.stderr

@@ -16,7 +16,7 @@ import amp
 from amp.checkpoint import read_adapter, save_adapter
 from amp.data.shards import ShardManifest
 from amp.data.writer import make_shards
-from amp.errors import public_command, without_secrets
+from amp.errors import AmpError, exit_on_error, public_command, without_secrets
 from amp.files import open_log, whole_file, write_json
 from amp.generation.cache import CacheError, ReplyCache
 from amp.retrieval.results import write_atomically
@@ -241,6 +241,41 @@ def test_secrets_are_replaced_and_nothing_else():
         assert without_secrets(text) == expected
     assert public_command(["x.py", "--key", "plain", "--openai.token", "t", "--url", "http://a:b@c"]) == [
         "x.py", "--key", "plain", "--openai.token", "***", "--url", "http://***@c"]  # fmt: skip
+
+
+def test_words_that_name_secrets_are_kept_in_messages_of_our_own(capsys):
+    """A captions file called results.token and "password:" in a caption are shown; keys in the same line are not."""
+    kept = (
+        "/data/results_20130124.token line 1: the header has one column",
+        "model '/data/results.token': no file",
+        "x.csv line 2: 3 fields, ['a.jpg', 'A sign: the password: a key', 'Token: 5 cents']",
+        "the caption is 'Basic training, secret: none'; hf_captions_2014.jsonl: no such file",
+    )
+    for text in kept:
+        for key in (
+            "",
+            f" (http://me:{PASSWORD}@host)",
+            f" --wandb.token {PASSWORD}",
+            f" {{token: {PASSWORD}}}",
+            f" ?token={PASSWORD}",
+            f" HF_TOKEN={PASSWORD}",
+            f" 'password': '{PASSWORD}'",
+            f" {KEY}",
+            f" X-Api-Key: {PASSWORD}",
+            f" Authorization: Bearer {PASSWORD}",
+            f" hf_token: {TOKEN}",
+        ):
+            with pytest.raises(SystemExit), exit_on_error():
+                raise AmpError(text + key)
+            shown = capsys.readouterr().err
+            assert text in shown and not CANARIES.search(shown) and ("***" in shown) == bool(key)
+    assert public_command(["x", "--captions", "results_20130124.token", "--engine_options", f"{{token: {KEY}}}"]) == [
+        "x",
+        "--captions",
+        "results_20130124.token",
+        "--engine_options",
+        "{token: ***}",
+    ]
 
 
 def files_with_canaries(*folders: Path) -> list[str]:

@@ -171,7 +171,7 @@ def test_an_error_that_names_what_is_no_text_can_be_printed(tmp_path):
         ('image,caption\na.jpg,"' + "x" * 200_000 + '"\n', "field larger than field limit"),
         ("image,caption\na\0.jpg,A man\n", "is refused; expected a path inside"),
         ('image,caption\na.jpg,"A man\n' + "b.jpg,A cat\n" * 5, "not valid CSV"),
-        ("image,caption," + "x," * 5000 + "y\na.jpg\n", "line 1: the header is|fields"),
+        ("image,caption," + "x," * 5000 + "y\na.jpg\n", "'caption' is empty"),
     ],
 )
 def test_csv_is_refused(tmp_path, rows, words):
@@ -217,7 +217,7 @@ def test_several_errors_are_said_at_once():
 
 def test_values_that_cant_be_shown_are_named():
     deep: list = []
-    for _ in range(3000):
+    for _ in range(100_000):
         deep = [deep]
     assert shorten(deep) == "a list that is too large to show" and shorten(10**5000).startswith("a int that is")
 

@@ -9,16 +9,16 @@ import time
 
 import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset
-from rich.console import Console
 from training_run import TrainingRun, small_run
 
 from amp.data.rewrite import rewrite_knowledge
 from amp.data.split import ShardSplit
 from amp.data.writer import make_shards
 from amp.generation.run import generate_knowledge
+from amp.terminal import PlainConsole
 from amp.train.config import StageSettings
 
-QUIET = Console(quiet=True)
+QUIET = PlainConsole(quiet=True)
 
 
 def draw_shards(root, train: int):

@@ -1,14 +1,17 @@
 """Each layer against its equation, written naively in `reference.py`."""
 
+import contextlib
 import math
 
 import pytest
 import reference
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from amp.layers.interaction import ActionAwareInteraction, CrossAttention, SelfAttentionWithMap
 from amp.layers.prompt_adapter import PromptAdapter
+from amp.layers.transformer_block import TransformerBlock
 from amp.layers.triplet_encoder import TripletEncoder, with_null
 from amp.layers.visual_prompts import VisualPrompts
 
@@ -49,6 +52,21 @@ def test_triplet_encoder_is_eq_4_and_5(grad):
         expected = reference.triplet_prompts(encoder, embedded[c], token_mask[c], mask[c])
         assert len(expected) == max(1, int(mask[c].sum()))
         assert_close(prompts[c, : len(expected)], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of the tokens, which a linear map may precede
+@pytest.mark.parametrize("counted", [False, True])
+def test_autocast_means_the_same_in_training_and_in_evaluation(counted, dtype):
+    """torch's own block has a second way for evaluation: it returns bf16 for fp32, and a FLOP counter makes it fail."""
+    block, tokens = shaken(TransformerBlock(24, heads=4)), torch.randn(3, 5, 24).to(dtype)
+    absent = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 0, 0, 1]], dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block.train()(tokens, absent)
+        with torch.no_grad(), FlopCounterMode(display=False) if counted else contextlib.nullcontext():
+            found = block.eval()(tokens, absent)
+    assert found.dtype == expected.dtype == dtype
+    assert_close(found, expected, atol=3e-2, rtol=3e-2)
+    assert_close(found.float(), block(tokens.float(), absent), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("slot", [0, 1, 2])

@@ -19,12 +19,14 @@ from training_run import small_run
 import amp
 from amp.data.shards import ShardManifest
 from amp.errors import AmpError
+from amp.knowledge.text import state_texts
 from amp.train import plan_checks
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.plan import PlanSettings, Steps, make_plan, steps_table
 from amp.train.plan_checks import DEEPSPEED_KEYS, counted, in_bytes
+from amp.train.resume import record
 
 PAGE = ROOT / "docs/plan.md"
 
@@ -110,9 +112,10 @@ def test_plan_is_no_setting_of_a_run(main, monkeypatch, tmp_path, capsys):
     assert parse([*shards, "--plan"]).plan.nodes == 1
     parsed = parse([*shards, "--plan.gpus", "4", "--plan", "--seed", "3", "--plan.nodes", "2"])
     assert (parsed.plan.nodes, parsed.seed) == (2, 3)
-    monkeypatch.setattr("amp.train.engine.train", lambda config: None)
+    ran = []
+    monkeypatch.setattr("amp.train.engine.train", ran.append)
     main([*shards, "--out", str(tmp_path / "run")])
-    assert "plan" not in yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert "plan" not in yaml.safe_load(record(ran[0])[0])
 
 
 @pytest.mark.parametrize("keys", [{"nodes": 0}, {"gpus": -1}, {"gpu_memory_gb": 0.0}, {"captions": 5}, {"shards": 2}])
@@ -425,3 +428,28 @@ def test_the_page_shows_what_is_printed(main, monkeypatch, capsys):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert stop.value.code == 0
     assert lines == printed.splitlines()
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_are_cut_are_counted(config, clip_folder):
+    """Against the tokens of each text, one by one."""
+    data = plan_checks.Dataset.read(config)
+    encode = amp.get_tokenizer(clip_folder).encode
+    texts = {"captions": [], "texts of knowledge": []}
+    for split in data.splits:
+        for sample in split.records():
+            for caption, knowledge in split.captions(sample):
+                texts["captions"].append(caption)
+                texts["texts of knowledge"] += state_texts(knowledge, config.prompt.max_triplets)
+    images = sum(len(split) for split in data.splits)
+    for length in (10, 14, 30):
+        counts = [
+            f"{sum(len(encode(text)) + 2 > length for text in found)} of {len(found)} {kind}"
+            for kind, found in texts.items()
+        ]
+        (said,) = plan_checks.check_texts(data, config, length)
+        assert said.text.startswith(f"{' and '.join(counts)} of {images} images are longer than {length} tokens")
+        assert said.level == ("ok" if counts[0].startswith("0 ") and counts[1].startswith("0 ") else "warning")
+    assert "texts: 0 of " in found(config, "ok")

@@ -2,14 +2,17 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import write_clip_folder
 from safetensors.torch import load_file
 from training_run import TrainingRun, small_run, steps_of
 
@@ -254,8 +257,6 @@ def test_other_shards_are_refused(short, tmp_path):
 
 def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
     """Half of a run, then the rest with other logging, workers, recomputation and a copy of the shards."""
-    import shutil
-
     expected = load_file(again(short, out=short.out + "-alone"))
     run = TrainingRun(short, 1, tmp_path / "audit")
     assert run.wait_for_steps(5)
@@ -288,3 +289,125 @@ def test_a_second_stage_in_the_same_folder_starts_from_init(short):
     second = again(short, stages=[2], init=str(first))
     assert same_bits(load_file(second), load_file(both))
     assert again(short) == first  # stage 1 is behind, and is not done again
+
+
+# -- the folder's record --------------------------------------------------------------------------------------------
+
+
+def recorded(config: TrainConfig) -> dict:
+    return yaml.safe_load((Path(config.out) / "config.yaml").read_text())
+
+
+def content(folder: str) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+@pytest.fixture
+def both(short):
+    """A finished run of two short stages."""
+    both = replace(short, stages=[1, 2], stage1=replace(short.stage1, epochs=1),
+                   stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1), trackers=["tensorboard"])  # fmt: skip
+    again(both)
+    return both
+
+
+def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
+    """Neither the record, nor checkpoints that it would have replaced, nor curves."""
+    before = content(both.out)
+    assert recorded(both) == asdict(both)
+    write_clip_folder(tmp_path / "other", seed=1)
+    named = {
+        "stage1.lr is 0.003 there and 0.1 here": {"stage1": replace(both.stage1, lr=0.1)},
+        "stage2.lr is 0.003 there and 0.1 here": {"stage2": replace(both.stage2, lr=0.1)},
+        "model.precision is 'fp32' there and 'bf16' here": {"model": replace(both.model, precision="bf16")},
+        f"trained on base model '{both.model.name}'.*but 'local-dir:{tmp_path}/other' has weights":
+            {"model": replace(both.model, name=f"local-dir:{tmp_path / 'other'}")},
+        "no such folder": {"data": replace(both.data, shards=str(tmp_path / "nowhere"))},
+        "triplet_heads is 7": {"prompt": replace(both.prompt, triplet_heads=7),
+                               "checkpoint": CheckpointSettings(resume=False)},
+        "fewer than one step": {"gradient_accumulation": 99, "checkpoint": CheckpointSettings(resume=False)},
+        "stage2.epochs is 0": {"stage2": StageSettings(epochs=0), "checkpoint": CheckpointSettings(resume=False)},
+    }  # fmt: skip
+    for words, changes in named.items():
+        with pytest.raises(AmpError, match=words):
+            again(both, **changes)
+        assert content(both.out) == before, words
+
+
+def test_a_refused_call_makes_no_folder(short, tmp_path):
+    for words, changes in {"triplet_heads": {"prompt": replace(short.prompt, triplet_heads=7)},
+                           "fewer than one step": {"gradient_accumulation": 99}}.items():  # fmt: skip
+        with pytest.raises(AmpError, match=words):
+            again(short, **changes, trackers=["tensorboard"])
+    assert not Path(short.out).exists()
+
+
+def test_a_finished_run_keeps_its_record_and_says_what_has_no_effect(both, tmp_path, capfd):
+    before = content(both.out)
+    again(both, log_every=3, data=replace(both.data, workers=1))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the run is finished" in said and "Without effect now: data.workers is 0 there and 1 here, log_every" in said
+    shutil.copytree(both.model.name.removeprefix("local-dir:"), tmp_path / "moved")
+    moved = f"local-dir:{tmp_path / 'moved'}"
+    again(both, model=replace(both.model, name=moved))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the run is finished" in said and f"model.name is {both.model.name!r} there and {moved!r} here" in said
+    assert content(both.out) == before
+
+
+def test_a_run_that_goes_on_says_what_differs_and_records_it(short, capfd):
+    again(short)
+    damage("cut", Path(short.out) / "checkpoints" / folders(short)[-1])
+    capfd.readouterr()
+    again(short, log_every=3)
+    assert "step00000008; now log_every is 10 there and 3 here" in " ".join(capfd.readouterr().err.split())
+    assert recorded(short) == asdict(replace(short, log_every=3))
+
+
+def test_a_stage_of_its_own_leaves_the_other_one_as_it_was_recorded(short, capfd):
+    """`--stages [1]`, then `--stages [2]`: stage1.lr of the second call has no effect, and is not recorded."""
+    first = again(short)
+    capfd.readouterr()
+    second = replace(short, stages=[2], init=str(first), seed=5, stage1=StageSettings(lr=0.1),
+                     stage2=StageSettings(epochs=1))  # fmt: skip
+    again(second)
+    assert recorded(short) == {**asdict(second), "stage1": asdict(short.stage1)}
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"the other stage in {short.out} was trained with other settings: seed is 0 there and 5 here" in said
+
+
+def test_adapters_without_checkpoints_are_not_replaced_in_silence(both):
+    shutil.rmtree(Path(both.out) / "checkpoints")
+    before = content(both.out)
+    with pytest.raises(AmpError, match=r"stage1/adapter.safetensors: was trained by an earlier run.*resume false"):
+        again(both)
+    (Path(both.out) / "stage1" / "adapter.safetensors").unlink()
+    with pytest.raises(AmpError, match=r"stage2/adapter.safetensors: was trained by an earlier run"):
+        again(both)
+    assert {**before, f"{both.out}/stage1/adapter.safetensors": 0} == {
+        **content(both.out), f"{both.out}/stage1/adapter.safetensors": 0}  # fmt: skip
+    anew = replace(both, seed=1, stages=[1], checkpoint=CheckpointSettings(resume=False))
+    again(anew)
+    assert recorded(both) == asdict(anew)
+    assert not (Path(both.out) / "stage2" / "adapter.safetensors").exists()  # was built on the stage 1 before
+
+
+def test_two_runs_in_one_folder_are_one_too_many(short, tmp_path):
+    run = TrainingRun(replace(short, stage1=replace(short.stage1, epochs=500)), 1, tmp_path / "audit")
+    assert run.wait_for_steps(3)
+    with pytest.raises(AmpError, match=rf"{short.out}: another run is training here.*\(held by process \d+ on "):
+        again(short)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    again(short, stage1=replace(short.stage1, epochs=500, max_steps=8), checkpoint=CheckpointSettings(resume=False))
+
+
+def test_two_runs_that_begin_together_in_a_new_folder(short, monkeypatch):
+    """The second finds the folder that the first has made while both read their data."""
+    from amp.train import engine
+
+    prepare = engine.Run.prepare_data
+    monkeypatch.setattr(engine.Run, "prepare_data", lambda *a: (prepare(*a), Path(short.out).mkdir()))
+    with pytest.raises(AmpError, match="another run is training here"):
+        again(short)
+    assert not list(Path(short.out).iterdir())

@@ -1,7 +1,10 @@
 """Search in a folder of photos, against the naive loop: one query, one photo and one forward pass at a time."""
 
+import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +17,15 @@ import amp
 from amp import search as command
 from amp.checkpoint import save_adapter
 from amp.errors import AmpError
-from amp.retrieval.photo_index import PhotoIndex
+from amp.files import open_log
+from amp.retrieval import photo_index
+from amp.retrieval.photo_index import PhotoIndex, Update
+from amp.retrieval.retriever import Found, Hit
+from amp.terminal import PlainConsole
 
 PHOTOS = 14
 KNOWLEDGE = amp.Knowledge((amp.Triplet("dog", "chases", "ball"),), ("The dog runs with its legs stretched out",))
+LONG = amp.Knowledge(KNOWLEDGE.triplets, (KNOWLEDGE.states[0] + " over the lawn" * 20,))
 QUERY = "A red dog chases a ball"
 
 
@@ -73,7 +81,7 @@ def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, f
         model.readout.out.weight.data.normal_(std=0.3)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=6, fusion_weight=fusion_weight, batch_size=4)
     update = search.update(photos, workers=0)
-    assert (update.photos, update.encoded, update.removed, update.skipped) == (PHOTOS, PHOTOS, 0, {})
+    assert update == Update(PHOTOS, PHOTOS, removed=0, skipped={}, hidden=1, others=1)
     found = search.search(QUERY, count=9, knowledge=KNOWLEDGE)
     expected = naive(model, preprocess, photos, 6, fusion_weight)[:9]
     assert [hit.path.name for hit in found.hits] == [name for name, _, _ in expected]
@@ -112,7 +120,8 @@ def test_an_update_encodes_what_changed(clip_folder, photos, tmp_path):
     (photos / "text.png").write_text("no image")
     update = search.update(photos, workers=0)
     assert (update.photos, update.encoded, update.removed) == (PHOTOS, 2, 1)
-    assert set(update.skipped) == {"cut.jpg", "text.png"} == set(PhotoIndex(tmp_path / "index").skipped)
+    listed = [line.split("\t")[0] for line in (tmp_path / "index" / "skipped.txt").read_text().splitlines()]
+    assert set(update.skipped) == {"cut.jpg", "text.png"} == set(listed)
     after = dict(zip(search.index.names, search.index.features, strict=True))
     assert set(after) == set(before) - {"photo 01.png"} | {"new.jpg"}
     for name in set(after) & set(before):
@@ -135,20 +144,217 @@ def test_photos_lie_as_their_camera_noted(clip_folder, photos, tmp_path):
     assert np.array_equal(*rows)
 
 
-def test_a_photo_that_went_is_skipped_and_told(clip_folder, photos, tmp_path):
+@pytest.mark.parametrize("top_k", [0, 3, PHOTOS])
+def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_path, top_k):
     model, preprocess = build(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=PHOTOS)
+    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=top_k)
     search.update(photos, workers=0)
-    (photos / "photo 04.png").unlink()
-    found = search.search(QUERY, count=50)
-    assert len(found.hits) == PHOTOS - 1 and [path.name for path in found.skipped] == ["photo 04.png"]
+    order = [path for path, *_ in sorted(naive_base(model, preprocess, photos), key=lambda item: -item[1])]
+    gone = [order[0], order[5]]
+    for path in gone:
+        path.unlink()
+    left = [path for path in order if path not in gone]
+    found = search.search(QUERY, count=8, knowledge=KNOWLEDGE)
+    by_clip = sorted(found.hits, key=lambda hit: hit.base_rank)
+    assert [hit.base_rank for hit in by_clip] == list(range(8)) or top_k == PHOTOS
+    assert len(found.hits) == 8 and {hit.path for hit in found.hits} <= set(left)
+    if top_k < 8:  # others took their places
+        assert [hit.path for hit in by_clip] == left[:8]
+    assert found.skipped == dict.fromkeys(gone, "gone since it was indexed")
+    for path in left:
+        path.unlink()
+    with pytest.raises(AmpError, match=f"{photos}: holds none of the {PHOTOS} photos of the index .* add --photos"):
+        search.search(QUERY, knowledge=KNOWLEDGE)
+
+
+@torch.no_grad()
+def naive_base(model, preprocess, root):
+    """Every photo's path and cosine by the frozen CLIP."""
+    text = model.encode_text(model.tokenizer([QUERY]))
+    for path in sorted(root.rglob("photo *.png")):
+        image = preprocess(Image.open(path).convert("RGB"))[None]
+        yield path, float(F.cosine_similarity(model.encode_image(image), text))
+
+
+def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkeypatch):
+    """The index folder as `kill -9` leaves it after 8 photos is copied while the update runs."""
+    monkeypatch.setattr(photo_index, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(photo_index, "SAVE_SHARE", 0.0)
+    model, preprocess = build(clip_folder)
+    killed = tmp_path / "killed"
+
+    def stop(done, total):
+        if done == 12:
+            (tmp_path / "index" / ".features-0.npy.tmp").write_bytes(b"half a file")
+            shutil.copytree(tmp_path / "index", killed)
+
+    whole = amp.Retriever(model, preprocess, tmp_path / "index", batch_size=4)
+    whole.update(photos, workers=0, progress=stop)
+    search = amp.Retriever(model, preprocess, killed, batch_size=4)
+    assert (len(search.index), search.index.pending) == (8, PHOTOS - 8)
+    assert len(search.search(QUERY, count=50).hits) == 8
+    update = search.update(photos, workers=0)
+    assert (update.photos, update.encoded, search.index.pending) == (PHOTOS, PHOTOS - 8, 0)
+    assert search.index.names == whole.index.names
+    np.testing.assert_allclose(search.index.features, whole.index.features, atol=1e-6)
+    assert not list(killed.glob(".*.tmp"))
+
+
+def test_an_interrupted_update_keeps_all_it_has_encoded(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index", batch_size=5)
+
+    def stop(done, total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search.update(photos, workers=0, progress=stop)
+    assert search.update(photos, workers=0).encoded == PHOTOS - 10
+
+
+def test_one_process_updates_an_index_and_others_search_it(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search.update(photos, workers=0)
+    _draw(50).save(photos / "new.png")
+    seen = []
+
+    def meanwhile(done, total):
+        with pytest.raises(AmpError, match="another process is updating this index; wait"):
+            search.update(photos, workers=0)
+        seen.append(len(amp.Retriever(model, preprocess, tmp_path / "index").search(QUERY, count=50).hits))
+
+    search.update(photos, workers=0, progress=meanwhile)
+    assert seen == [PHOTOS]
+
+
+@pytest.mark.parametrize("move", ["copied", "renamed", "into a folder above", "with the index"])
+def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_path, move):
+    model, preprocess = build(clip_folder)
+    index = tmp_path / "index"
+    amp.Retriever(model, preprocess, index).update(photos, workers=0)
+    before = amp.Retriever(model, preprocess, index).search(QUERY, count=PHOTOS)
+    root = tmp_path / "moved" / "photos"
+    if move == "copied":
+        shutil.copytree(photos, root, copy_function=shutil.copyfile)  # with new times
+        shutil.rmtree(photos)
+    elif move == "renamed":
+        root = photos
+        (photos / "below").rename(photos / "other")
+        (photos / "photo 01.png").rename(photos / "Ünï.png")
+    elif move == "with the index":
+        root.parent.mkdir()
+        photos.rename(root)
+        index = index.rename(tmp_path / "moved" / "index")
+        assert len(amp.Retriever(model, preprocess, index).search(QUERY, count=PHOTOS).hits) == PHOTOS
+    else:
+        root = root.parent
+        root.mkdir()
+        photos.rename(root / "photos")
+    search = amp.Retriever(model, preprocess, index)
+    update = search.update(root, workers=0)
+    assert (update.photos, update.encoded, update.removed) == (PHOTOS, 0, 0)
+    after = search.search(QUERY, count=PHOTOS)
+    assert [hit.score for hit in after.hits] == [hit.score for hit in before.hits]
+    assert search.update(root, workers=0).encoded == 0
+
+
+def test_a_changed_photo_is_encoded_though_another_has_its_name_and_time(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search.update(photos, workers=0)
+    old, new = photos / "photo 01.png", photos / "photo 02.png"
+    old.unlink()
+    new.rename(old)  # keeps its own size and time
+    update = search.update(photos, workers=0)
+    assert (update.photos, update.encoded, update.removed) == (PHOTOS - 1, 0, 1)
+    row = search.index.features[search.index.names.index("photo 01.png")]
+    with torch.no_grad():
+        expected = model.encode_image(preprocess(Image.open(old).convert("RGB"))[None])[0]
+    np.testing.assert_allclose(row / np.linalg.norm(row), expected / expected.norm(), atol=1e-5)
+
+
+def test_an_index_of_version_1_keeps_the_features_of_its_jpegs(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    _draw(60).save(photos / "a.jpg")
+    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search.update(photos, workers=0)
+    path = tmp_path / "index" / "index.json"
+    content = json.loads(path.read_text())
+    content |= {"version": 1, "skipped": {}, "photos": [entry[:3] for entry in content["photos"]]}
+    del content["beside"], content["pending"]
+    path.write_text(json.dumps(content))
+    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    assert len(search.search(QUERY, count=50).hits) == PHOTOS + 1
+    assert search.update(photos, workers=0).encoded == PHOTOS  # the PNG files, some of which version 1 saw wrongly
+    assert json.loads(path.read_text())["version"] == 2
+    path.write_text(json.dumps(content | {"version": 3}))
+    with pytest.raises(AmpError, match=r"photo index' 3, expected .* 1 to 2; update open-clip-amp"):
+        PhotoIndex(tmp_path / "index")
+
+
+# -- the walk through the folder --------------------------------------------------------------------------------------
+
+
+def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    (photos / "phone.heic").write_bytes(b"x")
+    (photos / "scan.JP2").write_bytes(b"x")
+    (photos / ".thumbnails").mkdir()
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    _draw(70).save(tmp_path / "elsewhere" / "deep" / "linked.png")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    (photos / "a link").symlink_to(tmp_path / "elsewhere")
+    (photos / "again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (photos / "up").symlink_to(tmp_path)
+    (photos / "disk").symlink_to(tmp_path / "not attached")
+    update = amp.Retriever(model, preprocess, tmp_path / "index").update(photos, workers=0)
+    assert (update.photos, update.hidden, update.others) == (PHOTOS + 1, 2, 1)
+    assert "a link/deep/linked.png" in PhotoIndex(tmp_path / "index").names
+    twice = "a folder that is read already under another name"
+    assert update.skipped.pop("phone.heic", "pillow-heif") and "JPEG 2000" in update.skipped.pop("scan.JP2")
+    assert update.skipped == {
+        "again": twice,
+        "a link/back": twice,
+        "up": "a link to a folder that holds this one",
+        "disk": "a link whose target is not there",
+    }
+
+
+@pytest.mark.parametrize("closed", ["below", "."])
+def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch, closed):
+    """Tests run as root, whom no permission stops: the call that opens a folder is replaced."""
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search.update(photos, workers=0)
+    names, scandir = set(search.index.names), os.scandir
+
+    def refuse(path="."):
+        if Path(path) == photos / closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    (photos / "photo 01.png").unlink()
+    monkeypatch.setattr(os, "scandir", refuse)
+    if closed == ".":
+        with pytest.raises(AmpError, match=r"can't be opened \(Permission denied\)"):
+            search.update(photos, workers=0)
+        assert set(search.index.names) == names
+        return
+    update = search.update(photos, workers=0)
+    assert update.skipped == {"below": "a folder that can't be opened (Permission denied)"}
+    assert (update.encoded, update.removed) == (0, 1)
+    assert set(search.index.names) == names - {"photo 01.png"}
 
 
 def test_refusals(clip_folder, photos, tmp_path):
     model, preprocess = build(clip_folder)
     index = tmp_path / "index"
     search = amp.Retriever(model, preprocess, index)
-    with pytest.raises(AmpError, match=r"index.json: can't be read .*, expected an index; make it with python -m"):
+    with pytest.raises(
+        AmpError, match=r"index.json: can't be read .*, expected an index; make it with amp search --index"
+    ):
         search.search(QUERY)
     (tmp_path / "empty").mkdir()
     for folder, message in (
@@ -163,9 +369,12 @@ def test_refusals(clip_folder, photos, tmp_path):
         search.search("  ")
     with pytest.raises(AmpError, match="count is 0"):
         search.search(QUERY, count=0)
-    with pytest.raises(AmpError, match="as another model or transform sees it"):
-        search.update(tmp_path, workers=0)
+    (tmp_path / "empty" / "photo 01.png").write_bytes(b"another file of the same name")
+    with pytest.raises(AmpError, match=f"holds {PHOTOS} photos of {photos}, of which 0 are in {tmp_path}/empty"):
+        search.update(tmp_path / "empty", workers=0)
     model.backbone.clip.visual.proj.data += 1
+    with pytest.raises(AmpError, match="as another model or transform sees it"):
+        search.update(photos, workers=0)
     with pytest.raises(AmpError, match="was made by a model of weights"):
         amp.Retriever(model, preprocess, index).search(QUERY)
     content = json.loads((index / "index.json").read_text())
@@ -187,6 +396,35 @@ def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path)
         amp.Retriever(model, preprocess, tmp_path / "index").search(QUERY)
 
 
+def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, photos, tmp_path, monkeypatch, capsys):
+    """With rules and an adapter; tests run as root, so the calls that write are replaced."""
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    model, preprocess = build(clip_folder)
+    save_adapter(tmp_path / "adapter.safetensors", model)
+    index = tmp_path / "index"
+    amp.Retriever(model, preprocess, index).update(photos, workers=0)
+    before = {path: path.stat().st_mtime_ns for path in (index, *index.iterdir())}
+
+    def read_only(function):
+        def call(path, *arguments, **options):
+            if Path(path).is_relative_to(index):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "mkdir", read_only(os.mkdir))
+    monkeypatch.setattr("amp.generation.cache.open_log", read_only(open_log))
+    monkeypatch.setattr("amp.files.open_log", read_only(open_log))
+    options = ["--index", str(index), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]
+    command.main([*options, "--count", "3", "A dog chases a red ball"])
+    assert "<dog, chases, ball>" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (index, *index.iterdir())}
+    with pytest.raises(SystemExit):
+        command.main([*options, "--photos", str(photos)])
+    assert f"{index}: can't be written (Read-only file system), expected a folder" in capsys.readouterr().err
+
+
 def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys):
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
     model, _ = build(clip_folder)
@@ -195,7 +433,9 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     with pytest.MonkeyPatch.context() as without:
         without.setattr("amp.generation.query.KnowledgeGenerator", None)  # an index needs none
         command.main([*options, "--photos", str(photos)])
-    assert f"{PHOTOS} photos in" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{PHOTOS} photos in {tmp_path / 'index'}: {PHOTOS} encoded, 0 kept, 0 removed" in told
+    assert "left out: 1 hidden files and folders, 1 files that are no photos" in told
     command.main([*options, "--sheet", str(tmp_path / "found.png"), "--count", "7", "A dog chases a red ball"])
     out = capsys.readouterr().out
     assert "<dog, chases, ball>" in out and "CLIP's rank" in out
@@ -209,12 +449,32 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     assert len(lines) >= 3 and lines[0].split()[:1] == ["1"]
 
 
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_lines_are_not_wrapped_and_the_suffix_decides_the_sheets_format(photos, tmp_path, capsys, suffix, kind):
+    path = photos / "photo 01.png"
+    gone = {photos / f"photo {number}.png": "gone since it was indexed" for number in range(20, 27)}
+    found = Found(QUERY, LONG, [Hit(path, 0.5, 0.4, 2)], gone)
+    sheet = tmp_path / f"found.{suffix}"
+    command.show(PlainConsole(), found, str(sheet))
+    listed = ", ".join(str(path) for path in list(gone)[:5])
+    assert capsys.readouterr().out.splitlines() == [
+        f"<dog, chases, ball>  {LONG.states[0]}",
+        "rank  score  CLIP's rank and score  photo",
+        f"   1  0.500            3      0.400  {path}",
+        f"skipped 7, gone since it was indexed: {listed}, ...",
+        f"{sheet} written",
+    ]
+    with Image.open(sheet) as image:
+        assert image.format == kind
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a dog"], "index is empty"),
         (["--index", "x"], "neither query nor photos"),
         (["--index", "x", "a dog"], "adapter and model are both missing"),
+        (["--index", "x", "--sheet", "y.doc", "a dog"], "y.doc: the suffix is '.doc', expected one of .png, .jpg"),
     ],
 )
 def test_the_command_refuses(arguments, message, capsys):

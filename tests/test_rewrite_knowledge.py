@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
-from rich.console import Console
 
 from amp.data import rewrite
 from amp.data.rewrite import RewriteError, rewrite_knowledge
 from amp.data.shards import ShardManifest, ShardReader
 from amp.data.sources import SourceFormatError, load_captions
 from amp.data.writer import make_shards
+from amp.terminal import PlainConsole
 
-QUIET = Console(quiet=True)
+QUIET = PlainConsole(quiet=True)
 
 
 def new_knowledge(dataset: dict, path: Path, leave_out: int = 0, word: str = "new") -> Path:
@@ -130,7 +130,7 @@ def test_make_shards_rewrites_what_was_rewritten(shards, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from rich.console import Console
+from amp.terminal import PlainConsole
 from amp.data import rewrite
 rewrite_one = rewrite._rewrite
 def slow(job):
@@ -138,7 +138,7 @@ def slow(job):
     time.sleep(0.03)
     return rewrite_one(job)
 rewrite._rewrite = slow
-rewrite.rewrite_knowledge(*sys.argv[1:3], console=Console(quiet=True))
+rewrite.rewrite_knowledge(*sys.argv[1:3], console=PlainConsole(quiet=True))
 """
 
 
@@ -269,4 +269,4 @@ def test_command_line(shards, tmp_path):
     assert process.returncode == 0 and "manifest.json written" in process.stdout, process.stderr
     process = run(tmp_path / "none.jsonl")
     assert process.returncode == 2
-    assert process.stderr.startswith("error: ") and "none.jsonl: can't be read" in process.stderr
+    assert ": error: " in process.stderr and "none.jsonl: can't be read" in process.stderr

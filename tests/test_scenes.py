@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from amp.errors import AmpError
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools" / "scenes"
 sys.path.insert(0, str(TOOLS))
@@ -187,9 +189,9 @@ def test_contact_sheet_and_bad_arguments(tmp_path):
     make_scenes.make_scenes(sheet=tmp_path / "sheet.png", sheet_scenes=5)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 4 * 200 and sheet.height > 2 * 200
-    with pytest.raises(SystemExit, match="nothing to do"):
+    with pytest.raises(AmpError, match="nothing to do"):
         make_scenes.make_scenes()
-    with pytest.raises(SystemExit, match="--test is -1, expected 0 or more"):
+    with pytest.raises(AmpError, match="--test is -1, expected 0 or more"):
         make_scenes.make_scenes(out=tmp_path, test=-1)
 
 

@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from amp.data.image_file import Resize, UnreadableImageError, read_image, read_l
 from amp.data.shards import ShardFormatError, ShardInfo, ShardManifest, ShardReader
 from amp.data.writer import make_shards
 from amp.errors import AmpError
+from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).parents[1]
 FLICKR8K = ROOT.parent / "shared" / "data" / "flickr8k"
@@ -94,6 +97,28 @@ def everything(manifest, split):
 
 
 # Writing and reading back
+
+
+@pytest.mark.parametrize(("on_disk", "in_files"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_match_in_composed_and_decomposed_unicode(data, on_disk, in_files):
+    """macOS decomposes the names of files; captions, knowledge and lists mostly compose them."""
+    folder, first, second = "Straßenfest Zürich", "é 강아지.jpg", "が.png"
+    for n, name in enumerate((first, second)):
+        photo(data.images / unicodedata.normalize(on_disk, f"{folder}/{name}"), n)
+    paths = [unicodedata.normalize(in_files, f"{folder}/{name}") for name in (first, second)]
+    other = unicodedata.normalize(on_disk, paths[0])  # one photo, spelt in two ways
+    rows = [(paths[0], "A man runs"), (other, "A dog sleeps"), (paths[1], "A cat jumps")]
+    data.rows = [{"image": image, "caption": caption, "split": "train"} for image, caption in rows]
+    data.know(other, "A man runs", "He leans forward")
+    manifest = data.make()
+    samples = everything(manifest, "train")
+    assert not any(manifest.skipped.values())
+    assert sorted(len(record["captions"]) for _, record in samples.values()) == [1, 2]
+    assert manifest.captions_without_knowledge == {"train": 2}
+    names = data.root / "names.txt"
+    names.write_text(other)
+    samples = everything(data.make(exclude_images=str(names)), "train")
+    assert [record["captions"][0]["text"] for _, record in samples.values()] == ["A cat jumps"]
 
 
 def test_round_trip(data):
@@ -679,7 +704,7 @@ def test_command_line(ten):
     options = ["--captions", ten.root / "captions.jsonl", "--images", ten.images, "--out", ten.root / "cli"]
     done = command_line(*options, "--samples_per_shard", 4, "--splits", "train", "test", "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert "10/10" in done.stderr or "11/11" in done.stderr
+    assert re.search(r"writing 4 shards: (10 of 10|11 of 11) images, .* took ", done.stderr)
     assert "manifest.json written" in done.stdout.replace("\n", "")
     expected = {name: sha for name, (_, sha) in ten.tars().items()}
     ten.out = ten.root / "cli"
@@ -691,7 +716,7 @@ def test_command_line_errors_are_one_line(tmp_path):
     options = ["--captions", tmp_path / "no.json", "--images", tmp_path, "--out", tmp_path / "out"]
     done = command_line(*options)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
+    assert [done.stderr.rstrip().partition(": ")[2]] == [
         f"error: {tmp_path / 'no.json'}: can't be read (No such file or directory); expected a file; check the path"
     ]
     done = command_line(*options, "--sample_per_shard", 3)
@@ -881,7 +906,7 @@ def test_reader_survives_a_fork_and_pickling(many):
 def test_manifest_of_a_folder_without_one(tmp_path):
     with pytest.raises(ShardFormatError, match="nowhere: no such folder"):
         ShardManifest.load(tmp_path / "nowhere")
-    with pytest.raises(ShardFormatError, match=r"manifest.json: no such file; .*tools/make_shards.py"):
+    with pytest.raises(ShardFormatError, match=r"manifest.json: no such file; .*amp make_shards"):
         ShardManifest.load(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ShardFormatError, match="can't be read as JSON"):
@@ -980,3 +1005,47 @@ def test_flickr8k_sample(tmp_path):
                 assert (caption["id"], caption["text"]) == (sentence["sentid"], sentence["raw"].strip())
                 assert caption["triplets"] == known[sentence["sentid"]]["triplets"]
                 assert caption["states"] == known[sentence["sentid"]]["states"]
+
+
+# What the user is told
+
+
+def told(data, **options):
+    """What a conversion prints."""
+    shown = io.StringIO()
+    manifest = data.make(console=PlainConsole(file=shown, width=80), **options)
+    return manifest, shown.getvalue()
+
+
+def test_splits_that_training_would_miss_are_told_at_conversion(data):
+    for n, split in enumerate(("Validation", "fold1", "TEST")):
+        data.add(f"{n}.jpg", split)
+    manifest, shown = told(data)
+    assert list(manifest.splits) == ["val", "fold1", "test"]
+    assert "splits stored: 'Validation' as 'val', 'TEST' as 'test'\n" in shown
+    assert "no split 'train' in it; splits seen: val, fold1, test; that is enough for an evaluation; to train" in shown
+    data.out = data.root / "some"
+    assert list(told(data, splits=["Testing", "dev"])[0].splits) == ["val", "test"]
+    data.add("3.jpg", "training")
+    data.out = data.root / "more"
+    manifest, shown = told(data)
+    assert "no split 'train'" not in shown and "train" in manifest.splits
+
+
+def test_texts_longer_than_clip_reads_are_counted(data):
+    data.add("0.jpg", captions=("A dog", "A dog " + "and a cat " * 40))
+    data.add("1.jpg", captions=("A cat",))
+    assert "longer than" in (shown := told(data)[1])
+    assert "at least 1 of 3 captions are longer than the 77 tokens that CLIP reads" in shown
+    triplet = {"subject": "dog", "action": "runs", "object": ""}
+    long, short = "It is in the air and " * 20, "It is in the air"
+    data.knowledge = [
+        {"image": "0.jpg", "caption": "A dog", "triplets": [triplet] * 2, "states": [long, short]},
+        {"image": "1.jpg", "caption": "A cat", "triplets": [triplet], "states": [long]},
+    ]
+    assert "at least 1 of 3 captions and 2 of 3 states are longer than" in told(data)[1]
+    data.rows[1]["caption"] = "A dog again"
+    assert "at least 2 of 3 states are longer than" in told(data)[1]
+    data.knowledge = data.knowledge[1:]
+    data.knowledge[0]["states"] = [short]
+    assert "longer than" not in told(data)[1]

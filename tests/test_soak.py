@@ -101,12 +101,14 @@ def test_trends_by_hand():
 
 def test_garbage_does_not_wait_for_old_objects():
     """A run's cycles are collected though the process holds many more objects, which count again afterwards."""
-    old = [[] for _ in range(600_000)]
+    first, second, third = gc.get_threshold()
+    enough = int(1.3 * (first + 1) * (second + 1) * (third + 1))  # new objects until Python may look at all of them
+    old = [[] for _ in range(5 * enough)]  # the new ones are not a quarter of these: next to them they wouldn't count
     gc.collect()
     with pytest.raises(KeyboardInterrupt), frozen_heap():
         assert gc.get_freeze_count() > len(old)
         before, new = gc.get_stats()[2]["collections"], []
-        for _ in range(110_000):  # not a quarter of the old ones: beside them they would be too few to look
+        for _ in range(enough):
             new.append([])
         assert gc.get_stats()[2]["collections"] > before
         raise KeyboardInterrupt

@@ -113,12 +113,13 @@ def test_karpathy_gaps_are_counted_and_left_out(tmp_path):
     ("content", "words"),
     [
         ([], "expected a JSON object"),
+        ([{"image": "a.jpg", "caption": ["A", "B"]}], "a list of objects with the keys 'image, caption'.*JSONL"),
         ({"image": []}, "key 'images' is missing; keys seen: 'image'"),
         ({"images": {}}, "'images' is {}; expected a list"),
         ({"images": [], "annotations": []}, "COCO's own annotation file"),
         ({"images": ["a.jpg"]}, r"images\[0\]: 'a.jpg'; expected a JSON object"),
         ({"images": [{"file_name": "a.jpg"}]}, r"images\[0\]: key 'filename' is missing; keys seen: 'file_name'"),
-        ({"images": [karpathy_image(filename=None)]}, "'filename' is None; expected a string"),
+        ({"images": [karpathy_image(filename=3)]}, "'filename' is 3; expected a string"),
         ({"images": [karpathy_image(split="a/b")]}, "'split' is 'a/b'"),
         ({"images": [karpathy_image(split=None)]}, "'split' is None"),
         ({"images": [karpathy_image(sentences="A man")]}, "'sentences' is 'A man'; expected a list"),
@@ -144,6 +145,17 @@ def test_karpathy_cut_short_is_named_with_its_line(tmp_path):
     path = tmp_path / "dataset.json"
     path.write_text('{"images":\n [{"filename": "a.jpg"')
     with pytest.raises(SourceFormatError, match="line 2: not valid JSON"):
+        load_captions(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [("image,caption\na.jpg,A man\n", "--format csv"), ('{"image": 1}\n{"image": 2}\n', "--format jsonl")],
+)
+def test_a_table_named_json_gets_the_option_that_reads_it(tmp_path, text, advice):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    with pytest.raises(SourceFormatError, match=f"not valid JSON.*{advice}"):
         load_captions(path)
 
 
@@ -199,6 +211,107 @@ def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
     assert flat(load_captions(path).images) == [("a.jpg", "train", ["A man"]), ("b.jpg", "train", ["A dog"])]
 
 
+# Files as people have them, all with the same three captions: name, content, what is said of it.
+_HATS = "Zwei H\u00fcte; grau"
+_TABLE = [("a.jpg", "A man, running"), ("s/b.jpg", _HATS), ("a.jpg", "A dog")]
+_COMMAS = f'a.jpg,"A man, running"\ns/b.jpg,{_HATS}\na.jpg,A dog\n'
+_SEMICOLONS = f'image;caption\na.jpg;A man, running\ns/b.jpg;"{_HATS}"\na.jpg;A dog\n'
+_TABS = f"a.jpg\tA man, running\ns/b.jpg\t{_HATS}\na.jpg\tA dog\n"
+FILES = {
+    "semicolons": ("c.csv", _SEMICOLONS, "columns separated by semicolons"),
+    "Excel's first line": ("c.csv", "sep=;\n" + _SEMICOLONS, "columns separated by semicolons"),
+    "tabs": ("c.csv", "image\tcaption\n" + _TABS, "columns separated by tabs"),
+    "a tsv": ("c.tsv", "image\tcaption\n" + _TABS, ""),
+    "open_clip's": ("c.csv", "filepath\ttitle\n" + _TABS, "tabs, image from 'filepath', caption from 'title'"),
+    "Flickr30k's": (
+        "results.csv",
+        "image_name| comment_number| comment\n" + "".join(f"{image}| 0| {text}\n" for image, text in _TABLE),
+        "separated by '|', image from 'image_name', caption from 'comment'",
+    ),
+    "Flickr8k's": ("captions.txt", "image,caption\n" + _COMMAS, ""),
+    "capitals": ("c.csv", "Image,CAPTION\n" + _COMMAS, ""),
+    "other names": ("c.csv", "File Name,Text\n" + _COMMAS, "image from 'File Name', caption from 'Text'"),
+    "spaces": ("c.csv", " image , caption \n" + _COMMAS.replace("jpg,", "jpg, "), ""),
+    "empty columns": ("c.csv", "image,caption,,\n" + _COMMAS.replace("\n", ",,\n"), ""),
+    "empty rows": ("c.csv", "\n\nimage,caption\n" + _COMMAS.replace("\n", "\n,\n"), ""),
+    "pandas' index": ("c.csv", ",image,caption\n0," + _COMMAS[:-1].replace("\n", "\n1,"), ""),
+    "texts of other kinds": ("c.csv", "path,text,image,caption\nx,y," + _COMMAS[:-1].replace("\n", "\nx,y,"), ""),
+    "JSON's other names": (
+        "c.jsonl",
+        "".join(json.dumps({"file_name": image, "text": text}) + "\n" for image, text in _TABLE),
+        "image from 'file_name', caption from 'text'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_captions_as_people_have_them(tmp_path, name, encoding):
+    """Separators, names of columns and Excel's habits; each also as Excel's "Unicode text", which is UTF-16."""
+    file, text, note = FILES[name]
+    path = tmp_path / file
+    path.write_bytes(text.encode(encoding))
+    source = load_captions(path)
+    assert flat(source.images) == [
+        ("a.jpg", "train", ["A man, running", "A dog"]),
+        ("s/b.jpg", "train", [_HATS]),
+    ]
+    assert [caption.id for caption in source.images[0].captions] == [0, 2] and source.skipped == []
+    assert note in " ".join(source.notes) and len(source.notes) == bool(note)
+
+
+@pytest.mark.parametrize("ends", ["\r", "\r\n"])
+def test_line_ends_of_other_systems(tmp_path, ends):
+    path = tmp_path / "c.csv"
+    path.write_bytes(f"image,caption{ends}a.jpg,A man{ends}{ends}b.jpg,A dog{ends}".encode())
+    assert flat(load_captions(path).images) == [("a.jpg", "train", ["A man"]), ("b.jpg", "train", ["A dog"])]
+
+
+def test_an_empty_cell_is_skipped_in_every_format(tmp_path):
+    """ "", JSON's null, pandas' NaN, a line that ends early."""
+    csv_file, jsonl, nan = tmp_path / "c.csv", tmp_path / "c.jsonl", tmp_path / "nan.jsonl"
+    csv_file.write_text("split,image,caption\n,a.jpg,\n,,Lost\n,b.jpg,Kept\n,b.jpg\n")
+    jsonl.write_text(
+        '{"image": "a.jpg", "caption": null}\n{"image": null, "caption": "Lost"}\n'
+        '{"image": "b.jpg", "caption": "Kept", "split": null}\n{"image": "b.jpg", "caption": null}\n'
+    )
+    nan.write_text(jsonl.read_text().replace("null", "NaN"))
+    whole = karpathy_image(2, captions=("Kept", None), filename="b.jpg")
+    karpathy = write_karpathy(
+        tmp_path, karpathy_image(1, captions=(None,), filename="a.jpg"), karpathy_image(3, filename=None), whole
+    )
+    for path in (csv_file, jsonl, nan, karpathy):
+        source = load_captions(path)
+        assert flat(source.images) == [("b.jpg", "train", ["Kept"])], path
+        assert sorted(kinds(source)) == [
+            "caption_without_image",
+            "empty_caption",
+            "empty_caption",
+            "image_without_caption",
+        ], path
+
+
+def test_splits_are_stored_by_their_usual_names(tmp_path):
+    names = {"Train": "train", "validation": "val", "TEST": "test", "fold1": "fold1", " train ": "train"}
+    rows = [{"image": f"{i}.jpg", "caption": "A man", "split": name} for i, name in enumerate(names)]
+    images = [karpathy_image(i, name) for i, name in enumerate(names) if name == name.strip()]
+    for path in (write_csv(tmp_path, rows), write_jsonl(tmp_path, rows), write_karpathy(tmp_path, *images)):
+        source = load_captions(path)
+        assert [image.split for image in source.images] == list(names.values())[: len(source.images)]
+        assert source.notes == [f"{path}: splits stored: 'Train' as 'train', 'validation' as 'val', 'TEST' as 'test'"]
+    default = load_captions(write_jsonl(tmp_path, [{"image": "a.jpg", "caption": "A"}]), default_split="Dev")
+    assert default.images[0].split == "val"
+
+
+def test_one_image_may_name_its_split_in_two_cases_but_not_by_two_names(tmp_path):
+    rows = [{"image": "a.jpg", "caption": "A", "split": "Train"}, {"image": "a.jpg", "caption": "B", "split": "train"}]
+    assert load_captions(write_jsonl(tmp_path, rows)).images[0].split == "train"
+    rows[1] = {"image": "b.jpg", "caption": "B", "split": "val"}
+    rows[0]["split"] = "dev"
+    with pytest.raises(SourceFormatError, match="line 2: 'split' is 'val', and above it is 'dev'; both would be"):
+        load_captions(write_jsonl(tmp_path, rows))
+
+
 def test_rows_without_caption_or_image_are_counted(tmp_path):
     rows = [{"image": "a.jpg", "caption": ""}, {"image": "", "caption": "Lost"}, {"image": "b.jpg", "caption": "Kept"}]
     for path in (write_csv(tmp_path, rows), write_jsonl(tmp_path, rows)):
@@ -223,10 +336,26 @@ def test_paths_are_normalised_so_that_one_file_is_one_image(tmp_path):
     ("text", "words"),
     [
         ("", "empty"),
-        ("file,caption\na.jpg,A man\n", "line 1: the header is 'file,caption'; expected the columns image, caption"),
-        ("image,caption,caption\n", "line 1: the header"),
+        (
+            "id,caption\n1,A man\n",
+            "line 1: the header has 2 columns separated by commas; column 'image' is missing; "
+            "columns seen: 'id, caption'; expected 'image' or one of filepath",
+        ),
+        ("id;url;caption\n1;x;A, man\n", "3 columns separated by semicolons; column 'image' is missing"),
+        ("image,caption,caption\n", "the columns 'caption' and 'caption' could each hold the caption"),
+        ("image,title,text\n", "the columns 'title' and 'text' could each hold the caption; expected one; rename"),
+        ("image\n", "the header has one column; column 'caption' is missing"),
+        ("a.jpg,A man\nb.jpg,A dog\n", "names an image, so the header is missing; .*such as image,caption"),
+        ("a.jpg\tA man\n", "names an image, so the header is missing"),
+        ("a.jpg#0\tA man\na.jpg#1\tA dog\n", "Flickr's token file"),
+        ('{"image": "a.jpg", "caption": "A man"}\n', "is JSON, not a header; give --format jsonl"),
+        ("image,caption,,\na.jpg,A man, running,\n", "line 2: 4 fields.*quotes around a caption"),
+        ("image,caption,,split\na.jpg,A man, running,train\n", "line 2: 4 fields.*quotes around a caption"),
+        ("image,caption,split,x\na.jpg,A man,running\n", "line 2: 3 fields.*expected 4"),
+        ("image;caption\na.jpg;A man; running\n", r"line 2: 3 fields.*expected 2 \(image, caption\) separated by semi"),
+        ('raw,filename\n"[""A man"", ""A dog""]",a.jpg\n', "line 2: the caption is .*, a list; expected a text"),
         ("image,caption\na.jpg,A man, running\n", "line 2: 3 fields"),
-        ("image,caption\na.jpg\n", "line 2: 1 fields"),
+        ("image,caption\na.jpg\n", "no image with a caption.*skipped, first: .*line 2: 'caption' is empty"),
         ('image,caption\na.jpg,A man\nb.jpg,"A dog\nc.jpg,A cat\n', "line 3: not valid CSV"),
         ('image,caption\nb.jpg,"A" dog\n', "line 2: not valid CSV"),
         ("image,caption,split\na.jpg,A man,../x\n", "line 2: 'split' is '../x'"),
@@ -256,7 +385,13 @@ def test_csv_lines_are_counted_through_quoted_line_breaks(tmp_path):
         ('{"image": "b.jpg", "caption": "cut', r"line 3: not valid JSON \(.*\); line seen: .*cut"),
         ('["b.jpg", "A dog"]', "line 3: .*expected a JSON object"),
         ('{"image": "b.jpg"}', "line 3: key 'caption' is missing; keys seen: 'image'"),
-        ('{"image": "b.jpg", "caption": ["A dog"]}', r"line 3: 'caption' is \['A dog'\]; expected a string"),
+        ('{"image": "b.jpg", "caption": ["A dog"]}', r"line 3: 'caption' is \['A dog'\].*write one object per caption"),
+        (
+            '{"image": "b.jpg", "captions": ["A", "B"]}',
+            "line 3: .*'captions' holds a list; write one object per caption",
+        ),
+        ('{"image": "b.jpg", "text": "A", "title": "B"}', "line 3: the keys 'text' and 'title' could each hold"),
+        ('{"image": "b.jpg", "caption": "A dog", "split": ["val"]}', r"line 3: 'split' is \['val'\]"),
         ('{"image": 3, "caption": "A dog"}', "line 3: 'image' is 3; expected a string"),
         ('{"image": "b.jpg", "caption": "A dog", "split": 3}', "line 3: 'split' is 3"),
     ],
@@ -281,9 +416,9 @@ def test_images_outside_the_folder_are_refused(tmp_path, name):
 
 
 def test_the_format_must_be_known(tmp_path):
-    path = tmp_path / "captions.txt"
+    path = tmp_path / "captions.dat"
     path.write_text("image,caption\na.jpg,A man\n")
-    with pytest.raises(SourceFormatError, match=r"suffix '.txt' doesn't tell.*--format"):
+    with pytest.raises(SourceFormatError, match=r"suffix '.dat' doesn't tell.*--format"):
         load_captions(path)
     with pytest.raises(SourceFormatError, match="expected one of auto, karpathy, csv, jsonl"):
         load_captions(path, format="xml")
@@ -299,8 +434,28 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(SourceFormatError, match="line 2: not UTF-8"):
         load_captions(latin)
     (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))
-    with pytest.raises(SourceFormatError, match="not UTF-8"):
+    with pytest.raises(SourceFormatError, match="no image with a caption"):
         load_captions(tmp_path / "utf16.json")
+
+
+FOREIGN_FILES = {
+    "a ZIP archive or a spreadsheet": b"PK\x03\x04\x14\0",
+    "an old Excel file": b"\xd0\xcf\x11\xe0\xa1\xb1",
+    "a Parquet file": b"PAR1\x15\x04",
+    "compressed with gzip": b"\x1f\x8b\x08\0",
+    "a tar archive": b"a.jpg".ljust(257, b"\0") + b"ustar\x0000",
+    "a web page": b"<!DOCTYPE html><html>404</html>",
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN_FILES)
+def test_files_that_are_no_captions_file_are_named_for_what_they_are(tmp_path, what):
+    """Whatever their suffix says."""
+    for suffix in (".csv", ".json", ".jsonl", ".unknown"):
+        path = tmp_path / f"captions{suffix}"
+        path.write_bytes(FOREIGN_FILES[what])
+        with pytest.raises(SourceFormatError, match=f"{path}: this is {what}.*expected a"):
+            load_captions(path)
 
 
 # Knowledge

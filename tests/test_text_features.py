@@ -5,13 +5,15 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import make_clip
 
 from amp.backbone import Backbone, make_backbone
-from amp.data.text_features import TextFeatureStore, encode_texts, text_keys
+from amp.data.text_features import TextFeatureStore, cut_texts, encode_texts, text_keys
 from amp.errors import AmpError
+from amp.knowledge.text import surely_cut
 
 TEXTS = ["a dog", "a dog runs", "", "two cats, asleep", "un chien naïf 🐕", "a dog "]
 
@@ -193,3 +195,26 @@ def test_ranks_share_the_work_and_report_it(tmp_path, backbone, tokenizer):
     stores[0].refresh()
     assert stores[0].missing(texts) == [] and len(stores[0]) == 11
     assert [done for done in progress if done[0] == done[1]] == [(4, 4), (4, 4), (3, 3)]
+
+
+def test_cut_texts_are_those_that_have_too_many_tokens():
+    """With CLIP's tokenizer; the count by words, which needs none, never claims more."""
+    tokenizer = open_clip.SimpleTokenizer()
+    words = ["dog", "don't", "1984", "...", "straße", "a_b", "&amp;", "o'clock", "½", "DON'T", "犬", "skateboarder's"]
+    texts = ["", "dog " * 74, "dog " * 75, "dog " * 76, "犬" * 60]
+    texts += [" ".join(words[(i * j) % len(words)] for j in range(20 + i)) for i in range(40)]
+    long = [len(tokenizer.encode(text)) + 2 > 77 for text in texts]
+    assert cut_texts(texts, tokenizer, 77) == sum(long) and [cut_texts([text], tokenizer, 77) for text in texts] == long
+    by_words = [surely_cut(text) for text in texts]
+    assert long[1:5] == [False, False, True, True] and by_words[1:5] == [False, False, True, False]
+    assert all(exact for exact, found in zip(long, by_words, strict=True) if found) and sum(by_words) > 5
+
+
+def test_a_tokenizer_whose_cuts_cannot_be_seen_is_refused():
+    def fills(texts, context_length):  # a mark of the end in the last place, whatever the text
+        rows = torch.zeros(len(texts), context_length, dtype=torch.long)
+        rows[:, -1] = 1
+        return rows
+
+    with pytest.raises(AmpError, match="can't be counted"):
+        cut_texts(["a"], fills, 8)

@@ -170,4 +170,4 @@ def test_a_missing_file_is_one_line(world, capsys):
     with pytest.raises(SystemExit) as stopped:
         twins.main([*arguments, "--dataset", "no/such/dataset.json"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: no/such/dataset.json: can't be read (No such file or directory)")
+    assert ": error: no/such/dataset.json: can't be read (No such file or directory)" in capsys.readouterr().err

@@ -3,8 +3,12 @@
 python tools/architecture.py --out docs/architecture.png
 """
 
+from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from amp.command import CommandLine
+from amp.errors import exit_on_error
 
 # name -> (x, y, kind, text); a unit is about the height of a box.
 BOXES = {
@@ -78,6 +82,5 @@ def draw(out: str = "docs/architecture.png") -> None:
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(draw, as_positional=False)
+    with exit_on_error():
+        auto_cli(draw, as_positional=False, parser_class=CommandLine)

@@ -25,6 +25,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from amp.command import CommandLine
+from amp.errors import exit_on_error
 from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,4 +151,5 @@ def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with exit_on_error():
+        auto_cli(main, parser_class=CommandLine)

@@ -17,6 +17,7 @@ from amp.generation.replies import triplet_line
 from amp.retrieval.results import check_writable, write_atomically
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     from open_clip import SimpleTokenizer
     from rich.markdown import Markdown
@@ -24,18 +25,18 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.command import CommandLine
     from amp.terminal import PlainConsole
 
-    parser = CommandLine(prog="knowledge_report.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_argument("--knowledge", type=str, required=True, help="knowledge.jsonl, or a folder of shards")
     parser.add_argument("--against", type=str | None, help="another version, likewise")
     parser.add_argument("--sample", type=int, default=10, help="captions to show")
     parser.add_argument("--seed", type=int, default=0, help="of that choice")
     parser.add_argument("--out", type=str | None, help="file for the report, .md or .json")
     options = parser.parse_args(arguments)
-    with exit_on_error():
-        if options.out and Path(options.out).suffix not in (".md", ".json"):
-            raise DescribeError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
-        paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]
-        problems, versions = Problems(), []
+    if options.out and Path(options.out).suffix not in (".md", ".json"):
+        raise DescribeError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
+    paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]
+    problems, versions = Problems(), []
+    with PlainConsole(stderr=True).progress("reading knowledge"):
         for path in paths:
             with problems.collect():
                 versions.append(load_entries(path))
@@ -49,13 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
                          for path, entries in zip(paths, versions, strict=True)},
             "agreement": agreement(*versions) if len(versions) == 2 else {},
         }  # fmt: skip
-        names = [name for name in versions[0] if all(name in entries for entries in versions)]
-        chosen = sample(names, options.sample, options.seed)
-        text = markdown(report, [[entries[name] for entries in versions] for name in chosen])
-        if options.out:
-            content = json.dumps(report, indent=1, ensure_ascii=False) if options.out.endswith(".json") else text
-            write_atomically(options.out, f"{content}\n".encode())
-        PlainConsole().print(Markdown(text))
+    names = [name for name in versions[0] if all(name in entries for entries in versions)]
+    chosen = sample(names, options.sample, options.seed)
+    text = markdown(report, [[entries[name] for entries in versions] for name in chosen])
+    if options.out:
+        content = json.dumps(report, indent=1, ensure_ascii=False) if options.out.endswith(".json") else text
+        write_atomically(options.out, f"{content}\n".encode())
+    console = PlainConsole()
+    console.print(Markdown(text) if console.is_terminal else text)
 
 
 def markdown(report: dict, samples: list[list[Entry]]) -> str:

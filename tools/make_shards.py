@@ -1,6 +1,9 @@
 """`amp make_shards` as a script of the clone; its text and options are in amp/commands/make_shards.py."""
 
-from amp.commands.make_shards import main
+from amp.errors import exit_on_error
+
+with exit_on_error():
+    from amp.commands.make_shards import main
 
 __all__ = ["main"]
 

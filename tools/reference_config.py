@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 from docstring_parser import parse
 
+from amp.errors import exit_on_error
 from amp.train.config import TrainConfig
 
 # Keys whose default is what the paper says, and where. The rest is ours.
@@ -87,4 +88,5 @@ def _scalar(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    with exit_on_error():
+        print(reference(), end="")

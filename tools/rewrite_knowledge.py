@@ -1,6 +1,9 @@
 """`amp rewrite_knowledge` as a script of the clone; its text and options are in amp/commands/rewrite_knowledge.py."""
 
-from amp.commands.rewrite_knowledge import main
+from amp.errors import exit_on_error
+
+with exit_on_error():
+    from amp.commands.rewrite_knowledge import main
 
 __all__ = ["main"]
 

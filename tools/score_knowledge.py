@@ -3,7 +3,7 @@
 First the labelled captions as a captions file, then knowledge for them by any engine, then the score::
 
     python tools/score_knowledge.py --write_captions gold.csv
-    python tools/generate_knowledge.py --captions gold.csv --out runs/gold/rules
+    amp generate_knowledge --captions gold.csv --out runs/gold/rules
     python tools/score_knowledge.py --knowledge runs/gold/rules/knowledge.jsonl
 """
 
@@ -14,7 +14,7 @@ import io
 import json
 from pathlib import Path
 
-from amp.data.sources import jsonl_objects
+from amp.data.tables import jsonl_objects
 from amp.errors import exit_on_error
 from amp.generation.replies import triplet_line
 from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
@@ -22,33 +22,33 @@ from amp.knowledge.schema import Knowledge, parse_knowledge
 from amp.retrieval.results import check_writable, write_atomically
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     from amp.command import CommandLine
     from amp.terminal import PlainConsole
 
-    parser = CommandLine(prog="score_knowledge.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_argument("--knowledge", type=str | None, help="knowledge.jsonl of the labelled captions")
     parser.add_argument("--write_captions", type=str | None, help="write the labelled captions to this CSV instead")
     parser.add_argument("--worst", type=int, default=0, help="show so many captions with the most mistakes and misses")
     parser.add_argument("--out", type=str | None, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     console = PlainConsole(soft_wrap=True, highlight=False)
-    with exit_on_error():
-        gold = load_gold()
-        if (options.knowledge is None) == (options.write_captions is None):
-            raise GoldError("expected one of --knowledge and --write_captions; give it")
-        if options.write_captions is not None:
-            write_captions(gold, Path(options.write_captions))
-            console.print(f"{len(gold)} captions written to {options.write_captions}")
-            return
-        if options.out:
-            check_writable(options.out)
-        found = read_knowledge(Path(options.knowledge), gold)
-        figures = show(found, gold, console)
-        if options.worst:
-            show_worst(found, gold, options.worst, console)
-        if options.out:
-            write_atomically(options.out, f"{json.dumps(figures, indent=1)}\n".encode())
+    gold = load_gold()
+    if (options.knowledge is None) == (options.write_captions is None):
+        raise GoldError("expected one of --knowledge and --write_captions; give it")
+    if options.write_captions is not None:
+        write_captions(gold, Path(options.write_captions))
+        console.print(f"{len(gold)} captions written to {options.write_captions}")
+        return
+    if options.out:
+        check_writable(options.out)
+    found = read_knowledge(Path(options.knowledge), gold)
+    figures = show(found, gold, console)
+    if options.worst:
+        show_worst(found, gold, options.worst, console)
+    if options.out:
+        write_atomically(options.out, f"{json.dumps(figures, indent=1)}\n".encode())
 
 
 def write_captions(gold: list[GoldCaption], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Compares two rows of evaluations on the same queries: differences with intervals, and what one mends or breaks.
 
-    python launchers/compare.py --a runs/mine/results.json --a_row control --b_row "action-aware (pairwise)"
-    python launchers/compare.py --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
+    amp compare --a runs/mine/results.json --a_row control --b_row "action-aware (pairwise)"
+    amp compare --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
 
 Both are resampled with the same images (paired bootstrap), so queries that both find or both miss add no noise. Reads
 the .npz file beside each JSON file.
@@ -18,7 +18,7 @@ class CompareSettings:
     """Two rows.
 
     Args:
-        a: Result file of launchers/evaluate.py.
+        a: Result file of amp evaluate.
         a_row: Its row that the differences start from.
         b_row: The row that is compared with it.
         b: Result file of that row; null takes `a`.
@@ -37,27 +37,27 @@ class CompareSettings:
 
 
 def parser() -> CommandLine:
-    parser = CommandLine(prog="launchers/compare.py", usage="launchers/compare.py --a FILE --a_row ROW --b_row ROW",
-                            description=__doc__.split("\n")[0])  # fmt: skip
+    parser = CommandLine(usage="%(prog)s --a FILE --a_row ROW --b_row ROW", description=__doc__.split("\n")[0])
     parser.add_class_arguments(CompareSettings, as_group=False)
     return parser
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    parsed = parser().parse_args(arguments)
-    with exit_on_error():
-        from amp.retrieval.compare import compare
-        from amp.retrieval.results import check_writable
-        from amp.terminal import PlainConsole
+    settings = CompareSettings(**vars(parser().parse_args(arguments)))
+    from amp.retrieval.compare import compare
+    from amp.retrieval.results import check_writable
+    from amp.terminal import PlainConsole, Terminal
 
-        settings = CompareSettings(**vars(parsed))
-        if settings.out is not None:
-            check_writable(settings.out)
-        comparison = compare(settings.a, settings.a_row, settings.b or settings.a, settings.b_row, settings.bootstrap,
-                             settings.seed)  # fmt: skip
-        comparison.print_table(PlainConsole())
-        if settings.out is not None:
-            comparison.save_json(settings.out)
+    if settings.out is not None:
+        check_writable(settings.out)
+    with Terminal(True).progress(f"comparing {settings.b_row} with {settings.a_row}"):
+        comparison = compare(
+            settings.a, settings.a_row, settings.b or settings.a, settings.b_row, settings.bootstrap, settings.seed
+        )
+    if settings.out is not None:
+        comparison.save_json(settings.out)
+    comparison.print_table(PlainConsole())
 
 
 if __name__ == "__main__":

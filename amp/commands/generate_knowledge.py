@@ -1,25 +1,25 @@
-"""Generate the action knowledge of a captions file: triplets and a state description of each, for tools/make_shards.py.
+"""Generate the action knowledge of a captions file: triplets and a state description of each, for amp make_shards.
 
 Rules, no language model (``pip install "open-clip-amp[rules]"`` and a spaCy model)::
 
-    python tools/generate_knowledge.py --captions dataset_coco.json --out knowledge/rules
+    amp generate_knowledge --captions dataset_coco.json --out knowledge/rules
 
 A local or hub model, or a GGUF file; several GPUs with ``accelerate launch`` in front, then ``--merge``::
 
-    python tools/generate_knowledge.py --captions dataset_coco.json --out knowledge/qwen --template coco \
+    amp generate_knowledge --captions dataset_coco.json --out knowledge/qwen --template coco \
         --engine transformers --model Qwen/Qwen2.5-7B-Instruct
 
 A server of OpenAI's interface: ``vllm serve MODEL --enable-prefix-caching``, ``llama-server -m MODEL.gguf``::
 
-    python tools/generate_knowledge.py --captions captions.csv --out knowledge/mine \
+    amp generate_knowledge --captions captions.csv --out knowledge/mine \
         --engine openai --openai.base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
 
 The same command again does only what is missing. A job array: ``--part 0/16`` to ``--part 15/16``, then the command
 without it (on Slurm: launchers/slurm/generate_knowledge.sbatch). Then::
 
-    python tools/make_shards.py ... --knowledge OUT
+    amp make_shards ... --knowledge OUT
 
-or tools/rewrite_knowledge.py for shards that exist.
+or amp rewrite_knowledge for shards that exist.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from amp.knowledge.schema import KNOWLEDGE_NAME
 ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": VLLMEngine}
 
 
+@exit_on_error("the replies are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
@@ -43,8 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.terminal import PlainConsole
 
     parser = CommandLine(
-        prog="generate_knowledge.py",
-        usage="generate_knowledge.py --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
+        usage="%(prog)s --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(generate_knowledge, skip={"splits", "engine_options", "command", "console"})
@@ -59,19 +59,14 @@ def main(arguments: list[str] | None = None) -> None:
     options.pop("config")
     of_engines = {name: options.pop(name) for name in ENGINES}
     model = options.pop("model")
-    try:
-        with exit_on_error():
-            if (model is None) != (options["engine"] == "rules"):
-                raise GenerationError(
-                    f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
-                    "one, and none for rules; give both, or neither"
-                )
-            if options["engine"] != "rules":
-                options["engine_options"] = {"model": model, **of_engines[options["engine"]]}
-            summary = generate_knowledge(**options, command=command, console=console)
-    except KeyboardInterrupt:
-        console.print("stopped; the replies are kept, and the same command goes on from there")
-        raise SystemExit(130) from None
+    if (model is None) != (options["engine"] == "rules"):
+        raise GenerationError(
+            f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
+            "one, and none for rules; give both, or neither"
+        )
+    if options["engine"] != "rules":
+        options["engine_options"] = {"model": model, **of_engines[options["engine"]]}
+    summary = generate_knowledge(**options, command=command, console=console)
     if summary is None:
         return
 

@@ -2,17 +2,17 @@
 
 COCO (images/ holds train2014/ and val2014/) and Flickr30K, with the Karpathy splits::
 
-    python tools/make_shards.py --captions dataset_coco.json --images coco/images --knowledge knowledge.jsonl \
+    amp make_shards --captions dataset_coco.json --images coco/images --knowledge knowledge.jsonl \
         --out data/coco
-    python tools/make_shards.py --captions dataset_flickr30k.json --images flickr30k/images --out data/flickr30k
+    amp make_shards --captions dataset_flickr30k.json --images flickr30k/images --out data/flickr30k
 
 Your own photos: a CSV with the header ``image,caption,split`` (or JSONL with these keys), several rows an image::
 
-    python tools/make_shards.py --captions captions.csv --images photos --out data/mine
+    amp make_shards --captions captions.csv --images photos --out data/mine
 
 Smaller files for a slow disk, a quick try, a subset of the splits::
 
-    python tools/make_shards.py ... --resize 336 --limit 500 --splits train val
+    amp make_shards ... --resize 336 --limit 500 --splits train val
 
 The same command again does only what is missing: after an interruption, or after the captions, the knowledge or some
 photos have changed. The manifest is written last; a folder without ``manifest.json`` isn't finished.
@@ -20,7 +20,7 @@ photos have changed. The manifest is written last; a folder without ``manifest.j
 Several machines with one file system: a part on each, ``--part 0/2`` and ``--part 1/2``, then the command without it
 (on Slurm: launchers/slurm/make_shards.sbatch)::
 
-    python tools/make_shards.py ... --part 0/2
+    amp make_shards ... --part 0/2
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from amp.data.writer import make_shards
 from amp.errors import exit_on_error
 
 
+@exit_on_error("finished shards are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     # Imported here because the worker processes import this file too.
     from rich.table import Table
@@ -39,8 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.terminal import PlainConsole
 
     parser = CommandLine(
-        prog="make_shards.py",
-        usage="make_shards.py --captions FILE --images FOLDER --out FOLDER [options]",
+        usage="%(prog)s --captions FILE --images FOLDER --out FOLDER [options]",
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(make_shards, skip={"splits", "command", "console"})
@@ -50,12 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.pop("config")
     console = PlainConsole(stderr=True)
     command = ["make_shards.py", *(sys.argv[1:] if arguments is None else arguments)]
-    try:
-        with exit_on_error():
-            manifest = make_shards(**options.as_dict(), command=command, console=console)
-    except KeyboardInterrupt:
-        console.print("stopped; finished shards are kept, and the same command goes on from there")
-        raise SystemExit(130) from None
+    manifest = make_shards(**options.as_dict(), command=command, console=console)
     if manifest is None:
         return
 

@@ -37,25 +37,31 @@ class PublishSettings:
 
 
 def parser() -> CommandLine:
-    parser = CommandLine(prog="amp publish", usage="amp publish --adapter FILE --out FOLDER [--KEY VALUE ...]",
-                         description=__doc__.split("\n")[0])  # fmt: skip
+    parser = CommandLine(
+        usage="%(prog)s --adapter FILE --out FOLDER [--KEY VALUE ...]", description=__doc__.split("\n")[0]
+    )
     parser.add_class_arguments(PublishSettings, as_group=False)
     return parser
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = PublishSettings(**vars(parser().parse_args(arguments)))
-    with exit_on_error():
-        for key in ("adapter", "out"):
-            if not getattr(settings, key):
-                raise AmpError(f"{key} is empty, expected a path; add --{key} PATH")
-        from amp.hub import push_to_hub, save_pretrained
+    for key in ("adapter", "out"):
+        if not getattr(settings, key):
+            raise AmpError(f"{key} is empty, expected a path; add --{key} PATH")
+    from amp.hub import push_to_hub, save_pretrained
+    from amp.terminal import Terminal
 
+    terminal = Terminal(True)
+    with terminal.progress("reading the adapter and its base model"):
         folder = save_pretrained(settings.out, settings.adapter, settings.results, settings.base,
                                  settings.base_pretrained)  # fmt: skip
-        print(f"{folder} written")
-        if settings.push is not None:
-            print(push_to_hub(folder, settings.push, settings.private))
+    print(f"{folder} written")
+    if settings.push is not None:
+        with terminal.progress(f"uploading to {settings.push}"):
+            address = push_to_hub(folder, settings.push, settings.private)
+        print(address)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Writes one HTML page about an evaluation: tables, plots, verbs, and a gallery with attention maps.
 
-    python launchers/report.py --config runs/mine/action-aware/config.yaml --results runs/mine/results.json \
+    amp report --config runs/mine/action-aware/config.yaml --results runs/mine/results.json \
         --adapters '["action-aware=runs/mine/action-aware/stage2/adapter.safetensors"]' --out runs/mine/report.html
 
-The page needs no network and no other file. --results names the JSON file of launchers/evaluate.py, whose .npz file
+The page needs no network and no other file. --results names the JSON file of amp evaluate, whose .npz file
 stands beside it; the photos come from the shards of the configuration. Of the adapters the last one's attention is
 shown, and the TensorBoard files of their runs give the training curves.
 """
@@ -22,7 +22,7 @@ class ReportSettings:
     """What the page shows.
 
     Args:
-        results: JSON file of launchers/evaluate.py.
+        results: JSON file of amp evaluate.
         row: Its row that is compared with base CLIP; null takes the last one that is no probe.
         adapters: ``NAME=FILE`` each, as in the evaluation; none shows neither attention nor training.
         sweep: CSV file of launchers/sweep.py, for the ablation plot; null shows none.
@@ -43,19 +43,18 @@ class ReportSettings:
 
 
 def parser() -> CommandLine:
-    return command_line("launchers/report.py", __doc__, ReportSettings)
+    return command_line(__doc__, ReportSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        run(*read_command_line(parser(), arguments, ReportSettings))
+    run(*read_command_line(parser(), arguments, ReportSettings))
 
 
 def run(settings: ReportSettings, config: TrainConfig) -> None:
     """Collects what the page shows and writes it."""
-    import torch
-
     from amp.data.split import ShardSplit
+    from amp.device import usable_device
     from amp.factory import create_model_and_transforms
     from amp.retrieval.adapters import adapted, named_adapters
     from amp.retrieval.evaluate import SplitCaptions
@@ -66,7 +65,7 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     from amp.retrieval.results import ResultFile, check_writable
     from amp.terminal import Terminal
 
-    problems = Problems()
+    terminal, problems = Terminal(True), Problems()
     plots: dict[str, str | None] = {}
     with problems.collect():
         result = ResultFile.load_json(settings.results)
@@ -80,11 +79,12 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
         ]
         if lacking:
             raise AmpError(
-                f"{settings.results}: protocol key {lacking[0]!r} is missing; write it again with launchers/evaluate.py"
+                f"{settings.results}: protocol key {lacking[0]!r} is missing; write it again with amp evaluate"
             )
         split = ShardSplit(config.data.shards, result.protocol["split"])
         per_image = result.protocol["captions_per_image"]
-        captions = SplitCaptions.read(split, config.data.kinds, 0 if per_image == "all" else per_image)
+        with terminal.progress("reading captions"):
+            captions = SplitCaptions.read(split, config.data.kinds, 0 if per_image == "all" else per_image)
         if captions_hash(captions) != result.protocol["captions_sha256"]:
             raise AmpError(
                 f"{config.data.shards}: other captions than {settings.results} was made from, expected the "
@@ -99,18 +99,17 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     with problems.collect():
         check_writable(settings.out)
     problems.check()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
     model = adapted(base, config.model.name, list(named.values())[-1]).eval() if named else None
     plots["Training"] = training_plot({name: Path(path).resolve().parent.parent for name, path in named.items()})
     title = settings.title or f"{result.protocol['dataset']} {split.name}, {Path(config.model.name).name}"
     given = ReportInput(result, queries, row, split, captions, model, preprocess, base.backbone.visual.preprocess_cfg,
                         {name: plot for name, plot in plots.items() if plot is not None}, title)  # fmt: skip
-    terminal = Terminal(True)
-    with terminal.progress("drawing queries") as report:
+    with terminal.progress("drawing queries", "queries") as report:
         path, left_out = write_report(settings.out, given, settings.captions, settings.images, report)
     terminal.say(f"{path} written, {path.stat().st_size / 1e6:.1f} MB")
     if left_out:

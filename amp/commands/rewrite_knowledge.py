@@ -2,8 +2,8 @@
 
 In place, or into another folder::
 
-    python tools/generate_knowledge.py --captions data/coco --out knowledge/qwen --template coco --engine ...
-    python tools/rewrite_knowledge.py --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
+    amp generate_knowledge --captions data/coco --out knowledge/qwen --template coco --engine ...
+    amp rewrite_knowledge --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
         --knowledge_provenance knowledge/qwen/knowledge_provenance.json [--out data/coco-qwen]
 
 The same command again finishes what was interrupted. What the knowledge was before stays in manifest.json.
@@ -17,23 +17,19 @@ from amp.data.rewrite import rewrite_knowledge
 from amp.errors import exit_on_error
 
 
+@exit_on_error("the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
     from amp.command import CommandLine
     from amp.terminal import PlainConsole
 
-    parser = CommandLine(prog="rewrite_knowledge.py", description=__doc__.partition("\n")[0])
+    parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_function_arguments(rewrite_knowledge, skip={"command", "console"})
     options = parser.parse_args(arguments)
     console = PlainConsole(stderr=True)
     command = ["rewrite_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
-    try:
-        with exit_on_error():
-            manifest = rewrite_knowledge(**options.as_dict(), command=command, console=console)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from there")
-        raise SystemExit(130) from None
+    manifest = rewrite_knowledge(**options.as_dict(), command=command, console=console)
     table = Table("split", "shards", "captions", "without knowledge")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -5,18 +5,16 @@ One process:   accelerate launch --config_file launchers/accelerate/one_process.
 8 GPUs:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py --config ...
 ZeRO-2:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py \
                    --config launchers/configs/coco_vit_l14_336.yaml --deepspeed ds_configs/zero2.json --stages '[1]'
-Will it work?  python launchers/train.py --config ... --plan.nodes 8 --plan.gpus 8 --plan.gpu_memory_gb 80
+Will it work?  amp train --config ... --plan.nodes 8 --plan.gpus 8 --plan.gpu_memory_gb 80
 Own photos:    amp train --config photos --data.shards SHARDS --out runs/mine
 The control:   ... --conditioning none --prompt.knowledge none --out runs/control
-What is set:   python launchers/train.py --config ... --print_config; python launchers/train.py --help
+What is set:   amp train --config ... --print_config; amp train --help
 
 OUT/stage1/adapter.safetensors and OUT/stage2/adapter.safetensors hold the new weights only; OUT/config.yaml the
 resolved configuration; OUT/open-clip-amp the TensorBoard logs.
 """
 
 import argparse
-import os
-from pathlib import Path
 
 from amp.command import CommandLine
 from amp.errors import exit_on_error
@@ -28,8 +26,7 @@ from amp.train.plan import PlanSettings, make_plan, print_plan
 
 def parser() -> CommandLine:
     parser = CommandLine(
-        prog="launchers/train.py",
-        usage="launchers/train.py [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=__doc__.split("\n")[0],
     )
     parser.add_argument(
@@ -44,28 +41,23 @@ def parser() -> CommandLine:
     return parser
 
 
+@exit_on_error("the same command goes on from the last checkpoint")
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
     parsed = options.parse_args(arguments)
-    with exit_on_error():
-        settings = options.instantiate(parsed)
-        del settings["config"]
-        planned = settings.pop("plan", None)
-        config = TrainConfig(**settings)
-        config.check()
-        if planned is not None:
+    settings = options.instantiate(parsed)
+    del settings["config"]
+    planned = settings.pop("plan", None)
+    config = TrainConfig(**settings)
+    config.check()
+    if planned is not None:
+        with PlainConsole(stderr=True).progress("checking the run"):
             plan = make_plan(config, planned)
-            print_plan(plan, PlainConsole())
-            raise SystemExit(0 if plan.sound else 2)
-        if os.environ.get("RANK", "0") == "0":
-            from amp.retrieval.results import write_atomically
+        print_plan(plan, PlainConsole())
+        raise SystemExit(0 if plan.sound else 2)
+    from amp.train.engine import train  # after the checks, which need none of its imports
 
-            del parsed["config"]
-            # Nulls too: left out, they would be read back as the defaults.
-            write_atomically(Path(config.out) / "config.yaml", options.dump(parsed, skip_unset=False).encode())
-        from amp.train.engine import train  # after the checks, which need none of its imports
-
-        train(config)
+    train(config)
 
 
 if __name__ == "__main__":

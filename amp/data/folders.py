@@ -1,5 +1,6 @@
 """Folders of computed files that appear complete or not at all."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -17,7 +18,7 @@ def build_folder(folder: Path) -> Iterator[Path]:
     Where another process was faster, its folder stays and this one is dropped: equal names hold equal content.
 
     Raises:
-        AmpError: The folder can't be made.
+        AmpError: The folder can't be made, or a file in it can't be written, as on a full disk.
     """
     temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
@@ -31,5 +32,10 @@ def build_folder(folder: Path) -> Iterator[Path]:
         except OSError:
             if not folder.is_dir():
                 raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error):  # numpy keeps no errno
+            reason = error.strerror or f"no room: {error}"
+            raise AmpError(f"{folder}: can't be written ({reason}); make room and try again") from None
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

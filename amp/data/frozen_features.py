@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from amp.cores import decoding_workers
+from amp.data.decode import DECODING_VERSION
 from amp.data.folders import build_folder
-from amp.data.split import ShardSplit, decoding_workers
+from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.model import ActionAwareCLIP
 
@@ -64,6 +66,7 @@ class SplitImages(Dataset):
 def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str) -> Path:
     """Where a split's features lie: the name depends on all that they depend on."""
     parts = [model.backbone.weights_hash("vision"), str(model.config.interaction_layer), repr(preprocess), dtype]
+    parts += [f"pixels {DECODING_VERSION}"]
     parts += [shard.sha256 for shard in split.shards]
     return Path(root) / f"image-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
 
@@ -99,7 +102,7 @@ def compute_frozen_features(
         return FrozenFeatures.load(folder, tokens)
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), backbone.num_tokens, backbone.vision_width)
-    workers = decoding_workers(workers)
+    workers = decoding_workers(workers, device.type == "cuda")
     loader = DataLoader(
         SplitImages(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda"
     )
@@ -124,6 +127,8 @@ def compute_frozen_features(
         early = None
         if tokens:
             early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
+            with open(temporary / "early.npy", "r+b") as file:  # a disk that fills up later would end it by SIGBUS
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         np.save(temporary / "base.npy", fill(early))
         if early is not None:
             early.flush()

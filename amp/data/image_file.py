@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 import os
 import stat
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from amp.data.decode import PILLOW_FORMATS, decode_rgb, decoding, is_whole, refuse_bomb
+from amp.data.decode import UnreadableImageError, decode_rgb, is_whole, opened
 from amp.data.shards import MAX_MEMBER_BYTES
 from amp.errors import AmpError
 
+JPEG_ALIASES = (".jpe", ".jfif", ".jif", ".mpo")  # stored as jpg, which readers of shards expect
 LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
 # What tells of a damaged file before it is decoded.
@@ -55,19 +55,7 @@ class Resize:
         return max(self.size, round(width * scale)), max(self.size, round(height * scale))
 
 
-class UnreadableImageError(Exception):
-    """An image file that can't be used, and why.
-
-    Attributes:
-        may_pass: whether the reason lies outside the file's content (permissions, a network disk).
-    """
-
-    def __init__(self, reason: str, may_pass: bool = False) -> None:
-        super().__init__(reason)
-        self.may_pass = may_pass
-
-
-def read_limited(path: Path) -> bytes:
+def read_limited(path: str | os.PathLike) -> bytes:
     """A file's bytes, of a regular file of at most `MAX_MEMBER_BYTES`.
 
     Raises:
@@ -87,8 +75,8 @@ def read_limited(path: Path) -> bytes:
 def read_image(path: Path, resize: Resize | None = None, check: Check = "decode") -> tuple[bytes, str]:
     """The bytes to store and their extension (lower case, no dot), of a file that is whole.
 
-    The file's own bytes, unless ``resize`` changes the size of this image: then a JPEG. No EXIF data is applied or kept
-    in that case, which gives the pixels that training would see in the untouched file.
+    The file's own bytes, unless ``resize`` changes the size of this image: then a JPEG of the pixels as `decode_rgb`
+    gives them, upright and without EXIF data.
 
     Args:
         path: the file.
@@ -102,21 +90,21 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
     """
     try:
         content = read_limited(path)
+    except UnreadableImageError:
+        raise
     except OSError as error:
         raise UnreadableImageError(f"can't be read ({error.strerror})", may_pass=True) from None
-    extension = path.suffix[1:].lower()
+    suffix = path.suffix.lower()
+    extension = "jpg" if suffix in JPEG_ALIASES else suffix[1:]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if resize is None and check == "structure" and is_whole(content):
-                return content, extension
-            with Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-                image.verify()
-            rgb = Image.fromarray(decode_rgb(content))  # all pixels, as training will ask for them
-    except UnidentifiedImageError:
-        raise UnreadableImageError(f"{len(content)} bytes, not an image of {', '.join(PILLOW_FORMATS)}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        if resize is None and check == "structure" and is_whole(content):
+            return content, extension
+        with opened(content) as image:
+            image.verify()
+        rgb = Image.fromarray(decode_rgb(content))  # all pixels, as training will ask for them
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"refused as a decompression bomb: {error}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         raise UnreadableImageError(f"damaged ({type(error).__name__}: {error})") from None
@@ -131,18 +119,10 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
     return buffer.getvalue(), "jpg"
 
 
-def open_photo(path: Path) -> Image.Image:
-    """A photo in RGB, turned as its camera noted (EXIF); bombs and formats that start other programs are refused.
+def open_photo(path: str | os.PathLike) -> Image.Image:
+    """A photo as `decode_rgb` sees it: upright and in RGB.
 
     Raises:
         OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: It can't be read, or is no such photo.
     """
-    try:
-        content = read_limited(path)
-    except UnreadableImageError as error:
-        raise OSError(str(error)) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF data and the like: the pixels are what counts
-        with decoding(), Image.open(io.BytesIO(content), formats=PILLOW_FORMATS) as image:
-            refuse_bomb(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
+    return Image.fromarray(decode_rgb(read_limited(path)))

@@ -3,7 +3,6 @@
 import math
 from random import Random
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTensor
@@ -62,8 +61,9 @@ class RandomCrop:
             shrink = max(n for n in (1, 2, 4, 8) if n <= max(1, most))
             pixels = decode_rgb(content, shrink)
         top, left, height, width = (x // shrink for x in box)
-        # Cut out before torch sees it, which takes twice as long for a part of a larger image.
-        part = torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width])).permute(2, 0, 1)
+        # Cut out before torch sees it, which takes twice as long for a part of a larger image, and warns of Pillow's
+        # arrays, which are read-only.
+        part = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
         return F.interpolate(part[None], crop.size, mode=crop.interpolation.value, antialias=True)[0]
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:

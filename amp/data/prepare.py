@@ -33,7 +33,8 @@ def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatu
     missing = store.missing(texts)
     accelerator.wait_for_everyone()
     if missing:
-        with terminal.progress("encoding texts") as report:  # not under autocast: runs of any precision share the store
+        with terminal.progress("encoding texts", "texts") as report:
+            # Not under autocast: runs of any precision share the store.
             encode_texts(store, missing, model.backbone, model.tokenizer, rank=accelerator.process_index,
                          world=accelerator.num_processes, progress=report)  # fmt: skip
     accelerator.wait_for_everyone()
@@ -45,7 +46,7 @@ def prepare_images(accelerator: Accelerator, terminal: Terminal, split: ShardSpl
                    ) -> FrozenFeatures:  # fmt: skip
     """Frozen features of a split: the main process computes and stores them, the others wait and open them."""
     folder = features_folder(cache, split, model, preprocess, dtype if tokens else "base")
-    with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images") as report:
+    with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images", "images") as report:
         return compute_frozen_features(
             split, model, preprocess, batch_size, workers, folder=folder, dtype=dtype, progress=report,
             tokens=tokens,

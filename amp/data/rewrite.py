@@ -10,16 +10,15 @@ import os
 import shutil
 import tarfile
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of
-from amp.data.sources import CaptionedImage, attach_knowledge
+from amp.data.sources import CaptionedImage, attach_knowledge, cut_note
 from amp.data.writer import load_provenance, lock_folder, source_file
 from amp.errors import AmpError, public_command
 from amp.files import write_json
@@ -89,16 +88,24 @@ def rewrite_knowledge(
         raise RewriteError(f"{root}: no such folder; expected a folder of shards; check --shards")
     with lock_folder(target):
         manifest = _manifest(root, target)
-        with console.status("reading captions and knowledge"):
-            jobs = _plan(manifest, target, provenance["sha256"])
+        with console.progress("checking shards", "shards") as report:
+            jobs = _plan(manifest, target, provenance["sha256"], report)
+        with console.progress("reading captions and knowledge"):
             images = [image for job in jobs for image in job.images]
-            report = attach_knowledge(images, knowledge)
+            found = attach_knowledge(images, knowledge)
         _check_missing(images, max_missing, knowledge)
+        cut = cut_note(images, found)
+        if cut:
+            console.print(cut, soft_wrap=True)
         _check_room(jobs, target)
         if target == root:
             write_json(target / ".plan" / _BEFORE, manifest.to_dict())
         (target / MANIFEST_NAME).unlink(missing_ok=True)
-        sidecars = [_rewrite(job) for job in track(jobs, "shards", console=console, transient=True)]
+        sidecars = []
+        with console.progress("rewriting shards", "shards") as report:
+            for job in jobs:
+                sidecars.append(_rewrite(job))
+                report(len(sidecars), len(jobs))
         rewritten = _new_manifest(manifest, jobs, sidecars, target)
         before = manifest.provenance.get("knowledge") or {}
         earlier = manifest.provenance.get("previous_knowledge", [])
@@ -106,9 +113,9 @@ def rewrite_knowledge(
             **manifest.provenance,
             "knowledge": {
                 **provenance,
-                "records": report.records,
-                "captions_with_knowledge": report.attached,
-                "records_without_caption": report.unused,
+                "records": found.records,
+                "captions_with_knowledge": found.attached,
+                "records_without_caption": found.unused,
                 "command": public_command(command) if command is not None else None,
             },
             "previous_knowledge": earlier if before.get("sha256") == provenance["sha256"] else [*earlier, before],
@@ -138,7 +145,7 @@ def _manifest(root: Path, target: Path) -> ShardManifest:
     return manifest
 
 
-def _plan(manifest: ShardManifest, target: Path, knowledge: str) -> list[_Job]:
+def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Callable[[int, int], None]) -> list[_Job]:
     """A job a shard; every shard is checked to be what the manifest, or an unfinished rewrite, says."""
     jobs = []
     infos = [info for infos in manifest.splits.values() for info in infos]
@@ -149,9 +156,10 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str) -> list[_Job]:
         if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
             raise RewriteError(
                 f"{info.path}: sha256 is {digest}; expected {info.sha256}, as the manifest says; the shard was changed "
-                "or is damaged; make the shards again with tools/make_shards.py"
+                "or is damaged; make the shards again with amp make_shards"
             )
         jobs.append(job)
+        progress(len(jobs), len(infos))
     # Shards that were rewritten already have another size, so the manifest's own check would refuse them.
     current = ShardManifest(manifest.root, {"all": [_as_it_is(info) for info in infos]})
     captions = load_shard_captions(current)
@@ -168,7 +176,7 @@ def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str)
     if len(missing) > allowed * len(captions):
         raise RewriteError(
             f"{knowledge}: no record for {len(missing):,} of {len(captions):,} captions of the shards, the first is "
-            f"{missing[0].text!r}; expected one each; generate knowledge for these shards (tools/generate_knowledge.py "
+            f"{missing[0].text!r}; expected one each; generate knowledge for these shards (amp generate_knowledge "
             f"--captions FOLDER), or accept it with --max_missing; nothing was changed"
         )
 
@@ -220,7 +228,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         sidecar = {
-            # No plan: to tools/make_shards.py this shard is one that must be written anew.
+            # No plan: to amp make_shards this shard is one that must be written anew.
             "plan": "",
             "knowledge": job.knowledge,
             "replaces": present if job.in_place else job.source.sha256,

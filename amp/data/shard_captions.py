@@ -25,7 +25,7 @@ def read_captions(reader: ShardReader) -> list[CaptionedImage]:
         if missing or not all("id" in caption for caption in record["captions"]):
             raise ShardFormatError(
                 f"{reader.path}: {record['key']}.json: {', '.join(sorted(missing)) or 'a caption id'} is missing; "
-                "expected a shard of tools/make_shards.py; make it again"
+                "expected a shard of amp make_shards; make it again"
             )
     return [
         CaptionedImage(

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from amp.data.decode import DECODER_OF
 from amp.errors import AmpError, shorten
 from amp.files import write_json
 from amp.json_text import parse_json
@@ -34,12 +35,12 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "open-clip-amp shards"
 MANIFEST_VERSION = 1
 RECORD_SCHEMA = 1
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in DECODER_OF)
 
 MAX_MEMBER_BYTES = 1 << 29
 """Bytes of an image file or a record: half a gigabyte, more than any image that isn't a decompression bomb takes."""
 
-_REMAKE = "make the shards again with tools/make_shards.py"
+_REMAKE = "make the shards again with amp make_shards"
 
 
 class ShardFormatError(AmpError):
@@ -124,7 +125,7 @@ class ShardManifest:
         if _get(content, "format", str, where) != MANIFEST_FORMAT:
             raise ShardFormatError(
                 f"{where}: 'format' is {shorten(content['format'])}; expected {MANIFEST_FORMAT!r}; "
-                "give a folder made by tools/make_shards.py"
+                "give a folder made by amp make_shards"
             )
         if _get(content, "version", int, where) != MANIFEST_VERSION:
             raise ShardFormatError(
@@ -164,7 +165,7 @@ class ShardManifest:
             known = ", ".join(self.splits) or "none"
             raise ShardFormatError(
                 f"{path}: split {name!r} isn't there; splits present: {known}; choose one of them, or convert it with "
-                "tools/make_shards.py"
+                "amp make_shards"
             )
         if not self.samples(name):
             raise ShardFormatError(f"{path}: split {name!r} holds no sample; expected at least one; {_REMAKE}")

@@ -1,5 +1,7 @@
 """Where captions and their knowledge come from: Karpathy JSON, CSV and JSONL, all read to the same list of images.
 
+`amp.data.tables` reads the rows of CSV and JSONL.
+
 Two sorts of trouble are kept apart. A file that isn't in its format (a missing key, a cut line) is an error at once,
 with the place, since nothing read from it can be trusted. A gap in the data (an empty caption, an image listed twice)
 is recorded as :class:`Skip`, counted, and judged by the caller.
@@ -7,16 +9,27 @@ is recorded as :class:`Skip`, counted, and judged by the caller.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from amp.errors import AmpError, shorten
+from amp.data.file_names import composed
+from amp.data.tables import (
+    SourceFormatError,
+    csv_rows,
+    json_problem,
+    jsonl_objects,
+    jsonl_rows,
+    read_text,
+    text_lines,
+)
+from amp.errors import shorten
 from amp.json_text import parse_json
 from amp.knowledge.schema import is_unicode, parse_knowledge, parse_origin
+from amp.knowledge.text import CONTEXT_TOKENS, FEW_WORDS, state_text, surely_cut
 
 FORMATS = ("auto", "karpathy", "csv", "jsonl")
 SKIP_KINDS = (
@@ -28,11 +41,25 @@ SKIP_KINDS = (
     "empty_caption",
 )
 
-_SUFFIXES = {".json": "karpathy", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_SUFFIXES = {
+    ".json": "karpathy",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".token": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
 
-
-class SourceFormatError(AmpError):
-    """A captions, knowledge or image-list file isn't in its format."""
+# Other names of the three splits, in lower case. Any other name is a split of its own.
+_SPLITS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "development": "val",
+    "testing": "test",
+} | {name: name for name in ("train", "val", "test")}
 
 
 @dataclass(slots=True)
@@ -99,10 +126,12 @@ class CaptionSource:
     Attributes:
         images: one entry an image file, in the order of the captions file.
         skipped: gaps in the data.
+        notes: lines for the user about how the file was read, where that isn't plain.
     """
 
     images: list[CaptionedImage]
     skipped: list[Skip]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +142,15 @@ class KnowledgeReport:
         records: records in the knowledge file.
         attached: captions that now have knowledge.
         unused: records that belong to no caption.
+        states: states of the captions.
+        cut_states: those of them whose prompt is surely longer than CLIP reads.
     """
 
     records: int
     attached: int
     unused: int
+    states: int
+    cut_states: int
 
 
 def load_captions(
@@ -126,9 +159,9 @@ def load_captions(
     """Read a captions file.
 
     Args:
-        path: a Karpathy JSON (``dataset_coco.json``, ``dataset_flickr30k.json``), a CSV (or TSV) with a header, or a
-            JSONL; the latter two with the columns ``image``, ``caption`` and, if wanted, ``split``. Several rows of
-            one image are its several captions.
+        path: a Karpathy JSON (``dataset_coco.json``, ``dataset_flickr30k.json``), a CSV with a header, or a JSONL;
+            the latter two with the columns ``image``, ``caption`` (or another name in `amp.data.tables.ALIASES`) and,
+            if wanted, ``split``. Several rows of one image are its several captions.
         format: ``karpathy``, ``csv``, ``jsonl``; ``auto`` goes by the file's suffix.
         default_split: the split of CSV and JSONL rows that name none.
         keep_restval: leave Karpathy's ``restval`` (COCO's other validation images) a split of its own; by default it
@@ -140,25 +173,31 @@ def load_captions(
     path = Path(path)
     if format not in FORMATS:
         raise SourceFormatError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    check_split(default_split, "default_split")
+    default_split = normal_split(default_split, "default_split")
     if format == "auto":
         format = _SUFFIXES.get(path.suffix.lower(), "")
         if not format:
+            next(text_lines(path), None)  # says what the file is, where it isn't text
             raise SourceFormatError(
                 f"{path}: the suffix {path.suffix!r} doesn't tell the format; expected one of {', '.join(_SUFFIXES)}; "
                 "name it with --format karpathy, csv or jsonl"
             )
+    splits = _SplitNames()
     if format == "karpathy":
-        source = _load_karpathy(path, keep_restval)
+        source = _load_karpathy(path, keep_restval, splits)
     else:
-        rows = _csv_rows(path) if format == "csv" else jsonl_objects(path)
-        source = _load_rows(path, rows, default_split)
+        notes: list[str] = []
+        rows = csv_rows(path, notes) if format == "csv" else jsonl_rows(path, notes)
+        source = _load_rows(path, rows, default_split, splits)
+        source.notes = notes
     for image in source.images:
         if not image.captions:
             source.skipped.append(Skip("image_without_caption", image.path, "no caption belongs to it", image.split))
     source.images = [image for image in source.images if image.captions]
     if not source.images:
-        raise SourceFormatError(f"{path}: no image with a caption in it; expected at least one; check the file")
+        first = f"; {len(source.skipped)} skipped, first: {source.skipped[0].reason}" if source.skipped else ""
+        raise SourceFormatError(f"{path}: no image with a caption in it; expected at least one; check the file{first}")
+    source.notes += splits.notes(path)
     return source
 
 
@@ -181,15 +220,16 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
     for image in images:
         for caption in image.captions:
             by_id[str(caption.id)] = (image, caption)
-            for name in {image.path, image.name}:
+            for name in {composed(image.path), composed(image.name)}:
                 by_text.setdefault((name, caption.text), []).append(caption)
 
-    records = unused = 0
+    records = unused = states = cut_states = 0
     lines: dict[int, int] = {}  # id() of a caption -> line that its knowledge came from
     for number, record in jsonl_objects(path):
         where = f"{path} line {number}"
         records += 1
-        content = parse_knowledge(record, where).to_dict() | parse_origin(record, where)
+        parsed = parse_knowledge(record, where)
+        content = parsed.to_dict() | parse_origin(record, where)
         knowledge = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         for key in ("image", "caption"):
             if key in record:
@@ -200,13 +240,16 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
                 _check_same(record, *known, where)
             targets = [known[1]] if known else []
         elif "image" in record and "caption" in record:
-            targets = by_text.get((record["image"].strip(), record["caption"].strip()), [])
+            targets = by_text.get((composed(record["image"].strip()), record["caption"].strip()), [])
         else:
             raise SourceFormatError(
                 f"{where}: no key says which caption this is; expected 'sentid', or 'image' and 'caption'; keys seen: "
                 f"{shorten(', '.join(record))}; add them"
             )
         unused += not targets
+        pairs = zip(parsed.triplets, parsed.states, strict=True)
+        # The first test spares all but a few the second, which would take a tenth of a conversion's time.
+        cut = sum(state.count(" ") >= FEW_WORDS and surely_cut(state_text(triplet, state)) for triplet, state in pairs)
         for caption in targets:
             first = lines.setdefault(id(caption), number)
             if first != number and caption.knowledge != knowledge:
@@ -214,6 +257,9 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
                     f"{where}: other knowledge of the same caption stands in line {first}; expected one record a "
                     "caption; remove one of them"
                 )
+            if caption.knowledge is None:
+                states += len(parsed.states)
+                cut_states += cut
             caption.knowledge = knowledge
     if records and unused == records:
         raise SourceFormatError(
@@ -222,7 +268,23 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         )
     if not records:
         raise SourceFormatError(f"{path}: no record in it; expected one JSON object a line; check the file")
-    return KnowledgeReport(records=records, attached=len(lines), unused=unused)
+    return KnowledgeReport(records, len(lines), unused, states, cut_states)
+
+
+def cut_note(images: Iterable[CaptionedImage], report: KnowledgeReport | None) -> str | None:
+    """A line with the number of captions and states that CLIP doesn't read to their end; None where none was found."""
+    captions = [caption.text for image in images for caption in image.captions]
+    cut = [text for text in captions if surely_cut(text)]
+    counts = [f"{len(cut):,} of {len(captions):,} captions"] if cut else []
+    if report is not None and report.cut_states:
+        counts.append(f"{report.cut_states:,} of {report.states:,} states")
+    if not counts:
+        return None
+    first = f", the first is {shorten(cut[0])}" if cut else ""
+    return (
+        f"at least {' and '.join(counts)} are longer than the {CONTEXT_TOKENS} tokens that CLIP reads (counted by "
+        f"words); the rest of them is cut off{first}; amp train --plan counts with the tokenizer of a model"
+    )
 
 
 def load_image_list(path: str | Path) -> list[str]:
@@ -231,7 +293,7 @@ def load_image_list(path: str | Path) -> list[str]:
     Raises:
         SourceFormatError: unreadable, or empty.
     """
-    names = [line.strip() for _, line in _text_lines(Path(path)) if line.strip()]
+    names = [line.strip() for _, line in text_lines(Path(path)) if line.strip()]
     if not names:
         raise SourceFormatError(f"{path}: no image named in it; expected one file name a line; check the file")
     return names
@@ -251,17 +313,74 @@ def check_split(value: Any, where: str) -> str:
     return value
 
 
-def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
+def normal_split(value: Any, where: str, known: Iterable[str] = ()) -> str:
+    """The name under which a split is stored: "train", "val" and "test" for their other spellings.
+
+    Args:
+        value: the split's name.
+        where: place for the message.
+        known: names that are kept as they are, such as those of shards that exist.
+
+    Raises:
+        SourceFormatError: as `check_split`.
+    """
+    name = check_split(value, where)
+    return name if name in known else _SPLITS.get(name.lower(), name)
+
+
+class _SplitNames:
+    """The splits of a file as they are spelled there, and as they are stored."""
+
+    def __init__(self) -> None:
+        self._stored: dict[str, str] = {}
+
+    def normal(self, value: Any, where: str) -> str:
+        """`normal_split`, where two names that differ by more than case don't become one.
+
+        Raises:
+            SourceFormatError: as `check_split`; both "val" and "dev" occur.
+        """
+        name = value.strip() if isinstance(value, str) and value.strip().lower() in _SPLITS else value
+        if isinstance(name, str) and name in self._stored:
+            return self._stored[name]
+        stored = normal_split(name, where)
+        for other, its in self._stored.items():
+            if its == stored and other.lower() != name.lower():
+                raise SourceFormatError(
+                    f"{where}: 'split' is {name!r}, and above it is {other!r}; both would be stored as {stored!r}; "
+                    "expected one name per split; rename one of them"
+                )
+        self._stored[name] = stored
+        return stored
+
+    def notes(self, path: Path) -> list[str]:
+        """A line for the user, where splits are stored under other names."""
+        renamed = [f"{name!r} as {stored!r}" for name, stored in self._stored.items() if name != stored]
+        return [f"{path}: splits stored: {', '.join(renamed)}"] if renamed else []
+
+
+def _load_karpathy(path: Path, keep_restval: bool, splits: _SplitNames) -> CaptionSource:
+    text = read_text(path)
     try:
-        content = parse_json(_read_text(path))
-    except SourceFormatError:
-        raise
+        content = parse_json(text)
     except ValueError as error:
-        place, reason = _json_problem(error)
+        place, reason = json_problem(error)
+        first = text.lstrip().partition("\n")[0]
+        if not first.startswith(("{", "[")):
+            advice = f"the file starts with {shorten(first)}; if it is a table, give --format csv"
+        elif reason.startswith("Extra data"):
+            advice = "if it holds one object per line, give --format jsonl"
+        else:
+            advice = "download it again, or name another format with --format"
         raise SourceFormatError(
-            f"{path}{place}: not valid JSON ({reason}); expected a Karpathy JSON; download it again, or name another "
-            "format with --format"
+            f"{path}{place}: not valid JSON ({reason}); expected a Karpathy JSON; {advice}"
         ) from None
+    if isinstance(content, list):
+        keys = ", ".join(content[0]) if content and isinstance(content[0], dict) else ""
+        raise SourceFormatError(
+            f"{path}: a list of objects with the keys {shorten(keys)}; expected a JSON object, a Karpathy JSON with "
+            "the key 'images'; write one object per caption and line with the keys image and caption (JSONL)"
+        )
     if isinstance(content, dict) and "annotations" in content:
         raise SourceFormatError(
             f"{path}: key 'annotations' seen; this is COCO's own annotation file; expected the Karpathy split "
@@ -275,16 +394,16 @@ def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
     number = 0
     for i, entry in enumerate(entries):
         where = f"{path}: images[{i}]"
-        name = _check_text(_get(entry, "filename", object, where), where, "filename").strip()
+        name = _cell(_get(entry, "filename", object, where), where, "filename")
         folder = _check_text(entry.get("filepath", ""), where, "filepath").strip()
-        split = check_split(_get(entry, "split", object, where), where)
+        split = splits.normal(_get(entry, "split", object, where), where)
         if split == "restval" and not keep_restval:
             split = "train"
         captions = []
         file = _relative(f"{folder}/{name}" if folder else name, where) if name else ""
         for j, sentence in enumerate(_get(entry, "sentences", list, where)):
             here = f"{where}.sentences[{j}]"
-            text = _check_text(_get(sentence, "raw", object, here), here, "raw").strip()
+            text = _cell(_get(sentence, "raw", object, here), here, "raw")
             sentid = _check_id(sentence.get("sentid", number), here, "sentid")
             first = first_sentid.setdefault(str(sentid), here)
             if first != here:
@@ -300,7 +419,7 @@ def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
             reason = f"{where}: 'filename' is empty"
             skipped.append(Skip("caption_without_image", "", reason, split, captions=len(captions)))
             continue
-        kept = first_with.setdefault(file, i)
+        kept = first_with.setdefault(composed(file), i)
         if kept != i:
             reason = f"{where}: images[{kept}] (split {entries[kept]['split']}) is the same file and was kept"
             skipped.append(Skip("duplicate_key", file, reason, split, captions=len(captions)))
@@ -310,21 +429,27 @@ def _load_karpathy(path: Path, keep_restval: bool) -> CaptionSource:
     return CaptionSource(images, skipped)
 
 
-def _load_rows(path: Path, rows: Iterator[tuple[int, dict[str, Any]]], default_split: str) -> CaptionSource:
+def _load_rows(
+    path: Path, rows: Iterable[tuple[int, dict[str, Any]]], default_split: str, splits: _SplitNames
+) -> CaptionSource:
     images: dict[str, CaptionedImage] = {}
     skipped: list[Skip] = []
     first_line: dict[str, int] = {}
     for number, (line, row) in enumerate(rows):
         where = f"{path} line {line}"
-        file, text = (_check_text(_get(row, key, object, where), where, key).strip() for key in ("image", "caption"))
+        file, text = (_cell(row[key], where, key) for key in ("image", "caption"))
+        if re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", text, re.DOTALL):
+            raise SourceFormatError(
+                f"{where}: the caption is {shorten(text)}, a list; expected a text; write one row per caption"
+            )
         split = row.get("split")
-        split = default_split if split is None or split == "" else check_split(split, where)
+        split = default_split if _is_empty(split) else splits.normal(split, where)
         if not file:
             skipped.append(Skip("caption_without_image", "", f"{where}: 'image' is empty", split, captions=1))
             continue
         file = _relative(file, where)
-        image = images.setdefault(file, CaptionedImage(file, file, file, split))
-        first = first_line.setdefault(file, line)
+        image = images.setdefault(composed(file), CaptionedImage(file, file, file, split))
+        first = first_line.setdefault(image.path, line)
         if image.split != split:
             raise SourceFormatError(
                 f"{where}: 'split' is {split!r} but line {first} puts the same image in {image.split!r}; expected one "
@@ -335,94 +460,6 @@ def _load_rows(path: Path, rows: Iterator[tuple[int, dict[str, Any]]], default_s
         else:
             skipped.append(Skip("empty_caption", file, f"{where}: 'caption' is empty", split, captions=1))
     return CaptionSource(list(images.values()), skipped)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number (of the row's first line) and row; the header is checked by name, other columns are ignored."""
-    lines = (line for _, line in _text_lines(path))
-    # strict: a stray quote is an error here, not a row that swallows the rest of the file.
-    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    line = 1
-    header: list[str] | None = None
-    try:
-        for fields in reader:
-            if header is None:
-                header = [name.strip() for name in fields]
-                if not {"image", "caption"} <= set(header) or len(set(header)) != len(header):
-                    raise SourceFormatError(
-                        f"{path} line 1: the header is {shorten(','.join(header))}; expected the columns image, "
-                        "caption and, if wanted, split, each once; add the header"
-                    )
-            elif fields and len(fields) != len(header):
-                raise SourceFormatError(
-                    f"{path} line {line}: {len(fields)} fields, {shorten(fields)}; expected {len(header)} "
-                    f"({', '.join(header)}); put quotes around a caption that holds the separator"
-                )
-            elif fields:
-                yield line, dict(zip(header, fields, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise SourceFormatError(
-            f"{path} line {line}: not valid CSV ({error}); expected a quote inside a quoted field to be doubled; "
-            "correct the line"
-        ) from None
-    if header is None:
-        raise SourceFormatError(f"{path}: empty; expected a header with the columns image and caption; check the file")
-
-
-def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object; blank lines don't count."""
-    for number, line in _text_lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            raise SourceFormatError(
-                f"{path} line {number}: not valid JSON ({_json_problem(error)[1]}); line seen: "
-                f"{shorten(line.strip())}; expected one object a line; correct or remove it"
-            ) from None
-        if not isinstance(value, dict):
-            raise SourceFormatError(
-                f"{path} line {number}: {shorten(value)}; expected a JSON object; correct or remove the line"
-            )
-        yield number, value
-
-
-def _json_problem(error: ValueError) -> tuple[str, str]:
-    """(" line N" where the error knows its place, what is wrong)."""
-    if isinstance(error, json.JSONDecodeError):
-        return f" line {error.lineno}", f"{error.msg}, column {error.colno}"
-    return "", str(error)
-
-
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number, 1-based, and line with its end; only "\\n" and "\\r\\n" end a line."""
-    number = 0
-    try:
-        # Bytes are split, not text: Unicode has line separators that may stand inside a JSON string.
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceFormatError(
-            f"{path} line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file"
-        ) from None
-    except OSError as error:
-        raise _cannot_open(path, error) from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceFormatError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-    except OSError as error:
-        raise _cannot_open(path, error) from None
-
-
-def _cannot_open(path: Path, error: OSError) -> SourceFormatError:
-    return SourceFormatError(f"{path}: can't be read ({error.strerror}); expected a readable file; check the path")
 
 
 def _relative(file: str, where: str) -> str:
@@ -439,9 +476,9 @@ def _relative(file: str, where: str) -> str:
 
 def _check_same(record: dict[str, Any], image: CaptionedImage, caption: Caption, where: str) -> None:
     """A record found by ``sentid`` must not contradict the captions file."""
-    expected = {"image": {image.path, image.name}, "caption": {caption.text}}
+    expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
     for key, values in expected.items():
-        if key in record and record[key].strip() not in values:
+        if key in record and composed(record[key].strip()) not in values:
             raise SourceFormatError(
                 f"{where}: '{key}' is {shorten(record[key])} but sentid {record['sentid']} of the captions file has "
                 f"{shorten(min(values))}; expected the same; give the knowledge of this captions file"
@@ -456,7 +493,21 @@ def _check_id(value: Any, where: str, key: str) -> int | str:
     return value if isinstance(value, int) else _check_text(value, where, key)
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a cell is empty; null in JSON, also as pandas writes it (NaN), is."""
+    return value is None or value == "" or value != value
+
+
+def _cell(value: Any, where: str, key: str) -> str:
+    """A text without surrounding white space; "" for an empty cell."""
+    return "" if _is_empty(value) else _check_text(value, where, key).strip()
+
+
 def _check_text(value: Any, where: str, key: str) -> str:
+    if isinstance(value, list):
+        raise SourceFormatError(
+            f"{where}: '{key}' is {shorten(value)}; expected a string; write one object per caption"
+        )
     if not isinstance(value, str):
         raise SourceFormatError(f"{where}: '{key}' is {shorten(value)}; expected a string; correct it")
     if not is_unicode(value):

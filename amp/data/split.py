@@ -1,6 +1,5 @@
 """Random access to the samples of a split, over all its shards."""
 
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,6 @@ from amp.knowledge.schema import Knowledge, parse_knowledge
 
 MAX_OPEN = 256
 Decoded = TypeVar("Decoded")
-
-
-def decoding_workers(wanted: int) -> int:
-    """`wanted` worker processes, or fewer where this process may use fewer cores."""
-    return min(wanted, len(os.sched_getaffinity(0)))
 
 
 class ShardSplit:
@@ -57,7 +51,7 @@ class ShardSplit:
             if len(reader) != self.sizes[shard]:
                 raise AmpError(
                     f"{reader.path}: holds {len(reader)} samples, the manifest says {self.sizes[shard]}. Run "
-                    "tools/make_shards.py again"
+                    "amp make_shards again"
                 )
             self._readers[shard] = reader
         self._readers.move_to_end(shard)
@@ -80,7 +74,7 @@ class ShardSplit:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(
                 f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run "
-                "tools/make_shards.py again with --check decode, which leaves out and lists such images"
+                "amp make_shards again with --check decode, which leaves out and lists such images"
             ) from error
 
     def image(self, index: int) -> Image.Image:

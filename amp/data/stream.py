@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from amp.cores import decoding_workers
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder, caption_of_epoch
 from amp.data.pixels import RandomCrop
 from amp.data.shared_images import SharedImages
-from amp.data.split import ShardSplit, decoding_workers
+from amp.data.split import ShardSplit
 from amp.data.text_features import TextFeatureStore
 from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.schema import Knowledge
@@ -164,7 +165,7 @@ def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: Know
     The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
     `worker_init` is called in each worker with its number.
     """
-    workers, ahead = decoding_workers(workers), 4
+    workers, ahead = decoding_workers(workers, gpu=pin_memory), 4
     image, shared = samples.image_type(), None
     if workers and image is not None:
         shape, dtype = image

@@ -109,6 +109,26 @@ def text_keys(texts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint64)
 
 
+def cut_texts(texts: Sequence[str], tokenizer, length: int) -> int:
+    """How many texts a tokenizer cuts.
+
+    Args:
+        texts: Any texts.
+        tokenizer: Of the base model.
+        length: Its context length.
+
+    Raises:
+        AmpError: A tokenizer that fills all places, whose cuts can't be seen.
+    """
+    # With room for one more token a text that fits stays as it is; of one that is cut another token comes before the
+    # mark of the end.
+    rows, longer = (tokenizer(["", *texts], context_length=places) for places in (length, length + 1))
+    cut = (rows != longer[:, :length]).any(dim=1)
+    if cut[0]:
+        raise AmpError("the model's tokenizer fills all places, so cut texts can't be counted")
+    return int(cut.sum())
+
+
 @torch.no_grad()
 def encode_texts(
     store: TextFeatureStore,

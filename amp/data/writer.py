@@ -11,8 +11,8 @@ depends on the plan alone, so parts needn't wait for each other, and two at the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,18 +25,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from amp.cores import usable_cores
+from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
+from amp.data.file_names import composed, find_file
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.parts import part_of
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import (
-    IMAGE_EXTENSIONS,
     MANIFEST_NAME,
     RECORD_SCHEMA,
     ShardInfo,
@@ -48,19 +48,20 @@ from amp.data.sources import (
     CaptionedImage,
     Skip,
     attach_knowledge,
-    check_split,
+    cut_note,
     load_captions,
     load_image_list,
+    normal_split,
 )
 from amp.errors import AmpError, public_command, too_many_skipped
-from amp.files import write_json
+from amp.files import locked_folder, write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.terminal import PlainConsole
 from amp.version import __version__
 
 # Part of every shard's plan: raise it when the bytes written for the same input change.
-WRITER_VERSION = 1
+WRITER_VERSION = 2
 
 
 class ShardWriteError(AmpError):
@@ -115,7 +116,7 @@ def make_shards(
         images: folder that the image files' paths start from.
         out: folder for the shards and manifest.json; made if absent.
         knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states; or
-            the folder that tools/generate_knowledge.py wrote.
+            the folder that amp generate_knowledge wrote.
         knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest. By default the
             folder's, where `knowledge` is one.
         format: format of the captions file; auto goes by its suffix.
@@ -165,8 +166,9 @@ def make_shards(
     share = slice(index, None, parts)
     resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
 
-    with console.status("reading captions and knowledge"):
+    with console.progress("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
+        report = None
         source = load_captions(captions, format, default_split, keep_restval)
         if knowledge is not None:
             report = attach_knowledge(source.images, knowledge)
@@ -186,6 +188,7 @@ def make_shards(
         excluded: dict[str, int] = {}
         if exclude_images is not None:
             names = set(load_image_list(exclude_images))
+            exclude_split = normal_split(exclude_split, "--exclude_split", {image.split for image in source.images})
             before = len(keyed)
             keyed = _exclude(keyed, names, exclude_split, exclude_images)
             excluded = {exclude_split: before - len(keyed)} if exclude_split in chosen else {}
@@ -195,10 +198,13 @@ def make_shards(
                 "names": len(names),
                 "images": before - len(keyed),
             }
+    cut = cut_note((image for image in source.images if image.split in chosen), report)
+    for note in (*source.notes, *_split_notes(captions, source.images), *([cut] if cut else [])):
+        console.print(note, soft_wrap=True)
     skipped = [skip for skip in source.skipped if skip.split in chosen]
     _check_skipped(skipped, [image for image in source.images if image.split in chosen], max_skipped, captions)
 
-    with console.status("looking for the image files"):
+    with console.progress("looking for the image files"):
         plans: dict[str, list[ShardPlan]] = {}
         lost_files: list[Skip] = []
         for split in chosen:
@@ -291,7 +297,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
             hashed = HashedFile(file)
             for key, image in plan.samples:
                 try:
-                    content, extension = read_image(plan.images_root / image.path, plan.resize, plan.check)
+                    content, extension = read_image(find_file(plan.images_root, image.path), plan.resize, plan.check)
                 except UnreadableImageError as error:
                     # A file that can't be opened may be mended without a new mtime, so the next run tries again.
                     retry |= error.may_pass
@@ -370,19 +376,36 @@ def _digest(text: str) -> str:
 def _choose_splits(images: list[CaptionedImage], splits: list[str] | None) -> list[str]:
     """The splits to write, in the order of the captions file."""
     present = list(dict.fromkeys(image.split for image in images))
+    splits = splits and [normal_split(split, "--splits", present) for split in splits]
     for split in splits or ():
-        if check_split(split, "--splits") not in present:
+        if split not in present:
             raise ShardWriteError(
                 f"--splits names {split!r}, which no image is in; expected some of {', '.join(present)}; correct it"
             )
     return [split for split in present if splits is None or split in splits]
 
 
+def _split_notes(captions: str, images: list[CaptionedImage]) -> list[str]:
+    """What training would stumble over, where the captions file has no split of the usual name."""
+    present = dict.fromkeys(image.split for image in images)
+    if "train" in present:
+        return []
+    return [
+        f"{captions}: no split 'train' in it; splits seen: {', '.join(present)}; that is enough for an evaluation; to "
+        "train on one of them give --data.train_split NAME"
+    ]
+
+
 def _exclude(
     keyed: list[tuple[str, CaptionedImage]], names: set[str], split: str, list_file: str
 ) -> list[tuple[str, CaptionedImage]]:
     """Drop the named images from one split."""
-    kept = [(key, image) for key, image in keyed if image.split != split or names.isdisjoint((image.path, image.name))]
+    names = set(map(composed, names))
+    kept = [
+        (key, image)
+        for key, image in keyed
+        if image.split != split or names.isdisjoint((composed(image.path), composed(image.name)))
+    ]
     if len(kept) == len(keyed):
         raise ShardWriteError(
             f"{list_file}: none of its {len(names)} names is an image of split {split!r}; expected file names as in "
@@ -403,11 +426,12 @@ def _find_files(
             break
         suffix = PurePosixPath(image.path).suffix
         kind, reason = None, ""
-        if suffix[1:].lower() not in IMAGE_EXTENSIONS:
-            kind, reason = "unreadable_image", f"suffix {suffix!r} isn't one of {', '.join(IMAGE_EXTENSIONS)}"
+        if suffix.lower() not in PHOTO_SUFFIXES:
+            kind = "unreadable_image"
+            reason = unreadable_reason(suffix) or f"suffix {suffix!r} isn't one of {', '.join(PHOTO_SUFFIXES)}"
         else:
             try:
-                state = os.stat(root / image.path)
+                state = os.stat(find_file(root, image.path))
             except OSError as error:
                 kind, reason = "missing_image", f"{error.strerror} in the images folder"
             else:
@@ -513,17 +537,19 @@ def lock_folder(out: Path, shared: bool = False) -> Iterator[None]:
                 "own; choose another --out"
             )
         plan_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(plan_folder / "lock", "a+")  # noqa: SIM115, closed below; NFS wants a shared lock readable
     except OSError as error:
-        raise ShardWriteError(f"{out}: can't be made or written ({error.strerror}); choose another --out") from None
-    with lock:
+        raise _cannot_write(out, error) from None
+    busy = "another run is writing shards here; wait for it to end, or choose another --out"
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            raise ShardWriteError(
-                f"{out}: another run is writing shards here; wait for it to end, or choose another --out"
-            ) from None
+            stack.enter_context(locked_folder(plan_folder, busy, shared))
+        except OSError as error:
+            raise _cannot_write(out, error) from None
         yield
+
+
+def _cannot_write(out: Path, error: OSError) -> ShardWriteError:
+    return ShardWriteError(f"{out}: can't be made or written ({error.strerror}); choose another --out")
 
 
 def _surplus(out: Path, plans: list[ShardPlan]) -> list[str]:
@@ -556,26 +582,16 @@ def _clear_stale(out: Path, surplus: list[str]) -> None:
 
 
 def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsole, accept_gaps: bool) -> None:
-    """Write the shards, several at once; the bar counts images."""
+    """Write the shards, several at once; images are counted."""
     if not plans:
         return
-    workers = min(workers or len(os.sched_getaffinity(0)), len(plans))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    workers = min(workers or usable_cores(), len(plans))
     total = sum(len(plan.samples) for plan in plans)
-    with bar:
-        task = bar.add_task(f"{len(plans)} shards", total=total)
+    with console.progress(f"writing {len(plans)} shards", "images", keep=True) as report:
         if workers == 1:
+            done = itertools.count(1)
             for plan in plans:
-                write_shard(plan, lambda: bar.advance(task), accept_gaps)
+                write_shard(plan, lambda: report(next(done), total), accept_gaps)
             return
         # spawn: a fork beside the bar's thread could inherit a lock for ever, and would inherit the folder's lock.
         context = multiprocessing.get_context("spawn")
@@ -585,9 +601,12 @@ def _write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsol
             try:
                 while pending:
                     finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    bar.update(task, completed=counter.value)
+                    report(counter.value, total)
                     for future in finished:
                         future.result()
+            except KeyboardInterrupt:
+                console.say("stopping; the shards at hand are finished first")
+                raise
             except BrokenProcessPool:
                 raise ShardWriteError(
                     "a worker process was killed, most likely for want of memory; run the same command with fewer "

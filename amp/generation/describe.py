@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.sources import jsonl_objects
+from amp.data.tables import jsonl_objects
 from amp.errors import AmpError
 from amp.generation.words import stem
 from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge, parse_origin
-from amp.knowledge.text import state_text
+from amp.knowledge.text import CONTEXT_TOKENS, state_text
 
-CONTEXT_TOKENS = 77  # CLIP's, with the marks of start and end
 SLOT_TOKENS = 5  # PromptConfig.slot_tokens
 
 

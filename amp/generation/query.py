@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amp.errors import AmpError
-from amp.generation.cache import ReplyCache
+from amp.generation.cache import CacheError, ReplyCache
 from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome
+from amp.generation.language import language_note
 from amp.generation.prompts import load_template, readable
 from amp.generation.run import ask_all
 from amp.generation.settings import Makers
@@ -24,7 +25,9 @@ class KnowledgeGenerator:
     Args:
         engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: as of
             `amp.generation.run.generate_knowledge`.
-        cache: folder of replies, which later processes find again; None forgets them at the end.
+        cache: folder of replies, which later processes find again; None forgets them at the end, as does a folder that
+            can't be written or that another process is writing to.
+        console: where a warning goes that rules are given captions in another language; stderr by default.
 
     Raises:
         AmpError: the engine's model, its server or spaCy can't be loaded or reached.
@@ -41,16 +44,17 @@ class KnowledgeGenerator:
         spacy_model: str | None = None,
         engine_options: dict[str, Any] | None = None,
         cache: Path | None = None,
+        console: PlainConsole | None = None,
     ) -> None:
+        self._console = console or PlainConsole(stderr=True)
+        self._warns = engine == "rules"
         self._makers = Makers(engine, engine_options or {}, fallback, spacy_model)
         described = self._makers.describe()
         self._ladder = Ladder(
             described["engine"], load_template(template), described["rules"], retries, temperature, seed
         )
-        if cache is None:
-            self._temporary = tempfile.TemporaryDirectory()  # goes when this object does
-            cache = Path(self._temporary.name)
-        self._cache = Path(cache)
+        self._cache = None if cache is None else Path(cache)
+        self._temporary: tempfile.TemporaryDirectory | None = None  # goes when this object does
 
     def describe(self) -> dict[str, Any]:
         """All that decides what a caption gets."""
@@ -63,7 +67,10 @@ class KnowledgeGenerator:
             AmpError: the model's server gave no reply.
         """
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
-        with ReplyCache(self._cache, "queries") as replies:
+        if self._warns and (note := language_note(distinct)):
+            self._console.print(f"warning: {note}", soft_wrap=True)
+            self._warns = False  # once
+        with self._open_cache() as replies:
             lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
             outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
         found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
@@ -73,3 +80,13 @@ class KnowledgeGenerator:
                 "at the server, or take the engine 'rules'"
             )
         return found
+
+    def _open_cache(self) -> ReplyCache:
+        if self._cache is not None:
+            try:
+                return ReplyCache(self._cache, "queries")
+            except CacheError:
+                pass  # an index that is shared read-only, or searched by two processes at once
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory()
+        return ReplyCache(Path(self._temporary.name), "queries")

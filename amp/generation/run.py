@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,14 @@ from typing import Any, Literal
 from amp.data.parts import part_of
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shards import ShardManifest
-from amp.data.sources import CaptionedImage, load_captions
+from amp.data.sources import CaptionedImage, CaptionSource, load_captions, normal_split
 from amp.errors import AmpError
 from amp.generation.cache import Reply, ReplyCache
 from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
+from amp.generation.language import language_note
 from amp.generation.merge import Summary, merge_knowledge
-from amp.generation.progress import Progress
+from amp.generation.progress import Counts
 from amp.generation.prompts import load_template, readable
 from amp.generation.settings import SETTINGS_NAME, Makers, Settings
 from amp.terminal import PlainConsole
@@ -102,15 +104,26 @@ def generate_knowledge(
             "the parts first"
         )
     index, parts = _share(part)
-    with console.status("reading captions"):
-        images = _choose(_load(captions, format, default_split, keep_restval), splits, captions)
+    with console.progress("reading captions"):
+        source = _load(captions, format, default_split, keep_restval)
+        images = _choose(source.images, splits, captions)
         distinct = list(dict.fromkeys(readable(caption.text) for image in images for caption in image.captions))[:limit]
+    for note in source.notes:
+        console.print(note, soft_wrap=True)
+    for kind, count in Counter(skip.kind for skip in source.skipped).items():
+        first = next(skip.reason for skip in source.skipped if skip.kind == kind)
+        console.print(f"{captions}: {count:,} skipped: {kind}, first: {first}", soft_wrap=True)
+    if engine == "rules" and not merge and (warning := language_note(distinct)):
+        console.print(f"warning: {warning}", soft_wrap=True)
     out_root = Path(out)
-    settings = Settings(
-        out_root / SETTINGS_NAME,
-        options={"engine": engine, "fallback": fallback, "spacy_model": spacy_model, **_reply_options(engine_options)},
-        makers=Makers(engine, engine_options or {}, fallback, spacy_model),
-    )
+    with console.progress(f"loading {engine}"):
+        settings = Settings(
+            out_root / SETTINGS_NAME,
+            options={
+                "engine": engine, "fallback": fallback, "spacy_model": spacy_model, **_reply_options(engine_options),
+            },
+            makers=Makers(engine, engine_options or {}, fallback, spacy_model),
+        )  # fmt: skip
     ladder = Ladder(
         engine=settings.described["engine"],
         template=load_template(template),
@@ -138,7 +151,8 @@ def generate_knowledge(
                     "without --part merges"
                 )
                 return None
-        return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, captions, command)
+        with console.progress("merging replies"):
+            return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, captions, command)
 
 
 def ask_all(
@@ -155,45 +169,44 @@ def ask_all(
     """
     lost: set[str] = set()
     waiting = captions
-    with Progress(console, len(captions)) as progress:
-        while True:
-            requests: dict[tuple[str, int], dict[str, Request]] = {}
-            still = []
-            for caption in waiting:
-                step = ladder.resolve(caption, replies.get)
-                if isinstance(step, Outcome):
-                    progress.resolved(step)
-                elif step.key not in lost:
-                    requests.setdefault((step.stage, step.attempt), {})[step.key] = step
-                    still.append(caption)
-            waiting = still
-            if not requests:
-                return len(lost)
-            # Q1 with its retries, then the rules, then Q2: full batches that share one prefix.
-            stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
-            group = list(requests[stage, attempt].values())
-            if stage == "rules":
-                _apply_rules(group, makers(), replies, progress)
-            else:
-                lost |= _ask_model(group, ladder, makers(), replies, progress)
+    counts = Counts(console)
+    while True:
+        requests: dict[tuple[str, int], dict[str, Request]] = {}
+        still = []
+        for caption in waiting:
+            step = ladder.resolve(caption, replies.get)
+            if isinstance(step, Outcome):
+                counts.resolved(step)
+            elif step.key not in lost:
+                requests.setdefault((step.stage, step.attempt), {})[step.key] = step
+                still.append(caption)
+        waiting = still
+        if not requests:
+            return len(lost)
+        # Q1 with its retries, then the rules, then Q2: full batches that share one prefix.
+        stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
+        group = list(requests[stage, attempt].values())
+        with console.progress("loading what answers"):  # unless it is loaded already
+            engines = makers()
+        if stage == "rules":
+            _apply_rules(group, engines, replies, counts)
+        else:
+            lost |= _ask_model(group, ladder, engines, replies, counts)
 
 
-def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, progress: Progress) -> None:
+def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, counts: Counts) -> None:
     assert makers.rules is not None, "the ladder asks the rules only where there are some"
-    progress.begin("rules", 0, len(group))
     found = makers.rules.triplets(request.caption for request in group)
-    for request, triplets in zip(group, found, strict=True):
-        replies.put(request.key, Reply(dump_triplets(triplets)), stage="rules", caption=request.caption)
-        progress.reply()
+    with counts.replies("rules", 0, len(group)) as reply:
+        for request, triplets in zip(group, found, strict=True):
+            replies.put(request.key, Reply(dump_triplets(triplets)), stage="rules", caption=request.caption)
+            reply()
 
 
-def _ask_model(
-    group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, progress: Progress
-) -> set[str]:
+def _ask_model(group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, counts: Counts) -> set[str]:
     stage, attempt = group[0].stage, group[0].attempt
     engine, lost = makers.engine, set()
     assert engine is not None, "the ladder asks a model only where there is one"
-    progress.begin(stage, attempt, len(group))
     completions = engine.generate(
         ladder.prefix(stage),
         [request.suffix for request in group],
@@ -202,29 +215,31 @@ def _ask_model(
         ladder.sampling(stage, attempt),
         [request.seed for request in group],
     )
-    for number, completion in completions:
-        request = group[number]
-        if completion.error and not completion.refused:
-            lost.add(request.key)
-        else:
-            notes = {"stage": stage, "attempt": attempt, "caption": request.caption}
-            notes |= {"tokens": completion.tokens, "prompt_tokens": completion.prompt_tokens}
-            if completion.error:
-                notes["error"] = completion.error
-            replies.put(request.key, Reply(completion.text, completion.refused), **notes)
-        progress.reply(completion.tokens, completion.error)
+    with counts.replies(stage, attempt, len(group)) as reply:
+        for number, completion in completions:
+            request = group[number]
+            if completion.error and not completion.refused:
+                lost.add(request.key)
+            else:
+                notes = {"stage": stage, "attempt": attempt, "caption": request.caption}
+                notes |= {"tokens": completion.tokens, "prompt_tokens": completion.prompt_tokens}
+                if completion.error:
+                    notes["error"] = completion.error
+                replies.put(request.key, Reply(completion.text, completion.refused), **notes)
+            reply(completion.tokens, completion.error)
     return lost
 
 
-def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> list[CaptionedImage]:
+def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> CaptionSource:
     if not Path(captions).is_dir():
-        return load_captions(captions, format, default_split, keep_restval).images
+        return load_captions(captions, format, default_split, keep_restval)
     by_shard = load_shard_captions(ShardManifest.load(captions))
-    return [image for images in by_shard.values() for image in images]
+    return CaptionSource([image for images in by_shard.values() for image in images], [])
 
 
 def _choose(images: list[CaptionedImage], splits: list[str] | None, path: str) -> list[CaptionedImage]:
     known = list(dict.fromkeys(image.split for image in images))
+    splits = splits and [normal_split(split, "--splits", known) for split in splits]
     for split in splits or []:
         if split not in known:
             raise GenerationError(f"{path}: no split {split!r}; splits seen: {', '.join(known)}; check --splits")

@@ -1,6 +1,17 @@
 """The texts that knowledge becomes before CLIP's text tower reads it."""
 
+import re
+from html import unescape
+
 from amp.knowledge.schema import Knowledge, Triplet
+
+CONTEXT_TOKENS = 77
+"""Tokens of a text that CLIP reads, with the marks of start and end. Other models have other limits (SigLIP: 64)."""
+
+# Each part is one token or more: CLIP's tokenizer divides texts here before it divides words.
+_PARTS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
+FEW_WORDS = 25
+"""Words of a text that isn't looked at more closely: hardly any of so few is cut."""
 
 STATE_TEMPLATE = "Fine-grained state description of action triplet <{subject}, {action}, {object}> is {state}"
 """The template of the paper, sec. 3.3 "Action State Prompts"."""
@@ -16,6 +27,14 @@ def state_text(triplet: Triplet, state: str) -> str:
 def triplet_text(triplet: Triplet) -> str:
     """The hand-crafted prompt of one triplet."""
     return TRIPLET_TEMPLATE.format(subject=triplet.subject, action=triplet.action, object=triplet.object)
+
+
+def surely_cut(text: str) -> bool:
+    """Whether a text is longer than `CONTEXT_TOKENS`, by its words, so that no tokenizer (and no torch) is loaded.
+
+    Words of several tokens count once, so a text that is cut may not be found; one that is found is cut.
+    """
+    return text.count(" ") >= FEW_WORDS and len(_PARTS.findall(unescape(unescape(text)))) + 2 > CONTEXT_TOKENS
 
 
 def select(knowledge: Knowledge, max_triplets: int) -> list[tuple[Triplet, str]]:

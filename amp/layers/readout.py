@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from amp.layers.interaction import merge_heads, split_heads
-from amp.layers.transformer_block import transformer_block
+from amp.layers.transformer_block import TransformerBlock
 
 HEAD_WIDTH = 64
 
@@ -50,7 +50,7 @@ class KnowledgeReadout(nn.Module):
         if blocks:
             self.blocks = nn.Sequential(
                 nn.LayerNorm(vision_width),
-                *(transformer_block(vision_width, vision_heads) for _ in range(blocks)),
+                *(TransformerBlock(vision_width, vision_heads) for _ in range(blocks)),
                 nn.LayerNorm(vision_width),
             )
         self.key = nn.Linear(vision_width, embed_dim)
@@ -63,7 +63,8 @@ class KnowledgeReadout(nn.Module):
 
     def patches(self, early: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """What is read: of the patches before block `interaction_layer` and behind the last one, both (B, M, d_v)."""
-        return last if self.blocks is None else self.blocks(early)
+        read = in_type_of(self.key.weight, last if self.blocks is None else early)
+        return read if self.blocks is None else self.blocks(read)
 
     def queries(self, text: torch.Tensor, states: torch.Tensor | None, triplets: torch.Tensor | None,
                 mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -119,6 +120,15 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the Q rows that exist: (..., C, Q, d) and bool (C, Q) to (..., C, d)."""
     weight = mask.to(x.dtype) / mask.sum(dim=-1, keepdim=True).to(x.dtype)
     return (weight.unsqueeze(-2) @ x).squeeze(-2)
+
+
+def in_type_of(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` in the type of a trained weight, since the frozen tower may be in low precision; under autocast, which
+    chooses the type of each product itself, `x` as it is."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x
+    return x.to(weight.dtype)
 
 
 def unit(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

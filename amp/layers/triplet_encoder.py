@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from amp.layers.transformer_block import transformer_block
+from amp.layers.transformer_block import TransformerBlock
 
 
 class TripletEncoder(nn.Module):
@@ -23,7 +23,7 @@ class TripletEncoder(nn.Module):
         # Ours: token embeddings of a trained CLIP have a scale of about 0.01, and the bias would drown them.
         self.norm = nn.LayerNorm(3 * width)
         self.project = nn.Linear(3 * width, width)
-        self.blocks = nn.ModuleList(transformer_block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
         self.null = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, embedded: torch.Tensor, token_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ class TripletEncoder(nn.Module):
         prompts, mask = with_null(self.project(self.norm(slots.flatten(-2))), mask, self.null)
         padding = ~mask
         for block in self.blocks:
-            prompts = block(prompts, src_key_padding_mask=padding)
+            prompts = block(prompts, padding)
         return prompts
 
 

@@ -18,9 +18,7 @@ def named_adapter(text: str) -> tuple[str, str]:
         name, path = Path(text).resolve().parent.parent.name, text
     path = str(adapter_file(path))
     if not Path(path).is_file():
-        raise AmpError(
-            f"adapter {text!r}: no file {path}, expected NAME=FILE with an adapter.safetensors of launchers/train.py"
-        )
+        raise AmpError(f"adapter {text!r}: no file {path}, expected NAME=FILE with an adapter.safetensors of amp train")
     return name, path
 
 

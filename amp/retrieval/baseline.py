@@ -7,8 +7,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch.utils.data import DataLoader, Subset
 
 from amp.backbone import weights_hash
+from amp.cores import decoding_workers
 from amp.data.frozen_features import FrozenFeatures, SplitImages
-from amp.data.split import ShardSplit, decoding_workers
+from amp.data.split import ShardSplit
 from amp.distributed import all_reduce_sum, rank, world_size
 from amp.factory import get_tokenizer, load_clip, to_precision
 from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
@@ -31,16 +32,17 @@ def baseline(
     Returns:
         `Retrieval` without knowledge, and what the protocol says of the model.
     """
-    clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
-    described = describe_clip(clip)
-    clip = to_precision(clip, settings.precision).to(accelerator.device).eval()
-    tokenizer = get_tokenizer(settings.name)
+    with terminal.progress(f"loading {settings.name}"):
+        clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
+        described = describe_clip(clip)
+        clip = to_precision(clip, settings.precision).to(accelerator.device).eval()
+        tokenizer = get_tokenizer(settings.name)
     images, texts = SplitImages(split, preprocess), captions.texts
 
     def encoded(total: int, batches, encode, what: str) -> torch.Tensor:
         start, stop = shard_bounds(total, rank(), world_size())
         parts, done = [], 0
-        with terminal.progress(what) as report, torch.no_grad():
+        with terminal.progress(f"encoding {what}", what) as report, torch.no_grad():
             for batch in batches(start, stop):
                 parts.append(encode(batch.to(accelerator.device, non_blocking=True)).float())
                 done += len(parts[-1])
@@ -55,16 +57,17 @@ def baseline(
 
     def decoded(start: int, stop: int):
         part, pinned = Subset(images, range(start, stop)), accelerator.device.type == "cuda"
-        return DataLoader(part, data.batch_size, num_workers=decoding_workers(data.workers), pin_memory=pinned)
+        return DataLoader(part, data.batch_size, num_workers=decoding_workers(data.workers, pinned), pin_memory=pinned)
 
     def tokenised(start: int, stop: int):
         return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))
 
     dtype = next(p.dtype for p in clip.visual.parameters() if p.ndim == 4)  # of the first convolution
-    base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"encoding {split.name} images")
-    text = encoded(len(texts), tokenised, clip.encode_text, "encoding texts")
+    base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"{split.name} images")
+    text = encoded(len(texts), tokenised, clip.encode_text, "texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
-    return Retrieval(captions, frozen, text, None, search, accelerator.device), described
+    with terminal.progress("searching with the base model"):
+        return Retrieval(captions, frozen, text, None, search, accelerator.device), described
 
 
 def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from amp.data.file_names import find_file
 from amp.errors import AmpError, shorten, too_many_skipped
 from amp.json_text import parse_json
 from amp.knowledge.schema import Knowledge, is_unicode
@@ -91,7 +92,7 @@ def _read(entry, images: str | os.PathLike | None) -> Choice:
     right, *wrong = (" ".join(caption.casefold().split()) for caption in choice.captions)
     if right in wrong:
         raise ValueError(f"a wrong caption is the right one: {shorten(choice.captions[0])}")
-    if images is not None and not os.path.isfile(Path(images) / choice.image):
+    if images is not None and not os.path.isfile(find_file(Path(images), choice.image)):
         raise ValueError(f"no photo {choice.image} in {images}")
     return choice
 

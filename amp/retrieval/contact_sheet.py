@@ -1,6 +1,5 @@
 """A contact sheet: the photos that a search found, with scores and what re-ranking did to their places."""
 
-import io
 import os
 from pathlib import Path
 
@@ -18,14 +17,15 @@ from amp.retrieval.drawing import (
     PAGE,
     RIGHT,
     WRONG,
+    Font,
     draw_lines,
+    draw_text,
     fill_rounded,
     fit_image,
-    font_of,
     rounded_mask,
+    save_picture,
     wrap,
 )
-from amp.retrieval.results import write_atomically
 from amp.retrieval.retriever import Found, Hit
 
 COLUMNS, THUMB, GAP, MARGIN, CAPTION = 4, 260, 18, 30, 58
@@ -33,37 +33,35 @@ WIDTH = 2 * MARGIN + COLUMNS * THUMB + (COLUMNS - 1) * GAP
 
 
 def draw_contact_sheet(path: str | os.PathLike, found: Found) -> Path:
-    """Draws the hits of a search as PNG.
+    """Draws the hits of a search as PNG, JPEG or WebP, by the suffix of `path`.
 
     Raises:
-        AmpError: There is no hit, or the path can't be written.
+        AmpError: There is no hit, the suffix is another one, or the path can't be written.
     """
     if not found.hits:
         raise AmpError(f"{path}: no photo was found, expected at least one to draw")
-    title = wrap(found.query, font_of(30, bold=True), WIDTH - 2 * MARGIN, 3)
-    chips = [wrap(f"{t.subject} · {t.action}" + (f" · {t.object}" if t.object else ""), font_of(18), 600, 1)[0]
+    title = wrap(found.query, Font(30, bold=True), WIDTH - 2 * MARGIN, 3)
+    chips = [wrap(f"{t.subject} · {t.action}" + (f" · {t.object}" if t.object else ""), Font(18), 600, 1)[0]
              for t in found.knowledge.triplets]  # fmt: skip
-    states = [line for s in found.knowledge.states for line in wrap(s, font_of(17), WIDTH - 2 * MARGIN, 2)]
+    states = [line for s in found.knowledge.states for line in wrap(s, Font(17), WIDTH - 2 * MARGIN, 2)]
     top = MARGIN + 40 * len(title) + (46 if chips else 8) + 24 * len(states) + 14
     rows = -(-len(found.hits) // COLUMNS)
     page = Image.new("RGB", (WIDTH, top + rows * (THUMB + CAPTION + GAP) + MARGIN), PAGE)
     draw = ImageDraw.Draw(page)
-    y = draw_lines(draw, (MARGIN, MARGIN), title, INK, font_of(30, bold=True), 40)
+    y = draw_lines(draw, (MARGIN, MARGIN), title, INK, Font(30, bold=True), 40)
     x = MARGIN
     for chip in chips:
-        width = round(font_of(18).getlength(chip)) + 24
+        width = round(Font(18).getlength(chip)) + 24
         if x + width > WIDTH - MARGIN:
             break
         fill_rounded(page, (x, y + 4, x + width, y + 34), 8, CHIP)
-        draw.text((x + 12, y + 19), chip, CHIP_INK, font_of(18), anchor="lm")
+        draw_text(draw, (x + 12, y + 19), chip, CHIP_INK, Font(18))
         x += width + 8
-    draw_lines(draw, (MARGIN, y + (46 if chips else 8)), states, MUTED, font_of(17), 24)
+    draw_lines(draw, (MARGIN, y + (46 if chips else 8)), states, MUTED, Font(17), 24)
     for number, hit in enumerate(found.hits):
         row, column = divmod(number, COLUMNS)
         _photo(page, draw, (MARGIN + column * (THUMB + GAP), top + row * (THUMB + CAPTION + GAP)), number, hit)
-    png = io.BytesIO()
-    page.save(png, "PNG")
-    return write_atomically(path, png.getvalue())
+    return save_picture(path, page)
 
 
 def _photo(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], number: int, hit: Hit) -> None:
@@ -80,8 +78,8 @@ def _photo(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], nu
     rose = hit.base_rank - number
     move, colour = (f"up {rose}", RIGHT) if rose > 0 else (f"down {-rose}", WRONG) if rose < 0 else ("same", MUTED)
     line = y + THUMB + 14
-    draw.text((x + 12, line), f"{number + 1}", INK, font_of(19, bold=True), anchor="lm")
-    draw.text((x + 46, line), f"{hit.score:.3f}", INK, font_of(18), anchor="lm")
-    draw.text((x + THUMB - 12, line), f"{move} (CLIP: {hit.base_rank + 1})", colour, font_of(16), anchor="rm")
-    name = wrap(hit.path.name, font_of(15), THUMB - 24, 1)[0]
-    draw.text((x + 12, line + 26), name, MUTED, font_of(15), anchor="lm")
+    draw_text(draw, (x + 12, line), f"{number + 1}", INK, Font(19, bold=True))
+    draw_text(draw, (x + 46, line), f"{hit.score:.3f}", INK, Font(18))
+    draw_text(draw, (x + THUMB - 12, line), f"{move} (CLIP: {hit.base_rank + 1})", colour, Font(16), anchor="rm")
+    name = wrap(hit.path.name, Font(15), THUMB - 24, 1)[0]
+    draw_text(draw, (x + 12, line + 26), name, MUTED, Font(15))

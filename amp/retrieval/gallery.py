@@ -3,7 +3,6 @@
 Drawing knows nothing of models or datasets: it takes images, strings, scores and marks.
 """
 
-import io
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -25,16 +24,17 @@ from amp.retrieval.drawing import (
     RIGHT_TINT,
     WRONG,
     WRONG_TINT,
+    Font,
     clean,
     draw_lines,
+    draw_text,
     fill_rounded,
     fit_image,
-    font_of,
     rounded_mask,
+    save_picture,
     stamp,
     wrap,
 )
-from amp.retrieval.results import write_atomically
 
 # Pixels. A card is text, then two groups of TOP hits; all widths follow from these.
 TOP = 3
@@ -172,10 +172,10 @@ def draw_gallery(
     t2i_note: str = "",
     i2t_note: str = "",
 ) -> Path:
-    """Draws both directions into one PNG.
+    """Draws both directions into one picture.
 
     Args:
-        path: The PNG; written under a temporary name, then renamed.
+        path: File of the picture, PNG, JPEG or WebP by its suffix; written under a temporary name, then renamed.
         text_to_image: Caption queries, a card each.
         image_to_text: Image queries, a card each.
         base_name: Heading of the left ranking.
@@ -184,7 +184,7 @@ def draw_gallery(
         i2t_note: The same for the image queries.
 
     Raises:
-        AmpError: There is nothing to draw, or the path can't be written.
+        AmpError: There is nothing to draw, the suffix is another one, or the path can't be written.
     """
     if not text_to_image and not image_to_text:
         raise AmpError(
@@ -204,9 +204,7 @@ def draw_gallery(
     for block in blocks:
         page.paste(block, (MARGIN, y))
         y += block.height + GAP
-    png = io.BytesIO()
-    page.save(png, "PNG")
-    return write_atomically(path, png.getvalue())
+    return save_picture(path, page)
 
 
 # Blocks
@@ -214,27 +212,28 @@ def draw_gallery(
 
 def _heading(title: str, note: str, base_name: str, reranked_name: str) -> Image.Image:
     """Title and small print of a section, and above the groups the names of the two rankings."""
-    lines = wrap(note, font_of(17), TEXT_WIDTH, 2)
+    lines = wrap(note, Font(17), TEXT_WIDTH, 2)
     block = Image.new("RGB", (CARD_WIDTH, 100), PAGE)
     draw = ImageDraw.Draw(block)
-    draw.text((PAD, 10), title, INK, font_of(30, bold=True))
-    draw_lines(draw, (PAD, 53), lines, MUTED, font_of(17), 22)
+    draw_text(draw, (PAD, 10), title, INK, Font(30, bold=True), anchor="la")
+    draw_lines(draw, (PAD, 53), lines, MUTED, Font(17), 22)
     for x, name in zip(GROUP_X, (base_name, reranked_name), strict=True):
-        draw.text((x, 53), wrap(name, font_of(23, bold=True), GROUP_WIDTH, 1)[0], INK, font_of(23, bold=True))
+        line = wrap(name, Font(23, bold=True), GROUP_WIDTH, 1)[0]
+        draw_text(draw, (x, 53), line, INK, Font(23, bold=True), anchor="la")
         draw.line((x, 92, x + GROUP_WIDTH, 92), "#c3cad4", 2)
     return block
 
 
 def _text_card(example: TextToImage) -> Image.Image:
     """A caption with its triplets, and two groups of images."""
-    caption = wrap(f"“{clean(example.caption)}”", font_of(22), TEXT_WIDTH, 6)
+    caption = wrap(f"“{clean(example.caption)}”", Font(22), TEXT_WIDTH, 6)
     chips, chips_height = _place_chips(example.triplets)
     card, draw = _card(max(44 + 29 * len(caption) + 14 + chips_height, THUMB + 34))
     _verdict(card, draw, (PAD, PAD), example.base, example.reranked)
-    top = draw_lines(draw, (PAD, PAD + 44), caption, INK, font_of(22), 29) + 14
+    top = draw_lines(draw, (PAD, PAD + 44), caption, INK, Font(22), 29) + 14
     for x, y, width, text in chips:
         fill_rounded(card, (PAD + x, top + y, PAD + x + width, top + y + 28), 8, CHIP)
-        draw.text((PAD + x + 12, top + y + 14), text, CHIP_INK, font_of(17), anchor="lm")
+        draw_text(draw, (PAD + x + 12, top + y + 14), text, CHIP_INK, Font(17))
     for x, hits in zip(GROUP_X, (example.base, example.reranked), strict=True):
         for hit in hits[:TOP]:
             colour = RIGHT if hit.right else WRONG
@@ -244,7 +243,7 @@ def _text_card(example: TextToImage) -> Image.Image:
             mask = rounded_mask((inner, inner), RADIUS - FRAME)
             card.paste(fit_image(hit.image, (inner, inner)), (x + FRAME, PAD + FRAME), mask)
             stamp(card, hit.right, BADGE, (x + THUMB - BADGE + 6, PAD + THUMB - BADGE + 6))
-            draw.text((x + 4, PAD + THUMB + 21), f"{hit.score:.3f}", colour, font_of(18), anchor="lm")
+            draw_text(draw, (x + 4, PAD + THUMB + 21), f"{hit.score:.3f}", colour, Font(18))
             x += THUMB + GAP
     return card
 
@@ -253,8 +252,8 @@ def _place_chips(triplets: Sequence[str]) -> tuple[list[tuple[int, int, int, str
     """Lays triplets out in lines: (x, y, width, text) of each from the corner of the first, and the height of all."""
     x, y, chips = 0, 0, []
     for triplet in triplets:
-        text = wrap(triplet, font_of(17), TEXT_WIDTH - 24, 1)[0]
-        width = round(font_of(17).getlength(text)) + 24
+        text = wrap(triplet, Font(17), TEXT_WIDTH - 24, 1)[0]
+        width = round(Font(17).getlength(text)) + 24
         if x and x + width > TEXT_WIDTH:
             x, y = 0, y + 34
         chips.append((x, y, width, text))
@@ -266,7 +265,7 @@ def _image_card(example: ImageToText) -> Image.Image:
     """An image, and two groups of captions."""
     text_width = GROUP_WIDTH - 116  # between badge and score
     groups = [
-        [(hit, wrap(hit.caption, font_of(19), text_width, 4)) for hit in hits[:TOP]]
+        [(hit, wrap(hit.caption, Font(19), text_width, 4)) for hit in hits[:TOP]]
         for hits in (example.base, example.reranked)
     ]
     heights = [sum(26 * len(lines) + 20 + 10 for _, lines in group) - 10 for group in groups if group]
@@ -284,8 +283,8 @@ def _image_card(example: ImageToText) -> Image.Image:
             bottom = y + 26 * len(lines) + 20
             fill_rounded(card, (x, y, x + GROUP_WIDTH, bottom), 8, tint)
             stamp(card, hit.right, 26, (x + 10, y + 10))
-            draw_lines(draw, (x + 46, y + 10), lines, INK, font_of(19), 26)
-            draw.text((x + GROUP_WIDTH - 12, y + 23), f"{hit.score:.3f}", colour, font_of(17), anchor="rm")
+            draw_lines(draw, (x + 46, y + 10), lines, INK, Font(19), 26)
+            draw_text(draw, (x + GROUP_WIDTH - 12, y + 23), f"{hit.score:.3f}", colour, Font(17), anchor="rm")
             y = bottom + 10
     return card
 
@@ -308,6 +307,6 @@ def _verdict(card: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], 
         (True, True): ("right before and after", MUTED, MAT),
         (False, False): ("wrong before and after", MUTED, MAT),
     }[before, after]
-    width = round(font_of(16, bold=True).getlength(text)) + 26
+    width = round(Font(16, bold=True).getlength(text)) + 26
     fill_rounded(card, (*at, at[0] + width, at[1] + 28), 14, tint)
-    draw.text((at[0] + 13, at[1] + 14), text, ink, font_of(16, bold=True), anchor="lm")
+    draw_text(draw, (at[0] + 13, at[1] + 14), text, ink, Font(16, bold=True))

@@ -75,7 +75,7 @@ def load_queries(path: str | os.PathLike) -> QueryTable:
     Raises:
         AmpError: The file is missing or not such a file.
     """
-    again = "write it again with launchers/evaluate.py"
+    again = "write it again with amp evaluate"
     parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:

@@ -23,7 +23,7 @@ def draw_retrievals(path: Path, split: ShardSplit, captions: SplitCaptions, rank
     """Draws queries that re-ranking mended most, and the one it broke worst, of each direction.
 
     Args:
-        path: PNG file.
+        path: File of the picture, PNG, JPEG or WebP by its suffix.
         split: Where photos are read.
         captions: Of the split.
         rankings: Of one model, as `Retrieval.rank` returns.

@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +121,21 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(points) for tag, points in found.items()}
 
 
+@contextmanager
 def _style():
     keys: tuple[Any, ...] = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     colours = dict.fromkeys(keys, _GROUND)
-    return rc_context({**colours, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
-                       "text.parse_math": False,  # a "$" in a name is no formula
-                       "svg.hashsalt": "report"})  # fmt: skip
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.parse_math": False,  # a "$" in a name is no formula
+        "svg.hashsalt": "report",
+    }
+    with rc_context({**colours, **settings}), warnings.catch_warnings():
+        # Text stays text, which the reader's browser draws: no matter that Matplotlib's font lacks Chinese letters.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def _svg(figure: Figure) -> str:

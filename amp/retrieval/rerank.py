@@ -134,22 +134,24 @@ def score_candidates(
     start, stop = shard_bounds(len(missing), *shard)
     mine = missing[start:stop]
     scored = 0
-    for block in mine.split(block_pairs or max(1, len(mine))) if len(mine) else ():
-        if group_by == "candidate":
-            block = block[flat[block].sort(stable=True).indices]
-        if prepare is not None:
-            prepare(block // k, flat[block])
-        for pairs in block.split(batch_size):
-            batch = score_pairs(pairs // k, flat[pairs])
-            if batch.shape != pairs.shape:
-                raise ValueError(f"score_pairs returned shape {tuple(batch.shape)} for {len(pairs)} pairs")
-            require_finite(batch, "re-ranking scores")
-            scores[pairs] = batch.to(scores)
-            scored += len(pairs)
-            if store is not None:
-                store.add(pairs, scores[pairs])
-            if progress is not None:
-                progress(scored, len(mine))
-    if store is not None:
-        store.flush()
+    try:
+        for block in mine.split(block_pairs or max(1, len(mine))) if len(mine) else ():
+            if group_by == "candidate":
+                block = block[flat[block].sort(stable=True).indices]
+            if prepare is not None:
+                prepare(block // k, flat[block])
+            for pairs in block.split(batch_size):
+                batch = score_pairs(pairs // k, flat[pairs])
+                if batch.shape != pairs.shape:
+                    raise ValueError(f"score_pairs returned shape {tuple(batch.shape)} for {len(pairs)} pairs")
+                require_finite(batch, "re-ranking scores")
+                scores[pairs] = batch.to(scores)
+                scored += len(pairs)
+                if store is not None:
+                    store.add(pairs, scores[pairs])
+                if progress is not None:
+                    progress(scored, len(mine))
+    finally:  # an interrupted search goes on with what it has
+        if store is not None:
+            store.flush()
     return scores.view(queries, k)

@@ -207,7 +207,7 @@ class ResultFile:
             AmpError: The file is missing, isn't such a file, or holds figures that no evaluation can give.
         """
         path = Path(path)
-        again = "write it again with launchers/evaluate.py"
+        again = "write it again with amp evaluate"
         try:
             content = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from amp.data.image_file import UnreadableImageError
 from amp.errors import AmpError
 from amp.hub import from_pretrained
 from amp.knowledge.schema import Knowledge
 from amp.model import ActionAwareCLIP
-from amp.retrieval.metrics import stable_topk
 from amp.retrieval.pair_scorer import PairScorer
 from amp.retrieval.photo_index import PhotoIndex, Update, update_index
 
@@ -25,7 +25,7 @@ class Hit:
         path: Of the photo.
         score: What it was ranked by.
         base_score: Cosine of the frozen CLIP.
-        base_rank: 0-based place that the frozen CLIP gave it.
+        base_rank: 0-based place that the frozen CLIP gave it among the photos that are still there.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Found:
         query: The text.
         knowledge: What photos were conditioned on; empty for models that read none.
         hits: Best first.
-        skipped: Photos among the candidates that can't be read any more, with the reason.
+        skipped: Photos that would have been among the hits but are gone or can't be read, with the reason.
     """
 
     query: str
@@ -138,25 +138,41 @@ class Retriever:
             knowledge: Of the query; None asks the generator.
 
         Raises:
-            AmpError: An empty query, no index, or a feature that is not finite.
+            AmpError: An empty query, no index, no photo of it left, or a feature that is not finite.
         """
         if not query.strip():
             raise AmpError("the query is empty, expected a text")
         if count < 1:
             raise AmpError(f"count is {count}, expected at least 1")
-        index, model, device = self.index, self.model, self.model.logit_scale.device
-        text = model.encode_text(model.tokenizer([query]).to(device))
-        kept = min(len(index), max(count, self.top_k))
-        scores, candidates = _best(index, text, kept)
+        index, model = self.index, self.model
+        text = model.encode_text(model.tokenizer([query]).to(model.logit_scale.device))
+        images: list[torch.Tensor] = []
+        there: list[tuple[Path, float]] = []  # the frozen CLIP's order, without photos that are gone
+        skipped: dict[Path, str] = {}
+        scores, numbers = _scores(index, text).sort(descending=True, stable=True)
+        for score, number in zip(scores.tolist(), numbers.tolist(), strict=True):
+            try:
+                if len(there) < self.top_k:
+                    images.append(self.preprocess(index.image(number)))
+                else:
+                    index.check_there(number)
+                there.append((index.path(number), score))
+            except UnreadableImageError as error:  # another one takes its place
+                skipped[index.path(number)] = str(error)
+            if len(there) == max(count, self.top_k):
+                break
+        if not there:
+            raise AmpError(
+                f"{index.root}: holds none of the {len(index):,} photos of the index {self.folder}, expected all of "
+                "them; if they lie elsewhere now, add --photos FOLDER: photos that were moved are not encoded again"
+            )
         knowledge = self._knowledge_of(query, knowledge)
-        opened, skipped = self._open(candidates[: self.top_k].tolist())
-        new = self._new_scores([image for _, image in opened], text, knowledge)
-        new = new + self.fusion_weight * scores[[place for place, _ in opened]]
-        order = new.sort(descending=True, stable=True).indices.tolist()
-        ranked = [(opened[i][0], float(new[i])) for i in order]
-        ranked += [(place, float(scores[place])) for place in range(min(self.top_k, kept), kept)]
-        hits = [Hit(index.root / index.names[candidates[place]], score, float(scores[place]), place)
-                for place, score in ranked[:count]]  # fmt: skip
+        first = torch.tensor([score for _, score in there[: len(images)]])
+        new = self._new_scores(images, text, knowledge) + self.fusion_weight * first
+        order = new.sort(descending=True, stable=True)
+        ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
+        ranked += [(place, there[place][1]) for place in range(len(images), len(there))]
+        hits = [Hit(there[place][0], score, there[place][1], place) for place, score in ranked[:count]]
         return Found(query, knowledge, hits, skipped)
 
     def _knowledge_of(self, query: str, knowledge: Knowledge | None) -> Knowledge:
@@ -166,15 +182,6 @@ class Retriever:
         if self.knowledge is None or not (self.model.knowledge_aware or config.text_enrichment):
             return Knowledge()
         return self.knowledge([query])[0]
-
-    def _open(self, numbers: list[int]) -> tuple[list[tuple[int, torch.Tensor]], dict[Path, str]]:
-        opened, skipped = [], {}
-        for place, number in enumerate(numbers):
-            try:
-                opened.append((place, self.preprocess(self.index.image(number))))
-            except AmpError as error:  # a photo that is gone must not stop a search
-                skipped[self.index.root / self.index.names[number]] = str(error)
-        return opened, skipped
 
     def _new_scores(self, images: list[torch.Tensor], text: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
         """Scores (k,) of preprocessed photos under the query's knowledge."""
@@ -194,8 +201,8 @@ class Retriever:
         return torch.cat([scorer(part, torch.zeros_like(part)) for part in numbers])
 
 
-def _best(index: PhotoIndex, text: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and numbers of the `count` best photos, in one pass over the memory-mapped features."""
+def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:
+    """Cosine of every photo, in one pass over the memory-mapped features."""
     text, parts = F.normalize(text.float().cpu(), dim=-1), []
     for low in range(0, len(index), 65_536):
         features = torch.from_numpy(index.features[low : low + 65_536].copy())
@@ -204,5 +211,4 @@ def _best(index: PhotoIndex, text: torch.Tensor, count: int) -> tuple[torch.Tens
     if not torch.isfinite(scores).all():
         raise AmpError(f"{index.root}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; "
                        "remove the index and make it again")  # fmt: skip
-    values, numbers = stable_topk(scores[None], count)
-    return values[0], numbers[0]
+    return scores

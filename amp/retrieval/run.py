@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from amp.cores import use_cores
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.errors import AmpError, Problems
@@ -28,7 +29,7 @@ from amp.retrieval.results import ResultFile, RetrievalRow, check_writable
 from amp.retrieval.verbs import by_verb, save_verbs
 from amp.terminal import PlainConsole, Terminal
 from amp.train.config import TrainConfig
-from amp.train.launch import make_accelerator
+from amp.train.launch import make_accelerator, rank_of_launcher
 
 
 class Evaluation:
@@ -99,9 +100,17 @@ class Run:
                          adapters)  # fmt: skip
         evaluation = Evaluation(found, ["base CLIP", *rows], retrieval.fold, self.bootstrap, self.config.seed)
         base = retrieval.base()
-        evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
-        self.save(evaluation)
+        with self.terminal.progress("figures of base CLIP"):
+            evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
+            self.save(evaluation)
         return evaluation
+
+    def add_rows(self, evaluation: Evaluation, retrieval: Retrieval, name: str, rankings: dict[str, Ranking]) -> None:
+        """Adds the rows of one model's rankings."""
+        with self.terminal.progress(f"figures of {name}"):
+            for row, pair in retrieval.methods(name, rankings).items():
+                evaluation.add(row, *pair, images_of(retrieval))
+            self.save(evaluation)
 
     def save(self, evaluation: Evaluation) -> None:
         """Writes the rows so far, so that a stop loses only those being computed."""
@@ -144,11 +153,12 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
                  ) -> tuple[Evaluation, dict[str, Ranking]]:  # fmt: skip
     """Rows of base model, text-only control, adapters and probes, and the last adapter's rankings."""
     config, accelerator, terminal, captions = run.config, run.accelerator, run.terminal, run.captions
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
-    adapters = load_adapters(base, config.model.name, named)
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
+        adapters = load_adapters(base, config.model.name, named)
     planned = planned_rows(adapters, probes, text_only, run.search)
     described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
                  "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
@@ -161,8 +171,8 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
             prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(k, model.config.knowledge))
             frozen = prepare_images(accelerator, terminal, run.split, model, preprocess, config.data.cache,
                                     config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
-            retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
-            images = images_of(retrieval)
+            with terminal.progress("searching with the base model"):
+                retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
             if evaluation is None:
                 evaluation = run.begin(retrieval, described, named, planned)
                 if text_only:
@@ -170,14 +180,12 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
                     states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
                     prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
                     text = enriched_text(retrieval.text, states(captions.knowledge))
-                    for row, pair in retrieval.methods("captions with states", retrieval.rank_text(text)).items():
-                        evaluation.add(row, *pair, images)
-                    run.save(evaluation)
+                    run.add_rows(evaluation, retrieval, "captions with states", retrieval.rank_text(text))
             if not adapters:
                 break
 
             def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
-                with terminal.progress(title) as report:
+                with terminal.progress(title, "pairs") as report:
                     return searched.rank(
                         model,
                         accelerator.autocast,
@@ -187,24 +195,20 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
                     )
 
             rankings = ranked(retrieval, f"re-ranking with {name}")
-            for row, pair in retrieval.methods(name, rankings).items():
-                evaluation.add(row, *pair, images)
-            run.save(evaluation)
+            run.add_rows(evaluation, retrieval, name, rankings)
             for kind in probes if model.knowledge_aware else ():
                 spoilt = probe(retrieval, kind, model, preprocess, config.seed)
                 found = ranked(spoilt, f"probe {kind} of {name}")
-                for row, pair in retrieval.methods(f"{name}, {kind}", found).items():
-                    evaluation.add(row, *pair, images)
-                run.save(evaluation)
+                run.add_rows(evaluation, retrieval, f"{name}, {kind}", found)
     except BaseException as error:
         if evaluation is not None and evaluation.missing:
             terminal.say(
-                f"{run.out} holds the rows that were finished and lists the {len(evaluation.missing)} missing "
-                "ones; the same command goes on with the scores so far"
+                f"{run.out} holds the rows that were finished and lists the {len(evaluation.missing)} missing ones"
             )
         if isinstance(error, torch.OutOfMemoryError):
             raise AmpError(
-                "the GPU's memory is full; give smaller --search.batch_size and --data.batch_size"
+                "the GPU's memory is full; give smaller --search.batch_size and --data.batch_size; the scores so far "
+                "are kept"
             ) from error
         raise
     assert evaluation is not None  # the first model has begun it
@@ -234,7 +238,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     Raises:
         AmpError: Wrong input, such as an adapter of another base model.
     """
-    problems, named = Problems(), {}
+    terminal, problems, named = Terminal(rank_of_launcher() == 0), Problems(), {}
     with problems.collect():
         named = named_adapters(adapters)
     with problems.collect():
@@ -245,7 +249,8 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
             raise AmpError(f"bootstrap is {bootstrap}, expected a number of samples, or 0 for no intervals")
     with problems.collect():
         split = ShardSplit(config.data.shards, split_name)
-        captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
+        with terminal.progress("reading captions"):
+            captions = SplitCaptions.read(split, config.data.kinds, search.captions_per_image)
         search.check(captions.images)
         i2t_positives(captions.image, captions.images)
         if "shuffled" in probes:
@@ -255,7 +260,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         check_writable(*(out.with_suffix(suffix) for suffix in suffixes), *([gallery] if gallery is not None else []))
     problems.check()
     accelerator = make_accelerator(config, training=False)
-    terminal = Terminal(accelerator.is_main_process)
+    terminal.say(str(use_cores(config.data.workers, accelerator.device.type == "cuda")))
     precision = f"{config.model.precision}, autocast {accelerator.mixed_precision}"
     run = Run(config, split, captions, search, accelerator, terminal, precision, bootstrap, out)
     if named or text_only:

@@ -71,7 +71,7 @@ def _row(entry: dict) -> Row:
 
 
 def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
-    """Adds the figures of FOLDER/ID.DATASET.json, files of launchers/evaluate.py; ours are the last row of theirs.
+    """Adds the figures of FOLDER/ID.DATASET.json, files of `amp evaluate`; ours are the last row of theirs.
 
     Returns:
         Why files that are there are left out: they can't be read, or lack the row.
@@ -90,13 +90,11 @@ def _figures(path: Path, ours: bool) -> Figures:
     """Figures of base CLIP, or of the last row of an evaluation that has ended."""
     result = ResultFile.load_json(path)
     if missing := result.protocol.get("missing_rows"):
-        raise AmpError(
-            f"{path}: {len(missing)} rows are missing, expected all; run the same launchers/evaluate.py again"
-        )
+        raise AmpError(f"{path}: {len(missing)} rows are missing, expected all; run the same amp evaluate again")
     if len(result.rows) < 1 + ours:
         raise AmpError(
             f"{path}: has {len(result.rows)} rows, expected base CLIP{' and an adapter' if ours else ''}; "
-            "write it again with launchers/evaluate.py"
+            "write it again with amp evaluate"
         )
     found = result.rows[-1 if ours else 0]
     return [*found.i2t.recall.values(), *found.t2i.recall.values(), found.rsum]

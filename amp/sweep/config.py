@@ -13,9 +13,9 @@ class Row:
     Args:
         name: As shown.
         configs: Configuration files laid over the sweep's `base`, in this order.
-        set: Keys of launchers/train.py, dotted, over the files.
+        set: Keys of amp train, dotted, over the files.
         paper: The paper's six recalls, i2t R@1, 5, 10 and t2i R@1, 5, 10, in percent; null shows none.
-        evaluate: Keys of launchers/evaluate.py for this row, dotted, over the sweep's, such as its probes.
+        evaluate: Keys of amp evaluate for this row, dotted, over the sweep's, such as its probes.
         train: False for the base CLIP, which every evaluation holds.
     """
 
@@ -47,8 +47,8 @@ class SweepConfig:
     Args:
         tables: What is shown.
         base: Configuration files of every run.
-        set: Keys of launchers/train.py for every run, dotted.
-        evaluate: Keys of launchers/evaluate.py, dotted, such as ``search.skip_decided: true`` or ``probes: [grey]``.
+        set: Keys of amp train for every run, dotted.
+        evaluate: Keys of amp evaluate, dotted, such as ``search.skip_decided: true`` or ``probes: [grey]``.
         split: Split that is evaluated.
         seeds: Seeds of every row.
         launcher: Command that starts training, before ``launchers/train.py``.

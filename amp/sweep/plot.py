@@ -2,9 +2,11 @@
 
 import io
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from amp.retrieval.drawing import clean, plot_fonts
 from amp.sweep.config import SweepConfig
 from amp.sweep.summary import METRICS, Line
 
@@ -18,24 +20,27 @@ def draw(config: SweepConfig, lines: dict[str, Line], base: Line) -> bytes | Non
     rows = [name for name in rows if lines[name].values]
     if not rows:
         return None
-    figure = Figure(figsize=(10, 1.6 + 0.38 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
-        i = METRICS.index(metric)
-        axes.axvline(base.mean(i), color=BASE_COLOUR, linestyle="--", label="base CLIP")
-        for y, name in enumerate(rows):
-            error = lines[name].error(i)
-            axes.errorbar(lines[name].mean(i), y, xerr=error, color=COLOUR, marker="o", capsize=3)
-        axes.set_title(metric)
-        axes.set_xlabel("percent" if metric != "Rsum" else "sum of six recalls")
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.15)
-    first = figure.axes[0]
-    first.set_yticks(range(len(rows)), rows)
-    first.set_ylim(len(rows) - 0.5, -0.5)
-    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside upper right", frameon=False)
-    figure.suptitle(f"{config.split} split, mean and standard error over up to {len(config.seeds)} seeds", fontsize=10)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
+    labels, out = [clean(name) for name in rows], io.BytesIO()
+    with rc_context({"font.family": plot_fonts("".join(labels)), "text.parse_math": False}):
+        figure = Figure(figsize=(10, 1.6 + 0.38 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, metric in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
+            i = METRICS.index(metric)
+            axes.axvline(base.mean(i), color=BASE_COLOUR, linestyle="--", label="base CLIP")
+            for y, name in enumerate(rows):
+                error = lines[name].error(i)
+                axes.errorbar(lines[name].mean(i), y, xerr=error, color=COLOUR, marker="o", capsize=3)
+            axes.set_title(metric)
+            axes.set_xlabel("percent" if metric != "Rsum" else "sum of six recalls")
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.margins(x=0.15)
+        first = figure.axes[0]
+        first.set_yticks(range(len(rows)), labels)
+        first.set_ylim(len(rows) - 0.5, -0.5)
+        figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside upper right", frameon=False)
+        figure.suptitle(
+            f"{config.split} split, mean and standard error over up to {len(config.seeds)} seeds", fontsize=10
+        )
+        figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

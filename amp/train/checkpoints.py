@@ -137,9 +137,10 @@ class Checkpoints:
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def remove(self) -> None:
-        """Removes all of them."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def remove(self, stage: int) -> None:
+        """Removes all of a stage."""
+        for name in self.names(stage):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -24,11 +24,10 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, str(recipe) if installed else values, option_string)
 
 
-def command_line(prog: str, description: str, settings: type) -> CommandLine:
+def command_line(description: str, settings: type) -> CommandLine:
     """A parser of the dataclass `settings` and, but for `out`, of `TrainConfig`, from a YAML file and options."""
     parser = CommandLine(
-        prog=prog,
-        usage=f"{prog} [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",  # the keys would bury an error's line
         description=description.split("\n")[0],
     )
     parser.add_argument("--config", action=ConfigFile, help="YAML file of the training run; the command line wins")

@@ -34,7 +34,7 @@ class DataSettings:
     """The shards and how they are read.
 
     Args:
-        shards: Folder that tools/make_shards.py wrote.
+        shards: Folder that amp make_shards wrote.
         train_split: Split to train on.
         val_split: Split to validate on; null trains without validation.
         batch_size: Images a process and step.
@@ -197,9 +197,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raises AmpError where keys contradict each other."""
         if not self.data.shards:
-            raise AmpError(
-                "data.shards is empty, expected a folder that tools/make_shards.py wrote; add --data.shards DIR"
-            )
+            raise AmpError("data.shards is empty, expected a folder that amp make_shards wrote; add --data.shards DIR")
         if self.stages not in ([1], [2], [1, 2]):
             raise AmpError(f"stages is {self.stages}, expected [1], [2] or [1, 2]")
         if self.combined and self.stages != [1]:

@@ -24,7 +24,7 @@ def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
             shard and nothing to track.
 
     Raises:
-        AmpError: What `launch_problems` tells, fp16 without a GPU, a wrong DeepSpeed file, or another number of
+        AmpError: What `launch_problems` and `precision_problems` tell, a wrong DeepSpeed file, or another number of
             processes than was launched.
     """
     cuda, world = torch.cuda.is_available(), world_of_launcher()
@@ -32,9 +32,9 @@ def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
     if training:
         for problem in launch_problems(config, world, file):
             raise AmpError(problem)
+    for problem in precision_problems(config, file, cuda):
+        raise AmpError(problem)
     if not cuda:
-        if file is None and precision_of(config) == "fp16":
-            raise AmpError("mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
         if file is not None:
             os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
@@ -90,9 +90,26 @@ def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> I
         )
 
 
+def precision_problems(config: TrainConfig, deepspeed: str | None, gpu: bool) -> Iterator[str]:
+    """Types of weights and of autocast that don't go together, in training and in evaluation."""
+    weights, autocast = config.model.precision, precision_of(config, gpu)
+    if autocast == "fp16" and not gpu and deepspeed is None:
+        yield "mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU"
+    if {weights, autocast} == {"bf16", "fp16"} and deepspeed is None:
+        yield (
+            f"model.precision is {weights!r} and autocast (mixed_precision) is {autocast!r}, expected one low type at "
+            f"most; give --model.precision fp32, --mixed_precision no or --mixed_precision {weights}"
+        )
+
+
 def world_of_launcher() -> int:
     """How many processes the launcher says it has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_of_launcher() -> int:
+    """Which of them this one is, also before there is an Accelerator."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def precision_of(config: TrainConfig, gpu: bool | None = None) -> str:

@@ -23,7 +23,7 @@ from amp.errors import AmpError
 from amp.files import open_log
 from amp.train.checkpoints import ADAPTER, OPTIMIZER, Checkpoint
 from amp.train.objective import Objective
-from amp.train.resume import identity
+from amp.train.resume import adapter_path, identity
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
@@ -80,6 +80,8 @@ class StageLoop:
                 loss, scale = self.optimizer_step(batches)
                 if self.step % self.config.log_every == 0 or self.step in (1, total):
                     show(self.step, *self.log_step(loss, scale))
+                else:
+                    show(self.step)
                 epoch = (self.step - 1) // self.steps_an_epoch + 1
                 last = self.step == total
                 epoch_ends = last or self.step == epoch * self.steps_an_epoch
@@ -214,7 +216,10 @@ class StageLoop:
     def validate(self, retrieval: "Retrieval", epoch: int) -> None:
         """Searches the validation split and logs R@1 beside the base model's."""
         self.engine.eval()
-        rankings = retrieval.rank(self.engine, self.accelerator.autocast)
+        with self.terminal.progress("validating", "pairs") as report:
+            rankings = retrieval.rank(
+                self.engine, self.accelerator.autocast, lambda _, done, total: report(done, total)
+            )
         self.engine.train()
         base = retrieval.base_row()
         values: dict[str, float] = {}
@@ -243,6 +248,7 @@ class StageLoop:
         state = {
             "steps": self.steps, "updates": self.state.updates, "skipped": self.skipped,
             "loss_scale": self.state.loss_scale(), "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
             "run": identity(self.config, run.split, run.images_a_step),
         }  # fmt: skip
 
@@ -253,7 +259,7 @@ class StageLoop:
         try:
             run.checkpoints.save(self.stage, self.step, write, state)
             if adapter_too:
-                save_adapter(run.out / f"stage{self.stage}" / ADAPTER, model, training, weights | self.fixed)
+                save_adapter(adapter_path(run.out, self.stage), model, training, weights | self.fixed)
         except Exception as error:
             if must:
                 raise error if isinstance(error, AmpError) else AmpError(f"{run.out}: {error}") from error

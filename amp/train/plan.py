@@ -29,6 +29,7 @@ from amp.train.plan_checks import (
     check_launch,
     check_model,
     check_shards,
+    check_texts,
     check_workers,
     counted,
     error,
@@ -163,6 +164,7 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     if config.init:
         find.add("init", check_init(config.init, simulator.model))
     if plan.data is not None:
+        find.add("texts", check_texts(plan.data, local, simulator.model.backbone.context_length))
         trained = max(part.trained for part in plan.parameters.values())
         find.add("disk", check_disk(plan.data, config, simulator.model, trained))
     if (file is None or plan.zero is not None) and world * size > 1:

@@ -16,18 +16,20 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 from amp.checkpoint import read_adapter
+from amp.cores import usable_cores
 from amp.data.shards import sha256_of
 from amp.data.split import MAX_OPEN, ShardSplit
+from amp.data.text_features import cut_texts
 from amp.errors import AmpError
-from amp.factory import refuse_quick_gelu_mismatch, refuse_unknown_model
-from amp.knowledge.text import select
+from amp.factory import get_tokenizer, refuse_quick_gelu_mismatch, refuse_unknown_model
+from amp.knowledge.text import select, tower_texts
 from amp.model import ActionAwareCLIP
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import TrainConfig
 from amp.train.engine import open_splits
 from amp.train.launch import launch_problems
 from amp.train.memory import OFFLOADS
-from amp.train.resume import refuse_other_run, stages_left
+from amp.train.resume import find_checkpoint, refuse_other_run, stages_left
 
 Level = Literal["ok", "note", "warning", "error"]
 
@@ -36,6 +38,7 @@ SHARD_IMAGES = 1_000  # likewise
 TENSORS_A_BATCH = 9  # each holds a file descriptor while a batch waits for its turn
 PREFETCHED = 4  # batches a worker
 CAPTION_BYTES = 1_600  # measured on Flickr8k, docs/data.md
+TEXT_IMAGES = 1_000  # of a split, whose texts are counted
 OTHER_FILES = 100  # libraries, logs, sockets, memory-mapped features
 
 # DeepSpeed takes an unknown top-level key without a word; https://www.deepspeed.ai/docs/config-json/
@@ -210,7 +213,7 @@ def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Sa
 def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Said]:
     """Whether the processes of a node and their decoding workers have a core each."""
     workers = config.data.workers
-    wanted, here = gpus * (workers + 1), len(os.sched_getaffinity(0))
+    wanted, here = gpus * (workers + 1), usable_cores()
     text = f"a node wants {wanted} cores: {counted(gpus, 'process')} x (1 + {counted(workers, 'worker')})"
     if data.simulated:
         yield note(text)
@@ -219,6 +222,34 @@ def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Said]
     else:
         fewer = max(0, here // gpus - 1)
         yield warning(f"{text}; {here} are here: on such nodes decoding slows training; give --data.workers {fewer}")
+
+
+def check_texts(data: Dataset, config: TrainConfig, length: int) -> Iterator[Said]:
+    """How many captions and texts of their knowledge are longer than the text tower reads, of a sample of images."""
+    if data.simulated:
+        return
+    try:
+        tokenizer = get_tokenizer(config.model.name)
+    except OSError as problem:  # of transformers, which has no tokenizer of this name on the machine
+        yield note(f"texts are not counted: {str(problem).strip().splitlines()[0][:200]}")
+        return
+    texts: dict[str, list[str]] = {"captions": [], "texts of knowledge": []}
+    images = 0
+    for split in data.splits:
+        for index in range(0, len(split), -(-len(split) // TEXT_IMAGES)):
+            images += 1
+            for caption, knowledge in split.captions(split.record(index), config.data.kinds):
+                texts["captions"].append(caption)
+                texts["texts of knowledge"] += tower_texts(
+                    knowledge, config.prompt.max_triplets, config.prompt.knowledge
+                )
+    cut = {kind: cut_texts(found, tokenizer, length) for kind, found in texts.items()}
+    counts = " and ".join(f"{cut[kind]:,} of {len(found):,} {kind}" for kind, found in texts.items() if found)
+    text = f"{counts} of {counted(images, 'image')} are longer than {length} tokens"
+    if any(number > 0.01 * len(texts[kind]) for kind, number in cut.items()):
+        yield warning(f"{text} and are cut off there: shorten them, or take a model that reads more")
+    else:
+        yield ok(text)
 
 
 def check_host_memory(data: Dataset, gpus: int, offloaded: int) -> Iterator[Said]:
@@ -379,14 +410,17 @@ def check_init(path: str, model: ActionAwareCLIP) -> Iterator[Said]:
 
 def check_checkpoints(data: Dataset, config: TrainConfig, world: int) -> Iterator[Said]:
     """What the run would do with the checkpoints in its folder."""
+    if not config.checkpoint.resume:
+        checkpoints = Checkpoints(config.out)
+        for name in checkpoints.names(*range(config.stages[0], 3))[-1:]:
+            yield warning(f"{checkpoints.folder / name} and all others are removed: checkpoint.resume is false")
+        return
     damaged: list[str] = []
-    found = Checkpoints(config.out, config.checkpoint.keep).newest(config.stages, damaged.append)
+    found = find_checkpoint(config, damaged.append)
     yield from map(warning, damaged)
     if found is None:
         stages = " and ".join(map(str, config.stages))
         yield ok(f"{config.out} has no checkpoint of stage {stages}: the run starts at step 0")
-    elif not config.checkpoint.resume:
-        yield warning(f"{found.folder} and all others are removed: checkpoint.resume is false")
     elif data.simulated:
         yield note(f"{found.folder}: not compared with simulated data")
     else:

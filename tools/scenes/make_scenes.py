@@ -19,7 +19,10 @@ import scene_figures
 import scene_language
 import scenes as world
 from jsonargparse import auto_cli
-from rich.progress import track
+
+from amp.command import CommandLine
+from amp.errors import AmpError, exit_on_error
+from amp.terminal import Terminal
 
 
 def _write(path: Path, text: str):
@@ -60,14 +63,14 @@ def make_scenes(
         sheet_scenes: pictures on the contact sheet
     """
     if out is None and sheet is None:
-        raise SystemExit(
+        raise AmpError(
             "nothing to do: give --out FOLDER for the data set, --sheet FILE.png for a picture of it, or both"
         )
     counts = {"train": train, "val": val, "test": test}
     for name, value in {**counts, "captions": captions, "size": size}.items():
         low = 0 if name in counts else 1
         if value < low:
-            raise SystemExit(f"--{name} is {value}, expected {low} or more")
+            raise AmpError(f"--{name} is {value}, expected {low} or more")
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         temporary = sheet.with_name("." + sheet.name)
@@ -81,22 +84,24 @@ def make_scenes(
     (out / "images").mkdir(parents=True, exist_ok=True)
     images, knowledge = [], []
     for split, count in counts.items():
-        for index in track(range(count), f"drawing {split}"):
-            scene, name, imgid = world.make_scene(seed, split, index), filename(split, index), len(images)
-            temporary = out / "images" / f".{name}"
-            world.draw(scene, size).save(temporary, "JPEG", quality=quality, subsampling=0)
-            os.replace(temporary, out / "images" / name)
-            sentences = []
-            for said in world.captions(scene, captions):
-                tokens = re.findall(r"[a-z]+", said.text.lower())
-                sentences.append({"raw": said.text, "tokens": tokens, "imgid": imgid, "sentid": len(knowledge)})
-                line = {"sentid": len(knowledge), "image": name, "triplets": said.triplets, "states": said.states}
-                knowledge.append(json.dumps(line))
-            sentids = [sentence["sentid"] for sentence in sentences]
-            image = {"filename": name, "split": split, "imgid": imgid, "sentids": sentids, "sentences": sentences}
-            if scene.twin is not None:
-                image |= {"twin": filename(split, scene.twin), "change": scene.change}
-            images.append(image)
+        with Terminal(True).progress(f"drawing {split}", "pictures") as report:
+            for index in range(count):
+                scene, name, imgid = world.make_scene(seed, split, index), filename(split, index), len(images)
+                temporary = out / "images" / f".{name}"
+                world.draw(scene, size).save(temporary, "JPEG", quality=quality, subsampling=0)
+                os.replace(temporary, out / "images" / name)
+                sentences = []
+                for said in world.captions(scene, captions):
+                    tokens = re.findall(r"[a-z]+", said.text.lower())
+                    sentences.append({"raw": said.text, "tokens": tokens, "imgid": imgid, "sentid": len(knowledge)})
+                    line = {"sentid": len(knowledge), "image": name, "triplets": said.triplets, "states": said.states}
+                    knowledge.append(json.dumps(line))
+                sentids = [sentence["sentid"] for sentence in sentences]
+                image = {"filename": name, "split": split, "imgid": imgid, "sentids": sentids, "sentences": sentences}
+                if scene.twin is not None:
+                    image |= {"twin": filename(split, scene.twin), "change": scene.change}
+                images.append(image)
+                report(index + 1, count)
 
     modules = (scene_figures, scene_actions, scene_language, world)
     source = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
@@ -116,4 +121,5 @@ def make_scenes(
 
 
 if __name__ == "__main__":
-    auto_cli(make_scenes, as_positional=False)
+    with exit_on_error():
+        auto_cli(make_scenes, as_positional=False, parser_class=CommandLine)

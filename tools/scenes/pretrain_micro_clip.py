@@ -22,14 +22,16 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from open_clip.model import CLIP
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from scene_language import PLACE_WORDS, noun_phrase, pick
 from scenes import captions, draw, make_scene
 
 from amp.backbone import make_backbone
+from amp.command import CommandLine
+from amp.errors import AmpError, exit_on_error
 from amp.knowledge.schema import Triplet
 from amp.knowledge.text import state_text
+from amp.terminal import Terminal
 
 STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's
 CONFIG = {
@@ -160,7 +162,7 @@ def pretrain(
     """
     settings = {name: value for name, value in locals().items() if name != "out"}
     if seed == demo_seed:
-        raise ValueError(f"seed is {seed} for pre-training and demo alike: the demo would test on scenes seen here")
+        raise AmpError(f"seed is {seed} for pre-training and demo alike: the demo would test on scenes seen here")
     torch.manual_seed(seed)
     started = time.time()
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
@@ -181,10 +183,7 @@ def pretrain(
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(scenes, generator=generator) for _ in range(-(-steps * batch // scenes))])
     target = torch.arange(batch)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    ) as progress:
-        task = progress.add_task("pre-training", total=steps)
+    with Terminal(True).progress("pre-training", "steps", keep=True) as report:
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             images = normalise(pictures[rows])
@@ -204,7 +203,7 @@ def pretrain(
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
-            progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
+            report(step + 1, steps, f"loss {loss.item():.3f}")
 
     with torch.no_grad():  # words never seen: zero instead of noise, which git also stores in no space
         seen = torch.zeros(len(model.token_embedding.weight), dtype=torch.bool)
@@ -235,4 +234,5 @@ def pretrain(
 
 
 if __name__ == "__main__":
-    auto_cli(pretrain, as_positional=False)
+    with exit_on_error():
+        auto_cli(pretrain, as_positional=False, parser_class=CommandLine)

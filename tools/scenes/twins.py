@@ -201,11 +201,12 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     captions = SplitCaptions.read(split, data.kinds)
     filenames = [record["filename"] for record in split.records()]
     comparisons = twin_comparisons(settings.dataset, filenames, captions.image)
-    base, _, preprocess = create_model_and_transforms(
-        config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-        prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-    )  # fmt: skip
-    models = load_adapters(base, config.model.name, named)
+    with terminal.progress(f"loading {config.model.name}"):
+        base, _, preprocess = create_model_and_transforms(
+            config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
+            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
+        )  # fmt: skip
+        models = load_adapters(base, config.model.name, named)
     rows: list[dict] = []
     result = {
         "split": settings.split, "images": captions.images, "captions": len(captions.texts), "chance": 50.0,
@@ -222,12 +223,12 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
         if model is base:
             image = torch.from_numpy(np.array(frozen.base))
             rows.append({"name": name, **accuracy(comparisons, base_score(image, retrieval.text.cpu()))})
-            continue
-        rows.append({"name": name, **accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))})
-        if model.knowledge_aware:
-            retrieval.frozen = grey(frozen, model, preprocess)
-            spoilt = accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))
-            rows.append({"name": f"{name}, grey", **spoilt})
+        else:
+            rows.append({"name": name, **accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))})
+            if model.knowledge_aware:
+                retrieval.frozen = grey(frozen, model, preprocess)
+                spoilt = accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))
+                rows.append({"name": f"{name}, grey", **spoilt})
         write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())  # what is done stays
     width = max(len(row["name"]) for row in rows)
     counts = ", ".join(f"{change}: {c.twins} twins, {len(c.caption)} captions" for change, c in comparisons.items())
@@ -240,15 +241,15 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
 
 
 def parser() -> CommandLine:
-    return command_line("tools/scenes/twins.py", __doc__, TwinSettings)
+    return command_line(__doc__, TwinSettings)
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_error():
-        twins, config = read_command_line(parser(), arguments, TwinSettings)
-        if twins.out.suffix != ".json":
-            raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
-        measure(config, twins)
+    twins, config = read_command_line(parser(), arguments, TwinSettings)
+    if twins.out.suffix != ".json":
+        raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
+    measure(config, twins)
 
 
 if __name__ == "__main__":

@@ -333,8 +333,10 @@ def _find(model: str, revision: str | None, gguf_folder: str | None) -> tuple[st
 
 
 def _device(torch, name: str):
+    from amp.device import usable_device
+
     if name not in ("auto", "spread"):
-        return torch.device(name)
+        return usable_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if name == "auto" else 0)
     return torch.device("cpu")

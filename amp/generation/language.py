@@ -1,0 +1,86 @@
+"""Tells captions that aren't English: the rules and their lexicon are, and write nonsense or nothing about others.
+
+No vocabulary is needed: small words say which language a text is in, and so do letters that English doesn't use.
+Nothing is decided by a single name ("Rio de Janeiro"), a loanword ("café"), a typo or a caption of two nouns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from amp.errors import shorten
+
+# Words of English captions, and words of them that other languages have too, which count half.
+_ENGLISH = frozenset(
+    """
+    the and with are by from his her their its near next through into over while who which that this there it up down
+    out off for two three one some several many other of has have being another each them both behind around front
+    above under during against very not looking man woman men women people boy girl boys girls child dog dogs person
+    group black white red blue green brown yellow young old little small large big water snow grass ball street
+    """.split()  # noqa: SIM905, a list of a hundred strings says no more
+)
+_SHARED = frozenset("a an in is on at to as was so no do he i me we be or son".split())  # noqa: SIM905
+
+# Words that captions in about twenty other languages are full of, none of them English.
+_FOREIGN = frozenset(
+    """
+    der das und ein eine einen einem einer mit auf dem den im zwei drei vor neben über sich ist sind einige kind
+    kinder mann frau hund hunde junge mädchen steht sitzt spielt spielen läuft rennt springt trägt
+    un une les des dans sur avec est sont deux trois qui aux homme femme chien chiens enfant enfants garçon fille par
+    una uno con por dos tres está están hombre mujer perro perros niño niña niños sobre
+    il gli della nella sulla che sono uomo donna cane cani bambino bambina bambini ragazzo due
+    um uma em com na dois duas homem mulher cachorro cão menino menina crianças são ao
+    een het op twee zijn aan bij naar voor vrouw jongen meisje kinderen staat zit
+    ett och og på med som av är sitter står kvinna kvinne pojke pojken flicka mannen
+    się jest dwa dwie trzy pies mężczyzna kobieta przez chłopiec dziewczynka je muž žena dítě
+    ve bir iki köpek adam kadın çocuk üzerinde ile için yang dengan sedang seorang anjing
+    ja mies nainen koira egy és az kutya férfi nő și pe cu în care bărbat femeie câine một đang và trên người
+    """.split()  # noqa: SIM905
+)
+_PARTICLES = frozenset("de la le el du des di den das las los van dan est en".split())  # noqa: SIM905, of names too: half
+
+_WORD = re.compile(r"[^\W\d_]+")
+_LONG = 6  # words, of which an English caption has one of the above
+_SHARE = 0.01  # of the captions; fewer are no reason to warn
+
+
+def is_english(caption: str) -> bool:
+    """Whether a caption may be English; what can't be told may be."""
+    words = _WORD.findall(caption.lower())
+    if caption.isascii():
+        if _FOREIGN.isdisjoint(words) and _PARTICLES.isdisjoint(words):  # nearly always
+            return len(words) < _LONG or not _ENGLISH.isdisjoint(words) or _english_words(words) > 0
+    else:
+        letters = "".join(words)
+        if letters and 2 * sum(not _is_latin(letter) for letter in letters) >= len(letters):
+            return False
+    other = sum(
+        0.5 if word in _PARTICLES else 1.0 if word in _FOREIGN else 0.0 if word.isascii() else 0.5 for word in words
+    )
+    english = _english_words(words)
+    return english >= other and english > 0 if other >= 1 or len(words) >= _LONG else True
+
+
+def _english_words(words: list[str]) -> float:
+    """English words among those of a caption."""
+    return sum(
+        1.0 if word in _ENGLISH or (len(word) > 4 and word.endswith("ing")) else 0.5 if word in _SHARED else 0.0
+        for word in words
+    )
+
+
+def language_note(captions: Sequence[str]) -> str | None:
+    """A warning with count and example for knowledge by rules; None where almost all captions may be English."""
+    foreign = [caption for caption in captions if not is_english(caption)]
+    if not foreign or len(foreign) < _SHARE * len(captions):
+        return None
+    return (
+        f"not in English: {len(foreign):,} of {len(captions):,} captions, such as {shorten(foreign[0])}; the rules are "
+        "English and write nonsense or nothing about them; take a language model (--engine transformers, openai or "
+        "vllm, with --fallback none), or translate them"
+    )
+
+
+def _is_latin(letter: str) -> bool:
+    return letter < "\u0250" or "\u1e00" <= letter < "\u1f00"
