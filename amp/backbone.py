@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
 
+CHOOSE = "Choose another model, for example ViT-B-16, ViT-B-16-SigLIP or EVA02-B-16"
+
 
 class Backbone(nn.Module, ABC):
     """A frozen CLIP, always in eval mode: the text tower, and the interface of the image tower; `make_backbone` builds
@@ -61,11 +63,11 @@ class Backbone(nn.Module, ABC):
     def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__()
         self.clip = clip
-        if not (hasattr(self._text, "token_embedding") or isinstance(self._text, HFTextEncoder)):
+        if not isinstance(self._text, CLIP | TextTransformer | HFTextEncoder):
             raise AmpError(
                 f"text tower is {type(self._text).__name__}, expected open_clip's native TextTransformer or its "
                 "HFTextEncoder, whose token embedding the triplet encoder reads (eq. 4). Choose a model whose text_cfg "
-                "has width and layers, or hf_model_name"
+                "has width and layers and no text_arch, or hf_model_name"
             )
         self.text_width: int = self._token_embedding.weight.shape[1]
         self.context_length: int = clip.context_length
@@ -341,7 +343,7 @@ def make_backbone(clip: nn.Module) -> Backbone:
         from amp.timm_backbone import TimmBackbone  # it builds on this file
 
         return TimmBackbone(clip)
-    raise unsupported_tower(type(visual).__name__)
+    raise unsupported_tower(type(visual).__name__ if visual is not None else f"missing in {type(clip).__name__}")
 
 
 def unsupported_tower(seen: str) -> AmpError:
@@ -349,7 +351,7 @@ def unsupported_tower(seen: str) -> AmpError:
     return AmpError(
         f"image tower is {seen}, expected open_clip's native VisionTransformer, or timm's VisionTransformer or Eva, "
         "pooled and with patches straight from the pixels: prompts are put between the blocks of a plain transformer. "
-        "Choose such a model, for example ViT-B-16, ViT-B-16-SigLIP or EVA02-B-16"
+        f"{CHOOSE}"
     )
 
 

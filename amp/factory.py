@@ -12,13 +12,17 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from safetensors import SafetensorError
 
-from amp.backbone import make_backbone
+from amp.backbone import CHOOSE, make_backbone
 from amp.config import PromptConfig
 from amp.device import usable_device
 from amp.errors import AmpError
+from amp.json_text import parse_json
 from amp.model import ActionAwareCLIP
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+LOADING_ERRORS = (RuntimeError, OSError, ValueError, TypeError, KeyError, ImportError, AssertionError, SafetensorError,
+                  UnpicklingError)  # fmt: skip
+"""What open_clip raises for weights it can't get or read, keys of another version, and packages that are missing."""
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,9 +59,14 @@ def create_model_and_transforms(
         raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
     if adapter is not None and prompt_config is not None:
         raise AmpError("give either prompt_config or adapter: an adapter file holds the settings it was trained with")
+<<<<<<< HEAD
     meta = str(device) == "meta"
     if not meta:
         device = usable_device(device)
+=======
+    meta = torch.device(device).type == "meta"
+    refuse_unsupported_model(model_name, prompted=True)
+>>>>>>> w-openclip
     clip, preprocess_train, preprocess_val = load_clip(model_name, pretrained, meta, **open_clip_kwargs)
     with torch.device("meta" if meta else "cpu"):
         base_hash = make_backbone(clip).weights_hash()
@@ -84,20 +93,26 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
     Weights are loaded in fp32 whatever the precision wanted: their hash names the base model in adapters and caches.
 
     Raises:
-        AmpError: QuickGELU of model and weights differ, or weights that can't be downloaded or read.
+        AmpError: QuickGELU of model and weights differ, no CLIP, or weights that can't be downloaded or read.
     """
     refuse_quick_gelu_mismatch(model_name, pretrained, open_clip_kwargs.get("force_quick_gelu", False))
     refuse_unknown_model(model_name, pretrained)
+    refuse_unsupported_model(model_name, prompted=False)
     device = "meta" if meta else "cpu"
     with torch.device(device):
         try:
             return open_clip.create_model_and_transforms(model_name, pretrained, device=device, **open_clip_kwargs)
-        except (RuntimeError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
-            reason = str(error).strip().split("\n")[0]
+        except LOADING_ERRORS as error:
             raise AmpError(
-                f"model {model_name!r} with pretrained {pretrained!r}: open_clip can't load it ({reason[:300]}). Check "
-                "the network, or give files that are there: --model.name local-dir:FOLDER, or --model.pretrained FILE"
+                f"model {model_name!r} with pretrained {pretrained!r}: open_clip {open_clip.__version__} can't "
+                f"load it ({reason(error)}). Check the network, or give files that are there: --model.name "
+                "local-dir:FOLDER, or --model.pretrained FILE. A model of a newer open_clip needs that version"
             ) from error
+
+
+def reason(error: Exception) -> str:
+    """First line of an error of open_clip or of what it calls."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def to_precision(clip: Model, precision: str) -> Model:
@@ -115,8 +130,57 @@ def to_precision(clip: Model, precision: str) -> Model:
 
 
 def get_tokenizer(model_name: str):
-    """The base model's tokenizer, `open_clip.get_tokenizer`."""
-    return open_clip.get_tokenizer(model_name)
+    """The base model's tokenizer, `open_clip.get_tokenizer`.
+
+    Raises:
+        AmpError: Its files can't be downloaded or read, or a package is missing.
+    """
+    try:
+        return open_clip.get_tokenizer(model_name)
+    except LOADING_ERRORS as error:
+        raise AmpError(
+            f"model {model_name!r}: open_clip can't load its tokenizer ({reason(error)}). Check the network, or load "
+            "the model once where there is one"
+        ) from error
+
+
+def refuse_unsupported_model(model_name: str, prompted: bool) -> None:
+    """Refuses architectures that can't work by their configuration, before weights are downloaded.
+
+    A model of the hub is judged by its towers, once it is loaded.
+
+    Args:
+        model_name: As open_clip's.
+        prompted: Whether prompts enter the model; a baseline needs image and text features only.
+
+    Raises:
+        AmpError: With the key of the configuration.
+    """
+    config: dict = {}
+    if model_name.startswith("local-dir:"):
+        path = Path(model_name.removeprefix("local-dir:")) / "open_clip_config.json"
+        try:
+            config = parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return  # refused where it is loaded
+    elif ":" not in model_name:
+        config = open_clip.get_model_config(model_name.replace("/", "-")) or {}
+    for key in ("genlip_cfg", "genlap_cfg", "audio_cfg"):
+        if key in config:
+            why = "it writes captions" if key == "genlip_cfg" else "its input is sound"
+            raise AmpError(f"model {model_name!r} has the key {key}: {why}, expected a CLIP of images. {CHOOSE}")
+    timm = str(config.get("vision_cfg", {}).get("timm_model_name"))
+    if prompted and timm.startswith("naflexvit"):
+        raise AmpError(
+            f"model {model_name!r} has vision_cfg.timm_model_name {timm!r}, expected timm's VisionTransformer or Eva: "
+            f"a NaFlex tower takes any number of patches, but prompts need the same number for each image. {CHOOSE}"
+        )
+    text = config.get("text_cfg", {}).get("text_arch", "clip")
+    if prompted and text != "clip":
+        raise AmpError(
+            f"model {model_name!r} has text_cfg.text_arch {text!r}, expected 'clip', or hf_model_name: the words of "
+            f"triplets are read by CLIP's own tokenizer or one of Hugging Face. {CHOOSE}"
+        )
 
 
 def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from functools import cache
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ CLIP_VARIANTS = {
     "average_pooled": ({"pool_type": "avg"}, {}, {}),
     "attention_pooled": ({"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 4}, {}, {}),
     "quickgelu": ({}, {}, {"quick_gelu": True}),
+    "open_clip_4": ({}, {}, {}),  # see `as_in_open_clip_4`
     "layer_scale": ({"ls_init_value": 0.1, "no_ln_pre": True}, {}, {}),  # as clip-small's image tower
 }
 
@@ -59,7 +61,45 @@ def make_clip(variant: str = "native", seed: int = 0) -> torch.nn.Module:
         for name, parameter in clip.named_parameters():
             if parameter.ndim < 2 and "logit" not in name:  # no bias or norm may be an identity by its initial value
                 parameter.data += 0.1 * torch.randn_like(parameter)
+    if variant == "open_clip_4":
+        as_in_open_clip_4(clip)
     return clip
+
+
+def as_in_open_clip_4(clip: torch.nn.Module) -> None:
+    """Stands in for a CLIP of open_clip 4 where an older one is installed: its transformers have no `batch_first`, and
+    blocks an attention of their own, with the weights of `nn.MultiheadAttention` and no fast path."""
+    from open_clip.transformer import ResidualAttentionBlock, Transformer
+
+    if not hasattr(clip.transformer, "batch_first"):
+        return  # it is one
+
+    class Attention(torch.nn.Module):
+        def __init__(self, old: torch.nn.MultiheadAttention):
+            super().__init__()
+            self.num_heads, self.out_proj = old.num_heads, old.out_proj
+            self.in_proj_weight, self.in_proj_bias = old.in_proj_weight, old.in_proj_bias
+
+        def forward(self, x, k_x=None, v_x=None, attn_mask=None):
+            parts = torch.nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            parts = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+            attended = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=attn_mask)
+            return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def attention(block, q_x, k_x=None, v_x=None, attn_mask=None):
+        return block.attn(q_x, attn_mask=attn_mask)
+
+    def forward(transformer, x, attn_mask=None):
+        for block in transformer.resblocks:
+            x = block(x, attn_mask=attn_mask)
+        return x
+
+    for module in list(clip.modules()):
+        if isinstance(module, ResidualAttentionBlock):
+            module.attn, module.attention = Attention(module.attn), MethodType(attention, module)
+        elif isinstance(module, Transformer):
+            del module.batch_first
+            module.forward = MethodType(forward, module)
 
 
 @cache

@@ -82,7 +82,17 @@ def test_text_tower_without_token_embedding_is_refused():
         make_backbone(clip)
 
 
+def test_text_towers_of_other_architectures_are_refused():
+    """open_clip 4 has one with a token embedding, whose tokenizer isn't CLIP's (`text_arch: modern`)."""
+    clip = make_clip("custom_text")
+    clip.text = type("ModernTextTransformer", (nn.Module,), {})()
+    clip.text.token_embedding = nn.Embedding(2, 2)
+    with pytest.raises(AmpError, match=r"text tower is ModernTextTransformer.*no text_arch, or hf_model_name"):
+        make_backbone(clip)
+
+
 def test_sequence_first_towers_are_refused():
+    """Of open_clip 3."""
     clip = make_clip()
     clip.visual.transformer.batch_first = False
     with pytest.raises(AmpError, match="batch_first=False, expected True"):
@@ -90,7 +100,7 @@ def test_sequence_first_towers_are_refused():
 
 
 def test_something_else_is_refused():
-    with pytest.raises(AmpError, match="image tower is NoneType"):
+    with pytest.raises(AmpError, match="image tower is missing in Linear"):
         make_backbone(nn.Linear(2, 2))
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 
@@ -124,6 +125,24 @@ def test_every_documented_command_is_on_the_list_and_every_row_is_used():
     for _, tests in rows:
         for test in tests:
             assert (ROOT / test).is_file(), test
+
+
+def test_python_versions_are_named_alike():
+    """Bounds, classifiers, tools, and what the pages promise."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    classifiers = [x.rpartition(" ")[2] for x in project["project"]["classifiers"] if ":: Python :: 3." in x]
+    lowest, highest = classifiers[0], classifiers[-1]
+    assert classifiers == [f"3.{n}" for n in range(int(lowest[2:]), int(highest[2:]) + 1)]
+    assert project["project"]["requires-python"] == f">={lowest}"
+    tools = project["tool"]
+    assert (tools["ruff"]["target-version"], tools["mypy"]["python_version"]) == (
+        f"py{lowest.replace('.', '')}",
+        lowest,
+    )
+    said = {"README.md": [f"Python {lowest} or newer", f"Python {lowest} to {highest}"], "Makefile": [f"Python {lowest}+"],
+            "docs/installation.md": [f"Python {lowest} to {highest}"]}  # fmt: skip
+    for page, phrases in said.items():
+        assert all(phrase in (ROOT / page).read_text() for phrase in phrases), page
 
 
 def test_the_diagram_is_what_its_script_draws(tmp_path):

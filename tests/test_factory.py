@@ -1,5 +1,6 @@
 """Building models: open_clip's call and triple, its transforms, and the mistakes refused before any download."""
 
+import json
 import shutil
 
 import open_clip
@@ -12,7 +13,9 @@ import amp
 from amp.checkpoint import save_adapter
 from amp.config import PromptConfig
 from amp.errors import AmpError
-from amp.factory import refuse_quick_gelu_mismatch
+from amp.factory import load_clip, refuse_quick_gelu_mismatch, refuse_unsupported_model
+from amp.train.config import ModelSettings, TrainConfig
+from amp.train.memory import shapes_only
 
 
 @pytest.fixture
@@ -195,10 +198,52 @@ def test_weights_in_a_file_have_no_tag_to_compare(tmp_path):
     refuse_quick_gelu_mismatch("ViT-B-32-quickgelu", str(path))
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"genlip_cfg": {}}, r"the key genlip_cfg: it writes captions"),
+        ({"genlap_cfg": {}}, r"the key genlap_cfg: its input is sound"),
+        ({"audio_cfg": {}}, r"the key audio_cfg: its input is sound"),
+        ({"vision_cfg": {"timm_model_name": "naflexvit_base_patch16_gap"}},
+         r"vision_cfg.timm_model_name 'naflexvit_base_patch16_gap', expected timm's VisionTransformer or Eva"),
+        ({"text_cfg": {"text_arch": "modern"}}, r"text_cfg.text_arch 'modern', expected 'clip', or hf_model_name"),
+        ({"text_cfg": {"from_the_future": 1}}, r"can't load it .*from_the_future.* newer open_clip"),
+    ],
+)  # fmt: skip
+def test_architectures_of_open_clip_4_are_refused_by_their_key(clip_folder, tmp_path, keys, said):
+    """Before weights are read or downloaded, in a run and in its plan, also if open_clip doesn't know the key."""
+    shutil.copytree(clip_folder.removeprefix("local-dir:"), tmp_path / "clip")
+    path = tmp_path / "clip/open_clip_config.json"
+    content = json.loads(path.read_text())
+    for key, value in keys.items():
+        content["model_cfg"][key] = {**content["model_cfg"].get(key, {}), **value}
+    path.write_text(json.dumps(content))
+    name = f"local-dir:{tmp_path / 'clip'}"
+    with pytest.raises(AmpError, match=said) as error:
+        amp.create_model_and_transforms(name)
+    assert str(path.parent) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(AmpError):
+        shapes_only(TrainConfig(out="runs/x", model=ModelSettings(name, None)))
+    if "Vision" in said or "hf_model" in said:  # baselines take any tower
+        refuse_unsupported_model(name, prompted=False)
+    else:
+        with pytest.raises(AmpError, match=said):
+            load_clip(name)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_one_clear_error(clip_folder, tmp_path, monkeypatch):
+    def fail(name):
+        raise ImportError("Please install tiktoken")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", fail)
+    with pytest.raises(AmpError, match=r"can't load its tokenizer \(Please install tiktoken\)"):
+        amp.create_model_and_transforms(clip_folder)
+
+
 def test_damaged_weights_are_one_clear_error(clip_folder, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(clip_folder.removeprefix("local-dir:"), folder)
     weights = folder / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(AmpError, match="open_clip can't load it"):
+    with pytest.raises(AmpError, match="can't load it"):
         amp.create_model_and_transforms(f"local-dir:{folder}")

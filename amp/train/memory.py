@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from amp.data.stream import Batch
 from amp.errors import AmpError
-from amp.factory import LOW_PRECISION, to_precision
+from amp.factory import LOADING_ERRORS, LOW_PRECISION, reason, refuse_unsupported_model, to_precision
 from amp.knowledge.batch import KnowledgeBatch
 from amp.model import ActionAwareCLIP
 from amp.train.config import TrainConfig
@@ -321,6 +321,7 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
     Raises:
         AmpError: A Hugging Face text tower whose configuration is not on this machine, or an unsupported tower.
     """
+    refuse_unsupported_model(config.model.name, prompted=True)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # open_clip warns of the weights that are not there
@@ -329,10 +330,10 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
             clip = open_clip.create_model(
                 config.model.name, None, load_weights=False, device="meta", pretrained_text=False
             )
-    except OSError as error:  # of transformers, which reads the text tower's configuration
+    except LOADING_ERRORS as error:  # also of transformers, which reads the text tower's configuration
         raise AmpError(
             f"model {config.model.name!r}: open_clip can't build it without its weights "
-            f"({str(error).strip().splitlines()[0][:200]}). Load it once where there is a network"
+            f"({reason(error)}). Load it once where there is a network"
         ) from error
     finally:
         root.setLevel(level)
