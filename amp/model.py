@@ -162,7 +162,7 @@ class ActionAwareCLIP(nn.Module):
             text: The captions' features `encode_text(tokens)` (B, d), which models with `readout` ask with.
         """
         if knowledge is None:
-            return self.backbone.clip.encode_image(images, normalize=normalize)
+            return self.backbone.clip.encode_image(images.to(self.backbone.dtype), normalize=normalize)
         if not isinstance(knowledge, KnowledgeBatch):
             knowledge = self.prepare_knowledge(knowledge)
         if len(knowledge) != len(images):

@@ -39,6 +39,11 @@ def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
         if file is not None:
             os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
             leave_inference_out()
+            if precision_of(config) == "fp16" and not computes_fp16():
+                raise AmpError(
+                    "mixed_precision is 'fp16' under DeepSpeed, and there is neither a GPU nor a processor that "
+                    "computes in fp16, expected 'bf16' or 'no'"
+                )
     timeout = timedelta(minutes=config.timeout_minutes)
     group = InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=timeout)
     accelerator = Accelerator(
@@ -69,6 +74,13 @@ def leave_inference_out() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def computes_fp16() -> bool:
+    """Whether DeepSpeed's CPU backend takes fp16 on this processor."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
+
+
 def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> Iterator[str]:
     """What `world` processes can't train: a start stops at the first, a plan tells all."""
     known = sorted(tracker.value for tracker in LoggerType)
@@ -95,7 +107,8 @@ def precision_problems(config: TrainConfig, deepspeed: str | None, gpu: bool) ->
     weights, autocast = config.model.precision, precision_of(config, gpu)
     if autocast == "fp16" and not gpu and deepspeed is None:
         yield "mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU"
-    if {weights, autocast} == {"bf16", "fp16"} and deepspeed is None:
+    casts = deepspeed is not None and autocast == "fp16"  # DeepSpeed's fp16 casts all weights itself
+    if {weights, autocast} == {"bf16", "fp16"} and not casts:
         yield (
             f"model.precision is {weights!r} and autocast (mixed_precision) is {autocast!r}, expected one low type at "
             f"most; give --model.precision fp32, --mixed_precision no or --mixed_precision {weights}"

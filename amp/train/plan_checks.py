@@ -27,7 +27,7 @@ from amp.model import ActionAwareCLIP
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import TrainConfig
 from amp.train.engine import open_splits
-from amp.train.launch import launch_problems
+from amp.train.launch import launch_problems, precision_problems
 from amp.train.memory import OFFLOADS
 from amp.train.resume import find_checkpoint, refuse_other_run, stages_left
 
@@ -165,7 +165,10 @@ def check_launch(config: TrainConfig, nodes: int, gpus: int, precision: str, dee
         yield note(f"{config.out} and {config.data.cache} must be the same folders on all nodes")
     if precision == "no":
         yield warning("mixed_precision is null or 'no': fp32 takes twice as much; give --mixed_precision bf16")
+    if precision == "fp16" and not deepspeed:
+        yield note("fp16 autocast needs a GPU: without one the start is refused")
     yield from map(error, launch_problems(config, world, deepspeed))
+    yield from map(error, precision_problems(config, deepspeed, gpu=True))
 
 
 def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[Said]:

@@ -1,0 +1,118 @@
+"""Types of the frozen weights and of autocast: each pair works, or training, evaluation and the plan refuse it."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from training_run import small_run
+
+from amp.errors import AmpError
+from amp.export import export_image_encoder
+from amp.factory import to_precision
+from amp.retrieval.attention import attention_maps
+from amp.retrieval.evaluate import RetrievalSettings
+from amp.retrieval.run import evaluate
+from amp.train.config import StageSettings
+from amp.train.engine import train
+from amp.train.launch import precision_problems
+from amp.train.plan import PlanSettings, make_plan
+from amp.train.plan_checks import check_launch
+
+READOUT = {"interaction": "readout", "text_enrichment": True, "text_triplets": True, "image_projection": True}
+PROMPTS = {
+    "aim": {"text_enrichment": True, "text_triplets": True, "image_projection": True},
+    "cat": {"interaction": "cat"},
+    "readout": READOUT,
+    "readout with a block": {**READOUT, "readout_blocks": 1},
+    "control": {"knowledge": "none"},
+    "readout's control": {"interaction": "readout", "knowledge": "none", "readout_blocks": 1},
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_a_backbone_in_low_precision_needs_no_autocast(prompt, precision, images, knowledge):
+    """Features and gradients, close to those of fp32."""
+    found = []
+    for kind in ("fp32", precision):
+        model = make_model(trained=True, triplet_heads=4, **prompt).eval()
+        to_precision(model.backbone.clip, kind)
+        text = model.encode_text(model.tokenizer(["a dog jumps", "a girl", "nothing", "men chase horses"]))
+        batch = model.prepare_knowledge(knowledge)
+        features = model(images, batch, text=text, prompted=True)
+        parts = [model.encode_image(images), features.prompted, features.text]
+        if model.knowledge_aware:
+            parts.append(features.conditioned)
+            assert all(x.isfinite().all() for x in attention_maps(
+                model, model.encode_early(images[:1]), model.prepare_knowledge(knowledge[1:2])).values())  # fmt: skip
+        loss = torch.stack([F.normalize(part.float(), dim=-1).sum() for part in parts[1:]]).sum()
+        loss.backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if not n.startswith("backbone.") and p.numel()}
+        assert all(grad is None or (grad.dtype == torch.float32 and grad.isfinite().all()) for grad in trained.values())
+        found.append([F.normalize(part.detach().float(), dim=-1) for part in parts])
+    for exact, low in zip(*found, strict=True):
+        assert 0 <= float((exact - low).abs().max()) < 0.05
+
+
+def test_a_backbone_in_low_precision_can_be_exported(images, knowledge):
+    model = make_model(triplet_heads=4, interaction="readout").eval()
+    to_precision(model.backbone.clip, "bf16")
+    program, batch = export_image_encoder(model), model.prepare_knowledge(knowledge)
+    text = model.encode_text(model.tokenizer(["a dog", "a girl", "nothing", "men"]))
+    given = (images, batch.triplet_tokens, batch.token_mask, batch.states.float(), batch.mask, text.float())
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(*given), model(images, batch, text=text).conditioned,
+                                   rtol=0, atol=0.02)  # fmt: skip
+
+
+@pytest.fixture
+def config(shards, clip_folder, tmp_path, fresh_accelerate):
+    """One step of each stage, then a validation."""
+    one = StageSettings(max_steps=1)
+    config = small_run(shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 4,
+                       "val_split": "val"}, stage1=one, stage2=one)  # fmt: skip
+    return replace(config, prompt=replace(config.prompt, **READOUT, readout_blocks=1))
+
+
+def plan_errors(config) -> list[str]:
+    return [text for level, check, text in make_plan(config, PlanSettings()).findings if level == "error"]
+
+
+@pytest.mark.parametrize(("weights", "autocast"), [("bf16", "no"), ("fp16", "no"), ("bf16", "bf16")])
+def test_low_precision_trains_and_is_evaluated(config, weights, autocast, tmp_path):
+    config = replace(config, model=replace(config.model, precision=weights), mixed_precision=autocast)
+    assert plan_errors(config) == []
+    adapter = train(config)
+    found = evaluate(
+        config, "test", [f"mine={adapter}"], RetrievalSettings(top_k=3), tmp_path / "out.json", bootstrap=0
+    )
+    assert found.rows[0].name == "base CLIP" and len(found.rows) > 1
+
+
+def test_two_low_types_are_refused_before_anything_is_computed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("amp.train.engine.open_splits", None)
+    monkeypatch.setattr("amp.retrieval.run.ShardSplit", None)
+    config = replace(config, model=replace(config.model, precision="fp16"), mixed_precision="bf16")
+    words = "model.precision is 'fp16' and autocast .* is 'bf16'.*--mixed_precision no"
+    with pytest.raises(AmpError, match=words):
+        train(config)
+    with pytest.raises(AmpError, match=words):
+        evaluate(config, "test", [], RetrievalSettings(), tmp_path / "out.json")
+
+
+def test_what_is_refused(config, monkeypatch):
+    """The whole table, with a processor that has no bf16 instructions; the plan, which is for GPUs, says the same."""
+    monkeypatch.setattr("amp.train.launch.multiplies_bf16", lambda: False)
+    low = {"bf16", "fp16"}
+    for weights, autocast, gpu, file in product(("fp32", *low), ("auto", "no", *low), (True, False), (None, "zero2")):
+        run = replace(config, model=replace(config.model, precision=weights), mixed_precision=autocast, stages=[1])
+        chosen = {"auto": "bf16" if gpu else "no"}.get(autocast, autocast)
+        refused = {weights, chosen} == low and not (file and chosen == "fp16")
+        no_gpu = chosen == "fp16" and not gpu and not file
+        assert bool(list(precision_problems(run, file, gpu))) == (refused or no_gpu)
+        if gpu:
+            said = [text for level, text in check_launch(run, 1, 1, chosen, file) if level == "error"]
+            assert [("model.precision" in text) for text in said] == [True] * refused
