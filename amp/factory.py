@@ -59,14 +59,10 @@ def create_model_and_transforms(
         raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
     if adapter is not None and prompt_config is not None:
         raise AmpError("give either prompt_config or adapter: an adapter file holds the settings it was trained with")
-<<<<<<< HEAD
     meta = str(device) == "meta"
     if not meta:
         device = usable_device(device)
-=======
-    meta = torch.device(device).type == "meta"
     refuse_unsupported_model(model_name, prompted=True)
->>>>>>> w-openclip
     clip, preprocess_train, preprocess_val = load_clip(model_name, pretrained, meta, **open_clip_kwargs)
     with torch.device("meta" if meta else "cpu"):
         base_hash = make_backbone(clip).weights_hash()

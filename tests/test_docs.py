@@ -139,8 +139,11 @@ def test_python_versions_are_named_alike():
         f"py{lowest.replace('.', '')}",
         lowest,
     )
-    said = {"README.md": [f"Python {lowest} or newer", f"Python {lowest} to {highest}"], "Makefile": [f"Python {lowest}+"],
-            "docs/installation.md": [f"Python {lowest} to {highest}"]}  # fmt: skip
+    said = {
+        "README.md": [f"Python {lowest} or newer", f"Python {lowest} to {highest}"],
+        "Makefile": [f"Python {lowest}+"],
+        "docs/installation.md": [f"Python {lowest} to {highest}"],
+    }
     for page, phrases in said.items():
         assert all(phrase in (ROOT / page).read_text() for phrase in phrases), page
 
