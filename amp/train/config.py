@@ -19,7 +19,8 @@ class ModelSettings:
     Args:
         name: As open_clip's: a model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
         pretrained: As open_clip's: a tag or a file; null with a schema name.
-        precision: Type of the frozen weights. Autocast (`mixed_precision`) wants fp32 here.
+        precision: Type of the frozen weights. bf16 and fp16 halve their memory and round features; refused where
+            autocast (`mixed_precision`) is of the other of the two.
         resize_mode: How photos are fitted: null is the base model's own way, ``squash`` keeps the borders.
     """
 
@@ -93,7 +94,8 @@ class CheckpointSettings:
         every_steps: Optimizer steps between two checkpoints; 0 saves them at the end of each epoch and stage alone, and
             when the run is asked to stop.
         keep: How many of each stage are kept.
-        resume: Go on from the newest whole checkpoint in `out`; false removes those that are there and starts anew.
+        resume: Go on from the newest whole checkpoint in `out`; false removes the checkpoints and adapters of the stages
+            that start anew.
     """
 
     every_steps: int = 0
