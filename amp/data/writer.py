@@ -376,13 +376,13 @@ def _digest(text: str) -> str:
 def _choose_splits(images: list[CaptionedImage], splits: list[str] | None) -> list[str]:
     """The splits to write, in the order of the captions file."""
     present = list(dict.fromkeys(image.split for image in images))
-    splits = splits and [normal_split(split, "--splits", present) for split in splits]
-    for split in splits or ():
-        if split not in present:
+    chosen = {normal_split(split, "--splits", present): split for split in splits or present}
+    for name, split in chosen.items():
+        if name not in present:
             raise ShardWriteError(
                 f"--splits names {split!r}, which no image is in; expected some of {', '.join(present)}; correct it"
             )
-    return [split for split in present if splits is None or split in splits]
+    return [split for split in present if split in chosen]
 
 
 def _split_notes(captions: str, images: list[CaptionedImage]) -> list[str]:

@@ -239,11 +239,11 @@ def _load(captions: str, format: str, default_split: str, keep_restval: bool) ->
 
 def _choose(images: list[CaptionedImage], splits: list[str] | None, path: str) -> list[CaptionedImage]:
     known = list(dict.fromkeys(image.split for image in images))
-    splits = splits and [normal_split(split, "--splits", known) for split in splits]
-    for split in splits or []:
-        if split not in known:
+    chosen = {normal_split(split, "--splits", known): split for split in splits or known}
+    for name, split in chosen.items():
+        if name not in known:
             raise GenerationError(f"{path}: no split {split!r}; splits seen: {', '.join(known)}; check --splits")
-    return [image for image in images if splits is None or image.split in splits]
+    return [image for image in images if image.split in chosen]
 
 
 def _check_options(retries: int, temperature: float, max_fallback: float, limit: int | None) -> None:
