@@ -218,7 +218,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _jpeg_orientation(content: bytes) -> int:
-    """The same of a JPEG that nothing has opened: 2 microseconds where no camera left its data, 40 elsewhere."""
+    """The same of a JPEG that nothing has opened: 5 microseconds where it is 1, ten times as long elsewhere."""
     info: dict[str | tuple[int, int], bytes] = {}
     for marker, start, end in _segments(content):
         if marker == 0xE1:  # as Pillow reads it
@@ -226,13 +226,32 @@ def _jpeg_orientation(content: bytes) -> int:
                 info["exif"] = info["exif"] + content[start + 6 : end] if "exif" in info else content[start:end]
             elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0", start):
                 info["xmp"] = content[start + 29 : end]
-    if not info:
+    if not info or not (_may_turn(info.get("exif", b"")) or b"Orientation" in info.get("xmp", b"")):
         return 1
     image = Image.Image()
     image.info = info
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _orientation(image)
+
+
+_ONE = {  # EXIF's tag of the orientation and the usual rest of an entry that says 1, by byte order
+    b"II": (b"\x12\x01", b"\3\0\1\0\0\0\1\0"),
+    b"MM": (b"\x01\x12", b"\0\3\0\0\0\1\0\1"),
+}
+
+
+def _may_turn(exif: bytes) -> bool:
+    """False where the orientation surely is 1: no tag or the usual one. So Pillow seldom has to read all tags."""
+    if exif[6:8] not in _ONE:
+        return bool(exif)
+    tag, rest = _ONE[exif[6:8]]
+    place = exif.find(tag)
+    while place >= 0:
+        if not exif.startswith(rest, place + 2):
+            return True
+        place = exif.find(tag, place + 2)
+    return False
 
 
 # Samples
