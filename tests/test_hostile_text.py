@@ -389,7 +389,7 @@ def test_a_search_shows_evil_names_as_they_are(tmp_path, capsys, clip_folder):
                  "a \x1b[2J dog"])  # fmt: skip
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err and "\u202e" not in shown.out + shown.err
-    assert "\\x1b[31m0 [bold]\\u202e.png" in shown.out and "skipped \\x1b[2J[/].jpg" in shown.err
+    assert "\\x1b[31m0 [bold]\\u202e.png" in shown.out and ": \\x1b[2J[/].jpg" in shown.err
 
 
 def test_the_knowledge_report_shows_no_escape_code(tmp_path, capsys):
