@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
-from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
+from amp.data.decode import PHOTO_SUFFIXES, decode_rgb, unreadable_reason
 from amp.data.image_file import UnreadableImageError, open_photo, read_limited
 from amp.errors import AmpError, printable
 from amp.files import locked_folder
@@ -454,9 +454,11 @@ class _Photos(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> _Photo:
-        path = self.root / self.names[index]
         try:
-            digest = hashlib.sha256(read_limited(path)).hexdigest()[:32]
-            return _Photo(digest, None if digest in self.known else self.preprocess(open_photo(path)))
+            content = read_limited(self.root / self.names[index])
+            digest = hashlib.sha256(content).hexdigest()[:32]
+            if digest in self.known:
+                return _Photo(digest)
+            return _Photo(digest, self.preprocess(Image.fromarray(decode_rgb(content))))
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
             return _Photo(reason=f"can't be read ({getattr(error, 'strerror', None) or error or type(error).__name__})")
