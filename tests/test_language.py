@@ -72,10 +72,10 @@ def test_sentences_of_others_are_told_apart():
 
 def test_the_note_counts_and_a_few_are_no_reason_to_warn():
     english = [f"A man with {number} dogs" for number in range(198)]
-    assert language_note([*english, OTHERS["French"][0]]) is None
-    assert language_note([]) is None
-    note = language_note([*english, *OTHERS["French"][:2]])
-    assert note.startswith("not in English: 2 of 200 captions, such as 'Un chien brun") and "--engine" in note
+    assert language_note([*english, OTHERS["French"][0]], "--x") is None
+    assert language_note([], "--x") is None
+    note = language_note([*english, *OTHERS["French"][:2]], "--x")
+    assert note.startswith("not in English: 2 of 200 captions, such as 'Un chien brun") and "--x transformers" in note
 
 
 class NoRules:
@@ -112,4 +112,5 @@ def test_a_query_warns_once(shown):
     assert shown.getvalue() == ""
     generate(["un chien saute dans l'eau"])
     generate(["un chien saute dans la neige"])
-    assert shown.getvalue().count('warning: not in English: 1 of 1 captions, such as "un chien saute dans l\'eau"') == 1
+    assert shown.getvalue().startswith('warning: not in English: 1 of 1 captions, such as "un chien saute dans l\'eau"')
+    assert shown.getvalue().count("warning") == 1 and "--knowledge transformers" in shown.getvalue()

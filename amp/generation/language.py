@@ -70,15 +70,20 @@ def _english_words(words: list[str]) -> float:
     )
 
 
-def language_note(captions: Sequence[str]) -> str | None:
-    """A warning with count and example for knowledge by rules; None where almost all captions may be English."""
+def language_note(captions: Sequence[str], option: str) -> str | None:
+    """A warning with count and example for knowledge by rules; None where almost all captions may be English.
+
+    Args:
+        captions: All that the rules are about to read.
+        option: Of the command line, which chooses a language model instead.
+    """
     foreign = [caption for caption in captions if not is_english(caption)]
     if not foreign or len(foreign) < _SHARE * len(captions):
         return None
     return (
         f"not in English: {len(foreign):,} of {len(captions):,} captions, such as {shorten(foreign[0])}; the rules are "
-        "English and write nonsense or nothing about them; take a language model (--engine transformers, openai or "
-        "vllm, with --fallback none), or translate them"
+        "English and write nonsense or nothing about them; take a language model ({option} transformers, openai or "
+        "vllm), or translate them"
     )
 
 

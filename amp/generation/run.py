@@ -113,7 +113,7 @@ def generate_knowledge(
     for kind, count in Counter(skip.kind for skip in source.skipped).items():
         first = next(skip.reason for skip in source.skipped if skip.kind == kind)
         console.print(f"{captions}: {count:,} skipped: {kind}, first: {first}", soft_wrap=True)
-    if engine == "rules" and not merge and (warning := language_note(distinct)):
+    if engine == "rules" and not merge and (warning := language_note(distinct, "--engine")):
         console.print(f"warning: {warning}", soft_wrap=True)
     out_root = Path(out)
     with console.progress(f"loading {engine}"):
