@@ -182,11 +182,13 @@ def test_what_a_stream_cannot_encode_is_escaped(errors, monkeypatch):
 HELP = [sys.executable, "-m", "amp", "compare", "--help"]  # one of the quick ones
 
 
-def test_a_closed_pipe_is_silent():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_silent(unbuffered):
+    environment = {**QUIET_ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run(HELP, env=QUIET_ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+        done = subprocess.run(HELP, env=environment, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-import threading
 import time
 
 import pytest
@@ -46,17 +45,17 @@ def test_a_log_gets_a_line_now_and_then_also_during_one_long_step(log, monkeypat
     monkeypatch.setattr(module, "LOG_SECONDS", 0.02)
     with log.progress("encoding photos", "photos") as report:
         report(32, 100)
-        wait_for(lambda: len(lines(log)) >= 3)  # nothing is reported meanwhile
-    assert lines(log)[0] == "encoding photos: 32 of 100 photos, 0 s so far"
-    assert lines(log)[-1] == "encoding photos: 32 of 100 photos, took 0 s"
-    assert threading.active_count() == 1
+        wait_for(lambda: log.file.getvalue().count("32 of 100 photos") >= 3)  # nothing is reported meanwhile
+    assert re.fullmatch(r"encoding photos: 32 of 100 photos, \d+ s so far", lines(log)[-2])
+    assert re.fullmatch(r"encoding photos: 32 of 100 photos, took \d+ s", lines(log)[-1])
+    assert not report._thread.is_alive()
 
 
 def test_a_phase_that_cant_report_says_that_it_is_alive(log, monkeypatch):
     monkeypatch.setattr(module, "LOG_SECONDS", 0.02)
     with log.progress("loading ViT-L-14"):
         wait_for(lambda: lines(log))
-    assert lines(log)[0] == "loading ViT-L-14: 0 s so far"
+    assert re.fullmatch(r"loading ViT-L-14: \d+ s so far", lines(log)[0])
 
 
 def test_a_short_phase_says_nothing(log):
@@ -113,8 +112,9 @@ def test_a_second_part_begins_its_own_rate(log):
 def test_of_nested_phases_the_inner_one_speaks(log, monkeypatch):
     monkeypatch.setattr(module, "LOG_SECONDS", 0.02)
     with log.progress("stage 1"), log.progress("validating"):
-        wait_for(lambda: len(lines(log)) >= 3)
-    assert {line.partition(":")[0] for line in lines(log)} == {"validating"}
+        wait_for(lambda: log.file.getvalue().count("validating") >= 4)
+        said = [line.partition(":")[0] for line in lines(log)]
+    assert "stage 1" not in said[said.index("validating") :]
 
 
 def test_training_lines_keep_loss_and_rate(monkeypatch, capsys):
@@ -124,10 +124,8 @@ def test_training_lines_keep_loss_and_rate(monkeypatch, capsys):
             time.sleep(0.01)
             show(step, 0.25, 0.07) if step % 2 == 0 else show(step)
     shown = capsys.readouterr().err.splitlines()
-    assert [re.sub(r"\d[\d.]*/s", "N/s", line.partition(", loss")[0]) for line in shown[:1]] == [
-        "stage 2: 2 of 4 steps, N/s, 1 s left"
-    ]
-    assert re.search(r"stage 2: 4 of 4 steps, .*, took 0 s, loss 0.250 tau 0.0700 [\d,]+ images/s$", shown[-1])
+    assert re.match(r"stage 2: 2 of 4 steps, [\d.]+/s, \d+ s left, loss 0.250 tau 0.0700", shown[0])
+    assert re.search(r"stage 2: 4 of 4 steps, .*, took \d+ s, loss 0.250 tau 0.0700 [\d,]+ images/s$", shown[-1])
     with Terminal(False).training(1, 1, 1) as show:
         show(1, 0.5, 0.07)
     assert capsys.readouterr().err == ""
@@ -174,6 +172,8 @@ def test_a_narrow_terminal_folds_and_drops_nothing(width):
     columns = list(zip(*(re.split("[┃│]", line)[1:-1] for line in shown.splitlines() if line[0] in "┃│"), strict=True))
     joined = ["".join(cell.strip() for cell in column) for column in columns]
     assert joined[0] == "test" + "".join(f"sugarcrepe_{test}" for test in TESTS)
+    console.print("skipped /photos/" + "holiday " * 20)  # a path cut in two can't be copied
+    assert console.file.getvalue().splitlines()[-1] == "skipped /photos/" + "holiday " * 20
     assert joined[3] == "accuracy" + "71.5" * len(TESTS) and joined[4].replace(" ", "").startswith("meanofgroups")
 
 
