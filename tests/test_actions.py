@@ -167,6 +167,7 @@ BOX = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 5}
         (CREPE | {"caption": None}, "caption is None"),
         (CREPE | {"filename": 17}, "filename is 17, expected a text"),
         (CREPE | {"filename": "b.jpg"}, "no photo b.jpg in"),
+        (CREPE | {"filename": f"{'é' * 200}.jpg"}, "no photo é"),  # longer than a name may be
         (CREPE | {"filename": "../a.jpg"}, "expected a path inside the images folder"),
         (CREPE | {"negative_caption": "A  dog"}, "a wrong caption is the right one: 'a dog'"),
         ({"image_path": "a.jpg", "caption_options": ["x"]}, "caption_options is ['x'], expected a list of 2 texts"),
@@ -183,6 +184,11 @@ def test_a_bad_entry_is_skipped_with_its_reason(tmp_path, entry, reason):
     found, skipped = load_choices(write(tmp_path / "x.json", [CREPE, entry, ARO]), tmp_path)
     assert found == [Choice("a.jpg", ("a dog", "a cat"))] * 2
     assert list(skipped) == ["entry 1"] and reason in skipped["entry 1"]
+
+
+def test_a_photo_is_there_in_either_spelling_of_its_letters(tmp_path):
+    (tmp_path / "cafe\u0301.jpg").touch()  # as macOS spells it
+    assert load_choices(write(tmp_path / "x.json", [CREPE | {"filename": "caf\u00e9.jpg"}]), tmp_path)[1] == {}
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------

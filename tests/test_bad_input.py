@@ -194,7 +194,7 @@ def copied(shards, tmp_path):
 def test_missing_shards_folder(run, refused, request, tmp_path, launched):
     main = request.getfixturevalue(launched)
     line = refused(lambda: run(main, data__shards=tmp_path / "nowhere"))
-    assert str(tmp_path / "nowhere") in line and "make_shards.py" in line
+    assert str(tmp_path / "nowhere") in line and "amp make_shards" in line
 
 
 def test_shards_are_not_given(run, train, refused):
@@ -236,7 +236,7 @@ def test_truncated_image_in_a_shard(run, refused, request, copied, launched, wor
     # All of an epoch, so that the sample comes whatever the order.
     changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
     line = refused(lambda: run(main, data__shards=copied, data__workers=workers, **changes))
-    assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "make_shards.py" in line
+    assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "amp make_shards" in line
 
 
 def test_a_batch_larger_than_the_split(run, train, refused):

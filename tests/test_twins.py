@@ -165,6 +165,12 @@ def test_wrong_files_are_named(world, tmp_path, edit, said):
     assert str(path) in str(error.value)
 
 
+def test_the_base_model_alone_is_measured_and_written(world, tmp_path):
+    folder, _, arguments = world
+    twins.main([*arguments, "--adapters", "[]", "--out", str(tmp_path / "twins.json")])
+    assert rows_of(tmp_path) == {"base CLIP": rows_of(folder)["base CLIP"]}
+
+
 def test_a_missing_file_is_one_line(world, capsys):
     _, _, arguments = world
     with pytest.raises(SystemExit) as stopped:
