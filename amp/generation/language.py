@@ -82,7 +82,7 @@ def language_note(captions: Sequence[str], option: str) -> str | None:
         return None
     return (
         f"not in English: {len(foreign):,} of {len(captions):,} captions, such as {shorten(foreign[0])}; the rules are "
-        "English and write nonsense or nothing about them; take a language model ({option} transformers, openai or "
+        f"English and write nonsense or nothing about them; take a language model ({option} transformers, openai or "
         "vllm), or translate them"
     )
 
