@@ -20,6 +20,7 @@ from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
+from amp.train.stopping import StopRequest
 
 pytestmark = pytest.mark.distributed
 
@@ -109,8 +110,8 @@ def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, most,
     assert len(steps_of(audit)) > 17 * 5  # it was really set back now and then
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, status, tmp_path):
     config = on_ranks(replace(config, checkpoint=CheckpointSettings(every_steps=0, keep=2)), 2)
     config = replace(config, data=replace(config.data, workers=1))
     expected = undisturbed(config, 2, tmp_path / "audit-alone")
@@ -118,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, tmp_pat
     run = TrainingRun(config, 2, audit)
     assert run.wait_for_steps(7)
     run.signal(number, range(1, 2))
-    assert run.wait() == [75, 75]
+    assert run.wait() == [status, status]
     stopped = json.loads((Path(config.out) / "stopped.json").read_text())
     assert stopped["signal"] == signal.Signals(number).name and stopped["stage"] == 1
     (newest,) = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())[-1:]
@@ -128,6 +129,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, tmp_pat
     assert not (Path(config.out) / "stopped.json").exists()
     assert len(steps_of(audit)) == 17 * 5  # no step was taken twice
     assert same_bits(final(config), expected)
+
+
+def test_a_second_ctrl_c_interrupts():
+    with StopRequest() as request:
+        with request.taking_steps():
+            signal.raise_signal(signal.SIGINT)
+            assert request.received == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_it_moves_to_another_number_of_processes(config, tmp_path):

@@ -234,7 +234,7 @@ class Run:
         self.terminal.say(f"stopped by {name} at stage {stage} step {step}; the same command goes on from there")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        raise Stopped
+        raise Stopped(number)
 
     def prepare_data(self, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
         """Encodes the texts of both splits once, and stores frozen image features where asked."""

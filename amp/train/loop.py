@@ -74,7 +74,8 @@ class StageLoop:
         if number := run.request.agreed(self.accelerator.device):
             run.stop(number, self.stage, self.step)
         batches = self.batches()
-        with self.terminal.training(self.stage, total, run.images_a_step, self.step) as show:
+        progress = self.terminal.training(self.stage, total, run.images_a_step, self.step)
+        with run.request.taking_steps(), progress as show:
             while self.step < total:
                 set_seed(self.seed_of_step())
                 loss, scale = self.optimizer_step(batches)

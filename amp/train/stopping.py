@@ -1,17 +1,20 @@
-"""Signals that ask a run to stop: a scheduler's warning before the time limit, or preemption."""
+"""Signals that ask a run to stop: a scheduler's warning before the time limit, preemption, or Ctrl-C."""
 
 import ctypes
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from amp.distributed import world_size
+from amp.distributed import rank, world_size
+from amp.errors import INTERRUPTED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -19,16 +22,21 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
 
 
 class Stopped(SystemExit):
-    """Raised after the checkpoint of a run that was asked to stop; ends the process with `EXIT_STATUS`."""
+    """Raised after the checkpoint of a run that was asked to stop; ends the process.
 
-    def __init__(self):
-        super().__init__(EXIT_STATUS)
+    Args:
+        number: The signal. After Ctrl-C the exit status is 130, else `EXIT_STATUS`, after which a job starts again.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(INTERRUPTED if number == signal.SIGINT else EXIT_STATUS)
 
 
 class StopRequest:
     """Notes a signal of `SIGNALS` instead of dying of it; a context manager that puts the old handlers back.
 
-    Only the main thread of a process gets signals, so this does nothing elsewhere.
+    Ctrl-C is noted in the block of `taking_steps` only: elsewhere there is nothing to save. Only the main thread of a
+    process gets signals, so this does nothing elsewhere.
     """
 
     def __init__(self) -> None:
@@ -47,8 +55,29 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def taking_steps(self) -> Iterator[None]:
+        """Within this block the first Ctrl-C is noted, so that the steps so far are saved. A second one interrupts."""
+        try:
+            before = signal.getsignal(signal.SIGINT)
+            if before is not signal.SIG_IGN:  # as in a shell's background
+                signal.signal(signal.SIGINT, self._note_first)
+        except ValueError:  # not the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+
+    def _note_first(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.default_int_handler)
+        self.received = self.received or number
+        if rank() == 0:
+            os.write(2, b"\ninterrupted; a checkpoint is saved after this step; Ctrl-C again ends at once\n")
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any rank has received, or 0; the same on every rank, since all of them ask at once."""
@@ -63,6 +92,7 @@ def prepare_worker(worker: int) -> None:
     """For decoding workers: a signal to the whole job must not kill them before the checkpoint is saved. SIGTERM from
     their own process still ends them, and where that is killed they go with it instead of waiting for it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_for_parent, args=(os.getppid(),), daemon=True).start()
     if sys.platform == "linux":
