@@ -94,8 +94,8 @@ class CheckpointSettings:
         every_steps: Optimizer steps between two checkpoints; 0 saves them at the end of each epoch and stage alone, and
             when the run is asked to stop.
         keep: How many of each stage are kept.
-        resume: Go on from the newest whole checkpoint in `out`; false removes the checkpoints and adapters of the stages
-            that start anew.
+        resume: Go on from the newest whole checkpoint in `out`; false removes the checkpoints and adapters of the
+            stages that start anew.
     """
 
     every_steps: int = 0
