@@ -34,20 +34,20 @@ class CoreShare:
 
 
 def share_cores(workers: int, gpu: bool) -> CoreShare:
-    """Shares the cores out: processes x (threads + decoding workers) is at most their number, but each is at least 1.
+    """Shares the cores out: processes x (threads + decoding workers) is at most their number, with at least one thread.
 
     OMP_NUM_THREADS wins, except the 1 that `accelerate launch` and torchrun set where it is not set.
 
     Args:
-        workers: Decoding workers wanted by each process. Without a GPU they get a quarter of the cores at most, since
-            the training process itself computes on the others.
+        workers: Decoding workers wanted by each process. Without a GPU they get a quarter of the cores at most: the
+            process itself computes on the others, and decodes as well where it has less than four.
         gpu: Whether the model is on a GPU.
     """
     processes, cores = processes_here(), usable_cores()
     own = max(1, cores // processes)
     threads = wanted_threads()
-    for_workers = own - (threads or 1) if gpu or threads else own // 4
-    workers = min(workers, max(1, for_workers))
+    for_workers = max(1, own - (threads or 1)) if gpu or threads else own // 4
+    workers = min(workers, for_workers)
     return CoreShare(processes, threads or max(1, own - workers), workers, cores)
 
 
