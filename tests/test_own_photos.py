@@ -92,7 +92,7 @@ def check(environment: Environment, printed: str, photos: int) -> None:
     manifest = ShardManifest.load(folder / "shards")
     assert manifest.samples("train") == photos
     assert manifest.captions_without_knowledge["train"] < 0.1 * manifest.captions("train")
-    assert f"{photos} photos in index: {photos} encoded, 0 removed, 0 files skipped" in printed
+    assert f"{photos} photos in index: {photos} encoded, 0 kept, 0 removed" in printed
     assert len(re.findall(r"^ +\d+ +-?\d\.\d{3} .*photos/\S+\.(?:jpg|png)$", printed, re.MULTILINE)) == 12
     assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
 

@@ -94,7 +94,7 @@ def test_low_precision_trains_and_is_evaluated(config, weights, autocast, tmp_pa
 
 def test_two_low_types_are_refused_before_anything_is_computed(config, tmp_path, monkeypatch):
     monkeypatch.setattr("amp.train.engine.open_splits", None)
-    monkeypatch.setattr("amp.retrieval.run.ShardSplit", None)
+    monkeypatch.setattr("amp.retrieval.run.create_model_and_transforms", None)
     config = replace(config, model=replace(config.model, precision="fp16"), mixed_precision="bf16")
     words = "model.precision is 'fp16' and autocast .* is 'bf16'.*--mixed_precision no"
     with pytest.raises(AmpError, match=words):

@@ -182,7 +182,7 @@ def test_bad_files_are_named(results, tmp_path, spoil, message):
         path.write_text(spoil(json.loads(results.save_json(path).read_text(encoding="utf-8"))), encoding="utf-8")
     with pytest.raises(AmpError, match=message) as error:
         ResultFile.load_json(path)
-    assert str(path) in str(error.value) and "evaluate.py" in str(error.value)
+    assert str(path) in str(error.value) and "amp evaluate" in str(error.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}])

@@ -29,7 +29,7 @@ from amp.retrieval.results import ResultFile, RetrievalRow, check_writable
 from amp.retrieval.verbs import by_verb, save_verbs
 from amp.terminal import PlainConsole, Terminal
 from amp.train.config import TrainConfig
-from amp.train.launch import make_accelerator, rank_of_launcher
+from amp.train.launch import make_accelerator, precision_problems, rank_of_launcher
 
 
 class Evaluation:
@@ -239,6 +239,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
         AmpError: Wrong input, such as an adapter of another base model.
     """
     terminal, problems, named = Terminal(rank_of_launcher() == 0), Problems(), {}
+    problems.found += precision_problems(config, None, torch.cuda.is_available())
     with problems.collect():
         named = named_adapters(adapters)
     with problems.collect():
