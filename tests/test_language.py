@@ -113,3 +113,4 @@ def test_a_query_warns_once(shown):
     generate(["un chien saute dans l'eau"])
     generate(["un chien saute dans la neige"])
     assert shown.getvalue().count('warning: not in English: 1 of 1 captions, such as "un chien saute dans l\'eau"') == 1
+    assert "(--knowledge transformers, openai or vllm)" in shown.getvalue()  # a search has no --engine

@@ -70,15 +70,21 @@ def _english_words(words: list[str]) -> float:
     )
 
 
-def language_note(captions: Sequence[str]) -> str | None:
-    """A warning with count and example for knowledge by rules; None where almost all captions may be English."""
+def language_note(
+    captions: Sequence[str], options: str = "--engine transformers, openai or vllm, with --fallback none"
+) -> str | None:
+    """A warning with count and example for knowledge by rules; None where almost all captions may be English.
+
+    Args:
+        captions: Any texts.
+        options: The command's options that choose a language model instead.
+    """
     foreign = [caption for caption in captions if not is_english(caption)]
     if not foreign or len(foreign) < _SHARE * len(captions):
         return None
     return (
         f"not in English: {len(foreign):,} of {len(captions):,} captions, such as {shorten(foreign[0])}; the rules are "
-        "English and write nonsense or nothing about them; take a language model (--engine transformers, openai or "
-        "vllm, with --fallback none), or translate them"
+        f"English and write nonsense or nothing about them; take a language model ({options}), or translate them"
     )
 
 

@@ -67,7 +67,7 @@ class KnowledgeGenerator:
             AmpError: the model's server gave no reply.
         """
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
-        if self._warns and (note := language_note(distinct)):
+        if self._warns and (note := language_note(distinct, "--knowledge transformers, openai or vllm")):
             self._console.print(f"warning: {note}", soft_wrap=True)
             self._warns = False  # once
         with self._open_cache() as replies:
