@@ -101,8 +101,8 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
         except LOADING_ERRORS as error:
             raise AmpError(
                 f"model {model_name!r} with pretrained {pretrained!r}: open_clip {open_clip.__version__} can't "
-                f"load it ({reason(error)}). Check the network, or give files that are there: --model.name "
-                "local-dir:FOLDER, or --model.pretrained FILE. A model of a newer open_clip needs that version"
+                f"load it ({reason(error)}). Check the network, or give files that are there: local-dir:FOLDER "
+                "as the model, or a file as its pretrained weights. A model of a newer open_clip needs that version"
             ) from error
 
 
@@ -190,7 +190,7 @@ def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
         if not (folder / "open_clip_config.json").is_file():
             raise AmpError(
                 f"model {model_name!r}: no file {folder / 'open_clip_config.json'}, expected a folder that open_clip "
-                "saved; mend --model.name"
+                "saved; correct the model's name"
             )
         if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
             raise AmpError(

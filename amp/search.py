@@ -70,7 +70,7 @@ def retriever(settings: SearchSettings, asks: bool):
         AmpError: Neither adapter nor model, or one that can't be loaded.
     """
     from amp.device import usable_device
-    from amp.factory import create_model_and_transforms
+    from amp.factory import create_model_and_transforms, refuse_unknown_model
     from amp.generation.query import KnowledgeGenerator
     from amp.retrieval.retriever import Retriever
 
@@ -79,6 +79,12 @@ def retriever(settings: SearchSettings, asks: bool):
     if settings.adapter is None:
         if settings.model is None:
             raise AmpError("adapter and model are both missing, expected one of them; add --adapter FILE")
+        if ":" not in settings.model and not settings.pretrained:
+            refuse_unknown_model(settings.model, None)
+            raise AmpError(
+                f"pretrained is missing, expected the weights of {settings.model}, since random ones find photos by "
+                "chance; add --pretrained TAG, as open_clip.list_pretrained() lists them, or --pretrained FILE"
+            )
         model, _, preprocess = create_model_and_transforms(settings.model, settings.pretrained, device=device)
         return Retriever(model, preprocess, settings.index, top_k=0, **common)
     knowledge = None
@@ -123,6 +129,14 @@ def main(arguments: list[str] | None = None) -> None:
             terminal.say(
                 f"{search.index.pending:,} photos are not searched, since their encoding was interrupted; add "
                 "--photos FOLDER to encode the rest"
+            )
+        if settings.sheet is not None and search.index.holds(settings.sheet):
+            raise AmpError(f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; give a "
+                           "path outside the folder of photos")  # fmt: skip
+        if search.cuts(query):
+            terminal.say(
+                f"the query is longer than the {search.model.backbone.context_length} tokens that the model reads; its "
+                "end has no effect on the model; shorten it"
             )
         show(console, search.search(query, settings.count), settings.sheet)
 

@@ -19,6 +19,8 @@ from amp.checkpoint import save_adapter
 from amp.errors import AmpError
 from amp.files import open_log
 from amp.retrieval import photo_index
+from amp.retrieval.contact_sheet import draw_contact_sheet
+from amp.retrieval.drawing import save_picture
 from amp.retrieval.photo_index import PhotoIndex, Update
 from amp.retrieval.retriever import Found, Hit
 from amp.terminal import PlainConsole
@@ -382,6 +384,71 @@ def test_refusals(clip_folder, photos, tmp_path):
             PhotoIndex(index)
 
 
+@pytest.mark.parametrize("kind", ["a file of features is gone", "cut short", "another user's", "not an index"])
+def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, tmp_path, monkeypatch, kind):
+    """The index lies among the photos: advice to remove that folder would cost them."""
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, photos)
+    search.update(photos, workers=0)
+    (features,), file = photos.glob("features-*.npy"), photos / "index.json"
+    if kind == "a file of features is gone":
+        features.unlink()
+        message = rf"index\.json: damaged \(.*{features.name}: No such file or directory\); remove this file, then make"
+    elif kind == "cut short":
+        os.truncate(features, 200)
+        message = r"index\.json: damaged \(.*\); remove this file, then make"
+    elif kind == "not an index":
+        file.write_text('{"weight_map": {}}')
+        message = "index.json: format None None, expected .*; give another folder with --index"
+    else:
+
+        def refuse(path, *arguments, **options):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(np, "load", refuse)
+        message = rf"{features.name}: can't be read \(Permission denied\), .*; allow it, or give another folder"
+    for call in (lambda: search.search(QUERY), lambda: search.update(photos, workers=0)):
+        search._index = None
+        with pytest.raises(AmpError, match=message):
+            call()
+    if "remove" in message:
+        file.unlink()
+        assert search.update(photos, workers=0).photos == PHOTOS
+
+
+def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)
+    search.update(photos, workers=0)
+    content = json.loads((tmp_path / "index" / "index.json").read_text())
+    content["photos"][0][0] = "a\0b.png"
+    (tmp_path / "index" / "index.json").write_text(json.dumps(content))
+    search._index = None
+    found = search.search(QUERY, count=PHOTOS, knowledge=KNOWLEDGE)
+    assert len(found.hits) == PHOTOS - 1
+    assert list(found.skipped.values()) == ["can't be read (embedded null byte)"]
+
+
+def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch):
+    """As in a folder that may be listed but not entered, or on a network disk that fails for a moment."""
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search.update(photos, workers=0)
+    names, path_stat = set(search.index.names), Path.stat
+
+    def refuse(path, **options):
+        if path.parent == photos / "below":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return path_stat(path, **options)
+
+    (photos / "photo 01.png").unlink()
+    monkeypatch.setattr(Path, "stat", refuse)
+    update = search.update(photos, workers=0)
+    assert (update.photos, update.encoded, update.removed) == (PHOTOS - 1, 0, 1)
+    assert set(update.skipped.values()) == {"can't be read (Input/output error)"}
+    assert set(search.index.names) == names - {"photo 01.png"}
+
+
 def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path):
     model, preprocess = build(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
@@ -466,12 +533,46 @@ def test_lines_are_not_wrapped_and_the_suffix_decides_the_sheets_format(photos, 
         assert image.format == kind
 
 
+@pytest.mark.parametrize(("suffix", "most"), [("webp", "16,383"), ("jpg", "65,500")])
+def test_a_sheet_that_its_format_cant_hold_is_refused(tmp_path, suffix, most):
+    picture = Image.new("RGB", (1, 70_000))
+    with pytest.raises(AmpError, match=rf"the picture has 1 x 70,000 pixels, expected at most {most} .*\.png"):
+        save_picture(tmp_path / f"found.{suffix}", picture)
+    assert list(tmp_path.iterdir()) == []
+    assert save_picture(tmp_path / "found.png", picture).is_file()
+
+
+def test_a_sheet_says_which_photos_it_could_not_draw(photos, tmp_path, capsys):
+    """Without an adapter photos are not decoded before they are drawn."""
+    hits = [Hit(photos / f"photo {number:02d}.png", 0.5, 0.4, number) for number in (1, 2)]
+    hits[1].path.write_bytes(b"no photo any more")
+    draw_contact_sheet(tmp_path / "found.png", Found(QUERY, amp.Knowledge(), hits, {}))
+    assert capsys.readouterr().err == f"1 of the photos found can't be read for the picture: {hits[1].path}\n"
+
+
+def test_a_sheet_replaces_no_photo_and_a_long_query_is_mentioned(clip_folder, photos, tmp_path, capsys):
+    options = ["--index", str(tmp_path / "index"), "--model", clip_folder, "--workers", "0", "--count", "1"]
+    command.main([*options, "--photos", str(photos), QUERY])
+    assert "tokens" not in capsys.readouterr().err
+    photo = photos / "photo 01.png"
+    before = photo.read_bytes()
+    with pytest.raises(SystemExit):
+        command.main([*options, "--sheet", str(photo), QUERY])
+    assert f"{photo}: is a photo of the index {tmp_path / 'index'}, expected a new file" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+    command.main([*options, "--sheet", str(photos / "found.png"), QUERY + " and a dog" * 50])
+    assert "the query is longer than the 77 tokens that the model reads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a dog"], "index is empty"),
         (["--index", "x"], "neither query nor photos"),
         (["--index", "x", "a dog"], "adapter and model are both missing"),
+        (["--index", "x", "--model", "ViT-B-32", "a dog"], "pretrained is missing, expected the weights of ViT-B-32"),
+        (["--index", "x", "--model", "ViT-B-23", "a dog"], "model 'ViT-B-23' is unknown to open_clip"),
+        (["--index", "x", "--model", "local-dir:/none", "a dog"], "open_clip saved; correct the model's name"),
         (["--index", "x", "--sheet", "y.doc", "a dog"], "y.doc: the suffix is '.doc', expected one of .png, .jpg"),
     ],
 )

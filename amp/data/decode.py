@@ -1,6 +1,7 @@
 """Photo bytes to upright RGB pixels, for every part of the product; without torch, which takes seconds to import."""
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,9 @@ def opened(content: bytes) -> Iterator[ImageFile.ImageFile]:
             warnings.simplefilter("ignore")
             try:
                 image = Image.open(io.BytesIO(content), formats=_decoders())
+            except Image.DecompressionBombError as error:  # whose text names twice our limit
+                seen = re.search(r"\d+", str(error))
+                raise _bomb(f"{int(seen[0]):,}" if seen else "too many") from None
             except UnidentifiedImageError:  # whose text shows the address of an object
                 raise UnreadableImageError(_why_unidentified(content)) from None
             with image:
@@ -164,9 +168,14 @@ def _refuse_bomb(image: Image.Image) -> None:
     """Refuses more pixels than Pillow warns of; by itself it takes twice as many."""
     (width, height), most = image.size, Image.MAX_IMAGE_PIXELS
     if most is not None and width * height > most:
-        raise Image.DecompressionBombError(
-            f"{width} x {height} pixels, expected at most {most:,}: a decompression bomb"
-        )
+        raise _bomb(f"{width} x {height}")
+
+
+def _bomb(pixels: str) -> Image.DecompressionBombError:
+    most = Image.MAX_IMAGE_PIXELS
+    return Image.DecompressionBombError(
+        f"{pixels} pixels, expected at most {most:,}: a decompression bomb, or a photo that must be made smaller"
+    )
 
 
 _MAGIC = {

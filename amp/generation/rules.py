@@ -51,7 +51,7 @@ class RuleTriplets:
         except ImportError:
             raise RulesError(
                 'the rules need spaCy; expected it to be installed; pip install "open-clip-amp[rules]" and python -m '
-                "spacy download en_core_web_md, or do without rules (--fallback none)"
+                "spacy download en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
             ) from None
         place = _find(model)
         try:
@@ -97,7 +97,7 @@ def _find(model: str | None) -> str | Path:
             return inner if inner.is_dir() else name
     raise RulesError(
         f"no spaCy model named {model or ' or '.join(MODELS)} is installed; expected one; python -m spacy download "
-        "en_core_web_md, or do without rules (--fallback none)"
+        "en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
     )
 
 

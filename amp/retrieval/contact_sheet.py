@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from amp.data.image_file import open_photo
-from amp.errors import AmpError
+from amp.errors import AmpError, printable
 from amp.retrieval.drawing import (
     CARD,
     CARD_EDGE,
@@ -27,6 +27,7 @@ from amp.retrieval.drawing import (
     wrap,
 )
 from amp.retrieval.retriever import Found, Hit
+from amp.terminal import Terminal
 
 COLUMNS, THUMB, GAP, MARGIN, CAPTION = 4, 260, 18, 30, 58
 WIDTH = 2 * MARGIN + COLUMNS * THUMB + (COLUMNS - 1) * GAP
@@ -58,23 +59,33 @@ def draw_contact_sheet(path: str | os.PathLike, found: Found) -> Path:
         draw_text(draw, (x + 12, y + 19), chip, CHIP_INK, Font(18))
         x += width + 8
     draw_lines(draw, (MARGIN, y + (46 if chips else 8)), states, MUTED, Font(17), 24)
+    unreadable = []
     for number, hit in enumerate(found.hits):
         row, column = divmod(number, COLUMNS)
-        _photo(page, draw, (MARGIN + column * (THUMB + GAP), top + row * (THUMB + CAPTION + GAP)), number, hit)
+        at = (MARGIN + column * (THUMB + GAP), top + row * (THUMB + CAPTION + GAP))
+        if not _photo(page, draw, at, number, hit):
+            unreadable.append(str(hit.path))
+    if unreadable:
+        names = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
+        Terminal(True).say(printable(f"{len(unreadable):,} of the photos found can't be read for the picture: {names}"))
     return save_picture(path, page)
 
 
-def _photo(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], number: int, hit: Hit) -> None:
+def _photo(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], number: int, hit: Hit) -> bool:
+    """Draws a hit; returns whether its photo could be read."""
     x, y = at
     box = (x, y, x + THUMB, y + THUMB + CAPTION)
     fill_rounded(page, box, 12, CARD_EDGE)
     fill_rounded(page, (x + 1, y + 1, box[2] - 1, box[3] - 1), 11, CARD)
+    image = Image.new("RGB", (1, 1), CARD_EDGE)
     try:
-        image = open_photo(hit.path)
-    except Exception:  # gone since the search, or damaged: its name still tells
-        image = Image.new("RGB", (1, 1), CARD_EDGE)
+        image, there = open_photo(hit.path), True
+    except Exception:  # gone since the search, or damaged since it was indexed
+        there = False
     size = (THUMB - 12, THUMB - 12)
     page.paste(fit_image(image, size), (x + 6, y + 6), rounded_mask(size, 8))
+    if not there:
+        draw_text(draw, (x + 20, y + THUMB // 2), "can't be read", MUTED, Font(18))
     rose = hit.base_rank - number
     move, colour = (f"up {rose}", RIGHT) if rose > 0 else (f"down {-rose}", WRONG) if rose < 0 else ("same", MUTED)
     line = y + THUMB + 14
@@ -83,3 +94,4 @@ def _photo(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], nu
     draw_text(draw, (x + THUMB - 12, line), f"{move} (CLIP: {hit.base_rank + 1})", colour, Font(16), anchor="rm")
     name = wrap(hit.path.name, Font(15), THUMB - 24, 1)[0]
     draw_text(draw, (x + 12, line + 26), name, MUTED, Font(15))
+    return there

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from amp.data.image_file import LARGEST_JPEG
 from amp.errors import AmpError
 from amp.retrieval.results import write_atomically
 from amp.terminal import Terminal
@@ -22,6 +23,7 @@ INK, MUTED, CHIP, CHIP_INK = "#1b2330", "#667180", "#e9eefb", "#33508f"
 RIGHT, WRONG, RIGHT_TINT, WRONG_TINT = "#18864b", "#cf3a3f", "#e4f4eb", "#fbe9e9"
 LONGEST_TEXT = 1500  # characters that are measured at all; drawing ends at a line count long before
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+LARGEST = {"JPEG": LARGEST_JPEG, "WEBP": 16_383}  # pixels per side that a format can hold; PNG holds any picture
 
 
 # Files
@@ -43,10 +45,15 @@ def save_picture(path: str | os.PathLike, picture: Image.Image) -> Path:
     """Writes a picture in the format of its suffix.
 
     Raises:
-        AmpError: Another suffix, or a path that can't be written.
+        AmpError: Another suffix, a picture that is too large for its format, or a path that can't be written.
     """
-    out = io.BytesIO()
-    picture.save(out, picture_format(path), quality=92)
+    kind, out = picture_format(path), io.BytesIO()
+    if kind in LARGEST and max(picture.size) > LARGEST[kind]:
+        raise AmpError(
+            f"{path}: the picture has {picture.width:,} x {picture.height:,} pixels, expected at most "
+            f"{LARGEST[kind]:,} per side in a {kind} file; give a name that ends in .png, or show fewer photos"
+        )
+    picture.save(out, kind, quality=92)
     return write_atomically(path, out.getvalue())
 
 

@@ -30,7 +30,9 @@ from amp.retrieval.results import write_atomically
 
 FORMAT, VERSION = "open-clip-amp photo index", 2  # version 1 lacks `digest`, `beside` and `pending`
 SKIPPED = "skipped.txt"
-_AGAIN = "make it with amp search --index FOLDER --photos PHOTOS"
+_MAKE = "make it with amp search --index FOLDER --photos PHOTOS"
+# Not the folder: the photos may be in it, too.
+MAKE_AGAIN = "remove this file, then make the index again with amp search --index FOLDER --photos PHOTOS"
 # Encoded photos are saved at least this many seconds apart, and so rarely that saving takes a twentieth of the time.
 SAVE_SECONDS, SAVE_SHARE = 1.0, 20
 
@@ -74,6 +76,7 @@ class PhotoIndex:
     """Names and features of N photos.
 
     Attributes:
+        file: The file that names its photos.
         root: Folder of the photos.
         names: Their paths below `root`.
         stamps: What each was like when it was encoded, by name.
@@ -90,7 +93,7 @@ class PhotoIndex:
         Raises:
             AmpError: There is none, or it is damaged.
         """
-        path = Path(folder) / "index.json"
+        self.file = path = Path(folder) / "index.json"
         try:
             content = self._read(path)
             self.root = Path(content["root"])
@@ -103,14 +106,20 @@ class PhotoIndex:
             self.pending = int(content.get("pending", 0))
             self.names = list(self.stamps)
         except OSError as error:
-            raise AmpError(f"{path}: can't be read ({error.strerror}), expected an index; {_AGAIN}") from error
+            name = error.filename or path
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                step = "allow it, or give another folder with --index"
+                raise AmpError(f"{name}: can't be read ({error.strerror}), expected an index; {step}") from error
+            if path.is_file():
+                raise AmpError(f"{path}: damaged ({name}: {error.strerror}); {MAKE_AGAIN}") from error
+            raise AmpError(f"{path}: can't be read ({error.strerror}), expected an index; {_MAKE}") from error
         except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             if isinstance(error, AmpError):
                 raise
-            raise AmpError(f"{path}: damaged ({error}); remove the folder and {_AGAIN}") from error
+            raise AmpError(f"{path}: damaged ({error}); {MAKE_AGAIN}") from error
         if len(self.features) != len(self.names):
             raise AmpError(
-                f"{path}: {len(self.names)} names and {len(self.features)} features; remove the folder and {_AGAIN}"
+                f"{path}: {len(self.names)} names and {len(self.features)} features, expected as many; {MAKE_AGAIN}"
             )
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -119,7 +128,7 @@ class PhotoIndex:
             kind, version = content.get("format"), content.get("version")
             if kind != FORMAT or version not in range(1, VERSION + 1):
                 newer = isinstance(version, int) and version > VERSION
-                step = "update open-clip-amp, or give another folder with --index" if newer else _AGAIN
+                step = ("update open-clip-amp, or " if newer else "") + "give another folder with --index"
                 raise AmpError(f"{path}: format {kind!r} {version!r}, expected {FORMAT!r} 1 to {VERSION}; {step}")
             try:
                 self.features = np.load(path.parent / content["features"], mmap_mode="r", allow_pickle=False)
@@ -136,6 +145,11 @@ class PhotoIndex:
     def path(self, number: int) -> Path:
         """Where a photo lies."""
         return self.root / self.names[number]
+
+    def holds(self, path: str | os.PathLike) -> bool:
+        """Whether a path is one of the photos."""
+        place, root = Path(os.path.realpath(Path(path).parent), Path(path).name), os.path.realpath(self.root)
+        return place.is_relative_to(root) and place.relative_to(root).as_posix() in self.stamps
 
     def image(self, number: int) -> Image.Image:
         """A photo, upright and in RGB.
@@ -160,8 +174,8 @@ class PhotoIndex:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             raise UnreadableImageError("gone since it was indexed") from None
-        except OSError as error:
-            raise UnreadableImageError(f"can't be read ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that the system's encoding lacks, or with a NUL
+            raise UnreadableImageError(f"can't be read ({getattr(error, 'strerror', None) or error})") from None
         if not stat.S_ISREG(mode):
             raise UnreadableImageError("not a file any more")
         if not os.access(path, os.R_OK):
@@ -341,7 +355,7 @@ class _Walk:
         root: The folder.
         stamps: Size and time of change of each photo, by its path below `root`, in order.
         skipped: Why other files and folders are left out, by their paths below `root`.
-        closed: Folders of these that can't be opened: what they hold is not known.
+        closed: Files and folders of these that can't be opened: whether the photos in the index are gone is not known.
         hidden, others: Numbers of files and folders whose name starts with a dot, and of files that are no photos.
 
     Raises:
@@ -364,9 +378,10 @@ class _Walk:
                 self._add_below(link)
 
     def keep_closed(self, rows: dict[str, tuple[Stamp, np.ndarray]]) -> None:
-        """Adds the photos of an older index that lie in folders that can't be opened."""
+        """Adds the photos of an older index that can't be looked at, or whose folders can't be opened."""
+        closed, folders = set(self.closed), tuple(f"{name}/" for name in self.closed)
         for name, (stamp, _) in rows.items():
-            if name.startswith(tuple(f"{folder}/" for folder in self.closed)):
+            if name in closed or name.startswith(folders):
                 self.stamps.setdefault(name, stamp)
 
     def _name(self, path: Path) -> str:
@@ -421,8 +436,8 @@ class _Walk:
             return
         try:
             found = path.stat()
-        except OSError as error:  # gone, or a link to nowhere or to itself
-            self._skip(path, f"can't be read ({error.strerror})")
+        except OSError as error:  # gone, a link to nowhere or to itself, or a folder or disk that refuses for now
+            self._skip(path, f"can't be read ({error.strerror})", closed=not isinstance(error, FileNotFoundError))
         else:
             if stat.S_ISREG(found.st_mode):
                 self.stamps[self._name(path)] = Stamp(found.st_size, found.st_mtime_ns)

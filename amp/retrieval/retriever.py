@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from amp.data.image_file import UnreadableImageError
+from amp.data.text_features import cut_texts
 from amp.errors import AmpError
 from amp.hub import from_pretrained
 from amp.knowledge.schema import Knowledge
 from amp.model import ActionAwareCLIP
 from amp.retrieval.pair_scorer import PairScorer
-from amp.retrieval.photo_index import PhotoIndex, Update, update_index
+from amp.retrieval.photo_index import MAKE_AGAIN, PhotoIndex, Update, update_index
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,12 @@ class Retriever:
         self._index = None
         return found
 
+    def cuts(self, query: str) -> bool:
+        """Whether the model's tokenizer leaves out the end of a query; False where that can't be told."""
+        with suppress(AmpError):
+            return bool(cut_texts([query], self.model.tokenizer, self.model.backbone.context_length))
+        return False
+
     @torch.no_grad()
     def search(self, query: str, count: int = 20, knowledge: Knowledge | None = None) -> Found:
         """The best photos for a text.
@@ -209,6 +217,6 @@ def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:
         parts.append((F.normalize(features, dim=-1) @ text.T)[:, 0])
     scores = torch.cat(parts)
     if not torch.isfinite(scores).all():
-        raise AmpError(f"{index.root}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; "
-                       "remove the index and make it again")  # fmt: skip
+        raise AmpError(f"{index.file}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; "
+                       f"{MAKE_AGAIN}")  # fmt: skip
     return scores
