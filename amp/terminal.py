@@ -123,7 +123,8 @@ class Progress:
         self._id = self._bar.add_task(printable(what), total=None, unit=unit, note="")
         self._task = self._bar.tasks[0]
         self._reported = self._logged = time.monotonic()
-        self._said_any, self._end = False, threading.Event()
+        self._said_any = self._said_all = False
+        self._end = threading.Event()
         self._thread = threading.Thread(target=self._log_now_and_then, daemon=True)
 
     @property
@@ -162,14 +163,14 @@ class Progress:
             self._thread.join()
         self._bar.stop()
         self._console.phases.remove(self)
-        if kind is None and (self._keep or self._said_any):
+        if kind is None and (self._keep or self._said_any) and not self._said_all:
             self._task.stop_time = self._task.get_time()
             self._console.say(f"{self._task.description}: {state_of(self._task)}")
 
     def log(self) -> None:
         """Writes a line now, unless there is a bar."""
         if self._logs:
-            self._logged, self._said_any = time.monotonic(), True
+            self._logged, self._said_any, self._said_all = time.monotonic(), True, self._task.finished
             self._console.say(f"{self._task.description}: {state_of(self._task)}")
 
     def _log_now_and_then(self) -> None:
