@@ -62,7 +62,8 @@ def baseline(
     def tokenised(start: int, stop: int):
         return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))
 
-    dtype = next(p.dtype for p in clip.visual.parameters() if p.ndim == 4)  # of the first convolution
+    first = next(m for m in clip.visual.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+    dtype = first.weight.dtype  # of the patches' map, which every tower begins with
     base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"{split.name} images")
     text = encoded(len(texts), tokenised, clip.encode_text, "texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
