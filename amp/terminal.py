@@ -87,8 +87,8 @@ class Terminal(PlainConsole):
 
     @contextmanager
     def training(self, stage: int, steps: int, images_a_step: int, begin: int = 0) -> Iterator[Callable]:
-        """Yields show(step, loss, temperature), to be called after each step, with the step alone where the others
-        aren't known; a resumed stage has `begin` steps behind it."""
+        """Yields show(step, loss, temperature), to be called after each step, with only the step where the others
+        aren't known; a resumed stage has taken `begin` steps."""
         with self.progress(f"stage {stage}", "steps", keep=True) as report:
             report(begin, steps)
 
@@ -107,7 +107,7 @@ class Progress:
     """How far a phase is: a bar on a terminal, elsewhere a line every `LOG_SECONDS`.
 
     A line says what, done of total, rate, time left. Time left comes from the rate of the last reports, never from the
-    first one alone, in which things are loaded. Lines come from a thread, so a single long step doesn't stop them.
+    first one, in which things are loaded. Lines come from a thread, so a single long step doesn't stop them.
 
     Args:
         console: Where it is shown.
@@ -145,7 +145,7 @@ class Progress:
         Args:
             done: Items done so far.
             total: Of the phase.
-            note: Further words behind the figures, which stay until there are others.
+            note: Further words after the figures, which stay until there are others.
         """
         now = time.monotonic()
         goes_on = self._task.total == total and self._task.completed < done < total and note is None

@@ -6,7 +6,7 @@
 
 The configuration is the one of training: of it `model`, `data` and `mixed_precision` are read, and `prompt` for the
 base model alone; adapters carry their own prompt settings. How the split is searched is set by --search. Writes OUT
-(JSON) and beside it .csv, .npz (results a query, for amp compare and amp report) and .verbs.csv
+(JSON) and next to it .csv, .npz (results a query, for amp compare and amp report) and .verbs.csv
 (accuracy by action verb); with --gallery a picture of some retrievals. A run that was stopped goes on where it was.
 """
 

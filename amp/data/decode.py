@@ -270,7 +270,7 @@ def _to_rgb(file: ImageFile.ImageFile) -> Image.Image:
     """Decodes an image of any mode to RGB.
 
     Raises:
-        UnreadableImageError: What its samples mean can't be told without guessing.
+        UnreadableImageError: Its samples could only be interpreted by guessing.
     """
     if file.format == "PNG" and file.mode == "RGB" and "transparency" in file.info and "16" in str(file.tile[0][3]):
         raise UnreadableImageError(
@@ -380,7 +380,7 @@ def is_whole(content: bytes) -> bool:
     """
     if content.startswith(b"\x89PNG"):
         with opened(content) as image:
-            clear = content[24] < 16  # bits of a sample; in deeper ones not every picture can be told
+            clear = content[24] < 16  # bits of a sample; deeper ones may have to be refused
             image.verify()
         return clear and content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82")
     if _jpeg_header(content) is None:

@@ -46,7 +46,7 @@ _SHARE = 0.01  # of the captions; fewer are no reason to warn
 
 
 def is_english(caption: str) -> bool:
-    """Whether a caption may be English; what can't be told may be."""
+    """Whether a caption may be English; True where its language can't be recognised."""
     words = _WORD.findall(caption.lower())
     if caption.isascii():
         if _FOREIGN.isdisjoint(words) and _PARTICLES.isdisjoint(words):  # nearly always

@@ -194,7 +194,7 @@ def update_index(
     """Makes the index of a folder of photos, or brings one up to date.
 
     A photo whose name, size and time of change are those in the index keeps its features. Any other is read; if the
-    index has features of the same content, under whatever name, they are kept, too. So photos that were moved, copied
+    index has features of the same content, under any name, they are kept, too. So photos that were moved, copied
     or renamed are not encoded again. What was encoded is saved every few seconds: after an interruption, the same call
     encodes the rest. Searches go on meanwhile.
 

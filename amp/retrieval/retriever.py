@@ -131,7 +131,7 @@ class Retriever:
         return found
 
     def cuts(self, query: str) -> bool:
-        """Whether the model's tokenizer leaves out the end of a query; False where that can't be told."""
+        """Whether the model's tokenizer leaves out the end of a query; False where that is not known."""
         with suppress(AmpError):
             return bool(cut_texts([query], self.model.tokenizer, self.model.backbone.context_length))
         return False

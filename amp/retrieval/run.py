@@ -67,7 +67,7 @@ class Evaluation:
         self.result.rows.append(RetrievalRow(name, results[0], results[1], rsum_interval))
 
     def save(self, out: Path) -> None:
-        """Writes JSON, CSV, and results a query beside them, of the rows so far."""
+        """Writes JSON, CSV, and results per query, of the rows so far."""
         done = {row.name for row in self.result.rows}
         self.result.protocol.pop("missing_rows", None)
         self.missing = [name for name in self.planned if name not in done]
