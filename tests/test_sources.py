@@ -267,6 +267,13 @@ def test_line_ends_of_other_systems(tmp_path, ends):
     assert flat(load_captions(path).images) == [("a.jpg", "train", ["A man"]), ("b.jpg", "train", ["A dog"])]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark(tmp_path, encoding):
+    path = tmp_path / "c.csv"
+    path.write_bytes("image,caption\na.jpg,Ein Mädchen\n".encode(encoding))
+    assert flat(load_captions(path).images) == [("a.jpg", "train", ["Ein Mädchen"])]
+
+
 def test_an_empty_cell_is_skipped_in_every_format(tmp_path):
     """ "", JSON's null, pandas' NaN, a line that ends early."""
     csv_file, jsonl, nan = tmp_path / "c.csv", tmp_path / "c.jsonl", tmp_path / "nan.jsonl"

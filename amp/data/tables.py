@@ -267,7 +267,10 @@ def _encoding(path: Path, head: bytes) -> str:
             f"{path}: this is a tar archive; expected a captions file; unpack it (photos into the folder of --images) "
             "and write its captions as CSV or JSONL"
         )
-    return "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    # UTF-16 without its mark: no text begins with NUL, and no table's first letter is followed by one.
+    return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8-sig"
 
 
 def _not_text(where: str, error: UnicodeDecodeError) -> SourceFormatError:
