@@ -223,7 +223,7 @@ def json_problem(error: ValueError) -> tuple[str, str]:
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line number, 1-based, and line with its end.
 
-    UTF-8, or UTF-16 with its mark (Excel's "Unicode text"). Lines end with "\\n" or "\\r\\n", or all with "\\r".
+    UTF-8, or UTF-16 (Excel's "Unicode text"). Lines end with "\\n" or "\\r\\n", or all with "\\r".
     """
     number = 0
     try:
@@ -231,7 +231,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             head = file.peek()  # not a second look at the file, which may be a pipe
             encoding = _encoding(path, head)
             start = head.decode(encoding, "ignore")
-            if encoding == "utf-16" or ("\r" in start and "\n" not in start):
+            if encoding.startswith("utf-16") or ("\r" in start and "\n" not in start):
                 end = "\r" if "\n" not in start else "\n"
                 with io.TextIOWrapper(file, encoding, newline=end) as lines:
                     yield from enumerate(lines, start=1)
