@@ -135,6 +135,28 @@ def _leaves(content: dict, outer: str = "") -> set[str]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("stage1.lr", "-1"),
+        ("stage2.prompt_lr", "-1"),
+        ("stage1.weight_decay", "-1"),
+        ("stage2.warmup_steps", "-5"),
+        ("margin", "-1"),
+        ("max_grad_norm", "-1"),
+        ("validate_every", "-1"),
+        ("seed", "-5"),
+        ("seed", str(2**32)),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_key(read, option, value):
+    config = read("--config", "photos", "--data.shards", "shards", f"--{option}={value}")
+    with pytest.raises(AmpError, match=f"^{option} is .*, expected"):
+        config.check()
+    with pytest.raises(AmpError, match=r"^out is empty"):
+        replace(config, out="").check()
+
+
 def test_a_recipe_goes_by_its_name_wherever_it_is_typed(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()  # the folder of the user's photos has the same name

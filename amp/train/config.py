@@ -197,7 +197,9 @@ class TrainConfig:
         return min(steps, settings.max_steps) if settings.max_steps else steps
 
     def check(self) -> None:
-        """Raises AmpError where keys contradict each other."""
+        """Raises AmpError where a key is out of its range or contradicts another."""
+        if not self.out:
+            raise AmpError("out is empty, expected a folder; add --out FOLDER")
         if not self.data.shards:
             raise AmpError("data.shards is empty, expected a folder that amp make_shards wrote; add --data.shards DIR")
         if self.stages not in ([1], [2], [1, 2]):
@@ -232,7 +234,15 @@ class TrainConfig:
                "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1),
                "checkpoint.every_steps": (self.checkpoint.every_steps, 0), "checkpoint.keep": (self.checkpoint.keep, 1),
                "stage1.max_steps": (self.stage1.max_steps, 0), "stage2.max_steps": (self.stage2.max_steps, 0),
-               "max_skipped": (self.max_skipped, 0), "timeout_minutes": (self.timeout_minutes, 0.01)}  # fmt: skip
+               "max_skipped": (self.max_skipped, 0), "timeout_minutes": (self.timeout_minutes, 0.01),
+               "margin": (self.margin, 0), "max_grad_norm": (self.max_grad_norm, 0), "seed": (self.seed, 0),
+               "validate_every": (self.validate_every, 0)}  # fmt: skip
+        for number in (1, 2):
+            stage = self.stage(number)
+            for key in ("lr", "prompt_lr", "weight_decay", "warmup_steps"):
+                low[f"stage{number}.{key}"] = (getattr(stage, key) or 0, 0)
         for key, (value, least) in low.items():
             if value < least:
                 raise AmpError(f"{key} is {value}, expected at least {least}")
+        if self.seed >= 2**32:
+            raise AmpError(f"seed is {self.seed}, expected at most {2**32 - 1}")
