@@ -8,7 +8,9 @@ import os
 import re
 import select
 import sys
+import threading
 import unicodedata
+from _thread import interrupt_main
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,6 +134,18 @@ def exit_on_error(kept: str = "") -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    show_lost = sys.unraisablehook
+
+    def raise_again(lost: sys.UnraisableHookArgs) -> None:
+        # Ctrl-C in a callback that can't pass it on, such as that of an import's lock: without this it would be lost.
+        if lost.exc_type is KeyboardInterrupt:
+            timer = threading.Timer(0.05, interrupt_main)
+            timer.daemon = True
+            timer.start()
+        else:
+            show_lost(lost)
+
+    sys.unraisablehook = raise_again
     try:
         try:
             yield
@@ -145,6 +159,7 @@ def exit_on_error(kept: str = "") -> Iterator[None]:
             complain(f"interrupted; {kept}" if kept else "interrupted")
             raise SystemExit(INTERRUPTED) from None
         finally:
+            sys.unraisablehook = show_lost
             if sys.stdout is not None:
                 sys.stdout.flush()  # at the interpreter's own end a failure could no longer be reported
     except BrokenPipeError:

@@ -24,9 +24,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from amp.errors import exit_on_error
 
-from benchmarks.mutate import KINDS
+with exit_on_error():
+    from jsonargparse import auto_cli
+
+    from benchmarks.mutate import KINDS
 
 SHARES = {"jpeg": 0.37, "png": 0.23, "webp": 0.03, "gif": 0.02, "bmp": 0.015, "tiff": 0.03, "avif": 0.03, "tar": 0.14,
           "json": 0.06, "reply": 0.045, "adapter": 0.03}  # fmt: skip
@@ -203,4 +206,5 @@ def main(
 run_child = child
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with exit_on_error():
+        auto_cli(main)

@@ -20,12 +20,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from amp.errors import AmpError, exit_on_error
-from amp.retrieval.results import write_atomically
-from benchmarks import tables
-from benchmarks.settings import Settings
+
+with exit_on_error():
+    from jsonargparse import ArgumentParser
+
+    from amp.retrieval.results import write_atomically
+    from benchmarks import tables
+    from benchmarks.settings import Settings
 
 ALL = ("stream", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
 RECORD, PAGE = Path("results/benchmark.json"), Path("docs/performance.md")  # the release's

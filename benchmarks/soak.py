@@ -21,16 +21,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from jsonargparse import ArgumentParser
-
-from amp.data.writer import make_shards
 from amp.errors import AmpError, exit_on_error
-from amp.retrieval.results import write_atomically
-from amp.train.checkpoints import Checkpoints, open_checkpoint
-from amp.train.engine import STOPPED
-from benchmarks.machine import processor
-from benchmarks.watch import COUNT_RISE, MEMORY_FLOOR_MB, MEMORY_SHARE, WARM_UP, Watch, children
+
+with exit_on_error():
+    import torch
+    from jsonargparse import ArgumentParser
+
+    from amp.data.writer import make_shards
+    from amp.retrieval.results import write_atomically
+    from amp.train.checkpoints import Checkpoints, open_checkpoint
+    from amp.train.engine import STOPPED
+    from benchmarks.machine import processor
+    from benchmarks.watch import COUNT_RISE, MEMORY_FLOOR_MB, MEMORY_SHARE, WARM_UP, Watch, children
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from amp.command import CommandLine
 from amp.errors import AmpError, Problems, exit_on_error
-from amp.train.command import command_line, read_command_line
-from amp.train.config import TrainConfig
+
+with exit_on_error():
+    from amp.command import CommandLine
+    from amp.train.command import command_line, read_command_line
+    from amp.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amp.command import CommandLine
 from amp.errors import AmpError, Problems, exit_on_error
-from amp.sweep.config import SweepConfig
+
+with exit_on_error():
+    from amp.command import CommandLine
+    from amp.sweep.config import SweepConfig
 
 if TYPE_CHECKING:
     from amp.sweep.runs import Run

@@ -8,8 +8,10 @@ Results that can't be used are left out and listed, and the status is 1.
 
 from dataclasses import dataclass
 
-from amp.command import CommandLine
 from amp.errors import exit_on_error
+
+with exit_on_error():
+    from amp.command import CommandLine
 
 
 @dataclass

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,45 @@ def test_ctrl_c_is_one_line_in_every_command(name, monkeypatch, capsys):
     typed = name if name in SCRIPTS else f"amp {name}"
     assert ended.value.code == 130 and shown.out == ""
     assert re.fullmatch(f"{typed}: interrupted(; .+)?\n", shown.err), shown.err
+
+
+WITHOUT_LIBRARIES = """
+import os, runpy, sys
+
+class Interrupted:  # Ctrl-C while the first library is imported
+    def find_spec(name, path=None, target=None):
+        if name in ("docstring_parser", "jsonargparse", "matplotlib", "numpy", "open_clip", "PIL", "torch", "yaml"):
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted)
+for script in sys.argv[1:]:
+    sys.path[0], sys.argv[0] = os.path.dirname(script), script
+    sys.path.insert(1, os.getcwd())
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        print(script, ended.code)
+"""
+
+
+def test_ctrl_c_during_the_imports_of_a_script():
+    scripts = [*SCRIPTS, "benchmarks/fuzz.py", "benchmarks/run.py", "benchmarks/soak.py"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{script} 130" for script in scripts], done.stderr
+    assert done.stderr.splitlines() == [f"{script}: interrupted" for script in scripts]
+
+
+def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch, capsys):
+    class Freed:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def action():
+        Freed()
+        for _ in range(200):
+            time.sleep(0.05)
+
+    assert ending(action, monkeypatch, capsys) == (130, "amp search: interrupted\n")
 
 
 def ending(action, monkeypatch, capsys, kept: str = "") -> tuple[int, str]:

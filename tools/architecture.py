@@ -3,12 +3,14 @@
 python tools/architecture.py --out docs/architecture.png
 """
 
-from jsonargparse import auto_cli
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-
-from amp.command import CommandLine
 from amp.errors import exit_on_error
+
+with exit_on_error():
+    from jsonargparse import auto_cli
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    from amp.command import CommandLine
 
 # name -> (x, y, kind, text); a unit is about the height of a box.
 BOXES = {

@@ -19,15 +19,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from jsonargparse import auto_cli
-from rich.table import Table
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from amp.command import CommandLine
 from amp.errors import exit_on_error
-from amp.terminal import PlainConsole
+
+with exit_on_error():
+    import torch
+    from jsonargparse import auto_cli
+    from rich.table import Table
+    from safetensors.torch import load_file
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from amp.command import CommandLine
+    from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, IMAGES_A_STEP, KILL_AT = 12, 16, 5

@@ -12,9 +12,11 @@ import json
 from pathlib import Path
 
 from amp.errors import Problems, exit_on_error, printable
-from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
-from amp.generation.replies import triplet_line
-from amp.retrieval.results import check_writable, write_atomically
+
+with exit_on_error():
+    from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
+    from amp.generation.replies import triplet_line
+    from amp.retrieval.results import check_writable, write_atomically
 
 
 @exit_on_error()

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, get_type_hints
 
-import yaml
-from docstring_parser import parse
-
 from amp.errors import exit_on_error
-from amp.train.config import TrainConfig
+
+with exit_on_error():
+    import yaml
+    from docstring_parser import parse
+
+    from amp.train.config import TrainConfig
 
 # Keys whose default is what the paper says, and where. The rest is ours.
 PAPERS = {

@@ -14,12 +14,14 @@ import io
 import json
 from pathlib import Path
 
-from amp.data.tables import jsonl_objects
 from amp.errors import exit_on_error
-from amp.generation.replies import triplet_line
-from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
-from amp.knowledge.schema import Knowledge, parse_knowledge
-from amp.retrieval.results import check_writable, write_atomically
+
+with exit_on_error():
+    from amp.data.tables import jsonl_objects
+    from amp.generation.replies import triplet_line
+    from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
+    from amp.knowledge.schema import Knowledge, parse_knowledge
+    from amp.retrieval.results import check_writable, write_atomically
 
 
 @exit_on_error()

@@ -14,15 +14,17 @@ import os
 import re
 from pathlib import Path
 
-import scene_actions
-import scene_figures
-import scene_language
-import scenes as world
-from jsonargparse import auto_cli
-
-from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error
-from amp.terminal import Terminal
+
+with exit_on_error():
+    import scene_actions
+    import scene_figures
+    import scene_language
+    import scenes as world
+    from jsonargparse import auto_cli
+
+    from amp.command import CommandLine
+    from amp.terminal import Terminal
 
 
 def _write(path: Path, text: str):

@@ -15,23 +15,25 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
-import open_clip
-import torch
-import torch.nn.functional as F
-from jsonargparse import auto_cli
-from open_clip.model import CLIP
-from PIL import Image
-from safetensors.torch import save_file
-from scene_language import PLACE_WORDS, noun_phrase, pick
-from scenes import captions, draw, make_scene
-
-from amp.backbone import make_backbone
-from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error
-from amp.knowledge.schema import Triplet
-from amp.knowledge.text import state_text
-from amp.terminal import Terminal
+
+with exit_on_error():
+    import numpy as np
+    import open_clip
+    import torch
+    import torch.nn.functional as F
+    from jsonargparse import auto_cli
+    from open_clip.model import CLIP
+    from PIL import Image
+    from safetensors.torch import save_file
+    from scene_language import PLACE_WORDS, noun_phrase, pick
+    from scenes import captions, draw, make_scene
+
+    from amp.backbone import make_backbone
+    from amp.command import CommandLine
+    from amp.knowledge.schema import Triplet
+    from amp.knowledge.text import state_text
+    from amp.terminal import Terminal
 
 STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's
 CONFIG = {

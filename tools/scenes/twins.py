@@ -16,14 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from amp.command import CommandLine
 from amp.errors import AmpError, exit_on_error, shorten
-from amp.train.command import command_line, read_command_line
-from amp.train.config import TrainConfig
-from amp.train.losses import pair_similarity
+
+with exit_on_error():
+    import numpy as np
+    import torch
+
+    from amp.command import CommandLine
+    from amp.train.command import command_line, read_command_line
+    from amp.train.config import TrainConfig
+    from amp.train.losses import pair_similarity
 
 CHANGES = ("roles", "action")
 BATCH = 256  # comparisons a forward pass, two pairs each
