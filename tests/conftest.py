@@ -6,6 +6,7 @@ The widths of the tiny CLIPs differ (vision 32, text 40, joint 24), since nothin
 import json
 import multiprocessing
 import os
+import signal
 from functools import cache
 from pathlib import Path
 from types import MethodType
@@ -22,6 +23,7 @@ from amp.knowledge.schema import Knowledge, Triplet
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch", "open_clip", "amp.model", "amp.retrieval.evaluate", "amp.train.engine"]
 )
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, with their children
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and threads that spin stop the other tests
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("AMP_SHARED", ROOT.parent / "shared"))

@@ -426,7 +426,7 @@ def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
     search._index = None
     found = search.search(QUERY, count=PHOTOS, knowledge=KNOWLEDGE)
     assert len(found.hits) == PHOTOS - 1
-    assert list(found.skipped.values()) == ["can't be read (embedded null byte)"]
+    assert [reason[:14] for reason in found.skipped.values()] == ["can't be read "]  # Python's words for it differ
 
 
 def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch):
