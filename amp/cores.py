@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from amp.errors import AmpError
+
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESSES = Path("/proc")
 
@@ -42,7 +44,12 @@ def share_cores(workers: int, gpu: bool) -> CoreShare:
         workers: Decoding workers wanted by each process. Without a GPU they get a quarter of the cores at most: the
             process itself computes on the others, and decodes as well where it has less than four.
         gpu: Whether the model is on a GPU.
+
+    Raises:
+        AmpError: A negative number of workers.
     """
+    if workers < 0:
+        raise AmpError(f"workers is {workers}, expected at least 0")
     processes, cores = processes_here(), usable_cores()
     own = max(1, cores // processes)
     threads = wanted_threads()

@@ -10,6 +10,7 @@ from helpers import ROOT
 
 from amp import cores
 from amp.cores import CoreShare, share_cores, usable_cores, use_cores
+from amp.errors import AmpError
 
 
 @pytest.fixture
@@ -77,6 +78,11 @@ def test_an_interrupted_run_keeps_its_threads_where_there_are_cores(machine):
         assert use_cores(4, False, before=3).threads == torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(number)
+
+
+def test_fewer_workers_than_none_are_refused():
+    with pytest.raises(AmpError, match="workers is -1, expected at least 0"):
+        share_cores(-1, gpu=False)
 
 
 def test_it_is_said_in_one_line():

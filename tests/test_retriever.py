@@ -416,6 +416,20 @@ def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, 
         assert search.update(photos, workers=0).photos == PHOTOS
 
 
+def test_a_photo_of_another_content_is_no_hit(clip_folder, photos, tmp_path):
+    model, preprocess = build(clip_folder)
+    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)
+    search.update(photos, workers=0)
+    touched, larger, as_large = sorted(photos.glob("photo *.png"))[:3]
+    os.utime(touched, ns=(0, 0))
+    larger.write_bytes(larger.read_bytes() + b"0")
+    as_large.write_bytes(as_large.read_bytes()[:-1] + b"0")
+    os.utime(as_large, ns=(0, 0))
+    found = search.search(QUERY, count=PHOTOS, knowledge=KNOWLEDGE)
+    assert len(found.hits) == PHOTOS - 2 and touched in {hit.path for hit in found.hits}
+    assert found.skipped == dict.fromkeys([larger, as_large], "changed since it was indexed; --photos encodes it again")
+
+
 def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
     model, preprocess = build(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)

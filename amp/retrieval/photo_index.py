@@ -1,5 +1,6 @@
 """An index of a folder of photos: their names and the frozen CLIP's features, made anew only where photos changed."""
 
+import errno
 import hashlib
 import io
 import json
@@ -164,22 +165,30 @@ class PhotoIndex:
             raise UnreadableImageError(f"can't be read ({getattr(error, 'strerror', None) or error})") from error
 
     def check_there(self, number: int) -> None:
-        """Looks whether a photo is still there, without decoding it.
+        """Looks whether a photo is still there and the one that was encoded, without decoding it.
 
         Raises:
-            UnreadableImageError: It is gone, or you may not read it.
+            UnreadableImageError: It is gone, another photo has its name, or you may not read it.
         """
-        path = self.path(number)
+        path, stamp = self.path(number), self.stamps[self.names[number]]
         try:
-            mode = path.stat().st_mode
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise UnreadableImageError("not a file any more")
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            # A copy has another time; its content decides, as for an update. Version 1 has no digest.
+            same = found.st_size == stamp.size and (
+                found.st_mtime_ns == stamp.mtime or stamp.digest in ("", _digest(read_limited(path)))
+            )
         except (FileNotFoundError, NotADirectoryError):
             raise UnreadableImageError("gone since it was indexed") from None
+        except UnreadableImageError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a name that the system's encoding lacks, or with a NUL
             raise UnreadableImageError(f"can't be read ({getattr(error, 'strerror', None) or error})") from None
-        if not stat.S_ISREG(mode):
-            raise UnreadableImageError("not a file any more")
-        if not os.access(path, os.R_OK):
-            raise UnreadableImageError("can't be read (Permission denied)")
+        if not same:
+            raise UnreadableImageError("changed since it was indexed; --photos encodes it again")
 
 
 def update_index(
@@ -341,6 +350,10 @@ def _check_moved(folder: Path, old: PhotoIndex, walk: "_Walk") -> None:
         )
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
 def _no_photo(root: Path, skipped: dict[str, str]) -> AmpError:
     reason = f"; first file skipped: {': '.join(next(iter(skipped.items())))}" if skipped else ""
     return AmpError(f"{root}: no photo that can be read, expected files of {', '.join(PHOTO_SUFFIXES)}{reason}")
@@ -471,7 +484,7 @@ class _Photos(Dataset):
     def __getitem__(self, index: int) -> _Photo:
         try:
             content = read_limited(self.root / self.names[index])
-            digest = hashlib.sha256(content).hexdigest()[:32]
+            digest = _digest(content)
             if digest in self.known:
                 return _Photo(digest)
             return _Photo(digest, self.preprocess(Image.fromarray(decode_rgb(content))))
