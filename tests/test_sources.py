@@ -226,7 +226,7 @@ FILES = {
     "Flickr30k's": (
         "results.csv",
         "image_name| comment_number| comment\n" + "".join(f"{image}| 0| {text}\n" for image, text in _TABLE),
-        "separated by '|', image from 'image_name', caption from 'comment'",
+        "separated by '|', image from 'image_name', caption from 'comment'; columns not read: comment_number",
     ),
     "Flickr8k's": ("captions.txt", "image,caption\n" + _COMMAS, ""),
     "capitals": ("c.csv", "Image,CAPTION\n" + _COMMAS, ""),
@@ -235,7 +235,11 @@ FILES = {
     "empty columns": ("c.csv", "image,caption,,\n" + _COMMAS.replace("\n", ",,\n"), ""),
     "empty rows": ("c.csv", "\n\nimage,caption\n" + _COMMAS.replace("\n", "\n,\n"), ""),
     "pandas' index": ("c.csv", ",image,caption\n0," + _COMMAS[:-1].replace("\n", "\n1,"), ""),
-    "texts of other kinds": ("c.csv", "path,text,image,caption\nx,y," + _COMMAS[:-1].replace("\n", "\nx,y,"), ""),
+    "texts of other kinds": (
+        "c.csv",
+        "path,text,image,caption\nx,y," + _COMMAS[:-1].replace("\n", "\nx,y,"),
+        "not read: path, text",
+    ),
     "JSON's other names": (
         "c.jsonl",
         "".join(json.dumps({"file_name": image, "text": text}) + "\n" for image, text in _TABLE),

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from amp.errors import AmpError, shorten
+from amp.errors import AmpError, printable, shorten
 from amp.json_text import parse_json
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'"}
@@ -106,8 +106,14 @@ def csv_rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]
     separator, names, columns = _read_header(f"{path} line {above}", line, separators)
     called = SEPARATORS[separator]
     renamed = [f"{column} from {names[i]!r}" for column, i in columns.items() if names[i].casefold() != column]
+    unread = [printable(name) for i, name in enumerate(names) if name and i not in columns.values()]
+    seen = []
     if renamed or separator != ("\t" if path.suffix.lower() == ".tsv" else ","):
-        notes.append(f"{path}: columns separated by {called}" + "".join(f", {each}" for each in renamed))
+        seen.append(", ".join([f"columns separated by {called}", *renamed]))
+    if unread:  # such as caption_2
+        seen.append(f"columns not read: {', '.join(unread)}")
+    if seen:
+        notes.append(f"{path}: {'; '.join(seen)}")
 
     width = max(i for i, name in enumerate(names) if name) + 1
     # A text in a column without a name is the rest of a caption that holds the separator; the first column is pandas'.
