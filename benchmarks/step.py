@@ -97,7 +97,7 @@ def ways_at(base: ActionAwareCLIP, layer: int, settings: Settings,
 
     for model in (control, aim, readout):
         set_trainable(model, 1)
-    naive, few = NaiveAIM(aim), 1 + NEGATIVES
+    naive, few = NaiveAIM(aim), min(size, 1 + NEGATIVES)
     captions, items = drawn_captions(few, aim.config.max_triplets)
 
     def slow() -> int:

@@ -104,7 +104,7 @@ def test_the_equations_are_what_the_model_computes(base, layer):
 
 
 def test_a_step_of_every_way(base):
-    settings = Settings(step_batch=3, model_rounds=1, device="cpu")
+    settings = Settings(step_batch=2, model_rounds=1, device="cpu")
     found = step.at_layer(base, 1, settings, triplet_heads=4, max_triplets=3)
     assert set(found["rows"]) == {
         step.FROZEN, step.PLAIN, step.CONTROL, step.PAIRED, step.AIM, step.SHARE, step.READOUT, step.NAIVE
