@@ -51,9 +51,12 @@ class CommandLine(ArgumentParser):
 
     def parse_args(self, *arguments, **options):
         try:
-            return super().parse_args(*arguments, **options)
+            found = super().parse_args(*arguments, **options)
         except (RecursionError, TypeError, ValueError) as error:  # lists in lists; a number of thousands of digits
             self.error(f"a value can't be read ({type(error).__name__}: {error})")
+        if found.get("out") == "":  # --out "$FOLDER" without such a variable; as a path it is the current folder
+            self.error("--out is empty; expected a path; give one")
+        return found
 
     def instantiate(self, *arguments, **options):
         try:

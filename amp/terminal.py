@@ -17,6 +17,7 @@ from amp.errors import printable
 
 LOG_SECONDS = 10.0  # between two lines of a phase
 _NO_LIMIT = 10_000  # columns of a file, which has no edge
+_LEAST_CELL = 5  # columns of a cell with its edge and spaces
 _REPORT_SECONDS = 0.1  # reports that follow faster are left out, so that the rate is one of more than an instant
 
 
@@ -48,6 +49,9 @@ class PlainConsole(Console):
         for table in (thing for thing in objects if isinstance(thing, Table)):
             for column in table.columns:
                 column.overflow = "fold"
+            if self.width < (least := _LEAST_CELL * len(table.columns)):  # rich would leave cells without any text
+                table.width = least
+                options.setdefault("crop", False)
         if all(isinstance(thing, str | Text) for thing in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)

@@ -78,6 +78,11 @@ def test_shards_are_described_as_their_file(tmp_path):
     }
 
 
+def test_the_folder_of_generated_knowledge_is_described_as_its_file(tmp_path):
+    file = write(tmp_path / "knowledge.jsonl", TWO)
+    assert load_entries(tmp_path) == load_entries(file)
+
+
 run = partial(run_here, "tools/knowledge_report.py")
 
 
@@ -94,6 +99,7 @@ def test_command_line(tmp_path):
         (["--knowledge", tmp_path / "none.jsonl"], "none.jsonl: can't be read"),
         (["--knowledge", first, "--out", "report.txt"], "expected a name that ends in .md or .json"),
         (["--knowledge", write(tmp_path / "empty.jsonl", [])], "no record in it"),
+        (["--knowledge", first, "--sample", "-1"], "sample is -1; expected 0 or more"),
     ):
         process = run(*arguments)
         assert process.returncode == 2 and message in process.stderr

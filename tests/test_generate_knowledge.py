@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -273,6 +274,17 @@ def test_one_folder_has_one_origin(whole, model, options, message):
 def test_wrong_options(whole, tmp_path, model, options, message):
     process = run(whole[0], tmp_path / "out", model, *options)
     assert process.returncode == 2 and message in process.stderr
+
+
+def test_captions_of_a_pipe_are_refused_before_anything_is_asked(whole, tmp_path, model):
+    pipe = tmp_path / "captions.csv"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(whole[0].read_bytes()), daemon=True)
+    writer.start()
+    model.asked.clear()
+    process = run(pipe, tmp_path / "out", model)
+    assert process.returncode == 2 and "a pipe, which can be read only once" in process.stderr
+    assert not model.asked and not (tmp_path / "out").exists()
 
 
 def test_a_server_that_is_gone_is_told_and_nothing_is_lost(whole, tmp_path):

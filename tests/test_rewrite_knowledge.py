@@ -117,6 +117,15 @@ def test_provenance_keeps_what_was_before(shards, tmp_path):
     assert last["captions"] and last["seed"] == 0  # the rest of the provenance stays
 
 
+def test_knowledge_may_be_the_folder_that_holds_it_and_its_provenance(shards, tmp_path):
+    arguments, folder = shards
+    file = new_knowledge(arguments, tmp_path / "knowledge.jsonl")
+    (tmp_path / "knowledge_provenance.json").write_text('{"engine": "mine"}')
+    manifest = rewrite_knowledge(str(folder), str(tmp_path), console=QUIET)
+    assert manifest.provenance["knowledge"]["file"] == file.name
+    assert manifest.provenance["knowledge"]["provenance"] == {"engine": "mine"}
+
+
 def test_make_shards_rewrites_what_was_rewritten(shards, tmp_path):
     """The old plan's notes must not pass for the new shards."""
     arguments, folder = shards

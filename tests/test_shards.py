@@ -480,6 +480,19 @@ def test_a_split_without_readable_images_is_an_error(ten):
     assert not (ten.out / "test-000000.tar").exists()
 
 
+def test_a_split_that_loses_all_its_images_is_no_silence(ten):
+    """Whether its captions are empty (then no image names the split any more) or its files are missing."""
+    ten.rows.append({"image": "bare.jpg", "caption": "", "split": "val"})
+    with pytest.raises(AmpError, match=r"1 empty_caption, 1 image_without_caption; first: bare.jpg: .* is empty"):
+        ten.make()
+    assert [skip["split"] for skip in ten.make(max_skipped=0.5).skipped["image_without_caption"]] == ["val"]
+    assert not ten.make(splits=["train", "test"]).skipped["image_without_caption"]
+    (ten.images / "test.png").unlink()
+    words = "left in split 'test' .excluded: 0.; 1 can't be used, the first is test.png: No such file.*check --images"
+    with pytest.raises(AmpError, match=words):
+        ten.make(max_skipped=0.5)
+
+
 def test_an_image_that_could_not_be_opened_is_tried_again(ten, monkeypatch):
     real = read_limited
 
@@ -711,6 +724,21 @@ def test_command_line(ten):
     ten.out = ten.root / "cli"
     assert {name: sha for name, (_, sha) in ten.tars().items()} == expected
     assert ShardManifest.load(ten.out).provenance["command"][:2] == ["make_shards.py", "--captions"]
+
+
+def test_a_pipe_is_refused_since_its_hash_would_be_that_of_nothing(ten):
+    os.mkfifo(ten.root / "pipe.jsonl")
+    with pytest.raises(AmpError, match=r"pipe.jsonl: can't be read \(a pipe, which can be read only once\)"):
+        make_shards(str(ten.root / "pipe.jsonl"), str(ten.images), str(ten.out))
+
+
+def test_an_empty_out_is_not_the_current_folder(ten, monkeypatch):
+    ten.make()
+    monkeypatch.chdir(ten.root)
+    before = sorted(ten.root.iterdir())
+    done = command_line("--captions", "captions.jsonl", "--images", "images", "--out", "")
+    assert done.returncode == 2 and "--out is empty; expected a path" in done.stderr.splitlines()[-1]
+    assert sorted(ten.root.iterdir()) == before
 
 
 def test_command_line_errors_are_one_line(tmp_path):

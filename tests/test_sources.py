@@ -511,6 +511,15 @@ def test_knowledge_by_image_and_caption(tmp_path, images, name):
     assert json.loads(images[1].captions[0].knowledge) == TRIPLETS
 
 
+@pytest.mark.parametrize("sentid", [{}, {"sentid": 0}])
+def test_knowledge_names_a_caption_as_the_captions_file_spells_it(tmp_path, sentid):
+    row = {"image": "./s//1.jpg ", "caption": " Un cafe\u0301 "}  # stored as s/1.jpg
+    images = load_captions(write_jsonl(tmp_path, [row])).images
+    assert attach(tmp_path, images, {**row, **sentid, **TRIPLETS}).attached == 1
+    composed = {"image": "s/1.jpg", "caption": "Un caf\u00e9"}
+    assert attach(tmp_path, images, {**composed, **sentid, **TRIPLETS}).attached == 1
+
+
 def test_knowledge_said_twice_is_fine_if_it_is_the_same(tmp_path, images):
     assert attach(tmp_path, images, {"sentid": 10, **TRIPLETS}, {"sentid": 10, **TRIPLETS}).attached == 1
 

@@ -152,6 +152,15 @@ def wide_table() -> Table:
     return table
 
 
+def test_a_window_too_narrow_for_a_table_still_gets_every_cell(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    console = PlainConsole(file=io.StringIO())
+    table = Table("split", "images", "captions", "MB")
+    table.add_row("t", "17", "85", "3")
+    console.print(table)
+    assert [cell.strip() for cell in lines(console)[-2].split("│")[1:-1]] == ["t", "17", "85", "3"]
+
+
 def test_tables_and_lines_in_a_log_are_whole(log):
     log.print(wide_table())
     log.print("skipped " + "a long reason " * 30 + "end")

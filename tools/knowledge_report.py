@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.terminal import PlainConsole
 
     parser = CommandLine(description=__doc__.partition("\n")[0])
-    parser.add_argument("--knowledge", type=str, required=True, help="knowledge.jsonl, or a folder of shards")
+    parser.add_argument(
+        "--knowledge", type=str, required=True, help="knowledge.jsonl, the folder that holds it, or a folder of shards"
+    )
     parser.add_argument("--against", type=str | None, help="another version, likewise")
     parser.add_argument("--sample", type=int, default=10, help="captions to show")
     parser.add_argument("--seed", type=int, default=0, help="of that choice")

@@ -19,7 +19,7 @@ from amp.data.shard_captions import load_shard_captions
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of
 from amp.data.sources import CaptionedImage, attach_knowledge, cut_note
-from amp.data.writer import load_provenance, lock_folder, source_file
+from amp.data.writer import knowledge_files, load_provenance, lock_folder, source_file
 from amp.errors import AmpError, public_command
 from amp.files import write_json
 from amp.json_text import parse_json
@@ -63,8 +63,10 @@ def rewrite_knowledge(
 
     Args:
         shards: folder with manifest.json.
-        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states.
-        knowledge_provenance: JSON that says how it was made; copied into the manifest.
+        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states; or
+            the folder that amp generate_knowledge wrote.
+        knowledge_provenance: JSON that says how it was made; copied into the manifest. By default the folder's, where
+            `knowledge` is one.
         out: folder for the new shards; by default the old ones are replaced.
         max_missing: largest fraction of captions that may have no record; those lose the knowledge that they had.
         command: the command line, for the manifest.
@@ -83,6 +85,7 @@ def rewrite_knowledge(
     target = Path(out) if out is not None else root
     if out is not None and target.resolve() == root.resolve():
         raise RewriteError(f"--out {out} is the folder of the shards; leave it out to replace them, or name another")
+    knowledge, knowledge_provenance = knowledge_files(knowledge, knowledge_provenance)
     provenance = {**source_file(knowledge), "provenance": load_provenance(knowledge_provenance)}
     if not root.is_dir():
         raise RewriteError(f"{root}: no such folder; expected a folder of shards; check --shards")

@@ -16,6 +16,7 @@ its samples are read by number.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tarfile
@@ -415,7 +416,13 @@ class ShardReader:
 
 
 def sha256_of(path: str | Path) -> str:
-    """sha256 of a file, hexadecimal."""
+    """sha256 of a file, hexadecimal.
+
+    Raises:
+        OSError: Unreadable, or a pipe: its content would be gone for whoever reads it next.
+    """
+    if Path(path).is_fifo():
+        raise OSError(errno.ESPIPE, "a pipe, which can be read only once", str(path))
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -221,7 +221,7 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         for caption in image.captions:
             by_id[str(caption.id)] = (image, caption)
             for name in {composed(image.path), composed(image.name)}:
-                by_text.setdefault((name, caption.text), []).append(caption)
+                by_text.setdefault((name, composed(caption.text)), []).append(caption)
 
     records = unused = states = cut_states = 0
     lines: dict[int, int] = {}  # id() of a caption -> line that its knowledge came from
@@ -233,14 +233,16 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         knowledge = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         for key in ("image", "caption"):
             if key in record:
-                _check_text(record[key], where, key)
+                record[key] = composed(_check_text(record[key], where, key).strip())
+        if "image" in record:
+            record["image"] = str(PurePosixPath(record["image"]))  # as `_relative` leaves it
         if "sentid" in record:
             known = by_id.get(str(_check_id(record["sentid"], where, "sentid")))
             if known is not None:
                 _check_same(record, *known, where)
             targets = [known[1]] if known else []
         elif "image" in record and "caption" in record:
-            targets = by_text.get((composed(record["image"].strip()), record["caption"].strip()), [])
+            targets = by_text.get((record["image"], record["caption"]), [])
         else:
             raise SourceFormatError(
                 f"{where}: no key says which caption this is; expected 'sentid', or 'image' and 'caption'; keys seen: "
@@ -478,7 +480,7 @@ def _check_same(record: dict[str, Any], image: CaptionedImage, caption: Caption,
     """A record found by ``sentid`` must not contradict the captions file."""
     expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
     for key, values in expected.items():
-        if key in record and composed(record[key].strip()) not in values:
+        if key in record and record[key] not in values:
             raise SourceFormatError(
                 f"{where}: '{key}' is {shorten(record[key])} but sentid {record['sentid']} of the captions file has "
                 f"{shorten(min(values))}; expected the same; give the knowledge of this captions file"

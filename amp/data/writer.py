@@ -150,11 +150,8 @@ def make_shards(
     """
     console = console or PlainConsole(stderr=True)
     images_root, out_root = Path(images), Path(out)
-    if knowledge is not None and Path(knowledge).is_dir():
-        folder = Path(knowledge)
-        knowledge = str(folder / KNOWLEDGE_NAME)
-        if knowledge_provenance is None:
-            knowledge_provenance = str(folder / PROVENANCE_NAME)
+    if knowledge is not None:
+        knowledge, knowledge_provenance = knowledge_files(knowledge, knowledge_provenance)
     if not images_root.is_dir():
         raise ShardWriteError(f"{images_root}: no such folder; expected the folder of image files; check --images")
     _check_at_least("samples_per_shard", samples_per_shard, 1)
@@ -201,7 +198,8 @@ def make_shards(
     cut = cut_note((image for image in source.images if image.split in chosen), report)
     for note in (*source.notes, *_split_notes(captions, source.images), *([cut] if cut else [])):
         console.print(note, soft_wrap=True)
-    skipped = [skip for skip in source.skipped if skip.split in chosen]
+    # Without --splits, also those of a split that is left without any image.
+    skipped = [skip for skip in source.skipped if splits is None or skip.split in chosen]
     _check_skipped(skipped, [image for image in source.images if image.split in chosen], max_skipped, captions)
 
     with console.progress("looking for the image files"):
@@ -219,9 +217,11 @@ def make_shards(
     _check_skipped(lost_files, planned, max_skipped, images)
     for split, split_plans in plans.items():
         if not split_plans:
+            lost = [skip for skip in lost_files if skip.split == split]
+            first = f"; {len(lost):,} can't be used, the first is {lost[0].file}: {lost[0].reason}" if lost else ""
             raise ShardWriteError(
-                f"{captions}: no image is left in split {split!r} (excluded: {excluded.get(split, 0)}); expected at "
-                "least one; leave the split out with --splits, or check --exclude_images"
+                f"{captions}: no image is left in split {split!r} (excluded: {excluded.get(split, 0)}){first}; "
+                "expected at least one; leave the split out with --splits, or check --images and --exclude_images"
             )
 
     every_plan = [plan for split_plans in plans.values() for plan in split_plans]
@@ -667,6 +667,14 @@ def _by_kind(skipped: Iterable[Skip]) -> dict[str, list[dict[str, Any]]]:
     for skip in skipped:
         kinds[skip.kind].append(skip.to_dict())
     return kinds
+
+
+def knowledge_files(knowledge: str, provenance: str | None) -> tuple[str, str | None]:
+    """The files of knowledge and its provenance, where ``knowledge`` may be the folder that holds both."""
+    folder = Path(knowledge)
+    if not folder.is_dir():
+        return knowledge, provenance
+    return str(folder / KNOWLEDGE_NAME), str(folder / PROVENANCE_NAME) if provenance is None else provenance
 
 
 def source_file(path: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from amp.data.shards import ShardManifest, ShardReader
 from amp.data.tables import jsonl_objects
 from amp.errors import AmpError
 from amp.generation.words import stem
-from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge, parse_origin
+from amp.knowledge.schema import KNOWLEDGE_NAME, Knowledge, Triplet, parse_knowledge, parse_origin
 from amp.knowledge.text import CONTEXT_TOKENS, state_text
 
 SLOT_TOKENS = 5  # PromptConfig.slot_tokens
@@ -41,11 +41,13 @@ class Entry:
 
 
 def load_entries(path: Path) -> dict[str, Entry]:
-    """Caption's id -> its knowledge, from a JSONL file or a folder of shards.
+    """Caption's id -> its knowledge, from a JSONL file, the folder that holds it, or a folder of shards.
 
     Raises:
         AmpError: neither, or not of its form; naming the line or the shard.
     """
+    if (path / KNOWLEDGE_NAME).is_file():
+        path = path / KNOWLEDGE_NAME
     if path.is_dir():
         return _from_shards(ShardManifest.load(path))
     entries = {}
@@ -129,7 +131,13 @@ def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
 
 
 def sample(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """Some captions' ids, in their order."""
+    """Some captions' ids, in their order.
+
+    Raises:
+        DescribeError: a negative count.
+    """
+    if count < 0:
+        raise DescribeError(f"sample is {count}; expected 0 or more captions")
     chosen = set(random.Random(seed).sample(list(names), min(count, len(names))))
     return [name for name in names if name in chosen]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amp.data.shards import MANIFEST_NAME, sha256_of
+from amp.data.shards import sha256_of
 from amp.data.sources import Caption, CaptionedImage
 from amp.errors import AmpError, public_command
 from amp.files import whole_file, write_json
@@ -75,7 +75,7 @@ def merge_knowledge(
     replies: ReplyCache,
     out: Path,
     max_fallback: float,
-    captions: str,
+    captions_sha256: str,
     command: list[str] | None,
 ) -> Summary:
     """Writes the knowledge of all captions, or nothing.
@@ -87,7 +87,7 @@ def merge_knowledge(
         replies: to walk it with.
         out: folder of both files.
         max_fallback: largest fraction of `wanted` that may have come down to rules or to nothing.
-        captions: the captions file or the folder of shards, for the provenance.
+        captions_sha256: of the captions file or the manifest of the shards, for the provenance.
         command: likewise.
 
     Raises:
@@ -119,7 +119,7 @@ def merge_knowledge(
         provenance = {
             **ladder.describe(),
             "created_by": f"open-clip-amp {__version__}",
-            "captions_sha256": sha256_of(Path(captions) / MANIFEST_NAME if Path(captions).is_dir() else captions),
+            "captions_sha256": captions_sha256,
             **summary.to_dict(),
             "knowledge_sha256": sha256_of(path),
             "command": public_command(command) if command is not None else None,

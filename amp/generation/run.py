@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from amp.data.parts import part_of
 from amp.data.shard_captions import load_shard_captions
-from amp.data.shards import ShardManifest
+from amp.data.shards import MANIFEST_NAME, ShardManifest
 from amp.data.sources import CaptionedImage, CaptionSource, load_captions, normal_split
+from amp.data.writer import source_file
 from amp.errors import AmpError
 from amp.generation.cache import Reply, ReplyCache
 from amp.generation.engines import EngineName
@@ -106,6 +107,7 @@ def generate_knowledge(
     index, parts = _share(part)
     with console.progress("reading captions"):
         source = _load(captions, format, default_split, keep_restval)
+        digest = source_file(str(Path(captions) / MANIFEST_NAME if Path(captions).is_dir() else captions))["sha256"]
         images = _choose(source.images, splits, captions)
         distinct = list(dict.fromkeys(readable(caption.text) for image in images for caption in image.captions))[:limit]
     for note in source.notes:
@@ -152,7 +154,7 @@ def generate_knowledge(
                 )
                 return None
         with console.progress("merging replies"):
-            return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, captions, command)
+            return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, digest, command)
 
 
 def ask_all(
