@@ -1,12 +1,14 @@
 """Command lines: wrong ones are refused in one short error, and no secret of theirs is shown."""
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
-from amp.errors import WRONG_INPUT, complain, typed_command
+from amp.errors import WRONG_INPUT, AmpError, complain, shorten, typed_command
 
 _load = get_loader("yaml")
 
@@ -46,6 +48,8 @@ class CommandLine(ArgumentParser):
     key be taken for a name and shown.
     """
 
+    _file = None  # the configuration that is being read, which an error names
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **{"prog": typed_command(), "allow_abbrev": False, **options})
 
@@ -57,6 +61,16 @@ class CommandLine(ArgumentParser):
         if found.get("out") == "":  # --out "$FOLDER" without such a variable; as a path it is the current folder
             self.error("--out is empty; expected a path; give one")
         return found
+
+    def parse_path(self, cfg_path, *arguments, **options):
+        self._file = cfg_path
+        with suppress(yaml.YAMLError):  # said below, with its line
+            content = load_settings(Path(cfg_path).read_text("utf-8"))
+            if not isinstance(content, dict):
+                self.error(f"holds {shorten(content)}, expected settings, one KEY: VALUE a line")
+        settings = super().parse_path(cfg_path, *arguments, **options)
+        self._file = None
+        return settings
 
     def instantiate(self, *arguments, **options):
         try:
@@ -70,7 +84,20 @@ class CommandLine(ArgumentParser):
     def error(self, message, ex=None):
         if not self.exit_on_error:
             super().error(message, ex)
+        if self._file is not None:
+            message = f"{self._file}: {message}"
         self.print_usage(sys.stderr)
         print(f"tip: {self.prog} --help lists the options", file=sys.stderr)
         complain("error: " + " ".join(line.strip() for line in str(message).split("\n")))
         self.exit(WRONG_INPUT)
+
+
+def check_given(settings: Any, *keys: str) -> None:
+    """Refuses a path that was not given: an empty one would be taken for the current folder.
+
+    Raises:
+        AmpError: Naming the first such key.
+    """
+    for key in keys:
+        if not getattr(settings, key):
+            raise AmpError(f"{key} is empty, expected a path; add --{key} PATH")

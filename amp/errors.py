@@ -72,13 +72,14 @@ class Problems:
 
     def check(self) -> None:
         """Raises AmpError with all messages, if there is any."""
-        if len(self.found) == 1:
-            raise AmpError(self.found[0])
-        if self.found:
-            more = len(self.found) - self.SHOWN
-            listed = "; ".join(f"({n}) {text}" for n, text in enumerate(self.found[: self.SHOWN], start=1))
-            error = AmpError(f"{len(self.found)} errors: {listed}{f'; and {more} more' if more > 0 else ''}")
-            error.messages = tuple(self.found)
+        found = tuple(dict.fromkeys(self.found))  # one file may be read for two purposes
+        if len(found) == 1:
+            raise AmpError(found[0])
+        if found:
+            more = len(found) - self.SHOWN
+            listed = "; ".join(f"({n}) {text}" for n, text in enumerate(found[: self.SHOWN], start=1))
+            error = AmpError(f"{len(found)} errors: {listed}{f'; and {more} more' if more > 0 else ''}")
+            error.messages = found
             raise error
 
 

@@ -34,9 +34,10 @@ def whole_file(path: str | os.PathLike, sync: bool = False) -> Iterator[BinaryIO
         sync: Force the content to the disk before it gets its name: no name without its content after a power cut.
 
     Raises:
-        OSError: The folder can't be written, or the disk is full.
+        OSError: The folder can't be written, the disk is full, or a device has the name.
     """
     path = Path(path)
+    refuse_device(path)
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb", opener=_no_link) as file:
@@ -50,6 +51,16 @@ def whole_file(path: str | os.PathLike, sync: bool = False) -> Iterator[BinaryIO
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_device(path: str | os.PathLike) -> None:
+    """Refuses the name of a device, a pipe or a socket: a file in place of /dev/null breaks the whole machine.
+
+    Raises:
+        OSError: The name belongs to one, or to a link to one.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -17,7 +17,7 @@ from amp.data.shards import sha256_of
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
 from amp.model_card import model_card
-from amp.retrieval.results import ResultFile, write_atomically
+from amp.retrieval.results import ResultFile, check_writable, write_atomically
 
 WEIGHTS, CONFIG, CARD = "adapter.safetensors", "config.json", "README.md"
 HUB = "hf-hub:"
@@ -58,6 +58,7 @@ def save_pretrained(
         header = replace(header, base_name=base, base_pretrained=base_pretrained)
     header = replace(header, training=_without_paths(header.training))
     folder = Path(folder)
+    check_writable(folder / WEIGHTS, folder / CONFIG, folder / CARD)
     write_adapter(folder / WEIGHTS, header, weights)
     parameters = sum(tensor.numel() for tensor in weights.values())
     write_atomically(folder / CONFIG, (json.dumps(_config(header), indent=1) + "\n").encode())

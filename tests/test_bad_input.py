@@ -268,6 +268,23 @@ def test_unknown_option_of_make_shards(convert, dataset, refused):
     assert "--nonsense" in refused(lambda: convert([*arguments(dataset), "--nonsense", "3"]))
 
 
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "holds None, expected settings, one KEY: VALUE a line"),
+        (b"- a\n- b\n", r"holds \['a', 'b'\], expected settings"),
+        (b"data:\n\tshards: x\n", "Problems parsing config: .* line 2, column 1"),
+        (b"\xff\xfes\x00", "can't decode byte 0xff"),
+        (b"seed: many\n", 'Parser key "seed": .* many'),
+    ],
+)
+def test_a_config_file_that_is_no_settings_is_named(train, refused, tmp_path, content, problem):
+    (tmp_path / "own.yaml").write_bytes(content)
+    assert re.search(
+        f"error: {tmp_path}/own.yaml: .*{problem}", refused(lambda: train(["--config", f"{tmp_path}/own.yaml"]))
+    )
+
+
 def test_missing_config_file(run, train, refused, tmp_path):
     assert "gone.yaml" in refused(lambda: run(train, config=tmp_path / "gone.yaml"))
 

@@ -147,6 +147,18 @@ def test_both_sides_are_checked_before_a_sample_is_drawn(files, tmp_path, capsys
             ["--a", "none.json", "--b_row", "x", "--out", str(files / "whole.json" / "c.json")]
         )
     assert "c.json: can't be written" in capsys.readouterr().err
+    (tmp_path / "alone.json").write_bytes((files / "whole.json").read_bytes())
+    with pytest.raises(AmpError) as error:  # what both sides lack is said once
+        compare(tmp_path / "alone.json", ROWS[0], tmp_path / "alone.json", ROWS[1])
+    assert str(error.value).count("alone.npz: can't be read") == 1
+
+
+@pytest.mark.parametrize("command, key", [("compare", "a"), ("report", "results")])
+def test_a_results_file_that_is_not_given(command, key, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launcher(f"launchers/{command}.py").main([])
+    assert ended.value.code == 2
+    assert f"error: {key} is empty, expected a path; add --{key} PATH" in capsys.readouterr().err
 
 
 def test_the_protocol_is_complete(files):

@@ -11,7 +11,8 @@ import pytest
 
 from amp import files
 from amp.errors import AmpError
-from amp.files import locked_folder
+from amp.files import locked_folder, whole_file
+from amp.retrieval.results import check_writable
 
 # A process that takes the lock and forks a child, as training forks its decoding workers, which lives on.
 HOLDER = """
@@ -42,6 +43,17 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         finally:
             holder.kill()
             os.kill(child, signal.SIGKILL)
+
+
+def test_a_device_is_never_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # stands for /dev/null
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="Not a regular file"), whole_file(tmp_path / name) as file:
+            file.write(b"x")
+        with pytest.raises(AmpError, match=rf"{name}: can't be written \(Not a regular file\)"):
+            check_writable(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 def test_shared_holders_keep_out_those_that_want_the_folder_for_themselves(tmp_path):

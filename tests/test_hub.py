@@ -181,6 +181,13 @@ def test_publish_says_what_is_missing(capsys):
     assert ended.value.code == 2 and "error: out is empty" in capsys.readouterr().err
 
 
+def test_a_file_in_place_of_the_folder_is_refused(adapter, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(amp.AmpError, match=r"file/adapter.safetensors: can't be written \(File exists\)"):
+        amp.save_pretrained(tmp_path / "file", adapter)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 # -- CLIP_benchmark ---------------------------------------------------------------------------------------------------
 
 

@@ -413,6 +413,12 @@ def test_two_runs_in_one_folder_are_one_too_many(short, tmp_path):
     again(short, stage1=replace(short.stage1, epochs=500, max_steps=8), checkpoint=CheckpointSettings(resume=False))
 
 
+def test_a_file_in_place_of_the_folder_is_no_other_run(short):
+    Path(short.out).write_text("mine")
+    with pytest.raises(AmpError, match=rf"{short.out}: can't be written \(File exists\); give --out a folder"):
+        again(short)
+
+
 def test_two_runs_that_begin_together_in_a_new_folder(short, monkeypatch):
     """The second finds the folder that the first has made while both read their data."""
     from amp.train import engine

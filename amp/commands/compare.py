@@ -9,7 +9,7 @@ the .npz file beside each JSON file.
 
 from dataclasses import dataclass
 
-from amp.command import CommandLine
+from amp.command import CommandLine, check_given
 from amp.errors import exit_on_error
 
 
@@ -45,6 +45,7 @@ def parser() -> CommandLine:
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = CompareSettings(**vars(parser().parse_args(arguments)))
+    check_given(settings, "a")
     from amp.retrieval.compare import compare
     from amp.retrieval.results import check_writable
     from amp.terminal import PlainConsole, Terminal

@@ -9,8 +9,8 @@ amp.from_pretrained("models/mine"), `amp search --adapter models/mine` and hf-hu
 
 from dataclasses import dataclass
 
-from amp.command import CommandLine
-from amp.errors import AmpError, exit_on_error
+from amp.command import CommandLine, check_given
+from amp.errors import exit_on_error
 
 
 @dataclass
@@ -47,9 +47,7 @@ def parser() -> CommandLine:
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = PublishSettings(**vars(parser().parse_args(arguments)))
-    for key in ("adapter", "out"):
-        if not getattr(settings, key):
-            raise AmpError(f"{key} is empty, expected a path; add --{key} PATH")
+    check_given(settings, "adapter", "out")
     from amp.hub import push_to_hub, save_pretrained
     from amp.terminal import Terminal
 

@@ -11,7 +11,7 @@ shown, and the TensorBoard files of their runs give the training curves.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amp.command import CommandLine
+from amp.command import CommandLine, check_given
 from amp.errors import AmpError, Problems, exit_on_error
 from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
@@ -65,6 +65,7 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     from amp.retrieval.results import ResultFile, check_writable
     from amp.terminal import Terminal
 
+    check_given(settings, "results", "out")
     terminal, problems = Terminal(True), Problems()
     plots: dict[str, str | None] = {}
     with problems.collect():

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from amp.errors import AmpError, printable
-from amp.files import whole_file
+from amp.files import refuse_device, whole_file
 from amp.json_text import parse_json
 from amp.retrieval.csv_cell import csv_cell
 from amp.retrieval.metrics import KS, ceilings, chance, recalls, rsum
@@ -63,6 +63,7 @@ def check_writable(*paths: str | os.PathLike) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            refuse_device(path)
             with tempfile.TemporaryFile(dir=path.parent):
                 pass
         except OSError as error:

@@ -176,9 +176,9 @@ class Run:
             if self.out.is_dir():
                 self.held.enter_context(locked_folder(self.out, BUSY))
                 self.holds = True
-        except FileExistsError:
-            raise AmpError(f"{self.out}: {BUSY}") from None
         except OSError as error:
+            if isinstance(error, FileExistsError) and self.out.is_dir():
+                raise AmpError(f"{self.out}: {BUSY}") from None
             raise AmpError(
                 f"{self.out}: can't be written ({error.strerror}); give --out a folder that you may write to"
             ) from error
