@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,16 @@ class CommandLine(ArgumentParser):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **{"prog": typed_command(), "allow_abbrev": False, **options})
 
-    def parse_args(self, *arguments, **options):
+    def parse_args(self, args=None, *arguments, **options):
+        words = sys.argv[1:] if args is None else args
+        if "--config=" in words or ("--config", "") in pairwise(words):
+            self.error("config is empty, expected a file; add --config FILE")
         try:
-            found = super().parse_args(*arguments, **options)
+            found = super().parse_args(args, *arguments, **options)
         except (RecursionError, TypeError, ValueError) as error:  # lists in lists; a number of thousands of digits
             self.error(f"a value can't be read ({type(error).__name__}: {error})")
         if found.get("out") == "":  # --out "$FOLDER" without such a variable; as a path it is the current folder
-            self.error("--out is empty; expected a path; give one")
+            self.error("out is empty, expected a path; add --out PATH")
         return found
 
     def parse_path(self, cfg_path, *arguments, **options):
@@ -68,6 +72,11 @@ class CommandLine(ArgumentParser):
             content = load_settings(Path(cfg_path).read_text("utf-8"))
             if not isinstance(content, dict):
                 self.error(f"holds {shorten(content)}, expected settings, one KEY: VALUE a line")
+            for key in (self.groups or {}).keys() & content:
+                if not isinstance(content[key], dict):
+                    self.error(
+                        f"{key} is {shorten(content[key])}, expected its settings below it, one KEY: VALUE a line"
+                    )
         settings = super().parse_path(cfg_path, *arguments, **options)
         self._file = None
         return settings

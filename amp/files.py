@@ -57,9 +57,10 @@ def refuse_device(path: str | os.PathLike) -> None:
     """Refuses the name of a device, a pipe or a socket: a file in place of /dev/null breaks the whole machine.
 
     Raises:
-        OSError: The name belongs to one, or to a link to one.
+        OSError: The name belongs to one or to a link to one, or lies in /dev, as /dev/stdout, which leads to anything.
     """
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    other = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if other or os.path.dirname(os.path.abspath(path)) == "/dev":
         raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
 
 

@@ -276,6 +276,7 @@ def test_unknown_option_of_make_shards(convert, dataset, refused):
         (b"data:\n\tshards: x\n", "Problems parsing config: .* line 2, column 1"),
         (b"\xff\xfes\x00", "can't decode byte 0xff"),
         (b"seed: many\n", 'Parser key "seed": .* many'),
+        (b"data: 3\n", "data is 3, expected its settings"),
     ],
 )
 def test_a_config_file_that_is_no_settings_is_named(train, refused, tmp_path, content, problem):
@@ -283,6 +284,11 @@ def test_a_config_file_that_is_no_settings_is_named(train, refused, tmp_path, co
     assert re.search(
         f"error: {tmp_path}/own.yaml: .*{problem}", refused(lambda: train(["--config", f"{tmp_path}/own.yaml"]))
     )
+
+
+def test_a_config_that_is_not_given(train, refused):
+    for words in (["--config", ""], ["--config="]):
+        assert "error: config is empty, expected a file; add --config FILE" in refused(lambda words=words: train(words))
 
 
 def test_missing_config_file(run, train, refused, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from amp import files
 from amp.errors import AmpError
-from amp.files import locked_folder, whole_file
+from amp.files import locked_folder, refuse_device, whole_file
 from amp.retrieval.results import check_writable
 
 # A process that takes the lock and forks a child, as training forks its decoding workers, which lives on.
@@ -54,6 +54,8 @@ def test_a_device_is_never_replaced_by_a_file(tmp_path):
         with pytest.raises(AmpError, match=rf"{name}: can't be written \(Not a regular file\)"):
             check_writable(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+    with pytest.raises(OSError, match="Not a regular file"):
+        refuse_device("/dev/stdout")  # a regular file where it is redirected to one
 
 
 def test_shared_holders_keep_out_those_that_want_the_folder_for_themselves(tmp_path):

@@ -737,7 +737,7 @@ def test_an_empty_out_is_not_the_current_folder(ten, monkeypatch):
     monkeypatch.chdir(ten.root)
     before = sorted(ten.root.iterdir())
     done = command_line("--captions", "captions.jsonl", "--images", "images", "--out", "")
-    assert done.returncode == 2 and "--out is empty; expected a path" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "out is empty, expected a path; add --out PATH" in done.stderr.splitlines()[-1]
     assert sorted(ten.root.iterdir()) == before
 
 

@@ -47,7 +47,7 @@ def parser() -> CommandLine:
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = PublishSettings(**vars(parser().parse_args(arguments)))
-    check_given(settings, "adapter", "out")
+    check_given(settings, "adapter")
     from amp.hub import push_to_hub, save_pretrained
     from amp.terminal import Terminal
 

@@ -65,7 +65,7 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     from amp.retrieval.results import ResultFile, check_writable
     from amp.terminal import Terminal
 
-    check_given(settings, "results", "out")
+    check_given(settings, "results")
     terminal, problems = Terminal(True), Problems()
     plots: dict[str, str | None] = {}
     with problems.collect():

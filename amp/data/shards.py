@@ -107,8 +107,11 @@ class ShardManifest:
         """Read the manifest of a folder (or the manifest file itself).
 
         Raises:
-            ShardFormatError: no such folder, no manifest (an unfinished conversion has none), or not a manifest.
+            ShardFormatError: no folder given, no such folder, no manifest (an unfinished conversion has none), or not a
+                manifest.
         """
+        if not str(root):
+            raise ShardFormatError("no folder of shards is given, expected one; add --data.shards DIR")
         root = Path(root)
         path = root if root.name == MANIFEST_NAME else root / MANIFEST_NAME
         root = path.parent

@@ -10,7 +10,6 @@ an image was made from, "change" what differs ("roles" or "action").
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -24,13 +23,10 @@ with exit_on_error():
     from jsonargparse import auto_cli
 
     from amp.command import CommandLine
+    from amp.files import whole_file
+    from amp.retrieval.drawing import save_picture
+    from amp.retrieval.results import write_atomically
     from amp.terminal import Terminal
-
-
-def _write(path: Path, text: str):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def filename(split: str, index: int) -> str:
@@ -61,7 +57,7 @@ def make_scenes(
         size: side of a picture in pixels
         quality: JPEG quality
         seed: every picture and caption is a function of (seed, split, index) alone
-        sheet: PNG file for a contact sheet
+        sheet: picture file for a contact sheet, such as scenes.png
         sheet_scenes: pictures on the contact sheet
     """
     if out is None and sheet is None:
@@ -74,11 +70,7 @@ def make_scenes(
         if value < low:
             raise AmpError(f"--{name} is {value}, expected {low} or more")
     if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        temporary = sheet.with_name("." + sheet.name)
-        shown = [world.make_scene(seed, "test", index) for index in range(sheet_scenes)]
-        world.contact_sheet(shown).save(temporary, "PNG")
-        os.replace(temporary, sheet)
+        save_picture(sheet, world.contact_sheet([world.make_scene(seed, "test", n) for n in range(sheet_scenes)]))
         print(f"{sheet}: {sheet_scenes} scenes")
     if out is None:
         return
@@ -89,9 +81,8 @@ def make_scenes(
         with Terminal(True).progress(f"drawing {split}", "pictures") as report:
             for index in range(count):
                 scene, name, imgid = world.make_scene(seed, split, index), filename(split, index), len(images)
-                temporary = out / "images" / f".{name}"
-                world.draw(scene, size).save(temporary, "JPEG", quality=quality, subsampling=0)
-                os.replace(temporary, out / "images" / name)
+                with whole_file(out / "images" / name) as file:
+                    world.draw(scene, size).save(file, "JPEG", quality=quality, subsampling=0)
                 sentences = []
                 for said in world.captions(scene, captions):
                     tokens = re.findall(r"[a-z]+", said.text.lower())
@@ -116,9 +107,12 @@ def make_scenes(
         "captions": len(knowledge),
         "picture": {"size": size, "format": "JPEG", "quality": quality},
     }
-    _write(out / "dataset.json", json.dumps({"images": images, "dataset": "scenes"}) + "\n")
-    _write(out / "knowledge.jsonl", "".join(line + "\n" for line in knowledge))
-    _write(out / "knowledge_provenance.json", json.dumps(provenance, indent=2) + "\n")
+    for name, text in {
+        "dataset.json": json.dumps({"images": images, "dataset": "scenes"}) + "\n",
+        "knowledge.jsonl": "".join(line + "\n" for line in knowledge),
+        "knowledge_provenance.json": json.dumps(provenance, indent=2) + "\n",
+    }.items():
+        write_atomically(out / name, text.encode())
     print(f"{out}: {len(images)} images, {len(knowledge)} captions with knowledge")
 
 
