@@ -81,12 +81,6 @@ class CommandLine(ArgumentParser):
         self._file = None
         return settings
 
-    def instantiate(self, *arguments, **options):
-        try:
-            return super().instantiate(*arguments, **options)
-        except TypeError as error:  # a list in place of a group of settings
-            self.error(f"a value is of the wrong type ({error})")
-
     def _print_message(self, message, file=None):
         (file or sys.stderr).write(message)  # argparse hides that a disk is full
 

@@ -41,7 +41,7 @@ def parser() -> CommandLine:
     return parser
 
 
-@exit_on_error("the same command goes on from the last checkpoint")
+@exit_on_error("the same command goes on from the last checkpoint, if there is one")
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
     parsed = options.parse_args(arguments)
