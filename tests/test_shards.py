@@ -552,12 +552,15 @@ def spoil_sidecar(data):
 @pytest.mark.parametrize(
     "change", [change_caption, change_knowledge, change_image, touch_nothing, cut_tar, lose_sidecar, spoil_sidecar]
 )
-def test_only_what_is_missing_or_changed_is_written_again(ten, change):
+def test_only_what_is_missing_or_changed_is_written_again(ten, change, capsys):
     ten.make()
     before = ten.tars()
     change(ten)
+    capsys.readouterr()
     manifest = ten.make()
     manifest.verify()
+    said = f"{ten.out}: shards there that differ from what these options give, replaced: 1\n"
+    assert (said in capsys.readouterr().err) == (change is not touch_nothing)
     after = ten.tars()
     assert set(after) == set(before)
     assert sum(after[name] != before[name] for name in after) == 1

@@ -229,6 +229,9 @@ def make_shards(
     with lock_folder(out_root, shared=part is not None):
         surplus = _surplus(out_root, every_plan)
         to_write = [plan for plan in mine if _to_write(plan)]
+        others = sum(plan.path.exists() for plan in to_write) + (len(surplus) if part is None else 0)
+        if others:
+            console.print(f"{out_root}: shards there that differ from what these options give, replaced: {others}")
         if to_write or surplus:
             # From here on the old manifest would describe files that are about to change.
             (out_root / MANIFEST_NAME).unlink(missing_ok=True)
