@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from amp.checkpoint import AdapterHeader, read_adapter, write_adapter
-from amp.data.shards import sha256_of
 from amp.errors import AmpError
 from amp.factory import create_model_and_transforms
 from amp.model_card import model_card
@@ -50,10 +49,8 @@ def save_pretrained(
     adapter = adapter_file(adapter)
     header, weights = read_adapter(adapter)
     table = None if results is None else ResultFile.load_json(results)
-    if table is not None and sha256_of(adapter) not in table.protocol.get("adapters", {}).values():
-        raise AmpError(
-            f"{results}: no row of it was made with {adapter}, expected that adapter's evaluation; evaluate it"
-        )
+    if table is not None and results is not None:
+        table.check_adapter(adapter, where=results)
     if base is not None:
         header = replace(header, base_name=base, base_pretrained=base_pretrained)
     header = replace(header, training=_without_paths(header.training))

@@ -163,10 +163,7 @@ class ActionAwareCLIP(nn.Module):
         """
         if knowledge is None:
             return self.backbone.clip.encode_image(images.to(self.backbone.dtype), normalize=normalize)
-        if not isinstance(knowledge, KnowledgeBatch):
-            knowledge = self.prepare_knowledge(knowledge)
-        if len(knowledge) != len(images):
-            raise AmpError(f"knowledge of {len(knowledge)} captions for {len(images)} images, expected one each")
+        knowledge = self._prepared(knowledge, len(images), "images")
         features = self(images, knowledge, text=text).conditioned
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -180,8 +177,7 @@ class ActionAwareCLIP(nn.Module):
         against, which differs only in models with `text_enrichment`."""
         if knowledge is None:
             return self.backbone.clip.encode_text(text, normalize=normalize)
-        if not isinstance(knowledge, KnowledgeBatch):
-            knowledge = self.prepare_knowledge(knowledge)
+        knowledge = self._prepared(knowledge, len(text), "texts")
         features = self(None, knowledge, text=self.backbone.clip.encode_text(text)).text
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -191,6 +187,9 @@ class ActionAwareCLIP(nn.Module):
         (states, or sentences in their place) with the text tower."""
         if self.tokenizer is None:
             raise AmpError("this model was built without a tokenizer; pass tokenizer=amp.get_tokenizer(model_name)")
+        for item in knowledge:
+            if not isinstance(item, Knowledge):
+                raise AmpError(f"knowledge holds {item!r}, expected amp.Knowledge; amp.Knowledge() if there is none")
         device, k = self.logit_scale.device, self.config.max_triplets
         tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k, self.config.slot_tokens)(knowledge)
         states = torch.zeros(*mask.shape, self.backbone.embed_dim, device=device)
@@ -200,6 +199,11 @@ class ActionAwareCLIP(nn.Module):
             states = states.to(encoded.dtype)
             states[mask.to(device)] = encoded
         return KnowledgeBatch(tokens.to(device), token_mask.to(device), states, mask.to(device))
+
+    def _prepared(self, knowledge: KnowledgeBatch | Sequence[Knowledge], count: int, of: str) -> KnowledgeBatch:
+        if len(knowledge) != count:
+            raise AmpError(f"knowledge of {len(knowledge)} captions for {count} {of}, expected one each")
+        return knowledge if isinstance(knowledge, KnowledgeBatch) else self.prepare_knowledge(knowledge)
 
     # -- the pieces -------------------------------------------------------------------------------------------------
 

@@ -108,7 +108,8 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
                 training.check()
                 options = evaluate.parser()
                 options.exit_on_error = False
-                read_command_line(options, [*run.arguments, *run.evaluation], evaluate.EvaluationSettings)
+                out = ["--out", str(run.folder / "results.json")]
+                read_command_line(options, [*run.arguments, *run.evaluation, *out], evaluate.EvaluationSettings)
                 for split in (training.data.train_split, config.split):
                     ShardSplit(training.data.shards, split)
             except (AmpError, ArgumentError) as error:

@@ -26,6 +26,7 @@ from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions, 
 from amp.retrieval.metrics import recalls
 from amp.retrieval.per_query import load_queries
 from amp.retrieval.results import ResultFile
+from amp.terminal import Terminal
 
 KINDS = ("action", "attribute")
 TOP_K = 8
@@ -275,6 +276,15 @@ def test_captions_are_read_in_order_and_can_be_limited(aware):
     assert result.queries == 12
 
 
+def test_captions_without_knowledge_are_counted(aware, capsys):
+    known = amp.Knowledge((amp.Triplet("dog", "runs", ""),), ("The dog runs",))
+    replace(aware.captions, knowledge=[known]).say_without_knowledge(Terminal(True))
+    assert capsys.readouterr().err == ""
+    captions = replace(aware.captions, texts=["a", "b"], knowledge=[known, amp.Knowledge()])
+    captions.say_without_knowledge(Terminal(True))
+    assert capsys.readouterr().err == "1 of 2 captions without knowledge\n"
+
+
 def test_progress_counts_every_direction_to_its_end(aware):
     last = {}
 
@@ -415,6 +425,7 @@ def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp
     for arguments, message in (
         (["--adapters", f"[one={file}, one={file}]"], "adapters has two named 'one'"),
         (["--adapters", json.dumps([f"a\tb={file}"])], r"the name is 'a\tb'"),
+        (["--adapters", json.dumps([f"  ={file}"])], "the name is '  '"),
         (["--probes", "[grey, grey]"], "the row 'one, grey (pairwise)' would be there twice"),
         (["--adapters", f'["one={file}", "one, grey={file}"]', "--probes", "[grey]"], "the row 'one, grey (pairwise)'"),
     ):

@@ -14,6 +14,7 @@ from PIL import Image
 
 import amp
 from amp.commands import publish
+from amp.data.shards import sha256_of
 from amp.export import INPUTS, ImageEncoder
 from amp.retrieval.metrics import KS
 from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow
@@ -129,7 +130,7 @@ def result_file(sha256: str) -> ResultFile:
 def test_the_card_tells_the_run_and_escapes_what_it_quotes(adapter, tmp_path):
     import yaml
 
-    results = result_file(amp.hub.sha256_of(adapter)).save_json(tmp_path / "results.json")
+    results = result_file(sha256_of(adapter)).save_json(tmp_path / "results.json")
     publish.main(["--adapter", str(adapter), "--results", str(results), "--out", str(tmp_path / "model"),
                   "--base", "hf-hub:org/clip"])  # fmt: skip
     card = (tmp_path / "model" / "README.md").read_text()

@@ -371,6 +371,10 @@ def test_heads_that_do_not_divide_the_text_width_are_refused():
 def test_one_caption_an_image(images, knowledge):
     with pytest.raises(AmpError, match="knowledge of 4 captions for 3 images, expected one each"):
         make_model().encode_image(images[:3], knowledge)
+    with pytest.raises(AmpError, match="knowledge of 1 captions for 2 texts, expected one each"):
+        make_model().encode_text(torch.zeros(2, 77, dtype=torch.long), knowledge=knowledge[:1])
+    with pytest.raises(AmpError, match="knowledge holds None, expected amp"):
+        make_model().encode_image(images[:1], [None])
 
 
 def test_the_control_has_no_use_for_knowledge(images, knowledge):

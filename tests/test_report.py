@@ -173,10 +173,15 @@ def test_no_text_leaves_the_data_and_nothing_is_fetched(page):
 
 def test_refusals(page, shards, tmp_path, capsys):
     main = launcher("launchers/report.py").main
+    other = tmp_path / "adapter.safetensors"
+    other.write_bytes(b"of another run")
     for arguments, message in (
         (["--results", str(tmp_path / "none.json")], "expected a results file"),
         (["--results", str(page / "results.json"), "--row", "other"], "no row 'other', expected one of 'base CLIP'"),
         (["--results", str(page / "results.json"), "--data.shards", str(shards)], "other captions than"),
+        (["--out", str(tmp_path / "run")], "expected a .html file; a training configuration names its folder there"),
+        (["--results", str(page / "results.json"), "--images", "-1"], "captions is 80, images -1, expected at least 0"),
+        (["--results", str(page / "results.json"), "--adapters", f"[ours={other}]"], "no row of it was made with"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

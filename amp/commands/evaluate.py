@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from amp.command import CommandLine
-from amp.errors import AmpError, exit_on_error
+from amp.errors import exit_on_error
 from amp.retrieval.evaluate import RetrievalSettings
 from amp.train.command import command_line, read_command_line
 
@@ -53,11 +53,6 @@ def parser() -> CommandLine:
 @exit_on_error("scores so far are kept, and the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     evaluation, config = read_command_line(parser(), arguments, EvaluationSettings)
-    if Path(evaluation.out).suffix != ".json":  # said before hours of work
-        raise AmpError(
-            f"out is {evaluation.out!r}, expected a .json file; a training configuration names its folder there, "
-            "so add --out FILE.json"
-        )
     if evaluation.gallery is not None:
         from amp.retrieval.drawing import picture_format
 

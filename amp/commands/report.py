@@ -67,7 +67,10 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
 
     check_given(settings, "results")
     terminal, problems = Terminal(True), Problems()
+    named: dict[str, str] = {}
     plots: dict[str, str | None] = {}
+    with problems.collect():
+        named = named_adapters(settings.adapters)
     with problems.collect():
         result = ResultFile.load_json(settings.results)
         queries = load_queries(Path(settings.results).with_suffix(".npz"))
@@ -82,6 +85,8 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
             raise AmpError(
                 f"{settings.results}: protocol key {lacking[0]!r} is missing; write it again with amp evaluate"
             )
+        for adapter in named.values():
+            result.check_adapter(adapter, where=settings.results)
         split = ShardSplit(config.data.shards, result.protocol["split"])
         per_image = result.protocol["captions_per_image"]
         with terminal.progress("reading captions"):
@@ -93,10 +98,11 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
             )
         plots["Rows with 95 % intervals (bootstrap over images)"] = results_plot(result)
     with problems.collect():
-        named = named_adapters(settings.adapters)
-    with problems.collect():
         if settings.sweep is not None:
             plots["Ablations, mean and standard error over seeds"] = sweep_plot(settings.sweep)
+    with problems.collect():
+        if min(settings.captions, settings.images) < 0:
+            raise AmpError(f"captions is {settings.captions}, images {settings.images}, expected at least 0 each")
     with problems.collect():
         check_writable(settings.out)
     problems.check()

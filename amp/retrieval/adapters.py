@@ -38,7 +38,7 @@ def named_adapters(texts: Sequence[str]) -> dict[str, str]:
                     f"adapters has two named {name!r} ({found[name]} and {path}), expected different names; "
                     "give them as NAME=FILE"
                 )
-            if name in ("", "base CLIP") or "\t" in name:
+            if name.strip() in ("", "base CLIP") or "\t" in name:
                 raise AmpError(
                     f"adapter {text!r}: the name is {name!r}, expected a text without tabs, other than "
                     "'base CLIP'; give it as NAME=FILE"

@@ -25,6 +25,7 @@ from amp.retrieval.pair_scorer import PairScorer, early_tokens, scored_text
 from amp.retrieval.rerank import rerank, score_candidates, shard_bounds
 from amp.retrieval.results import DirectionResult, RetrievalRow
 from amp.retrieval.score_store import ScoreStore, content_key
+from amp.terminal import Terminal
 
 
 @dataclass
@@ -100,6 +101,11 @@ class SplitCaptions:
                 knowledge.append(item)
                 image.append(index)
         return cls(texts, knowledge, torch.tensor(image), len(split))
+
+    def say_without_knowledge(self, terminal: Terminal) -> None:
+        """Says how many captions have no triplet, if any."""
+        if lacking := sum(not item.triplets for item in self.knowledge):
+            terminal.say(f"{lacking:,} of {len(self.texts):,} captions without knowledge")
 
     def all_texts(self, max_triplets: int, setting: str = "both") -> list[str]:
         """Every text that needs a feature: captions, and what `PromptConfig.knowledge` asks for beside them."""

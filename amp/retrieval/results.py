@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from amp.data.shards import sha256_of
 from amp.errors import AmpError, printable
 from amp.files import refuse_device, whole_file
 from amp.json_text import parse_json
@@ -199,6 +200,13 @@ class ResultFile:
         except (TypeError, ValueError) as error:
             raise AmpError(f"{path}: the protocol holds a value that JSON can't ({error})") from error
         return write_atomically(path, f"{text}\n".encode())
+
+    def check_adapter(self, adapter: str | os.PathLike, where: str | os.PathLike) -> None:
+        """Refuses an adapter that no row was made with; `where` names this file."""
+        if sha256_of(Path(adapter)) not in self.protocol.get("adapters", {}).values():
+            raise AmpError(
+                f"{where}: no row of it was made with {adapter}, expected that adapter's evaluation; evaluate it"
+            )
 
     @classmethod
     def load_json(cls, path: str | os.PathLike) -> "ResultFile":

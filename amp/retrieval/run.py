@@ -265,6 +265,7 @@ def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: 
     precision = f"{config.model.precision}, autocast {accelerator.mixed_precision}"
     run = Run(config, split, captions, search, accelerator, terminal, precision, bootstrap, out)
     if named or text_only:
+        captions.say_without_knowledge(terminal)
         evaluation, rankings = _with_models(run, named, probes, text_only)
     else:
         retrieval, described = baseline(config.model, config.data, split, captions, search, accelerator, terminal)

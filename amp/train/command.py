@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 from jsonargparse import ActionConfigFile
 
 from amp.command import CommandLine
+from amp.errors import AmpError
 from amp.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,8 +43,14 @@ def read_command_line(
     """What `command_line` parses, as the two dataclasses.
 
     Raises:
-        AmpError: A value that its class refuses.
+        AmpError: A value that its class refuses, or an `out` with another ending than the default's.
     """
     found = parser.instantiate(parser.parse_args(arguments))
     own = settings(**{key: found[key] for key in settings.__dataclass_fields__})
+    ending = Path(str(settings.__dataclass_fields__["out"].default)).suffix
+    if Path(found["out"]).suffix != ending:
+        raise AmpError(
+            f"out is {str(found['out'])!r}, expected a {ending} file; a training configuration names its folder there, "
+            f"so add --out FILE{ending}"
+        )
     return own, TrainConfig(**{key: found[key] for key in TrainConfig.__dataclass_fields__ if key != "out"})

@@ -288,6 +288,8 @@ class Run:
             f"{len(self.split):,} training images, {len(captions.texts):,} captions, {self.order.steps:,} steps of "
             f"{data.batch_size} x {accelerator.num_processes} an epoch"
         )
+        if prompt.reads_triplets or prompt.reads_states:
+            captions.say_without_knowledge(self.terminal)
 
     def images(self, split: ShardSplit, preprocess, tokens: bool = True) -> FrozenFeatures:
         data = self.config.data
