@@ -18,6 +18,7 @@ from training_run import TrainingRun, small_run, steps_of
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
+from amp.retrieval.evaluate import Retrieval
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.stopping import StopRequest
@@ -139,6 +140,18 @@ def test_a_second_ctrl_c_interrupts():
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_validation_interrupts_at_once_and_loses_no_step(config, monkeypatch):
+    config = replace(config, stages=[1], data=replace(config.data, val_split="val"), stage1=StageSettings(epochs=2))
+    train(replace(config, out=config.out + "-alone"))
+    with monkeypatch.context() as during:
+        during.setattr(Retrieval, "rank", lambda *given: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert max(path.name for path in (Path(config.out) / "checkpoints").iterdir()) == "stage1-step00000005"
+    train(config)
+    assert same_bits(final(config), final(replace(config, out=config.out + "-alone")))
 
 
 def test_it_moves_to_another_number_of_processes(config, tmp_path):

@@ -217,7 +217,7 @@ class StageLoop:
     def validate(self, retrieval: "Retrieval", epoch: int) -> None:
         """Searches the validation split and logs R@1 beside the base model's."""
         self.engine.eval()
-        with self.terminal.progress("validating", "pairs") as report:
+        with self.run.request.validating(), self.terminal.progress("validating", "pairs") as report:
             rankings = retrieval.rank(
                 self.engine, self.accelerator.autocast, lambda _, done, total: report(done, total)
             )

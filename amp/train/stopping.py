@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -55,13 +55,20 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def taking_steps(self) -> Iterator[None]:
+    def taking_steps(self) -> AbstractContextManager[None]:
         """Within this block the first Ctrl-C is noted, so that the steps so far are saved. A second one interrupts."""
+        return self._on_interrupt(self._note_first)
+
+    def validating(self) -> AbstractContextManager[None]:
+        """Within this block, in one of `taking_steps`, Ctrl-C interrupts: a checkpoint was saved before it."""
+        return self._on_interrupt(signal.default_int_handler)
+
+    @contextmanager
+    def _on_interrupt(self, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
         try:
             before = signal.getsignal(signal.SIGINT)
             if before is not signal.SIG_IGN:  # as in a shell's background
-                signal.signal(signal.SIGINT, self._note_first)
+                signal.signal(signal.SIGINT, handler)
         except ValueError:  # not the main thread
             yield
             return
