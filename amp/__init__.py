@@ -8,22 +8,22 @@ from importlib import import_module
 from amp.version import __version__
 
 _EXPORTS = {
-    "ActionAwareCLIP": "amp.model",
+    "ActionAwareCLIP": "amp.model.clip",
     "AmpError": "amp.errors",
     "Knowledge": "amp.knowledge.schema",
-    "KnowledgeBatch": "amp.knowledge.batch",
-    "PromptConfig": "amp.config",
-    "Retriever": "amp.retrieval.retriever",
+    "KnowledgeBatch": "amp.knowledge.tensors",
+    "PromptConfig": "amp.model.config",
+    "Retriever": "amp.search.retriever",
     "Triplet": "amp.knowledge.schema",
-    "create_model_and_transforms": "amp.factory",
-    "export_image_encoder": "amp.export",
-    "from_pretrained": "amp.hub",
-    "get_tokenizer": "amp.factory",
-    "load_adapter": "amp.checkpoint",
+    "create_model_and_transforms": "amp.model.factory",
+    "export_image_encoder": "amp.publish.export",
+    "from_pretrained": "amp.publish.hub",
+    "get_tokenizer": "amp.model.factory",
+    "load_adapter": "amp.model.adapter",
     "open_photo": "amp.data.image_file",
-    "push_to_hub": "amp.hub",
-    "save_adapter": "amp.checkpoint",
-    "save_pretrained": "amp.hub",
+    "push_to_hub": "amp.publish.hub",
+    "save_adapter": "amp.model.adapter",
+    "save_pretrained": "amp.publish.hub",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": ("amp.commands.evaluate", "retrieval figures of the base CLIP and of adapters"),
     "compare": ("amp.commands.compare", "two rows of evaluations with intervals"),
     "report": ("amp.commands.report", "an evaluation as one HTML page"),
-    "search": ("amp.search", "find photos of a folder by text"),
+    "search": ("amp.commands.search", "find photos of a folder by text"),
     "publish": ("amp.commands.publish", "an adapter as a folder with a model card, or on the hub"),
 }
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from amp.checkpoint import save_adapter
-from amp.config import PromptConfig
 from amp.data.shards import ShardManifest
 from amp.data.writer import make_shards
 from amp.errors import AmpError
-from amp.factory import create_model_and_transforms
+from amp.model.adapter import save_adapter
+from amp.model.config import PromptConfig
+from amp.model.factory import create_model_and_transforms
 from benchmarks import photos
 from benchmarks.models import base_model
 from benchmarks.settings import Settings

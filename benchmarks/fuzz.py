@@ -174,7 +174,7 @@ def main(
         return
     from rich.table import Table
 
-    from amp.retrieval.results import write_atomically
+    from amp.evaluate.results import write_atomically
     from amp.terminal import PlainConsole
 
     whole = sum(SHARES[kind] for kind in kinds)

@@ -264,8 +264,8 @@ def _adapters() -> list[bytes]:
 
     from safetensors.numpy import save
 
-    from amp.checkpoint import FORMAT, AdapterHeader
-    from amp.config import PromptConfig
+    from amp.model.adapter import FORMAT, AdapterHeader
+    from amp.model.config import PromptConfig
 
     header = AdapterHeader("ViT-B-16", None, "ab" * 32, False, PromptConfig(), {"step": 3, "config": {"model": {}}})
     metadata = {"format": FORMAT, "header": json.dumps(asdict(header))}
@@ -274,7 +274,7 @@ def _adapters() -> list[bytes]:
 
 
 def _adapter(content: bytes, folder: Path, kind: str) -> str:
-    from amp.checkpoint import read_adapter
+    from amp.model.adapter import read_adapter
 
     path = folder / "a.safetensors"
     path.write_bytes(content)

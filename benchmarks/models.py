@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from amp.config import PromptConfig
 from amp.data.stream import Batch
-from amp.factory import create_model_and_transforms
-from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge
-from amp.model import ActionAwareCLIP
+from amp.knowledge.tensors import KnowledgeBatch
+from amp.model.clip import ActionAwareCLIP
+from amp.model.config import PromptConfig
+from amp.model.factory import create_model_and_transforms
 from benchmarks.photos import drawn_knowledge
 from benchmarks.settings import Settings
 

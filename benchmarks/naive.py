@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import tower_texts
-from amp.model import ActionAwareCLIP
+from amp.model.clip import ActionAwareCLIP
 
 
 class NaiveAIM:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from amp.errors import AmpError
-from amp.knowledge.batch import KnowledgeBatch
-from amp.model import ActionAwareCLIP
+from amp.knowledge.tensors import KnowledgeBatch
+from amp.model.clip import ActionAwareCLIP
 from amp.retrieval.first_stage import Positives, first_stage
-from amp.retrieval.pair_scorer import PairScorer
 from amp.retrieval.rerank import score_candidates
+from amp.retrieval.scorer import PairScorer
 from benchmarks.machine import multiplies_bf16
 from benchmarks.memory import peak_mb
 from benchmarks.models import base_model, build, drawn_captions

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from amp.config import PromptConfig
 from amp.data.order import BatchOrder
 from amp.errors import AmpError
-from amp.model import ActionAwareCLIP
+from amp.model.clip import ActionAwareCLIP
+from amp.model.config import PromptConfig
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable
 from benchmarks.models import base_model, build, random_batch

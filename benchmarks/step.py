@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from amp.checkpoint import save_adapter
-from amp.model import ActionAwareCLIP
+from amp.model.adapter import save_adapter
+from amp.model.clip import ActionAwareCLIP
 from amp.train.losses import contrastive_loss, same_image_mask, similarity
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable

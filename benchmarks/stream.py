@@ -20,7 +20,6 @@ import webdataset as wds
 from open_clip.transform import image_transform
 from PIL import Image
 
-from amp.config import PromptConfig
 from amp.data.order import BatchOrder
 from amp.data.shards import ShardReader
 from amp.data.split import ShardSplit
@@ -28,8 +27,9 @@ from amp.data.stream import KnowledgeCollator, TrainingSamples, training_loader
 from amp.data.text_features import TextFeatureStore
 from amp.data.writer import make_shards
 from amp.errors import AmpError
-from amp.knowledge.batch import TripletTokenizer
-from amp.retrieval.evaluate import SplitCaptions
+from amp.knowledge.tensors import TripletTokenizer
+from amp.model.config import PromptConfig
+from amp.retrieval.split_search import SplitCaptions
 from benchmarks.memory import private_mb
 from benchmarks.settings import Settings
 from benchmarks.timing import in_turns, medians, ratio, rounded

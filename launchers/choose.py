@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from amp.errors import AmpError, Problems, exit_on_error
 
 with exit_on_error():
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.train.command import command_line, read_command_line
     from amp.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from amp.retrieval.choice import Choice, Choices
+    from amp.evaluate.choice import Choice, Choices
 
 
 @dataclass
@@ -90,12 +90,12 @@ class Test(NamedTuple):
 def run(settings: ChooseSettings, config: TrainConfig) -> None:
     """Runs all tests and prints a table."""
     from amp.device import usable_device
-    from amp.factory import create_model_and_transforms
+    from amp.evaluate.adapters import load_adapters, named_adapters
+    from amp.evaluate.choice import choose, save_choices, save_skipped
+    from amp.evaluate.results import check_writable
+    from amp.evaluate.swaps import TESTS
     from amp.generation.query import KnowledgeGenerator
-    from amp.retrieval.adapters import load_adapters, named_adapters
-    from amp.retrieval.choice import choose, save_choices, save_skipped
-    from amp.retrieval.results import check_writable
-    from amp.retrieval.swaps import TESTS
+    from amp.model.factory import create_model_and_transforms
     from amp.terminal import Terminal
 
     out = Path(settings.out)
@@ -166,9 +166,9 @@ def read_tests(settings: ChooseSettings, config: TrainConfig, problems: Problems
     from amp.data.file_names import find_file
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
-    from amp.retrieval.choice import check_skipped, load_choices
-    from amp.retrieval.evaluate import SplitCaptions, spaced
-    from amp.retrieval.swaps import TESTS, swapped_actions, swapped_roles
+    from amp.evaluate.choice import check_skipped, load_choices
+    from amp.evaluate.swaps import TESTS, swapped_actions, swapped_roles
+    from amp.retrieval.split_search import SplitCaptions, spaced
 
     names = [test if test in TESTS else Path(test).stem for test in settings.tests]
     swapped = [test for test in settings.tests if test in TESTS]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from amp.errors import exit_on_error
 
 with exit_on_error():
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
 
 
 @dataclass
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = TableSettings(**vars(parser().parse_args(arguments)))
     from rich.markdown import Markdown
 
-    from amp.retrieval.results import write_atomically
-    from amp.retrieval.table1 import add_results, commands, load_published, render_markdown
+    from amp.evaluate.results import write_atomically
+    from amp.evaluate.table1 import add_results, commands, load_published, render_markdown
     from amp.terminal import PlainConsole, Terminal
 
     rows, sources = load_published(settings.published)

@@ -21,7 +21,7 @@ from amp.knowledge.schema import Knowledge, Triplet
 
 # Before anything starts the server: processes of several ranks are forked from it with all imports done.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "open_clip", "amp.model", "amp.retrieval.evaluate", "amp.train.engine"]
+    ["torch", "open_clip", "amp.model.clip", "amp.retrieval.split_search", "amp.train.engine"]
 )
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, with their children
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and threads that spin stop the other tests
@@ -117,8 +117,8 @@ def make_model(variant: str = "native", trained: bool = False, clip_seed: int = 
 
     Without that the gate is zero, behind which a test sees nothing.
     """
-    from amp.config import PromptConfig
-    from amp.model import ActionAwareCLIP
+    from amp.model.clip import ActionAwareCLIP
+    from amp.model.config import PromptConfig
 
     config = PromptConfig(**{"bottleneck": 4, **prompt_settings})  # 40 / 16 hidden units would often all be off
     with torch.random.fork_rng(devices=[]):

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import amp
-from amp.checkpoint import load_adapter, save_adapter
-from amp.config import PromptConfig
 from amp.data.prepare import knowledge_collator
 from amp.data.stream import Batch
 from amp.data.text_features import encode_texts
 from amp.errors import AmpError
+from amp.evaluate.run import evaluate
 from amp.knowledge.text import tower_texts
-from amp.model import ActionAwareCLIP
-from amp.retrieval.evaluate import RetrievalSettings, SplitCaptions
-from amp.retrieval.run import evaluate
+from amp.model.adapter import load_adapter, save_adapter
+from amp.model.clip import ActionAwareCLIP
+from amp.model.config import PromptConfig
+from amp.retrieval.split_search import RetrievalSettings, SplitCaptions
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names

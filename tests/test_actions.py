@@ -12,15 +12,15 @@ from helpers import _draw, launcher
 from test_evaluate import World
 
 import amp
-from amp.checkpoint import save_adapter
 from amp.errors import AmpError
+from amp.evaluate.choice import Choice, Choices, choose, load_choices
+from amp.evaluate.per_query import QueryResults
+from amp.evaluate.swaps import swapped_actions, swapped_roles
+from amp.evaluate.verbs import VerbCount, by_verb, save_verbs, verb_of, verbs_of
 from amp.generation.states import state_of
-from amp.retrieval.choice import Choice, Choices, choose, load_choices
-from amp.retrieval.evaluate import SplitCaptions
-from amp.retrieval.per_query import QueryResults
-from amp.retrieval.photo_index import open_photo
-from amp.retrieval.swaps import swapped_actions, swapped_roles
-from amp.retrieval.verbs import VerbCount, by_verb, save_verbs, verb_of, verbs_of
+from amp.model.adapter import save_adapter
+from amp.retrieval.split_search import SplitCaptions
+from amp.search.photo_index import open_photo
 
 
 def knowledge(*triplets):
@@ -280,7 +280,7 @@ def test_a_full_gpu_is_one_error_that_says_what_helps(world, photos, monkeypatch
     def scores(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("amp.retrieval.choice._scores", scores)
+    monkeypatch.setattr("amp.evaluate.choice._scores", scores)
     with pytest.raises(AmpError, match=r"full with 4 choices at a time; give fewer with --choices_a_batch"):
         choose(drawn_choices(), {"ours": world.model}, world.preprocess, lambda n: open_photo(photos / n), None, 4)
 
@@ -356,7 +356,7 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
         done.append(choices)
         return {"base CLIP": Choices([[1.0, 0.0]] * len(choices), ["g"] * len(choices), {})}
 
-    monkeypatch.setattr("amp.retrieval.choice.choose", fails_later)
+    monkeypatch.setattr("amp.evaluate.choice.choose", fails_later)
     with pytest.raises(RuntimeError, match="fire"):
         choosing(["swapped-roles", "swapped-actions"])
     assert set(saved(tmp_path)) == {("swapped-roles", "base CLIP")}
@@ -365,7 +365,7 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
 
 
 def test_everything_given_is_checked_before_a_model_is_loaded(choosing, photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("amp.factory.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.model.factory.create_model_and_transforms", None)
     files = [
         write(tmp_path / "empty.json", entries(range(3)) | {"3": CREPE | {"negative_caption": " "}}),
         write(tmp_path / "elsewhere.json", entries(range(100, 103))),

@@ -9,8 +9,8 @@ from conftest import CLIP_VARIANTS, EMBED_DIM, TEXT, VISION, make_clip
 from torch import nn
 from torch.testing import assert_close
 
-from amp.backbone import make_backbone
 from amp.errors import AmpError
+from amp.model.towers.base import make_backbone
 
 VARIANTS = sorted(CLIP_VARIANTS)
 TEXTS = [

@@ -12,9 +12,9 @@ from helpers import ROOT
 from test_transformers_engine import tiny_model
 from torch import nn
 
-from amp.config import PromptConfig
 from amp.errors import AmpError
-from amp.factory import create_model_and_transforms
+from amp.model.config import PromptConfig
+from amp.model.factory import create_model_and_transforms
 from amp.train.stages import set_trainable
 from benchmarks import (
     conversion,

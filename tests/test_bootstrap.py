@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from amp.retrieval.bootstrap import interval, resampled_recalls
+from amp.evaluate.bootstrap import interval, resampled_recalls
 
 IMAGES = 60
 

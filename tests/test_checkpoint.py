@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import amp
-from amp.checkpoint import FORMAT, load_adapter, read_adapter, save_adapter
-from amp.config import PromptConfig
 from amp.errors import AmpError
+from amp.model.adapter import FORMAT, load_adapter, read_adapter, save_adapter
+from amp.model.config import PromptConfig
 
 CONFIG = PromptConfig(interaction_layer=1, num_prompts=2, lam=0.6)
 TRAINING = {"stage": 2, "step": 138, "config": {"margin": 0.2, "stages": [1, 2], "init": None}}

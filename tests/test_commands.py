@@ -16,11 +16,11 @@ from helpers import QUIET_ENVIRONMENT, ROOT
 from hostile_helpers import one_error
 
 from amp import __main__ as command
-from amp.command import CommandLine
-from amp.data.folders import build_folder
+from amp.command_line import CommandLine
 from amp.device import usable_device
 from amp.errors import AmpError, exit_on_error, typed_command
 from amp.files import whole_file
+from amp.folders import build_folder
 from amp.terminal import PlainConsole
 from amp.version import __version__
 
@@ -91,7 +91,7 @@ def test_so_does_each_script(path, monkeypatch, capsys):
         (["/venv/bin/amp", "search", "a dog"], None, "amp search"),
         (["/venv/bin/amp", "--version"], None, "amp"),
         (["launchers/train.py", "search"], None, "launchers/train.py"),
-        (["/site-packages/amp/search.py", "a dog"], "amp.search", "python -m amp.search"),
+        (["/site-packages/amp/commands/search.py", "a dog"], "amp.commands.search", "python -m amp.commands.search"),
         (["/site-packages/amp/__main__.py", "search"], "amp.__main__", "python -m amp search"),
     ],
 )

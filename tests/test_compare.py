@@ -9,13 +9,13 @@ import torch
 from helpers import launcher
 from test_evaluate import World
 
-from amp.checkpoint import save_adapter
 from amp.errors import AmpError
-from amp.retrieval.compare import compare
-from amp.retrieval.evaluate import RetrievalSettings
+from amp.evaluate.compare import compare
+from amp.evaluate.per_query import load_queries
+from amp.evaluate.results import ResultFile
+from amp.model.adapter import save_adapter
 from amp.retrieval.metrics import recalls
-from amp.retrieval.per_query import load_queries
-from amp.retrieval.results import ResultFile
+from amp.retrieval.split_search import RetrievalSettings
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from helpers import ROOT, launcher
 import amp
 from amp.data.stream import Batch
 from amp.errors import AmpError
-from amp.factory import refuse_quick_gelu_mismatch
-from amp.knowledge.batch import KnowledgeBatch
+from amp.knowledge.tensors import KnowledgeBatch
+from amp.model.factory import refuse_quick_gelu_mismatch
 from amp.train.config import TrainConfig
 from amp.train.launch import deepspeed_file, deepspeed_settings
 from amp.train.objective import Objective

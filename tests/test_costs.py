@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from amp.config import PromptConfig
 from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.stream import TrainingSamples, training_loader
 from amp.data.text_features import encode_texts
-from amp.factory import create_model_and_transforms
-from amp.model import ActionAwareCLIP
-from amp.retrieval.evaluate import SplitCaptions
-from amp.retrieval.pair_scorer import PairScorer
+from amp.model.clip import ActionAwareCLIP
+from amp.model.config import PromptConfig
+from amp.model.factory import create_model_and_transforms
 from amp.retrieval.rerank import score_candidates
+from amp.retrieval.scorer import PairScorer
+from amp.retrieval.split_search import SplitCaptions
 from amp.train.losses import contrastive_loss, same_image_mask, similarity
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable

@@ -24,7 +24,7 @@ LAUNCHERS = ("train", "evaluate", "compare", "choose", "report", "table1")
 SCRIPT = re.compile(rf"(?:launchers/(?:{'|'.join(LAUNCHERS)})|tools/(?:{'|'.join(TOOLS)}))\.py")
 
 
-SEARCH = "amp/search.py"
+SEARCH = "amp/commands/search.py"
 OF_AMP = {name: f"{module.replace('.', '/')}.py" for name, (module, _) in COMMANDS.items()}
 PROGRAM = re.compile(r"(?:[A-Z_]+=\$?\(?)?(?:make|pip|python|amp|accelerate|sbatch|launchers/\S+|cp) ")
 
@@ -48,7 +48,7 @@ def commands(page: Path) -> list[list[str]]:
             while line.count("'") % 2:  # a quoted list goes on in the next line
                 number += 1
                 line += lines[number]
-            words = shlex.split(line.replace("-m amp.search", SEARCH), comments=True)
+            words = shlex.split(line.replace("-m amp.commands.search", SEARCH), comments=True)
             if words[0] == "amp":
                 words = [OF_AMP[words[1]], *words[2:]]
             start = next((i for i, w in enumerate(words) if w in OF_AMP.values() or SCRIPT.fullmatch(w)), None)

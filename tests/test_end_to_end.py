@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amp
-from amp.checkpoint import read_adapter
 from amp.data.shards import sha256_of
-from amp.retrieval.adapters import adapted
+from amp.evaluate.adapters import adapted
+from amp.model.adapter import read_adapter
 
 pytestmark = pytest.mark.distributed
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from training_run import small_run
 
-from amp.checkpoint import read_adapter
 from amp.data.order import BatchOrder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.retrieval.evaluate import RetrievalSettings
+from amp.model.adapter import read_adapter
+from amp.retrieval.split_search import RetrievalSettings
 from amp.train import launch
 from amp.train.checkpoints import open_checkpoint
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig

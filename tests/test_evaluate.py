@@ -14,18 +14,18 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from helpers import launcher, run_ranks
 
 import amp
-from amp.checkpoint import read_adapter, write_adapter
 from amp.data.frozen_features import compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.text_features import encode_texts
 from amp.errors import AmpError
-from amp.model import Prompts
-from amp.retrieval.adapters import load_adapters
-from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions, spaced
+from amp.evaluate.adapters import load_adapters
+from amp.evaluate.per_query import load_queries
+from amp.evaluate.results import ResultFile
+from amp.model.adapter import read_adapter, write_adapter
+from amp.model.clip import Prompts
 from amp.retrieval.metrics import recalls
-from amp.retrieval.per_query import load_queries
-from amp.retrieval.results import ResultFile
+from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions, spaced
 from amp.terminal import Terminal
 
 KINDS = ("action", "attribute")
@@ -374,7 +374,7 @@ def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, 
 
 
 def test_everything_given_is_checked_before_a_model_is_loaded(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("amp.retrieval.run.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.run.create_model_and_transforms", None)
     with pytest.raises(SystemExit):
         command(
             "--adapters",
@@ -414,7 +414,7 @@ def test_everything_given_is_checked_before_a_model_is_loaded(command, tmp_path,
 def test_a_split_that_cant_be_searched_is_refused_first(command, monkeypatch, capsys, image, arguments, message):
     captions = SplitCaptions(["x"] * len(image), [amp.Knowledge()] * len(image), torch.tensor(image), 3)
     monkeypatch.setattr(SplitCaptions, "read", lambda *_: captions)
-    monkeypatch.setattr("amp.retrieval.run.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.run.create_model_and_transforms", None)
     with pytest.raises(SystemExit):
         command(*arguments)
     assert message in capsys.readouterr().err

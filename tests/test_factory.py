@@ -10,12 +10,12 @@ from conftest import make_clip, write_clip_folder
 from PIL import Image
 
 import amp
-from amp.checkpoint import save_adapter
-from amp.config import PromptConfig
 from amp.errors import AmpError
-from amp.factory import load_clip, refuse_quick_gelu_mismatch, refuse_unsupported_model
+from amp.model.adapter import save_adapter
+from amp.model.config import PromptConfig
+from amp.model.factory import load_clip, refuse_quick_gelu_mismatch, refuse_unsupported_model
+from amp.plan.memory import shapes_only
 from amp.train.config import ModelSettings, TrainConfig
-from amp.train.memory import shapes_only
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 from amp import files
 from amp.errors import AmpError
+from amp.evaluate.results import check_writable
 from amp.files import locked_folder, refuse_device, whole_file
-from amp.retrieval.results import check_writable
 
 # A process that takes the lock and forks a child, as training forks its decoding workers, which lives on.
 HOLDER = """

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageColor, ImageDraw
 
 from amp.errors import AmpError
-from amp.retrieval import drawing, gallery
-from amp.retrieval.gallery import (
+from amp.report import drawing, gallery
+from amp.report.gallery import (
     CaptionHit,
     ImageHit,
     ImageToText,
@@ -260,7 +260,7 @@ def test_plots_show_names_in_any_script(fonts):
     """Matplotlib warns of every character that it draws as a box."""
     from types import SimpleNamespace
 
-    from amp.retrieval.report_plots import dot_plot
+    from amp.report.plots import dot_plot
     from amp.sweep.plot import draw
 
     line = SimpleNamespace(values=[1], mean=lambda i: float(i), error=lambda i: 1.0)

@@ -106,8 +106,8 @@ def test_settings_choose_no_class(tmp_path, capsys, key):
 
 def test_templates_are_read_by_the_safe_loader(tmp_path):
     from amp.errors import AmpError
+    from amp.evaluate.table1 import load_published
     from amp.generation.prompts import load_template
-    from amp.retrieval.table1 import load_published
 
     canary, path = tmp_path / "canary", tmp_path / "x.yaml"
     for text in (f"version: !!python/object/apply:os.mkdir [{canary}]\n", "version: 0x" + "f" * 6000, "[" * 5000):

@@ -20,7 +20,7 @@ from amp.data.shards import MAX_MEMBER_BYTES, ShardFormatError, ShardManifest, S
 from amp.data.split import ShardSplit
 from amp.data.writer import make_shards
 from amp.errors import AmpError
-from amp.retrieval.photo_index import PhotoIndex, update_index
+from amp.search.photo_index import PhotoIndex, update_index
 
 GOOD = {"a.jpg": b"J" * 700, "a.json": json.dumps({"schema": 1, "key": "a", "captions": [{"text": "x"}]}).encode()}
 
@@ -311,7 +311,7 @@ def test_a_file_named_like_a_key_of_another_gets_its_own(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside.png", "a/../../outside.png"])
 def test_a_choice_names_no_photo_outside_the_folder(tmp_path, name):
-    from amp.retrieval.choice import load_choices
+    from amp.evaluate.choice import load_choices
 
     path = tmp_path / "swap.json"
     path.write_text(json.dumps({"0": {"filename": name, "caption": "a", "negative_caption": "b"}}))
@@ -325,10 +325,10 @@ def test_weights_under_another_name_are_no_weights(tmp_path, clip_folder, capsys
 
     import numpy as np
 
-    from amp.checkpoint import read_adapter
     from amp.data.frozen_features import FrozenFeatures
     from amp.data.text_features import TextFeatureStore
-    from amp.retrieval.per_query import load_queries
+    from amp.evaluate.per_query import load_queries
+    from amp.model.adapter import read_adapter
     from amp.retrieval.score_store import ScoreStore
     from amp.train.checkpoints import Checkpoint
 

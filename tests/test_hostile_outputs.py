@@ -13,13 +13,13 @@ from helpers import draw_dataset, launcher
 from hostile_helpers import one_error, training_arguments
 
 import amp
-from amp.checkpoint import read_adapter, save_adapter
 from amp.data.shards import ShardManifest
 from amp.data.writer import make_shards
 from amp.errors import AmpError, exit_on_error, public_command, without_secrets
+from amp.evaluate.results import write_atomically
 from amp.files import open_log, whole_file, write_json
 from amp.generation.cache import CacheError, ReplyCache
-from amp.retrieval.results import write_atomically
+from amp.model.adapter import read_adapter, save_adapter
 
 MINE = b"what is nobody else's business, without a newline"
 
@@ -132,7 +132,7 @@ def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_pat
         "launchers/train.py cache": training_arguments(shards, clip_folder, tmp_path, data__cache=f"{there}/x"),
         "tools/make_shards.py": ["--captions", given["captions"], "--images", given["images"], "--out", f"{here}/x"],
         "tools/generate_knowledge.py": ["--captions", given["captions"], "--out", f"{here}/x"],
-        "amp/search.py": ["--index", f"{there}/x", "--photos", given["images"], "--model", clip_folder,
+        "amp/commands/search.py": ["--index", f"{there}/x", "--photos", given["images"], "--model", clip_folder,
                           "--workers", "0"],
     }  # fmt: skip
     for name, arguments in calls.items():
@@ -170,8 +170,8 @@ def job(tmp_path_factory, clip_folder):
                                   given["knowledge"], "--out", str(root / "shards"), "--workers", "1"]),
         ("launchers/train.py", [*common, "--trackers", "[tensorboard]"]),
         ("launchers/evaluate.py", results),
-        ("amp/search.py", ["--index", str(root / "index"), "--adapter", str(adapter), "--photos", given["images"],
-                           "--workers", "0", "a dog chases a ball"]),
+        ("amp/commands/search.py", ["--index", str(root / "index"), "--adapter", str(adapter), "--photos",
+                                    given["images"], "--workers", "0", "a dog chases a ball"]),
     ]  # fmt: skip
     connected, out = [], io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):

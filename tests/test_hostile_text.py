@@ -42,12 +42,12 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
     import torch  # noqa: F401, of what is imported below
     from safetensors.numpy import save_file
 
-    from amp.checkpoint import FORMAT, read_adapter
+    from amp.evaluate.choice import load_choices
+    from amp.evaluate.results import ResultFile
     from amp.generation.cache import ReplyCache
     from amp.generation.settings import SETTINGS_NAME, Makers, Settings
-    from amp.retrieval.choice import load_choices
-    from amp.retrieval.photo_index import PhotoIndex
-    from amp.retrieval.results import ResultFile
+    from amp.model.adapter import FORMAT, read_adapter
+    from amp.search.photo_index import PhotoIndex
     from amp.train.checkpoints import open_checkpoint
     from amp.train.config import TrainConfig
     from amp.train.launch import deepspeed_settings
@@ -188,8 +188,8 @@ def test_csv_with_nul_and_formulas_is_text(tmp_path):
 
 
 def test_no_cell_of_our_tables_is_a_formula(tmp_path):
-    from amp.retrieval.choice import Choices, save_choices
-    from amp.retrieval.verbs import VerbCount, save_verbs
+    from amp.evaluate.choice import Choices, save_choices
+    from amp.evaluate.verbs import VerbCount, save_verbs
 
     verbs = [VerbCount(verb, 1, 0, 1, 1, 0) for verb in ("=cmd|x", "+1", "-2", "@sum", "\tx", "run")]
     rows = list(csv.reader(io.StringIO(save_verbs(tmp_path / "v.csv", {"=row": verbs}).read_text())))
@@ -377,7 +377,7 @@ def test_make_shards_shows_evil_names_as_they_are(tmp_path, capsys):
 
 
 def test_a_search_shows_evil_names_as_they_are(tmp_path, capsys, clip_folder):
-    from amp import search
+    from amp.commands import search
 
     root = tmp_path / "photos"
     root.mkdir()
@@ -411,11 +411,11 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     import numpy as np
 
     from amp.data.split import ShardSplit
-    from amp.retrieval.evaluate import SplitCaptions
-    from amp.retrieval.per_query import QueryResults
-    from amp.retrieval.report import ReportInput, write_report
-    from amp.retrieval.report_plots import dot_plot, results_plot
-    from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow
+    from amp.evaluate.per_query import QueryResults
+    from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+    from amp.report.page import ReportInput, write_report
+    from amp.report.plots import dot_plot, results_plot
+    from amp.retrieval.split_search import SplitCaptions
 
     figures = {1: 10.0, 5: 20.0, 10: 30.0}
     direction = DirectionResult(figures, figures, figures, 2, 2, 1.0, {k: (0.0, v) for k, v in figures.items()})

@@ -15,9 +15,9 @@ from PIL import Image
 import amp
 from amp.commands import publish
 from amp.data.shards import sha256_of
-from amp.export import INPUTS, ImageEncoder
+from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+from amp.publish.export import INPUTS, ImageEncoder
 from amp.retrieval.metrics import KS
-from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow
 
 READOUT = {"interaction": "readout", "interaction_layer": 1, "readout_blocks": 1, "triplet_heads": 4,
            "text_enrichment": True, "text_triplets": True, "image_projection": True}  # fmt: skip
@@ -76,7 +76,7 @@ def test_the_folder_gives_the_same_model(folder, adapter, base, images, knowledg
 
 def test_config_json_names_the_base_and_no_place_of_the_machine(folder, adapter, base):
     config = json.loads((folder / "config.json").read_text())
-    header, _ = amp.hub.read_adapter(adapter)
+    header, _ = amp.publish.hub.read_adapter(adapter)
     assert config["base_model"] == {"name": base, "pretrained": None, "sha256": header.base_hash, "quick_gelu": False}
     assert config["prompt"]["interaction"] == "readout"
     assert config["training"]["config"]["data"]["shards"] == "dogs"
@@ -138,7 +138,7 @@ def test_the_card_tells_the_run_and_escapes_what_it_quotes(adapter, tmp_path):
     assert yaml.safe_load(header)["base_model"] == "org/clip"
     assert "| base \\| &lt;b&gt;CLIP&lt;/b&gt; | 10.0 | 11.0 | 12.0 | 20.2 | 21.2 | 22.2 | 96.8 |" in text
     assert "| stage 1: epochs, peak rate | 2, 0.1 |" in text and "| data | dogs |" in text
-    assert amp.hub.read_adapter(adapter)[0].base_hash in text
+    assert amp.publish.hub.read_adapter(adapter)[0].base_hash in text
     assert "Not evaluated" in (amp.save_pretrained(tmp_path / "bare", adapter) / "README.md").read_text()
 
 
@@ -210,7 +210,7 @@ def photos(tmp_path) -> tuple[Path, list[tuple[str, str]]]:
 @pytest.mark.parametrize("pretrained", ["adapter", "base"])
 def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeypatch, pretrained):
     pytest.importorskip("clip_benchmark")
-    from amp import clip_benchmark
+    from amp.publish import clip_benchmark
 
     root, rows = photos
     monkeypatch.setattr(sys, "argv", [
@@ -242,7 +242,7 @@ def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeyp
 
 
 def test_clip_benchmark_refuses_other_names(folder):
-    from amp.clip_benchmark import load_amp
+    from amp.publish.clip_benchmark import load_amp
 
     with pytest.raises(amp.AmpError, match="expected 'adapter' or 'base'"):
         load_amp(str(folder), "laion2b")

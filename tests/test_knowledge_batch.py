@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.schema import Knowledge, Triplet
+from amp.knowledge.tensors import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.text import select, state_text, state_texts
 
 DOG = Triplet("dog", "jumps", "")

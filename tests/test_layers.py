@@ -9,11 +9,11 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from amp.layers.interaction import ActionAwareInteraction, CrossAttention, SelfAttentionWithMap
-from amp.layers.prompt_adapter import PromptAdapter
-from amp.layers.transformer_block import TransformerBlock
-from amp.layers.triplet_encoder import TripletEncoder, with_null
-from amp.layers.visual_prompts import VisualPrompts
+from amp.model.layers.interaction import ActionAwareInteraction, CrossAttention, SelfAttentionWithMap
+from amp.model.layers.prompt_adapter import PromptAdapter
+from amp.model.layers.transformer_block import TransformerBlock
+from amp.model.layers.triplet_encoder import TripletEncoder, with_null
+from amp.model.layers.visual_prompts import VisualPrompts
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import amp
-from amp.train.config import DataSettings, ModelSettings, TrainConfig
-from amp.train.memory import (
+from amp.plan.memory import (
     Allocations,
     Parameters,
     SimulatedObjective,
@@ -31,6 +30,7 @@ from amp.train.memory import (
     static_memory,
     tensors_of,
 )
+from amp.train.config import DataSettings, ModelSettings, TrainConfig
 from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
@@ -271,7 +271,7 @@ import json, sys
 import torch
 from amp.train.config import *
 from amp.train.launch import make_accelerator
-from amp.train.memory import bytes_of
+from amp.plan.memory import bytes_of
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState

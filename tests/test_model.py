@@ -7,12 +7,12 @@ import torch
 from conftest import CLIP_VARIANTS, make_clip, make_model
 from torch.testing import assert_close
 
-from amp.config import PromptConfig
 from amp.errors import AmpError
-from amp.knowledge.batch import KnowledgeBatch
 from amp.knowledge.schema import Knowledge
+from amp.knowledge.tensors import KnowledgeBatch
 from amp.knowledge.text import state_text
-from amp.model import ActionAwareCLIP
+from amp.model.clip import ActionAwareCLIP
+from amp.model.config import PromptConfig
 from amp.train.stages import set_trainable
 
 VARIANTS = sorted(CLIP_VARIANTS)

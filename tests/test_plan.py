@@ -20,12 +20,12 @@ import amp
 from amp.data.shards import ShardManifest
 from amp.errors import AmpError
 from amp.knowledge.text import state_texts
-from amp.train import plan_checks
+from amp.plan import checks as plan_checks
+from amp.plan.checks import DEEPSPEED_KEYS, counted, in_bytes
+from amp.plan.plan import PlanSettings, Steps, make_plan, steps_table
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
-from amp.train.plan import PlanSettings, Steps, make_plan, steps_table
-from amp.train.plan_checks import DEEPSPEED_KEYS, counted, in_bytes
 from amp.train.resume import record
 
 PAGE = ROOT / "docs/plan.md"

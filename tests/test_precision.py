@@ -10,16 +10,16 @@ from conftest import make_model
 from training_run import small_run
 
 from amp.errors import AmpError
-from amp.export import export_image_encoder
-from amp.factory import to_precision
-from amp.retrieval.attention import attention_maps
-from amp.retrieval.evaluate import RetrievalSettings
-from amp.retrieval.run import evaluate
+from amp.evaluate.run import evaluate
+from amp.model.factory import to_precision
+from amp.plan.checks import check_launch
+from amp.plan.plan import PlanSettings, make_plan
+from amp.publish.export import export_image_encoder
+from amp.report.attention import attention_maps
+from amp.retrieval.split_search import RetrievalSettings
 from amp.train.config import StageSettings
 from amp.train.engine import train
 from amp.train.launch import precision_problems
-from amp.train.plan import PlanSettings, make_plan
-from amp.train.plan_checks import check_launch
 
 READOUT = {"interaction": "readout", "text_enrichment": True, "text_triplets": True, "image_projection": True}
 PROMPTS = {
@@ -94,7 +94,7 @@ def test_low_precision_trains_and_is_evaluated(config, weights, autocast, tmp_pa
 
 def test_two_low_types_are_refused_before_anything_is_computed(config, tmp_path, monkeypatch):
     monkeypatch.setattr("amp.train.engine.open_splits", None)
-    monkeypatch.setattr("amp.retrieval.run.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.run.create_model_and_transforms", None)
     config = replace(config, model=replace(config.model, precision="fp16"), mixed_precision="bf16")
     words = "model.precision is 'fp16' and autocast .* is 'bf16'.*--mixed_precision no"
     with pytest.raises(AmpError, match=words):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_evaluate import TOP_K, World
 
 from amp.errors import AmpError
-from amp.retrieval.probes import enriched_text, probe, shuffled, siblings
+from amp.evaluate.probes import enriched_text, probe, shuffled, siblings
 
 
 @pytest.fixture(scope="module")

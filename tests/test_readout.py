@@ -10,7 +10,7 @@ from conftest import make_model
 from test_evaluate import World
 
 import amp
-from amp.layers.readout import KnowledgeReadout
+from amp.model.layers.readout import KnowledgeReadout
 from amp.train.losses import pair_similarity
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names

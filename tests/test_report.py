@@ -11,13 +11,13 @@ import torch
 from helpers import launcher
 from test_evaluate import World
 
-from amp.checkpoint import save_adapter
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.retrieval.attention import attention_maps
-from amp.retrieval.per_query import QueryResults, load_queries
-from amp.retrieval.report import OUTCOMES, choose_rows, counts, outcomes
-from amp.retrieval.report_plots import sweep_plot
+from amp.evaluate.per_query import QueryResults, load_queries
+from amp.model.adapter import save_adapter
+from amp.report.attention import attention_maps
+from amp.report.page import OUTCOMES, choose_rows, counts, outcomes
+from amp.report.plots import sweep_plot
 
 EVIL = "</script><img src=x onerror=\"document.title='broken in'\"><b>dog</b> & \u2028 {{7*7}} __DATA__"
 

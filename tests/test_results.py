@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from amp.errors import AmpError
-from amp.retrieval.report import table_of
-from amp.retrieval.report_plots import results_plot
-from amp.retrieval.results import DirectionResult, ResultFile, RetrievalRow, write_atomically
+from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow, write_atomically
+from amp.report.page import table_of
+from amp.report.plots import results_plot
 
 
 def direction(r1: float, r5: float, r10: float, ceiling: float = 90.0, top_k: int = 20, seconds: float = 12.5):

@@ -18,7 +18,7 @@ from training_run import TrainingRun, small_run, steps_of
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.retrieval.evaluate import Retrieval
+from amp.retrieval.split_search import Retrieval
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.stopping import StopRequest

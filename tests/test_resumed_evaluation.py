@@ -9,8 +9,8 @@ from helpers import run_ranks
 from test_evaluate import World
 
 from amp.retrieval import score_store
-from amp.retrieval.pair_scorer import PairScorer
 from amp.retrieval.score_store import ScoreStore, content_key
+from amp.retrieval.scorer import PairScorer
 
 PAIRS = ("t2i", "i2t pairwise")
 

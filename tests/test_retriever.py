@@ -14,15 +14,15 @@ from helpers import _draw
 from PIL import Image
 
 import amp
-from amp import search as command
-from amp.checkpoint import save_adapter
+from amp.commands import search as command
 from amp.errors import AmpError
 from amp.files import open_log
-from amp.retrieval import photo_index
-from amp.retrieval.contact_sheet import draw_contact_sheet
-from amp.retrieval.drawing import save_picture
-from amp.retrieval.photo_index import PhotoIndex, Update
-from amp.retrieval.retriever import Found, Hit
+from amp.model.adapter import save_adapter
+from amp.report.contact_sheet import draw_contact_sheet
+from amp.report.drawing import save_picture
+from amp.search import photo_index
+from amp.search.photo_index import PhotoIndex, Update
+from amp.search.retriever import Found, Hit
 from amp.terminal import PlainConsole
 
 PHOTOS = 14

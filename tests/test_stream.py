@@ -20,7 +20,7 @@ from amp.data.shards import ShardManifest, sha256_of
 from amp.data.split import ShardSplit
 from amp.data.stream import TrainingSamples, stable_id, training_loader
 from amp.data.text_features import encode_texts
-from amp.retrieval.evaluate import SplitCaptions
+from amp.retrieval.split_search import SplitCaptions
 
 KINDS = ("action", "attribute")
 SEED = 3

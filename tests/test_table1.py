@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.retrieval.baseline import baseline
-from amp.retrieval.evaluate import RetrievalSettings, SplitCaptions
-from amp.retrieval.results import ResultFile
-from amp.retrieval.table1 import DATASETS, anomalies, commands, load_published, render_markdown
+from amp.evaluate.baseline import baseline
+from amp.evaluate.results import ResultFile
+from amp.evaluate.table1 import DATASETS, anomalies, commands, load_published, render_markdown
+from amp.retrieval.split_search import RetrievalSettings, SplitCaptions
 from amp.terminal import Terminal
 from amp.train.config import DataSettings, ModelSettings
 

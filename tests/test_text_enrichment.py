@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import make_model
 from test_evaluate import World
 
-from amp.layers.text_enrichment import TextEnrichment
+from amp.model.layers.text_enrichment import TextEnrichment
 from amp.train.stages import trainable_names
 
 

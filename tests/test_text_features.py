@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import make_clip
 
-from amp.backbone import Backbone, make_backbone
 from amp.data.text_features import TextFeatureStore, cut_texts, encode_texts, text_keys
 from amp.errors import AmpError
 from amp.knowledge.text import surely_cut
+from amp.model.towers.base import Backbone, make_backbone
 
 TEXTS = ["a dog", "a dog runs", "", "two cats, asleep", "un chien naïf 🐕", "a dog "]
 

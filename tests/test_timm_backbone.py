@@ -25,15 +25,15 @@ from timm_towers import (
 from torch.testing import assert_close
 
 import amp
-from amp.backbone import make_backbone
-from amp.checkpoint import load_adapter, save_adapter
 from amp.data.stream import Batch
-from amp.factory import to_precision
-from amp.knowledge.batch import TripletTokenizer
-from amp.model import ActionAwareCLIP
-from amp.retrieval.attention import attention_maps
+from amp.knowledge.tensors import TripletTokenizer
+from amp.model.adapter import load_adapter, save_adapter
+from amp.model.clip import ActionAwareCLIP
+from amp.model.factory import to_precision
+from amp.model.towers.base import make_backbone
+from amp.plan.memory import shapes_only
+from amp.report.attention import attention_maps
 from amp.train.config import ModelSettings, TrainConfig
-from amp.train.memory import shapes_only
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import amp
-from amp.checkpoint import save_adapter
 from amp.data.writer import make_shards
 from amp.errors import AmpError
+from amp.model.adapter import save_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools" / "scenes"))

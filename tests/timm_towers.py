@@ -128,8 +128,8 @@ def make_timm_clip(tower: str, seed: int = 0):
 
 def make_timm_model(tower: str, trained: bool = False, **prompt_settings):
     """An `ActionAwareCLIP` around `make_timm_clip`; `trained` shakes its own parameters."""
-    from amp.config import PromptConfig
-    from amp.model import ActionAwareCLIP
+    from amp.model.clip import ActionAwareCLIP
+    from amp.model.config import PromptConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from amp.config import PromptConfig
+from amp.model.config import PromptConfig
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
 
 

@@ -10,7 +10,7 @@ with exit_on_error():
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
 
 # name -> (x, y, kind, text); a unit is about the height of a box.
 BOXES = {
@@ -70,7 +70,7 @@ def draw(out: str = "docs/architecture.png") -> None:
     axes.plot([-1.3, 18.8], [-1.15, -1.15], color="#999999", linewidth=0.8)
     heading = {"fontsize": 11, "weight": "bold", "va": "center"}
     axes.text(-1.2, 5.5, "From files to answers", **heading)
-    step = "In a step of training or re-ranking: amp.model.ActionAwareCLIP around a frozen open_clip model"
+    step = "In a step of training or re-ranking: amp.model.clip.ActionAwareCLIP around a frozen open_clip model"
     axes.text(-1.2, -1.6, step, **heading)
     for place, (kind, said) in enumerate(
         {"file": "files", "program": "programs", "frozen": "frozen CLIP", "trained": "trained"}.items()

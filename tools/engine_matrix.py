@@ -28,7 +28,7 @@ with exit_on_error():
     from safetensors.torch import load_file
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).resolve().parents[1]

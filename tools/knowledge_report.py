@@ -14,9 +14,9 @@ from pathlib import Path
 from amp.errors import Problems, exit_on_error, printable
 
 with exit_on_error():
+    from amp.evaluate.results import check_writable, write_atomically
     from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
     from amp.generation.replies import triplet_line
-    from amp.retrieval.results import check_writable, write_atomically
 
 
 @exit_on_error()
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     from open_clip import SimpleTokenizer
     from rich.markdown import Markdown
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
     parser = CommandLine(description=__doc__.partition("\n")[0])

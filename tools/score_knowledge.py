@@ -18,15 +18,15 @@ from amp.errors import exit_on_error
 
 with exit_on_error():
     from amp.data.tables import jsonl_objects
+    from amp.evaluate.results import check_writable, write_atomically
     from amp.generation.replies import triplet_line
     from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
     from amp.knowledge.schema import Knowledge, parse_knowledge
-    from amp.retrieval.results import check_writable, write_atomically
 
 
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
     parser = CommandLine(description=__doc__.partition("\n")[0])

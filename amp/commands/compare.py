@@ -9,7 +9,7 @@ the .npz file beside each JSON file.
 
 from dataclasses import dataclass
 
-from amp.command import CommandLine, check_given
+from amp.command_line import CommandLine, check_given
 from amp.errors import exit_on_error
 
 
@@ -46,8 +46,8 @@ def parser() -> CommandLine:
 def main(arguments: list[str] | None = None) -> None:
     settings = CompareSettings(**vars(parser().parse_args(arguments)))
     check_given(settings, "a")
-    from amp.retrieval.compare import compare
-    from amp.retrieval.results import check_writable
+    from amp.evaluate.compare import compare
+    from amp.evaluate.results import check_writable
     from amp.terminal import PlainConsole, Terminal
 
     if settings.out is not None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from amp.command import CommandLine
+from amp.command_line import CommandLine
 from amp.errors import exit_on_error
-from amp.retrieval.evaluate import RetrievalSettings
+from amp.retrieval.split_search import RetrievalSettings
 from amp.train.command import command_line, read_command_line
 
 
@@ -54,10 +54,10 @@ def parser() -> CommandLine:
 def main(arguments: list[str] | None = None) -> None:
     evaluation, config = read_command_line(parser(), arguments, EvaluationSettings)
     if evaluation.gallery is not None:
-        from amp.retrieval.drawing import picture_format
+        from amp.report.drawing import picture_format
 
         picture_format(evaluation.gallery)
-    from amp.retrieval.run import evaluate
+    from amp.evaluate.run import evaluate
 
     evaluate(
         config,

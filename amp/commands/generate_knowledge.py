@@ -40,7 +40,7 @@ ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": V
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
     parser = CommandLine(

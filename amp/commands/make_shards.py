@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Imported here because the worker processes import this file too.
     from rich.table import Table
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
     parser = CommandLine(

@@ -9,7 +9,7 @@ amp.from_pretrained("models/mine"), `amp search --adapter models/mine` and hf-hu
 
 from dataclasses import dataclass
 
-from amp.command import CommandLine, check_given
+from amp.command_line import CommandLine, check_given
 from amp.errors import exit_on_error
 
 
@@ -48,7 +48,7 @@ def parser() -> CommandLine:
 def main(arguments: list[str] | None = None) -> None:
     settings = PublishSettings(**vars(parser().parse_args(arguments)))
     check_given(settings, "adapter")
-    from amp.hub import push_to_hub, save_pretrained
+    from amp.publish.hub import push_to_hub, save_pretrained
     from amp.terminal import Terminal
 
     terminal = Terminal(True)

@@ -11,7 +11,7 @@ shown, and the TensorBoard files of their runs give the training curves.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amp.command import CommandLine, check_given
+from amp.command_line import CommandLine, check_given
 from amp.errors import AmpError, Problems, exit_on_error
 from amp.train.command import command_line, read_command_line
 from amp.train.config import TrainConfig
@@ -55,14 +55,14 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     """Collects what the page shows and writes it."""
     from amp.data.split import ShardSplit
     from amp.device import usable_device
-    from amp.factory import create_model_and_transforms
-    from amp.retrieval.adapters import adapted, named_adapters
-    from amp.retrieval.evaluate import SplitCaptions
-    from amp.retrieval.per_query import load_queries
-    from amp.retrieval.protocol import captions_hash
-    from amp.retrieval.report import ReportInput, write_report
-    from amp.retrieval.report_plots import results_plot, sweep_plot, training_plot
-    from amp.retrieval.results import ResultFile, check_writable
+    from amp.evaluate.adapters import adapted, named_adapters
+    from amp.evaluate.per_query import load_queries
+    from amp.evaluate.protocol import captions_hash
+    from amp.evaluate.results import ResultFile, check_writable
+    from amp.model.factory import create_model_and_transforms
+    from amp.report.page import ReportInput, write_report
+    from amp.report.plots import results_plot, sweep_plot, training_plot
+    from amp.retrieval.split_search import SplitCaptions
     from amp.terminal import Terminal
 
     check_given(settings, "results")

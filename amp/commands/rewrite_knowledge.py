@@ -21,7 +21,7 @@ from amp.errors import exit_on_error
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
     parser = CommandLine(description=__doc__.partition("\n")[0])

@@ -16,12 +16,12 @@ resolved configuration; OUT/open-clip-amp the TensorBoard logs.
 
 import argparse
 
-from amp.command import CommandLine
+from amp.command_line import CommandLine
 from amp.errors import exit_on_error
+from amp.plan.plan import PlanSettings, make_plan, print_plan
 from amp.terminal import PlainConsole
 from amp.train.command import ConfigFile
 from amp.train.config import TrainConfig
-from amp.train.plan import PlanSettings, make_plan, print_plan
 
 
 def parser() -> CommandLine:

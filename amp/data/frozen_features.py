@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
 from amp.data.decode import DECODING_VERSION
-from amp.data.folders import build_folder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.model import ActionAwareCLIP
+from amp.folders import build_folder
+from amp.model.clip import ActionAwareCLIP
 
 
 class FrozenFeatures:

@@ -11,8 +11,8 @@ from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, fe
 from amp.data.split import ShardSplit
 from amp.data.stream import KnowledgeCollator
 from amp.data.text_features import TextFeatureStore, encode_texts
-from amp.knowledge.batch import TripletTokenizer
-from amp.model import ActionAwareCLIP
+from amp.knowledge.tensors import TripletTokenizer
+from amp.model.clip import ActionAwareCLIP
 from amp.terminal import Terminal
 
 

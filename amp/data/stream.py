@@ -17,8 +17,8 @@ from amp.data.pixels import RandomCrop
 from amp.data.shared_images import SharedImages
 from amp.data.split import ShardSplit
 from amp.data.text_features import TextFeatureStore
-from amp.knowledge.batch import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.schema import Knowledge
+from amp.knowledge.tensors import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.text import tower_texts
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amp.backbone import Backbone
-from amp.data.folders import build_folder
 from amp.errors import AmpError
+from amp.folders import build_folder
+from amp.model.towers.base import Backbone
 
 
 class TextFeatureStore:

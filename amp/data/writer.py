@@ -34,7 +34,6 @@ from amp.cores import usable_cores
 from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
 from amp.data.file_names import composed, find_file
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
-from amp.data.parts import part_of
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
 from amp.data.shards import (
     MANIFEST_NAME,
@@ -57,6 +56,7 @@ from amp.errors import AmpError, public_command, too_many_skipped
 from amp.files import locked_folder, write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
+from amp.parts import part_of
 from amp.terminal import PlainConsole
 from amp.version import __version__
 

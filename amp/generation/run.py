@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from amp.data.parts import part_of
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shards import MANIFEST_NAME, ShardManifest
 from amp.data.sources import CaptionedImage, CaptionSource, load_captions, normal_split
@@ -27,6 +26,7 @@ from amp.generation.merge import Summary, merge_knowledge
 from amp.generation.progress import Counts
 from amp.generation.prompts import load_template, readable
 from amp.generation.settings import SETTINGS_NAME, Makers, Settings
+from amp.parts import part_of
 from amp.terminal import PlainConsole
 
 STAGES = ("triplets", "rules", "states")

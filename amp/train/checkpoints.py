@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from amp.checkpoint import read_adapter
 from amp.data.shards import sha256_of
 from amp.errors import AmpError, shorten
 from amp.json_text import parse_json
+from amp.model.adapter import read_adapter
 from amp.version import __version__
 
 FORMAT = "open-clip-amp checkpoint"

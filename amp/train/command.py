@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from jsonargparse import ActionConfigFile
 
-from amp.command import CommandLine
+from amp.command_line import CommandLine
 from amp.errors import AmpError
 from amp.train.config import TrainConfig
 

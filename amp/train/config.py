@@ -6,9 +6,9 @@ Numbers marked ours are this project's: the paper's supplement with its hyper-pa
 from dataclasses import dataclass, field
 from typing import Literal
 
-from amp.config import PromptConfig
 from amp.errors import AmpError
-from amp.retrieval.evaluate import RetrievalSettings
+from amp.model.config import PromptConfig
+from amp.retrieval.split_search import RetrievalSettings
 from amp.train.objective import Conditioning
 
 

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from amp.checkpoint import load_adapter
 from amp.cores import use_cores
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
@@ -22,10 +21,11 @@ from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.data.stream import TrainingSamples, training_loader
 from amp.errors import AmpError
-from amp.factory import create_model_and_transforms
+from amp.evaluate.results import write_atomically
 from amp.files import locked_folder
-from amp.retrieval.evaluate import Retrieval, SplitCaptions
-from amp.retrieval.results import write_atomically
+from amp.model.adapter import load_adapter
+from amp.model.factory import create_model_and_transforms
+from amp.retrieval.split_search import Retrieval, SplitCaptions
 from amp.terminal import Terminal
 from amp.train.checkpoints import ADAPTER, Checkpoint, Checkpoints
 from amp.train.config import TrainConfig

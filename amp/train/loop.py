@@ -16,11 +16,11 @@ from accelerate.utils import set_seed
 from safetensors.torch import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from amp.checkpoint import save_adapter
 from amp.data.stream import Batch
 from amp.distributed import all_gather, rank
 from amp.errors import AmpError
 from amp.files import open_log
+from amp.model.adapter import save_adapter
 from amp.train.checkpoints import ADAPTER, OPTIMIZER, Checkpoint
 from amp.train.objective import Objective
 from amp.train.resume import adapter_path, identity
@@ -29,7 +29,7 @@ from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
 
 if TYPE_CHECKING:
-    from amp.retrieval.evaluate import Retrieval
+    from amp.retrieval.split_search import Retrieval
     from amp.train.engine import Run
 
 SKIPPED = "skipped.jsonl"

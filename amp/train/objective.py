@@ -15,7 +15,7 @@ import torch
 
 from amp.data.stream import Batch
 from amp.distributed import all_gather, all_gather_with_grad, rank, world_size
-from amp.knowledge.batch import KnowledgeBatch
+from amp.knowledge.tensors import KnowledgeBatch
 from amp.train import losses
 from amp.train.negatives import draw_negatives, gumbel_noise
 

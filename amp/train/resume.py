@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from amp.checkpoint import read_adapter
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
+from amp.model.adapter import read_adapter
 from amp.train.checkpoints import ADAPTER, Checkpoint, Checkpoints
 from amp.train.config import TrainConfig
 

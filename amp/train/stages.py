@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from amp.model import ActionAwareCLIP
+from amp.model.clip import ActionAwareCLIP
 
 
 def trainable_names(model: ActionAwareCLIP, stage: int) -> set[str]:

@@ -13,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from amp.distributed import rank, world_size
 from amp.errors import AmpError
-from amp.model import ActionAwareCLIP
+from amp.model.clip import ActionAwareCLIP
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -22,10 +22,10 @@ with exit_on_error():
     import scenes as world
     from jsonargparse import auto_cli
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
+    from amp.evaluate.results import write_atomically
     from amp.files import whole_file
-    from amp.retrieval.drawing import save_picture
-    from amp.retrieval.results import write_atomically
+    from amp.report.drawing import save_picture
     from amp.terminal import Terminal
 
 

@@ -29,10 +29,10 @@ with exit_on_error():
     from scene_language import PLACE_WORDS, noun_phrase, pick
     from scenes import captions, draw, make_scene
 
-    from amp.backbone import make_backbone
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.knowledge.schema import Triplet
     from amp.knowledge.text import state_text
+    from amp.model.towers.base import make_backbone
     from amp.terminal import Terminal
 
 STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's

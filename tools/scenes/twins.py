@@ -22,7 +22,7 @@ with exit_on_error():
     import numpy as np
     import torch
 
-    from amp.command import CommandLine
+    from amp.command_line import CommandLine
     from amp.train.command import command_line, read_command_line
     from amp.train.config import TrainConfig
     from amp.train.losses import pair_similarity
@@ -185,11 +185,11 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     """
     from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
     from amp.data.split import ShardSplit
-    from amp.factory import create_model_and_transforms
-    from amp.retrieval.adapters import load_adapters, named_adapters
-    from amp.retrieval.evaluate import Retrieval, RetrievalSettings, SplitCaptions
-    from amp.retrieval.probes import grey
-    from amp.retrieval.results import check_writable, write_atomically
+    from amp.evaluate.adapters import load_adapters, named_adapters
+    from amp.evaluate.probes import grey
+    from amp.evaluate.results import check_writable, write_atomically
+    from amp.model.factory import create_model_and_transforms
+    from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions
     from amp.terminal import Terminal
     from amp.train.launch import make_accelerator
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amp.data.folders import build_folder
 from amp.data.shards import sha256_of
+from amp.folders import build_folder
 from amp.generation.engines.base import EngineError
 
 DEFAULT_FOLDER = Path("~/.cache/open-clip-amp/gguf")

@@ -1,0 +1,192 @@
+"""Searches a folder of photos by text.
+
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
+        "a dog jumps over a hurdle"
+
+The first command makes the index, or brings it up to date after photos have changed; a query may stand beside it. The
+base model is the one that the adapter was trained on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from amp.command_line import CommandLine
+from amp.errors import AmpError, exit_on_error, printable
+
+
+@dataclass
+class SearchSettings:
+    """A search.
+
+    Args:
+        index: Folder of the index.
+        photos: Folder of photos whose index is made or brought up to date first.
+        adapter: Adapter file of a run, folder of `amp publish`, or hf-hub:ORG/REPO; null searches with the base model
+            alone.
+        model: Base model, as open_clip names it; null takes the one in the adapter's record.
+        pretrained: Its weights, as open_clip names them.
+        count: Photos that are shown.
+        top_k: Photos that are re-ranked (paper: 20).
+        fusion_weight: Of the base model's score beside the new one.
+        knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
+        engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
+        sheet: Picture of the photos found, a file such as found.png or found.jpg.
+        device: Where the model runs; null takes a GPU if there is one.
+        batch_size: Photos a forward pass.
+        workers: Decoding processes.
+    """
+
+    index: str = ""
+    photos: str | None = None
+    adapter: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
+    count: int = 12
+    top_k: int = 20
+    fusion_weight: float = 0.0
+    knowledge: Literal["rules", "transformers", "openai", "vllm", "none"] = "rules"
+    engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    sheet: str | None = None
+    device: str | None = None
+    batch_size: int = 32
+    workers: int = 4
+
+
+def parser() -> CommandLine:
+    usage = '%(prog)s --index FOLDER [--KEY VALUE ...] "QUERY"'
+    parser = CommandLine(usage=usage, description=__doc__.split("\n")[0])
+    parser.add_argument("query", nargs="?", default=None, help="what the photo shows")
+    parser.add_class_arguments(SearchSettings, as_group=False)
+    return parser
+
+
+def retriever(settings: SearchSettings, asks: bool):
+    """The `Retriever` of the settings; where nobody `asks`, an index needs no generator of knowledge.
+
+    Raises:
+        AmpError: Neither adapter nor model, or one that can't be loaded.
+    """
+    from amp.device import usable_device
+    from amp.generation.query import KnowledgeGenerator
+    from amp.model.factory import create_model_and_transforms, refuse_unknown_model
+    from amp.search.retriever import Retriever
+
+    device = usable_device(settings.device)
+    common: dict[str, Any] = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
+    if settings.adapter is None:
+        if settings.model is None:
+            raise AmpError("adapter and model are both missing, expected one of them; add --adapter FILE")
+        if ":" not in settings.model and not settings.pretrained:
+            refuse_unknown_model(settings.model, None)
+            raise AmpError(
+                f"pretrained is missing, expected the weights of {settings.model}, since random ones find photos by "
+                "chance; add --pretrained TAG, as open_clip.list_pretrained() lists them, or --pretrained FILE"
+            )
+        model, _, preprocess = create_model_and_transforms(settings.model, settings.pretrained, device=device)
+        return Retriever(model, preprocess, settings.index, top_k=0, **common)
+    knowledge = None
+    if asks and settings.knowledge != "none":
+        knowledge = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options,
+                                       cache=Path(settings.index) / "replies")  # fmt: skip
+    return Retriever.from_adapter(settings.adapter, settings.index, settings.model, settings.pretrained, device,
+                                  knowledge=knowledge, top_k=settings.top_k, **common)  # fmt: skip
+
+
+@exit_on_error("the same command goes on from there")
+def main(arguments: list[str] | None = None) -> None:
+    parsed = parser().parse_args(arguments)
+    query = parsed.pop("query")
+    settings = SearchSettings(**vars(parsed))
+    if not settings.index:
+        raise AmpError("index is empty, expected a folder; add --index FOLDER")
+    if query is None and settings.photos is None:
+        raise AmpError('neither query nor photos, expected one: amp search --index FOLDER "a dog jumps"')
+    if settings.sheet is not None:
+        from amp.report.drawing import picture_format
+
+        picture_format(settings.sheet)  # said before minutes of work
+    import torch
+
+    from amp.cores import use_cores
+    from amp.model.factory import quiet_open_clip
+    from amp.terminal import PlainConsole, Terminal
+
+    quiet_open_clip()
+    terminal, console = Terminal(True), PlainConsole()
+    gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
+    use_cores(0 if settings.photos is None else settings.workers, gpu)
+    with terminal.progress("loading the model"):
+        search = retriever(settings, asks=query is not None)
+    if settings.photos is not None:
+        with terminal.progress("encoding photos", "photos") as report:
+            update = search.update(settings.photos, settings.workers, report)
+        tell_update(terminal.say, update, settings.index)
+    if query is not None:
+        if search.index.pending:
+            terminal.say(
+                f"{search.index.pending:,} photos are not searched, since their encoding was interrupted; add "
+                "--photos FOLDER to encode the rest"
+            )
+        if settings.sheet is not None and search.index.holds(settings.sheet):
+            raise AmpError(f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; give a "
+                           "path outside the folder of photos")  # fmt: skip
+        if search.cuts(query):
+            terminal.say(
+                f"the query is longer than the {search.model.backbone.context_length} tokens that the model reads; its "
+                "end has no effect on the model; shorten it"
+            )
+        show(console, search.search(query, settings.count), settings.sheet)
+
+
+def tell_update(say: Callable[[str], None], update, index: str) -> None:
+    """Says what an update of the index did."""
+    from amp.search.photo_index import SKIPPED
+
+    counts = f"{update.encoded:,} encoded, {update.photos - update.encoded:,} kept, {update.removed:,} removed"
+    say(f"{update.photos:,} photos in {index}: {counts}")
+    for line in skipped_lines(update.skipped):
+        say(line)
+    if update.skipped:
+        say(f"{Path(index) / SKIPPED} lists all {len(update.skipped):,} skipped files and folders")
+    left = {"hidden files and folders": update.hidden, "files that are no photos": update.others}
+    if any(left.values()):
+        say("left out: " + ", ".join(f"{count:,} {what}" for what, count in left.items() if count))
+
+
+def skipped_lines(skipped: Mapping[Any, str]) -> list[str]:
+    """One line per reason, with the first names."""
+    named: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        named.setdefault(reason.partition(" (")[0], []).append(str(name))
+    return [
+        f"skipped {len(names):,}, {reason}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for reason, names in named.items()
+    ]
+
+
+def show(console, found, sheet: str | None) -> None:
+    """Prints what was found, and draws the contact sheet."""
+    from rich.text import Text
+
+    from amp.report.contact_sheet import draw_contact_sheet
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style), soft_wrap=True)  # a path cut in two can't be copied
+
+    for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
+        slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)
+        line(f"<{slots}>  {state}", "dim")
+    line("rank  score  CLIP's rank and score  photo", "bold")
+    for number, hit in enumerate(found.hits, start=1):
+        line(f"{number:4}  {hit.score:5.3f}  {hit.base_rank + 1:11}  {hit.base_score:9.3f}  {hit.path}")
+    for text in skipped_lines(found.skipped):
+        line(text, "yellow")
+    if sheet is not None:
+        line(f"{draw_contact_sheet(sheet, found)} written")
+
+
+if __name__ == "__main__":
+    main()

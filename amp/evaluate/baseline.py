@@ -1,0 +1,82 @@
+"""Features of any open_clip model, timm and Hugging Face towers included: the first stage needs no internals."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from open_clip.model import CLIP, CustomTextCLIP
+from torch.utils.data import DataLoader, Subset
+
+from amp.cores import decoding_workers
+from amp.data.frozen_features import FrozenFeatures, SplitImages
+from amp.data.split import ShardSplit
+from amp.distributed import all_reduce_sum, rank, world_size
+from amp.model.factory import get_tokenizer, load_clip, to_precision
+from amp.model.towers.base import weights_hash
+from amp.retrieval.rerank import shard_bounds
+from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions
+from amp.terminal import Terminal
+from amp.train.config import DataSettings, ModelSettings
+
+
+def baseline(
+    settings: ModelSettings,
+    data: DataSettings,
+    split: ShardSplit,
+    captions: SplitCaptions,
+    search: RetrievalSettings,
+    accelerator: Accelerator,
+    terminal: Terminal,
+) -> tuple[Retrieval, dict]:
+    """The first stage of a model alone, each rank encoding its share.
+
+    Returns:
+        `Retrieval` without knowledge, and what the protocol says of the model.
+    """
+    with terminal.progress(f"loading {settings.name}"):
+        clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
+        described = describe_clip(clip)
+        clip = to_precision(clip, settings.precision).to(accelerator.device).eval()
+        tokenizer = get_tokenizer(settings.name)
+    images, texts = SplitImages(split, preprocess), captions.texts
+
+    def encoded(total: int, batches, encode, what: str) -> torch.Tensor:
+        start, stop = shard_bounds(total, rank(), world_size())
+        parts, done = [], 0
+        with terminal.progress(f"encoding {what}", what) as report, torch.no_grad():
+            for batch in batches(start, stop):
+                parts.append(encode(batch.to(accelerator.device, non_blocking=True)).float())
+                done += len(parts[-1])
+                report(done, stop - start)
+        # A rank without a share learns the width from the first.
+        own = parts[0].shape[1] if rank() == 0 else 0
+        width = int(all_reduce_sum(torch.tensor(own, device=accelerator.device)))
+        features = torch.zeros(total, width, device=accelerator.device)
+        if parts:
+            features[start:stop] = torch.cat(parts)
+        return all_reduce_sum(features)
+
+    def decoded(start: int, stop: int):
+        part, pinned = Subset(images, range(start, stop)), accelerator.device.type == "cuda"
+        return DataLoader(part, data.batch_size, num_workers=decoding_workers(data.workers, pinned), pin_memory=pinned)
+
+    def tokenised(start: int, stop: int):
+        return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))
+
+    first = next(m for m in clip.visual.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+    dtype = first.weight.dtype  # of the patches' map, which every tower begins with
+    base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"{split.name} images")
+    text = encoded(len(texts), tokenised, clip.encode_text, "texts")
+    frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
+    with terminal.progress("searching with the base model"):
+        return Retrieval(captions, frozen, text, None, search, accelerator.device), described
+
+
+def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:
+    """What a protocol says of a base model."""
+    quick_gelu = any(type(module).__name__ == "QuickGELU" for module in clip.modules())
+    size = clip.visual.image_size
+    return {
+        "weights_sha256": weights_hash(clip, quick_gelu),
+        "quick_gelu": quick_gelu,
+        "image_size": list(size) if isinstance(size, tuple | list) else [size, size],
+    }

@@ -1,0 +1,89 @@
+"""What an evaluation knows of each query, on disk: what comparisons, verbs and pictures are made from."""
+
+import io
+import os
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from amp.errors import AmpError
+from amp.evaluate.results import write_atomically
+from amp.retrieval.split_search import Ranking
+
+
+@dataclass(frozen=True)
+class QueryResults:
+    """One direction of one row.
+
+    Attributes:
+        queries: Index of each query among the split's images or captions, int32 (Q,).
+        images: The image of each query, int32 (Q,).
+        candidates: Pre-selected gallery indices, best first, int32 (Q, k).
+        first_scores: Their first-stage cosines, float32 (Q, k).
+        scores: What they are ranked by: the new score plus the fusion's share, float32 (Q, k).
+        first_ranks: 0-based rank of the best positive after the first stage, int32 (Q,).
+        ranks: The same after re-ranking, int32 (Q,).
+    """
+
+    queries: np.ndarray
+    images: np.ndarray
+    candidates: np.ndarray
+    first_scores: np.ndarray
+    scores: np.ndarray
+    first_ranks: np.ndarray
+    ranks: np.ndarray
+
+    @classmethod
+    def of(cls, ranking: Ranking, images: np.ndarray, base: bool = False) -> "QueryResults":
+        """Of a ranking, with the image of each query; `base` for the frozen CLIP's own."""
+        first = ranking.first
+        scores = first.scores if base else ranking.scores + ranking.fusion_weight * first.scores
+        integers = (ranking.queries, images, first.candidates, first.ranks, ranking.ranks)
+        queries, images, candidates, first_ranks, ranks = (np.asarray(x, dtype=np.int32) for x in integers)
+        return cls(
+            queries, images, candidates, first.scores.numpy().astype(np.float32), scores.numpy().astype(np.float32),
+            first_ranks, ranks,
+        )  # fmt: skip
+
+    def order(self) -> np.ndarray:
+        """Positions of the candidates from best to worst after re-ranking, ties as in the first stage, (Q, k)."""
+        return np.argsort(-self.scores, axis=1, kind="stable")
+
+
+QueryTable = dict[tuple[str, str], QueryResults]
+
+
+def save_queries(path: str | os.PathLike, table: QueryTable) -> Path:
+    """Writes results by (row, direction) as one .npz file."""
+    arrays = {
+        f"{row}\t{direction}\t{field.name}": getattr(results, field.name)
+        for (row, direction), results in table.items()
+        for field in fields(QueryResults)
+    }
+    names = np.array(list(arrays))
+    content = io.BytesIO()
+    # A row's name is no safe name of an archive's member.
+    np.savez_compressed(content, names=names, **{f"array_{i}": array for i, array in enumerate(arrays.values())})
+    return write_atomically(path, content.getvalue())
+
+
+def load_queries(path: str | os.PathLike) -> QueryTable:
+    """Reads what `save_queries` wrote.
+
+    Raises:
+        AmpError: The file is missing or not such a file.
+    """
+    again = "write it again with amp evaluate"
+    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            for i, name in enumerate(file["names"].tolist()):
+                row, direction, field = name.split("\t")
+                parts.setdefault((row, direction), {})[field] = file[f"array_{i}"]
+        return {key: QueryResults(**arrays) for key, arrays in parts.items()}
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}), expected results a query; {again}") from error
+    except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise AmpError(f"{path}: no results a query ({error}); {again}") from error

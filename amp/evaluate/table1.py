@@ -1,0 +1,201 @@
+"""Table 1 of the paper beside what open_clip publishes and what was run here, with what doesn't add up marked."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from amp.errors import AmpError, Problems, printable
+from amp.evaluate.results import ResultFile
+
+DATASETS = {"coco": "COCO 5K", "flickr30k": "Flickr30K 1K"}
+FIGURES = ("i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10", "Rsum")
+ROUNDING = 0.35  # six figures rounded to 0.1 can move their sum so far
+FAR = 0.5  # from open_clip's figure of the same weights, in points
+CONFIGS = "launchers/configs"
+
+Figures = list[float | None]
+
+
+@dataclass
+class Row:
+    """A method on a backbone.
+
+    Attributes:
+        backbone, method: Names as the paper has them.
+        id: Name of its result files; None where open_clip has no such weights.
+        figures: By dataset and source (``paper``, ``open_clip``, ``here``), seven each, in the order of `FIGURES`.
+        configs: By dataset, the training configuration of the rows that are ours.
+    """
+
+    backbone: str
+    method: str
+    id: str | None
+    figures: dict[str, dict[str, Figures]]
+    configs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.backbone}"
+
+
+def load_published(path: str | os.PathLike) -> tuple[list[Row], dict[str, str]]:
+    """Reads the rows and their sources.
+
+    Raises:
+        AmpError: Not such a file, or a row without seven figures.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        rows = [_row(entry) for entry in content["rows"]]
+        sources = dict(content["sources"])
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}), expected the published figures") from error
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AmpError(f"{path}: not a file of published figures ({error})") from error
+    for row in rows:
+        for dataset, by_source in row.figures.items():
+            for source, values in by_source.items():
+                if len(values) != len(FIGURES):
+                    raise AmpError(f"{path}: {row.name}, {dataset}, {source} has {len(values)} figures, expected "
+                                   f"{len(FIGURES)}")  # fmt: skip
+    return rows, sources
+
+
+def _row(entry: dict) -> Row:
+    figures = {d: {k: v for k, v in entry[d].items() if k != "config"} for d in DATASETS}
+    configs = {d: entry[d]["config"] for d in DATASETS if "config" in entry[d]}
+    return Row(entry["backbone"], entry["method"], entry.get("id"), figures, configs)
+
+
+def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
+    """Adds the figures of FOLDER/ID.DATASET.json, files of `amp evaluate`; ours are the last row of theirs.
+
+    Returns:
+        Why files that are there are left out: they can't be read, or lack the row.
+    """
+    problems = Problems()
+    for row in rows:
+        for dataset in DATASETS:
+            path = Path(folder) / f"{row.id}.{dataset}.json"
+            if row.id is not None and path.exists():
+                with problems.collect():
+                    row.figures[dataset]["here"] = _figures(path, ours=bool(row.configs))
+    return problems.found
+
+
+def _figures(path: Path, ours: bool) -> Figures:
+    """Figures of base CLIP, or of the last row of an evaluation that has ended."""
+    result = ResultFile.load_json(path)
+    if missing := result.protocol.get("missing_rows"):
+        raise AmpError(f"{path}: {len(missing)} rows are missing, expected all; run the same amp evaluate again")
+    if len(result.rows) < 1 + ours:
+        raise AmpError(
+            f"{path}: has {len(result.rows)} rows, expected base CLIP{' and an adapter' if ours else ''}; "
+            "write it again with amp evaluate"
+        )
+    found = result.rows[-1 if ours else 0]
+    return [*found.i2t.recall.values(), *found.t2i.recall.values(), found.rsum]
+
+
+def commands(rows: list[Row], folder: str) -> list[str]:
+    """What to run for each figure of `rows` that is missing here and could be had."""
+    found = []
+    for row in rows:
+        for dataset in DATASETS:
+            if row.id is None or "here" in row.figures[dataset]:
+                continue
+            out = f"--out {folder}/{row.id}.{dataset}.json"
+            if dataset in row.configs:
+                stem = Path(row.configs[dataset]).stem
+                adapter = f"runs/{stem}/action-aware/stage2/adapter.safetensors"
+                found.append(f"accelerate launch launchers/train.py --config {CONFIGS}/{row.configs[dataset]}")
+                found.append(f"accelerate launch launchers/evaluate.py --config {CONFIGS}/{row.configs[dataset]} {out} "
+                             f"--search.i2t '[pairwise]' --adapters '[\"ours={adapter}\"]'")  # fmt: skip
+            else:
+                found.append(f"python launchers/evaluate.py --config {CONFIGS}/table1/{dataset}.yaml --config "
+                             f"{CONFIGS}/table1/{row.id}.yaml {out}")  # fmt: skip
+    return found
+
+
+def anomalies(rows: list[Row]) -> list[tuple[Row, str, str]]:
+    """What doesn't add up in the paper's figures: (row, dataset, what).
+
+    Nothing is listed by hand: sums that their parts don't give, directions of two methods that are equal in all three
+    figures, baselines far from open_clip's figures of the same weights.
+    """
+    return [*_sums(rows), *_equal_directions(rows), *_far_baselines(rows)]
+
+
+def _sums(rows: list[Row]) -> Iterator[tuple[Row, str, str]]:
+    for row, dataset, values in _of_paper(rows):
+        known = [value for value in values if value is not None]
+        if len(known) == len(values) and abs(sum(known[:6]) - known[6]) > ROUNDING:
+            yield row, dataset, f"Rsum is printed as {known[6]}, its six figures sum to {sum(known[:6]):.1f}"
+
+
+def _equal_directions(rows: list[Row]) -> Iterator[tuple[Row, str, str]]:
+    seen: dict[tuple, Row] = {}
+    for row, dataset, values in _of_paper(rows):
+        for start, direction in ((0, "i2t"), (3, "t2i")):
+            part = tuple(values[start : start + 3])
+            if None in part:
+                continue
+            other = seen.setdefault((dataset, direction, part), row)
+            if other is not row:
+                text = f"all three {direction} figures equal those of"
+                yield row, dataset, f"{text} {other.name}"
+                yield other, dataset, f"{text} {row.name}"
+
+
+def _far_baselines(rows: list[Row]) -> Iterator[tuple[Row, str, str]]:
+    for row, dataset, values in _of_paper(rows):
+        known = row.figures[dataset].get("open_clip", [None] * len(FIGURES))
+        far = [
+            f"{name} {a} against {b}"
+            for name, a, b in zip(FIGURES, values, known, strict=True)
+            if a is not None and b is not None and round(abs(a - b), 1) > FAR
+        ]
+        if far:
+            yield row, dataset, f"more than {FAR} points from open_clip's figure of these weights: {', '.join(far)}"
+
+
+def _of_paper(rows: list[Row]) -> Iterator[tuple[Row, str, Figures]]:
+    for row in rows:
+        for dataset in DATASETS:
+            if "paper" in row.figures[dataset]:
+                yield row, dataset, row.figures[dataset]["paper"]
+
+
+def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence[str] = ()) -> str:
+    """The table as Markdown: a line a row and source, marks of anomalies, and what they mean; then why result files are
+    left out."""
+    found = anomalies(rows)
+    notes = {key: number for number, key in enumerate(dict.fromkeys((r.name, d) for r, d, _ in found), start=1)}
+    lines = ["# Table 1", ""]
+    for dataset, title in DATASETS.items():
+        lines += [f"## {title}", "", f"| backbone | method | figures of | {' | '.join(FIGURES)} |",
+                  f"|---|---|---|{'---:|' * len(FIGURES)}"]  # fmt: skip
+        for row in rows:
+            for source in ("paper", "open_clip", "here"):
+                # A line for figures that could be had here stands empty until somebody has run it.
+                values = row.figures[dataset].get(source)
+                if values is None and (source != "here" or row.id is None):
+                    continue
+                mark = f" [{notes[row.name, dataset]}]" if source == "paper" and (row.name, dataset) in notes else ""
+                cells = ["" if v is None else f"{v:.1f}" for v in values or [None] * len(FIGURES)]
+                lines.append(
+                    f"| {row.backbone} | {row.method} | {source.replace('_', ' ')}{mark} | {' | '.join(cells)} |"
+                )
+        lines.append("")
+    lines += ["## What doesn't add up in the paper's figures", ""]
+    for (name, dataset), number in notes.items():
+        what = "; ".join(text for row, d, text in found if (row.name, d) == (name, dataset))
+        lines.append(f"- [{number}] {name}, {DATASETS[dataset]}: {what}.")
+    if left_out:
+        lines += ["", "## Results left out", "", *(f"- {printable(reason)}" for reason in left_out)]
+    lines += ["", "## Sources", "", *(f"- {name.replace('_', ' ')}: {text}" for name, text in sources.items()),
+              "- here: runs of this project; a line without figures has not been run.", ""]  # fmt: skip
+    return "\n".join(lines)

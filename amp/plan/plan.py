@@ -1,0 +1,296 @@
+"""The plan of a run: whether it would start, how many steps it takes, and what memory, before a GPU is asked for.
+
+Nothing is trained, written or downloaded, and no GPU is touched. All figures are estimated; docs/plan.md says how.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from amp.data.order import BatchOrder
+from amp.errors import AmpError
+from amp.plan.checks import (
+    Dataset,
+    Findings,
+    Said,
+    check_checkpoints,
+    check_cores,
+    check_deepspeed,
+    check_disk,
+    check_host_memory,
+    check_init,
+    check_launch,
+    check_model,
+    check_shards,
+    check_texts,
+    check_workers,
+    counted,
+    error,
+    in_bytes,
+    local_model,
+    note,
+    ok,
+)
+from amp.plan.memory import MARGIN, Estimate, Parameters, StepSimulator, Zero, estimate, largest_batch
+from amp.train.config import TrainConfig
+from amp.train.launch import deepspeed_file, deepspeed_settings, precision_of
+
+TOTAL = "a GPU, in all"
+COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+
+
+@dataclass
+class PlanSettings:
+    """What is planned for; giving one of them, or --plan alone, prints the plan instead of training.
+
+    Args:
+        nodes: Machines.
+        gpus: Processes a machine, one a GPU.
+        gpu_memory_gb: Memory of a GPU in GB of 10^9 bytes, to compare with; null compares nothing.
+        verify: Read all shards and compare their sha256.
+        images: Training images of a simulated dataset, which takes the place of the shards. What belongs to the
+            machine (cores, disk, open files) is then printed and not compared.
+        captions: Its captions; null takes 5 an image.
+        shards: Its shards; null takes one a 1,000 images.
+    """
+
+    nodes: int = 1
+    gpus: int = 1
+    gpu_memory_gb: float | None = None
+    verify: bool = False
+    images: int | None = None
+    captions: int | None = None
+    shards: int | None = None
+
+    def __post_init__(self):
+        for key in ("nodes", "gpus", "gpu_memory_gb", "images", "captions", "shards"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise AmpError(f"plan.{key} is {value}, expected a number above 0")
+        for key in ("captions", "shards"):
+            if getattr(self, key) is not None and self.images is None:
+                raise AmpError(f"plan.{key} is given without plan.images, expected both; add --plan.images N")
+
+    @property
+    def world(self) -> int:
+        """Processes over all machines."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a run's images become steps.
+
+    Attributes:
+        images: A step, over all processes.
+        epoch: Batches of a process an epoch.
+        left_over: Images an epoch leaves out, others each time.
+        total: Optimizer steps by stage.
+    """
+
+    images: int
+    epoch: int
+    left_over: int
+    total: dict[int, int]
+
+    @classmethod
+    def of(cls, config: TrainConfig, images: int, world: int) -> "Steps":
+        """As the run counts them.
+
+        Raises:
+            AmpError: The split is smaller than a step, or a stage has no epoch.
+        """
+        data, accumulation = config.data, config.gradient_accumulation
+        order = BatchOrder(
+            [images], data.batch_size, 0, world, config.seed, data.shuffle_window, accumulation=accumulation
+        )
+        total = {stage: config.steps(stage, order.steps // accumulation) for stage in config.stages}
+        size = data.batch_size * world
+        return cls(size * accumulation, order.steps, images - order.steps * size, total)
+
+
+@dataclass
+class Plan:
+    """What is known of a run before it starts; None and empty where a failed check left nothing to compute from."""
+
+    config: TrainConfig
+    settings: PlanSettings
+    findings: Findings
+    zero: Zero | None = None
+    data: Dataset | None = None
+    steps: Steps | None = None
+    parameters: dict[int, Parameters] = field(default_factory=dict)
+    estimates: dict[int, Estimate] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no check has failed."""
+        return self.findings.number("error") == 0
+
+
+def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
+    """Runs all checks, and computes steps and memory of each stage."""
+    plan = Plan(config, settings, Findings())
+    find, world, precision, size = plan.findings, settings.world, precision_of(config, gpu=True), config.data.batch_size
+    file, simulator = deepspeed_file(config), None
+    find.add("launch", check_launch(config, settings.nodes, settings.gpus, precision, file))
+    with find.about("DeepSpeed"):
+        if file is not None:
+            deepspeed = deepspeed_settings(file, config, world)
+            plan.zero = Zero.of(deepspeed)
+            find.add("DeepSpeed", check_deepspeed(file, deepspeed))
+    known = find.add("base model", check_model(config, settings.images is not None))
+    with find.about("shards"):
+        plan.data = Dataset.read(config) if settings.images is None else Dataset.simulate(
+            config, settings.images, settings.captions, settings.shards)  # fmt: skip
+        find.add("shards", check_shards(plan.data, config, settings.verify))
+        find.add("workers", check_workers(plan.data, config, world))
+        find.add("cores", check_cores(plan.data, config, settings.gpus))
+        with find.about("steps"):
+            plan.steps = Steps.of(config, plan.data.train.images, world)
+            find.add("steps", check_steps(plan.steps))
+        find.add("checkpoints", check_checkpoints(plan.data, config, world))
+    with find.about("prompts"):
+        if known:
+            local = replace(config, model=replace(config.model, name=local_model(config.model.name)))
+            simulator = StepSimulator(local, precision, deepspeed=file is not None)
+    if simulator is None:
+        return plan
+    plan.parameters = {stage: simulator.parameters(stage) for stage in config.stages}
+    if config.init:
+        find.add("init", check_init(config.init, simulator.model))
+    if plan.data is not None:
+        find.add("texts", check_texts(plan.data, local, simulator.model.backbone.context_length))
+        trained = max(part.trained for part in plan.parameters.values())
+        find.add("disk", check_disk(plan.data, config, simulator.model, trained))
+    if (file is None or plan.zero is not None) and world * size > 1:
+        plan.estimates = {stage: estimate(simulator, stage, world, size, plan.zero) for stage in config.stages}
+        find.add("GPU memory", check_memory(plan, simulator))
+    if plan.data is not None:
+        offloaded = max((found.host for found in plan.estimates.values()), default=0)
+        find.add("node memory", check_host_memory(plan.data, settings.gpus, offloaded))
+    return plan
+
+
+def check_steps(steps: Steps) -> Iterator[Said]:
+    """What an epoch leaves out."""
+    left = f"{steps.left_over:,} images are left out, others each time" if steps.left_over else "no image is left out"
+    yield ok(f"{steps.epoch:,} batches a process and epoch; {left}")
+
+
+def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Said]:
+    """Whether each stage fits, and which batch size would."""
+    config, settings, size = plan.config, plan.settings, plan.config.data.batch_size
+    for stage, found in plan.estimates.items():
+        needs = f"stage {stage} needs an estimated {in_bytes(found.total)} a GPU"
+        if settings.gpu_memory_gb is None:
+            yield note(f"{needs}; --plan.gpu_memory_gb N says whether that fits")
+            continue
+        needs += f" of {settings.gpu_memory_gb:g} GB"
+        limit = settings.gpu_memory_gb * 1e9
+        total = lambda batch, stage=stage: estimate(simulator, stage, settings.world, batch, plan.zero).total  # noqa: E731
+        best = largest_batch(total, limit, size, least=2 if settings.world == 1 else 1)
+        if found.total <= limit:
+            yield ok(f"{needs}; data.batch_size {best}{' or more' if best == 4 * size else ''} would fit as well")
+            continue
+        ways = [f"--data.batch_size {best}"] if best else []
+        if not config.activation_checkpointing:
+            simulator.model.activation_checkpointing = True
+            less = estimate(simulator, stage, settings.world, size, plan.zero).total
+            simulator.model.activation_checkpointing = False
+            ways.append(f"--activation_checkpointing true, which needs {in_bytes(less)}")
+        yield error(f"{needs}; give {' or '.join(ways) or 'a larger GPU: not even the smallest batch fits'}")
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints checks, steps and memory, and the verdict last."""
+    settings, findings = plan.settings, plan.findings
+    simulated = [f"{counted(settings.nodes, 'node')} x {counted(settings.gpus, 'GPU')}"]
+    simulated += [f"a dataset of {settings.images:,} images"] if settings.images is not None else []
+    console.print(Text(f"Plan of {plan.config.out}", "bold"))
+    console.print(Text(f"Simulated: {', '.join(simulated)}"))
+    console.print(Text("Estimated: all figures; no GPU was used\n"))
+    console.print(findings_table(findings))
+    if plan.steps is not None:
+        console.print(steps_table(plan))
+    if plan.estimates:
+        console.print(memory_table(plan))
+    errors, warnings = findings.number("error"), findings.number("warning")
+    verdict = "as it is, this job would fail" if errors else "nothing found that would stop this job"
+    console.print(
+        Text(
+            f"{counted(errors, 'error')}, {counted(warnings, 'warning')}: {verdict}",
+            "bold red" if errors else "bold green",
+        )
+    )
+
+
+def findings_table(findings: Findings) -> Table:
+    table = Table(title="Checks", title_justify="left", show_header=False, box=SIMPLE)
+    above = ""
+    for level, check, text in findings:
+        table.add_row(Text(level, COLOURS[level]), Text("" if check == above else check), Text(text))
+        above = check
+    return table
+
+
+def steps_table(plan: Plan) -> Table:
+    """Steps, images and parameters of each stage."""
+    assert plan.steps is not None and plan.data is not None  # steps are of data
+    config, steps, world = plan.config, plan.steps, plan.settings.world
+    size, accumulation = config.data.batch_size, config.gradient_accumulation
+    stages = [config.stage(number) for number in config.stages]
+    each = lambda value: [value] * len(stages)  # noqa: E731
+    rows = [
+        ("images a step", each(steps.images), f"{size} x {world} processes x {accumulation} batches"),
+        ("batches an epoch", each(steps.epoch), "of each process"),
+        ("images an epoch", each(steps.epoch * size), f"of each process; {plan.data.train.images:,} in all"),
+        ("epochs", [stage.epochs for stage in stages], ""),
+        ("optimizer steps", steps.total.values(), f"{sum(steps.total.values()):,} in all"),
+    ]
+    if plan.parameters:
+        sizes = plan.parameters.values()
+        cast = plan.zero is not None and precision_of(config, gpu=True) == "fp16"  # DeepSpeed's fp16 casts all weights
+        rows += [
+            ("trained parameters", [part.trained for part in sizes], "in fp16" if cast else "in fp32"),
+            ("frozen parameters", [part.frozen for part in sizes], f"in {'fp16' if cast else config.model.precision}"),
+        ]
+    return stage_table("Steps", config.stages, rows, "{:,}".format)
+
+
+def memory_table(plan: Plan) -> Table:
+    """Where the memory of a GPU goes."""
+    zero, world, found = plan.zero, plan.settings.world, list(plan.estimates.values())
+    share = lambda stage: f"; / {world} processes" if zero and zero.stage >= stage and world > 1 else ""  # noqa: E731
+    steps = [e.step for e in found]
+    rows = [
+        ("frozen parameters", [e.frozen for e in found], f"computed{share(3)}"),
+        ("trained parameters", [e.trained for e in found], f"computed{share(3)}"),
+        ("gathered parameters", [e.gathered_parameters for e in found], "computed; at most"),
+        ("gradients", [e.gradients for e in found], f"computed{share(2)}"),
+        ("exchange buffers", [e.buckets for e in found], f"computed; {'ZeRO' if zero else 'DDP'}'s of gradients"),
+        ("AdamW", [e.optimizer for e in found], f"computed; moments{' and fp32 weights' if zero else ''}{share(1)}"),
+        ("batches", [s.batch for s in steps], "computed"),
+        ("activations", [s.kept for s in steps], "simulated; kept for the backward pass"),
+        ("more at the peak", [s.peak - s.kept for s in steps], "simulated; temporary, or recomputed"),
+        ("  of all ranks", [s.gathered for s in steps], "simulated; exchanged rows, in the two lines above"),
+        ("CUDA, cuDNN, NCCL", [e.overhead for e in found], "assumed, not measured"),
+        ("margin", [e.margin for e in found], f"assumed; {MARGIN:.0%} for fragmentation"),
+        (TOTAL, [e.total for e in found], "estimated"),
+        ("in the node's memory", [e.host for e in found], "computed; offloaded by each process"),
+    ]
+    return stage_table("Memory of a GPU (estimated)", plan.estimates, [row for row in rows if any(row[1])], in_bytes)
+
+
+def stage_table(title: str, stages: Iterable[int], rows: list[tuple], show: Callable[[int], str]) -> Table:
+    """One column a stage; a row is a name, a number for each stage, and what the numbers are."""
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for heading in ("", *(f"stage {stage}" for stage in stages), ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, numbers, what in rows:
+        table.add_row(name, *map(show, numbers), what, style="bold" if name == TOTAL else "")
+    return table

@@ -1,0 +1,88 @@
+"""Our models for CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark), as its model type ``amp``.
+
+    python -m amp.publish.clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
+
+CLIP_benchmark encodes images and texts apart and multiplies them. Features under a caption's knowledge belong to a
+pair and can't be had that way, so what it measures is the adapter without knowledge: what adapting costs or gives on
+other data. Retrieval under knowledge is measured by amp evaluate. CLIP_benchmark opens images with its own
+readers, which do not apply a camera's orientation.
+"""
+
+import torch
+import torch.nn as nn
+
+from amp.errors import AmpError, exit_on_error
+from amp.knowledge.schema import Knowledge
+from amp.model.clip import ActionAwareCLIP
+from amp.publish.hub import from_pretrained
+
+
+class WithoutKnowledge(nn.Module):
+    """An action-aware model as two towers.
+
+    Args:
+        model: Of `amp.from_pretrained`.
+        base: The base model's own features, bit for bit, instead of the adapter's.
+    """
+
+    def __init__(self, model: ActionAwareCLIP, base: bool = False):
+        super().__init__()
+        self.model, self.base = model, base
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) to features (B, d) under the visual prompts alone."""
+        if self.base:
+            return self.model.encode_image(images)
+        return self.model.encode_prompted(self.model.encode_early(images))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, context_length) to features (B, d), enriched by the text's own feature where the model does."""
+        if self.base or self.model.text_enrichment is None:
+            return self.model.encode_text(tokens)
+        return self.model.encode_text(tokens, knowledge=[Knowledge()] * tokens.shape[0])
+
+
+def load_amp(model_name: str, pretrained: str = "adapter", cache_dir: str | None = None,
+             device: str | torch.device = "cpu"):  # fmt: skip
+    """CLIP_benchmark's loader of the type ``amp``.
+
+    Args:
+        model_name: What `amp.from_pretrained` takes: a file, a folder, or ``hf-hub:ORG/REPO``.
+        pretrained: ``adapter``, or ``base`` for the base model's own features.
+        cache_dir: Of the download of an adapter.
+        device: Where the model is put.
+
+    Returns:
+        Model, image transform and tokenizer.
+
+    Raises:
+        AmpError: Another `pretrained`, or what `from_pretrained` raises.
+    """
+    if pretrained not in ("adapter", "base"):
+        raise AmpError(f"pretrained is {pretrained!r}, expected 'adapter' or 'base'")
+    model, _, preprocess = from_pretrained(model_name, device=device, cache_dir=cache_dir)
+    return WithoutKnowledge(model, base=pretrained == "base"), preprocess, model.tokenizer
+
+
+def register() -> None:
+    """Adds the type ``amp`` to CLIP_benchmark's loader, beside its own."""
+    from clip_benchmark import models
+
+    if "amp" not in models.TYPE2FUNC:
+        models.TYPE2FUNC["amp"] = load_amp
+        models.MODEL_TYPES.append("amp")
+
+
+@exit_on_error()
+def main() -> None:
+    """CLIP_benchmark's own command line, which knows the type ``amp`` besides."""
+    try:
+        register()
+        from clip_benchmark.cli import main as run
+    except ImportError as error:
+        raise AmpError(f"{error}; pip install clip-benchmark") from None
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A run as one HTML page that needs nothing else: tables, plots, verbs, retrievals with photos and attention maps."""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torchvision.transforms import Compose
+
+from amp.data.split import ShardSplit
+from amp.errors import Problems
+from amp.evaluate.per_query import QueryResults, QueryTable
+from amp.evaluate.results import ResultFile, write_atomically
+from amp.evaluate.verbs import by_verb, verbs_of
+from amp.knowledge.text import select
+from amp.model.clip import ActionAwareCLIP
+from amp.report.attention import attention_maps
+from amp.retrieval.metrics import KS
+from amp.retrieval.split_search import SplitCaptions
+
+BASE = "base CLIP"
+OUTCOMES = ("mended", "broken", "wrong", "right")
+# Share of the queries shown by outcome; what an outcome has too few of goes to the others.
+SHARES = (0.4, 0.25, 0.2, 0.15)
+THUMB = 224
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """What a page is made from.
+
+    Attributes:
+        result: Rows and protocol.
+        queries: Results a query.
+        row: The row that is compared with the base model.
+        split, captions: Of the evaluation.
+        model: Whose attention is shown; None shows none.
+        preprocess: Its transform; None without a model.
+        preprocess_cfg: How photos are fitted, as open_clip keeps it (`visual.preprocess_cfg`).
+        plots: SVG by title, in order.
+        title: Of the page.
+    """
+
+    result: ResultFile
+    queries: QueryTable
+    row: str
+    split: ShardSplit
+    captions: SplitCaptions
+    model: ActionAwareCLIP | None
+    preprocess: Callable[[Image.Image], torch.Tensor] | None
+    preprocess_cfg: dict
+    plots: dict[str, str]
+    title: str
+
+
+def write_report(
+    path: str | os.PathLike, given: ReportInput, captions: int = 80, images: int = 30, progress=None
+) -> tuple[Path, list[str]]:
+    """Writes the page.
+
+    Args:
+        path: HTML file.
+        given: What is shown.
+        captions, images: Caption and image queries in the gallery.
+        progress: Called as progress(done, total).
+
+    Returns:
+        The file, and why queries are left out: one of their photos can't be read.
+    """
+    page, problems = _Page(given), Problems()
+    chosen = [("t2i", row) for row in choose_rows(given.queries[given.row, "t2i"], captions)]
+    chosen += [("i2t", row) for row in choose_rows(given.queries[given.row, "i2t"], images)]
+    cards = []
+    for done, (direction, row) in enumerate(chosen, start=1):
+        with problems.collect():
+            cards.append(page.card(direction, row))
+        if progress is not None:
+            progress(done, len(chosen))
+    verbs = by_verb(given.queries, given.row, given.captions.knowledge)
+    content = {
+        "title": given.title, "row": given.row, "base": BASE, "table": table_of(given.result), "ks": list(KS),
+        "protocol": {key: value for key, value in given.result.protocol.items() if value not in (None, "")},
+        "plots": [{"title": title, "svg": svg} for title, svg in given.plots.items()],
+        "verbs": [asdict(verb) for verb in verbs], "cards": cards, "photos": page.photos,
+        "counts": {d: counts(given.queries[given.row, d]) for d in ("t2i", "i2t")},
+    }  # fmt: skip
+    template = resources.files("amp.retrieval").joinpath("report.html").read_text(encoding="utf-8")
+    # Inside a script element only its end tag must not occur: no text can leave the data.
+    data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    page_text = template.replace("__DATA__", data, 1)
+    return write_atomically(path, page_text.encode("utf-8", "replace")), problems.found
+
+
+def outcomes(results: QueryResults) -> np.ndarray:
+    """Index into `OUTCOMES` of each query, by its first place before and after."""
+    before, after = results.first_ranks == 0, results.ranks == 0
+    return np.select([~before & after, before & ~after, ~before & ~after], [0, 1, 2], default=3)
+
+
+def counts(results: QueryResults) -> dict[str, int]:
+    """Queries by outcome."""
+    found = np.bincount(outcomes(results), minlength=len(OUTCOMES))
+    return dict(zip(OUTCOMES, found.tolist(), strict=True))
+
+
+def choose_rows(results: QueryResults, count: int) -> list[int]:
+    """Queries to show: by outcome in the proportions of `SHARES`, evenly spaced within each, never hand-picked."""
+    kinds = [np.flatnonzero(outcomes(results) == kind) for kind in range(len(OUTCOMES))]
+    wanted = [min(len(rows), round(share * count)) for rows, share in zip(kinds, SHARES, strict=True)]
+    for kind, rows in enumerate(kinds):
+        wanted[kind] = min(len(rows), wanted[kind] + max(0, count - sum(wanted)))
+    return [int(r) for rows, n in zip(kinds, wanted, strict=True) for r in rows[np.arange(n) * len(rows) // max(1, n)]]
+
+
+def table_of(result: ResultFile) -> list[dict]:
+    """The rows of the table, then ceiling and chance of the first row's pre-selection."""
+    rows = []
+    for row in result.rows:
+        values = [*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum]
+        bounds = None
+        if row.i2t.interval and row.t2i.interval and row.rsum_interval:
+            bounds = [*row.i2t.interval.values(), *row.t2i.interval.values(), row.rsum_interval]
+        rows.append({"name": row.name, "values": values, "bounds": bounds, "reference": False})
+    first = result.rows[0]
+    for name in ("ceiling", "chance"):
+        values = [*getattr(first.i2t, name).values(), *getattr(first.t2i, name).values()]
+        rows.append({"name": f"{name} of the top {first.t2i.top_k}", "values": [*values, sum(values)], "bounds": None,
+                     "reference": True})  # fmt: skip
+    return rows
+
+
+class _Page:
+    """Cards, and the photos that they share."""
+
+    def __init__(self, given: ReportInput):
+        self.given = given
+        self.photos: dict[str, str] = {}
+        self._early: dict[int, torch.Tensor] = {}
+        # As the model sees photos, so that maps lie right, but larger.
+        cfg = replace(PreprocessCfg(**given.preprocess_cfg), size=THUMB)
+        self._fit = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
+
+    def card(self, direction: str, row: int) -> dict:
+        """One query with the first results of base and row."""
+        given = self.given
+        results = given.queries[given.row, direction]
+        query, image = int(results.queries[row]), int(results.images[row])
+        base = list(zip(results.candidates[row], results.first_scores[row], strict=True))[:SHOWN]
+        order = results.order()[row][:SHOWN]
+        new = [(results.candidates[row][i], results.scores[row][i]) for i in order]
+        card = {
+            "direction": direction, "outcome": OUTCOMES[int(outcomes(results)[row])], "query": query,
+            "ranks": [int(results.first_ranks[row]) + 1, int(results.ranks[row]) + 1],
+        }  # fmt: skip
+        if direction == "t2i":
+            hits = [[self._image_hit(int(i), float(s), image) for i, s in side] for side in (base, new)]
+            looked_at = list(dict.fromkeys([image, int(new[0][0]), int(base[0][0])]))
+            return card | self._caption(query, looked_at) | {"image": self._photo(image), "hits": hits}
+        hits = [[self._caption_hit(int(c), float(s), image, side is new) for c, s in side] for side in (base, new)]
+        verbs = sorted({verb for caption, _ in new for verb in verbs_of(given.captions.knowledge[int(caption)])})
+        return card | {"image": self._photo(image), "hits": hits, "verbs": verbs, "triplets": []}
+
+    def _caption(self, caption: int, images: Sequence[int]) -> dict:
+        given = self.given
+        knowledge = given.captions.knowledge[caption]
+        kept = select(knowledge, given.model.config.max_triplets if given.model else len(knowledge.triplets))
+        maps = [self._maps(image, caption) for image in images]
+        triplets = [
+            {
+                "subject": t.subject, "action": t.action, "object": t.object, "kind": t.kind, "state": state,
+                "maps": [{"photo": str(image), **{name: x[number] for name, x in found.items()}}
+                         for image, found in zip(images, maps, strict=True) if found],
+            }
+            for number, (t, state) in enumerate(kept)
+        ]  # fmt: skip
+        return {"text": given.captions.texts[caption], "triplets": triplets, "verbs": verbs_of(knowledge)}
+
+    def _maps(self, image: int, caption: int) -> dict[str, list[str]]:
+        """Maps of each triplet as small grey PNG files."""
+        model = self.given.model
+        if model is None or self.given.preprocess is None or not model.knowledge_aware:
+            return {}
+        if image not in self._early:
+            pixels = self.given.preprocess(self.given.split.image(image))[None].to(model.logit_scale.device)
+            with torch.no_grad():
+                self._early[image] = model.encode_early(pixels)
+        batch = model.prepare_knowledge([self.given.captions.knowledge[caption]])
+        found = attention_maps(model, self._early[image], batch)
+        return {name: [_grey(x) for x in maps.cpu().numpy()] for name, maps in found.items()}
+
+    def _photo(self, image: int) -> str:
+        name = str(image)
+        if name not in self.photos:
+            buffer = io.BytesIO()
+            self._fit(self.given.split.image(image)).save(buffer, "JPEG", quality=80)
+            self.photos[name] = _data_url("jpeg", buffer)
+        return name
+
+    def _image_hit(self, image: int, score: float, answer: int) -> dict:
+        return {"photo": self._photo(image), "score": score, "right": image == answer}
+
+    def _caption_hit(self, caption: int, score: float, answer: int, with_knowledge: bool) -> dict:
+        hit = {"text": self.given.captions.texts[caption], "score": score,
+               "right": int(self.given.captions.image[caption]) == answer}  # fmt: skip
+        return hit | ({"triplets": self._caption(caption, [answer])["triplets"]} if with_knowledge else {})
+
+
+def _grey(values: np.ndarray) -> str:
+    """A map as an image of a pixel a patch, from its least to its greatest value."""
+    spread = float(np.ptp(values)) or 1.0
+    buffer = io.BytesIO()
+    Image.fromarray(np.uint8(255 * (values - values.min()) / spread)).save(buffer, "PNG")
+    return _data_url("png", buffer)
+
+
+def _data_url(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,63 @@
+"""Chooses retrievals of an evaluation and draws them."""
+
+from pathlib import Path
+
+import torch
+
+from amp.data.split import ShardSplit
+from amp.report.gallery import (
+    CaptionHit,
+    ImageHit,
+    ImageToText,
+    TextToImage,
+    choose_queries,
+    draw_gallery,
+    outcome_note,
+)
+from amp.retrieval.rerank import rerank_order
+from amp.retrieval.split_search import Ranking, SplitCaptions
+
+
+def draw_retrievals(path: Path, split: ShardSplit, captions: SplitCaptions, rankings: dict[str, Ranking],
+                    t2i_examples: int = 4, i2t_examples: int = 2, shown: int = 3) -> None:  # fmt: skip
+    """Draws queries that re-ranking mended most, and the one it broke worst, of each direction.
+
+    Args:
+        path: File of the picture, PNG, JPEG or WebP by its suffix.
+        split: Where photos are read.
+        captions: Of the split.
+        rankings: Of one model, as `Retrieval.rank` returns.
+        t2i_examples, i2t_examples: Queries a direction.
+        shown: Results a query and ranking.
+    """
+    t2i = rankings["t2i"]
+    i2t = next(ranking for name, ranking in rankings.items() if name.startswith("i2t"))
+    text_cards, image_cards = [], []
+    for row in choose_queries(t2i.first.ranks.tolist(), t2i.ranks.tolist(), t2i_examples,
+                              captions.image[t2i.queries].tolist()):  # fmt: skip
+        caption = int(t2i.queries[row])
+        answer = int(captions.image[caption])
+        base, new = (
+            [ImageHit(split.image(image), score, image == answer) for image, score in hits]
+            for hits in both_orders(t2i, row, shown)
+        )
+        triplets = [f"{t.subject}, {t.action}, {t.object}".rstrip(", ") for t in captions.knowledge[caption].triplets]
+        text_cards.append(TextToImage(captions.texts[caption], triplets, base, new))
+    for row in choose_queries(i2t.first.ranks.tolist(), i2t.ranks.tolist(), i2t_examples):
+        image = int(i2t.queries[row])
+        captions_before, captions_after = (
+            [CaptionHit(captions.texts[c], score, int(captions.image[c]) == image) for c, score in hits]
+            for hits in both_orders(i2t, row, shown)
+        )
+        image_cards.append(ImageToText(split.image(image), captions_before, captions_after))
+    notes = [outcome_note(r.first.ranks.tolist(), r.ranks.tolist()) for r in (t2i, i2t)]
+    draw_gallery(path, text_cards, image_cards, t2i_note=notes[0], i2t_note=notes[1])
+
+
+def both_orders(ranking: Ranking, row: int, shown: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """First candidates of a query with their scores, as the base model ranks them and as re-ranked."""
+    first = ranking.first
+    order: torch.Tensor = rerank_order(first, ranking.scores, ranking.fusion_weight)[row, :shown]
+    base = list(zip(first.candidates[row, :shown].tolist(), first.scores[row, :shown].tolist(), strict=True))
+    new = list(zip(first.candidates[row][order].tolist(), ranking.scores[row][order].tolist(), strict=True))
+    return base, new

@@ -1,0 +1,222 @@
+"""Search in a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from amp.data.image_file import UnreadableImageError
+from amp.data.text_features import cut_texts
+from amp.errors import AmpError
+from amp.knowledge.schema import Knowledge
+from amp.model.clip import ActionAwareCLIP
+from amp.publish.hub import from_pretrained
+from amp.retrieval.scorer import PairScorer
+from amp.search.photo_index import MAKE_AGAIN, PhotoIndex, Update, update_index
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A photo that was found.
+
+    Attributes:
+        path: Of the photo.
+        score: What it was ranked by.
+        base_score: Cosine of the frozen CLIP.
+        base_rank: 0-based place that the frozen CLIP gave it among the photos that are still there.
+    """
+
+    path: Path
+    score: float
+    base_score: float
+    base_rank: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answer to a query.
+
+    Attributes:
+        query: The text.
+        knowledge: What photos were conditioned on; empty for models that read none.
+        hits: Best first.
+        skipped: Photos that would have been among the hits but are gone or can't be read, with the reason.
+    """
+
+    query: str
+    knowledge: Knowledge
+    hits: list[Hit]
+    skipped: dict[Path, str]
+
+
+class Retriever:
+    """Finds photos of a folder by text.
+
+    Of each photo the index holds the frozen CLIP's feature alone. The `top_k` photos that it pre-selects are decoded
+    and encoded under the query's knowledge, when they are asked for.
+
+    Args:
+        model: In eval mode, on its device.
+        preprocess: The validation transform.
+        index: Folder of an index of this model, or where `update` makes one.
+        knowledge: Captions to knowledge, such as `amp.generation.query.KnowledgeGenerator()`; None leaves queries
+            without.
+        top_k: Photos that are re-ranked (paper: 20); 0 leaves the frozen CLIP's order.
+        fusion_weight: Of the frozen CLIP's cosine beside the new one.
+        batch_size: Photos a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: ActionAwareCLIP,
+        preprocess,
+        index: str | os.PathLike,
+        knowledge: Callable[[Sequence[str]], list[Knowledge]] | None = None,
+        top_k: int = 20,
+        fusion_weight: float = 0.0,
+        batch_size: int = 32,
+    ):
+        if top_k < 0 or batch_size < 1:
+            raise AmpError(f"top_k is {top_k}, batch_size {batch_size}, expected at least 0 and 1")
+        self.model, self.preprocess, self.folder = model.eval(), preprocess, Path(index)
+        self.knowledge, self.top_k, self.fusion_weight, self.batch_size = knowledge, top_k, fusion_weight, batch_size
+        self._index: PhotoIndex | None = None
+
+    @classmethod
+    def from_adapter(
+        cls,
+        adapter: str | os.PathLike,
+        index: str | os.PathLike,
+        model_name: str | None = None,
+        pretrained: str | None = None,
+        device: str | torch.device = "cpu",
+        **settings,
+    ) -> "Retriever":
+        """Builds the model from an adapter, whose record names base model and transform.
+
+        Args:
+            adapter: As for `amp.from_pretrained`.
+            index: As for the class.
+            model_name, pretrained: The base model, where it lies elsewhere than at training.
+            device: Where the model is put.
+            **settings: Further arguments of the class.
+        """
+        model, _, preprocess = from_pretrained(adapter, model_name, pretrained, device)
+        return cls(model, preprocess, index, **settings)
+
+    @property
+    def index(self) -> PhotoIndex:
+        """The index.
+
+        Raises:
+            AmpError: There is none, or it belongs to another model.
+        """
+        if self._index is None:
+            index = PhotoIndex(self.folder)
+            seen = (index.base_hash, index.transform)
+            if seen != (self.model.backbone.weights_hash(), repr(self.preprocess)):
+                raise AmpError(f"{self.folder}: was made by a model of weights {index.base_hash[:12]} or with another "
+                               "image transform, expected this model's; make an index of its own")  # fmt: skip
+            self._index = index
+        return self._index
+
+    def update(self, photos: str | os.PathLike, workers: int = 4, progress=None) -> Update:
+        """Makes the index of a folder of photos or brings it up to date; see `update_index`."""
+        found = update_index(self.folder, photos, self.model, self.preprocess, self.batch_size, workers, progress)
+        self._index = None
+        return found
+
+    def cuts(self, query: str) -> bool:
+        """Whether the model's tokenizer leaves out the end of a query; False where that is not known."""
+        with suppress(AmpError):
+            return bool(cut_texts([query], self.model.tokenizer, self.model.backbone.context_length))
+        return False
+
+    @torch.no_grad()
+    def search(self, query: str, count: int = 20, knowledge: Knowledge | None = None) -> Found:
+        """The best photos for a text.
+
+        Args:
+            query: A caption, such as "a dog jumps over a hurdle".
+            count: Photos to return; behind the re-ranked ones come the others in the frozen CLIP's order.
+            knowledge: Of the query; None asks the generator.
+
+        Raises:
+            AmpError: An empty query, no index, no photo of it left, or a feature that is not finite.
+        """
+        if not query.strip():
+            raise AmpError("the query is empty, expected a text")
+        if count < 1:
+            raise AmpError(f"count is {count}, expected at least 1")
+        index, model = self.index, self.model
+        text = model.encode_text(model.tokenizer([query]).to(model.logit_scale.device))
+        images: list[torch.Tensor] = []
+        there: list[tuple[Path, float]] = []  # the frozen CLIP's order, without photos that are gone
+        skipped: dict[Path, str] = {}
+        scores, numbers = _scores(index, text).sort(descending=True, stable=True)
+        for score, number in zip(scores.tolist(), numbers.tolist(), strict=True):
+            try:
+                if len(there) < self.top_k:
+                    images.append(self.preprocess(index.image(number)))
+                else:
+                    index.check_there(number)
+                there.append((index.path(number), score))
+            except UnreadableImageError as error:  # another one takes its place
+                skipped[index.path(number)] = str(error)
+            if len(there) == max(count, self.top_k):
+                break
+        if not there:
+            raise AmpError(
+                f"{index.root}: holds none of the {len(index):,} photos of the index {self.folder}, expected all of "
+                "them; if they lie elsewhere now, add --photos FOLDER: photos that were moved are not encoded again"
+            )
+        knowledge = self._knowledge_of(query, knowledge)
+        first = torch.tensor([score for _, score in there[: len(images)]])
+        new = self._new_scores(images, text, knowledge) + self.fusion_weight * first
+        order = new.sort(descending=True, stable=True)
+        ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
+        ranked += [(place, there[place][1]) for place in range(len(images), len(there))]
+        hits = [Hit(there[place][0], score, there[place][1], place) for place, score in ranked[:count]]
+        return Found(query, knowledge, hits, skipped)
+
+    def _knowledge_of(self, query: str, knowledge: Knowledge | None) -> Knowledge:
+        config = self.model.config
+        if knowledge is not None:
+            return knowledge
+        if self.knowledge is None or not (self.model.knowledge_aware or config.text_enrichment):
+            return Knowledge()
+        return self.knowledge([query])[0]
+
+    def _new_scores(self, images: list[torch.Tensor], text: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
+        """Scores (k,) of preprocessed photos under the query's knowledge."""
+        if not images:
+            return torch.empty(0)
+        model, batches = self.model, torch.stack(images).split(self.batch_size)
+        device = text.device
+        batch = model.prepare_knowledge([knowledge])
+        if not model.knowledge_aware:
+            features = torch.cat([model(x.to(device), prompted=True).prompted for x in batches])
+            scored = model(None, batch, text=text).text
+            return F.cosine_similarity(features.float(), scored.float(), dim=-1).cpu()
+        early = torch.cat([model.encode_early(x.to(device)).float().cpu() for x in batches]).numpy()
+        scorer = PairScorer(model, early, batch, text, batch_size=self.batch_size)
+        scorer.prepare(torch.zeros(1, dtype=torch.int64))
+        numbers = torch.arange(len(images)).split(self.batch_size)
+        return torch.cat([scorer(part, torch.zeros_like(part)) for part in numbers])
+
+
+def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:
+    """Cosine of every photo, in one pass over the memory-mapped features."""
+    text, parts = F.normalize(text.float().cpu(), dim=-1), []
+    for low in range(0, len(index), 65_536):
+        features = torch.from_numpy(index.features[low : low + 65_536].copy())
+        parts.append((F.normalize(features, dim=-1) @ text.T)[:, 0])
+    scores = torch.cat(parts)
+    if not torch.isfinite(scores).all():
+        raise AmpError(f"{index.file}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; "
+                       f"{MAKE_AGAIN}")  # fmt: skip
+    return scores
