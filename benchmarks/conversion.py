@@ -32,16 +32,16 @@ def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
 
     def ours(check: str) -> int:
         quiet = PlainConsole(quiet=True)
-        made = make_shards(
-            **given, out=str(fresh()), samples_per_shard=size, workers=1, check=check, console=quiet
-        )  # fmt: skip
+        made = make_shards(**given, out=str(fresh()), samples_per_shard=size, workers=1, check=check, console=quiet)
         return made.samples("train")
 
     ways = {
-        COPY: lambda: copy(given, fresh()), WRITER: lambda: plain_writer(given, fresh(), size),
+        COPY: lambda: copy(given, fresh()),
+        WRITER: lambda: plain_writer(given, fresh(), size),
         DECODING_WRITER: lambda: plain_writer(given, fresh(), size, decode=True),
-        OURS: lambda: ours("structure"), DECODED: lambda: ours("decode"),
-    }  # fmt: skip
+        OURS: lambda: ours("structure"),
+        DECODED: lambda: ours("decode"),
+    }
     rates = in_turns(ways, settings.rounds)
     shutil.rmtree(out)
     ratios = {f"{name} / {OURS}": rounded(ratio(rates, name, OURS)) for name in ways if name != OURS}

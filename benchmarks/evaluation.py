@@ -47,10 +47,22 @@ def both_runs(settings: Settings, folder: Path) -> dict:
     prompt = PromptConfig(interaction="readout", interaction_layer=base.backbone.num_layers // 2)
     save_adapter(adapter, create_model_and_transforms(settings.model, str(weights), prompt_config=prompt)[0])
     command = [
-        sys.executable, str(LAUNCHER), "--model.name", settings.model, "--model.pretrained", str(weights),
-        "--data.shards", str(shards), "--data.cache", str(folder / "cache"), "--search.top_k", str(settings.top_k),
-        "--adapters", json.dumps([f"action-aware={adapter}"]), "--out",
-    ]  # fmt: skip
+        sys.executable,
+        str(LAUNCHER),
+        "--model.name",
+        settings.model,
+        "--model.pretrained",
+        str(weights),
+        "--data.shards",
+        str(shards),
+        "--data.cache",
+        str(folder / "cache"),
+        "--search.top_k",
+        str(settings.top_k),
+        "--adapters",
+        json.dumps([f"action-aware={adapter}"]),
+        "--out",
+    ]
     seconds = {}
     for number, name in enumerate((COLD, STORED)):
         start = time.perf_counter()
@@ -60,5 +72,10 @@ def both_runs(settings: Settings, folder: Path) -> dict:
     manifest = ShardManifest.load(shards)
     images, captions = manifest.samples("test"), manifest.captions("test")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
-    return {"images": images, "captions": captions, "pairs": settings.top_k * (images + captions), "seconds": seconds,
-            "largest_process_MB": round(peak)}  # fmt: skip
+    return {
+        "images": images,
+        "captions": captions,
+        "pairs": settings.top_k * (images + captions),
+        "seconds": seconds,
+        "largest_process_MB": round(peak),
+    }

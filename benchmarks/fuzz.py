@@ -31,8 +31,19 @@ with exit_on_error():
 
     from benchmarks.mutate import KINDS
 
-SHARES = {"jpeg": 0.37, "png": 0.23, "webp": 0.03, "gif": 0.02, "bmp": 0.015, "tiff": 0.03, "avif": 0.03, "tar": 0.14,
-          "json": 0.06, "reply": 0.045, "adapter": 0.03}  # fmt: skip
+SHARES = {
+    "jpeg": 0.37,
+    "png": 0.23,
+    "webp": 0.03,
+    "gif": 0.02,
+    "bmp": 0.015,
+    "tiff": 0.03,
+    "avif": 0.03,
+    "tar": 0.14,
+    "json": 0.06,
+    "reply": 0.045,
+    "adapter": 0.03,
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -84,8 +95,15 @@ def fuzz(kind: str, cases: int, seed: int, first: int = 0, seconds: float = 10.0
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder) / "place"
             place.write_bytes(bytes(8))
-            command = [sys.executable, "-X", "faulthandler", "-m", "benchmarks.fuzz", "--child",
-                       json.dumps([kind, seed, first, end, seconds, memory_gb, folder])]  # fmt: skip
+            command = [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                "-m",
+                "benchmarks.fuzz",
+                "--child",
+                json.dumps([kind, seed, first, end, seconds, memory_gb, folder]),
+            ]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
             (number,) = struct.unpack("q", place.read_bytes())
             report = Path(folder) / "found.json"
@@ -186,8 +204,13 @@ def main(
     table = Table("kind", "cases", *outcomes, "slowest case", "peak memory", "CPU time")
     for kind, x in found.items():
         counts = [x.outcomes.total(), *(x.outcomes[name] for name in outcomes)]
-        table.add_row(kind, *(f"{count:,}" for count in counts), f"{1000 * x.slowest[0]:,.0f} ms",
-                      f"{x.peak_mb:,.0f} MB", f"{x.seconds:,.0f} s")  # fmt: skip
+        table.add_row(
+            kind,
+            *(f"{count:,}" for count in counts),
+            f"{1000 * x.slowest[0]:,.0f} ms",
+            f"{x.peak_mb:,.0f} MB",
+            f"{x.seconds:,.0f} s",
+        )
     console = PlainConsole()
     console.print(table)
     for kind, x in found.items():
@@ -196,8 +219,12 @@ def main(
             for line in what.splitlines():
                 console.print(f"    {line}")
     if out is not None:
-        content = {"seed": seed, "seconds_a_case": seconds, "memory_gb": memory_gb,
-                   "kinds": {kind: vars(x) for kind, x in found.items()}}  # fmt: skip
+        content = {
+            "seed": seed,
+            "seconds_a_case": seconds,
+            "memory_gb": memory_gb,
+            "kinds": {kind: vars(x) for kind, x in found.items()},
+        }
         write_atomically(out, f"{json.dumps(content, indent=1)}\n".encode())
     if any(x.failures for x in found.values()):
         raise SystemExit(1)

@@ -96,8 +96,14 @@ def _exif() -> bytes:
 
 def _jpegs() -> list[bytes]:
     whole = _drawn()
-    options = [{}, {"progressive": True}, {"quality": 30, "subsampling": 0}, {"exif": _exif(), "comment": b"hello"},
-               {"optimize": True, "icc_profile": b"\0" * 300}, {"restart_marker_blocks": 2}]  # fmt: skip
+    options = [
+        {},
+        {"progressive": True},
+        {"quality": 30, "subsampling": 0},
+        {"exif": _exif(), "comment": b"hello"},
+        {"optimize": True, "icc_profile": b"\0" * 300},
+        {"restart_marker_blocks": 2},
+    ]
     return [*(_saved(whole, "JPEG", **o) for o in options), _saved(_drawn("L"), "JPEG"), _saved(_drawn("CMYK"), "JPEG")]
 
 
@@ -107,20 +113,32 @@ def _pngs() -> list[bytes]:
     text = PngInfo()
     text.add_text("Comment", "x" * 3000, zip=True)
     text.add_itxt("Title", "é", zip=True)
-    return [_saved(_drawn(), "PNG"), _saved(_drawn("RGBA"), "PNG", pnginfo=text), _saved(_drawn("L"), "PNG"),
-            _saved(_drawn("P"), "PNG", transparency=3), _saved(_drawn("1"), "PNG"), _saved(_drawn("I;16"), "PNG"),
-            _saved(_drawn(), "PNG", exif=_exif(), icc_profile=b"\0" * 300),
-            _saved(_drawn(), "PNG", save_all=True, append_images=[_drawn(seed=1)])]  # fmt: skip
+    return [
+        _saved(_drawn(), "PNG"),
+        _saved(_drawn("RGBA"), "PNG", pnginfo=text),
+        _saved(_drawn("L"), "PNG"),
+        _saved(_drawn("P"), "PNG", transparency=3),
+        _saved(_drawn("1"), "PNG"),
+        _saved(_drawn("I;16"), "PNG"),
+        _saved(_drawn(), "PNG", exif=_exif(), icc_profile=b"\0" * 300),
+        _saved(_drawn(), "PNG", save_all=True, append_images=[_drawn(seed=1)]),
+    ]
 
 
 def _webps() -> list[bytes]:
-    return [_saved(_drawn(), "WEBP"), _saved(_drawn("RGBA"), "WEBP", lossless=True),
-            _saved(_drawn(), "WEBP", save_all=True, append_images=[_drawn(seed=1)], exif=_exif())]  # fmt: skip
+    return [
+        _saved(_drawn(), "WEBP"),
+        _saved(_drawn("RGBA"), "WEBP", lossless=True),
+        _saved(_drawn(), "WEBP", save_all=True, append_images=[_drawn(seed=1)], exif=_exif()),
+    ]
 
 
 def _gifs() -> list[bytes]:
-    return [_saved(_drawn("P"), "GIF"), _saved(_drawn("L"), "GIF", interlace=1),
-            _saved(_drawn(), "GIF", save_all=True, append_images=[_drawn(seed=1)], comment=b"hello")]  # fmt: skip
+    return [
+        _saved(_drawn("P"), "GIF"),
+        _saved(_drawn("L"), "GIF", interlace=1),
+        _saved(_drawn(), "GIF", save_all=True, append_images=[_drawn(seed=1)], comment=b"hello"),
+    ]
 
 
 def _bmps() -> list[bytes]:
@@ -128,12 +146,19 @@ def _bmps() -> list[bytes]:
 
 
 def _tiffs() -> list[bytes]:
-    packed = [_saved(_drawn(), "TIFF", compression=c)
-              for c in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")]  # fmt: skip
-    return [*packed, _saved(_drawn("1"), "TIFF", compression="group4"), _saved(_drawn("CMYK"), "TIFF"),
-            _saved(_drawn("I;16"), "TIFF"), _saved(Image.fromarray(np.float32(_drawn("L")) / 255), "TIFF"),
-            _saved(_drawn("LA"), "TIFF"), _saved(_drawn(), "TIFF", exif=_exif()),
-            _saved(_drawn(), "TIFF", save_all=True, append_images=[_drawn(seed=1)])]  # fmt: skip
+    packed = [
+        _saved(_drawn(), "TIFF", compression=c) for c in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")
+    ]
+    return [
+        *packed,
+        _saved(_drawn("1"), "TIFF", compression="group4"),
+        _saved(_drawn("CMYK"), "TIFF"),
+        _saved(_drawn("I;16"), "TIFF"),
+        _saved(Image.fromarray(np.float32(_drawn("L")) / 255), "TIFF"),
+        _saved(_drawn("LA"), "TIFF"),
+        _saved(_drawn(), "TIFF", exif=_exif()),
+        _saved(_drawn(), "TIFF", save_all=True, append_images=[_drawn(seed=1)]),
+    ]
 
 
 def _avifs() -> list[bytes]:
@@ -147,8 +172,16 @@ def _avifs() -> list[bytes]:
 def _record(key: str, captions: int = 2) -> bytes:
     triplet = {"subject": "dog", "action": "jumps", "object": "", "kind": "action"}
     caption = {"text": CAPTION, "triplets": [triplet], "states": ["The dog is in the air"]}
-    return json.dumps({"schema": 1, "key": key, "image_id": key, "filename": f"{key}.jpg", "split": "train",
-                       "captions": [{"id": i, **caption} for i in range(captions)]}).encode()  # fmt: skip
+    return json.dumps(
+        {
+            "schema": 1,
+            "key": key,
+            "image_id": key,
+            "filename": f"{key}.jpg",
+            "split": "train",
+            "captions": [{"id": i, **caption} for i in range(captions)],
+        }
+    ).encode()
 
 
 def _tars() -> list[bytes]:
@@ -191,20 +224,37 @@ _READERS = {b"K": "karpathy", b"L": "jsonl", b"C": "csv", b"N": "knowledge", b"M
 
 def _jsons() -> list[bytes]:
     sentences = [{"raw": CAPTION, "sentid": 0}, {"raw": "A man runs", "sentid": 1}]
-    karpathy = {"images": [{"filename": "a.jpg", "filepath": "x", "imgid": 3, "split": "train", "sentences": sentences},
-                           {"filename": "b.jpg", "split": "val", "sentences": [{"raw": "A cat"}]}]}  # fmt: skip
+    karpathy = {
+        "images": [
+            {"filename": "a.jpg", "filepath": "x", "imgid": 3, "split": "train", "sentences": sentences},
+            {"filename": "b.jpg", "split": "val", "sentences": [{"raw": "A cat"}]},
+        ]
+    }
     lines = [{"image": "a.jpg", "caption": CAPTION, "split": "train"}, {"image": "b.jpg", "caption": "A cat"}]
-    knowledge = [{"sentid": 0, "image": "a.jpg", **parse_json(_record("a"))["captions"][0]},
-                 {"image": "b.jpg", "caption": "A cat", "triplets": [], "states": [], "empty": "none"}]  # fmt: skip
+    knowledge = [
+        {"sentid": 0, "image": "a.jpg", **parse_json(_record("a"))["captions"][0]},
+        {"image": "b.jpg", "caption": "A cat", "triplets": [], "states": [], "empty": "none"},
+    ]
     knowledge[0] = {k: v for k, v in knowledge[0].items() if k not in ("id", "text")} | {
-        "caption": CAPTION, "sources": [{"triplet": "strict", "state": "rules"}]}  # fmt: skip
+        "caption": CAPTION,
+        "sources": [{"triplet": "strict", "state": "rules"}],
+    }
     shard = {"name": "train-000000.tar", "samples": 1, "captions": 2, "bytes": 9, "sha256": "00"}
-    manifest = {"format": "open-clip-amp shards", "version": 1,
-                "splits": {"train": {"samples": 1, "captions": 2, "shards": [shard]}}}  # fmt: skip
+    manifest = {
+        "format": "open-clip-amp shards",
+        "version": 1,
+        "splits": {"train": {"samples": 1, "captions": 2, "shards": [shard]}},
+    }
     rows = f'image,caption,split\na.jpg,"{CAPTION}",train\nb.jpg,"A ""big"" cat, too",val\n'
-    return [b"K" + json.dumps(karpathy).encode(), b"M" + json.dumps(manifest).encode(), b"C" + rows.encode(),
-            *(mark + "".join(json.dumps(x) + "\n" for x in found).encode()
-              for mark, found in ((b"L", lines), (b"N", knowledge)))]  # fmt: skip
+    return [
+        b"K" + json.dumps(karpathy).encode(),
+        b"M" + json.dumps(manifest).encode(),
+        b"C" + rows.encode(),
+        *(
+            mark + "".join(json.dumps(x) + "\n" for x in found).encode()
+            for mark, found in ((b"L", lines), (b"N", knowledge))
+        ),
+    ]
 
 
 def _json(content: bytes, folder: Path, kind: str) -> str:
@@ -287,8 +337,19 @@ def _adapter(content: bytes, folder: Path, kind: str) -> str:
         return "refused"
 
 
-_CORPORA = {"jpeg": _jpegs, "png": _pngs, "webp": _webps, "gif": _gifs, "bmp": _bmps, "tiff": _tiffs, "avif": _avifs,
-            "tar": _tars, "json": _jsons, "reply": _replies, "adapter": _adapters}  # fmt: skip
+_CORPORA = {
+    "jpeg": _jpegs,
+    "png": _pngs,
+    "webp": _webps,
+    "gif": _gifs,
+    "bmp": _bmps,
+    "tiff": _tiffs,
+    "avif": _avifs,
+    "tar": _tars,
+    "json": _jsons,
+    "reply": _replies,
+    "adapter": _adapters,
+}
 _TARGETS = {"tar": _tar, "json": _json, "reply": _reply, "adapter": _adapter}
 
 

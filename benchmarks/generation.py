@@ -32,9 +32,13 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
         for caption in captions:
             ids = torch.tensor([before + engine.suffix_ids(ask_triplets(caption)) + tail], device=engine.model.device)
             output = engine.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_tokens, do_sample=False,
-                eos_token_id=sorted(engine.ends), pad_token_id=min(engine.ends),
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=settings.max_tokens,
+                do_sample=False,
+                eos_token_id=sorted(engine.ends),
+                pad_token_id=min(engine.ends),
+            )
             replies.append(engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
         return replies
 
@@ -68,10 +72,14 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
         {name: timed(name, way) for name, way in ways.items()}, settings.model_rounds, settings.device, warm=False
     )
     return {
-        "model": engine.describe(), "captions": len(texts), "different": len(set(texts)),
+        "model": engine.describe(),
+        "captions": len(texts),
+        "different": len(set(texts)),
         "batch": settings.generation_batch,
-        "max_tokens": settings.max_tokens, "prefix_tokens": len(before),
-        "asked_one_at_a_time": len(replies[PLAIN]), "captions_a_second": medians(rates),
+        "max_tokens": settings.max_tokens,
+        "prefix_tokens": len(before),
+        "asked_one_at_a_time": len(replies[PLAIN]),
+        "captions_a_second": medians(rates),
         "ratio": {f"{name} / {PLAIN}": rounded(ratio(rates, name, PLAIN)) for name in rates if name != PLAIN},
         "same_text": sum(len(set(group)) == 1 for group in zip(*replies.values(), strict=False)),
-    }  # fmt: skip
+    }

@@ -46,14 +46,18 @@ def copy_rate(megabytes: int = 256, rounds: int = 5) -> float:
 def describe(device: str) -> dict:
     """What stands beside every figure."""
     found = {
-        "processor": processor(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "device": device,
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
         "copy_GB_a_second": copy_rate(),
         "matmul_GFLOP_a_second": {
             "fp32": matmul_peak(device),
             "bf16": matmul_peak(device, torch.bfloat16, 1024 if multiplies_bf16(device) else 256),
         },
-    }  # fmt: skip
+    }
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     return found

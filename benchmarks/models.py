@@ -47,9 +47,11 @@ def random_batch(model: ActionAwareCLIP, size: int) -> Batch:
     torch.manual_seed(0)
     backbone, k, s = model.backbone, model.config.max_triplets, model.config.slot_tokens
     knowledge = KnowledgeBatch(
-        torch.randint(1000, (size, k, 3, s)), torch.ones(size, k, 3, s, dtype=torch.bool),
-        torch.randn(size, k, backbone.embed_dim), torch.ones(size, k, dtype=torch.bool),
-    )  # fmt: skip
+        torch.randint(1000, (size, k, 3, s)),
+        torch.ones(size, k, 3, s, dtype=torch.bool),
+        torch.randn(size, k, backbone.embed_dim),
+        torch.ones(size, k, dtype=torch.bool),
+    )
     early = torch.randn(size, backbone.num_tokens, backbone.vision_width)
     base, text = torch.randn(2, size, backbone.embed_dim)
     return Batch(early, base, text, knowledge, torch.arange(size)).to(model.logit_scale.device)

@@ -196,8 +196,10 @@ def _tiff_fields(content: bytes) -> list[tuple[int, int, str]]:
     at = int.from_bytes(content[4:8], "little")
     entries = int.from_bytes(content[at : at + 2], "little")
     starts = range(at + 2, min(at + 2 + 12 * entries, max(0, len(content) - 12)), 12)
-    return [(4, 4, "little"), *(f for s in starts for f in ((s + 2, 2, "little"), (s + 4, 4, "little"),
-                                                           (s + 8, 4, "little")))]  # fmt: skip
+    return [
+        (4, 4, "little"),
+        *(f for s in starts for f in ((s + 2, 2, "little"), (s + 4, 4, "little"), (s + 8, 4, "little"))),
+    ]
 
 
 def _avif_boxes(content: bytes) -> list[bytes]:
@@ -229,8 +231,12 @@ def _tar_fields(content: bytes) -> list[tuple[int, int, str]]:
     for number, block in enumerate(_tar_blocks(content)):
         if block[257:262] == b"ustar":
             at = number * BLOCK
-            found += [*[(at + 124, 1, "big"), (at + 124, 8, "big"), (at + 132, 3, "big")] * 2, (at + 156, 1, "big"),
-                      (at, 2, "big"), (at + 157, 4, "big")]  # fmt: skip
+            found += [
+                *[(at + 124, 1, "big"), (at + 124, 8, "big"), (at + 132, 3, "big")] * 2,
+                (at + 156, 1, "big"),
+                (at, 2, "big"),
+                (at + 157, 4, "big"),
+            ]
     return found
 
 
@@ -254,12 +260,53 @@ _FIELDS = {
 }
 
 _VALUES = (
-    b"1e999", b"-1e999", b"NaN", b"Infinity", b"null", b"true", b"0", b"-1", b"1.5", b"[]", b"{}", b'""', b'"\\ud800"',
-    b'"\\u0000"', b'"\\u202e\\u2066"', b'"\\u001b[2J"', b'"../../etc/passwd"', b'"/etc/passwd"', b'"."', b'"a\\\\b"',
-    b"9" * 400, b"9" * 5000, b"[" * 900, b"[" * 5000, b'{"a":' * 3000, b'"' + b"x" * 5000 + b'"', b"\xff\xfe", b"\0",
-    b'"=cmd|x"', b'"<script>"', b"\r", b"\n", b",", b'"', b"'", b"\xef\xbb\xbf", b" | ", b"action: ", b"1. ", b"```",
-    b" " * 3000, b"\t" * 300, b"(((", b"-" * 300, b"<|im_end|>", "\u2028\u202e\u0000".encode(),
-)  # fmt: skip
+    b"1e999",
+    b"-1e999",
+    b"NaN",
+    b"Infinity",
+    b"null",
+    b"true",
+    b"0",
+    b"-1",
+    b"1.5",
+    b"[]",
+    b"{}",
+    b'""',
+    b'"\\ud800"',
+    b'"\\u0000"',
+    b'"\\u202e\\u2066"',
+    b'"\\u001b[2J"',
+    b'"../../etc/passwd"',
+    b'"/etc/passwd"',
+    b'"."',
+    b'"a\\\\b"',
+    b"9" * 400,
+    b"9" * 5000,
+    b"[" * 900,
+    b"[" * 5000,
+    b'{"a":' * 3000,
+    b'"' + b"x" * 5000 + b'"',
+    b"\xff\xfe",
+    b"\0",
+    b'"=cmd|x"',
+    b'"<script>"',
+    b"\r",
+    b"\n",
+    b",",
+    b'"',
+    b"'",
+    b"\xef\xbb\xbf",
+    b" | ",
+    b"action: ",
+    b"1. ",
+    b"```",
+    b" " * 3000,
+    b"\t" * 300,
+    b"(((",
+    b"-" * 300,
+    b"<|im_end|>",
+    "\u2028\u202e\u0000".encode(),
+)
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+|[\[\]{}:,|\n]|true|false|null|\w+')
 
 

@@ -81,8 +81,14 @@ class NaiveAIM:
         """Cosine of an image under a caption's knowledge with that caption."""
         return F.cosine_similarity(self.encode_pair(image, knowledge), self.encode_text([caption])[0], dim=-1)
 
-    def contrastive_step(self, images: torch.Tensor, captions: Sequence[str], items: Sequence[Knowledge],
-                         negatives: Sequence[Sequence[int]], scale: float) -> torch.Tensor:  # fmt: skip
+    def contrastive_step(
+        self,
+        images: torch.Tensor,
+        captions: Sequence[str],
+        items: Sequence[Knowledge],
+        negatives: Sequence[Sequence[int]],
+        scale: float,
+    ) -> torch.Tensor:
         """The loss of a step: each image with its own caption and m others, each caption with m other images, and all
         images without knowledge (docs/method.md, "contrastive")."""
         parts = []

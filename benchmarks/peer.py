@@ -23,10 +23,16 @@ def private_mb(process: int) -> float:
 def main(given: dict) -> None:
     torch.set_num_threads(1)
     arguments = Namespace(
-        train_data=given["tars"], val_data=None, train_num_samples=given["images"], dataset_resampled=False,
-        train_data_upsampling_factors=None, seed=0, batch_size=given["batch_size"], workers=given["workers"],
+        train_data=given["tars"],
+        val_data=None,
+        train_num_samples=given["images"],
+        dataset_resampled=False,
+        train_data_upsampling_factors=None,
+        seed=0,
+        batch_size=given["batch_size"],
+        workers=given["workers"],
         world_size=1,
-    )  # fmt: skip
+    )
     transform = image_transform(given["size"], is_train=True)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     data = get_wds_dataset(arguments, transform, is_train=True, floor=True, tokenizer=tokenizer)

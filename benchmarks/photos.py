@@ -24,9 +24,7 @@ QUALITY = 90
 def photo(number: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
     """A photo, the same for the same number."""
     random, (width, height) = np.random.default_rng(number), size
-    frequency = np.hypot(
-        np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width
-    ).clip(min=1)  # fmt: skip
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width).clip(min=1)
     grey = random.standard_normal((height, width))
     channels = []
     for _ in range(3):

@@ -47,8 +47,12 @@ def run(settings: Settings) -> dict:
         work = {name: loops.gflop_a_pair(name) for name in loops.ways}
         against = {f"ours / {name}": rounded(ratio(rates, ENGINE, name)) for name in rates if name != ENGINE}
         by_work = {f"ours / {name}": rounded(x / work[ENGINE]) for name, x in work.items() if name != ENGINE}
-        speed[interaction] = {"pairs_a_second": medians(rates), "ratio": against, "ratio_by_work": by_work,
-                              "gflop_a_pair": {name: rounded(x) for name, x in work.items()}}  # fmt: skip
+        speed[interaction] = {
+            "pairs_a_second": medians(rates),
+            "ratio": against,
+            "ratio_by_work": by_work,
+            "gflop_a_pair": {name: rounded(x) for name, x in work.items()},
+        }
     return {"layer": layer, "blocks": base.backbone.num_layers, "speed": speed, "memory": gallery_memory(settings)}
 
 
@@ -63,8 +67,12 @@ class Loops:
         self.candidates = torch.stack([torch.randperm(count)[: settings.top_k] for _ in range(count)])
         self.text, self.knowledge = self.encoded_texts()
         self.scored_text = self.scorer().scored_text
-        ways = {PER_PAIR: partial(self.slow, self.by_calls), NO_TEXT: partial(self.slow, self.conditioned),
-                PER_QUERY: self.by_query, ENGINE: self.ours}  # fmt: skip
+        ways = {
+            PER_PAIR: partial(self.slow, self.by_calls),
+            NO_TEXT: partial(self.slow, self.conditioned),
+            PER_QUERY: self.by_query,
+            ENGINE: self.ours,
+        }
         if not model.has_readout:
             self.naive = NaiveAIM(model)
             ways = {EQUATIONS: partial(self.slow, self.by_equations), **ways}
@@ -140,16 +148,26 @@ class Loops:
 
     @torch.no_grad()
     def scorer(self, autocast=contextlib.nullcontext) -> PairScorer:
-        return PairScorer(self.model, np.empty((0,)), self.knowledge, self.text,
-                          batch_size=self.settings.pairs_a_batch, autocast=autocast)  # fmt: skip
+        return PairScorer(
+            self.model,
+            np.empty((0,)),
+            self.knowledge,
+            self.text,
+            batch_size=self.settings.pairs_a_batch,
+            autocast=autocast,
+        )
 
 
 def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Scores (Q, k) of captions 0 to Q - 1, as `Retrieval` computes them."""
     return score_candidates(
-        candidates, lambda q, c: scorer(c, q), batch_size, group_by="candidate", prepare=lambda q, c: scorer.prepare(q),
+        candidates,
+        lambda q, c: scorer(c, q),
+        batch_size,
+        group_by="candidate",
+        prepare=lambda q, c: scorer.prepare(q),
         block_pairs=scorer.captions_a_block() * candidates.shape[1],
-    )  # fmt: skip
+    )
 
 
 def memory_of_gallery(settings: Settings, size: int, queue) -> None:
@@ -185,6 +203,12 @@ def gallery_memory(settings: Settings) -> list[dict[str, float]]:
         if process.exitcode != 0:
             raise AmpError(f"the process of a gallery of {size:,} ended with {process.exitcode}")
         first, rerank = queue.get()
-        rows.append({"images": size, "first_stage_MB": round(first, 1), "rerank_MB": round(rerank, 1),
-                     "score_matrix_MB": round(4e-6 * size * size, 1)})  # fmt: skip
+        rows.append(
+            {
+                "images": size,
+                "first_stage_MB": round(first, 1),
+                "rerank_MB": round(rerank, 1),
+                "score_matrix_MB": round(4e-6 * size * size, 1),
+            }
+        )
     return rows

@@ -91,12 +91,18 @@ def plan_of(world: int, images: int = COCO_IMAGES, batch: int = 64, window: int 
         in_batch += [len(np.unique(row)) for row in shards]
     together = np.concatenate(seen)
     return {
-        "ranks": world, "images": images, "shards": len(sizes), "batch": batch, "steps": counts[0],
+        "ranks": world,
+        "images": images,
+        "shards": len(sizes),
+        "batch": batch,
+        "steps": counts[0],
         "ranks_with_as_many_steps": sum(count == counts[0] for count in counts),
-        "read_twice": len(together) - len(np.unique(together)), "left_out": images - len(together),
-        "shards_opened_by_a_rank": max(opened), "shards_in_a_batch": rounded(np.mean(in_batch)),
+        "read_twice": len(together) - len(np.unique(together)),
+        "left_out": images - len(together),
+        "shards_opened_by_a_rank": max(opened),
+        "shards_in_a_batch": rounded(np.mean(in_batch)),
         "reads_an_image": 2,
-    }  # fmt: skip
+    }
 
 
 def roofline() -> dict:
@@ -118,11 +124,18 @@ def roofline() -> dict:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = batch.images.numel() * 2  # early tokens in float16, in place of their computation
     return {
-        "model": ROOF_MODEL, "layer": layer, "images_a_gpu": ROOF_BATCH, "gpus": ROOF_GPUS,
-        "assumed_TFLOP_a_second": H100_TFLOP, "assumed_share": SHARE,
-        "TFLOP_early": rounded(early), "TFLOP_late": rounded(late), "ms_a_step": rounded(1e3 * seconds),
+        "model": ROOF_MODEL,
+        "layer": layer,
+        "images_a_gpu": ROOF_BATCH,
+        "gpus": ROOF_GPUS,
+        "assumed_TFLOP_a_second": H100_TFLOP,
+        "assumed_share": SHARE,
+        "TFLOP_early": rounded(early),
+        "TFLOP_late": rounded(late),
+        "ms_a_step": rounded(1e3 * seconds),
         "images_a_second": rounded(ROOF_GPUS * ROOF_BATCH / seconds),
-        "trained_parameters": trained, "MB_of_gradients_exchanged": rounded(4e-6 * trained),
+        "trained_parameters": trained,
+        "MB_of_gradients_exchanged": rounded(4e-6 * trained),
         "MB_of_stored_tokens_a_step": rounded(stored / 1e6),
         "ms_with_stored_tokens": rounded(1e3 * late / (H100_TFLOP * SHARE)),
-    }  # fmt: skip
+    }

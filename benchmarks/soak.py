@@ -37,10 +37,17 @@ with exit_on_error():
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 SETTINGS = {
-    "stages": "[1]", "stage1.epochs": "1000000", "data.cache_images": "false", "data.augment": "crop",
-    "data.workers": "1", "data.batch_size": "8", "validate_every": "1", "validation.max_queries": "12",
-    "checkpoint.every_steps": "3", "log_every": "1",
-}  # fmt: skip
+    "stages": "[1]",
+    "stage1.epochs": "1000000",
+    "data.cache_images": "false",
+    "data.augment": "crop",
+    "data.workers": "1",
+    "data.batch_size": "8",
+    "validate_every": "1",
+    "validation.max_queries": "12",
+    "checkpoint.every_steps": "3",
+    "log_every": "1",
+}
 SCENES = {"train": 128, "val": 24, "test": 2}
 KEPT_SAMPLES = 240  # of each series, in the JSON file
 LEFT_AFTER = 12  # steps that the run goes on for when it has been stopped
@@ -98,12 +105,21 @@ class Launch:
         self.out, self.log = folder / "run", folder / log
         options = {"out": self.out, "data.shards": shards, "data.cache": folder / "cache", **SETTINGS}
         command = [
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
-            "--config_file", "launchers/accelerate/one_node.yaml", "--num_processes", str(RANKS),
-            "--main_process_port", "0",  # a free one
-            "launchers/train.py", "--config", "launchers/configs/scenes.yaml",
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--config_file",
+            "launchers/accelerate/one_node.yaml",
+            "--num_processes",
+            str(RANKS),
+            "--main_process_port",
+            "0",  # a free one
+            "launchers/train.py",
+            "--config",
+            "launchers/configs/scenes.yaml",
             *(part for key, value in options.items() for part in (f"--{key}", str(value))),
-        ]  # fmt: skip
+        ]
         environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "ACCELERATE_USE_CPU": "true"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -164,8 +180,12 @@ class Launch:
             raise AmpError(f"stopped at step {stopped['step']}, but the newest checkpoint is of {checkpoint.step}")
         alive = [process for process in processes if Path(f"/proc/{process}").exists()]
         memory = [name for name in os.listdir("/dev/shm") if any(f"_{p}_" in name for p in processes)]
-        return {"signal": stopped["signal"], "step": stopped["step"], "processes_left": len(alive),
-                "shared_memory_left": len(memory)}  # fmt: skip
+        return {
+            "signal": stopped["signal"],
+            "step": stopped["step"],
+            "processes_left": len(alive),
+            "shared_memory_left": len(memory),
+        }
 
     def kill(self) -> None:
         """Ends what still runs."""
@@ -210,10 +230,21 @@ def soak(settings: SoakSettings, folder: Path) -> tuple[Watch, dict]:
 def drawn_scenes(folder: Path) -> Path:
     """A folder of shards of drawn scenes, in some shards a split."""
     scenes, counts = folder / "scenes", [f"--{split}={count}" for split, count in SCENES.items()]
-    subprocess.run([sys.executable, "tools/scenes/make_scenes.py", "--out", str(scenes), *counts],
-                   cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    make_shards(str(scenes / "dataset.json"), str(scenes / "images"), str(folder / "shards"),
-                knowledge=str(scenes / "knowledge.jsonl"), samples_per_shard=32, workers=1)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "tools/scenes/make_scenes.py", "--out", str(scenes), *counts],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    make_shards(
+        str(scenes / "dataset.json"),
+        str(scenes / "images"),
+        str(folder / "shards"),
+        knowledge=str(scenes / "knowledge.jsonl"),
+        samples_per_shard=32,
+        workers=1,
+    )
     return folder / "shards"
 
 
@@ -240,14 +271,22 @@ def report(settings: SoakSettings, watch: Watch, end: dict) -> dict:
     every = -(-len(watch.seconds) // KEPT_SAMPLES)
     return {
         "machine": {
-            "processor": processor(), "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(), "torch": torch.__version__,
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
         },
-        "minutes": settings.minutes, "seconds_between_samples": settings.every, "samples": len(watch.seconds),
-        "settings": SETTINGS, "ranks": RANKS, "steps": steps[-1],
+        "minutes": settings.minutes,
+        "seconds_between_samples": settings.every,
+        "samples": len(watch.seconds),
+        "settings": SETTINGS,
+        "ranks": RANKS,
+        "steps": steps[-1],
         "steps_an_hour": round((steps[-1] - steps[0]) / hours),
         "thresholds": {
-            "warm_up": WARM_UP, "memory_share_an_hour": MEMORY_SHARE, "memory_floor_MB": MEMORY_FLOOR_MB,
+            "warm_up": WARM_UP,
+            "memory_share_an_hour": MEMORY_SHARE,
+            "memory_floor_MB": MEMORY_FLOOR_MB,
             "count_rise": COUNT_RISE,
         },
         "growing": growing + [f"{role}: started anew" for role in restarted] + ["left behind"] * bool(leftover),
@@ -258,7 +297,7 @@ def report(settings: SoakSettings, watch: Watch, end: dict) -> dict:
             role: {name: [None if x != x else x for x in values[::every]] for name, values in series.items()}
             for role, series in watch.series.items()
         },
-    }  # fmt: skip
+    }
 
 
 def lines(found: dict) -> list[str]:

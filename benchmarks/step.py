@@ -38,8 +38,13 @@ def run(settings: Settings) -> dict:
     for layer in (0, depth // 2, 3 * depth // 4):
         found[str(layer)] = at_layer(base, layer, settings)
     trained = {name: sizes(build(base, depth // 2, interaction=name)) for name in ("aim", "readout")}
-    return {"blocks": depth, "images": settings.step_batch, "patches": base.backbone.num_patches, "layers": found,
-            "sizes": trained}  # fmt: skip
+    return {
+        "blocks": depth,
+        "images": settings.step_batch,
+        "patches": base.backbone.num_patches,
+        "layers": found,
+        "sizes": trained,
+    }
 
 
 def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) -> dict:
@@ -51,8 +56,11 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
     for name, figures in medians(rates).items():
         items, work, kept = counted[name]
         work /= items
-        rows[name] = {"images_a_second": figures, "gflop_an_image": rounded(work),
-                      "gflop_a_second": rounded(figures["median"] * work)}  # fmt: skip
+        rows[name] = {
+            "images_a_second": figures,
+            "gflop_an_image": rounded(work),
+            "gflop_a_second": rounded(figures["median"] * work),
+        }
         if name not in (FROZEN, NAIVE):
             rows[name]["kept_MB_an_image"] = rounded(kept / 1e6 / items)
     rows[CONTROL]["kept_MB_by_hand"] = rounded(kept_by_hand(ways[CONTROL][1]) / 1e6)
@@ -61,8 +69,9 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
     return {"rows": rows, "times_as_long": {name: rounded(x) for name, x in against.items()}}
 
 
-def ways_at(base: ActionAwareCLIP, layer: int, settings: Settings,
-            prompt: dict) -> dict[str, tuple[Callable, ActionAwareCLIP | None]]:  # fmt: skip
+def ways_at(
+    base: ActionAwareCLIP, layer: int, settings: Settings, prompt: dict
+) -> dict[str, tuple[Callable, ActionAwareCLIP | None]]:
     """Each way by name, and the model whose memory it shows."""
     size, device = settings.step_batch, settings.device
     images = torch.randn(size, 3, *base.backbone.visual.image_size, device=device)
@@ -107,11 +116,15 @@ def ways_at(base: ActionAwareCLIP, layer: int, settings: Settings,
         return few
 
     return {
-        FROZEN: (frozen, None), PLAIN: (plain, control), CONTROL: (ours(control, "none"), control),
-        PAIRED: (ours(aim, "paired"), aim), AIM: (ours(aim, "contrastive"), aim),
-        SHARE: (ours(aim, "contrastive", 1 / 16), aim), READOUT: (ours(readout, "contrastive"), readout),
+        FROZEN: (frozen, None),
+        PLAIN: (plain, control),
+        CONTROL: (ours(control, "none"), control),
+        PAIRED: (ours(aim, "paired"), aim),
+        AIM: (ours(aim, "contrastive"), aim),
+        SHARE: (ours(aim, "contrastive", 1 / 16), aim),
+        READOUT: (ours(readout, "contrastive"), readout),
         NAIVE: (slow, None),
-    }  # fmt: skip
+    }
 
 
 def kept_by_hand(model: ActionAwareCLIP) -> float:

@@ -47,14 +47,22 @@ def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
     make_shards(**given, out=str(shards), samples_per_shard=-(-settings.photos_count(given) // SHARDS))
     split = ShardSplit(shards, "train")
     write_open_clip_tars(split, tars)
-    found = {"images": len(split), "bytes_an_image": rounded(np.mean([len(x) for x in photos_of(split)])),
-             "size": settings.image_size, "workers": {}}  # fmt: skip
+    found = {
+        "images": len(split),
+        "bytes_an_image": rounded(np.mean([len(x) for x in photos_of(split)])),
+        "size": settings.image_size,
+        "workers": {},
+    }
     for workers in (1, 2):
         with ExitStack() as stack:
             ours = OurStream(split, folder / "cache", settings, workers)
             slow = OurStream(split, folder / "cache", settings, workers, pillow=True)
-            ways = {RAW: stack.enter_context(raw_loop(split, workers)), OURS: ours.epoch, PILLOW: slow.epoch,
-                    NORMALIZED: partial(ours.epoch, settings.device)}  # fmt: skip
+            ways = {
+                RAW: stack.enter_context(raw_loop(split, workers)),
+                OURS: ours.epoch,
+                PILLOW: slow.epoch,
+                NORMALIZED: partial(ours.epoch, settings.device),
+            }
             if settings.peer_python:
                 peer = stack.enter_context(peer_stream(settings, tars, len(split), workers))
                 ways[PEER] = peer
@@ -157,8 +165,13 @@ class PeerStream:
 
 @contextmanager
 def peer_stream(settings: Settings, tars: Path, images: int, workers: int):
-    given = {"tars": f"{tars}/{{000000..{SHARDS - 1:06d}}}.tar", "images": images, "batch_size": settings.stream_batch,
-             "workers": workers, "size": settings.image_size}  # fmt: skip
+    given = {
+        "tars": f"{tars}/{{000000..{SHARDS - 1:06d}}}.tar",
+        "images": images,
+        "batch_size": settings.stream_batch,
+        "workers": workers,
+        "size": settings.image_size,
+    }
     script = Path(__file__).with_name("peer.py")
     command = [str(settings.peer_python), str(script), json.dumps(given)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -54,7 +54,7 @@ def machine(figures: dict) -> list[str]:
         f"{found['processor']}, {found['cores']} cores, {found['threads']} thread, torch {found['torch']}, Python "
         f"{found['python']}; matrix products at {shown(peak['fp32'])} GFLOP/s in fp32, {shown(peak['bf16'])} in bf16, "
         f"copies at {shown(found['copy_GB_a_second'])} GB/s.",
-    ]  # fmt: skip
+    ]
 
 
 def streams(figures: dict) -> list[str]:
@@ -80,11 +80,33 @@ def steps(figures: dict) -> list[str]:
         times = found["times_as_long"]
         for name, row in found["rows"].items():
             rate, share = row["images_a_second"], row["gflop_a_second"] / peak
-            rows.append([layer, name, spread(rate), times.get(f"{name} / plain prompt tuning"),
-                         times.get(f"contrastive m=2, the equations / {name}"), row["gflop_an_image"],
-                         f"{share:.0%}", row.get("kept_MB_an_image"), row.get("kept_MB_by_hand")])  # fmt: skip
-    return table(["l", "", "images/s", "times as long as plain", "the equations: times as long", "GFLOP an image",
-                  "of the peak", "MB kept an image", "the same by hand"], rows)  # fmt: skip
+            rows.append(
+                [
+                    layer,
+                    name,
+                    spread(rate),
+                    times.get(f"{name} / plain prompt tuning"),
+                    times.get(f"contrastive m=2, the equations / {name}"),
+                    row["gflop_an_image"],
+                    f"{share:.0%}",
+                    row.get("kept_MB_an_image"),
+                    row.get("kept_MB_by_hand"),
+                ]
+            )
+    return table(
+        [
+            "l",
+            "",
+            "images/s",
+            "times as long as plain",
+            "the equations: times as long",
+            "GFLOP an image",
+            "of the peak",
+            "MB kept an image",
+            "the same by hand",
+        ],
+        rows,
+    )
 
 
 def reranks(figures: dict) -> list[str]:
@@ -106,8 +128,10 @@ def reranks(figures: dict) -> list[str]:
 
 def galleries(figures: dict) -> list[str]:
     head = ["images", "first stage, MB", "re-ranking, MB", "a matrix of all scores, MB"]
-    return table(head, ([f"{x['images']:,}", x["first_stage_MB"], x["rerank_MB"], x["score_matrix_MB"]]
-                        for x in figures["memory"]))  # fmt: skip
+    return table(
+        head,
+        ([f"{x['images']:,}", x["first_stage_MB"], x["rerank_MB"], x["score_matrix_MB"]] for x in figures["memory"]),
+    )
 
 
 def generations(figures: dict) -> list[str]:
@@ -137,8 +161,10 @@ def runs(figures: dict) -> list[str]:
 
 
 def ranks(figures: dict) -> list[str]:
-    return table(["ranks", "images/s", "seconds a step"], ([n, x["images_a_second"], x["seconds_a_step"]]
-                                                           for n, x in figures["ranks"].items()))  # fmt: skip
+    return table(
+        ["ranks", "images/s", "seconds a step"],
+        ([n, x["images_a_second"], x["seconds_a_step"]] for n, x in figures["ranks"].items()),
+    )
 
 
 def listed(name: str):
@@ -152,7 +178,17 @@ def listed(name: str):
 
 
 TABLES = {
-    "stream.machine": machine, "stream": streams, "conversion": conversions, "step": steps, "rerank": reranks,
-    "rerank.memory": galleries, "generation": generations, "scaling": ranks, "scaling.plan": listed("plan"),
-    "scaling.roofline": listed("roofline"), "evaluation": evaluations, "step.sizes": sizes, "run": runs,
-}  # fmt: skip
+    "stream.machine": machine,
+    "stream": streams,
+    "conversion": conversions,
+    "step": steps,
+    "rerank": reranks,
+    "rerank.memory": galleries,
+    "generation": generations,
+    "scaling": ranks,
+    "scaling.plan": listed("plan"),
+    "scaling.roofline": listed("roofline"),
+    "evaluation": evaluations,
+    "step.sizes": sizes,
+    "run": runs,
+}

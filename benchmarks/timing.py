@@ -16,8 +16,9 @@ def synchronize(device: str | torch.device = "cpu") -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(ways: Mapping[str, Way], rounds: int, device: str | torch.device = "cpu",
-             warm: bool = True) -> dict[str, list[float]]:  # fmt: skip
+def in_turns(
+    ways: Mapping[str, Way], rounds: int, device: str | torch.device = "cpu", warm: bool = True
+) -> dict[str, list[float]]:
     """Items a second of each way, one figure a round.
 
     Args:

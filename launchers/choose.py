@@ -121,9 +121,13 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     save_skipped(lists, skipped)
     with terminal.progress(f"loading {config.model.name}"):
         base, _, preprocess = create_model_and_transforms(
-            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
-            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-        )  # fmt: skip
+            config.model.name,
+            config.model.pretrained,
+            precision=config.model.precision,
+            device=usable_device(),
+            prompt_config=config.prompt,
+            image_resize_mode=config.model.resize_mode,
+        )
         models = load_adapters(base, config.model.name, named)
     results: dict[str, dict[str, Choices]] = {}
     failed = Problems()
@@ -242,8 +246,15 @@ def print_table(results: "dict[str, dict[str, Choices]]") -> None:
         for method, found in methods.items():
             changes = [(a, b) for a, b in zip(base_right, found.right, strict=True) if a != b]
             mended = sum(new for _, new in changes)
-            table.add_row(test, method, f"{len(found.right):,}", f"{found.accuracy:.1f}", f"{found.group_mean:.1f}",
-                          f"{mended:,}", f"{len(changes) - mended:,}")  # fmt: skip
+            table.add_row(
+                test,
+                method,
+                f"{len(found.right):,}",
+                f"{found.accuracy:.1f}",
+                f"{found.group_mean:.1f}",
+                f"{mended:,}",
+                f"{len(changes) - mended:,}",
+            )
     PlainConsole().print(table)
 
 

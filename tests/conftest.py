@@ -136,8 +136,14 @@ def write_clip_folder(folder: Path, variant: str = "native", seed: int = 0) -> s
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    preprocess = {"size": VISION["image_size"], "mode": "RGB", "mean": [0.5] * 3, "std": [0.25] * 3,
-                  "interpolation": "bicubic", "resize_mode": "squash"}  # fmt: skip
+    preprocess = {
+        "size": VISION["image_size"],
+        "mode": "RGB",
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
     config = {"model_cfg": clip_config(variant), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(make_clip(variant, seed).state_dict(), folder / "open_clip_model.safetensors")

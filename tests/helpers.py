@@ -68,8 +68,11 @@ def draw_dataset(root: Path, sizes: dict[str, int] = SPLIT_SIZES) -> dict:
             )
     (root / "dataset.json").write_text(json.dumps({"images": images, "dataset": "drawn"}))
     (root / "knowledge.jsonl").write_text("".join(json.dumps(line) + "\n" for line in knowledge))
-    return {"captions": str(root / "dataset.json"), "images": str(root / "images"),
-            "knowledge": str(root / "knowledge.jsonl")}  # fmt: skip
+    return {
+        "captions": str(root / "dataset.json"),
+        "images": str(root / "images"),
+        "knowledge": str(root / "knowledge.jsonl"),
+    }
 
 
 def _draw(number: int) -> Image.Image:
@@ -99,8 +102,12 @@ def distributions(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                           capture_output=True, text=True)  # fmt: skip
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if files.returncode != 0:
         pytest.skip("needs git and a checkout to know which files belong to the source")
     for name in filter(None, files.stdout.split("\0")):
@@ -109,8 +116,10 @@ def distributions(tmp_path_factory):
             (source / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", folder, source],
-        env=QUIET_ENVIRONMENT, text=True, capture_output=True,
-    )  # fmt: skip
+        env=QUIET_ENVIRONMENT,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 

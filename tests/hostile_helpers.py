@@ -28,10 +28,20 @@ class Canary:
 
 def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
     """Arguments of launchers/train.py and evaluate.py that work; dots of changed settings are written as ``__``."""
-    settings = {"model.name": clip_folder, "model.pretrained": "null", "data.shards": shards,
-                "data.cache": folder / "cache", "data.batch_size": 4, "data.workers": 0, "data.augment": "none",
-                "data.val_split": "null", "stages": "[1]", "stage1.max_steps": 2, "trackers": "[]",
-                "out": folder / "run" / "out.json"}  # fmt: skip
+    settings = {
+        "model.name": clip_folder,
+        "model.pretrained": "null",
+        "data.shards": shards,
+        "data.cache": folder / "cache",
+        "data.batch_size": 4,
+        "data.workers": 0,
+        "data.augment": "none",
+        "data.val_split": "null",
+        "stages": "[1]",
+        "stage1.max_steps": 2,
+        "trackers": "[]",
+        "out": folder / "run" / "out.json",
+    }
     settings |= {f"prompt.{key}": value for key, value in SMALL_PROMPT.items()}
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
@@ -167,6 +177,7 @@ def odd_images() -> dict[str, bytes]:
 def captions_of(folder: Path, names) -> Path:
     """A captions file for these images."""
     path = folder / "captions.jsonl"
-    path.write_text("".join(json.dumps({"image": name, "caption": f"A dog {i} runs"}) + "\n"
-                            for i, name in enumerate(names)))  # fmt: skip
+    path.write_text(
+        "".join(json.dumps({"image": name, "caption": f"A dog {i} runs"}) + "\n" for i, name in enumerate(names))
+    )
     return path

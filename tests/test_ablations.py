@@ -50,24 +50,46 @@ ROWS = {
     "two_stage": (5, {"stages": [1, 2], "combined": False}),
     "paper": (
         5,
-        {"conditioning": "paired", "prompt.residual": False, "prompt.knowledge": "both", "stages": [1, 2],
-         "combined": False, "prompt.lam": 0.7, "prompt.interaction": "aim", "prompt.image_projection": False, **PLAIN},
+        {
+            "conditioning": "paired",
+            "prompt.residual": False,
+            "prompt.knowledge": "both",
+            "stages": [1, 2],
+            "combined": False,
+            "prompt.lam": 0.7,
+            "prompt.interaction": "aim",
+            "prompt.image_projection": False,
+            **PLAIN,
+        },
     ),
     "visual_only": (
         3,
-        {"conditioning": "none", "prompt.knowledge": "none", "prompt.interaction": "aim",
-         "prompt.image_projection": False, **PLAIN},
+        {
+            "conditioning": "none",
+            "prompt.knowledge": "none",
+            "prompt.interaction": "aim",
+            "prompt.image_projection": False,
+            **PLAIN,
+        },
     ),
     "aim": (3, {"prompt.interaction": "aim", "prompt.knowledge": "both"}),
     "text_only": ("Ours", {"conditioning": "none", "prompt.condition_images": False}),
     "caption": ("Ours", {"prompt.knowledge": "caption", "prompt.interaction": "readout"}),
     "readout": (
         "Ours",
-        {"conditioning": "contrastive", "prompt.interaction": "readout", "prompt.interaction_layer": 8,
-         "prompt.readout_blocks": 1, "prompt.num_prompts": 16, "prompt.text_enrichment": True,
-         "prompt.text_triplets": True, "prompt.image_projection": True, "prompt.bottleneck": 2},
+        {
+            "conditioning": "contrastive",
+            "prompt.interaction": "readout",
+            "prompt.interaction_layer": 8,
+            "prompt.readout_blocks": 1,
+            "prompt.num_prompts": 16,
+            "prompt.text_enrichment": True,
+            "prompt.text_triplets": True,
+            "prompt.image_projection": True,
+            "prompt.bottleneck": 2,
+        },
     ),
-}  # fmt: skip
+}
 
 
 def read(*files) -> TrainConfig:
@@ -154,8 +176,9 @@ def single_interaction(aim, patches, prompts, cross, attend):
     augmented = reference.cross_attention(normed, prompts, cross)
     values, maps = reference.self_attention(augmented if aim.gate is None else normed + augmented, attend)
     hidden = reference.gelu(reference.linear(values, aim.mlp[0]))
-    enhanced = torch.stack([sum(a * v for a, v in zip(row, reference.linear(hidden, aim.mlp[2]), strict=True))
-                            for row in maps])  # fmt: skip
+    enhanced = torch.stack(
+        [sum(a * v for a, v in zip(row, reference.linear(hidden, aim.mlp[2]), strict=True)) for row in maps]
+    )
     if aim.gate is None:
         return enhanced
     return patches + aim.gate * patches.square().mean().sqrt() * reference.layer_norm(enhanced)
@@ -237,8 +260,11 @@ def test_order_and_padding_change_nothing(settings, images, knowledge):
 
 
 @pytest.mark.parametrize("conditioning", ["contrastive", "paired"])
-@pytest.mark.parametrize("settings", [*VARIANTS, {"interaction": "cat", "num_prompts": 0},
-                                      {"knowledge": "triplets", "num_prompts": 0}], ids=label)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [*VARIANTS, {"interaction": "cat", "num_prompts": 0}, {"knowledge": "triplets", "num_prompts": 0}],
+    ids=label,
+)
 def test_whatever_a_stage_trains_has_a_gradient(settings, conditioning, images, knowledge, tokenizer):
     """Distributed engines fail on parameters that take no part. A caption is empty, so null tokens learn too."""
     model = make_model(trained=True, **settings).train()

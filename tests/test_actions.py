@@ -33,22 +33,35 @@ def knowledge(*triplets):
 
 @pytest.mark.parametrize(
     ("action", "verb"),
-    [("runs", "run"), ("is running through", "run"), ("climbing up", "climb"), ("rode", "ride"), ("is", None),
-     ("are being carried by", "carry"), ("Throws", "throw")],
-)  # fmt: skip
+    [
+        ("runs", "run"),
+        ("is running through", "run"),
+        ("climbing up", "climb"),
+        ("rode", "ride"),
+        ("is", None),
+        ("are being carried by", "carry"),
+        ("Throws", "throw"),
+    ],
+)
 def test_the_verb_of_an_action(action, verb):
     assert verb_of(action) == verb
 
 
 def test_a_caption_counts_once_a_verb_and_attributes_never():
-    item = knowledge(("dog", "runs", ""), ("man", "running", ""), ("man", "throws", "ball"), ("man", "wears", "hat",
-                     "attribute"))  # fmt: skip
+    item = knowledge(
+        ("dog", "runs", ""), ("man", "running", ""), ("man", "throws", "ball"), ("man", "wears", "hat", "attribute")
+    )
     assert verbs_of(item) == ["run", "throw"]
 
 
 def test_counts_by_hand(tmp_path):
-    items = [knowledge(("a", "runs", "")), knowledge(("a", "runs", ""), ("a", "throws", "b")), knowledge(),
-             knowledge(("a", "throws", "b")), knowledge(("a", "runs", ""))]  # fmt: skip
+    items = [
+        knowledge(("a", "runs", "")),
+        knowledge(("a", "runs", ""), ("a", "throws", "b")),
+        knowledge(),
+        knowledge(("a", "throws", "b")),
+        knowledge(("a", "runs", "")),
+    ]
 
     def results(ranks):
         queries, empty = np.array([0, 1, 3, 4]), np.zeros((4, 1))
@@ -58,8 +71,15 @@ def test_counts_by_hand(tmp_path):
     counts = by_verb(table, "ours", items)
     assert counts == [VerbCount("run", 3, 1, 3, 2, 0), VerbCount("throw", 2, 1, 1, 1, 1)]
     rows = list(csv.DictReader(save_verbs(tmp_path / "v.csv", {"ours": counts}).open()))
-    assert rows[0] == {"method": "ours", "verb": "run", "queries": "3", "base_R@1": "33.3", "R@1": "100.0",
-                       "mended": "2", "broken": "0"}  # fmt: skip
+    assert rows[0] == {
+        "method": "ours",
+        "verb": "run",
+        "queries": "3",
+        "base_R@1": "33.3",
+        "R@1": "100.0",
+        "mended": "2",
+        "broken": "0",
+    }
 
 
 # -- swaps ----------------------------------------------------------------------------------------------------------
@@ -71,27 +91,33 @@ def captions(*items):
 
 
 def test_roles_are_exchanged_in_text_and_triplets():
-    (choice,) = swapped_roles(captions(
-        ("A brown dog chases the cat .", knowledge(("dog", "chases", "cat"), ("dog", "is", "brown", "attribute"))),
-    ))  # fmt: skip
+    (choice,) = swapped_roles(
+        captions(
+            ("A brown dog chases the cat .", knowledge(("dog", "chases", "cat"), ("dog", "is", "brown", "attribute"))),
+        )
+    )
     assert choice.captions == ("A brown dog chases the cat .", "A brown cat chases the dog .")
     assert choice.group == "chase" and choice.image == "0"
     right, wrong = choice.knowledge
     assert [t.subject for t in right.triplets] == ["dog", "dog"]
     assert [(t.subject, t.action, t.object, t.kind) for t in wrong.triplets] == [
-        ("cat", "chases", "dog", "action"), ("cat", "is", "brown", "attribute")]  # fmt: skip
+        ("cat", "chases", "dog", "action"),
+        ("cat", "is", "brown", "attribute"),
+    ]
     assert wrong.states == tuple(state_of(t) for t in wrong.triplets)
 
 
 def test_roles_that_cannot_be_exchanged_are_left_out():
-    assert not swapped_roles(captions(
-        ("A dog chases a dog", knowledge(("dog", "chases", "dog"))),
-        ("A dog chases a cat near a cat", knowledge(("dog", "chases", "cat"))),  # which cat?
-        ("A dog runs", knowledge(("dog", "runs", ""))),
-        ("A catfish chases a dog", knowledge(("dog", "chases", "cat"))),  # no word
-        ("A dog wears a hat", knowledge(("dog", "wears", "hat", "attribute"))),
-        ("A cat is in the dog bed", knowledge(("bed", "holds", "dog bed"))),  # overlap
-    ))  # fmt: skip
+    assert not swapped_roles(
+        captions(
+            ("A dog chases a dog", knowledge(("dog", "chases", "dog"))),
+            ("A dog chases a cat near a cat", knowledge(("dog", "chases", "cat"))),  # which cat?
+            ("A dog runs", knowledge(("dog", "runs", ""))),
+            ("A catfish chases a dog", knowledge(("dog", "chases", "cat"))),  # no word
+            ("A dog wears a hat", knowledge(("dog", "wears", "hat", "attribute"))),
+            ("A cat is in the dog bed", knowledge(("bed", "holds", "dog bed"))),  # overlap
+        )
+    )
 
 
 def test_a_sentence_keeps_its_capital():
@@ -125,8 +151,16 @@ def write(path, content):
 def test_both_formats_are_read(tmp_path):
     crepe = write(tmp_path / "swap_obj.json", {"0": {"filename": "a.jpg", "caption": "x y", "negative_caption": "y x"}})
     assert load_choices(crepe) == ([Choice("a.jpg", ("x y", "y x"))], {})
-    relation = {"image_path": "b.jpg", "bbox_x": 3, "bbox_y": 4, "bbox_w": 20, "bbox_h": 10, "relation_name": "riding",
-                "true_caption": "a man riding a horse", "false_caption": "a horse riding a man"}  # fmt: skip
+    relation = {
+        "image_path": "b.jpg",
+        "bbox_x": 3,
+        "bbox_y": 4,
+        "bbox_w": 20,
+        "bbox_h": 10,
+        "relation_name": "riding",
+        "true_caption": "a man riding a horse",
+        "false_caption": "a horse riding a man",
+    }
     attribution = {"image_path": "c.jpg", "attributes": ["red", "small"], "true_caption": "t", "false_caption": "f"}
     order = {"image_path": "d.jpg", "caption_options": ["right", "wrong", "worse"]}
     path = write(tmp_path / "aro.json", [relation, attribution, order])
@@ -140,9 +174,13 @@ def test_both_formats_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[]", "expected an object or a list with entries"), ('"x"', "holds str"), ("{}", "holds dict"),
-     ("filepath\ttitle\tneg_caption", "not JSON")],
-)  # fmt: skip
+    [
+        ("[]", "expected an object or a list with entries"),
+        ('"x"', "holds str"),
+        ("{}", "holds dict"),
+        ("filepath\ttitle\tneg_caption", "not JSON"),
+    ],
+)
 def test_other_files_are_refused(tmp_path, text, message):
     (tmp_path / "test.json").write_text(text)
     with pytest.raises(AmpError, match=r"test\.json") as error:
@@ -212,11 +250,15 @@ WORDS = ("dog", "girl", "horse", "chases", "kicks", "ball")
 def drawn_choices(count=7, options=3):
     random = np.random.default_rng(0)
     return [
-        Choice(f"{i}.png", tuple(" ".join(random.permutation(WORDS)) for _ in range(options)), f"g{i % 2}",
-               (2, 3, 30, 28) if i % 3 == 0 else None, tuple(knowledge((*random.permutation(WORDS)[:3],))
-               for _ in range(options)))
+        Choice(
+            f"{i}.png",
+            tuple(" ".join(random.permutation(WORDS)) for _ in range(options)),
+            f"g{i % 2}",
+            (2, 3, 30, 28) if i % 3 == 0 else None,
+            tuple(knowledge((*random.permutation(WORDS)[:3],)) for _ in range(options)),
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def test_choices_equal_the_naive_loop(world, photos):
@@ -308,11 +350,27 @@ def choosing(world, clip_folder, shards, photos, tmp_path):
     save_adapter(tmp_path / "adapter.safetensors", world.model)
 
     def run(tests, *more):
-        launcher("launchers/choose.py").main([
-            "--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--adapters",
-            f"[ours={tmp_path}/adapter.safetensors]", "--tests", json.dumps(list(map(str, tests))), "--images",
-            str(photos), "--knowledge", "none", "--out", str(tmp_path / "choices.csv"), *more,
-        ])  # fmt: skip
+        launcher("launchers/choose.py").main(
+            [
+                "--model.name",
+                clip_folder,
+                "--model.pretrained",
+                "null",
+                "--data.shards",
+                str(shards),
+                "--adapters",
+                f"[ours={tmp_path}/adapter.safetensors]",
+                "--tests",
+                json.dumps(list(map(str, tests))),
+                "--images",
+                str(photos),
+                "--knowledge",
+                "none",
+                "--out",
+                str(tmp_path / "choices.csv"),
+                *more,
+            ]
+        )
 
     return run
 

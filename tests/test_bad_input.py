@@ -51,10 +51,20 @@ def run(shards, clip_folder, tmp_path):
     """`run(main, **changes)` calls a launcher with settings that work but for the changes; dots are written as `__`."""
 
     def call(main, *more, **changes):
-        settings = {"model.name": clip_folder, "model.pretrained": "null", "data.shards": shards,
-                    "data.cache": tmp_path / "cache", "data.batch_size": 4, "data.workers": 0, "data.augment": "none",
-                    "data.val_split": "null", "stages": "[1]", "stage1.max_steps": 2, "trackers": "[]",
-                    "out": tmp_path / "run" / "out.json"}  # fmt: skip
+        settings = {
+            "model.name": clip_folder,
+            "model.pretrained": "null",
+            "data.shards": shards,
+            "data.cache": tmp_path / "cache",
+            "data.batch_size": 4,
+            "data.workers": 0,
+            "data.augment": "none",
+            "data.val_split": "null",
+            "stages": "[1]",
+            "stage1.max_steps": 2,
+            "trackers": "[]",
+            "out": tmp_path / "run" / "out.json",
+        }
         settings |= {f"prompt.{key}": value for key, value in TINY_PROMPT.items()}
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
         main([*arguments(settings), *more])

@@ -107,8 +107,15 @@ def test_a_step_of_every_way(base):
     settings = Settings(step_batch=2, model_rounds=1, device="cpu")
     found = step.at_layer(base, 1, settings, triplet_heads=4, max_triplets=3)
     assert set(found["rows"]) == {
-        step.FROZEN, step.PLAIN, step.CONTROL, step.PAIRED, step.AIM, step.SHARE, step.READOUT, step.NAIVE
-    }  # fmt: skip
+        step.FROZEN,
+        step.PLAIN,
+        step.CONTROL,
+        step.PAIRED,
+        step.AIM,
+        step.SHARE,
+        step.READOUT,
+        step.NAIVE,
+    }
     work = {name: row["gflop_an_image"] for name, row in found["rows"].items()}
     assert work[step.CONTROL] < work[step.PAIRED] < work[step.AIM] < work[step.NAIVE]
     rows = found["rows"][step.CONTROL]
@@ -178,8 +185,12 @@ def test_conversions_write_every_photo(few, tmp_path):
     (tmp_path / "work").mkdir()
     found = conversion.run(Settings(rounds=1), tmp_path / "work", few)
     assert set(found["images_a_second"]) == {
-        conversion.COPY, conversion.WRITER, conversion.DECODING_WRITER, conversion.OURS, conversion.DECODED
-    }  # fmt: skip
+        conversion.COPY,
+        conversion.WRITER,
+        conversion.DECODING_WRITER,
+        conversion.OURS,
+        conversion.DECODED,
+    }
 
 
 def test_the_plan_of_many_ranks_by_hand():

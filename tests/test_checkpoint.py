@@ -64,8 +64,14 @@ def test_only_the_adapters_weights_are_stored(model, path):
     names = set(load_file(path))
     assert names == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     assert {name.partition(".")[0] for name in names} == {
-        "logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction",
-    }  # fmt: skip
+        "logit_scale",
+        "visual_prompts",
+        "triplet_encoder",
+        "null_state",
+        "state_projection",
+        "adapter",
+        "interaction",
+    }
     assert path.stat().st_size < 300_000  # the base model has 9 MB
 
 

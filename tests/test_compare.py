@@ -32,11 +32,29 @@ def files(clip_folder, shards, tmp_path_factory):
     for name, extra in (("whole", []), ("folds", ["--search.folds", "3", "--bootstrap", "0"])):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
-        evaluate([
-            "--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--data.cache",
-            str(folder / "cache"), "--data.workers", "0", "--out", str(folder / f"{name}.json"), "--search.top_k", "6",
-            "--search.fusions", "[3.0]", "--adapters", f"[mine={adapter}]", *extra,
-        ])  # fmt: skip
+        evaluate(
+            [
+                "--model.name",
+                clip_folder,
+                "--model.pretrained",
+                "null",
+                "--data.shards",
+                str(shards),
+                "--data.cache",
+                str(folder / "cache"),
+                "--data.workers",
+                "0",
+                "--out",
+                str(folder / f"{name}.json"),
+                "--search.top_k",
+                "6",
+                "--search.fusions",
+                "[3.0]",
+                "--adapters",
+                f"[mine={adapter}]",
+                *extra,
+            ]
+        )
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     return folder
@@ -116,8 +134,9 @@ def test_a_row_equals_itself(files):
 
 
 def test_the_command_prints_and_writes(files, tmp_path, capsys):
-    launcher("launchers/compare.py").main(["--a", str(files / "whole.json"), "--b_row", ROWS[1], "--bootstrap", "100",
-                                           "--out", str(tmp_path / "c.json")])  # fmt: skip
+    launcher("launchers/compare.py").main(
+        ["--a", str(files / "whole.json"), "--b_row", ROWS[1], "--bootstrap", "100", "--out", str(tmp_path / "c.json")]
+    )
     out = capsys.readouterr().out
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["a"] == "base CLIP" and len(content["differences"]) == 7
@@ -163,10 +182,30 @@ def test_a_results_file_that_is_not_given(command, key, capsys):
 
 def test_the_protocol_is_complete(files):
     protocol = ResultFile.load_json(files / "whole.json").protocol
-    for key in ("split", "images", "captions", "captions_sha256", "top_k", "i2t", "prompt_prefix", "resize",
-                "precision", "weights_sha256", "adapters", "knowledge", "versions", "tie_rule", "folds",
-                "first_stage", "bootstrap", "fusion_weight", "fusions", "skip_decided", "quick_gelu",
-                "image_size"):  # fmt: skip
+    for key in (
+        "split",
+        "images",
+        "captions",
+        "captions_sha256",
+        "top_k",
+        "i2t",
+        "prompt_prefix",
+        "resize",
+        "precision",
+        "weights_sha256",
+        "adapters",
+        "knowledge",
+        "versions",
+        "tie_rule",
+        "folds",
+        "first_stage",
+        "bootstrap",
+        "fusion_weight",
+        "fusions",
+        "skip_decided",
+        "quick_gelu",
+        "image_size",
+    ):
         assert key in protocol, key
 
 

@@ -258,8 +258,15 @@ def meta_step(meta_models):
 
     def once(config: TrainConfig, stage: int) -> tuple[amp.ActionAwareCLIP, set[str]]:
         model = meta_models(config.model.name, config.prompt)
-        key = (config.model.name, repr(config.prompt), stage, config.conditioning, config.negatives, config.margin,
-               config.activation_checkpointing)  # fmt: skip
+        key = (
+            config.model.name,
+            repr(config.prompt),
+            stage,
+            config.conditioning,
+            config.negatives,
+            config.margin,
+            config.activation_checkpointing,
+        )
         if key not in taken:
             taken[key] = step(model, config, stage)
         return model, taken[key]
@@ -308,9 +315,12 @@ def test_accelerate_reads_the_launch_files(path):
 
     config = load_config_from_file(str(path))
     kind, processes, machines = {
-        "one_process": ("NO", 1, 1), "one_node": ("MULTI_GPU", 8, 1), "several_nodes": ("MULTI_GPU", 16, 2),
-        "one_node_deepspeed": ("DEEPSPEED", 8, 1), "several_nodes_deepspeed": ("DEEPSPEED", 16, 2),
-    }[path.stem]  # fmt: skip
+        "one_process": ("NO", 1, 1),
+        "one_node": ("MULTI_GPU", 8, 1),
+        "several_nodes": ("MULTI_GPU", 16, 2),
+        "one_node_deepspeed": ("DEEPSPEED", 8, 1),
+        "several_nodes_deepspeed": ("DEEPSPEED", 16, 2),
+    }[path.stem]
     assert (config.distributed_type.value, config.num_processes, config.num_machines) == (kind, processes, machines)
     assert config.mixed_precision is None  # the run's own file decides
     if kind == "DEEPSPEED":

@@ -100,9 +100,16 @@ def test_the_launchers_one_thread_is_not_the_users(given, tmp_path):
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         ROOT / "launchers/accelerate/one_process.yaml", script],
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            ROOT / "launchers/accelerate/one_process.yaml",
+            script,
+        ],
         env={**clean, "PYTHONPATH": str(ROOT), **({} if given is None else {"OMP_NUM_THREADS": given})},
-        text=True, capture_output=True,
-    )  # fmt: skip
+        text=True,
+        capture_output=True,
+    )
     assert done.stdout.split() == [given or "1", str(given), "PASSIVE"], done.stderr

@@ -143,9 +143,12 @@ def test_reranking_runs_late_blocks_once_a_pair_or_once_an_image_of_a_batch(base
     scorer = PairScorer(model, early, knowledge, text)
     calls = Calls(model)
     score_candidates(
-        candidates, lambda q, c: scorer(c, q), batch_size=4, group_by="candidate",
+        candidates,
+        lambda q, c: scorer(c, q),
+        batch_size=4,
+        group_by="candidate",
         prepare=lambda q, c: scorer.prepare(q),
-    )  # fmt: skip
+    )
     # Sorted by image, four pairs a batch: an image stands in as many batches as its pairs touch.
     images = candidates.flatten().sort().values
     touched = sum(len(batch.unique()) for batch in images.split(4))
@@ -177,8 +180,11 @@ def test_an_epoch_reads_each_photo_and_record_once_and_a_resumed_one_only_its_re
     loader = training_loader(TrainingSamples(split, transform, 0, ("action",), None), order, collate, 0, False)
     for index in range(len(split)):
         split.record(index)  # opens all shards, whose headers are read once a process
-    sizes = {index: tuple(int(x) for x in reader._spans[row, :, 1])
-             for index in range(len(split)) for reader, row in [split._locate(index)]}  # fmt: skip
+    sizes = {
+        index: tuple(int(x) for x in reader._spans[row, :, 1])
+        for index in range(len(split))
+        for reader, row in [split._locate(index)]
+    }
     real, read = os.pread, []
 
     def counted(file, size, offset):

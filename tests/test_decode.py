@@ -61,8 +61,12 @@ def tagged(pixels: np.ndarray, format: str, orientation: int, description: str =
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_upright_whatever_way_it_is_stored(orientation):
-    for format, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}),
-                            ("TIFF", {"compression": "tiff_lzw"})):  # fmt: skip
+    for format, options in (
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ):
         content = tagged(UPRIGHT, format, orientation, **options)
         assert np.array_equal(decode_rgb(content), UPRIGHT), (format, options)
     xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
@@ -162,10 +166,25 @@ def test_evaluation_gives_the_same_figures(phone, clip_folder, tmp_path, fresh_a
     rows = []
     for kind in ("upright", "stored"):
         launcher("launchers/evaluate.py").main(
-            ["--config", str(ROOT / "launchers/configs/flickr8k.yaml"), "--model.name", clip_folder,
-             "--model.pretrained", "null", "--data.shards", str(phone / f"{kind} shards"), "--data.cache",
-             str(tmp_path / "cache"), "--data.workers", "0", "--split", "test", "--out", str(tmp_path / f"{kind}.json")]
-        )  # fmt: skip
+            [
+                "--config",
+                str(ROOT / "launchers/configs/flickr8k.yaml"),
+                "--model.name",
+                clip_folder,
+                "--model.pretrained",
+                "null",
+                "--data.shards",
+                str(phone / f"{kind} shards"),
+                "--data.cache",
+                str(tmp_path / "cache"),
+                "--data.workers",
+                "0",
+                "--split",
+                "test",
+                "--out",
+                str(tmp_path / f"{kind}.json"),
+            ]
+        )
         rows.append(json.loads((tmp_path / f"{kind}.json").read_text())["rows"])
     assert rows[0][0]["t2i"]["recall"] == rows[1][0]["t2i"]["recall"]
     assert rows[0][0]["i2t"]["recall"] == rows[1][0]["i2t"]["recall"]
@@ -184,14 +203,30 @@ def test_features_stored_by_another_way_of_seeing_are_not_used(phone, clip_folde
 # Samples
 
 
-def tiff(pixels: np.ndarray | bytes, size: tuple[int, int], bits: int, sample_format: int = 1, photometric: int = 1,
-         order: str = "<", extra: int | None = None) -> bytes:  # fmt: skip
+def tiff(
+    pixels: np.ndarray | bytes,
+    size: tuple[int, int],
+    bits: int,
+    sample_format: int = 1,
+    photometric: int = 1,
+    order: str = "<",
+    extra: int | None = None,
+) -> bytes:
     """A TIFF without compression, written by hand: Pillow writes few kinds of samples."""
     content = pixels if isinstance(pixels, bytes) else pixels.tobytes()
     channels = 1 if isinstance(pixels, bytes) or pixels.ndim == 2 else pixels.shape[2]
-    tags = [(256, 3, [size[0]]), (257, 3, [size[1]]), (258, 3, [bits] * channels), (259, 3, [1]),
-            (262, 3, [photometric]), (273, 4, [8]), (277, 3, [channels]), (278, 3, [size[1]]),
-            (279, 4, [len(content)]), (339, 3, [sample_format] * channels)]  # fmt: skip
+    tags = [
+        (256, 3, [size[0]]),
+        (257, 3, [size[1]]),
+        (258, 3, [bits] * channels),
+        (259, 3, [1]),
+        (262, 3, [photometric]),
+        (273, 4, [8]),
+        (277, 3, [channels]),
+        (278, 3, [size[1]]),
+        (279, 4, [len(content)]),
+        (339, 3, [sample_format] * channels),
+    ]
     if extra is not None:
         tags.insert(-1, (338, 3, [extra]))
     content += bytes(len(content) % 2)
@@ -246,22 +281,25 @@ def test_grey_is_scaled_from_black_to_white(kind):
     assert decode_rgb(content).tolist() == [[[x, x, x] for x in expected]]
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (grey_tiff([0, 100, -100], "<i1"), "signed"),
-    (grey_tiff([0, 100, -100], "<i2"), "signed"),
-    (grey_tiff([0, 100, 70_000], "<i4"), "signed"),
-    (grey_tiff([0, 100, 255], "<u2"), "values up to 255, all of which are black where white is 65535"),
-    (grey_png([0, 100, 255]), "values up to 255, all of which are black"),
-    (grey_tiff([0, 65_535], "<u4"), "all of which are black"),
-    (grey_tiff([0, 0.001], "<f4"), "all of which are black"),
-    (grey_tiff([0, 255], "<f4"), r"from 0 to 255, expected 0 \(black\) to 1 \(white\)"),
-    (grey_tiff([-0.5, 0.5], "<f4"), "from -0.5 to 0.5"),
-    (grey_tiff([0, np.nan], "<f4"), "from nan to nan"),
-    (grey_tiff([0, np.inf], "<f4"), "from 0 to inf"),
-    (grey_tiff([0, 1], "<f2"), "TIFF.*sample type"),
-    (grey_tiff([0, 1], "<f8"), "TIFF.*sample type"),
-    (tiff(np.ones((1, 1, 3), "<f4"), (1, 1), 32, 3, 2), "TIFF.*sample type"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (grey_tiff([0, 100, -100], "<i1"), "signed"),
+        (grey_tiff([0, 100, -100], "<i2"), "signed"),
+        (grey_tiff([0, 100, 70_000], "<i4"), "signed"),
+        (grey_tiff([0, 100, 255], "<u2"), "values up to 255, all of which are black where white is 65535"),
+        (grey_png([0, 100, 255]), "values up to 255, all of which are black"),
+        (grey_tiff([0, 65_535], "<u4"), "all of which are black"),
+        (grey_tiff([0, 0.001], "<f4"), "all of which are black"),
+        (grey_tiff([0, 255], "<f4"), r"from 0 to 255, expected 0 \(black\) to 1 \(white\)"),
+        (grey_tiff([-0.5, 0.5], "<f4"), "from -0.5 to 0.5"),
+        (grey_tiff([0, np.nan], "<f4"), "from nan to nan"),
+        (grey_tiff([0, np.inf], "<f4"), "from 0 to inf"),
+        (grey_tiff([0, 1], "<f2"), "TIFF.*sample type"),
+        (grey_tiff([0, 1], "<f8"), "TIFF.*sample type"),
+        (tiff(np.ones((1, 1, 3), "<f4"), (1, 1), 32, 3, 2), "TIFF.*sample type"),
+    ],
+)
 def test_samples_that_cannot_be_understood_are_refused_in_words(content, words, tmp_path):
     with pytest.raises(UnreadableImageError, match=words) as found:
         decode_rgb(content)
@@ -322,17 +360,23 @@ SEEN = [[10, 20, 30], [round((c * HALF + 255 * (255 - HALF)) / 255) for c in (10
 def test_colours_that_are_not_seen_do_not_matter(hidden):
     """Every way of storing them, against white behind the picture."""
     rgba = cut_out(hidden)
-    files = [saved(Image.fromarray(rgba), "PNG"), saved(Image.fromarray(rgba), "TIFF"),
-             saved(Image.fromarray(rgba), "WEBP", lossless=True, exact=True),
-             tiff(rgba.astype("<u2") * 257, (4, 1), 16, 1, 2, extra=2)]  # fmt: skip
+    files = [
+        saved(Image.fromarray(rgba), "PNG"),
+        saved(Image.fromarray(rgba), "TIFF"),
+        saved(Image.fromarray(rgba), "WEBP", lossless=True, exact=True),
+        tiff(rgba.astype("<u2") * 257, (4, 1), 16, 1, 2, extra=2),
+    ]
     for content in files:
         assert np.abs(decode_rgb(content)[0].astype(int) - SEEN).max() <= 1
     grey = [[[x] * 3 for x in (10, SEEN[1][0], 255, 255)]]
     la = np.ascontiguousarray(rgba[..., [0, 3]])
     premultiplied = la.copy()
     premultiplied[..., 0] = [[10, 10 * HALF // 255, 0, 0]]
-    for content in (saved(Image.fromarray(la, "LA"), "PNG"), tiff(la, (4, 1), 8, extra=2),
-                    tiff(premultiplied, (4, 1), 8, extra=1)):  # fmt: skip
+    for content in (
+        saved(Image.fromarray(la, "LA"), "PNG"),
+        tiff(la, (4, 1), 8, extra=2),
+        tiff(premultiplied, (4, 1), 8, extra=1),
+    ):
         assert np.abs(decode_rgb(content).astype(int) - grey).max() <= 2
 
 
@@ -390,9 +434,12 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
 def test_formats_that_are_not_read_are_named_by_their_content(monkeypatch):
     """A file may have any name: an iPhone's photo is often called a.jpg."""
-    for content, words in ((b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60), "JPEG 2000 is not read"),
-                           (b"8BPS" + bytes(60), "a drawing program's format"), (b"", "0 bytes, not an image of JPEG"),
-                           (b"<html>404</html>", "16 bytes, not an image of JPEG, PNG, WEBP")):  # fmt: skip
+    for content, words in (
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60), "JPEG 2000 is not read"),
+        (b"8BPS" + bytes(60), "a drawing program's format"),
+        (b"", "0 bytes, not an image of JPEG"),
+        (b"<html>404</html>", "16 bytes, not an image of JPEG, PNG, WEBP"),
+    ):
         with pytest.raises(UnreadableImageError, match=words):
             decode_rgb(content)
     monkeypatch.setattr("amp.data.decode.find_spec", lambda name: None)  # as without pillow-heif

@@ -107,8 +107,11 @@ def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
 def test_stage_2_keeps_what_it_does_not_train(config, ddp):
     """In bf16 under ZeRO-2: what stage 1 made stays in fp32, bit for bit."""
     init = str(Path(config.out) / "stage1" / "adapter.safetensors")
-    second = finish(under(config, "zero2", stages=[2], init=init, mixed_precision="bf16",
-                          stage2=StageSettings(max_steps=3, lr=3e-3)))  # fmt: skip
+    second = finish(
+        under(
+            config, "zero2", stages=[2], init=init, mixed_precision="bf16", stage2=StageSettings(max_steps=3, lr=3e-3)
+        )
+    )
     moved = {name for name in ddp if not torch.equal(ddp[name], second[name])}
     assert moved and all(name.startswith("interaction.") for name in moved)
     assert all(value.dtype == torch.float32 for value in second.values())

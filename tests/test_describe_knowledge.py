@@ -12,21 +12,30 @@ from amp.generation.describe import DescribeError, agreement, describe, load_ent
 from amp.terminal import PlainConsole
 
 TWO = [
-    {"sentid": 1, "caption": "A man runs to a big dog", "triplets": [
-        {"subject": "man", "action": "runs to", "object": "dog", "kind": "action"},
-        {"subject": "dog", "action": "is", "object": "big", "kind": "attribute"}],
-     "states": ["He leans forward.", "It is of great size."],
-     "sources": [{"triplet": "strict", "state": "strict"}, {"triplet": "strict", "state": "rules"}]},
+    {
+        "sentid": 1,
+        "caption": "A man runs to a big dog",
+        "triplets": [
+            {"subject": "man", "action": "runs to", "object": "dog", "kind": "action"},
+            {"subject": "dog", "action": "is", "object": "big", "kind": "attribute"},
+        ],
+        "states": ["He leans forward.", "It is of great size."],
+        "sources": [{"triplet": "strict", "state": "strict"}, {"triplet": "strict", "state": "rules"}],
+    },
     {"sentid": 2, "caption": "A red car", "triplets": [], "states": [], "empty": "nothing found in the caption"},
-]  # fmt: skip
+]
 OTHER = [
-    {"sentid": 1, "triplets": [
-        {"subject": "man", "action": "running to", "object": "dogs", "kind": "action"},
-        {"subject": "man", "action": "sees", "object": "dog", "kind": "action"}],
-     "states": ["He leans forward.", "It is of great size."]},
+    {
+        "sentid": 1,
+        "triplets": [
+            {"subject": "man", "action": "running to", "object": "dogs", "kind": "action"},
+            {"subject": "man", "action": "sees", "object": "dog", "kind": "action"},
+        ],
+        "states": ["He leans forward.", "It is of great size."],
+    },
     {"sentid": 2, "triplets": [], "states": []},
     {"sentid": 3, "triplets": [], "states": []},
-]  # fmt: skip
+]
 
 
 def write(path, records):
@@ -39,14 +48,25 @@ def test_figures_by_hand(tmp_path):
     figures = describe(list(entries.values()), str.split)
     # "Fine-grained state description of action triplet <man, runs to, dog> is He leans forward.": 14 words, 2 marks
     assert figures == {
-        "captions": 2, "captions with an action": 0.5, "captions with a triplet": 0.5, "triplets": 2,
-        "action triplets": 1, "triplets a caption": 1.0, "captions by number of triplets": {"0": 1, "2": 1},
-        "distinct actions": 1, "distinct states": 2, "words a state": 4.0, "tokens a state prompt, median": 16.5,
-        "tokens a state prompt, most": 17, "state prompts cut at 77 tokens": 0.0, "slots of more than 5 tokens": 0.0,
+        "captions": 2,
+        "captions with an action": 0.5,
+        "captions with a triplet": 0.5,
+        "triplets": 2,
+        "action triplets": 1,
+        "triplets a caption": 1.0,
+        "captions by number of triplets": {"0": 1, "2": 1},
+        "distinct actions": 1,
+        "distinct states": 2,
+        "words a state": 4.0,
+        "tokens a state prompt, median": 16.5,
+        "tokens a state prompt, most": 17,
+        "state prompts cut at 77 tokens": 0.0,
+        "slots of more than 5 tokens": 0.0,
         "most frequent actions": {"runs to": 1},
-        "triplets by source": {"strict": 2}, "states by source": {"strict": 1, "rules": 1},
+        "triplets by source": {"strict": 2},
+        "states by source": {"strict": 1, "rules": 1},
         "why empty": {"nothing found in the caption": 1},
-    }  # fmt: skip
+    }
 
 
 def test_cut_prompts_and_long_slots(tmp_path):

@@ -66,10 +66,17 @@ def make_model(conditioning):
     knowledge = "none" if conditioning == "none" else "both"
     readout = conditioning == "readout"
     config = amp.PromptConfig(
-        knowledge, "readout" if readout else "aim", interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4,
-        text_enrichment=readout, image_projection=readout, readout_blocks=int(readout),
+        knowledge,
+        "readout" if readout else "aim",
+        interaction_layer=1,
+        num_prompts=2,
+        max_triplets=3,
+        triplet_heads=4,
+        text_enrichment=readout,
+        image_projection=readout,
+        readout_blocks=int(readout),
         text_triplets=readout,
-    )  # fmt: skip
+    )
     model = amp.ActionAwareCLIP(make_clip(), config)
     if readout:
         model.readout.out.weight.data.normal_()
@@ -114,9 +121,15 @@ def train(conditioning, stage, stored):
     optimizer = adamw(model, lr=3e-3, weight_decay=0.01)
     readout = conditioning == "readout"
     objective = Objective(
-        stage, "contrastive" if readout else conditioning, negatives=2, margin=0.2, sampling_scale=5.0, seed=1,
-        all_pairs=readout, knowledge_dropout=0.3,
-    )  # fmt: skip
+        stage,
+        "contrastive" if readout else conditioning,
+        negatives=2,
+        margin=0.2,
+        sampling_scale=5.0,
+        seed=1,
+        all_pairs=readout,
+        knowledge_dropout=0.3,
+    )
     engine = DistributedDataParallel(model) if world_size() > 1 else model
     engine.train()
     mean_losses = []

@@ -114,8 +114,14 @@ def test_every_documented_command_is_on_the_list_and_every_row_is_used():
         ]
         for line in filter(PROGRAM.match, lines):
             tokens = line.split()
-            row = next((n for n, (words, _) in enumerate(rows) if all(
-                word in tokens or (not word.isalpha() and word in line) for word in words)), None)  # fmt: skip
+            row = next(
+                (
+                    n
+                    for n, (words, _) in enumerate(rows)
+                    if all(word in tokens or (not word.isalpha() and word in line) for word in words)
+                ),
+                None,
+            )
             missing += [] if row is not None else [f"{page.name}: {line}"]
             used.add(row)
             found += 1

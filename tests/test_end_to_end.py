@@ -30,9 +30,13 @@ STAGES = ("stage1", "stage2")
 def run(*command, **environment) -> subprocess.CompletedProcess:
     """A command in the repository's folder, as a user would type it."""
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env={**QUIET_ENVIRONMENT, **environment}, text=True,
-        capture_output=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**QUIET_ENVIRONMENT, **environment},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -48,26 +52,104 @@ def ran(folder) -> dict[str, subprocess.CompletedProcess]:
     scenes, shards = folder / "scenes", folder / "shards"
     launch = ("-m", "accelerate.commands.launch", "--config_file")
     settings = (
-        "launchers/train.py", *CONFIG, "--data.shards", shards, "--prompt.interaction_layer", 4, "--data.workers", 1,
-        "--stage1.max_steps", 6, "--stage2.epochs", 1, "--stage1.lr", 3e-3, "--stage2.lr", 3e-3, "--log_every", 2,
-        "--validation.max_queries", 6, "--validate_every", 1,
-    )  # fmt: skip
+        "launchers/train.py",
+        *CONFIG,
+        "--data.shards",
+        shards,
+        "--prompt.interaction_layer",
+        4,
+        "--data.workers",
+        1,
+        "--stage1.max_steps",
+        6,
+        "--stage2.epochs",
+        1,
+        "--stage1.lr",
+        3e-3,
+        "--stage2.lr",
+        3e-3,
+        "--log_every",
+        2,
+        "--validation.max_queries",
+        6,
+        "--validate_every",
+        1,
+    )
     adapters = [f"{name}={folder}/{name}/stage2/adapter.safetensors" for name in ("one", "two")]
     done = {}
-    done["scenes"] = run("tools/scenes/make_scenes.py", "--out", scenes, "--train", 40, "--val", 8, "--test", 16,
-                         "--captions", 2, "--size", 72)  # fmt: skip
-    done["shards"] = run("tools/make_shards.py", "--captions", scenes / "dataset.json", "--images", scenes / "images",
-                         "--knowledge", scenes / "knowledge.jsonl", "--knowledge_provenance",
-                         scenes / "knowledge_provenance.json", "--out", shards, "--samples_per_shard", 12,
-                         "--workers", 1)  # fmt: skip
-    done["one"] = run(*launch, "launchers/accelerate/one_process.yaml", *settings, "--data.batch_size", 8,
-                      "--data.cache", folder / "cache", "--out", folder / "one")  # fmt: skip
-    done["two"] = run(*launch, "launchers/accelerate/one_node.yaml", "--num_processes", 2, *settings,
-                      "--data.batch_size", 4, "--data.cache", folder / "cache-of-two", "--out", folder / "two",
-                      ACCELERATE_USE_CPU="true")  # fmt: skip
-    done["evaluate"] = run("launchers/evaluate.py", *CONFIG, "--data.shards", shards, "--data.cache", folder / "cache",
-                           "--out", folder / "results.json", "--gallery", folder / "gallery.png", "--adapters",
-                           json.dumps(adapters), "--search.top_k", 5)  # fmt: skip
+    done["scenes"] = run(
+        "tools/scenes/make_scenes.py",
+        "--out",
+        scenes,
+        "--train",
+        40,
+        "--val",
+        8,
+        "--test",
+        16,
+        "--captions",
+        2,
+        "--size",
+        72,
+    )
+    done["shards"] = run(
+        "tools/make_shards.py",
+        "--captions",
+        scenes / "dataset.json",
+        "--images",
+        scenes / "images",
+        "--knowledge",
+        scenes / "knowledge.jsonl",
+        "--knowledge_provenance",
+        scenes / "knowledge_provenance.json",
+        "--out",
+        shards,
+        "--samples_per_shard",
+        12,
+        "--workers",
+        1,
+    )
+    done["one"] = run(
+        *launch,
+        "launchers/accelerate/one_process.yaml",
+        *settings,
+        "--data.batch_size",
+        8,
+        "--data.cache",
+        folder / "cache",
+        "--out",
+        folder / "one",
+    )
+    done["two"] = run(
+        *launch,
+        "launchers/accelerate/one_node.yaml",
+        "--num_processes",
+        2,
+        *settings,
+        "--data.batch_size",
+        4,
+        "--data.cache",
+        folder / "cache-of-two",
+        "--out",
+        folder / "two",
+        ACCELERATE_USE_CPU="true",
+    )
+    done["evaluate"] = run(
+        "launchers/evaluate.py",
+        *CONFIG,
+        "--data.shards",
+        shards,
+        "--data.cache",
+        folder / "cache",
+        "--out",
+        folder / "results.json",
+        "--gallery",
+        folder / "gallery.png",
+        "--adapters",
+        json.dumps(adapters),
+        "--search.top_k",
+        5,
+    )
     return done
 
 

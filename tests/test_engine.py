@@ -34,12 +34,16 @@ def cache(tmp_path_factory):
 def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
     """One short stage: 5 batches of 4 an epoch."""
     return small_run(
-        shards, clip_folder, tmp_path / "run", cache, {"batch_size": 4},
+        shards,
+        clip_folder,
+        tmp_path / "run",
+        cache,
+        {"batch_size": 4},
         stages=[1],
         stage1=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         checkpoint=CheckpointSettings(resume=False),
-    )  # fmt: skip
+    )
 
 
 def weights_of(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
@@ -69,9 +73,11 @@ def test_what_only_saves_memory_or_time_changes_nothing(config, conditioning):
     # Stored features, recomputed activations; and validating, which takes no random number and must put the model back
     # into training mode.
     changed = replace(
-        config, activation_checkpointing=True, data=replace(config.data, cache_images=True, val_split="val"),
+        config,
+        activation_checkpointing=True,
+        data=replace(config.data, cache_images=True, val_split="val"),
         validation=RetrievalSettings(top_k=3, max_queries=3),
-    )  # fmt: skip
+    )
     assert difference(weights_of(changed), expected) < 2e-5
     assert difference(weights_of(config, data=replace(config.data, workers=1)), expected) == 0
 
@@ -100,10 +106,15 @@ def test_stored_features_in_float16_are_close(config, cache_images):
         assert float((value - rounded[name]).abs().mean()) < 1e-3, name
 
 
-@pytest.mark.parametrize(("flags", "gpu", "expected"), [
-    ("fpu avx2 fma", False, "no"), ("avx512f avx512_bf16", False, "bf16"), ("asimd bf16", False, "bf16"),
-    ("fpu", True, "bf16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "gpu", "expected"),
+    [
+        ("fpu avx2 fma", False, "no"),
+        ("avx512f avx512_bf16", False, "bf16"),
+        ("asimd bf16", False, "bf16"),
+        ("fpu", True, "bf16"),
+    ],
+)
 def test_auto_takes_bf16_where_it_is_fast(config, flags, gpu, expected, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
     monkeypatch.setattr(launch, "Path", lambda _: tmp_path / "cpuinfo")
@@ -148,14 +159,18 @@ def test_accumulated_parts_of_a_batch_are_the_batch(config, conditioning, stages
     if conditioning == "readout":
         prompt = replace(prompt, interaction="readout", readout_blocks=1, text_enrichment=True, text_triplets=True)
     config = replace(
-        config, prompt=prompt, conditioning="contrastive" if conditioning == "readout" else conditioning, stages=stages,
+        config,
+        prompt=prompt,
+        conditioning="contrastive" if conditioning == "readout" else conditioning,
+        stages=stages,
         knowledge_dropout=0.0 if conditioning == "none" else 0.3,
         stage1=StageSettings(epochs=3, lr=3e-3, warmup_steps=1),
-    )  # fmt: skip
+    )
     whole = weights_of(config, data=replace(config.data, batch_size=16))
     parts = weights_of(config, gradient_accumulation=4)
-    start = weights_of(config, data=replace(config.data, batch_size=16), stage1=StageSettings(max_steps=1, lr=1e-12),
-                       stages=[1])  # fmt: skip
+    start = weights_of(
+        config, data=replace(config.data, batch_size=16), stage1=StageSettings(max_steps=1, lr=1e-12), stages=[1]
+    )
     assert difference(whole, start) > 1e-3
     assert difference(whole, parts) < 2e-5
 
@@ -169,8 +184,13 @@ def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
     """`contrastive` without a readout: with plain SGD, a step of two batches moves as far as the mean of two steps."""
     from amp.train import loop
 
-    monkeypatch.setattr(loop, "adamw", lambda model, lr, *_: torch.optim.SGD(
-        [{"params": [p for p in model.parameters() if p.requires_grad], "peak": lr}], lr))  # fmt: skip
+    monkeypatch.setattr(
+        loop,
+        "adamw",
+        lambda model, lr, *_: torch.optim.SGD(
+            [{"params": [p for p in model.parameters() if p.requires_grad], "peak": lr}], lr
+        ),
+    )
     monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.1)
     plain = {"max_grad_norm": 0.0, "stage1": StageSettings(max_steps=1), "gradient_accumulation": 2}
     two = weights_of(config, **plain)

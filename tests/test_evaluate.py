@@ -37,8 +37,9 @@ class World:
 
     def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
         torch.manual_seed(3)
-        config = amp.PromptConfig(knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4,
-                                  **prompt)  # fmt: skip
+        config = amp.PromptConfig(
+            knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4, **prompt
+        )
         self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
         self.model.eval()
         if hasattr(self.model, "interaction"):  # far from the base model, so that knowledge shows in the scores

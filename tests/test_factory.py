@@ -204,12 +204,14 @@ def test_weights_in_a_file_have_no_tag_to_compare(tmp_path):
         ({"genlip_cfg": {}}, r"the key genlip_cfg: it writes captions"),
         ({"genlap_cfg": {}}, r"the key genlap_cfg: its input is sound"),
         ({"audio_cfg": {}}, r"the key audio_cfg: its input is sound"),
-        ({"vision_cfg": {"timm_model_name": "naflexvit_base_patch16_gap"}},
-         r"vision_cfg.timm_model_name 'naflexvit_base_patch16_gap', expected timm's VisionTransformer or Eva"),
+        (
+            {"vision_cfg": {"timm_model_name": "naflexvit_base_patch16_gap"}},
+            r"vision_cfg.timm_model_name 'naflexvit_base_patch16_gap', expected timm's VisionTransformer or Eva",
+        ),
         ({"text_cfg": {"text_arch": "modern"}}, r"text_cfg.text_arch 'modern', expected 'clip', or hf_model_name"),
         ({"text_cfg": {"from_the_future": 1}}, r"can't load it .*from_the_future.* newer open_clip"),
     ],
-)  # fmt: skip
+)
 def test_architectures_of_open_clip_4_are_refused_by_their_key(clip_folder, tmp_path, keys, said):
     """Before weights are read or downloaded, in a run and in its plan, also if open_clip doesn't know the key."""
     shutil.copytree(clip_folder.removeprefix("local-dir:"), tmp_path / "clip")

@@ -26,12 +26,16 @@ pytestmark = pytest.mark.distributed
 def config(shards, clip_folder, tmp_path) -> TrainConfig:
     """A stage of 100 steps of two processes with two images each."""
     return small_run(
-        shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 2},
+        shards,
+        clip_folder,
+        tmp_path / "run",
+        str(tmp_path / "cache"),
+        {"batch_size": 2},
         stages=[1],
         stage1=StageSettings(epochs=20, lr=3e-3, warmup_steps=3),
         checkpoint=CheckpointSettings(every_steps=2, keep=2),
         timeout_minutes=0.15,
-    )  # fmt: skip
+    )
 
 
 def adapter(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -184,8 +188,9 @@ def own_shards(tmp_path) -> Path:
 
     from amp.data.writer import make_shards
 
-    make_shards(**draw_dataset(tmp_path / "drawn", {"train": 22}), out=str(tmp_path / "shards"), samples_per_shard=5,
-                workers=1)  # fmt: skip
+    make_shards(
+        **draw_dataset(tmp_path / "drawn", {"train": 22}), out=str(tmp_path / "shards"), samples_per_shard=5, workers=1
+    )
     return tmp_path / "shards"
 
 
@@ -214,8 +219,9 @@ def test_a_shard_that_is_cut_short_while_training_reads_it(config, own_shards, t
 
 def test_a_shard_that_is_deleted_while_training_reads_it_is_missed_at_the_next_start(config, own_shards, tmp_path):
     """Files stay open, so the run itself ends well; the next one says what is missing."""
-    config = replace(config, data=replace(config.data, shards=str(own_shards), batch_size=4),
-                     stage1=replace(config.stage1, epochs=4))  # fmt: skip
+    config = replace(
+        config, data=replace(config.data, shards=str(own_shards), batch_size=4), stage1=replace(config.stage1, epochs=4)
+    )
     run = TrainingRun(config, 1, tmp_path / "audit")
     assert run.wait_for_steps(3)
     (own_shards / "train-000001.tar").unlink()

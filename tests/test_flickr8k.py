@@ -38,14 +38,37 @@ def collate(samples):
 def test_base_row_equals_clip_benchmark(flickr8k, clip_small, tmp_path, fresh_accelerate):
     shards, out = tmp_path / "shards", tmp_path / "base.json"
     launcher("tools/make_shards.py").main(
-        ["--captions", str(flickr8k / "dataset_flickr8k.json"), "--images", str(flickr8k / "images"),
-         "--out", str(shards), "--splits", "test", "--workers", "1"]
-    )  # fmt: skip
+        [
+            "--captions",
+            str(flickr8k / "dataset_flickr8k.json"),
+            "--images",
+            str(flickr8k / "images"),
+            "--out",
+            str(shards),
+            "--splits",
+            "test",
+            "--workers",
+            "1",
+        ]
+    )
     launcher("launchers/evaluate.py").main(
-        ["--config", str(ROOT / "launchers/configs/flickr8k.yaml"), "--model.name", clip_small, "--data.shards",
-         str(shards), "--data.cache", str(tmp_path / "cache"), "--data.workers", "0", "--split", "test",
-         "--out", str(out)]
-    )  # fmt: skip
+        [
+            "--config",
+            str(ROOT / "launchers/configs/flickr8k.yaml"),
+            "--model.name",
+            clip_small,
+            "--data.shards",
+            str(shards),
+            "--data.cache",
+            str(tmp_path / "cache"),
+            "--data.workers",
+            "0",
+            "--split",
+            "test",
+            "--out",
+            str(out),
+        ]
+    )
     ours = json.loads(out.read_text())["rows"][0]
 
     model, _, preprocess = amp.create_model_and_transforms(clip_small, image_resize_mode="squash")

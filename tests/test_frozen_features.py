@@ -152,9 +152,14 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
     same = [
         features_folder(tmp_path, ShardSplit(shards, "test"), *build(), "float32"),
         # What the frozen blocks don't see: prompts of another number, and no knowledge at all.
-        features_folder(tmp_path, split, amp.ActionAwareCLIP(
-            make_clip(), amp.PromptConfig("none", interaction_layer=LAYER, num_prompts=2)), preprocess, "float32"),
-    ]  # fmt: skip
+        features_folder(
+            tmp_path,
+            split,
+            amp.ActionAwareCLIP(make_clip(), amp.PromptConfig("none", interaction_layer=LAYER, num_prompts=2)),
+            preprocess,
+            "float32",
+        ),
+    ]
     assert set(same) == {name}
     others = {
         "layer": features_folder(tmp_path, split, *build(layer=1), "float32"),

@@ -8,8 +8,18 @@ from benchmarks.fuzz import fuzz
 from benchmarks.mutate import KINDS
 
 SEED = 7
-CASES = {"jpeg": 4000, "png": 2400, "webp": 300, "gif": 250, "bmp": 150, "tiff": 300, "avif": 300, "tar": 1600,
-         "json": 1200, "reply": 600}  # fmt: skip
+CASES = {
+    "jpeg": 4000,
+    "png": 2400,
+    "webp": 300,
+    "gif": 250,
+    "bmp": 150,
+    "tiff": 300,
+    "avif": 300,
+    "tar": 1600,
+    "json": 1200,
+    "reply": 600,
+}
 ADAPTERS = 400
 
 
@@ -26,8 +36,10 @@ def test_every_case_ends_as_documented(kind):
 def test_adapters_end_as_documented(tmp_path):
     """In this process, which has torch already: importing it would take longer than all cases."""
     files = fuzz_targets.corpus("adapter")
-    outcomes = {fuzz_targets.run("adapter", fuzz_targets.case("adapter", SEED, number, files), tmp_path)
-                for number in range(ADAPTERS)}  # fmt: skip
+    outcomes = {
+        fuzz_targets.run("adapter", fuzz_targets.case("adapter", SEED, number, files), tmp_path)
+        for number in range(ADAPTERS)
+    }
     assert outcomes == {"accepted", "refused"}
 
 

@@ -246,13 +246,16 @@ def test_too_many_fallbacks_fail_the_merge(whole, tmp_path, model):
     assert "expected at most 1.0%" in process.stderr and not (out / "knowledge.jsonl").exists()
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--seed", "1"], "'ladder.seed' was 0, now 1"),
-    (["--retries", "1"], "'ladder.retries' was 2, now 1"),
-    (["--template", "coco"], "'ladder.template."),
-    (["--model", "other"], "'options.model' was 'scripted', now 'other'"),
-    (["--fallback", "rules"], "'options.fallback' was 'none', now 'rules'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seed", "1"], "'ladder.seed' was 0, now 1"),
+        (["--retries", "1"], "'ladder.retries' was 2, now 1"),
+        (["--template", "coco"], "'ladder.template."),
+        (["--model", "other"], "'options.model' was 'scripted', now 'other'"),
+        (["--fallback", "rules"], "'options.fallback' was 'none', now 'rules'"),
+    ],
+)
 def test_one_folder_has_one_origin(whole, model, options, message):
     captions, out, _, _ = whole
     before = (out / "knowledge.jsonl").read_bytes()
@@ -261,16 +264,19 @@ def test_one_folder_has_one_origin(whole, model, options, message):
     assert (out / "knowledge.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--part", "2/2"], "part is '2/2'; expected I/N"),
-    (["--part", "0/2", "--merge", "true"], "part and merge are both given"),
-    (["--merge", "true"], "out: no settings.json in it; expected a folder in which knowledge was generated"),
-    (["--template", "nowhere"], "nowhere.yaml: no such template; expected one of coco, default, flickr"),
-    (["--splits", "dev"], "no split 'dev'; splits seen: test, train"),
-    (["--retries", "9"], "retries is 9"),
-    (["--limit", "0"], "limit is 0"),
-    (["--engine", "rules"], "--model is 'scripted' with --engine rules"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--part", "2/2"], "part is '2/2'; expected I/N"),
+        (["--part", "0/2", "--merge", "true"], "part and merge are both given"),
+        (["--merge", "true"], "out: no settings.json in it; expected a folder in which knowledge was generated"),
+        (["--template", "nowhere"], "nowhere.yaml: no such template; expected one of coco, default, flickr"),
+        (["--splits", "dev"], "no split 'dev'; splits seen: test, train"),
+        (["--retries", "9"], "retries is 9"),
+        (["--limit", "0"], "limit is 0"),
+        (["--engine", "rules"], "--model is 'scripted' with --engine rules"),
+    ],
+)
 def test_wrong_options(whole, tmp_path, model, options, message):
     process = run(whole[0], tmp_path / "out", model, *options)
     assert process.returncode == 2 and message in process.stderr
@@ -337,8 +343,9 @@ def test_processes_of_a_launcher_divide_the_captions(whole, tmp_path, model):
     assert process.returncode == 0, process.stderr
     assert model.asked == asked_once and not (tmp_path / "out" / "knowledge.jsonl").exists()
     assert sorted(path.name for path in (tmp_path / "out" / "cache").glob("*")) == [
-        "replies-00000-of-00002.jsonl", "replies-00001-of-00002.jsonl"
-    ]  # fmt: skip
+        "replies-00000-of-00002.jsonl",
+        "replies-00001-of-00002.jsonl",
+    ]
     process = run(captions, tmp_path / "out", model, "--merge", "true")
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "out" / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()

@@ -14,34 +14,57 @@ WORDS = tuple(words_of(CAPTION))
 
 
 def test_words_are_lower_case_distinct_and_without_marks():
-    assert WORDS == ("a", "little", "girl", "in", "pink", "dress", "isn't", "climbing", "the", "well-worn", "stairs",
-                     "again", "x")  # fmt: skip
+    assert WORDS == (
+        "a",
+        "little",
+        "girl",
+        "in",
+        "pink",
+        "dress",
+        "isn't",
+        "climbing",
+        "the",
+        "well-worn",
+        "stairs",
+        "again",
+        "x",
+    )
 
 
-@pytest.mark.parametrize("caption, words", [
-    ("", []), ("!!! | <> {}", []), ("😀 🐕", []), ("Größe über-alles", ["größe", "über-alles"]),
-    ("男の子が 走る", ["男の子が", "走る"]), ("snake_case |pipe|", ["snake", "case", "pipe"]),
-    ("it's -- 'quoted'", ["it's", "quoted"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "caption, words",
+    [
+        ("", []),
+        ("!!! | <> {}", []),
+        ("😀 🐕", []),
+        ("Größe über-alles", ["größe", "über-alles"]),
+        ("男の子が 走る", ["男の子が", "走る"]),
+        ("snake_case |pipe|", ["snake", "case", "pipe"]),
+        ("it's -- 'quoted'", ["it's", "quoted"]),
+    ],
+)
 def test_words_of_any_text(caption, words):
     assert words_of(caption) == words
 
 
-@pytest.mark.parametrize("reply, valid", [
-    ("none", True),
-    ("action: girl | climbing | stairs", True),
-    ("action: girl | climbing | -", True),
-    ("action: girl | climbing | stairs\nattribute: girl | is | little\n\n", True),
-    ("attribute: girl | wearing | pink dress", True),
-    ("attribute: girl | is | -", False),
-    ("action: girl | is | stairs", False),  # a copula is no action
-    ("action: boy | climbing | stairs", False),
-    ("action: girl | climbing | the well-worn stairs again x", False),  # five words
-    ("Action: girl | climbing | stairs", False),
-    ("action: girl | climbing", False),
-    ("action: girl | climbing | stairs\n", False),  # a line must follow, or the empty one
-    ("", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, valid",
+    [
+        ("none", True),
+        ("action: girl | climbing | stairs", True),
+        ("action: girl | climbing | -", True),
+        ("action: girl | climbing | stairs\nattribute: girl | is | little\n\n", True),
+        ("attribute: girl | wearing | pink dress", True),
+        ("attribute: girl | is | -", False),
+        ("action: girl | is | stairs", False),  # a copula is no action
+        ("action: boy | climbing | stairs", False),
+        ("action: girl | climbing | the well-worn stairs again x", False),  # five words
+        ("Action: girl | climbing | stairs", False),
+        ("action: girl | climbing", False),
+        ("action: girl | climbing | stairs\n", False),  # a line must follow, or the empty one
+        ("", False),
+    ],
+)
 def test_regex_by_hand(reply, valid):
     assert (re.fullmatch(TripletGrammar(WORDS, 6).regex(), reply) is not None) == valid
 

@@ -11,8 +11,18 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 # Who may speak to others: the engine of a server that the user names.
 NETWORK = {"amp/generation/engines/openai_engine.py"}
 NETWORK_MODULES = ("requests", "urllib.request", "http.client", "httpx", "aiohttp", "ftplib", "smtplib", "openai")
-LOADERS = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "marshal.loads", "shelve.open",
-           "os.system", "os.popen", "joblib.load", "dill.load"}  # fmt: skip
+LOADERS = {
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "marshal.loads",
+    "shelve.open",
+    "os.system",
+    "os.popen",
+    "joblib.load",
+    "dill.load",
+}
 
 
 def faults(source: str, name: str) -> list[str]:
@@ -49,27 +59,52 @@ def test_no_module_loads_code_from_data(path):
     assert faults(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))) == []
 
 
-@pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import loads", "torch.load(x)", "torch.load(x, weights_only=False)", "np.load(x)",
-    "np.load(x, allow_pickle=True)", "yaml.load(x)", "eval(x)", "exec(x)", "subprocess.run(x, shell=True)",
-    "os.system(x)", "import requests", "from urllib.request import urlopen", "import urllib.request",
-    "tar.extractall(x)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "np.load(x)",
+        "np.load(x, allow_pickle=True)",
+        "yaml.load(x)",
+        "eval(x)",
+        "exec(x)",
+        "subprocess.run(x, shell=True)",
+        "os.system(x)",
+        "import requests",
+        "from urllib.request import urlopen",
+        "import urllib.request",
+        "tar.extractall(x)",
+    ],
+)
 def test_the_reading_above_finds_faults(source):
     assert faults(source, "amp/x.py")
 
 
 # -- YAML -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("launchers/train.py", "launchers/evaluate.py", "launchers/choose.py", "launchers/report.py",
-            "launchers/sweep.py", "tools/make_shards.py", "tools/generate_knowledge.py")  # fmt: skip
+COMMANDS = (
+    "launchers/train.py",
+    "launchers/evaluate.py",
+    "launchers/choose.py",
+    "launchers/report.py",
+    "launchers/sweep.py",
+    "tools/make_shards.py",
+    "tools/generate_knowledge.py",
+)
 
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_yaml_makes_no_objects(tmp_path, capsys, script):
     path, canary = tmp_path / "c.yaml", tmp_path / "canary"
-    for tag, value in (("object/apply:os.mkdir", f"[{canary}]"), ("object/new:os.mkdir", f"[{canary}]"),
-                       ("name:os.system", "''"), ("module:os", "''")):  # fmt: skip
+    for tag, value in (
+        ("object/apply:os.mkdir", f"[{canary}]"),
+        ("object/new:os.mkdir", f"[{canary}]"),
+        ("name:os.system", "''"),
+        ("module:os", "''"),
+    ):
         path.write_text(f"seed: !!python/{tag} {value}\n")
         with pytest.raises(SystemExit) as ended:
             launcher(script).main(["--config", str(path)])
@@ -78,8 +113,20 @@ def test_yaml_makes_no_objects(tmp_path, capsys, script):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("text", ["seed: " + "[" * 5000, "seed: " + "9" * 6000, "seed: 0x" + "f" * 6000, "seed: \0",
-                                  "a: &a [*a]", "<<: [1]", "- 1", "\xff"], ids=lambda text: text[:12])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: " + "[" * 5000,
+        "seed: " + "9" * 6000,
+        "seed: 0x" + "f" * 6000,
+        "seed: \0",
+        "a: &a [*a]",
+        "<<: [1]",
+        "- 1",
+        "\xff",
+    ],
+    ids=lambda text: text[:12],
+)
 def test_yaml_that_no_parser_takes(tmp_path, capsys, text):
     (tmp_path / "c.yaml").write_text(text, encoding="latin-1")
     for script in ("launchers/train.py", "tools/make_shards.py"):

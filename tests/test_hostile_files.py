@@ -78,7 +78,8 @@ TARS = {
     "a sparse file": member("b.jpg", b"x" * 512, tarfile.GNUTYPE_SPARSE) + WHOLE,
     "a sparse map that goes on for ever": header("b.jpg", 0, tarfile.GNUTYPE_SPARSE)[:482] + b"\x01" * 30 + WHOLE,
     "a pax sparse map": pax(GNU__sparse__major="1", GNU__sparse__minor="0", GNU__sparse__realsize="9" * 30)
-    + member("b.jpg", b"99999999\n" * 60) + WHOLE,
+    + member("b.jpg", b"99999999\n" * 60)
+    + WHOLE,
     "pax sparse numbers": pax(GNU__sparse__map="0,x,-1", GNU__sparse__numblocks="7") + WHOLE,
     "a kind nobody knows": member("b.jpg", b"x", b"Z") + WHOLE,
     "a block device": header("b.jpg", kind=tarfile.BLKTYPE, devmajor=8) + RECORD + WHOLE,
@@ -86,9 +87,10 @@ TARS = {
     "a hard link to a member": WHOLE + header("b.jpg", kind=tarfile.LNKTYPE, linkname="a.jpg") + RECORD,
     "a link": header("b.jpg", kind=tarfile.SYMTYPE, linkname="/etc/passwd") + RECORD + WHOLE,
     "a record that is a link": member("b.jpg", b"J")
-    + header("b.json", kind=tarfile.SYMTYPE, linkname="a.json") + WHOLE,
+    + header("b.json", kind=tarfile.SYMTYPE, linkname="a.json")
+    + WHOLE,
     "a name that is no text": header("b.jpg").replace(b"b.jpg", b"\xff\xfe.j"[:5]) + WHOLE,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TARS)
@@ -174,16 +176,33 @@ SPECIAL = ("pipe.jpg", "device.jpg", "circle.jpg", "nowhere.png", "hole.tif")
 def test_conversion_skips_and_counts_them(photos, tmp_path, check):
     names = [*bad_images(), *odd_images(), *SPECIAL]
     main = launcher("tools/make_shards.py").main
-    main(["--captions", str(captions_of(tmp_path, names)), "--images", str(photos), "--out", str(tmp_path / "out"),
-          "--max_skipped", "1", "--workers", "1", "--check", check])  # fmt: skip
+    main(
+        [
+            "--captions",
+            str(captions_of(tmp_path, names)),
+            "--images",
+            str(photos),
+            "--out",
+            str(tmp_path / "out"),
+            "--max_skipped",
+            "1",
+            "--workers",
+            "1",
+            "--check",
+            check,
+        ]
+    )
     manifest = ShardManifest.load(tmp_path / "out")
     skipped = {kind: {entry["file"]: entry["reason"] for entry in found} for kind, found in manifest.skipped.items()}
     assert set(skipped["unreadable_image"]) == {*bad_images(), "hole.tif"}
     assert set(skipped["missing_image"]) == set(SPECIAL) - {"hole.tif"}
     assert manifest.samples("train") == len(odd_images())
     assert "bytes, expected at most" in skipped["unreadable_image"]["hole.tif"]
-    assert all("bomb" in reason or "damaged" in reason or "not an image" in reason
-               for name, reason in skipped["unreadable_image"].items() if "bomb" in name)  # fmt: skip
+    assert all(
+        "bomb" in reason or "damaged" in reason or "not an image" in reason
+        for name, reason in skipped["unreadable_image"].items()
+        if "bomb" in name
+    )
     split = ShardSplit(tmp_path / "out", "train")
     assert {split.image(i).getpixel((20, 20))[0] > 200 for i in range(len(split))} == {True}  # the first picture, red
 

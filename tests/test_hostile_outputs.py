@@ -132,9 +132,17 @@ def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_pat
         "launchers/train.py cache": training_arguments(shards, clip_folder, tmp_path, data__cache=f"{there}/x"),
         "tools/make_shards.py": ["--captions", given["captions"], "--images", given["images"], "--out", f"{here}/x"],
         "tools/generate_knowledge.py": ["--captions", given["captions"], "--out", f"{here}/x"],
-        "amp/commands/search.py": ["--index", f"{there}/x", "--photos", given["images"], "--model", clip_folder,
-                          "--workers", "0"],
-    }  # fmt: skip
+        "amp/commands/search.py": [
+            "--index",
+            f"{there}/x",
+            "--photos",
+            given["images"],
+            "--model",
+            clip_folder,
+            "--workers",
+            "0",
+        ],
+    }
     for name, arguments in calls.items():
         main = launcher(name.split()[0]).main
         line = one_error(lambda run=main, given=arguments: run(given), capsys)
@@ -166,13 +174,38 @@ def job(tmp_path_factory, clip_folder):
     common = training_arguments(root / "shards", clip_folder, root, out=run)
     results = training_arguments(root / "shards", clip_folder, root, adapters=f"[mine={adapter}]")
     steps = [
-        ("tools/make_shards.py", ["--captions", given["captions"], "--images", given["images"], "--knowledge",
-                                  given["knowledge"], "--out", str(root / "shards"), "--workers", "1"]),
+        (
+            "tools/make_shards.py",
+            [
+                "--captions",
+                given["captions"],
+                "--images",
+                given["images"],
+                "--knowledge",
+                given["knowledge"],
+                "--out",
+                str(root / "shards"),
+                "--workers",
+                "1",
+            ],
+        ),
         ("launchers/train.py", [*common, "--trackers", "[tensorboard]"]),
         ("launchers/evaluate.py", results),
-        ("amp/commands/search.py", ["--index", str(root / "index"), "--adapter", str(adapter), "--photos",
-                                    given["images"], "--workers", "0", "a dog chases a ball"]),
-    ]  # fmt: skip
+        (
+            "amp/commands/search.py",
+            [
+                "--index",
+                str(root / "index"),
+                "--adapter",
+                str(adapter),
+                "--photos",
+                given["images"],
+                "--workers",
+                "0",
+                "a dog chases a ball",
+            ],
+        ),
+    ]
     connected, out = [], io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
         for name, value in SECRET_ENVIRONMENT.items():
@@ -240,7 +273,14 @@ def test_secrets_are_replaced_and_nothing_else():
     ):
         assert without_secrets(text) == expected
     assert public_command(["x.py", "--key", "plain", "--openai.token", "t", "--url", "http://a:b@c"]) == [
-        "x.py", "--key", "plain", "--openai.token", "***", "--url", "http://***@c"]  # fmt: skip
+        "x.py",
+        "--key",
+        "plain",
+        "--openai.token",
+        "***",
+        "--url",
+        "http://***@c",
+    ]
 
 
 def test_words_that_name_secrets_are_kept_in_messages_of_our_own(capsys):
@@ -279,8 +319,12 @@ def test_words_that_name_secrets_are_kept_in_messages_of_our_own(capsys):
 
 
 def files_with_canaries(*folders: Path) -> list[str]:
-    return [str(path) for folder in folders for path in folder.rglob("*") if path.is_file()
-            and CANARIES.search(path.read_bytes().decode("utf-8", "replace"))]  # fmt: skip
+    return [
+        str(path)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and CANARIES.search(path.read_bytes().decode("utf-8", "replace"))
+    ]
 
 
 def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
@@ -298,10 +342,28 @@ def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
         handler.reply(json.dumps({"error": {"message": f"no: {handler.headers['Authorization']} {KEY}"}}).encode(), 400)
 
     def arguments(url, out):
-        return ["--captions", str(captions), "--out", str(tmp_path / out), "--engine", "openai", "--model", "m",
-                "--openai.base_url", url.replace("http://", f"http://me:{PASSWORD}@"), "--openai.constrained", "none",
-                "--fallback", "none", "--max_fallback", "1", "--openai.first_wait", "0.01",
-                "--openai.tries", "1"]  # fmt: skip
+        return [
+            "--captions",
+            str(captions),
+            "--out",
+            str(tmp_path / out),
+            "--engine",
+            "openai",
+            "--model",
+            "m",
+            "--openai.base_url",
+            url.replace("http://", f"http://me:{PASSWORD}@"),
+            "--openai.constrained",
+            "none",
+            "--fallback",
+            "none",
+            "--max_fallback",
+            "1",
+            "--openai.first_wait",
+            "0.01",
+            "--openai.tries",
+            "1",
+        ]
 
     for number, answer in enumerate((good(), echo)):
         with Faulty(answer).serve() as url:

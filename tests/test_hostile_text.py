@@ -81,8 +81,13 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
     with ReplyCache(tmp_path / "cache", None) as replies:  # a damaged line there is asked again
         assert replies.damaged == 1 and replies.get("k").text == "r"
     for option in ("--captions", "--knowledge_provenance"):
-        given = {"--captions": str(good), "--images": str(tmp_path), "--out": str(tmp_path / "out"),
-                 "--knowledge": str(knowledge_of(tmp_path)), option: str(tmp_path / "x.json")}  # fmt: skip
+        given = {
+            "--captions": str(good),
+            "--images": str(tmp_path),
+            "--out": str(tmp_path / "out"),
+            "--knowledge": str(knowledge_of(tmp_path)),
+            option: str(tmp_path / "x.json"),
+        }
         arguments = [part for pair in given.items() for part in pair]
         assert "x.json" in one_error(lambda a=arguments: launcher("tools/make_shards.py").main(a), capsys)
 
@@ -368,8 +373,9 @@ def test_make_shards_shows_evil_names_as_they_are(tmp_path, capsys):
     captions = captions_of(folder, ["a.png", "[bold]evil.jpg"])
     with captions.open("a") as file:
         file.write(json.dumps({"image": "a.png", "caption": " ", "split": "train"}) + "\n")
-    launcher("tools/make_shards.py").main(["--captions", str(captions), "--images", str(folder), "--out",
-                                           str(folder / "out"), "--max_skipped", "1"])  # fmt: skip
+    launcher("tools/make_shards.py").main(
+        ["--captions", str(captions), "--images", str(folder), "--out", str(folder / "out"), "--max_skipped", "1"]
+    )
     shown = capsys.readouterr()
     assert "[/]/out/manifest.json" in shown.out.replace("\n", "") and "[/]/captions.jsonl" in shown.out.replace(
         "\n", ""
@@ -385,8 +391,19 @@ def test_a_search_shows_evil_names_as_they_are(tmp_path, capsys, clip_folder):
     (root / "\x1b[2J[" / "].jpg").write_bytes(b"no image")
     for number in range(2):
         Image.new("RGB", (40, 30)).save(root / f"\x1b[31m{number} [bold]\u202e.png")
-    search.main(["--index", str(tmp_path / "index"), "--model", clip_folder, "--photos", str(root), "--workers", "0",
-                 "a \x1b[2J dog"])  # fmt: skip
+    search.main(
+        [
+            "--index",
+            str(tmp_path / "index"),
+            "--model",
+            clip_folder,
+            "--photos",
+            str(root),
+            "--workers",
+            "0",
+            "a \x1b[2J dog",
+        ]
+    )
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err and "\u202e" not in shown.out + shown.err
     assert "\\x1b[31m0 [bold]\\u202e.png" in shown.out and ": \\x1b[2J[/].jpg" in shown.err
@@ -426,15 +443,24 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     split = ShardSplit(shards, "test")
     captions = SplitCaptions.read(split, ("action", "attribute"))
     evil = Knowledge((Triplet(EVIL_HTML, EVIL_HTML, EVIL_HTML),), (EVIL_HTML,))
-    captions = type(captions)(**{**vars(captions), "knowledge": [evil] * len(captions.texts),
-                                 "texts": [EVIL_HTML] * len(captions.texts)})  # fmt: skip
+    captions = type(captions)(
+        **{**vars(captions), "knowledge": [evil] * len(captions.texts), "texts": [EVIL_HTML] * len(captions.texts)}
+    )
     two = np.arange(2, dtype=np.int32)
     both = np.array([[0, 1]] * 2, np.int32)
     scores = np.ones((2, 2), np.float32)
-    queries = {(row.name, d): QueryResults(two, two, both, scores, scores, two, two)
-               for row in rows for d in ("t2i", "i2t")}  # fmt: skip
-    preprocess = {"size": 32, "mode": "RGB", "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic",
-                  "resize_mode": "squash", "fill_color": 0}  # fmt: skip
+    queries = {
+        (row.name, d): QueryResults(two, two, both, scores, scores, two, two) for row in rows for d in ("t2i", "i2t")
+    }
+    preprocess = {
+        "size": 32,
+        "mode": "RGB",
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+        "fill_color": 0,
+    }
     plots = {EVIL_HTML: results_plot(result), "b": dot_plot([("<img>$\\frac{", [(1.0, 0.0, 2.0)] * 3)])}
     given = ReportInput(result, queries, EVIL_HTML, split, captions, None, None, preprocess, plots, EVIL_HTML)
     text = write_report(tmp_path / "report.html", given)[0].read_text(encoding="utf-8")

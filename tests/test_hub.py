@@ -19,12 +19,31 @@ from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
 from amp.publish.export import INPUTS, ImageEncoder
 from amp.retrieval.metrics import KS
 
-READOUT = {"interaction": "readout", "interaction_layer": 1, "readout_blocks": 1, "triplet_heads": 4,
-           "text_enrichment": True, "text_triplets": True, "image_projection": True}  # fmt: skip
-RECORD = {"stage": 2, "step": 7, "config": {"out": "/home/someone/runs/x", "init": None, "seed": 3, "stages": [1, 2],
-          "data": {"shards": "/home/someone/data/dogs", "cache": "/scratch/cache", "batch_size": 8},
-          "stage1": {"epochs": 2, "lr": 0.1}, "stage2": {"epochs": 1, "lr": 0.2}, "mixed_precision": None,
-          "conditioning": "contrastive", "model": {"resize_mode": "squash"}}}  # fmt: skip
+READOUT = {
+    "interaction": "readout",
+    "interaction_layer": 1,
+    "readout_blocks": 1,
+    "triplet_heads": 4,
+    "text_enrichment": True,
+    "text_triplets": True,
+    "image_projection": True,
+}
+RECORD = {
+    "stage": 2,
+    "step": 7,
+    "config": {
+        "out": "/home/someone/runs/x",
+        "init": None,
+        "seed": 3,
+        "stages": [1, 2],
+        "data": {"shards": "/home/someone/data/dogs", "cache": "/scratch/cache", "batch_size": 8},
+        "stage1": {"epochs": 2, "lr": 0.1},
+        "stage2": {"epochs": 1, "lr": 0.2},
+        "mixed_precision": None,
+        "conditioning": "contrastive",
+        "model": {"resize_mode": "squash"},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +85,7 @@ def aware(model, images, knowledge) -> torch.Tensor:
 def test_the_folder_gives_the_same_model(folder, adapter, base, images, knowledge, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", None)  # nothing here may ask a network
     assert {path.name for path in folder.iterdir()} == {"adapter.safetensors", "config.json", "README.md"}
-    expected, _, preprocess = amp.create_model_and_transforms(
-        base, adapter=str(adapter), image_resize_mode="squash"
-    )  # fmt: skip
+    expected, _, preprocess = amp.create_model_and_transforms(base, adapter=str(adapter), image_resize_mode="squash")
     model, _, own = amp.from_pretrained(folder)
     assert not model.training and repr(own) == repr(preprocess)
     assert torch.equal(aware(model, images, knowledge), aware(expected.eval(), images, knowledge))
@@ -131,8 +148,18 @@ def test_the_card_tells_the_run_and_escapes_what_it_quotes(adapter, tmp_path):
     import yaml
 
     results = result_file(sha256_of(adapter)).save_json(tmp_path / "results.json")
-    publish.main(["--adapter", str(adapter), "--results", str(results), "--out", str(tmp_path / "model"),
-                  "--base", "hf-hub:org/clip"])  # fmt: skip
+    publish.main(
+        [
+            "--adapter",
+            str(adapter),
+            "--results",
+            str(results),
+            "--out",
+            str(tmp_path / "model"),
+            "--base",
+            "hf-hub:org/clip",
+        ]
+    )
     card = (tmp_path / "model" / "README.md").read_text()
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header)["base_model"] == "org/clip"
@@ -213,12 +240,36 @@ def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeyp
     from amp.publish import clip_benchmark
 
     root, rows = photos
-    monkeypatch.setattr(sys, "argv", [
-        "clip_benchmark", "eval", "--model_type", "amp", "--model", str(folder), "--pretrained", pretrained,
-        "--dataset", "flickr8k", "--dataset_root", str(root / "photos"), "--annotation_file",
-        str(root / "annotations.txt"), "--recall_k", "1", "2", "--no_amp", "--num_workers", "0", "--batch_size", "2",
-        "--output", str(root / "out.json"),
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "clip_benchmark",
+            "eval",
+            "--model_type",
+            "amp",
+            "--model",
+            str(folder),
+            "--pretrained",
+            pretrained,
+            "--dataset",
+            "flickr8k",
+            "--dataset_root",
+            str(root / "photos"),
+            "--annotation_file",
+            str(root / "annotations.txt"),
+            "--recall_k",
+            "1",
+            "2",
+            "--no_amp",
+            "--num_workers",
+            "0",
+            "--batch_size",
+            "2",
+            "--output",
+            str(root / "out.json"),
+        ],
+    )
     clip_benchmark.main()
     metrics = json.loads((root / "out.json").read_text())["metrics"]
 

@@ -11,13 +11,26 @@ from email.parser import Parser
 import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT
 
-HEAVY = ("torch", "open_clip", "deepspeed", "accelerate", "transformers", "webdataset", "matplotlib", "tensorboard",
-         "jsonargparse", "numpy", "PIL", "rich")  # fmt: skip
+HEAVY = (
+    "torch",
+    "open_clip",
+    "deepspeed",
+    "accelerate",
+    "transformers",
+    "webdataset",
+    "matplotlib",
+    "tensorboard",
+    "jsonargparse",
+    "numpy",
+    "PIL",
+    "rich",
+)
 
 
 def python(code: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], env=QUIET_ENVIRONMENT, text=True,
-                          capture_output=True, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=QUIET_ENVIRONMENT, text=True, capture_output=True, **options
+    )
 
 
 def test_import_is_quick_and_light():

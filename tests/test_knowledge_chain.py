@@ -32,9 +32,14 @@ def test_generate_rewrite_train(tmp_path, smollm2, clip_folder):
     pytest.importorskip("llguidance", reason='needs llguidance: pip install "open-clip-amp[generate]"')
     shards = draw_shards(tmp_path, 4)
     summary = generate_knowledge(
-        str(shards), str(tmp_path / "out"), engine="transformers", engine_options={"model": str(smollm2)},
-        fallback="none", max_fallback=1.0, console=QUIET,
-    )  # fmt: skip
+        str(shards),
+        str(tmp_path / "out"),
+        engine="transformers",
+        engine_options={"model": str(smollm2)},
+        fallback="none",
+        max_fallback=1.0,
+        console=QUIET,
+    )
     assert summary.captions == 9 and summary.distinct == 9 and sum(summary.triplets.values()) >= 5
     assert set(summary.triplets) <= {"strict", "repaired", "retry1", "retry2"}
     out = tmp_path / "out"

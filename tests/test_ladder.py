@@ -49,20 +49,23 @@ def sources(outcome: Outcome) -> list[tuple[str, str]]:
 RULES = dump_triplets((CLIMBS,))
 
 
-@pytest.mark.parametrize("answers, expected", [
-    ([GOOD, STATE], ("strict", "strict")),
-    (["(girl, climbs, stairs)", STATE], ("repaired", "strict")),
-    ([GOOD, "She lifts one knee high."], ("strict", "repaired")),
-    ([BAD, GOOD, STATE], ("retry1", "strict")),
-    ([BAD, BAD, GOOD, STATE], ("retry2", "strict")),
-    ([None, GOOD, STATE], ("retry1", "strict")),
-    ([BAD, "girl, climbs, stairs", "", STATE], ("retry1", "retry1")),
-    ([GOOD, "", "1. No.", STATE], ("strict", "retry2")),
-    ([GOOD, "", "", ""], ("strict", "rules")),
-    ([GOOD, None, None, None], ("strict", "rules")),
-    ([BAD, BAD, BAD, RULES, STATE], ("rules", "strict")),
-    ([BAD, BAD, BAD, RULES, "", "", ""], ("rules", "rules")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answers, expected",
+    [
+        ([GOOD, STATE], ("strict", "strict")),
+        (["(girl, climbs, stairs)", STATE], ("repaired", "strict")),
+        ([GOOD, "She lifts one knee high."], ("strict", "repaired")),
+        ([BAD, GOOD, STATE], ("retry1", "strict")),
+        ([BAD, BAD, GOOD, STATE], ("retry2", "strict")),
+        ([None, GOOD, STATE], ("retry1", "strict")),
+        ([BAD, "girl, climbs, stairs", "", STATE], ("retry1", "retry1")),
+        ([GOOD, "", "1. No.", STATE], ("strict", "retry2")),
+        ([GOOD, "", "", ""], ("strict", "rules")),
+        ([GOOD, None, None, None], ("strict", "rules")),
+        ([BAD, BAD, BAD, RULES, STATE], ("rules", "strict")),
+        ([BAD, BAD, BAD, RULES, "", "", ""], ("rules", "rules")),
+    ],
+)
 def test_every_rung(answers, expected):
     outcome, asked = walk(ladder(), CAPTION, answers)
     assert sources(outcome) == [expected]
@@ -76,19 +79,33 @@ def test_every_rung(answers, expected):
 def test_the_order_of_the_rungs():
     _, asked = walk(ladder(), CAPTION, [BAD, BAD, BAD, RULES, "", "", ""])
     assert [(request.stage, request.attempt) for request in asked] == [
-        ("triplets", 0), ("triplets", 1), ("triplets", 2), ("rules", 0), ("states", 0), ("states", 1), ("states", 2),
-    ]  # fmt: skip
+        ("triplets", 0),
+        ("triplets", 1),
+        ("triplets", 2),
+        ("rules", 0),
+        ("states", 0),
+        ("states", 1),
+        ("states", 2),
+    ]
     assert [ladder().sampling(request.stage, request.attempt).temperature for request in asked if request.grammar] == [
-        0.0, 0.7, 0.7, 0.0, 0.7, 0.7,
-    ]  # fmt: skip
+        0.0,
+        0.7,
+        0.7,
+        0.0,
+        0.7,
+        0.7,
+    ]
     assert isinstance(asked[0].grammar, TripletGrammar) and asked[0].grammar.words == ("girl", "climbs", "stairs")
     assert asked[4].grammar == StateGrammar(1)
 
 
-@pytest.mark.parametrize("answers, empty, failed", [
-    (["none"], NOTHING_FOUND, False),
-    ([BAD, BAD, BAD, "[]"], NOTHING_FOUND, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answers, empty, failed",
+    [
+        (["none"], NOTHING_FOUND, False),
+        ([BAD, BAD, BAD, "[]"], NOTHING_FOUND, False),
+    ],
+)
 def test_nothing_found(answers, empty, failed):
     outcome, _ = walk(ladder(), CAPTION, answers)
     assert (outcome.knowledge, outcome.empty, outcome.failed) == (Knowledge(), empty, failed)

@@ -43,8 +43,9 @@ MICRO_CLIP = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"
 
 def settings(name: str, interaction: str = "aim", batch_size: int = 8, layer: int = 1, **more) -> TrainConfig:
     prompt = amp.PromptConfig(interaction=interaction, interaction_layer=layer, triplet_heads=4, bottleneck=4)
-    return TrainConfig(model=ModelSettings(name, None), prompt=prompt,
-                       data=DataSettings("none", batch_size=batch_size), **more)  # fmt: skip
+    return TrainConfig(
+        model=ModelSettings(name, None), prompt=prompt, data=DataSettings("none", batch_size=batch_size), **more
+    )
 
 
 class RealStep:
@@ -53,8 +54,9 @@ class RealStep:
     def __init__(self, config: TrainConfig, stage: int, precision: str):
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator(cpu=True, mixed_precision=precision,
-                                       gradient_accumulation_steps=config.gradient_accumulation)  # fmt: skip
+        self.accelerator = Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation
+        )
         self.model, _, _ = amp.create_model_and_transforms(
             config.model.name, None, precision=config.model.precision, prompt_config=config.prompt
         )
@@ -62,8 +64,9 @@ class RealStep:
         self.trained = set_trainable(self.model, stage)
         self.engine, self.optimizer = self.accelerator.prepare(self.model, adamw(self.model, 1e-3, 0.01))
         self.engine.train()
-        self.objective = Objective(stage, config.conditioning, config.negatives,
-                                   all_pairs=config.prompt.interaction == "readout")  # fmt: skip
+        self.objective = Objective(
+            stage, config.conditioning, config.negatives, all_pairs=config.prompt.interaction == "readout"
+        )
         size = config.data.batch_size
         self.batches = [empty_batch(self.model, config, size) for _ in range(config.gradient_accumulation)]
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -143,8 +146,10 @@ def test_peak_of_a_larger_step(precision, recompute):
     with MATH():
         real, _ = most_allocated(RealStep(config, 1, precision))
         found = StepSimulator(config, precision).step(1, 1, 64)
-    print(f"\n{precision}, {'recomputed' if recompute else 'kept'}: measured {real / 1e6:.1f} MB, estimated "
-          f"{found.peak / 1e6:.1f} MB ({found.peak / real - 1:+.2%})")  # fmt: skip
+    print(
+        f"\n{precision}, {'recomputed' if recompute else 'kept'}: measured {real / 1e6:.1f} MB, estimated "
+        f"{found.peak / 1e6:.1f} MB ({found.peak / real - 1:+.2%})"
+    )
     assert found.peak == pytest.approx(real, rel=TOLERANCE / 10)
 
 
@@ -238,8 +243,15 @@ def forward_on(device: str, config: TrainConfig) -> int:
 
 def test_zero_shares_out_what_is_trained():
     counted = Parameters(trained=100, frozen=1000, trained_bytes=400, frozen_bytes=4000)
-    whole = {"frozen": 4000, "trained": 400, "gathered_parameters": 0, "gradients": 400, "buckets": 0,
-             "optimizer": 800, "host": 0}  # fmt: skip
+    whole = {
+        "frozen": 4000,
+        "trained": 400,
+        "gathered_parameters": 0,
+        "gradients": 400,
+        "buckets": 0,
+        "optimizer": 800,
+        "host": 0,
+    }
     assert static_memory(counted, 1, None) == whole
     assert static_memory(counted, 8, None) == whole | {"buckets": 400}
     # 12 bytes for each of 13 parameters: weights in fp32 once more, and two moments.
@@ -303,11 +315,21 @@ def test_what_deepspeed_holds(file, clip_folder, tmp_path):
     """On two real ranks; DeepSpeed rounds a share up, and under ZeRO-3 leaves small parameters whole."""
     script, path = tmp_path / "hold.py", ROOT / f"ds_configs/{file}.json"
     script.write_text(ZERO_SCRIPT)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, clip_folder, path,
-               tmp_path / "out"]  # fmt: skip
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        clip_folder,
+        path,
+        tmp_path / "out",
+    ]
     environment = QUIET_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([sys.executable, *map(str, command)], env=environment, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         out, said = run.communicate(timeout=500)
     finally:

@@ -350,9 +350,19 @@ def test_interaction_layer_outside_the_tower_is_refused(layer):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("interaction_layer", -1), ("num_prompts", -1), ("max_triplets", 0), ("slot_tokens", 0), ("triplet_layers", 0),
-     ("triplet_heads", 0), ("bottleneck", 0), ("lam", 1.5), ("lam", float("nan")), ("knowledge", "some")],
-)  # fmt: skip
+    [
+        ("interaction_layer", -1),
+        ("num_prompts", -1),
+        ("max_triplets", 0),
+        ("slot_tokens", 0),
+        ("triplet_layers", 0),
+        ("triplet_heads", 0),
+        ("bottleneck", 0),
+        ("lam", 1.5),
+        ("lam", float("nan")),
+        ("knowledge", "some"),
+    ],
+)
 def test_senseless_settings_are_refused(key, value):
     with pytest.raises(AmpError, match=rf"prompt setting {key} is {value!r}, expected"):
         PromptConfig(**{key: value})

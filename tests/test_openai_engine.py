@@ -48,8 +48,13 @@ def ask(engine, count: int = 1, sampling: Sampling = GREEDY) -> dict:
 
 def good(text: str = "none") -> bytes:
     message = {"role": "assistant", "content": text}
-    answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-              "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
+    answer = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
     return json.dumps(answer).encode()
 
 
@@ -190,11 +195,14 @@ def test_a_refused_request_isn_t_tried_again(code):
     assert found[1].text == "none" and len(server.requests) == 2
 
 
-@pytest.mark.parametrize("code, message", [
-    (401, "the key is refused (status 401); expected a valid one in the environment variable OPENAI_API_KEY"),
-    (403, "the key is refused"),
-    (404, "model 'm' or the address isn't known there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (401, "the key is refused (status 401); expected a valid one in the environment variable OPENAI_API_KEY"),
+        (403, "the key is refused"),
+        (404, "model 'm' or the address isn't known there"),
+    ],
+)
 def test_what_concerns_every_request_stops_the_run(code, message):
     server = Faulty(status(code))
     with server.serve() as url, pytest.raises(EngineError, match=re.escape(message)):
@@ -286,10 +294,15 @@ def test_the_request():
     assert "seed" not in first and "stop" not in first and second["seed"] == 5 and second["temperature"] == 0.7
 
 
-@pytest.mark.parametrize("owner, version, field", [
-    ("llamacpp", None, "grammar"), ("vllm", "0.12.0", "structured_outputs"), ("vllm", "0.9.2", "guided_regex"),
-    ("someone", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "owner, version, field",
+    [
+        ("llamacpp", None, "grammar"),
+        ("vllm", "0.12.0", "structured_outputs"),
+        ("vllm", "0.9.2", "guided_regex"),
+        ("someone", None, None),
+    ],
+)
 def test_grammars_as_each_server_takes_them(owner, version, field):
     server = Faulty(good())
     models = {

@@ -30,8 +30,9 @@ def write_captions(folder: Path, photos: int) -> None:
     """Drawn scenes as a user would bring them: a folder of pictures and a CSV without splits."""
     made = folder / "made"
     sizes = ["--train", str(photos), "--val", "0", "--test", "0"]
-    subprocess.run([sys.executable, ROOT / "tools/scenes/make_scenes.py", "--out", made, *sizes], check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, ROOT / "tools/scenes/make_scenes.py", "--out", made, *sizes], check=True, capture_output=True
+    )
     (made / "images").rename(folder / "photos")
     with open(folder / "captions.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -65,8 +66,9 @@ class Environment:
         self.variables |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
 
     def type(self, words: list[str]) -> str:
-        done = subprocess.run([self.bin / words[0], *words[1:]], cwd=self.folder, env=self.variables, text=True,
-                              capture_output=True)  # fmt: skip
+        done = subprocess.run(
+            [self.bin / words[0], *words[1:]], cwd=self.folder, env=self.variables, text=True, capture_output=True
+        )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
         return done.stdout + done.stderr
 
@@ -112,8 +114,18 @@ def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
     environment.type(["python", "-m", "pip", "install", "--no-deps", "--no-index", str(distributions[0])])
     write_captions(environment.folder, 200)
     base = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"
-    printed = run_the_commands(environment, distributions[0], "--model.name", base, "--model.pretrained", "null",
-                               "--prompt.interaction_layer", "2", "--stage1.epochs", "2")  # fmt: skip
+    printed = run_the_commands(
+        environment,
+        distributions[0],
+        "--model.name",
+        base,
+        "--model.pretrained",
+        "null",
+        "--prompt.interaction_layer",
+        "2",
+        "--stage1.epochs",
+        "2",
+    )
     check(environment, printed, 200)
 
 

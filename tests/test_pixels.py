@@ -33,10 +33,17 @@ def by_pillow(content: bytes) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 17), (64, 48), (131, 77)])
-@pytest.mark.parametrize("options", [
-    {"quality": 90}, {"quality": 30, "subsampling": "4:2:0"}, {"subsampling": "4:2:2"}, {"subsampling": "4:4:4"},
-    {"progressive": True}, {"quality": 75, "optimize": True, "restart_marker_blocks": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90},
+        {"quality": 30, "subsampling": "4:2:0"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:4:4"},
+        {"progressive": True},
+        {"quality": 75, "optimize": True, "restart_marker_blocks": 2},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_jpeg_pixels_are_pillows_bit_for_bit(size, options, mode):
     content = encoded(picture(*size, mode), **options)
@@ -44,8 +51,10 @@ def test_jpeg_pixels_are_pillows_bit_for_bit(size, options, mode):
     assert np.array_equal(decode_rgb(content), np.asarray(by_pillow(content)))
 
 
-@pytest.mark.parametrize(("format", "mode"), [("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("GIF", "P"),
-                                              ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("GIF", "P"), ("WEBP", "RGB"), ("BMP", "RGB"), ("TIFF", "RGB")],
+)
 def test_everything_else_is_left_to_pillow(format, mode):
     content = encoded(picture(40, 30, mode), format)
     assert jpeg_size(content) is None
@@ -89,8 +98,16 @@ def test_what_is_whole():
     assert is_whole(jpeg) and is_whole(png) and is_whole(jpeg + b"\0" * 100)
     thumbnail = encoded(picture(16, 12))
     assert is_whole(encoded(picture(64, 48), exif=b"Exif\0\0" + thumbnail))
-    for content in (jpeg[:-2], jpeg[:200], b"", b"\xff\xd8", png[:-4], png[:40] + b"x" + png[41:], b"GIF89a",
-                    encoded(picture(64, 48), exif=b"Exif\0\0" + thumbnail)[:-100]):  # fmt: skip
+    for content in (
+        jpeg[:-2],
+        jpeg[:200],
+        b"",
+        b"\xff\xd8",
+        png[:-4],
+        png[:40] + b"x" + png[41:],
+        b"GIF89a",
+        encoded(picture(64, 48), exif=b"Exif\0\0" + thumbnail)[:-100],
+    ):
         try:
             assert not is_whole(content)
         except (OSError, SyntaxError):

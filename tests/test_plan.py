@@ -45,9 +45,14 @@ def main():
 def config(shards, clip_folder, tmp_path) -> TrainConfig:
     """A run in which a plan finds nothing wrong: 5 batches of 4 an epoch."""
     return small_run(
-        shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 4, "val_split": "val"},
-        stages=[1], mixed_precision="bf16",
-    )  # fmt: skip
+        shards,
+        clip_folder,
+        tmp_path / "run",
+        str(tmp_path / "cache"),
+        {"batch_size": 4, "val_split": "val"},
+        stages=[1],
+        mixed_precision="bf16",
+    )
 
 
 def found(config: TrainConfig, level: str, **settings) -> str:
@@ -74,10 +79,18 @@ def content(folder: Path) -> dict[str, float]:
 
 def test_a_good_run_has_no_error_and_leaves_no_trace(config, tmp_path, main, monkeypatch, capsys):
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({
-        "out": config.out, "model": vars(config.model), "prompt": vars(config.prompt), "data": vars(config.data),
-        "mixed_precision": "bf16", "trackers": [],
-    }))  # fmt: skip
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "out": config.out,
+                "model": vars(config.model),
+                "prompt": vars(config.prompt),
+                "data": vars(config.data),
+                "mixed_precision": "bf16",
+                "trackers": [],
+            }
+        )
+    )
     monkeypatch.setenv("COLUMNS", "120")
     before = content(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -134,9 +147,16 @@ def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
 
     folder = tmp_path_factory.mktemp("trained")
     config = small_run(
-        shards, clip_folder, folder / "run", str(folder / "cache"), {"batch_size": 4, "val_split": "val"},
-        stages=[1], stage1=StageSettings(epochs=3), gradient_accumulation=2, validate_every=0,
-    )  # fmt: skip
+        shards,
+        clip_folder,
+        folder / "run",
+        str(folder / "cache"),
+        {"batch_size": 4, "val_split": "val"},
+        stages=[1],
+        stage1=StageSettings(epochs=3),
+        gradient_accumulation=2,
+        validate_every=0,
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     train(config)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -194,8 +214,11 @@ def test_in_bytes(size, text):
 
 def test_counted():
     assert [counted(1, "node"), counted(8, "node"), counted(1, "process"), counted(1024, "process")] == [
-        "1 node", "8 nodes", "1 process", "1,024 processes",
-    ]  # fmt: skip
+        "1 node",
+        "8 nodes",
+        "1 process",
+        "1,024 processes",
+    ]
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------

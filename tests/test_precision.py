@@ -46,8 +46,12 @@ def test_a_backbone_in_low_precision_needs_no_autocast(prompt, precision, images
         parts = [model.encode_image(images), features.prompted, features.text]
         if model.knowledge_aware:
             parts.append(features.conditioned)
-            assert all(x.isfinite().all() for x in attention_maps(
-                model, model.encode_early(images[:1]), model.prepare_knowledge(knowledge[1:2])).values())  # fmt: skip
+            assert all(
+                x.isfinite().all()
+                for x in attention_maps(
+                    model, model.encode_early(images[:1]), model.prepare_knowledge(knowledge[1:2])
+                ).values()
+            )
         loss = torch.stack([F.normalize(part.float(), dim=-1).sum() for part in parts[1:]]).sum()
         loss.backward()
         trained = {n: p.grad for n, p in model.named_parameters() if not n.startswith("backbone.") and p.numel()}
@@ -64,16 +68,24 @@ def test_a_backbone_in_low_precision_can_be_exported(images, knowledge):
     text = model.encode_text(model.tokenizer(["a dog", "a girl", "nothing", "men"]))
     given = (images, batch.triplet_tokens, batch.token_mask, batch.states.float(), batch.mask, text.float())
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(*given), model(images, batch, text=text).conditioned,
-                                   rtol=0, atol=0.02)  # fmt: skip
+        torch.testing.assert_close(
+            program.module()(*given), model(images, batch, text=text).conditioned, rtol=0, atol=0.02
+        )
 
 
 @pytest.fixture
 def config(shards, clip_folder, tmp_path, fresh_accelerate):
     """One step of each stage, then a validation."""
     one = StageSettings(max_steps=1)
-    config = small_run(shards, clip_folder, tmp_path / "run", str(tmp_path / "cache"), {"batch_size": 4,
-                       "val_split": "val"}, stage1=one, stage2=one)  # fmt: skip
+    config = small_run(
+        shards,
+        clip_folder,
+        tmp_path / "run",
+        str(tmp_path / "cache"),
+        {"batch_size": 4, "val_split": "val"},
+        stage1=one,
+        stage2=one,
+    )
     return replace(config, prompt=replace(config.prompt, **READOUT, readout_blocks=1))
 
 

@@ -44,16 +44,19 @@ def broken(change) -> str:
     return yaml.safe_dump(content)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda c: c.pop("version"), "'version' is None; expected a number"),
-    (lambda c: c.pop("states"), "'states' is None; expected a mapping"),
-    (lambda c: c["triplets"].update(samples=[]), r"'samples' is \[\]; expected a list"),
-    (lambda c: c["triplets"]["samples"][0]["triplets"].append("action: boy | runs | -"), "isn't a strict reply"),
-    (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: 'caption' is None"),
-    (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 2 triplets and the states"),
-    (lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"), "a line that is no triplet"),
-    (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence a triplet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("version"), "'version' is None; expected a number"),
+        (lambda c: c.pop("states"), "'states' is None; expected a mapping"),
+        (lambda c: c["triplets"].update(samples=[]), r"'samples' is \[\]; expected a list"),
+        (lambda c: c["triplets"]["samples"][0]["triplets"].append("action: boy | runs | -"), "isn't a strict reply"),
+        (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: 'caption' is None"),
+        (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 2 triplets and the states"),
+        (lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"), "a line that is no triplet"),
+        (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence a triplet"),
+    ],
+)
 def test_what_is_wrong_is_told(tmp_path, change, message):
     (tmp_path / "mine.yaml").write_text(broken(change))
     with pytest.raises(TemplateError, match=message):
@@ -74,11 +77,17 @@ def test_requests():
     assert ask_states("A man", triplets) == "Caption: A man\n1. action: man | runs | -\n2. attribute: man | is | old"
 
 
-@pytest.mark.parametrize("text, line", [
-    ("", ""), ("a\tb\r\nc\x00d\x1b[0m", "a b c d [0m"), ("a\u2028b\u200bc", "a b c"),
-    ("{x} %s <|im_end|>", "{x} %s <|im_end|>"),
-    ("Größe 男 😀", "Größe 男 😀"), ("\ud800", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("", ""),
+        ("a\tb\r\nc\x00d\x1b[0m", "a b c d [0m"),
+        ("a\u2028b\u200bc", "a b c"),
+        ("{x} %s <|im_end|>", "{x} %s <|im_end|>"),
+        ("Größe 男 😀", "Größe 男 😀"),
+        ("\ud800", ""),
+    ],
+)
 def test_readable(text, line):
     assert readable(text) == line
 

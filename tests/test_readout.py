@@ -114,13 +114,11 @@ def test_the_loss_scores_every_pair_under_the_texts_own_knowledge(model, images,
     enriched = model(None, batch.knowledge, text=text).text
     cosines = [
         [
-            pair_similarity(
-                model.encode_image(images[[i]], [knowledge[c]], text=text[[c]]), enriched[[c]]
-            ).item()
+            pair_similarity(model.encode_image(images[[i]], [knowledge[c]], text=text[[c]]), enriched[[c]]).item()
             for c in range(4)
         ]
         for i in range(4)
-    ]  # fmt: skip
+    ]
     loss, scale = Objective(stage, "contrastive", margin=0.3, all_pairs=True)(model, batch, step=0)
     want = reference.contrastive(cosines, scale.item(), ids) if stage == 1 else reference.triplet(cosines, 0.3, ids)
     assert loss.item() == pytest.approx(want, rel=1e-4)
@@ -194,8 +192,9 @@ def test_the_text_only_control_shows_images_nothing(images, knowledge, tokenizer
 
 def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
     """Both directions, pair by pair, and pooled images by a loop over the candidates' queries."""
-    world = World(clip_folder, shards, tmp_path, interaction="readout", text_enrichment=True, text_triplets=True,
-                  readout_blocks=1)  # fmt: skip
+    world = World(
+        clip_folder, shards, tmp_path, interaction="readout", text_enrichment=True, text_triplets=True, readout_blocks=1
+    )
     torch.manual_seed(5)
     for weight in (world.model.readout.out.weight, world.model.text_enrichment.triplets.weight):
         torch.nn.init.normal_(weight, std=0.3)

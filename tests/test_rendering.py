@@ -43,27 +43,44 @@ def tokenizer(template: str):
     return made
 
 
-@pytest.mark.parametrize("template, before, behind", [
-    (LLAMA3, "<|start_header_id|>system<|end_header_id|>\n\nDo it.<|eot_id|>"
-             "<|start_header_id|>user<|end_header_id|>\n\nCaption: a<|eot_id|>"
-             "<|start_header_id|>assistant<|end_header_id|>\n\nnone<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
-     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
-    (LLAMA2, "[INST] <<SYS>>\nDo it.\n<</SYS>>\n\nCaption: a [/INST] none </s>[INST] ", " [/INST]"),
-    (GEMMA, "<start_of_turn>user\nDo it.\n\nCaption: a<end_of_turn>\n<start_of_turn>model\nnone<end_of_turn>\n"
-            "<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
-    (QWEN3, "<|im_start|>system\nDo it.<|im_end|>\n<|im_start|>user\nCaption: a<|im_end|>\n"
+@pytest.mark.parametrize(
+    "template, before, behind",
+    [
+        (
+            LLAMA3,
+            "<|start_header_id|>system<|end_header_id|>\n\nDo it.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nCaption: a<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nnone<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (LLAMA2, "[INST] <<SYS>>\nDo it.\n<</SYS>>\n\nCaption: a [/INST] none </s>[INST] ", " [/INST]"),
+        (
+            GEMMA,
+            "<start_of_turn>user\nDo it.\n\nCaption: a<end_of_turn>\n<start_of_turn>model\nnone<end_of_turn>\n"
+            "<start_of_turn>user\n",
+            "<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        (
+            QWEN3,
+            "<|im_start|>system\nDo it.<|im_end|>\n<|im_start|>user\nCaption: a<|im_end|>\n"
             "<|im_start|>assistant\nnone<|im_end|>\n<|im_start|>user\n",
-     "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
-], ids=["llama-3", "llama-2", "gemma", "qwen-3"])  # fmt: skip
+            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        ),
+    ],
+    ids=["llama-3", "llama-2", "gemma", "qwen-3"],
+)
 def test_families(template, before, behind):
     assert chat_parts(tokenizer(template), PREFIX) == (before, behind)
 
 
-@pytest.mark.parametrize("template", [
-    "{{ raise_exception('never') }}",
-    "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
-    "{% for m in messages %}{{ m.content | lower }}{% endfor %}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('never') }}",
+        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | lower }}{% endfor %}",
+    ],
+)
 def test_templates_that_can_t_be_used(template):
     with pytest.raises(EngineError, match=r"chat template .* take plain rendering"):
         chat_parts(tokenizer(template), PREFIX)

@@ -33,23 +33,26 @@ def test_none_is_a_strict_reply():
     assert reply.strict and reply.usable and reply.triplets == ()
 
 
-@pytest.mark.parametrize("reply", [
-    "1. (girl, climbs, the stairs)\n2. (girl, is, little)",
-    "<girl, climbs, stairs>, <girl, is, little>",
-    "Action: Girl | climbs | Stairs\nAttribute: girl | is | little",
-    "- action: girl | climbs | stairs\n- attribute: girl | is | little\n",
-    "Sure! Here are the triplets:\naction: girl | climbs | stairs\nattribute: girl | is | little",
-    "```\naction: girl | climbs | stairs\nattribute: girl | is | little\n```",
-    "action: girl | climbs | stairs\naction: girl | climbs | stairs\nattribute: girl | is | little",  # twice
-    "action: girl | climbing | stairs\nattribute: girl | is | little",  # another form of the verb
-    "action: girl | climbs | stairs\naction: boy | kicks | ball\nattribute: girl | is | little",  # invented
-    "girl | climbs | stairs\ngirl | is | little",
-    '[{"subject": "girl", "action": "climbs", "object": "stairs", "kind": "action"}, '
-    '{"subject": "girl", "action": "is", "object": "little", "kind": "attribute"}]',
-    '[["girl", "climbs", "stairs"], ["girl", "is", "little"]]',
-    "girl -> climbs -> stairs\ngirl -> is -> little",
-    "**girl** | `climbs` | \"stairs\"\n*girl* | is | 'little'",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "1. (girl, climbs, the stairs)\n2. (girl, is, little)",
+        "<girl, climbs, stairs>, <girl, is, little>",
+        "Action: Girl | climbs | Stairs\nAttribute: girl | is | little",
+        "- action: girl | climbs | stairs\n- attribute: girl | is | little\n",
+        "Sure! Here are the triplets:\naction: girl | climbs | stairs\nattribute: girl | is | little",
+        "```\naction: girl | climbs | stairs\nattribute: girl | is | little\n```",
+        "action: girl | climbs | stairs\naction: girl | climbs | stairs\nattribute: girl | is | little",  # twice
+        "action: girl | climbing | stairs\nattribute: girl | is | little",  # another form of the verb
+        "action: girl | climbs | stairs\naction: boy | kicks | ball\nattribute: girl | is | little",  # invented
+        "girl | climbs | stairs\ngirl | is | little",
+        '[{"subject": "girl", "action": "climbs", "object": "stairs", "kind": "action"}, '
+        '{"subject": "girl", "action": "is", "object": "little", "kind": "attribute"}]',
+        '[["girl", "climbs", "stairs"], ["girl", "is", "little"]]',
+        "girl -> climbs -> stairs\ngirl -> is -> little",
+        "**girl** | `climbs` | \"stairs\"\n*girl* | is | 'little'",
+    ],
+)
 def test_repair(reply):
     found = read_triplets(reply, CAPTION)
     assert not found.strict and found.usable
@@ -67,12 +70,24 @@ def test_repair_of_a_plain_no():
         assert found.usable == (reply != "[]") and found.triplets == () and not found.strict
 
 
-@pytest.mark.parametrize("reply", [
-    "", "\n\n", "I can't do that.", "action: boy | kicks | ball", "girl | girl | girl | girl | girl", "a, b, c",
-    "|||", "{}{}{", "\x00\x01",
-    "action: girl | climbs the stairs while two dogs jump over | fence",  # too long for a slot
-    "attribute: girl | is | -", "<script>alert(1)</script>", "girl climbs stairs",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "\n\n",
+        "I can't do that.",
+        "action: boy | kicks | ball",
+        "girl | girl | girl | girl | girl",
+        "a, b, c",
+        "|||",
+        "{}{}{",
+        "\x00\x01",
+        "action: girl | climbs the stairs while two dogs jump over | fence",  # too long for a slot
+        "attribute: girl | is | -",
+        "<script>alert(1)</script>",
+        "girl climbs stairs",
+    ],
+)
 def test_nothing_to_repair(reply):
     found = read_triplets(reply, CAPTION)
     assert found.triplets == () and not found.usable and not found.strict
@@ -119,17 +134,20 @@ def test_lines_of_another_form(line):
 ONE, TWO = "The girl lifts her knee.", "Both dogs are in the air."
 
 
-@pytest.mark.parametrize("reply, sources", [
-    (f"1. {ONE}\n2. {TWO}", ("strict", "strict")),
-    (f"1. {ONE}\n2. {TWO}\n", ("strict", "strict")),
-    (f'1. "{ONE}"\n2. {TWO}', ("repaired", "strict")),
-    (f"1) {ONE}\n2) {TWO}", ("repaired", "repaired")),
-    (f"- 1: {ONE}\n- 2: {TWO}", ("repaired", "repaired")),
-    (f"{ONE}\n{TWO}", ("repaired", "repaired")),
-    (f"2. {TWO}\n1. {ONE}", ("repaired", "repaired")),
-    (f"1. {ONE}\n2. {TWO}\n3. A third that nobody asked for.", ("repaired", "repaired")),
-    (f"**1.** {ONE}\n\n**2.** {TWO}", ("repaired", "repaired")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, sources",
+    [
+        (f"1. {ONE}\n2. {TWO}", ("strict", "strict")),
+        (f"1. {ONE}\n2. {TWO}\n", ("strict", "strict")),
+        (f'1. "{ONE}"\n2. {TWO}', ("repaired", "strict")),
+        (f"1) {ONE}\n2) {TWO}", ("repaired", "repaired")),
+        (f"- 1: {ONE}\n- 2: {TWO}", ("repaired", "repaired")),
+        (f"{ONE}\n{TWO}", ("repaired", "repaired")),
+        (f"2. {TWO}\n1. {ONE}", ("repaired", "repaired")),
+        (f"1. {ONE}\n2. {TWO}\n3. A third that nobody asked for.", ("repaired", "repaired")),
+        (f"**1.** {ONE}\n\n**2.** {TWO}", ("repaired", "repaired")),
+    ],
+)
 def test_states(reply, sources):
     assert read_states(reply, 2) == [(ONE, sources[0]), (TWO, sources[1])]
 

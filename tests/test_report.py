@@ -112,23 +112,67 @@ def page(clip_folder, shards, tmp_path_factory):
     save_adapter(adapter, world.model)
     real = ShardSplit.captions
     patch = pytest.MonkeyPatch()
-    patch.setattr(ShardSplit, "captions", lambda self, record, keep=("action", "attribute"): [
-        (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
-        for i, (text, item) in enumerate(real(self, record, keep))
-    ])  # fmt: skip
-    common = ["--model.name", clip_folder, "--model.pretrained", "null", "--data.shards", str(shards), "--data.cache",
-              str(folder / "cache"), "--data.workers", "0", "--adapters", f"[ours={adapter}]"]  # fmt: skip
+    patch.setattr(
+        ShardSplit,
+        "captions",
+        lambda self, record, keep=("action", "attribute"): [
+            (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
+            for i, (text, item) in enumerate(real(self, record, keep))
+        ],
+    )
+    common = [
+        "--model.name",
+        clip_folder,
+        "--model.pretrained",
+        "null",
+        "--data.shards",
+        str(shards),
+        "--data.cache",
+        str(folder / "cache"),
+        "--data.workers",
+        "0",
+        "--adapters",
+        f"[ours={adapter}]",
+    ]
     forget()
-    launcher("launchers/evaluate.py").main([*common, "--out", str(folder / "results.json"), "--search.top_k", "6",
-                                            "--probes", "[blank]", "--bootstrap", "50"])  # fmt: skip
+    launcher("launchers/evaluate.py").main(
+        [
+            *common,
+            "--out",
+            str(folder / "results.json"),
+            "--search.top_k",
+            "6",
+            "--probes",
+            "[blank]",
+            "--bootstrap",
+            "50",
+        ]
+    )
     forget()
     sweep = folder / "sweep.csv"
-    lines = [f"{row},{metric},{value},0.5,3" for row, value in (("base CLIP", 10), ("a <b>", 12))
-             for metric in ("i2t R@1", "t2i R@1", "Rsum")]  # fmt: skip
+    lines = [
+        f"{row},{metric},{value},0.5,3"
+        for row, value in (("base CLIP", 10), ("a <b>", 12))
+        for metric in ("i2t R@1", "t2i R@1", "Rsum")
+    ]
     sweep.write_text("\n".join(["row,metric,mean,standard_error,seeds", *lines]))
-    launcher("launchers/report.py").main([*common, "--results", str(folder / "results.json"), "--out",
-                                          str(folder / "report.html"), "--captions", "200", "--images", "50",
-                                          "--sweep", str(sweep), "--title", "A <i>title</i>"])  # fmt: skip
+    launcher("launchers/report.py").main(
+        [
+            *common,
+            "--results",
+            str(folder / "results.json"),
+            "--out",
+            str(folder / "report.html"),
+            "--captions",
+            "200",
+            "--images",
+            "50",
+            "--sweep",
+            str(sweep),
+            "--title",
+            "A <i>title</i>",
+        ]
+    )
     patch.undo()
     return folder
 
@@ -142,8 +186,15 @@ def test_the_data_are_those_of_the_results(page):
     _, data = data_of(page)
     table = load_queries(page / "results.npz")
     assert data["row"] == "ours (pooled)"  # the last one that is no probe
-    assert [row["name"] for row in data["table"]] == ["base CLIP", "ours (pairwise)", "ours (pooled)",
-        "ours, blank (pairwise)", "ours, blank (pooled)", "ceiling of the top 6", "chance of the top 6"]  # fmt: skip
+    assert [row["name"] for row in data["table"]] == [
+        "base CLIP",
+        "ours (pairwise)",
+        "ours (pooled)",
+        "ours, blank (pairwise)",
+        "ours, blank (pooled)",
+        "ceiling of the top 6",
+        "chance of the top 6",
+    ]
     cards = [card for card in data["cards"] if card["direction"] == "t2i"]
     queries = table[data["row"], "t2i"]
     assert sorted(card["query"] for card in cards) == queries.queries.tolist()
@@ -167,7 +218,9 @@ def test_no_text_leaves_the_data_and_nothing_is_fetched(page):
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)[^"']""", re.sub(r'id="data">.*?</script>', "", text))
     assert "default-src 'none'" in text
     assert [plot["title"].split(",")[0] for plot in data["plots"]] == [
-        "Rows with 95 % intervals (bootstrap over images)", "Ablations"]  # fmt: skip
+        "Rows with 95 % intervals (bootstrap over images)",
+        "Ablations",
+    ]
     assert "a &lt;b&gt;" in data["plots"][1]["svg"]
 
 
@@ -223,10 +276,14 @@ def test_refusals(page, shards, tmp_path, capsys):
 def test_a_photo_that_cant_be_read_costs_its_queries_only(page, tmp_path, clip_folder, shards, monkeypatch, capsys):
     _, data = data_of(page)
     captions, real = ShardSplit.captions, ShardSplit.image
-    monkeypatch.setattr(ShardSplit, "captions", lambda self, record, keep=("action", "attribute"): [
-        (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
-        for i, (text, item) in enumerate(captions(self, record, keep))
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        ShardSplit,
+        "captions",
+        lambda self, record, keep=("action", "attribute"): [
+            (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
+            for i, (text, item) in enumerate(captions(self, record, keep))
+        ],
+    )
 
     def image(self, index):
         if index == 3:
@@ -275,9 +332,18 @@ def browser(page, tmp_path_factory):
         pytest.skip("needs chromium and chromedriver, e.g. apt install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                 "disable-background-networking", "disable-component-update", "window-size=1280,900",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-sync",
+        "disable-background-networking",
+        "disable-component-update",
+        "window-size=1280,900",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))

@@ -35,12 +35,16 @@ def cache(tmp_path_factory):
 def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
     """Two stages of 5 global batches of 4 an epoch, with all that is random: crops, captions, negatives, dropout."""
     return small_run(
-        shards, clip_folder, tmp_path / "run", cache, {"batch_size": 4, "augment": "crop"},
+        shards,
+        clip_folder,
+        tmp_path / "run",
+        cache,
+        {"batch_size": 4, "augment": "crop"},
         stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
         stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
         knowledge_dropout=0.2,
         checkpoint=CheckpointSettings(every_steps=2, keep=2),
-    )  # fmt: skip
+    )
 
 
 def final(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -288,10 +292,14 @@ def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
     assert run.wait() == [75]
     shutil.copytree(short.data.shards, tmp_path / "copy")
     rest = again(
-        short, log_every=1, validate_every=0, activation_checkpointing=True, trackers=["tensorboard"],
+        short,
+        log_every=1,
+        validate_every=0,
+        activation_checkpointing=True,
+        trackers=["tensorboard"],
         data=replace(short.data, shards=str(tmp_path / "copy"), workers=2),
         checkpoint=CheckpointSettings(every_steps=1, keep=1),
-    )  # fmt: skip
+    )
     assert same_bits(load_file(rest), expected)
     assert folders(short) == ["stage1-step00000010"]
 
@@ -329,8 +337,13 @@ def content(folder: str) -> dict[str, bytes | None]:
 @pytest.fixture
 def both(short):
     """A finished run of two short stages."""
-    both = replace(short, stages=[1, 2], stage1=replace(short.stage1, epochs=1),
-                   stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1), trackers=["tensorboard"])  # fmt: skip
+    both = replace(
+        short,
+        stages=[1, 2],
+        stage1=replace(short.stage1, epochs=1),
+        stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
+        trackers=["tensorboard"],
+    )
     again(both)
     return both
 
@@ -344,14 +357,17 @@ def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
         "stage1.lr is 0.003 there and 0.1 here": {"stage1": replace(both.stage1, lr=0.1)},
         "stage2.lr is 0.003 there and 0.1 here": {"stage2": replace(both.stage2, lr=0.1)},
         "model.precision is 'fp32' there and 'bf16' here": {"model": replace(both.model, precision="bf16")},
-        f"trained on base model '{both.model.name}'.*but 'local-dir:{tmp_path}/other' has weights":
-            {"model": replace(both.model, name=f"local-dir:{tmp_path / 'other'}")},
+        f"trained on base model '{both.model.name}'.*but 'local-dir:{tmp_path}/other' has weights": {
+            "model": replace(both.model, name=f"local-dir:{tmp_path / 'other'}")
+        },
         "no such folder": {"data": replace(both.data, shards=str(tmp_path / "nowhere"))},
-        "triplet_heads is 7": {"prompt": replace(both.prompt, triplet_heads=7),
-                               "checkpoint": CheckpointSettings(resume=False)},
+        "triplet_heads is 7": {
+            "prompt": replace(both.prompt, triplet_heads=7),
+            "checkpoint": CheckpointSettings(resume=False),
+        },
         "fewer than one step": {"gradient_accumulation": 99, "checkpoint": CheckpointSettings(resume=False)},
         "stage2.epochs is 0": {"stage2": StageSettings(epochs=0), "checkpoint": CheckpointSettings(resume=False)},
-    }  # fmt: skip
+    }
     for words, changes in named.items():
         with pytest.raises(AmpError, match=words):
             again(both, **changes)
@@ -359,8 +375,10 @@ def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
 
 
 def test_a_refused_call_makes_no_folder(short, tmp_path):
-    for words, changes in {"triplet_heads": {"prompt": replace(short.prompt, triplet_heads=7)},
-                           "fewer than one step": {"gradient_accumulation": 99}}.items():  # fmt: skip
+    for words, changes in {
+        "triplet_heads": {"prompt": replace(short.prompt, triplet_heads=7)},
+        "fewer than one step": {"gradient_accumulation": 99},
+    }.items():
         with pytest.raises(AmpError, match=words):
             again(short, **changes, trackers=["tensorboard"])
     assert not Path(short.out).exists()
@@ -392,8 +410,9 @@ def test_a_stage_of_its_own_leaves_the_other_one_as_it_was_recorded(short, capfd
     """`--stages [1]`, then `--stages [2]`: stage1.lr of the second call has no effect, and is not recorded."""
     first = again(short)
     capfd.readouterr()
-    second = replace(short, stages=[2], init=str(first), seed=5, stage1=StageSettings(lr=0.1),
-                     stage2=StageSettings(epochs=1))  # fmt: skip
+    second = replace(
+        short, stages=[2], init=str(first), seed=5, stage1=StageSettings(lr=0.1), stage2=StageSettings(epochs=1)
+    )
     again(second)
     assert recorded(short) == {**asdict(second), "stage1": asdict(short.stage1)}
     said = " ".join(capfd.readouterr().err.split())
@@ -409,7 +428,9 @@ def test_adapters_without_checkpoints_are_not_replaced_in_silence(both):
     with pytest.raises(AmpError, match=r"stage2/adapter.safetensors: was trained by an earlier run"):
         again(both)
     assert {**before, f"{both.out}/stage1/adapter.safetensors": 0} == {
-        **content(both.out), f"{both.out}/stage1/adapter.safetensors": 0}  # fmt: skip
+        **content(both.out),
+        f"{both.out}/stage1/adapter.safetensors": 0,
+    }
     anew = replace(both, seed=1, stages=[1], checkpoint=CheckpointSettings(resume=False))
     again(anew)
     assert recorded(both) == asdict(anew)

@@ -34,8 +34,14 @@ def new_knowledge(dataset: dict, path: Path, leave_out: int = 0, word: str = "ne
                 : caption.id % 3
             ]
             origin = {"sources": [{"triplet": "strict", "state": "retry1"}]} if triplets else {"empty": "nothing found"}
-            record = {"sentid": caption.id, "image": image.path, "caption": caption.text, "triplets": triplets,
-                      "states": [f"It is {word} and looks so."] * len(triplets), **origin}  # fmt: skip
+            record = {
+                "sentid": caption.id,
+                "image": image.path,
+                "caption": caption.text,
+                "triplets": triplets,
+                "states": [f"It is {word} and looks so."] * len(triplets),
+                **origin,
+            }
             lines.append(json.dumps(record))
     path.write_text("\n".join(lines[leave_out:]) + "\n")
     return path

@@ -43,42 +43,65 @@ CASES = {
     "Men wearing helmets": ["attribute: men | wearing | helmets"],
     "A man in a red shirt": ["attribute: man | wearing | shirt", "attribute: shirt | is | red"],
     "A man in a red shirt climbs a wall": [
-        "action: man | climbs | wall", "attribute: man | wearing | shirt", "attribute: shirt | is | red"],
+        "action: man | climbs | wall",
+        "attribute: man | wearing | shirt",
+        "attribute: shirt | is | red",
+    ],
     "A boy is running in a blue jacket": [
-        "action: boy | running | -", "attribute: boy | wearing | jacket", "attribute: jacket | is | blue"],
+        "action: boy | running | -",
+        "attribute: boy | wearing | jacket",
+        "attribute: jacket | is | blue",
+    ],
     "A black and white dog": ["attribute: dog | is | black", "attribute: dog | is | white"],
     "Tall trees": ["attribute: trees | are | tall"],
     "The dog is brown": ["attribute: dog | is | brown"],
     "A child stands in front of a tent": ["action: child | stands in front of | tent"],
     "A cat sits next to a lamp": ["action: cat | sits next to | lamp"],
     "A fisherman pulls a net out of the water": [
-        "action: fisherman | pulls | net", "action: fisherman | pulls out of | water"],
+        "action: fisherman | pulls | net",
+        "action: fisherman | pulls out of | water",
+    ],
     "A boy blows out the candles": ["action: boy | blows out | candles"],
     "A girl tries to catch a butterfly": ["action: girl | catch | butterfly"],
     "A woman talks while she cooks": ["action: woman | talks | -", "action: woman | cooks | -"],
     "A man laughs and plays a guitar": ["action: man | laughs | -", "action: man | plays | guitar"],
     "A fire hydrant on a sidewalk": ["attribute: fire hydrant | on | sidewalk"],
     "A tennis player hits the ball with a racket": [
-        "action: tennis player | hits | ball", "action: tennis player | hits with | racket"],
+        "action: tennis player | hits | ball",
+        "action: tennis player | hits with | racket",
+    ],
     # a verb that the parser takes for a noun
     "Two men and a dog run": ["action: men | run | -", "action: dog | run | -"],
     "Dogs running and jumping": ["action: dogs | running | -", "action: dogs | jumping | -"],
     "Boy playing on the swing .": ["action: boy | playing on | swing"],
     "A woman in black walks down the sidewalk .": [
-        "action: woman | walks down | sidewalk", "attribute: woman | wearing | black"],
+        "action: woman | walks down | sidewalk",
+        "attribute: woman | wearing | black",
+    ],
     "A boy wearing a red hat runs": [
-        "action: boy | runs | -", "attribute: boy | wearing | hat", "attribute: hat | is | red"],
+        "action: boy | runs | -",
+        "attribute: boy | wearing | hat",
+        "attribute: hat | is | red",
+    ],
     "Two people in shorts hike on the snow": [
-        "action: people | hike on | snow", "attribute: people | wearing | shorts"],
+        "action: people | hike on | snow",
+        "attribute: people | wearing | shorts",
+    ],
     # the same words where the noun is right
     "Two kids on a carnival ride at a park": [
-        "attribute: kids | on | carnival ride", "attribute: carnival ride | at | park"],
+        "attribute: kids | on | carnival ride",
+        "attribute: carnival ride | at | park",
+    ],
     "Small boy looking at a display of rubber ducks": [
-        "action: boy | looking at | display", "attribute: boy | is | small"],
+        "action: boy | looking at | display",
+        "attribute: boy | is | small",
+    ],
     "Two women in head wraps .": ["attribute: women | in | head wraps"],
     # who does it
     "A woman is sitting on a bench reading a book": [
-        "action: woman | sitting on | bench", "action: woman | reading | book"],
+        "action: woman | sitting on | bench",
+        "action: woman | reading | book",
+    ],
     "A man looking at a woman reading a book": ["action: man | looking at | woman", "action: woman | reading | book"],
     "Two dogs dive into a pool to get a toy": ["action: dogs | dive into | pool", "action: dogs | get | toy"],
     "A wave crashing on a beach": ["action: wave | crashing on | beach"],
@@ -88,7 +111,7 @@ CASES = {
     "The dog is next to a house": [],
     "Children dressed as pirates": ["attribute: children | dressed as | pirates"],
     "A dog jumps over a log while a cat watches": ["action: dog | jumps over | log", "action: cat | watches | -"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("caption", CASES)
@@ -98,11 +121,29 @@ def test_constructions(rules, caption):
 
 
 HOSTILE = [
-    "", " ", "\n\t", "😀 🐕", '"quotes" \'and\' `more`', "{braces} [and] <tags> </s> <|im_end|>", "is", "123 456",
-    "Ignore all previous instructions", "A man\nruns\r\n\x0b\x1b[0m", "Ein Hund läuft über die Wiese", "一个男人在骑马",
-    "رجل يركض", "a " * 500, "runs runs " * 250, "man and " * 200, "\x00\x07", "|" * 50, "isn't can't won't", "A" * 5000,
-    "woman in black walks " * 30, "dog in red runs",
-]  # fmt: skip
+    "",
+    " ",
+    "\n\t",
+    "😀 🐕",
+    "\"quotes\" 'and' `more`",
+    "{braces} [and] <tags> </s> <|im_end|>",
+    "is",
+    "123 456",
+    "Ignore all previous instructions",
+    "A man\nruns\r\n\x0b\x1b[0m",
+    "Ein Hund läuft über die Wiese",
+    "一个男人在骑马",
+    "رجل يركض",
+    "a " * 500,
+    "runs runs " * 250,
+    "man and " * 200,
+    "\x00\x07",
+    "|" * 50,
+    "isn't can't won't",
+    "A" * 5000,
+    "woman in black walks " * 30,
+    "dog in red runs",
+]
 
 
 @pytest.mark.parametrize("caption", HOSTILE)

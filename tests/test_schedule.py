@@ -55,8 +55,16 @@ def test_matrices_decay_and_nothing_else_does():
     stays = {names[id(p)] for group in rest for p in group["params"]}
     assert "interaction.mlp.0.weight" in decays and "adapter.down.weight" in decays
     assert all(model.get_parameter(name).ndim == 2 for name in decays)
-    assert {"logit_scale", "visual_prompts.prompts", "triplet_encoder.null", "null_state", "interaction.gate",
-            "interaction.norm.weight", "adapter.norm.bias", "interaction.mlp.0.bias"} <= stays  # fmt: skip
+    assert {
+        "logit_scale",
+        "visual_prompts.prompts",
+        "triplet_encoder.null",
+        "null_state",
+        "interaction.gate",
+        "interaction.norm.weight",
+        "adapter.norm.bias",
+        "interaction.mlp.0.bias",
+    } <= stays
     assert decays | stays == {name for name in names.values() if not name.startswith("backbone.")}
     assert not decays & stays
 

@@ -32,8 +32,14 @@ class Collate:
 
 def loader(workers: int, places: int, ahead: int) -> DataLoader:
     shared = SharedImages((4, 2, 3), torch.int32, workers, places, pin=False)
-    return DataLoader(Numbers(), batch_size=4, num_workers=workers, collate_fn=Collate(shared), prefetch_factor=ahead,
-                      persistent_workers=True)  # fmt: skip
+    return DataLoader(
+        Numbers(),
+        batch_size=4,
+        num_workers=workers,
+        collate_fn=Collate(shared),
+        prefetch_factor=ahead,
+        persistent_workers=True,
+    )
 
 
 def assert_are_all(batches: list) -> None:

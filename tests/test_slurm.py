@@ -34,11 +34,20 @@ def settings(tmp_path_factory, clip_folder) -> list[str]:
     dataset = draw_dataset(folder / "drawn", {"train": 192, "test": 12})
     make_shards(**dataset, out=str(folder / "shards"), samples_per_shard=50, workers=1)
     values = {
-        "data.shards": folder / "shards", "data.cache": folder / "cache", "data.val_split": "null",
-        "data.augment": "none", "data.batch_size": 4, "data.workers": 1, "model.name": clip_folder,
-        "model.pretrained": "null", "stage1.epochs": STEPS // 24, "stage2.epochs": 1, "trackers": "[]",
-        "checkpoint.every_steps": 4, "checkpoint.keep": 2,
-    }  # fmt: skip
+        "data.shards": folder / "shards",
+        "data.cache": folder / "cache",
+        "data.val_split": "null",
+        "data.augment": "none",
+        "data.batch_size": 4,
+        "data.workers": 1,
+        "model.name": clip_folder,
+        "model.pretrained": "null",
+        "stage1.epochs": STEPS // 24,
+        "stage2.epochs": 1,
+        "trackers": "[]",
+        "checkpoint.every_steps": 4,
+        "checkpoint.keep": 2,
+    }
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
@@ -47,10 +56,26 @@ def undisturbed(settings, tmp_path_factory) -> Path:
     """Folder of the same training, without Slurm and in one go: two processes on this machine."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     subprocess.run(
-        ["accelerate", "launch", "--config_file", "launchers/accelerate/one_node.yaml", "--num_processes", "2",
-         "--main_process_port", "29611", "launchers/train.py", *settings, "--stages", "[1]", "--out", out],
-        cwd=ROOT, env={**ACTIVE, "ACCELERATE_USE_CPU": "true"}, check=True,
-    )  # fmt: skip
+        [
+            "accelerate",
+            "launch",
+            "--config_file",
+            "launchers/accelerate/one_node.yaml",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "29611",
+            "launchers/train.py",
+            *settings,
+            "--stages",
+            "[1]",
+            "--out",
+            out,
+        ],
+        cwd=ROOT,
+        env={**ACTIVE, "ACCELERATE_USE_CPU": "true"},
+        check=True,
+    )
     return out
 
 
@@ -158,8 +183,11 @@ def test_failing_node_leaves_srun_time_to_pass_its_message_on():
     unequal = {"PROCESSES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURMD_NODENAME": "node7"}
     node = subprocess.Popen(
         ["launchers/slurm/node.sh", "launchers/train.py"],
-        cwd=ROOT, env={**os.environ, **unequal}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **unequal},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert "node7 has 1 GPUs of this job, the first node has 2" in node.stderr.readline()
     written = time.monotonic()
     assert node.wait() == 2

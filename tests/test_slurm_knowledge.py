@@ -39,8 +39,10 @@ def test_job_array(slurm, tmp_path):
     assert f"part 2/{TASKS}: all" in log(f"{array}_2")
     files = {path.name: len(path.read_text().splitlines()) for path in (out / "cache").glob("*.jsonl")}
     assert sorted(files) == [
-        "replies-00000-of-00001.jsonl", f"replies-00000-of-0000{TASKS}.jsonl", f"replies-00002-of-0000{TASKS}.jsonl"
-    ]  # fmt: skip
+        "replies-00000-of-00001.jsonl",
+        f"replies-00000-of-0000{TASKS}.jsonl",
+        f"replies-00002-of-0000{TASKS}.jsonl",
+    ]
     assert sum(files.values()) == whole.distinct and all(files.values())  # the last job did what task 1 left
     assert (out / "knowledge.jsonl").read_bytes() == (tmp_path / "plain" / "knowledge.jsonl").read_bytes()
 
@@ -51,9 +53,12 @@ def test_job_array(slurm, tmp_path):
 
     # A task that fails makes what depends on it by afterok never start, and the last job tells why.
     broken = slurm.sbatch(
-        f"--output={tmp_path}/%j.log", "launchers/slurm/generate_knowledge.sbatch", f"--captions={captions}",
-        f"--out={out}", "--fallback=none",
-    )  # fmt: skip
+        f"--output={tmp_path}/%j.log",
+        "launchers/slurm/generate_knowledge.sbatch",
+        f"--captions={captions}",
+        f"--out={out}",
+        "--fallback=none",
+    )
     slurm.wait(broken, {"FAILED"})
     assert "'options.fallback' was 'rules', now 'none'" in log(broken)
     assert json.loads((out / "knowledge_provenance.json").read_text())["distinct_captions"] == whole.distinct

@@ -120,8 +120,17 @@ def test_report_and_plot(tmp_path):
     watch = Watch()
     for now in range(30):
         watch.seconds.append(float(now))
-        watch.add("rank 0", {"memory_MB": 100.0 + now, "resident_MB": 200.0, "descriptors": 7, "threads": 2,
-                             "children": 0, "shared_files": 1})  # fmt: skip
+        watch.add(
+            "rank 0",
+            {
+                "memory_MB": 100.0 + now,
+                "resident_MB": 200.0,
+                "descriptors": 7,
+                "threads": 2,
+                "children": 0,
+                "shared_files": 1,
+            },
+        )
         watch.add("run", {"steps": 3 * now, "checkpoints_MB": 5.0, "logs": 0.1 * now})
     watch.processes = {"rank 0": [11], "rank 0's worker": [12, 13]}
     end = {"signal": "SIGUSR1", "step": 90, "processes_left": 0, "shared_memory_left": 1}

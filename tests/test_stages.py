@@ -224,8 +224,10 @@ def test_knowledge_share_conditions_the_first_images_and_all_are_scored_without(
         for i in range(2):
             pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.columns[i].tolist()]
             logits = [scale.item() * cosine_of(model, batch, i, i)]
-            logits += [scale.item() * cosine_of(model, batch, *pair) + w.item()
-                       for pair, w in zip(pairs, drawn.log_weight[i], strict=True)]  # fmt: skip
+            logits += [
+                scale.item() * cosine_of(model, batch, *pair) + w.item()
+                for pair, w in zip(pairs, drawn.log_weight[i], strict=True)
+            ]
             total -= 0.5 * torch.tensor(logits).log_softmax(0)[0].item() / 4
     plain = similarity(model(frozen.early, prompted=True).prompted, batch.text)
     total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)

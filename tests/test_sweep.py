@@ -46,9 +46,13 @@ def config(tmp_path) -> SweepConfig:
     ]
     again = [Row("the control once more", set={"out": "elsewhere"}), Row("big margin", set={"margin": 0.5})]
     return SweepConfig(
-        [Table("One", rows), Table("Two", again)], [str(base)], seeds=[0, 7], out=str(tmp_path / "out"),
-        results=str(tmp_path / "results"), control="control",
-    )  # fmt: skip
+        [Table("One", rows), Table("Two", again)],
+        [str(base)],
+        seeds=[0, 7],
+        out=str(tmp_path / "out"),
+        results=str(tmp_path / "results"),
+        control="control",
+    )
 
 
 def finish(run, *rows):
@@ -180,8 +184,11 @@ def partial(config):
     finish(runs["control"][0], row("control", (11, 21, 31), (6, 16, 26)))
     finish(runs["control"][1], row("control", (13, 21, 31), (6, 16, 26)))
     states = "States, alone"
-    finish(runs[states][0], row(f"{states} (pairwise)", (12, 22, 32), (7, 17, 27)),
-           row(f"{states}, grey (pairwise)", (1, 2, 3), (4, 5, 6)))  # fmt: skip
+    finish(
+        runs[states][0],
+        row(f"{states} (pairwise)", (12, 22, 32), (7, 17, 27)),
+        row(f"{states}, grey (pairwise)", (1, 2, 3), (4, 5, 6)),
+    )
     return runs
 
 
@@ -190,9 +197,17 @@ def test_csv_of_partial_results(config, partial):
     assert left_out == []
     table = {(r["row"], r["metric"]): r for r in csv.DictReader(io.StringIO(to_csv(lines, base, config.control)))}
     assert table["control", "i2t R@1"] == {
-        "row": "control", "metric": "i2t R@1", "mean": "12.000", "standard_error": "1.000", "seeds": "2", "paper": "",
-        "over_base": "2.000", "over_base_error": "1.000", "over_control": "0.000", "over_control_error": "0.000",
-    }  # fmt: skip
+        "row": "control",
+        "metric": "i2t R@1",
+        "mean": "12.000",
+        "standard_error": "1.000",
+        "seeds": "2",
+        "paper": "",
+        "over_base": "2.000",
+        "over_base_error": "1.000",
+        "over_control": "0.000",
+        "over_control_error": "0.000",
+    }
     states = table["States, alone", "Rsum"]
     assert (states["mean"], states["standard_error"], states["seeds"]) == ("117.000", "", "1")
     assert states["paper"] == "21.000" and states["over_control"] == "6.000" and states["over_control_error"] == ""
@@ -315,11 +330,20 @@ def sweep(config, tmp_path, shards):
 
     def run(*arguments, rows=({"name": "control"}, big), **settings):
         file = tmp_path / "sweep.yaml"
-        file.write_text(yaml.safe_dump({
-            "base": config.base, "seeds": [0], "launcher": config.launcher, "out": config.out, "results":
-            config.results, "set": {"data.shards": str(shards)}, "tables": [{"title": "One", "rows": list(rows)}],
-            **settings,
-        }))  # fmt: skip
+        file.write_text(
+            yaml.safe_dump(
+                {
+                    "base": config.base,
+                    "seeds": [0],
+                    "launcher": config.launcher,
+                    "out": config.out,
+                    "results": config.results,
+                    "set": {"data.shards": str(shards)},
+                    "tables": [{"title": "One", "rows": list(rows)}],
+                    **settings,
+                }
+            )
+        )
         return main(["--config", str(file), *arguments])
 
     return run

@@ -60,8 +60,9 @@ def test_runs_are_read_and_the_others_have_commands(rows, tmp_path, capsys):
     missing = commands(rows, "runs/table1")
     assert sum("launchers/train.py" in line for line in missing) == 6 and len(missing) == 26
     result = ResultFile.load_json(_result(tmp_path / "clip_vit_b32.coco.json"))
-    launcher("launchers/table1.py").main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--out",
-                                          str(tmp_path / "table.md")])  # fmt: skip
+    launcher("launchers/table1.py").main(
+        ["--published", str(PUBLISHED), "--results", str(tmp_path), "--out", str(tmp_path / "table.md")]
+    )
     text = (tmp_path / "table.md").read_text()
     figures = [*result.rows[0].i2t.recall.values(), *result.rows[0].t2i.recall.values(), result.rows[0].rsum]
     assert f"| ViT-B/32 | CLIP | here | {' | '.join(f'{v:.1f}' for v in figures)} |" in text
@@ -90,8 +91,9 @@ def test_results_that_cant_be_used_are_left_out_with_the_reason(rows, tmp_path, 
     for name, (text, _) in spoilt.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as error:
-        launcher("launchers/table1.py").main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--out",
-                                              str(tmp_path / "table.md")])  # fmt: skip
+        launcher("launchers/table1.py").main(
+            ["--published", str(PUBLISHED), "--results", str(tmp_path), "--out", str(tmp_path / "table.md")]
+        )
     text, said = (tmp_path / "table.md").read_text(), capsys.readouterr().err
     assert error.value.code == 1 and "| ViT-B/16 | CLIP | here | 10.0 |" in text
     assert "| ViT-B/32 | CLIP | here |  |" in text
@@ -107,10 +109,20 @@ def test_the_table_in_the_repository_is_current(rows):
 
 
 def _result(path: Path) -> Path:
-    side = {"recall": {"R@1": 10.0, "R@5": 20.0, "R@10": 30.0}, "ceiling": {"R@1": 40.0, "R@5": 40.0, "R@10": 40.0},
-            "chance": {"R@1": 1.0, "R@5": 5.0, "R@10": 10.0}, "queries": 10, "top_k": 20, "seconds": 1.0}  # fmt: skip
-    content = {"format": "open-clip-amp retrieval results", "version": 1, "protocol": {},
-               "rows": [{"name": "base CLIP", "i2t": side, "t2i": side}]}  # fmt: skip
+    side = {
+        "recall": {"R@1": 10.0, "R@5": 20.0, "R@10": 30.0},
+        "ceiling": {"R@1": 40.0, "R@5": 40.0, "R@10": 40.0},
+        "chance": {"R@1": 1.0, "R@5": 5.0, "R@10": 10.0},
+        "queries": 10,
+        "top_k": 20,
+        "seconds": 1.0,
+    }
+    content = {
+        "format": "open-clip-amp retrieval results",
+        "version": 1,
+        "protocol": {},
+        "rows": [{"name": "base CLIP", "i2t": side, "t2i": side}],
+    }
     path.write_text(json.dumps(content))
     return path
 
@@ -163,13 +175,26 @@ def write_timm_folder(folder, tower):
     """A model whose image tower is timm's, in open_clip's own format; with SigLIP's bias on the logits."""
     folder.mkdir()
     config = {
-        "embed_dim": 16, "init_logit_bias": -10, "custom_text": True,
-        "vision_cfg": {"timm_model_name": tower, "timm_model_pretrained": False, "timm_pool": "avg",
-                       "timm_proj": "linear", "image_size": 160},
+        "embed_dim": 16,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": tower,
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 160,
+        },
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }  # fmt: skip
-    preprocess = {"size": 160, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
-                  "resize_mode": "squash"}  # fmt: skip
+    }
+    preprocess = {
+        "size": 160,
+        "mode": "RGB",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
     torch.manual_seed(0)
     clip = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
@@ -178,10 +203,25 @@ def write_timm_folder(folder, tower):
 
 
 def _evaluate(name, shards, out, *more):
-    launcher("launchers/evaluate.py").main([
-        "--model.name", name, "--model.pretrained", "null", "--data.shards", str(shards), "--data.batch_size", "5",
-        "--data.workers", "0", "--out", str(out), "--bootstrap", "20", *more,
-    ])  # fmt: skip
+    launcher("launchers/evaluate.py").main(
+        [
+            "--model.name",
+            name,
+            "--model.pretrained",
+            "null",
+            "--data.shards",
+            str(shards),
+            "--data.batch_size",
+            "5",
+            "--data.workers",
+            "0",
+            "--out",
+            str(out),
+            "--bootstrap",
+            "20",
+            *more,
+        ]
+    )
     return ResultFile.load_json(out)
 
 
@@ -219,10 +259,20 @@ def test_a_tower_without_plain_blocks_takes_no_adapter(shards, tmp_path, capsys,
     convnext = write_timm_folder(tmp_path / "convnext", "test_convnext")
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(SystemExit):
-        launcher("launchers/evaluate.py").main([
-            "--model.name", convnext, "--model.pretrained", "null", "--data.shards", str(shards), "--out",
-            str(tmp_path / "out.json"), "--adapters", f"[x={tmp_path}/a.safetensors]",
-        ])  # fmt: skip
+        launcher("launchers/evaluate.py").main(
+            [
+                "--model.name",
+                convnext,
+                "--model.pretrained",
+                "null",
+                "--data.shards",
+                str(shards),
+                "--out",
+                str(tmp_path / "out.json"),
+                "--adapters",
+                f"[x={tmp_path}/a.safetensors]",
+            ]
+        )
     assert "image tower is timm's ConvNeXt, expected open_clip's native VisionTransformer" in capsys.readouterr().err
 
 

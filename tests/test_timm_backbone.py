@@ -143,9 +143,10 @@ def timm_clip(name, **vision):
     """A CLIP with any tower of timm, on the meta device."""
     with torch.device("meta"):
         return open_clip.CustomTextCLIP(
-            24, {"timm_model_name": name, "image_size": 224, **vision},
+            24,
+            {"timm_model_name": name, "image_size": 224, **vision},
             {"width": 40, "heads": 4, "layers": 1, "vocab_size": 10},
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(
@@ -336,14 +337,20 @@ def test_adapters_know_their_tower(tmp_path, images, knowledge):
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "EVA02-B-16", "PE-Core-T-16-384"])
 def test_shapes_of_real_models_without_their_weights(name):
     """open_clip's own configurations on the meta device, as a plan builds them; 16-bit weights stand for all."""
-    prefix, width, d_t, d = {"ViT-B-16-SigLIP": (0, 768, 768, 768), "EVA02-B-16": (1, 768, 512, 512),
-                             "PE-Core-T-16-384": (1, 192, 512, 512)}[name]  # fmt: skip
+    prefix, width, d_t, d = {
+        "ViT-B-16-SigLIP": (0, 768, 768, 768),
+        "EVA02-B-16": (1, 768, 512, 512),
+        "PE-Core-T-16-384": (1, 192, 512, 512),
+    }[name]
     config = TrainConfig(out="runs/x", model=ModelSettings(name, None, precision="bf16"))
     model = shapes_only(config)
     backbone = model.backbone
     assert (backbone.num_prefix, backbone.vision_width, backbone.text_width, backbone.embed_dim) == (
-        prefix, width, d_t, d,
-    )  # fmt: skip
+        prefix,
+        width,
+        d_t,
+        d,
+    )
     assert {p.device.type for p in model.parameters()} == {"meta"} and backbone.dtype == torch.bfloat16
     side = backbone.visual.image_size
     with torch.device("meta"):
@@ -396,7 +403,7 @@ def test_a_hugging_face_text_tower_behind_a_native_image_tower(text_folders, ima
     config = json.loads(Path(folder, "open_clip_config.json").read_text())["model_cfg"]
     clip = open_clip.CustomTextCLIP(
         EMBED_DIM, open_clip.CLIPVisionCfg(**VISION), {**config["text_cfg"], "hf_model_pretrained": False}
-    ).eval()  # fmt: skip
+    ).eval()
     model = ActionAwareCLIP(
         clip, amp.PromptConfig(num_prompts=0, triplet_heads=4), open_clip.get_tokenizer(f"local-dir:{folder}")
     )
@@ -442,11 +449,29 @@ def test_an_unknown_text_configuration_is_one_clear_error(text_folders, monkeypa
 def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shards, tmp_path, fresh_accelerate):
     """The whole chain by its launchers: early tokens and texts in caches, AIM, adapters read again."""
     name = text_folders("xlm-roberta", "perception")
-    common = {"model.name": name, "model.pretrained": "null", "data.shards": shards, "data.cache": tmp_path / "cache",
-              "data.batch_size": 4, "data.workers": 0, "data.augment": "none", "prompt.num_prompts": 2,
-              "prompt.triplet_heads": 4, "prompt.interaction_layer": 1, "prompt.bottleneck": 4}  # fmt: skip
-    train = {**common, "data.cache_images": "true", "data.val_split": "null", "stages": "[1, 2]", "trackers": "[]",
-             "stage1.max_steps": 2, "stage2.max_steps": 2, "out": tmp_path / "run"}  # fmt: skip
+    common = {
+        "model.name": name,
+        "model.pretrained": "null",
+        "data.shards": shards,
+        "data.cache": tmp_path / "cache",
+        "data.batch_size": 4,
+        "data.workers": 0,
+        "data.augment": "none",
+        "prompt.num_prompts": 2,
+        "prompt.triplet_heads": 4,
+        "prompt.interaction_layer": 1,
+        "prompt.bottleneck": 4,
+    }
+    train = {
+        **common,
+        "data.cache_images": "true",
+        "data.val_split": "null",
+        "stages": "[1, 2]",
+        "trackers": "[]",
+        "stage1.max_steps": 2,
+        "stage2.max_steps": 2,
+        "out": tmp_path / "run",
+    }
     launcher("launchers/train.py").main(arguments(train))
     adapter = tmp_path / "run" / "stage2" / "adapter.safetensors"
     evaluate = {**common, "out": tmp_path / "out.json", "adapters": f"[mine={adapter}]", "bootstrap": 20}
@@ -455,5 +480,11 @@ def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shar
     assert found["rows"][0]["name"] == "base CLIP" and len(found["rows"]) > 1
     model, _, _ = amp.create_model_and_transforms(name, adapter=str(adapter))
     assert {n.partition(".")[0] for n in model.adapter_state()} == {
-        "logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction",
-    }  # fmt: skip
+        "logit_scale",
+        "visual_prompts",
+        "triplet_encoder",
+        "null_state",
+        "state_projection",
+        "adapter",
+        "interaction",
+    }

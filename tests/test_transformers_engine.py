@@ -42,9 +42,14 @@ def one_by_one(engine, suffixes=SUFFIXES, **options) -> list[str]:
     for suffix in suffixes:
         ids = torch.tensor([before + engine.suffix_ids(suffix) + tail])
         output = engine.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLING.max_tokens, do_sample=False,
-            pad_token_id=0, eos_token_id=sorted(engine.ends), **options,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=SAMPLING.max_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=sorted(engine.ends),
+            **options,
+        )
         found.append(engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return found
 
@@ -183,10 +188,19 @@ def tiny_model(folder, smollm2, family: str):
     name, own = TINY[family]
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     config = getattr(transformers, name)(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=1, pad_token_id=0, initializer_range=0.3, **own,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.3,
+        **own,
+    )
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
@@ -221,12 +235,15 @@ def test_plain_rendering_stops_at_the_empty_line(tmp_path, smollm2):
     assert any(read_triplets(reply, caption).usable for reply, caption in zip(replies, CAPTIONS, strict=True))
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"model": "/no/such/folder"}, "/no/such/folder: no such folder of a model"),
-    ({"model": "./none.gguf"}, "none.gguf: can't be read"),
-    ({"model": "HuggingFaceTB/no-such-model"}, "can't be loaded as a causal language model"),
-    ({"model": "x", "batch_size": 0}, "batch_size is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "/no/such/folder"}, "/no/such/folder: no such folder of a model"),
+        ({"model": "./none.gguf"}, "none.gguf: can't be read"),
+        ({"model": "HuggingFaceTB/no-such-model"}, "can't be loaded as a causal language model"),
+        ({"model": "x", "batch_size": 0}, "batch_size is 0"),
+    ],
+)
 def test_models_that_can_t_be_loaded(options, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EngineError, match=re.escape(message)):
@@ -253,15 +270,28 @@ def vicuna(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vicuna")
     (folder / "text").write_text("\n".join([*CAPTIONS, *(message.content for message in PREFIX)] * 20))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
-        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=3,
-    )  # fmt: skip
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=3,
+    )
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True, "legacy": False}))
     config = transformers.LlamaConfig(
-        vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=4096, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=420,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

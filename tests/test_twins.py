@@ -32,8 +32,13 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twins")
     scenes = folder / "scenes"
     make_scenes.make_scenes(out=scenes, train=0, val=0, test=24)
-    make_shards(captions=scenes / "dataset.json", images=scenes / "images", knowledge=scenes / "knowledge.jsonl",
-                out=folder / "shards", workers=1)  # fmt: skip
+    make_shards(
+        captions=scenes / "dataset.json",
+        images=scenes / "images",
+        knowledge=scenes / "knowledge.jsonl",
+        out=folder / "shards",
+        workers=1,
+    )
     models = {}
     for name, knowledge in (("control", "none"), ("aware", "both")):
         torch.manual_seed(1)
@@ -46,11 +51,25 @@ def world(tmp_path_factory):
         save_adapter(folder / f"{name}.safetensors", model.eval())
         models[name] = model
     arguments = [
-        "--model.name", MICRO_CLIP, "--model.pretrained", "null", "--data.shards", str(folder / "shards"),
-        "--data.cache", str(folder / "cache"), "--data.workers", "0", "--dataset", str(scenes / "dataset.json"),
-        "--prompt.interaction_layer", "4", "--out", str(folder / "twins.json"), "--adapters",
+        "--model.name",
+        MICRO_CLIP,
+        "--model.pretrained",
+        "null",
+        "--data.shards",
+        str(folder / "shards"),
+        "--data.cache",
+        str(folder / "cache"),
+        "--data.workers",
+        "0",
+        "--dataset",
+        str(scenes / "dataset.json"),
+        "--prompt.interaction_layer",
+        "4",
+        "--out",
+        str(folder / "twins.json"),
+        "--adapters",
         json.dumps([f"{name}={folder}/{name}.safetensors" for name in models]),
-    ]  # fmt: skip
+    ]
     twins.main(arguments)
     return folder, models, arguments
 

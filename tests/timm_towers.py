@@ -44,8 +44,15 @@ TOWERS = {
     ),
     "eva02": (
         Eva,
-        {**ROTARY, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True,
-         "global_pool": "token", "patch_drop_rate": 0.5},
+        {
+            **ROTARY,
+            "qkv_fused": False,
+            "swiglu_mlp": True,
+            "scale_mlp": True,
+            "scale_attn_inner": True,
+            "global_pool": "token",
+            "patch_drop_rate": 0.5,
+        },
         "token",
         None,
         1,
@@ -54,21 +61,36 @@ TOWERS = {
     "eva01": (Eva, {"use_post_norm": True, "global_pool": "token"}, "token", None, 1),
     "perception": (
         Eva,
-        {**ROTARY, "global_pool": "map", "attn_type": "rope", "use_pre_transformer_norm": True,
-         "rope_grid_offset": 1.0, "rope_grid_indexing": "xy", "dynamic_img_size": True},
+        {
+            **ROTARY,
+            "global_pool": "map",
+            "attn_type": "rope",
+            "use_pre_transformer_norm": True,
+            "rope_grid_offset": 1.0,
+            "rope_grid_indexing": "xy",
+            "dynamic_img_size": True,
+        },
         "map",
         None,
         1,
     ),
     "eva_mixed": (
         Eva,
-        {"use_rot_pos_emb": True, "rope_type": "mixed", "attn_type": "rope", "use_abs_pos_emb": False,
-         "rope_temperature": 10.0, "global_pool": "token", "num_reg_tokens": 1, "rope_rotate_half": False},
+        {
+            "use_rot_pos_emb": True,
+            "rope_type": "mixed",
+            "attn_type": "rope",
+            "use_abs_pos_emb": False,
+            "rope_temperature": 10.0,
+            "global_pool": "token",
+            "num_reg_tokens": 1,
+            "rope_rotate_half": False,
+        },
         "token",
         None,
         2,
     ),
-}  # fmt: skip
+}
 # Of a class that is supported, but not all of whose parts are.
 STRANGE = {"parallel": (VisionTransformer, {"block_fn": ParallelScalingBlock}, "token", None, 1)}
 
@@ -90,22 +112,39 @@ for _name, (_kind, _settings, *_) in {**TOWERS, **STRANGE}.items():
 def tower_config(tower: str, text: dict | None = None) -> dict:
     """The `model_cfg` of an open_clip config file. SigLIP has no projection, so its joint width is the tower's."""
     _, _, pool, proj, _ = {**TOWERS, **STRANGE}[tower]
-    vision = {"timm_model_name": f"amp_tiny_{tower}", "timm_model_pretrained": False, "timm_pool": pool,
-              "timm_proj": proj, "image_size": 32}  # fmt: skip
-    return {"embed_dim": 32 if proj == "none" else EMBED_DIM, "vision_cfg": vision, "text_cfg": text or TEXT,
-            "custom_text": True, "init_logit_bias": -10.0}  # fmt: skip
+    vision = {
+        "timm_model_name": f"amp_tiny_{tower}",
+        "timm_model_pretrained": False,
+        "timm_pool": pool,
+        "timm_proj": proj,
+        "image_size": 32,
+    }
+    return {
+        "embed_dim": 32 if proj == "none" else EMBED_DIM,
+        "vision_cfg": vision,
+        "text_cfg": text or TEXT,
+        "custom_text": True,
+        "init_logit_bias": -10.0,
+    }
 
 
 def write_folder(folder: Path, model_cfg: dict, seed: int = 0) -> str:
     """Writes a model with random weights in open_clip's own format and returns its name, ``local-dir:FOLDER``."""
-    preprocess = {"size": 32, "mode": "RGB", "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic",
-                  "resize_mode": "squash"}  # fmt: skip
+    preprocess = {
+        "size": 32,
+        "mode": "RGB",
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_image=False,
-                                      pretrained_text=False).eval()  # fmt: skip
+        clip = open_clip.create_model(
+            f"local-dir:{folder}", load_weights=False, pretrained_image=False, pretrained_text=False
+        ).eval()
         for name, parameter in clip.named_parameters():
             # No bias, norm, token or matrix may be next to nothing by its initial value.
             if "logit" not in name and "freqs" not in name:
@@ -253,18 +292,27 @@ def write_text_tower(folder: Path, kind: str) -> dict:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   unk_token="<unk>")  # fmt: skip
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
     sizes = {"vocab_size": len(pieces), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
     if kind == "mt5":
         config = MT5Config(**sizes, d_model=40, d_kv=10, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=1)
     else:
         config = {"xlm-roberta": XLMRobertaConfig, "bert": BertConfig}[kind](
-            **sizes, hidden_size=40, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            **sizes,
+            hidden_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
             max_position_embeddings=120,
-        )  # fmt: skip
+        )
     folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(folder)
     config.save_pretrained(folder)
-    return {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "context_length": 96,
-            "hf_pooler_type": "cls_pooler" if kind == "bert" else "mean_pooler"}  # fmt: skip
+    return {
+        "hf_model_name": str(folder),
+        "hf_tokenizer_name": str(folder),
+        "context_length": 96,
+        "hf_pooler_type": "cls_pooler" if kind == "bert" else "mean_pooler",
+    }

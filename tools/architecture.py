@@ -34,11 +34,24 @@ BOXES = {
     "score": (17.4, -3.6, "program", "cosine with the caption\nloss; re-ranks the top 20"),
 }
 ARROWS = [
-    ("captions", "generation"), ("generation", "knowledge"), ("knowledge", "writer"), ("captions", "writer"),
-    ("photos", "writer"), ("writer", "shards"), ("shards", "train"), ("train", "adapter"), ("adapter", "evaluate"),
-    ("adapter", "search"), ("adapter", "publish"), ("text", "adapt"), ("triplets", "adapt"), ("adapt", "interaction"),
-    ("early", "interaction"), ("interaction", "late"), ("late", "score"),
-]  # fmt: skip
+    ("captions", "generation"),
+    ("generation", "knowledge"),
+    ("knowledge", "writer"),
+    ("captions", "writer"),
+    ("photos", "writer"),
+    ("writer", "shards"),
+    ("shards", "train"),
+    ("train", "adapter"),
+    ("adapter", "evaluate"),
+    ("adapter", "search"),
+    ("adapter", "publish"),
+    ("text", "adapt"),
+    ("triplets", "adapt"),
+    ("adapt", "interaction"),
+    ("early", "interaction"),
+    ("interaction", "late"),
+    ("late", "score"),
+]
 COLOURS = {"file": "#f3efe4", "program": "#dbe7f6", "frozen": "#e4e4e4", "trained": "#fbdcc4"}
 WIDTH, HEIGHT = 2.5, 1.05
 
@@ -76,8 +89,17 @@ def draw(out: str = "docs/architecture.png") -> None:
         {"file": "files", "program": "programs", "frozen": "frozen CLIP", "trained": "trained"}.items()
     ):
         x = 10.3 + 2.3 * place
-        axes.add_patch(FancyBboxPatch((x - 0.35, -5.9), 0.4, 0.35, boxstyle="square,pad=0", facecolor=COLOURS[kind],
-                                      edgecolor="#555555", linewidth=1))  # fmt: skip
+        axes.add_patch(
+            FancyBboxPatch(
+                (x - 0.35, -5.9),
+                0.4,
+                0.35,
+                boxstyle="square,pad=0",
+                facecolor=COLOURS[kind],
+                edgecolor="#555555",
+                linewidth=1,
+            )
+        )
         axes.text(x + 0.2, -5.72, said, fontsize=10, va="center")
     figure.savefig(out)
     print(f"{out} written")

@@ -35,10 +35,25 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, IMAGES_A_STEP, KILL_AT = 12, 16, 5
 ZERO = ("zero1", "zero2", "zero2_offload", "zero3")
 SETTINGS = [
-    "--config", "launchers/configs/scenes.yaml", "--stages", "[1]", "--stage1.max_steps", str(STEPS), "--log_every",
-    "1", "--validation.max_queries", "8", "--validate_every", "1", "--data.workers", "1",
-    "--checkpoint.every_steps", "1", "--checkpoint.keep", str(STEPS),
-]  # fmt: skip
+    "--config",
+    "launchers/configs/scenes.yaml",
+    "--stages",
+    "[1]",
+    "--stage1.max_steps",
+    str(STEPS),
+    "--log_every",
+    "1",
+    "--validation.max_queries",
+    "8",
+    "--validate_every",
+    "1",
+    "--data.workers",
+    "1",
+    "--checkpoint.every_steps",
+    "1",
+    "--checkpoint.keep",
+    str(STEPS),
+]
 CONSOLE = PlainConsole(stderr=True)
 
 
@@ -52,11 +67,25 @@ class Engine:
 
     def start(self, out: Path, data: Path, precision: str) -> subprocess.Popen:
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes),
-            "launchers/train.py", *SETTINGS, "--out", str(out), "--data.shards", str(data / "shards"),
-            "--data.cache", str(data / "cache"), "--mixed_precision", precision,
-            "--data.batch_size", str(IMAGES_A_STEP // self.processes),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(self.processes),
+            "launchers/train.py",
+            *SETTINGS,
+            "--out",
+            str(out),
+            "--data.shards",
+            str(data / "shards"),
+            "--data.cache",
+            str(data / "cache"),
+            "--mixed_precision",
+            precision,
+            "--data.batch_size",
+            str(IMAGES_A_STEP // self.processes),
+        ]
         if self.deepspeed:
             command += ["--deepspeed", f"ds_configs/{self.deepspeed}.json"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
@@ -93,9 +122,22 @@ def make_data(folder: Path) -> None:
     scenes = folder / "scenes"
     for command in (
         ["tools/scenes/make_scenes.py", "--out", scenes, "--train", 96, "--val", 8, "--test", 8, "--size", 72],
-        ["tools/make_shards.py", "--captions", scenes / "dataset.json", "--images", scenes / "images", "--knowledge",
-         scenes / "knowledge.jsonl", "--out", folder / "shards", "--samples_per_shard", 12, "--workers", 1],
-    ):  # fmt: skip
+        [
+            "tools/make_shards.py",
+            "--captions",
+            scenes / "dataset.json",
+            "--images",
+            scenes / "images",
+            "--knowledge",
+            scenes / "knowledge.jsonl",
+            "--out",
+            folder / "shards",
+            "--samples_per_shard",
+            12,
+            "--workers",
+            1,
+        ],
+    ):
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -133,18 +175,23 @@ def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"
                 resumed = engine.train(killed, data, precision)
                 elsewhere = engines[0].train(moved, data, precision)
                 checkpoint = whole / "checkpoints" / f"stage1-step{STEPS:08d}"
+                difference = max(abs(a - b) for a, b in zip(expected, losses(whole), strict=True))
                 trained = sum(value.numel() * value.element_size() for value in weights.values())
-                rows.append({
-                    "engine": engine.name,
-                    "precision": "fp32" if precision == "no" else precision,
-                    "last loss": f"{losses(whole)[-1]:.5f}",
-                    "losses differ by": f"{max(abs(a - b) for a, b in zip(expected, losses(whole), strict=True)):.1e}",
-                    "weights differ by": f"{distance(weights, expected_weights):.1e}",
-                    "adapter MB": f"{trained / 1e6:.2f}",
-                    "checkpoint MB": f"{sum(f.stat().st_size for f in checkpoint.iterdir()) / 1e6:.2f}",
-                    "resumed": "same bits" if distance(resumed, weights) == 0 else f"{distance(resumed, weights):.1e}",
-                    "moved to 1 process": f"{distance(elsewhere, weights):.1e}",
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "engine": engine.name,
+                        "precision": "fp32" if precision == "no" else precision,
+                        "last loss": f"{losses(whole)[-1]:.5f}",
+                        "losses differ by": f"{difference:.1e}",
+                        "weights differ by": f"{distance(weights, expected_weights):.1e}",
+                        "adapter MB": f"{trained / 1e6:.2f}",
+                        "checkpoint MB": f"{sum(f.stat().st_size for f in checkpoint.iterdir()) / 1e6:.2f}",
+                        "resumed": "same bits"
+                        if distance(resumed, weights) == 0
+                        else f"{distance(resumed, weights):.1e}",
+                        "moved to 1 process": f"{distance(elsewhere, weights):.1e}",
+                    }
+                )
                 save(out, rows)  # an engine that fails does not cost the others
     table = Table(*rows[0].keys())
     for row in rows:

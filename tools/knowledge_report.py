@@ -50,10 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
         problems.check()
         tokenizer = SimpleTokenizer()
         report = {
-            "versions": {str(path): describe(list(entries.values()), tokenizer.encode)
-                         for path, entries in zip(paths, versions, strict=True)},
+            "versions": {
+                str(path): describe(list(entries.values()), tokenizer.encode)
+                for path, entries in zip(paths, versions, strict=True)
+            },
             "agreement": agreement(*versions) if len(versions) == 2 else {},
-        }  # fmt: skip
+        }
     names = [name for name in versions[0] if all(name in entries for entries in versions)]
     chosen = sample(names, options.sample, options.seed)
     text = markdown(report, [[entries[name] for entries in versions] for name in chosen])

@@ -91,12 +91,18 @@ def show(found: list[Knowledge], gold: list[GoldCaption], console) -> dict:
             score = score_triplets(found, gold, level, kind)
             low, high = score.interval
             table.add_row(
-                kind or "all", level, *(f"{value:.3f}" for value in (score.precision, score.recall, score.f1)),
-                f"{low:.3f} - {high:.3f}", *(str(count) for count in (score.hits, score.mistakes, score.misses)),
-            )  # fmt: skip
+                kind or "all",
+                level,
+                *(f"{value:.3f}" for value in (score.precision, score.recall, score.f1)),
+                f"{low:.3f} - {high:.3f}",
+                *(str(count) for count in (score.hits, score.mistakes, score.misses)),
+            )
             figures[f"{kind or 'all'} {level}"] = {
-                "precision": score.precision, "recall": score.recall, "f1": score.f1, "interval": score.interval,
-            }  # fmt: skip
+                "precision": score.precision,
+                "recall": score.recall,
+                "f1": score.f1,
+                "interval": score.interval,
+            }
     console.print(table)
     states = [good for item, label in zip(found, gold, strict=True) for good in good_states(item, label.caption)]
     figures["states"] = {"count": len(states), "good": sum(states)}

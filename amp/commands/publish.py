@@ -53,8 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     terminal = Terminal(True)
     with terminal.progress("reading the adapter and its base model"):
-        folder = save_pretrained(settings.out, settings.adapter, settings.results, settings.base,
-                                 settings.base_pretrained)  # fmt: skip
+        folder = save_pretrained(
+            settings.out, settings.adapter, settings.results, settings.base, settings.base_pretrained
+        )
     print(f"{folder} written")
     if settings.push is not None:
         with terminal.progress(f"uploading to {settings.push}"):

@@ -108,14 +108,28 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     problems.check()
     with terminal.progress(f"loading {config.model.name}"):
         base, _, preprocess = create_model_and_transforms(
-            config.model.name, config.model.pretrained, precision=config.model.precision, device=usable_device(),
-            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-        )  # fmt: skip
+            config.model.name,
+            config.model.pretrained,
+            precision=config.model.precision,
+            device=usable_device(),
+            prompt_config=config.prompt,
+            image_resize_mode=config.model.resize_mode,
+        )
     model = adapted(base, config.model.name, list(named.values())[-1]).eval() if named else None
     plots["Training"] = training_plot({name: Path(path).resolve().parent.parent for name, path in named.items()})
     title = settings.title or f"{result.protocol['dataset']} {split.name}, {Path(config.model.name).name}"
-    given = ReportInput(result, queries, row, split, captions, model, preprocess, base.backbone.visual.preprocess_cfg,
-                        {name: plot for name, plot in plots.items() if plot is not None}, title)  # fmt: skip
+    given = ReportInput(
+        result,
+        queries,
+        row,
+        split,
+        captions,
+        model,
+        preprocess,
+        base.backbone.visual.preprocess_cfg,
+        {name: plot for name, plot in plots.items() if plot is not None},
+        title,
+    )
     with terminal.progress("drawing queries", "queries") as report:
         path, left_out = write_report(settings.out, given, settings.captions, settings.images, report)
     terminal.say(f"{path} written, {path.stat().st_size / 1e6:.1f} MB")

@@ -89,10 +89,19 @@ def retriever(settings: SearchSettings, asks: bool):
         return Retriever(model, preprocess, settings.index, top_k=0, **common)
     knowledge = None
     if asks and settings.knowledge != "none":
-        knowledge = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options,
-                                       cache=Path(settings.index) / "replies")  # fmt: skip
-    return Retriever.from_adapter(settings.adapter, settings.index, settings.model, settings.pretrained, device,
-                                  knowledge=knowledge, top_k=settings.top_k, **common)  # fmt: skip
+        knowledge = KnowledgeGenerator(
+            settings.knowledge, engine_options=settings.engine_options, cache=Path(settings.index) / "replies"
+        )
+    return Retriever.from_adapter(
+        settings.adapter,
+        settings.index,
+        settings.model,
+        settings.pretrained,
+        device,
+        knowledge=knowledge,
+        top_k=settings.top_k,
+        **common,
+    )
 
 
 @exit_on_error("the same command goes on from there")
@@ -131,8 +140,10 @@ def main(arguments: list[str] | None = None) -> None:
                 "--photos FOLDER to encode the rest"
             )
         if settings.sheet is not None and search.index.holds(settings.sheet):
-            raise AmpError(f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; give a "
-                           "path outside the folder of photos")  # fmt: skip
+            raise AmpError(
+                f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; give a "
+                "path outside the folder of photos"
+            )
         if search.cuts(query):
             terminal.say(
                 f"the query is longer than the {search.model.backbone.context_length} tokens that the model reads; its "

@@ -35,9 +35,13 @@ def parser() -> CommandLine:
     parser.add_class_arguments(TrainConfig, as_group=False)
     # No setting of a run: where it is not given, neither configurations nor OUT/config.yaml know of it.
     parser.add_argument(
-        "--plan", type=PlanSettings | None, nargs="?", const={}, default=argparse.SUPPRESS,
+        "--plan",
+        type=PlanSettings | None,
+        nargs="?",
+        const={},
+        default=argparse.SUPPRESS,
         help="print a plan instead of training; its keys say what for, such as --plan.nodes 8",
-    )  # fmt: skip
+    )
     return parser
 
 

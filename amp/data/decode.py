@@ -113,7 +113,7 @@ def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
                 height, width = -(-height // shrink), -(-width // shrink)
                 pixels = simplejpeg.decode_jpeg(
                     content, min_height=height, min_width=width, fastdct=True, fastupsample=True
-                )  # fmt: skip
+                )
             return pixels if orientation not in _UPRIGHT else _turned(Image.fromarray(pixels), orientation)
         except ValueError:
             pass  # damaged; Pillow may still make an image of it, or says what is wrong

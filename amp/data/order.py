@@ -12,8 +12,9 @@ import numpy as np
 from amp.errors import AmpError
 
 
-def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int,
-                neighbours: np.ndarray | None = None, group: int = 1) -> np.ndarray:  # fmt: skip
+def epoch_order(
+    shard_sizes: Sequence[int], seed: int, epoch: int, window: int, neighbours: np.ndarray | None = None, group: int = 1
+) -> np.ndarray:
     """Shuffled sample indices of a split, one an image.
 
     Shards are shuffled, then samples within windows of `window` shards: a batch mixes that many shards, and reads stay
@@ -84,8 +85,18 @@ class BatchOrder:
         AmpError: The split is smaller than one step.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], batch_size: int, rank: int, world: int, seed: int, window: int,
-                 neighbours: np.ndarray | None = None, group: int = 1, accumulation: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        window: int,
+        neighbours: np.ndarray | None = None,
+        group: int = 1,
+        accumulation: int = 1,
+    ):
         self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
         self.seed, self.window, self.epoch, self.start = seed, window, 0, 0
         self.neighbours, self.group = neighbours, group

@@ -77,8 +77,9 @@ class RandomCrop:
         return result
 
 
-def random_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
-               random: Random) -> tuple[int, int, int, int]:  # fmt: skip
+def random_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], random: Random
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a crop that takes a share of the area from `scale`, of an aspect from `ratio`
     (arXiv 1409.4842, sec. 6).
 

@@ -26,8 +26,9 @@ def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str, setting: 
     return KnowledgeCollator(tokenizer, store, setting or model.config.knowledge)
 
 
-def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatureStore, model: ActionAwareCLIP,
-                  texts: Iterable[str]) -> None:  # fmt: skip
+def prepare_texts(
+    accelerator: Accelerator, terminal: Terminal, store: TextFeatureStore, model: ActionAwareCLIP, texts: Iterable[str]
+) -> None:
     """Fills the store with the texts that it lacks, a share a rank."""
     accelerator.wait_for_everyone()  # no rank may add texts while another still counts them
     missing = store.missing(texts)
@@ -35,19 +36,42 @@ def prepare_texts(accelerator: Accelerator, terminal: Terminal, store: TextFeatu
     if missing:
         with terminal.progress("encoding texts", "texts") as report:
             # Not under autocast: runs of any precision share the store.
-            encode_texts(store, missing, model.backbone, model.tokenizer, rank=accelerator.process_index,
-                         world=accelerator.num_processes, progress=report)  # fmt: skip
+            encode_texts(
+                store,
+                missing,
+                model.backbone,
+                model.tokenizer,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                progress=report,
+            )
     accelerator.wait_for_everyone()
     store.refresh()
 
 
-def prepare_images(accelerator: Accelerator, terminal: Terminal, split: ShardSplit, model: ActionAwareCLIP, preprocess,
-                   cache: str, dtype: str, batch_size: int, workers: int, tokens: bool = True,
-                   ) -> FrozenFeatures:  # fmt: skip
+def prepare_images(
+    accelerator: Accelerator,
+    terminal: Terminal,
+    split: ShardSplit,
+    model: ActionAwareCLIP,
+    preprocess,
+    cache: str,
+    dtype: str,
+    batch_size: int,
+    workers: int,
+    tokens: bool = True,
+) -> FrozenFeatures:
     """Frozen features of a split: the main process computes and stores them, the others wait and open them."""
     folder = features_folder(cache, split, model, preprocess, dtype if tokens else "base")
     with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images", "images") as report:
         return compute_frozen_features(
-            split, model, preprocess, batch_size, workers, folder=folder, dtype=dtype, progress=report,
+            split,
+            model,
+            preprocess,
+            batch_size,
+            workers,
+            folder=folder,
+            dtype=dtype,
+            progress=report,
             tokens=tokens,
-        )  # fmt: skip
+        )

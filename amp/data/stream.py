@@ -106,8 +106,15 @@ class TrainingSamples(Dataset):
         scaled: See `RandomCrop`; of no effect without one.
     """
 
-    def __init__(self, split: ShardSplit, preprocess, seed: int, keep: Sequence[str], frozen: FrozenFeatures | None,
-                 scaled: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        split: ShardSplit,
+        preprocess,
+        seed: int,
+        keep: Sequence[str],
+        frozen: FrozenFeatures | None,
+        scaled: bool = True,
+    ):
         self.split, self.preprocess, self.seed, self.keep, self.frozen = split, preprocess, seed, tuple(keep), frozen
         self.crop = RandomCrop.of(preprocess, scaled)
 
@@ -158,8 +165,14 @@ def stable_id(image_id: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def training_loader(samples: TrainingSamples, order: BatchOrder, knowledge: KnowledgeCollator, workers: int,
-                    pin_memory: bool, worker_init: Callable[[int], None] | None = None) -> DataLoader:  # fmt: skip
+def training_loader(
+    samples: TrainingSamples,
+    order: BatchOrder,
+    knowledge: KnowledgeCollator,
+    workers: int,
+    pin_memory: bool,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader:
     """Batches of one rank in the order of `order`, whatever the number of workers.
 
     The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.

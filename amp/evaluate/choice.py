@@ -250,8 +250,9 @@ def _cropped(image: Image.Image, box: tuple[int, int, int, int] | None) -> Image
     return image.crop(box)
 
 
-def _scores(choices: list[Choice], images: torch.Tensor, image: torch.Tensor, models: dict[str, ActionAwareCLIP],
-            generate) -> dict[str, list[list[float]]]:  # fmt: skip
+def _scores(
+    choices: list[Choice], images: torch.Tensor, image: torch.Tensor, models: dict[str, ActionAwareCLIP], generate
+) -> dict[str, list[list[float]]]:
     """Scores of the captions of each choice; `image` is the row in `images` of each caption."""
     captions = [caption for choice in choices for caption in choice.captions]
     sizes = [len(choice.captions) for choice in choices]

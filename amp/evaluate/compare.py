@@ -72,14 +72,22 @@ class Comparison:
         for d in self.differences:
             style = "bold" if d.low > 0 or d.high < 0 else ""
             counts = ["" if n is None else f"{n:,}" for n in (d.mended, d.broken)]
-            table.add_row(d.figure, f"{d.a:.1f}", f"{d.b:.1f}", Text(f"{d.b - d.a:+.1f}", style=style),
-                          f"{d.low:+.1f} to {d.high:+.1f}", f"{d.p:.3f}", *counts)  # fmt: skip
+            table.add_row(
+                d.figure,
+                f"{d.a:.1f}",
+                f"{d.b:.1f}",
+                Text(f"{d.b - d.a:+.1f}", style=style),
+                f"{d.low:+.1f} to {d.high:+.1f}",
+                f"{d.p:.3f}",
+                *counts,
+            )
         console.print(table)
         console.print(Text(f"a: {self.a} · b: {self.b} · {self.bootstrap:,} bootstrap samples of the images", "dim"))
 
 
-def compare(a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, bootstrap: int = 10_000,
-            seed: int = 0) -> Comparison:  # fmt: skip
+def compare(
+    a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, bootstrap: int = 10_000, seed: int = 0
+) -> Comparison:
     """Compares a row of result file `b` with a row of `a`.
 
     Raises:
@@ -96,8 +104,10 @@ def compare(a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, 
     for key in SHARED:
         seen = [file.protocol.get(key) for file in (one, two)]
         if seen[0] != seen[1]:
-            raise AmpError(f"{a} and {b}: {key} is {seen[0]!r} and {seen[1]!r}, expected the same queries; evaluate "
-                           "both on the same split")  # fmt: skip
+            raise AmpError(
+                f"{a} and {b}: {key} is {seen[0]!r} and {seen[1]!r}, expected the same queries; evaluate "
+                "both on the same split"
+            )
     sides = []
     for path, file, row in ((a, one, a_row), (b, two, b_row)):
         with problems.collect():
@@ -120,10 +130,18 @@ def compare(a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, 
             hits = [s[direction].ranks < k for s in sides]
             recall = [getattr(row, direction).recall[k] for row in rows]
             low, high = interval(change[:, index, column])
-            differences.append(Difference(
-                f"{direction} R@{k}", recall[0], recall[1], low, high, _two_sided(change[:, index, column]),
-                int((hits[1] & ~hits[0]).sum()), int((hits[0] & ~hits[1]).sum()),
-            ))  # fmt: skip
+            differences.append(
+                Difference(
+                    f"{direction} R@{k}",
+                    recall[0],
+                    recall[1],
+                    low,
+                    high,
+                    _two_sided(change[:, index, column]),
+                    int((hits[1] & ~hits[0]).sum()),
+                    int((hits[0] & ~hits[1]).sum()),
+                )
+            )
     total = change.sum(axis=(1, 2))
     differences.append(Difference("Rsum", rows[0].rsum, rows[1].rsum, *interval(total), _two_sided(total)))
     return Comparison(a_row, b_row, (Path(a).name, Path(b).name), bootstrap, differences)

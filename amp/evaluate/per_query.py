@@ -43,9 +43,14 @@ class QueryResults:
         integers = (ranking.queries, images, first.candidates, first.ranks, ranking.ranks)
         queries, images, candidates, first_ranks, ranks = (np.asarray(x, dtype=np.int32) for x in integers)
         return cls(
-            queries, images, candidates, first.scores.numpy().astype(np.float32), scores.numpy().astype(np.float32),
-            first_ranks, ranks,
-        )  # fmt: skip
+            queries,
+            images,
+            candidates,
+            first.scores.numpy().astype(np.float32),
+            scores.numpy().astype(np.float32),
+            first_ranks,
+            ranks,
+        )
 
     def order(self) -> np.ndarray:
         """Positions of the candidates from best to worst after re-ranking, ties as in the first stage, (Q, k)."""

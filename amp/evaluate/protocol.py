@@ -16,8 +16,16 @@ from amp.train.config import TrainConfig
 from amp.version import __version__
 
 
-def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, search: RetrievalSettings, precision: str,
-             bootstrap: int, described: dict, adapters: dict[str, str]) -> dict:  # fmt: skip
+def protocol(
+    config: TrainConfig,
+    split: ShardSplit,
+    captions: SplitCaptions,
+    search: RetrievalSettings,
+    precision: str,
+    bootstrap: int,
+    described: dict,
+    adapters: dict[str, str],
+) -> dict:
     """All that the figures depend on, as JSON values; `described` is what is said of the base model."""
     manifest = ShardManifest.load(config.data.shards)
     return {
@@ -47,10 +55,13 @@ def protocol(config: TrainConfig, split: ShardSplit, captions: SplitCaptions, se
         "precision": precision,
         "knowledge": manifest.provenance.get("knowledge"),
         "versions": {
-            "open-clip-amp": __version__, "open_clip": open_clip.__version__, "torch": torch.__version__,
-            "accelerate": accelerate.__version__, "numpy": np.__version__,
+            "open-clip-amp": __version__,
+            "open_clip": open_clip.__version__,
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "numpy": np.__version__,
         },
-    }  # fmt: skip
+    }
 
 
 def captions_hash(captions: SplitCaptions) -> str:

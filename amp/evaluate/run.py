@@ -57,9 +57,12 @@ class Evaluation:
         results, rsum_interval = [i2t.result, t2i.result], None
         if self.samples:
             recalls = resampled_recalls(
-                [r.ranks.numpy() for r in rankings.values()], [images[d].numpy() for d in rankings], self.samples,
-                self.fold, self.seed,
-            )  # fmt: skip
+                [r.ranks.numpy() for r in rankings.values()],
+                [images[d].numpy() for d in rankings],
+                self.samples,
+                self.fold,
+                self.seed,
+            )
             for index, result in enumerate(results):
                 bounds = {k: interval(recalls[:, index, column]) for column, k in enumerate(KS)}
                 results[index] = replace(result, interval=bounds)
@@ -96,8 +99,9 @@ class Run:
         self, retrieval: Retrieval, described: dict, adapters: dict[str, str], rows: Sequence[str] = ()
     ) -> Evaluation:
         """An evaluation with the base model's row, and `rows` to come."""
-        found = protocol(self.config, self.split, self.captions, self.search, self.precision, self.bootstrap, described,
-                         adapters)  # fmt: skip
+        found = protocol(
+            self.config, self.split, self.captions, self.search, self.precision, self.bootstrap, described, adapters
+        )
         evaluation = Evaluation(found, ["base CLIP", *rows], retrieval.fold, self.bootstrap, self.config.seed)
         base = retrieval.base()
         with self.terminal.progress("figures of base CLIP"):
@@ -149,19 +153,30 @@ def planned_rows(
     return rows
 
 
-def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_only: bool,
-                 ) -> tuple[Evaluation, dict[str, Ranking]]:  # fmt: skip
+def _with_models(
+    run: Run,
+    named: dict[str, str],
+    probes: Sequence[Probe],
+    text_only: bool,
+) -> tuple[Evaluation, dict[str, Ranking]]:
     """Rows of base model, text-only control, adapters and probes, and the last adapter's rankings."""
     config, accelerator, terminal, captions = run.config, run.accelerator, run.terminal, run.captions
     with terminal.progress(f"loading {config.model.name}"):
         base, _, preprocess = create_model_and_transforms(
-            config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-        )  # fmt: skip
+            config.model.name,
+            config.model.pretrained,
+            precision=config.model.precision,
+            device=accelerator.device,
+            prompt_config=config.prompt,
+            image_resize_mode=config.model.resize_mode,
+        )
         adapters = load_adapters(base, config.model.name, named)
     planned = planned_rows(adapters, probes, text_only, run.search)
-    described = {"weights_sha256": base.base_hash, "quick_gelu": base.backbone.quick_gelu,
-                 "image_size": list(base.backbone.visual.image_size)}  # fmt: skip
+    described = {
+        "weights_sha256": base.base_hash,
+        "quick_gelu": base.backbone.quick_gelu,
+        "image_size": list(base.backbone.visual.image_size),
+    }
     evaluation: Evaluation | None = None
     rankings: dict[str, Ranking] = {}
     try:
@@ -169,8 +184,17 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
             collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
             k = model.config.max_triplets
             prepare_texts(accelerator, terminal, collate.store, model, captions.all_texts(k, model.config.knowledge))
-            frozen = prepare_images(accelerator, terminal, run.split, model, preprocess, config.data.cache,
-                                    config.data.cache_dtype, config.data.batch_size, config.data.workers)  # fmt: skip
+            frozen = prepare_images(
+                accelerator,
+                terminal,
+                run.split,
+                model,
+                preprocess,
+                config.data.cache,
+                config.data.cache_dtype,
+                config.data.batch_size,
+                config.data.workers,
+            )
             with terminal.progress("searching with the base model"):
                 retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
             if evaluation is None:
@@ -215,9 +239,17 @@ def _with_models(run: Run, named: dict[str, str], probes: Sequence[Probe], text_
     return evaluation, rankings
 
 
-def evaluate(config: TrainConfig, split_name: str, adapters: list[str], search: RetrievalSettings, out: Path,
-             gallery: str | None = None, probes: Sequence[Probe] = (), text_only: bool = False, bootstrap: int = 1000,
-             ) -> ResultFile:  # fmt: skip
+def evaluate(
+    config: TrainConfig,
+    split_name: str,
+    adapters: list[str],
+    search: RetrievalSettings,
+    out: Path,
+    gallery: str | None = None,
+    probes: Sequence[Probe] = (),
+    text_only: bool = False,
+    bootstrap: int = 1000,
+) -> ResultFile:
     """Evaluates the base model and adapters, prints the table and writes its files.
 
     Everything given is checked before a model is loaded. The files are written again after each adapter and probe, with

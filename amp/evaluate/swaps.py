@@ -31,10 +31,14 @@ def swapped_roles(captions: SplitCaptions) -> list[Choice]:
             wrong = _replace(text, {here: triplet.object, there: triplet.subject})
             exchanged = {one: triplet.object, two: triplet.subject}
             swapped = [
-                Triplet(exchanged.get(t.subject.lower(), t.subject), t.action,
-                        exchanged.get(t.object.lower(), t.object), t.kind)
+                Triplet(
+                    exchanged.get(t.subject.lower(), t.subject),
+                    t.action,
+                    exchanged.get(t.object.lower(), t.object),
+                    t.kind,
+                )
                 for t in knowledge.triplets
-            ]  # fmt: skip
+            ]
             choices.append(_choice(image, text, wrong, knowledge.triplets, swapped, verb_of(triplet.action)))
             break
     return choices
@@ -72,8 +76,9 @@ def _actions(knowledge: Knowledge, with_object: bool = True) -> list[Triplet]:
     return [t for t in knowledge.triplets if t.kind == "action" and (t.object or not with_object)]
 
 
-def _choice(image: int, right: str, wrong: str, of_right: Sequence[Triplet], of_wrong: Sequence[Triplet],
-            group: str | None) -> Choice:  # fmt: skip
+def _choice(
+    image: int, right: str, wrong: str, of_right: Sequence[Triplet], of_wrong: Sequence[Triplet], group: str | None
+) -> Choice:
     knowledge = tuple(Knowledge(tuple(ts), tuple(state_of(t) for t in ts)) for ts in (of_right, of_wrong))
     return Choice(str(image), (right, wrong), group or "", knowledge=knowledge)
 

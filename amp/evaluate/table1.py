@@ -59,8 +59,9 @@ def load_published(path: str | os.PathLike) -> tuple[list[Row], dict[str, str]]:
         for dataset, by_source in row.figures.items():
             for source, values in by_source.items():
                 if len(values) != len(FIGURES):
-                    raise AmpError(f"{path}: {row.name}, {dataset}, {source} has {len(values)} figures, expected "
-                                   f"{len(FIGURES)}")  # fmt: skip
+                    raise AmpError(
+                        f"{path}: {row.name}, {dataset}, {source} has {len(values)} figures, expected {len(FIGURES)}"
+                    )
     return rows, sources
 
 
@@ -112,11 +113,15 @@ def commands(rows: list[Row], folder: str) -> list[str]:
                 stem = Path(row.configs[dataset]).stem
                 adapter = f"runs/{stem}/action-aware/stage2/adapter.safetensors"
                 found.append(f"accelerate launch launchers/train.py --config {CONFIGS}/{row.configs[dataset]}")
-                found.append(f"accelerate launch launchers/evaluate.py --config {CONFIGS}/{row.configs[dataset]} {out} "
-                             f"--search.i2t '[pairwise]' --adapters '[\"ours={adapter}\"]'")  # fmt: skip
+                found.append(
+                    f"accelerate launch launchers/evaluate.py --config {CONFIGS}/{row.configs[dataset]} {out} "
+                    f"--search.i2t '[pairwise]' --adapters '[\"ours={adapter}\"]'"
+                )
             else:
-                found.append(f"python launchers/evaluate.py --config {CONFIGS}/table1/{dataset}.yaml --config "
-                             f"{CONFIGS}/table1/{row.id}.yaml {out}")  # fmt: skip
+                found.append(
+                    f"python launchers/evaluate.py --config {CONFIGS}/table1/{dataset}.yaml --config "
+                    f"{CONFIGS}/table1/{row.id}.yaml {out}"
+                )
     return found
 
 
@@ -176,8 +181,12 @@ def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence
     notes = {key: number for number, key in enumerate(dict.fromkeys((r.name, d) for r, d, _ in found), start=1)}
     lines = ["# Table 1", ""]
     for dataset, title in DATASETS.items():
-        lines += [f"## {title}", "", f"| backbone | method | figures of | {' | '.join(FIGURES)} |",
-                  f"|---|---|---|{'---:|' * len(FIGURES)}"]  # fmt: skip
+        lines += [
+            f"## {title}",
+            "",
+            f"| backbone | method | figures of | {' | '.join(FIGURES)} |",
+            f"|---|---|---|{'---:|' * len(FIGURES)}",
+        ]
         for row in rows:
             for source in ("paper", "open_clip", "here"):
                 # A line for figures that could be had here stands empty until somebody has run it.
@@ -196,6 +205,12 @@ def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence
         lines.append(f"- [{number}] {name}, {DATASETS[dataset]}: {what}.")
     if left_out:
         lines += ["", "## Results left out", "", *(f"- {printable(reason)}" for reason in left_out)]
-    lines += ["", "## Sources", "", *(f"- {name.replace('_', ' ')}: {text}" for name, text in sources.items()),
-              "- here: runs of this project; a line without figures has not been run.", ""]  # fmt: skip
+    lines += [
+        "",
+        "## Sources",
+        "",
+        *(f"- {name.replace('_', ' ')}: {text}" for name, text in sources.items()),
+        "- here: runs of this project; a line without figures has not been run.",
+        "",
+    ]
     return "\n".join(lines)

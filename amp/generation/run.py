@@ -122,10 +122,13 @@ def generate_knowledge(
         settings = Settings(
             out_root / SETTINGS_NAME,
             options={
-                "engine": engine, "fallback": fallback, "spacy_model": spacy_model, **_reply_options(engine_options),
+                "engine": engine,
+                "fallback": fallback,
+                "spacy_model": spacy_model,
+                **_reply_options(engine_options),
             },
             makers=Makers(engine, engine_options or {}, fallback, spacy_model),
-        )  # fmt: skip
+        )
     ladder = Ladder(
         engine=settings.described["engine"],
         template=load_template(template),

@@ -205,6 +205,34 @@ def _f1(hits: int, mistakes: int, misses: int) -> float:
 
 
 _SMALL = frozenset(
-    map(stem, ("a", "an", "the", "is", "are", "at", "in", "on", "of", "to", "and", "or", "with", "by", "from", "its",
-                "their", "his", "her", "it", "they", "as", "one", "both", "while"))
-)  # fmt: skip
+    map(
+        stem,
+        (
+            "a",
+            "an",
+            "the",
+            "is",
+            "are",
+            "at",
+            "in",
+            "on",
+            "of",
+            "to",
+            "and",
+            "or",
+            "with",
+            "by",
+            "from",
+            "its",
+            "their",
+            "his",
+            "her",
+            "it",
+            "they",
+            "as",
+            "one",
+            "both",
+            "while",
+        ),
+    )
+)

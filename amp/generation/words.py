@@ -9,10 +9,26 @@ ARTICLES = frozenset({"a", "an", "the"})
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _IRREGULAR = {
-    "thrown": "throw", "threw": "throw", "ridden": "ride", "rode": "ride", "sat": "sit", "stood": "stand", "ran": "run",
-    "held": "hold", "fell": "fall", "caught": "catch", "eaten": "eat", "ate": "eat", "lying": "lie", "laying": "lie",
-    "worn": "wear", "swam": "swim", "taken": "take", "given": "give", "driven": "drive",
-}  # fmt: skip
+    "thrown": "throw",
+    "threw": "throw",
+    "ridden": "ride",
+    "rode": "ride",
+    "sat": "sit",
+    "stood": "stand",
+    "ran": "run",
+    "held": "hold",
+    "fell": "fall",
+    "caught": "catch",
+    "eaten": "eat",
+    "ate": "eat",
+    "lying": "lie",
+    "laying": "lie",
+    "worn": "wear",
+    "swam": "swim",
+    "taken": "take",
+    "given": "give",
+    "driven": "drive",
+}
 
 
 def words_of(text: str) -> list[str]:

@@ -52,8 +52,12 @@ class AdapterHeader:
             )
 
 
-def save_adapter(path: str | os.PathLike, model: ActionAwareCLIP, training: dict[str, Any] | None = None,
-                 state: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
+def save_adapter(
+    path: str | os.PathLike,
+    model: ActionAwareCLIP,
+    training: dict[str, Any] | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes the adapter's weights and header.
 
     Args:
@@ -107,8 +111,10 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
     ):
         unknown = sorted(set(seen) - {f.name for f in fields(known)})
         if unknown:
-            raise AmpError(f"{path}: {what} {unknown} are unknown to open-clip-amp {__version__}, the file was "
-                           f"written by {record['version']}. Install that version or a newer one")  # fmt: skip
+            raise AmpError(
+                f"{path}: {what} {unknown} are unknown to open-clip-amp {__version__}, the file was "
+                f"written by {record['version']}. Install that version or a newer one"
+            )
     try:
         record["prompt_config"] = PromptConfig(**record["prompt_config"])
         return AdapterHeader(**record), weights
@@ -124,8 +130,15 @@ def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]
         raise AmpError(f"{path}: metadata key 'header' is missing or not JSON ({error!r}). {_AGAIN}") from None
     if not isinstance(record, dict):
         raise AmpError(f"{path}: the header is {shorten(record)}, expected a JSON object. {_AGAIN}")
-    types = {"base_name": str, "base_hash": str, "version": str, "quick_gelu": bool, "prompt_config": dict,
-             "training": dict, "base_pretrained": str | None}  # fmt: skip
+    types = {
+        "base_name": str,
+        "base_hash": str,
+        "version": str,
+        "quick_gelu": bool,
+        "prompt_config": dict,
+        "training": dict,
+        "base_pretrained": str | None,
+    }
     for key, kind in types.items():
         if key not in record:
             raise AmpError(f"{path}: header key {key!r} is missing; keys seen: {shorten(sorted(record))}. {_AGAIN}")

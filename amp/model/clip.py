@@ -106,9 +106,13 @@ class ActionAwareCLIP(nn.Module):
                     "token, which leaves the patches as they are; choose interaction 'aim'"
                 )
             self.readout = KnowledgeReadout(
-                backbone.vision_width, d, d_t if config.reads_triplets else None, config.conditions,
-                config.readout_blocks, backbone.vision_heads,
-            )  # fmt: skip
+                backbone.vision_width,
+                d,
+                d_t if config.reads_triplets else None,
+                config.conditions,
+                config.readout_blocks,
+                backbone.vision_heads,
+            )
         if config.reads_triplets and d_t % config.triplet_heads:
             raise AmpError(
                 f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
@@ -130,9 +134,13 @@ class ActionAwareCLIP(nn.Module):
             self.adapter = PromptAdapter(d_t, max(1, d_t // config.bottleneck), backbone.vision_width)
             if config.interaction == "aim":
                 self.interaction = ActionAwareInteraction(
-                    backbone.vision_width, backbone.vision_heads, config.lam, config.residual, config.reads_triplets,
+                    backbone.vision_width,
+                    backbone.vision_heads,
+                    config.lam,
+                    config.residual,
+                    config.reads_triplets,
                     config.reads_states,
-                )  # fmt: skip
+                )
         self._reads_last_patches = self.has_readout and self.readout.blocks is None
         self.text_enrichment = None
         if config.text_enrichment:
@@ -381,8 +389,12 @@ class ActionAwareCLIP(nn.Module):
                 knowledge = self.encode_knowledge(knowledge, frozen_text, triplets)
             prompts = knowledge
             if all_pairs:
-                return Features(early=early, conditioned=self.encode_all_pairs(early, prompts), text=text,
-                                logit_scale=self._temperature())  # fmt: skip
+                return Features(
+                    early=early,
+                    conditioned=self.encode_all_pairs(early, prompts),
+                    text=text,
+                    logit_scale=self._temperature(),
+                )
             if knowledge_index is not None:
                 prompts = prompts.take(knowledge_index)
             if captions_a_pair > 1:

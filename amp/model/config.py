@@ -64,16 +64,26 @@ class PromptConfig:
     image_projection: bool = False
 
     def __post_init__(self):
-        minimum = {"interaction_layer": 0, "readout_blocks": 0, "num_prompts": 0, "max_triplets": 1, "slot_tokens": 1,
-                   "triplet_layers": 1, "triplet_heads": 1, "bottleneck": 1}  # fmt: skip
+        minimum = {
+            "interaction_layer": 0,
+            "readout_blocks": 0,
+            "num_prompts": 0,
+            "max_triplets": 1,
+            "slot_tokens": 1,
+            "triplet_layers": 1,
+            "triplet_heads": 1,
+            "bottleneck": 1,
+        }
         for key, low in minimum.items():
             value = getattr(self, key)
             if value < low:
                 raise AmpError(f"prompt setting {key} is {value}, expected an integer of at least {low}")
         if not 0.0 <= self.lam <= 1.0:
             raise AmpError(f"prompt setting lam is {self.lam}, expected a number from 0 to 1 (paper: 0.7)")
-        choices = {"knowledge": ("both", "triplets", "template", "states", "caption", "none"),
-                   "interaction": ("aim", "cat", "readout")}  # fmt: skip
+        choices = {
+            "knowledge": ("both", "triplets", "template", "states", "caption", "none"),
+            "interaction": ("aim", "cat", "readout"),
+        }
         for key, known in choices.items():
             value = getattr(self, key)
             if value not in known:

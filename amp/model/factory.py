@@ -20,8 +20,17 @@ from amp.model.config import PromptConfig
 from amp.model.towers.base import CHOOSE, make_backbone
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-LOADING_ERRORS = (RuntimeError, OSError, ValueError, TypeError, KeyError, ImportError, AssertionError, SafetensorError,
-                  UnpicklingError)  # fmt: skip
+LOADING_ERRORS = (
+    RuntimeError,
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ImportError,
+    AssertionError,
+    SafetensorError,
+    UnpicklingError,
+)
 """What open_clip raises for weights it can't get or read, keys of another version, and packages that are missing."""
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

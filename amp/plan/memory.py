@@ -133,9 +133,16 @@ class Estimate:
     @property
     def _counted(self) -> int:
         return (
-            self.frozen + self.trained + self.gathered_parameters + self.gradients + self.buckets + self.optimizer
-            + self.step.batch + self.step.peak + self.overhead
-        )  # fmt: skip
+            self.frozen
+            + self.trained
+            + self.gathered_parameters
+            + self.gradients
+            + self.buckets
+            + self.optimizer
+            + self.step.batch
+            + self.step.peak
+            + self.overhead
+        )
 
 
 class StepSimulator:
@@ -178,9 +185,17 @@ class StepSimulator:
         model, config, dtype = self.model, self.config, self.autocast
         trained = set_trainable(model, stage)
         objective = SimulatedObjective(
-            stage, config.conditioning, config.negatives, config.margin, 1.0, config.seed, config.knowledge_share,
-            config.knowledge_dropout, config.combined, config.prompt.interaction == "readout",
-        )  # fmt: skip
+            stage,
+            config.conditioning,
+            config.negatives,
+            config.margin,
+            1.0,
+            config.seed,
+            config.knowledge_share,
+            config.knowledge_dropout,
+            config.combined,
+            config.prompt.interaction == "readout",
+        )
         engine = model if dtype is None or self.deepspeed else convert_outputs_to_fp32(model)
         with fake_world(world), self.mode:
             batches = [empty_batch(model, config, batch_size) for _ in range(config.gradient_accumulation)]
@@ -218,8 +233,15 @@ def estimate(simulator: StepSimulator, stage: int, world: int, batch_size: int, 
 def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[str, int]:
     """The part of an `Estimate` that doesn't depend on the batch, by its names."""
     trained = counted.trained_bytes
-    parts = {"frozen": counted.frozen_bytes, "trained": trained, "gathered_parameters": 0, "gradients": trained,
-             "buckets": 0, "optimizer": MOMENTS * counted.trained, "host": 0}  # fmt: skip
+    parts = {
+        "frozen": counted.frozen_bytes,
+        "trained": trained,
+        "gathered_parameters": 0,
+        "gradients": trained,
+        "buckets": 0,
+        "optimizer": MOMENTS * counted.trained,
+        "host": 0,
+    }
     if zero is None:
         if world > 1:  # DDP exchanges copies of the gradients
             parts["buckets"] = trained
@@ -346,9 +368,11 @@ def empty_batch(model: ActionAwareCLIP, config: TrainConfig, size: int) -> Batch
     """A batch as the stream gives it, of `size` images, on the current device."""
     backbone, k, s = model.backbone, model.config.max_triplets, model.config.slot_tokens
     knowledge = KnowledgeBatch(
-        torch.empty(size, k, 3, s, dtype=torch.long), torch.empty(size, k, 3, s, dtype=torch.bool),
-        torch.empty(size, k, backbone.embed_dim), torch.empty(size, k, dtype=torch.bool),
-    )  # fmt: skip
+        torch.empty(size, k, 3, s, dtype=torch.long),
+        torch.empty(size, k, 3, s, dtype=torch.bool),
+        torch.empty(size, k, backbone.embed_dim),
+        torch.empty(size, k, dtype=torch.bool),
+    )
     images, base = torch.empty(size, 3, *backbone.visual.image_size), None
     if config.data.cache_images:
         dtype = getattr(torch, config.data.cache_dtype)

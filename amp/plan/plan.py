@@ -145,8 +145,11 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
             find.add("DeepSpeed", check_deepspeed(file, deepspeed))
     known = find.add("base model", check_model(config, settings.images is not None))
     with find.about("shards"):
-        plan.data = Dataset.read(config) if settings.images is None else Dataset.simulate(
-            config, settings.images, settings.captions, settings.shards)  # fmt: skip
+        plan.data = (
+            Dataset.read(config)
+            if settings.images is None
+            else Dataset.simulate(config, settings.images, settings.captions, settings.shards)
+        )
         find.add("shards", check_shards(plan.data, config, settings.verify))
         find.add("workers", check_workers(plan.data, config, world))
         find.add("cores", check_cores(plan.data, config, settings.gpus))

@@ -42,8 +42,9 @@ class WithoutKnowledge(nn.Module):
         return self.model.encode_text(tokens, knowledge=[Knowledge()] * tokens.shape[0])
 
 
-def load_amp(model_name: str, pretrained: str = "adapter", cache_dir: str | None = None,
-             device: str | torch.device = "cpu"):  # fmt: skip
+def load_amp(
+    model_name: str, pretrained: str = "adapter", cache_dir: str | None = None, device: str | torch.device = "cpu"
+):
     """CLIP_benchmark's loader of the type ``amp``.
 
     Args:

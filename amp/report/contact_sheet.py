@@ -42,8 +42,10 @@ def draw_contact_sheet(path: str | os.PathLike, found: Found) -> Path:
     if not found.hits:
         raise AmpError(f"{path}: no photo was found, expected at least one to draw")
     title = wrap(found.query, Font(30, bold=True), WIDTH - 2 * MARGIN, 3)
-    chips = [wrap(f"{t.subject} · {t.action}" + (f" · {t.object}" if t.object else ""), Font(18), 600, 1)[0]
-             for t in found.knowledge.triplets]  # fmt: skip
+    chips = [
+        wrap(f"{t.subject} · {t.action}" + (f" · {t.object}" if t.object else ""), Font(18), 600, 1)[0]
+        for t in found.knowledge.triplets
+    ]
     states = [line for s in found.knowledge.states for line in wrap(s, Font(17), WIDTH - 2 * MARGIN, 2)]
     top = MARGIN + 40 * len(title) + (46 if chips else 8) + 24 * len(states) + 14
     rows = -(-len(found.hits) // COLUMNS)

@@ -87,12 +87,18 @@ def write_report(
             progress(done, len(chosen))
     verbs = by_verb(given.queries, given.row, given.captions.knowledge)
     content = {
-        "title": given.title, "row": given.row, "base": BASE, "table": table_of(given.result), "ks": list(KS),
+        "title": given.title,
+        "row": given.row,
+        "base": BASE,
+        "table": table_of(given.result),
+        "ks": list(KS),
         "protocol": {key: value for key, value in given.result.protocol.items() if value not in (None, "")},
         "plots": [{"title": title, "svg": svg} for title, svg in given.plots.items()],
-        "verbs": [asdict(verb) for verb in verbs], "cards": cards, "photos": page.photos,
+        "verbs": [asdict(verb) for verb in verbs],
+        "cards": cards,
+        "photos": page.photos,
         "counts": {d: counts(given.queries[given.row, d]) for d in ("t2i", "i2t")},
-    }  # fmt: skip
+    }
     template = resources.files("amp.retrieval").joinpath("report.html").read_text(encoding="utf-8")
     # Inside a script element only its end tag must not occur: no text can leave the data.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
@@ -133,8 +139,14 @@ def table_of(result: ResultFile) -> list[dict]:
     first = result.rows[0]
     for name in ("ceiling", "chance"):
         values = [*getattr(first.i2t, name).values(), *getattr(first.t2i, name).values()]
-        rows.append({"name": f"{name} of the top {first.t2i.top_k}", "values": [*values, sum(values)], "bounds": None,
-                     "reference": True})  # fmt: skip
+        rows.append(
+            {
+                "name": f"{name} of the top {first.t2i.top_k}",
+                "values": [*values, sum(values)],
+                "bounds": None,
+                "reference": True,
+            }
+        )
     return rows
 
 
@@ -158,9 +170,11 @@ class _Page:
         order = results.order()[row][:SHOWN]
         new = [(results.candidates[row][i], results.scores[row][i]) for i in order]
         card = {
-            "direction": direction, "outcome": OUTCOMES[int(outcomes(results)[row])], "query": query,
+            "direction": direction,
+            "outcome": OUTCOMES[int(outcomes(results)[row])],
+            "query": query,
             "ranks": [int(results.first_ranks[row]) + 1, int(results.ranks[row]) + 1],
-        }  # fmt: skip
+        }
         if direction == "t2i":
             hits = [[self._image_hit(int(i), float(s), image) for i, s in side] for side in (base, new)]
             looked_at = list(dict.fromkeys([image, int(new[0][0]), int(base[0][0])]))
@@ -176,12 +190,19 @@ class _Page:
         maps = [self._maps(image, caption) for image in images]
         triplets = [
             {
-                "subject": t.subject, "action": t.action, "object": t.object, "kind": t.kind, "state": state,
-                "maps": [{"photo": str(image), **{name: x[number] for name, x in found.items()}}
-                         for image, found in zip(images, maps, strict=True) if found],
+                "subject": t.subject,
+                "action": t.action,
+                "object": t.object,
+                "kind": t.kind,
+                "state": state,
+                "maps": [
+                    {"photo": str(image), **{name: x[number] for name, x in found.items()}}
+                    for image, found in zip(images, maps, strict=True)
+                    if found
+                ],
             }
             for number, (t, state) in enumerate(kept)
-        ]  # fmt: skip
+        ]
         return {"text": given.captions.texts[caption], "triplets": triplets, "verbs": verbs_of(knowledge)}
 
     def _maps(self, image: int, caption: int) -> dict[str, list[str]]:
@@ -209,8 +230,11 @@ class _Page:
         return {"photo": self._photo(image), "score": score, "right": image == answer}
 
     def _caption_hit(self, caption: int, score: float, answer: int, with_knowledge: bool) -> dict:
-        hit = {"text": self.given.captions.texts[caption], "score": score,
-               "right": int(self.given.captions.image[caption]) == answer}  # fmt: skip
+        hit = {
+            "text": self.given.captions.texts[caption],
+            "score": score,
+            "right": int(self.given.captions.image[caption]) == answer,
+        }
         return hit | ({"triplets": self._caption(caption, [answer])["triplets"]} if with_knowledge else {})
 
 

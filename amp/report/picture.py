@@ -18,8 +18,15 @@ from amp.retrieval.rerank import rerank_order
 from amp.retrieval.split_search import Ranking, SplitCaptions
 
 
-def draw_retrievals(path: Path, split: ShardSplit, captions: SplitCaptions, rankings: dict[str, Ranking],
-                    t2i_examples: int = 4, i2t_examples: int = 2, shown: int = 3) -> None:  # fmt: skip
+def draw_retrievals(
+    path: Path,
+    split: ShardSplit,
+    captions: SplitCaptions,
+    rankings: dict[str, Ranking],
+    t2i_examples: int = 4,
+    i2t_examples: int = 2,
+    shown: int = 3,
+) -> None:
     """Draws queries that re-ranking mended most, and the one it broke worst, of each direction.
 
     Args:
@@ -33,8 +40,9 @@ def draw_retrievals(path: Path, split: ShardSplit, captions: SplitCaptions, rank
     t2i = rankings["t2i"]
     i2t = next(ranking for name, ranking in rankings.items() if name.startswith("i2t"))
     text_cards, image_cards = [], []
-    for row in choose_queries(t2i.first.ranks.tolist(), t2i.ranks.tolist(), t2i_examples,
-                              captions.image[t2i.queries].tolist()):  # fmt: skip
+    for row in choose_queries(
+        t2i.first.ranks.tolist(), t2i.ranks.tolist(), t2i_examples, captions.image[t2i.queries].tolist()
+    ):
         caption = int(t2i.queries[row])
         answer = int(captions.image[caption])
         base, new = (

@@ -97,8 +97,14 @@ def training_plot(runs: dict[str, Path]) -> str | None:
             for tag in (tag for tag in tags if tag.startswith("validation/") and tag.endswith("_R@1")):
                 direction = tag.removeprefix("validation/").removesuffix("_R@1").replace("_", " ")
                 style = {"t2i": "-o", "i2t pooled": "--o"}.get(direction, ":o")
-                right.plot(*zip(*tags[tag], strict=True), style, color=colour, markersize=3, linewidth=1.3,
-                           label=f"{name}, {direction}")  # fmt: skip
+                right.plot(
+                    *zip(*tags[tag], strict=True),
+                    style,
+                    color=colour,
+                    markersize=3,
+                    linewidth=1.3,
+                    label=f"{name}, {direction}",
+                )
         for axes, title in ((left, "training loss"), (right, "validation R@1, percent")):
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("optimizer step")

@@ -202,8 +202,14 @@ def usable_faiss(k: int) -> ModuleType:
     return faiss
 
 
-def first_stage_in_folds(query_features: Tensor, gallery_features: Tensor, positives: Positives, k: int, fold: Tensor,
-                         engine: Literal["exact", "faiss"] = "exact") -> FirstStage:  # fmt: skip
+def first_stage_in_folds(
+    query_features: Tensor,
+    gallery_features: Tensor,
+    positives: Positives,
+    k: int,
+    fold: Tensor,
+    engine: Literal["exact", "faiss"] = "exact",
+) -> FirstStage:
     """The first stage of each query within its own fold of the images, as COCO's five folds of 1,000 images.
 
     Args:

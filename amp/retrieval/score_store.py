@@ -76,9 +76,11 @@ class ScoreStore:
         if self._pairs:
             content = io.BytesIO()
             np.savez(
-                content, pairs=torch.cat(self._pairs).numpy(), scores=torch.cat(self._values).float().numpy(),
+                content,
+                pairs=torch.cat(self._pairs).numpy(),
+                scores=torch.cat(self._values).float().numpy(),
                 seconds=time.monotonic() - self._saved,
-            )  # fmt: skip
+            )
             write_atomically(self.folder / f"scores-{uuid.uuid4().hex}.npz", content.getvalue())
         self._pairs, self._values, self._saved = [], [], time.monotonic()
 

@@ -27,8 +27,15 @@ class PairScorer:
         batch_size: Captions a forward pass.
     """
 
-    def __init__(self, model, early: np.ndarray, knowledge: KnowledgeBatch, text: Tensor,
-                 autocast=contextlib.nullcontext, batch_size: int = 128):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        early: np.ndarray,
+        knowledge: KnowledgeBatch,
+        text: Tensor,
+        autocast=contextlib.nullcontext,
+        batch_size: int = 128,
+    ):
         self.model, self.early, self.knowledge, self.text = model, early, knowledge, text
         self.autocast, self.batch_size = autocast, batch_size
         self.scored_text = scored_text(model, knowledge, text)

@@ -147,8 +147,15 @@ class Retrieval:
         device: Where scores are computed.
     """
 
-    def __init__(self, captions: SplitCaptions, frozen: FrozenFeatures, text: torch.Tensor,
-                 knowledge: KnowledgeBatch | None, settings: RetrievalSettings, device: torch.device):  # fmt: skip
+    def __init__(
+        self,
+        captions: SplitCaptions,
+        frozen: FrozenFeatures,
+        text: torch.Tensor,
+        knowledge: KnowledgeBatch | None,
+        settings: RetrievalSettings,
+        device: torch.device,
+    ):
         self.captions, self.frozen, self.settings, self.device = captions, frozen, settings, device
         self.text, self.knowledge = text.to(device), knowledge
         base = torch.from_numpy(np.array(frozen.base)).to(device)
@@ -174,8 +181,14 @@ class Retrieval:
             self.first_seconds[direction] = time.perf_counter() - start
 
     @classmethod
-    def stored(cls, captions: SplitCaptions, frozen: FrozenFeatures, collate: KnowledgeCollator,
-               settings: RetrievalSettings, device: torch.device) -> "Retrieval":  # fmt: skip
+    def stored(
+        cls,
+        captions: SplitCaptions,
+        frozen: FrozenFeatures,
+        collate: KnowledgeCollator,
+        settings: RetrievalSettings,
+        device: torch.device,
+    ) -> "Retrieval":
         """With caption features and knowledge from a store of text features."""
         text = torch.from_numpy(collate.store.lookup(captions.texts))
         return cls(captions, frozen, text, collate(captions.knowledge), settings, device)
@@ -201,8 +214,14 @@ class Retrieval:
             rankings[direction] = self._reranking(direction, scores, mask, time.perf_counter() - start)
         return rankings
 
-    def rank(self, model, autocast=contextlib.nullcontext, progress: Callable[[str, int, int], None] | None = None,
-             partial: Path | None = None, precision: str = "") -> dict[str, Ranking]:  # fmt: skip
+    def rank(
+        self,
+        model,
+        autocast=contextlib.nullcontext,
+        progress: Callable[[str, int, int], None] | None = None,
+        partial: Path | None = None,
+        precision: str = "",
+    ) -> dict[str, Ranking]:
         """Re-ranks with a model.
 
         Args:
@@ -234,8 +253,9 @@ class Retrieval:
             candidates, store = first.candidates[rows], None
             if aware and name != "i2t pooled":
                 if partial is not None:
-                    store = ScoreStore(partial / content_key([key, name, rows, candidates]), candidates.numel(),
-                                       self.device)  # fmt: skip
+                    store = ScoreStore(
+                        partial / content_key([key, name, rows, candidates]), candidates.numel(), self.device
+                    )
                     before = store.seconds / world_size()
                 part = self._score_pairs(pairs, direction, rows, candidates, report, store)
             else:
@@ -322,8 +342,15 @@ class Retrieval:
     def _pair_scorer(self, model, autocast) -> PairScorer:
         return PairScorer(model, self.frozen.tokens, self._known(), self.text, autocast, self.settings.batch_size)
 
-    def _score_pairs(self, pairs: PairScorer, direction: str, rows: torch.Tensor, candidates: torch.Tensor, progress,
-                     store: ScoreStore | None) -> torch.Tensor:  # fmt: skip
+    def _score_pairs(
+        self,
+        pairs: PairScorer,
+        direction: str,
+        rows: torch.Tensor,
+        candidates: torch.Tensor,
+        progress,
+        store: ScoreStore | None,
+    ) -> torch.Tensor:
         """Scores of candidates (Q', k) of the queries `rows`; 0 for pairs of other ranks."""
         queries = self.queries[direction][rows]
         to_text = direction == "i2t"
@@ -347,8 +374,14 @@ class Retrieval:
         # A row of tokens tells a grey image from photos; base features tell these apart.
         return content_key([repr(model.config), precision, *state, *state.values(), *knowledge, self.text, *images])
 
-    def _feature_scorer(self, features: torch.Tensor, direction: str, by_query: bool = False, text=None,
-                        queries: torch.Tensor | None = None):  # fmt: skip
+    def _feature_scorer(
+        self,
+        features: torch.Tensor,
+        direction: str,
+        by_query: bool = False,
+        text=None,
+        queries: torch.Tensor | None = None,
+    ):
         """Scores from one feature an image (I, d), or with `by_query` one an image query (Q, d). `queries`: rows of the
         queries that are asked about, by the numbers that they are asked under; None for all."""
         features = F.normalize(features.float(), dim=-1)

@@ -119,8 +119,10 @@ class Retriever:
             index = PhotoIndex(self.folder)
             seen = (index.base_hash, index.transform)
             if seen != (self.model.backbone.weights_hash(), repr(self.preprocess)):
-                raise AmpError(f"{self.folder}: was made by a model of weights {index.base_hash[:12]} or with another "
-                               "image transform, expected this model's; make an index of its own")  # fmt: skip
+                raise AmpError(
+                    f"{self.folder}: was made by a model of weights {index.base_hash[:12]} or with another "
+                    "image transform, expected this model's; make an index of its own"
+                )
             self._index = index
         return self._index
 
@@ -217,6 +219,7 @@ def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:
         parts.append((F.normalize(features, dim=-1) @ text.T)[:, 0])
     scores = torch.cat(parts)
     if not torch.isfinite(scores).all():
-        raise AmpError(f"{index.file}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; "
-                       f"{MAKE_AGAIN}")  # fmt: skip
+        raise AmpError(
+            f"{index.file}: {int((~torch.isfinite(scores)).sum()):,} scores are not finite, expected none; {MAKE_AGAIN}"
+        )
     return scores

@@ -120,14 +120,27 @@ def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
     """A line a method and metric: mean, standard error, seeds, the paper's figure, gains over base and control."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "metric", "mean", "standard_error", "seeds", "paper", "over_base", "over_base_error",
-                     "over_control", "over_control_error"])  # fmt: skip
+    writer.writerow(
+        [
+            "row",
+            "metric",
+            "mean",
+            "standard_error",
+            "seeds",
+            "paper",
+            "over_base",
+            "over_base_error",
+            "over_control",
+            "over_control_error",
+        ]
+    )
     for line in (base, *lines.values()):
         for i, metric in enumerate(METRICS):
             gains = [*line.gain(base, i), *(line.gain(lines[control], i) if control else (None, None))]
             figures = [line.mean(i), line.error(i), len(line.values), line.paper[i] if line.paper else None, *gains]
-            writer.writerow([line.name, metric, *("" if x is None else f"{x:.3f}" if isinstance(x, float) else x
-                                                  for x in figures)])  # fmt: skip
+            writer.writerow(
+                [line.name, metric, *("" if x is None else f"{x:.3f}" if isinstance(x, float) else x for x in figures)]
+            )
     return out.getvalue()
 
 

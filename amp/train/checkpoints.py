@@ -30,8 +30,16 @@ from amp.version import __version__
 FORMAT = "open-clip-amp checkpoint"
 FORMAT_VERSION = 1
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
-_TYPES = {"stage": int, "step": int, "steps": int, "updates": int, "skipped": int, "loss_scale": dict, "run": dict,
-          "files": dict}  # fmt: skip
+_TYPES = {
+    "stage": int,
+    "step": int,
+    "steps": int,
+    "updates": int,
+    "skipped": int,
+    "loss_scale": dict,
+    "run": dict,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,15 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             write(temporary)
             files = {name: sha256_of(temporary / name) for name in (ADAPTER, OPTIMIZER)}
-            record = {"format": FORMAT, "format_version": FORMAT_VERSION, "version": __version__,
-                      "stage": stage, "step": step, **state, "files": files}  # fmt: skip
+            record = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "version": __version__,
+                "stage": stage,
+                "step": step,
+                **state,
+                "files": files,
+            }
             (temporary / STATE).write_text(json.dumps(record, indent=1))
             for name in (ADAPTER, OPTIMIZER, STATE):
                 sync(temporary / name)

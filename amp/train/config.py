@@ -228,15 +228,25 @@ class TrainConfig:
             raise AmpError(f"knowledge_share is {self.knowledge_share}, expected a number above 0, at most 1")
         if not 0.0 <= self.knowledge_dropout < 1.0:
             raise AmpError(f"knowledge_dropout is {self.knowledge_dropout}, expected a number from 0, below 1")
-        low = {"data.batch_size": (self.data.batch_size, 1), "data.workers": (self.data.workers, 0),
-               "data.shuffle_window": (self.data.shuffle_window, 1), "negatives": (self.negatives, 1),
-               "mined_group": (self.mined_group, 1),
-               "gradient_accumulation": (self.gradient_accumulation, 1), "log_every": (self.log_every, 1),
-               "checkpoint.every_steps": (self.checkpoint.every_steps, 0), "checkpoint.keep": (self.checkpoint.keep, 1),
-               "stage1.max_steps": (self.stage1.max_steps, 0), "stage2.max_steps": (self.stage2.max_steps, 0),
-               "max_skipped": (self.max_skipped, 0), "timeout_minutes": (self.timeout_minutes, 0.01),
-               "margin": (self.margin, 0), "max_grad_norm": (self.max_grad_norm, 0), "seed": (self.seed, 0),
-               "validate_every": (self.validate_every, 0)}  # fmt: skip
+        low = {
+            "data.batch_size": (self.data.batch_size, 1),
+            "data.workers": (self.data.workers, 0),
+            "data.shuffle_window": (self.data.shuffle_window, 1),
+            "negatives": (self.negatives, 1),
+            "mined_group": (self.mined_group, 1),
+            "gradient_accumulation": (self.gradient_accumulation, 1),
+            "log_every": (self.log_every, 1),
+            "checkpoint.every_steps": (self.checkpoint.every_steps, 0),
+            "checkpoint.keep": (self.checkpoint.keep, 1),
+            "stage1.max_steps": (self.stage1.max_steps, 0),
+            "stage2.max_steps": (self.stage2.max_steps, 0),
+            "max_skipped": (self.max_skipped, 0),
+            "timeout_minutes": (self.timeout_minutes, 0.01),
+            "margin": (self.margin, 0),
+            "max_grad_norm": (self.max_grad_norm, 0),
+            "seed": (self.seed, 0),
+            "validate_every": (self.validate_every, 0),
+        }
         for number in (1, 2):
             stage = self.stage(number)
             for key in ("lr", "prompt_lr", "weight_decay", "warmup_steps"):

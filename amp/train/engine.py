@@ -266,9 +266,16 @@ class Run:
             with self.terminal.progress("looking for images that are easily confused"):
                 neighbours = confusable(base.to(device), text.to(device), captions.image.to(device), NEIGHBOURS).numpy()
         self.order = BatchOrder(
-            self.split.sizes, data.batch_size, accelerator.process_index, accelerator.num_processes, config.seed,
-            data.shuffle_window, neighbours, config.mined_group, config.gradient_accumulation,
-        )  # fmt: skip
+            self.split.sizes,
+            data.batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.seed,
+            data.shuffle_window,
+            neighbours,
+            config.mined_group,
+            config.gradient_accumulation,
+        )
         if not data.cache_images:
             frozen = None
         samples = TrainingSamples(
@@ -293,8 +300,18 @@ class Run:
 
     def images(self, split: ShardSplit, preprocess, tokens: bool = True) -> FrozenFeatures:
         data = self.config.data
-        return prepare_images(self.accelerator, self.terminal, split, self.model, preprocess, data.cache,
-                              data.cache_dtype, data.batch_size, data.workers, tokens)  # fmt: skip
+        return prepare_images(
+            self.accelerator,
+            self.terminal,
+            split,
+            self.model,
+            preprocess,
+            data.cache,
+            data.cache_dtype,
+            data.batch_size,
+            data.workers,
+            tokens,
+        )
 
 
 @contextmanager

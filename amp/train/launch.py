@@ -191,13 +191,15 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
         # Autocast leaves the weights in fp32, as without DeepSpeed: its bf16 block would round the temperature, the
         # gates and all that stage 2 keeps. No module's gradients are sent in bf16 either.
         "torch_autocast": {
-            "enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
         },
         "bf16": {"enabled": False},
         # Loss scaling under autocast clips before it unscales (DeepSpeed 0.19), so fp16 takes the block, with fp32
         # master weights.
         "fp16": {"enabled": precision == "fp16"},
-    }  # fmt: skip
+    }
     for key, value in filled.items():
         if settings.get(key, value) not in (value, "auto"):
             raise AmpError(

@@ -111,10 +111,17 @@ class StageLoop:
             if not model.get_parameter(name).requires_grad
         }
         self.objective = Objective(
-            self.stage, config.conditioning, config.negatives, config.margin,
-            float(model.backbone.clip.logit_scale.detach().exp()), config.seed,
-            config.knowledge_share, config.knowledge_dropout, config.combined, config.prompt.interaction == "readout",
-        )  # fmt: skip
+            self.stage,
+            config.conditioning,
+            config.negatives,
+            config.margin,
+            float(model.backbone.clip.logit_scale.detach().exp()),
+            config.seed,
+            config.knowledge_share,
+            config.knowledge_dropout,
+            config.combined,
+            config.prompt.interaction == "readout",
+        )
         optimizer = adamw(model, settings.lr, settings.weight_decay, settings.prompt_lr)
         self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.engine.train()
@@ -247,11 +254,14 @@ class StageLoop:
         run, model = self.run, self.run.model
         training = {"stage": self.stage, "step": self.step, "config": asdict(self.config)}
         state = {
-            "steps": self.steps, "updates": self.state.updates, "skipped": self.skipped,
-            "loss_scale": self.state.loss_scale(), "processes": self.accelerator.num_processes,
+            "steps": self.steps,
+            "updates": self.state.updates,
+            "skipped": self.skipped,
+            "loss_scale": self.state.loss_scale(),
+            "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "run": identity(self.config, run.split, run.images_a_step),
-        }  # fmt: skip
+        }
 
         def write(folder: Path) -> None:
             save_adapter(folder / ADAPTER, model, training, weights | self.fixed)

@@ -48,8 +48,9 @@ def triplet_loss(cosines: torch.Tensor, margin: float, ignore: torch.Tensor) -> 
     return ((margin + hardest_text - positive).relu() + (margin + hardest_image - positive).relu()).mean() / 2
 
 
-def candidate_contrastive_loss(positive: torch.Tensor, negative: torch.Tensor, log_weight: torch.Tensor,
-                               logit_scale: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def candidate_contrastive_loss(
+    positive: torch.Tensor, negative: torch.Tensor, log_weight: torch.Tensor, logit_scale: torch.Tensor
+) -> torch.Tensor:
     """One direction of eq. 10 with the sum over the batch estimated from m sampled negatives.
 
     log(exp(s+) + sum_j w_j exp(s_j)), where w_j undoes that some negatives are drawn more often than others: the
@@ -65,8 +66,9 @@ def candidate_contrastive_loss(positive: torch.Tensor, negative: torch.Tensor, l
     return -logits.log_softmax(dim=1)[:, 0].mean()
 
 
-def candidate_triplet_loss(positive: torch.Tensor, negative: torch.Tensor, log_weight: torch.Tensor,
-                           margin: float) -> torch.Tensor:  # fmt: skip
+def candidate_triplet_loss(
+    positive: torch.Tensor, negative: torch.Tensor, log_weight: torch.Tensor, margin: float
+) -> torch.Tensor:
     """One direction of eq. 11 over m sampled negatives; arguments as `candidate_contrastive_loss`."""
     hardest = negative.masked_fill(log_weight == float("-inf"), float("-inf")).amax(dim=1)
     return (margin + hardest - positive).relu().mean()

@@ -18,8 +18,9 @@ class Negatives(NamedTuple):
     log_weight: torch.Tensor
 
 
-def draw_negatives(cosines: torch.Tensor, forbidden: torch.Tensor, noise: torch.Tensor, m: int, scale: float,
-                   uniform: float = 0.1) -> Negatives:  # fmt: skip
+def draw_negatives(
+    cosines: torch.Tensor, forbidden: torch.Tensor, noise: torch.Tensor, m: int, scale: float, uniform: float = 0.1
+) -> Negatives:
     """Draws m distinct negatives a row with q = (1 - uniform) softmax(scale * cosines) + uniform / N.
 
     The weighted sum over the m has the sum over all negatives as its expectation. The uniform part bounds the weights

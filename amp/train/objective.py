@@ -158,12 +158,17 @@ class Objective:
             drawn_texts = drawn_images = len(mine) + torch.arange(size * m, device=text.device)
         # Pairs in three runs: (own image, own caption), (own image, drawn captions), (drawn images, own caption).
         repeated = scored.repeat_interleave(m)
-        image_index, text_index = (torch.cat(x) for x in zip(
-            (scored, scored), (repeated, drawn_texts), (drawn_images, repeated), strict=True))  # fmt: skip
+        image_index, text_index = (
+            torch.cat(x) for x in zip((scored, scored), (repeated, drawn_texts), (drawn_images, repeated), strict=True)
+        )
         features = model(
-            early[images], knowledge[texts], image_index, text_index, text=text[texts],
+            early[images],
+            knowledge[texts],
+            image_index,
+            text_index,
+            text=text[texts],
             prompted=mine if self.stage == 1 else False,
-        )  # fmt: skip
+        )
         scores = losses.pair_similarity(features.conditioned, features.text[text_index])
         positive, by_image, by_text = scores.split([size, size * m, size * m])
         parts = []

@@ -17,10 +17,27 @@ from amp.train.config import TrainConfig
 # Settings that don't touch the result, or that are compared by their effect: batch size, accumulation and processes by
 # images a step, shards by their content, the base model by the hash in the adapter file.
 FREE = (
-    "out", "trackers", "log_every", "validate_every", "validation", "checkpoint", "max_skipped", "timeout_minutes",
-    "deepspeed", "activation_checkpointing", "compile_frozen", "stages", "gradient_accumulation", "data.batch_size",
-    "data.shards", "data.workers", "data.cache", "data.val_split", "model.name", "model.pretrained",
-)  # fmt: skip
+    "out",
+    "trackers",
+    "log_every",
+    "validate_every",
+    "validation",
+    "checkpoint",
+    "max_skipped",
+    "timeout_minutes",
+    "deepspeed",
+    "activation_checkpointing",
+    "compile_frozen",
+    "stages",
+    "gradient_accumulation",
+    "data.batch_size",
+    "data.shards",
+    "data.workers",
+    "data.cache",
+    "data.val_split",
+    "model.name",
+    "model.pretrained",
+)
 UNSAID = ("out", "checkpoint")  # of these nothing is worth saying where they differ
 ANEW = "Give another --out, or --checkpoint.resume false, which removes the checkpoints and starts anew"
 Differing = dict[str, tuple[Any, Any]]
@@ -94,8 +111,9 @@ def refuse_other_run(found: Checkpoint, config: TrainConfig, split: ShardSplit, 
     refused, allowed = compare(theirs["settings"], ours["settings"], free)
     if theirs["images_a_step"] != images_a_step:
         refused["images a step (data.batch_size x processes x gradient_accumulation)"] = (
-            theirs["images_a_step"], images_a_step,
-        )  # fmt: skip
+            theirs["images_a_step"],
+            images_a_step,
+        )
     if theirs["shards"] != ours["shards"]:
         refused["content of the training shards"] = (f"{len(theirs['shards'])} shards", "others")
     if refused:

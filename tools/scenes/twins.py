@@ -205,22 +205,31 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     comparisons = twin_comparisons(settings.dataset, filenames, captions.image)
     with terminal.progress(f"loading {config.model.name}"):
         base, _, preprocess = create_model_and_transforms(
-            config.model.name, config.model.pretrained, precision=config.model.precision, device=accelerator.device,
-            prompt_config=config.prompt, image_resize_mode=config.model.resize_mode,
-        )  # fmt: skip
+            config.model.name,
+            config.model.pretrained,
+            precision=config.model.precision,
+            device=accelerator.device,
+            prompt_config=config.prompt,
+            image_resize_mode=config.model.resize_mode,
+        )
         models = load_adapters(base, config.model.name, named)
     rows: list[dict] = []
     result = {
-        "split": settings.split, "images": captions.images, "captions": len(captions.texts), "chance": 50.0,
-        "model": config.model.name, "rows": rows,
-    }  # fmt: skip
+        "split": settings.split,
+        "images": captions.images,
+        "captions": len(captions.texts),
+        "chance": 50.0,
+        "model": config.model.name,
+        "rows": rows,
+    }
     for name, model in {"base CLIP": base, **models}.items():
         model.eval()
         collate = knowledge_collator(model, data.cache, data.cache_dtype)
         texts = captions.all_texts(model.config.max_triplets, model.config.knowledge)
         prepare_texts(accelerator, terminal, collate.store, model, texts)
-        frozen = prepare_images(accelerator, terminal, split, model, preprocess, data.cache, data.cache_dtype,
-                                data.batch_size, data.workers)  # fmt: skip
+        frozen = prepare_images(
+            accelerator, terminal, split, model, preprocess, data.cache, data.cache_dtype, data.batch_size, data.workers
+        )
         retrieval = Retrieval.stored(captions, frozen, collate, RetrievalSettings(), accelerator.device)
         if model is base:
             image = torch.from_numpy(np.array(frozen.base))
@@ -236,8 +245,10 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     counts = ", ".join(f"{change}: {c.twins} twins, {len(c.caption)} captions" for change, c in comparisons.items())
     print(f"Own picture above its twin's, percent ± standard error (chance 50). {counts}")
     for row in rows:
-        cells = (f"{change} {r['accuracy']:5.1f} ± {r['standard_error'] or 0:3.1f}" for change, r in
-                 ((change, row[change]) for change in CHANGES))  # fmt: skip
+        cells = (
+            f"{change} {r['accuracy']:5.1f} ± {r['standard_error'] or 0:3.1f}"
+            for change, r in ((change, row[change]) for change in CHANGES)
+        )
         print(f"{row['name']:{width}}  {'   '.join(cells)}")
     return result
 

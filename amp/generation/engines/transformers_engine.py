@@ -239,14 +239,18 @@ class TransformersEngine:
             replies: list[list[int]] = [[] for _ in rows]
             alive = list(range(len(rows)))
             for _ in range(sampling.max_tokens):
-                logits = self.model(
-                    tokens,
-                    attention_mask=seen,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **self._forward_options,
-                ).logits[:, -1].float()  # fmt: skip
+                logits = (
+                    self.model(
+                        tokens,
+                        attention_mask=seen,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                        **self._forward_options,
+                    )
+                    .logits[:, -1]
+                    .float()
+                )
                 if constraint:
                     logits = constraint.mask(logits)
                 if sampling.temperature:

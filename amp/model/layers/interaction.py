@@ -89,8 +89,15 @@ class ActionAwareInteraction(nn.Module):
         triplets, states: Which kinds of prompts there are, at least one.
     """
 
-    def __init__(self, width: int, heads: int, lam: float = 0.7, residual: bool = True, triplets: bool = True,
-                 states: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        lam: float = 0.7,
+        residual: bool = True,
+        triplets: bool = True,
+        states: bool = True,
+    ):
         super().__init__()
         self.lam = lam
         self.norm = nn.LayerNorm(width)

@@ -66,8 +66,9 @@ class KnowledgeReadout(nn.Module):
         read = in_type_of(self.key.weight, last if self.blocks is None else early)
         return read if self.blocks is None else self.blocks(read)
 
-    def queries(self, text: torch.Tensor, states: torch.Tensor | None, triplets: torch.Tensor | None,
-                mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def queries(
+        self, text: torch.Tensor, states: torch.Tensor | None, triplets: torch.Tensor | None, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries of C captions.
 
         Args:
@@ -89,8 +90,9 @@ class KnowledgeReadout(nn.Module):
             return own, mask.new_ones(len(mask), 1)
         return torch.cat([own, sum(parts)], dim=1), F.pad(mask, (1, 0), value=True)
 
-    def pairs(self, patches: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor,
-              image_index: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def pairs(
+        self, patches: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor
+    ) -> torch.Tensor:
         """Additions to the image features of P pairs: patches (B, M, d_v), queries (P, Q, d) and their mask (P, Q) of
         the pairs' captions, and the image of each pair, int64 (P,), to (P, d)."""
         key, value = (split_heads(layer(patches), self.heads)[image_index] for layer in (self.key, self.value))

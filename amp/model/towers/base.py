@@ -146,8 +146,14 @@ class Backbone(nn.Module, ABC):
         """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v); `recompute` trades memory for a second forward."""
 
     @abstractmethod
-    def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False,
-                       absent: torch.Tensor | None = None, all_tokens: bool = False) -> torch.Tensor:  # fmt: skip
+    def prompted_block(
+        self,
+        index: int,
+        tokens: torch.Tensor,
+        recompute: bool = False,
+        absent: torch.Tensor | None = None,
+        all_tokens: bool = False,
+    ) -> torch.Tensor:
         """Runs one block on tokens (B, T, d_v); the last one may return the class token alone, (B, 1, d_v).
 
         Args:
@@ -269,8 +275,14 @@ class NativeBackbone(Backbone):
             tokens = self._run(block, tokens, recompute)
         return tokens
 
-    def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False,
-                       absent: torch.Tensor | None = None, all_tokens: bool = False) -> torch.Tensor:  # fmt: skip
+    def prompted_block(
+        self,
+        index: int,
+        tokens: torch.Tensor,
+        recompute: bool = False,
+        absent: torch.Tensor | None = None,
+        all_tokens: bool = False,
+    ) -> torch.Tensor:
         block: Callable[[torch.Tensor], torch.Tensor] = self._layers[index]
         if index == self.num_layers - 1 and self._reads_only_class_token and not all_tokens:
             block = partial(self._last_block, absent=absent)
@@ -301,8 +313,12 @@ class NativeBackbone(Backbone):
         return self._plain_block(self._layers[-1], tokens, 1, absent)
 
     @staticmethod
-    def _plain_block(block: ResidualAttentionBlock, tokens: torch.Tensor, queries: int | None = None,
-                     absent: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+    def _plain_block(
+        block: ResidualAttentionBlock,
+        tokens: torch.Tensor,
+        queries: int | None = None,
+        absent: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A block for the first `queries` tokens or all, (B, T, d_v) -> (B, queries, d_v); nobody attends to `absent`
         ones, bool (B, T)."""
         attention = block.attn

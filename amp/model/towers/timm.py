@@ -84,8 +84,14 @@ class TimmBackbone(Backbone):
             tokens = self._run(self._block(index, rope), tokens, recompute)
         return tokens
 
-    def prompted_block(self, index: int, tokens: torch.Tensor, recompute: bool = False,
-                       absent: torch.Tensor | None = None, all_tokens: bool = False) -> torch.Tensor:  # fmt: skip
+    def prompted_block(
+        self,
+        index: int,
+        tokens: torch.Tensor,
+        recompute: bool = False,
+        absent: torch.Tensor | None = None,
+        all_tokens: bool = False,
+    ) -> torch.Tensor:
         # Never the class token alone: timm's blocks differ too much to be taken apart here.
         return self._run(self._block(index, self._rope(tokens.shape[1]), absent), tokens, recompute)
 
