@@ -3,9 +3,11 @@ one process at a time writes."""
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -62,6 +64,59 @@ def refuse_device(path: str | os.PathLike) -> None:
     other = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     if other or os.path.dirname(os.path.abspath(path)) == "/dev":
         raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Path:
+    """Writes a file under a temporary name beside it, then renames it, so that no reader sees half of it.
+
+    Raises:
+        AmpError: The folder can't be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise AmpError(
+            f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
+        ) from error
+    return path
+
+
+def check_writable(*paths: str | os.PathLike) -> None:
+    """Checks before the work that `write_atomically` can write these files after it. Makes their folders.
+
+    Raises:
+        AmpError: Naming the first that can't be written.
+    """
+    for path in map(Path, paths):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            refuse_device(path)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise AmpError(
+                f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
+            ) from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """sha256 of a file, hexadecimal.
+
+    Raises:
+        OSError: Unreadable, or a pipe: its content would be gone for whoever reads it next.
+    """
+    if Path(path).is_fifo():
+        raise OSError(errno.ESPIPE, "a pipe, which can be read only once", str(path))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -192,7 +192,7 @@ def main(
         return
     from rich.table import Table
 
-    from amp.evaluate.results import write_atomically
+    from amp.files import write_atomically
     from amp.terminal import PlainConsole
 
     whole = sum(SHARES[kind] for kind in kinds)

@@ -25,7 +25,7 @@ from amp.errors import AmpError, exit_on_error
 with exit_on_error():
     from jsonargparse import ArgumentParser
 
-    from amp.evaluate.results import write_atomically
+    from amp.files import write_atomically
     from benchmarks import tables
     from benchmarks.settings import Settings
 

@@ -28,7 +28,7 @@ with exit_on_error():
     from jsonargparse import ArgumentParser
 
     from amp.data.writer import make_shards
-    from amp.evaluate.results import write_atomically
+    from amp.files import write_atomically
     from amp.train.checkpoints import Checkpoints, open_checkpoint
     from amp.train.engine import STOPPED
     from benchmarks.machine import processor

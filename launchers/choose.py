@@ -92,8 +92,8 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
     from amp.device import usable_device
     from amp.evaluate.adapters import load_adapters, named_adapters
     from amp.evaluate.choice import choose, save_choices, save_skipped
-    from amp.evaluate.results import check_writable
     from amp.evaluate.swaps import TESTS
+    from amp.files import check_writable
     from amp.generation.query import KnowledgeGenerator
     from amp.model.factory import create_model_and_transforms
     from amp.terminal import Terminal

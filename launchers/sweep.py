@@ -93,7 +93,7 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
 
     from amp.commands import evaluate, train
     from amp.data.split import ShardSplit
-    from amp.evaluate.results import check_writable
+    from amp.files import check_writable
     from amp.train.command import read_command_line
     from amp.train.config import TrainConfig
 
@@ -126,7 +126,7 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
 
 def write_tables(config: SweepConfig, runs: "dict[str, list[Run]]", command: str) -> tuple[bool, list[str]]:
     """Writes tables and plot of the results so far; returns whether there are any, and why some are left out."""
-    from amp.evaluate.results import write_atomically
+    from amp.files import write_atomically
     from amp.sweep.plot import draw
     from amp.sweep.summary import collect, to_csv, to_markdown
 

@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = TableSettings(**vars(parser().parse_args(arguments)))
     from rich.markdown import Markdown
 
-    from amp.evaluate.results import write_atomically
     from amp.evaluate.table1 import add_results, commands, load_published, render_markdown
+    from amp.files import write_atomically
     from amp.terminal import PlainConsole, Terminal
 
     rows, sources = load_published(settings.published)

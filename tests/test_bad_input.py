@@ -14,7 +14,8 @@ from helpers import draw_dataset, launcher
 from safetensors.torch import save_file
 
 import amp
-from amp.data.shards import ShardManifest, sha256_of
+from amp.data.shards import ShardManifest
+from amp.files import sha256_of
 
 TINY_PROMPT = {"knowledge": "both", "num_prompts": 2, "triplet_heads": 4, "interaction_layer": 1}
 

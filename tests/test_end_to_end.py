@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amp
-from amp.data.shards import sha256_of
 from amp.evaluate.adapters import adapted
+from amp.files import sha256_of
 from amp.model.adapter import read_adapter
 
 pytestmark = pytest.mark.distributed

@@ -11,8 +11,7 @@ import pytest
 
 from amp import files
 from amp.errors import AmpError
-from amp.evaluate.results import check_writable
-from amp.files import locked_folder, refuse_device, whole_file
+from amp.files import check_writable, locked_folder, refuse_device, whole_file
 
 # A process that takes the lock and forks a child, as training forks its decoding workers, which lives on.
 HOLDER = """

@@ -16,10 +16,11 @@ from PIL import Image
 import amp
 from amp.data.decode import is_whole
 from amp.data.image_file import Resize, UnreadableImageError, open_photo, read_image
-from amp.data.shards import MAX_MEMBER_BYTES, ShardFormatError, ShardManifest, ShardReader, sha256_of
+from amp.data.shards import MAX_MEMBER_BYTES, ShardFormatError, ShardManifest, ShardReader
 from amp.data.split import ShardSplit
 from amp.data.writer import make_shards
 from amp.errors import AmpError
+from amp.files import sha256_of
 from amp.search.photo_index import PhotoIndex, update_index
 
 GOOD = {"a.jpg": b"J" * 700, "a.json": json.dumps({"schema": 1, "key": "a", "captions": [{"text": "x"}]}).encode()}

@@ -16,8 +16,7 @@ import amp
 from amp.data.shards import ShardManifest
 from amp.data.writer import make_shards
 from amp.errors import AmpError, exit_on_error, public_command, without_secrets
-from amp.evaluate.results import write_atomically
-from amp.files import open_log, whole_file, write_json
+from amp.files import open_log, whole_file, write_atomically, write_json
 from amp.generation.cache import CacheError, ReplyCache
 from amp.model.adapter import read_adapter, save_adapter
 

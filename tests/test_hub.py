@@ -14,8 +14,8 @@ from PIL import Image
 
 import amp
 from amp.commands import publish
-from amp.data.shards import sha256_of
 from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+from amp.files import sha256_of
 from amp.publish.export import INPUTS, ImageEncoder
 from amp.retrieval.metrics import KS
 

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from amp.errors import AmpError
-from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow, write_atomically
+from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+from amp.files import write_atomically
 from amp.report.page import table_of
 from amp.report.plots import results_plot
 

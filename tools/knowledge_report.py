@@ -14,7 +14,7 @@ from pathlib import Path
 from amp.errors import Problems, exit_on_error, printable
 
 with exit_on_error():
-    from amp.evaluate.results import check_writable, write_atomically
+    from amp.files import check_writable, write_atomically
     from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
     from amp.generation.replies import triplet_line
 

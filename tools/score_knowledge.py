@@ -18,7 +18,7 @@ from amp.errors import exit_on_error
 
 with exit_on_error():
     from amp.data.tables import jsonl_objects
-    from amp.evaluate.results import check_writable, write_atomically
+    from amp.files import check_writable, write_atomically
     from amp.generation.replies import triplet_line
     from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
     from amp.knowledge.schema import Knowledge, parse_knowledge

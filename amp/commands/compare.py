@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = CompareSettings(**vars(parser().parse_args(arguments)))
     check_given(settings, "a")
     from amp.evaluate.compare import compare
-    from amp.evaluate.results import check_writable
+    from amp.files import check_writable
     from amp.terminal import PlainConsole, Terminal
 
     if settings.out is not None:

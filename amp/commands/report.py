@@ -58,7 +58,8 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     from amp.evaluate.adapters import adapted, named_adapters
     from amp.evaluate.per_query import load_queries
     from amp.evaluate.protocol import captions_hash
-    from amp.evaluate.results import ResultFile, check_writable
+    from amp.evaluate.results import ResultFile
+    from amp.files import check_writable
     from amp.model.factory import create_model_and_transforms
     from amp.report.page import ReportInput, write_report
     from amp.report.plots import results_plot, sweep_plot, training_plot

@@ -17,11 +17,11 @@ from typing import Any
 
 from amp.data.shard_captions import load_shard_captions
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
-from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest, sha256_of
+from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest
 from amp.data.sources import CaptionedImage, attach_knowledge, cut_note
 from amp.data.writer import knowledge_files, load_provenance, lock_folder, source_file
 from amp.errors import AmpError, public_command
-from amp.files import write_json
+from amp.files import sha256_of, write_json
 from amp.json_text import parse_json
 from amp.terminal import PlainConsole
 

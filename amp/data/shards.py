@@ -16,8 +16,6 @@ its samples are read by number.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import tarfile
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ import numpy as np
 
 from amp.data.decode import DECODER_OF
 from amp.errors import AmpError, shorten
-from amp.files import write_json
+from amp.files import sha256_of, write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import is_unicode
 
@@ -416,21 +414,6 @@ class ShardReader:
                 f"(pickles are never read); {_REMAKE}"
             )
         return str(name.parent / stem), slot
-
-
-def sha256_of(path: str | Path) -> str:
-    """sha256 of a file, hexadecimal.
-
-    Raises:
-        OSError: Unreadable, or a pipe: its content would be gone for whoever reads it next.
-    """
-    if Path(path).is_fifo():
-        raise OSError(errno.ESPIPE, "a pipe, which can be read only once", str(path))
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _get(content: Any, key: str, kind: type, where: str) -> Any:

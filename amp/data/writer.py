@@ -35,13 +35,7 @@ from amp.data.decode import PHOTO_SUFFIXES, unreadable_reason
 from amp.data.file_names import composed, find_file
 from amp.data.image_file import Check, Resize, UnreadableImageError, read_image
 from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
-from amp.data.shards import (
-    MANIFEST_NAME,
-    RECORD_SCHEMA,
-    ShardInfo,
-    ShardManifest,
-    sha256_of,
-)
+from amp.data.shards import MANIFEST_NAME, RECORD_SCHEMA, ShardInfo, ShardManifest
 from amp.data.sources import (
     SKIP_KINDS,
     CaptionedImage,
@@ -53,7 +47,7 @@ from amp.data.sources import (
     normal_split,
 )
 from amp.errors import AmpError, public_command, too_many_skipped
-from amp.files import locked_folder, write_json
+from amp.files import locked_folder, sha256_of, write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.parts import part_of

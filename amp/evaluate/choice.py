@@ -17,7 +17,7 @@ from PIL import Image
 from amp.csv_cell import csv_cell
 from amp.data.file_names import find_file
 from amp.errors import AmpError, shorten, too_many_skipped
-from amp.evaluate.results import write_atomically
+from amp.files import write_atomically
 from amp.json_text import parse_json
 from amp.knowledge.schema import Knowledge, is_unicode
 from amp.model.clip import ActionAwareCLIP

@@ -13,7 +13,8 @@ from rich.text import Text
 from amp.errors import AmpError, Problems
 from amp.evaluate.bootstrap import interval, resampled_recalls
 from amp.evaluate.per_query import QueryResults, load_queries
-from amp.evaluate.results import ResultFile, write_atomically
+from amp.evaluate.results import ResultFile
+from amp.files import write_atomically
 from amp.retrieval.metrics import KS
 
 # What two files must share for their queries, answers and galleries to be the same.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from amp.errors import AmpError
-from amp.evaluate.results import write_atomically
+from amp.files import write_atomically
 from amp.retrieval.split_search import Ranking
 
 

@@ -1,12 +1,10 @@
 """The result of an evaluation: rows of recall in both directions, as a table, as JSON and as CSV."""
 
 import csv
-import errno
 import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +16,8 @@ from rich.text import Text
 from torch import Tensor
 
 from amp.csv_cell import csv_cell
-from amp.data.shards import sha256_of
 from amp.errors import AmpError, printable
-from amp.files import refuse_device, whole_file
+from amp.files import sha256_of, write_atomically
 from amp.json_text import parse_json
 from amp.retrieval.metrics import KS, ceilings, chance, recalls, rsum
 
@@ -33,44 +30,6 @@ _DATA_KEYS = ("dataset", "split", "images", "captions")
 _METHOD_KEYS = ("model", "top_k", "fusion_weight", "resize", "image_size", "precision", "seed")
 _BARE_KEYS = ("dataset", "split", "model")
 _ROUNDING = 1e-6
-
-
-def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Path:
-    """Writes a file under a temporary name beside it, then renames it, so that no reader sees half of it.
-
-    Raises:
-        AmpError: The folder can't be made or written to.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise AmpError(
-            f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
-        ) from error
-    return path
-
-
-def check_writable(*paths: str | os.PathLike) -> None:
-    """Checks before the work that `write_atomically` can write these files after it. Makes their folders.
-
-    Raises:
-        AmpError: Naming the first that can't be written.
-    """
-    for path in map(Path, paths):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            refuse_device(path)
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise AmpError(
-                f"{path}: can't be written ({error.strerror}); give a path in a folder that you may write to"
-            ) from error
 
 
 @dataclass(frozen=True)

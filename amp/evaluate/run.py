@@ -19,8 +19,9 @@ from amp.evaluate.bootstrap import interval, resampled_recalls
 from amp.evaluate.per_query import QueryResults, QueryTable, save_queries
 from amp.evaluate.probes import Probe, enriched_text, probe, shuffled
 from amp.evaluate.protocol import protocol
-from amp.evaluate.results import ResultFile, RetrievalRow, check_writable
+from amp.evaluate.results import ResultFile, RetrievalRow
 from amp.evaluate.verbs import by_verb, save_verbs
+from amp.files import check_writable
 from amp.model.clip import ActionAwareCLIP
 from amp.model.factory import create_model_and_transforms
 from amp.report.picture import draw_retrievals

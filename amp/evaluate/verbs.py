@@ -9,7 +9,7 @@ from pathlib import Path
 
 from amp.csv_cell import csv_cell
 from amp.evaluate.per_query import QueryTable
-from amp.evaluate.results import write_atomically
+from amp.files import write_atomically
 from amp.generation.states import plain_verb
 from amp.generation.words import stem
 from amp.knowledge.schema import Knowledge

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amp.data.shards import sha256_of
 from amp.data.sources import Caption, CaptionedImage
 from amp.errors import AmpError, public_command
-from amp.files import whole_file, write_json
+from amp.files import sha256_of, whole_file, write_json
 from amp.generation.cache import ReplyCache
 from amp.generation.ladder import Ladder, Outcome, Request
 from amp.generation.prompts import readable

@@ -16,10 +16,10 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 from amp.cores import usable_cores
-from amp.data.shards import sha256_of
 from amp.data.split import MAX_OPEN, ShardSplit
 from amp.data.text_features import cut_texts
 from amp.errors import AmpError
+from amp.files import sha256_of
 from amp.knowledge.text import select, tower_texts
 from amp.model.adapter import read_adapter
 from amp.model.clip import ActionAwareCLIP

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from amp.errors import AmpError
-from amp.evaluate.results import write_atomically
+from amp.files import write_atomically
 from amp.knowledge.tensors import KnowledgeBatch
 from amp.model.clip import ActionAwareCLIP
 

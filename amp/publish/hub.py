@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from amp.errors import AmpError
-from amp.evaluate.results import ResultFile, check_writable, write_atomically
+from amp.evaluate.results import ResultFile
+from amp.files import check_writable, write_atomically
 from amp.model.adapter import AdapterHeader, read_adapter, write_adapter
 from amp.model.factory import create_model_and_transforms
 from amp.publish.model_card import model_card

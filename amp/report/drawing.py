@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from amp.data.image_file import LARGEST_JPEG
 from amp.errors import AmpError
-from amp.evaluate.results import write_atomically
+from amp.files import write_atomically
 from amp.terminal import Terminal
 
 PAGE, CARD, CARD_EDGE, MAT = "#f3f5f8", "#ffffff", "#dfe4ea", "#eef1f5"

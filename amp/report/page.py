@@ -18,8 +18,9 @@ from torchvision.transforms import Compose
 from amp.data.split import ShardSplit
 from amp.errors import Problems
 from amp.evaluate.per_query import QueryResults, QueryTable
-from amp.evaluate.results import ResultFile, write_atomically
+from amp.evaluate.results import ResultFile
 from amp.evaluate.verbs import by_verb, verbs_of
+from amp.files import write_atomically
 from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
 from amp.report.attention import attention_maps

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amp.distributed import all_reduce_sum, rank
-from amp.evaluate.results import write_atomically
+from amp.files import write_atomically
 
 SAVE_SECONDS = 20.0
 

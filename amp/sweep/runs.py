@@ -14,8 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from amp.errors import AmpError, public_command
-from amp.evaluate.results import write_atomically
-from amp.files import open_log
+from amp.files import open_log, write_atomically
 from amp.sweep.config import Row, SweepConfig
 
 TRAINED, RESULTS, LOCK = "trained.json", "results.json", ".lock"

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from amp.data.shards import sha256_of
 from amp.errors import AmpError, shorten
+from amp.files import sha256_of
 from amp.json_text import parse_json
 from amp.model.adapter import read_adapter
 from amp.version import __version__

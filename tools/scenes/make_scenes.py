@@ -23,8 +23,7 @@ with exit_on_error():
     from jsonargparse import auto_cli
 
     from amp.command_line import CommandLine
-    from amp.evaluate.results import write_atomically
-    from amp.files import whole_file
+    from amp.files import whole_file, write_atomically
     from amp.report.drawing import save_picture
     from amp.terminal import Terminal
 

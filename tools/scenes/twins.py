@@ -187,7 +187,7 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     from amp.data.split import ShardSplit
     from amp.evaluate.adapters import load_adapters, named_adapters
     from amp.evaluate.probes import grey
-    from amp.evaluate.results import check_writable, write_atomically
+    from amp.files import check_writable, write_atomically
     from amp.model.factory import create_model_and_transforms
     from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions
     from amp.terminal import Terminal

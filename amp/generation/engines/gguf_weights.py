@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amp.data.shards import sha256_of
+from amp.files import sha256_of
 from amp.folders import build_folder
 from amp.generation.engines.base import EngineError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from amp.data.shards import sha256_of
+from amp.files import sha256_of
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
 from amp.generation.engines.rendering import chat_parts, plain_prefix
 from amp.generation.grammar import Grammar
