@@ -100,7 +100,7 @@ def write_report(
         "photos": page.photos,
         "counts": {d: counts(given.queries[given.row, d]) for d in ("t2i", "i2t")},
     }
-    template = resources.files("amp.retrieval").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("amp.report").joinpath("report.html").read_text(encoding="utf-8")
     # Inside a script element only its end tag must not occur: no text can leave the data.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     page_text = template.replace("__DATA__", data, 1)
