@@ -23,13 +23,13 @@ from PIL import Image
 from amp.data.order import BatchOrder
 from amp.data.shards import ShardReader
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.data.stream import KnowledgeCollator, TrainingSamples, training_loader
 from amp.data.text_features import TextFeatureStore
 from amp.data.writer import make_shards
 from amp.errors import AmpError
 from amp.knowledge.tensors import TripletTokenizer
 from amp.model.config import PromptConfig
-from amp.retrieval.split_search import SplitCaptions
 from benchmarks.memory import private_mb
 from benchmarks.settings import Settings
 from benchmarks.timing import in_turns, medians, ratio, rounded

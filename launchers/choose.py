@@ -170,9 +170,10 @@ def read_tests(settings: ChooseSettings, config: TrainConfig, problems: Problems
     from amp.data.file_names import find_file
     from amp.data.image_file import open_photo
     from amp.data.split import ShardSplit
+    from amp.data.split_captions import SplitCaptions
     from amp.evaluate.choice import check_skipped, load_choices
     from amp.evaluate.swaps import TESTS, swapped_actions, swapped_roles
-    from amp.retrieval.split_search import SplitCaptions, spaced
+    from amp.retrieval.split_search import spaced
 
     names = [test if test in TESTS else Path(test).stem for test in settings.tests]
     swapped = [test for test in settings.tests if test in TESTS]

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import amp
 from amp.data.prepare import knowledge_collator
+from amp.data.split_captions import SplitCaptions
 from amp.data.stream import Batch
 from amp.data.text_features import encode_texts
 from amp.errors import AmpError
@@ -22,7 +23,7 @@ from amp.knowledge.text import tower_texts
 from amp.model.adapter import load_adapter, save_adapter
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
-from amp.retrieval.split_search import RetrievalSettings, SplitCaptions
+from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from amp.errors import AmpError
-from amp.model.towers.base import make_backbone
+from amp.model.towers import make_backbone
 
 VARIANTS = sorted(CLIP_VARIANTS)
 TEXTS = [

@@ -15,7 +15,7 @@ from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
 from amp.model.adapter import save_adapter
 from amp.retrieval.metrics import recalls
-from amp.retrieval.split_search import RetrievalSettings
+from amp.retrieval.settings import RetrievalSettings
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, training_loader
 from amp.data.text_features import encode_texts
 from amp.model.clip import ActionAwareCLIP
@@ -22,7 +23,6 @@ from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
 from amp.retrieval.rerank import score_candidates
 from amp.retrieval.scorer import PairScorer
-from amp.retrieval.split_search import SplitCaptions
 from amp.train.losses import contrastive_loss, same_image_mask, similarity
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable

@@ -14,7 +14,7 @@ from training_run import TrainingRun
 
 import amp
 from amp.errors import AmpError
-from amp.retrieval.split_search import RetrievalSettings
+from amp.retrieval.settings import RetrievalSettings
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.launch import deepspeed_settings

@@ -13,7 +13,7 @@ from amp.data.order import BatchOrder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.model.adapter import read_adapter
-from amp.retrieval.split_search import RetrievalSettings
+from amp.retrieval.settings import RetrievalSettings
 from amp.train import launch
 from amp.train.checkpoints import open_checkpoint
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig

@@ -17,6 +17,7 @@ import amp
 from amp.data.frozen_features import compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.data.text_features import encode_texts
 from amp.errors import AmpError
 from amp.evaluate.adapters import load_adapters
@@ -25,7 +26,8 @@ from amp.evaluate.results import ResultFile
 from amp.model.adapter import read_adapter, write_adapter
 from amp.model.clip import Prompts
 from amp.retrieval.metrics import recalls
-from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions, spaced
+from amp.retrieval.settings import RetrievalSettings
+from amp.retrieval.split_search import SplitSearch, spaced
 from amp.terminal import Terminal
 
 KINDS = ("action", "attribute")
@@ -33,7 +35,7 @@ TOP_K = 8
 
 
 class World:
-    """A model, its transform and everything a `Retrieval` of the test split needs."""
+    """A model, its transform and everything a `SplitSearch` of the test split needs."""
 
     def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
         torch.manual_seed(3)
@@ -53,9 +55,9 @@ class World:
         with torch.no_grad():
             self.text = [self.model.encode_text(self.model.tokenizer([text]))[0] for text in self.captions.texts]
 
-    def retrieval(self, captions=None, **settings) -> Retrieval:
+    def retrieval(self, captions=None, **settings) -> SplitSearch:
         settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
-        return Retrieval.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
+        return SplitSearch.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
 
     def pair_score(self, image: int, caption: int) -> float:
         """Of an image conditioned on a caption's knowledge, through the public call."""
@@ -338,7 +340,7 @@ def command(aware, clip_folder, shards, cache_folder, tmp_path, fresh_accelerate
 
 
 def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, tmp_path, monkeypatch, capsys):
-    real, seen, out = Retrieval.rank, [], tmp_path / "out.json"
+    real, seen, out = SplitSearch.rank, [], tmp_path / "out.json"
 
     def rank(self, *arguments):
         seen.append([row.name for row in ResultFile.load_json(out).rows])
@@ -346,7 +348,7 @@ def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, *arguments)
 
-    monkeypatch.setattr(Retrieval, "rank", rank)
+    monkeypatch.setattr(SplitSearch, "rank", rank)
     arguments = ("--probes", "[grey]", "--text_only", "true", "--search.fusions", "[0.5]")
     with pytest.raises(SystemExit):
         command(*arguments)

@@ -428,11 +428,12 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     import numpy as np
 
     from amp.data.split import ShardSplit
+    from amp.data.split_captions import SplitCaptions
     from amp.evaluate.per_query import QueryResults
-    from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+    from amp.evaluate.results import ResultFile
     from amp.report.page import ReportInput, write_report
     from amp.report.plots import dot_plot, results_plot
-    from amp.retrieval.split_search import SplitCaptions
+    from amp.retrieval.figures import DirectionResult, RetrievalRow
 
     figures = {1: 10.0, 5: 20.0, 10: 30.0}
     direction = DirectionResult(figures, figures, figures, 2, 2, 1.0, {k: (0.0, v) for k, v in figures.items()})

@@ -14,9 +14,10 @@ from PIL import Image
 
 import amp
 from amp.commands import publish
-from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+from amp.evaluate.results import ResultFile
 from amp.files import sha256_of
 from amp.publish.export import INPUTS, ImageEncoder
+from amp.retrieval.figures import DirectionResult, RetrievalRow
 from amp.retrieval.metrics import KS
 
 READOUT = {

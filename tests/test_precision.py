@@ -16,7 +16,7 @@ from amp.plan.checks import check_launch
 from amp.plan.plan import PlanSettings, make_plan
 from amp.publish.export import export_image_encoder
 from amp.report.attention import attention_maps
-from amp.retrieval.split_search import RetrievalSettings
+from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import StageSettings
 from amp.train.engine import train
 from amp.train.launch import precision_problems

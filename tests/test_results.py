@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 
 from amp.errors import AmpError
-from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+from amp.evaluate.results import ResultFile
 from amp.files import write_atomically
 from amp.report.page import table_of
 from amp.report.plots import results_plot
+from amp.retrieval.figures import DirectionResult, RetrievalRow
 
 
 def direction(r1: float, r5: float, r10: float, ceiling: float = 90.0, top_k: int = 20, seconds: float = 12.5):

@@ -18,7 +18,7 @@ from training_run import TrainingRun, small_run, steps_of
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.retrieval.split_search import Retrieval
+from amp.retrieval.split_search import SplitSearch
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.stopping import StopRequest
@@ -150,7 +150,7 @@ def test_ctrl_c_during_validation_interrupts_at_once_and_loses_no_step(config, m
     config = replace(config, stages=[1], data=replace(config.data, val_split="val"), stage1=StageSettings(epochs=2))
     train(replace(config, out=config.out + "-alone"))
     with monkeypatch.context() as during:
-        during.setattr(Retrieval, "rank", lambda *given: signal.raise_signal(signal.SIGINT))
+        during.setattr(SplitSearch, "rank", lambda *given: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert max(path.name for path in (Path(config.out) / "checkpoints").iterdir()) == "stage1-step00000005"

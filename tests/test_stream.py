@@ -18,10 +18,10 @@ from amp.data.order import BatchOrder, caption_of_epoch, epoch_order
 from amp.data.prepare import knowledge_collator
 from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, stable_id, training_loader
 from amp.data.text_features import encode_texts
 from amp.files import sha256_of
-from amp.retrieval.split_search import SplitCaptions
 
 KINDS = ("action", "attribute")
 SEED = 3

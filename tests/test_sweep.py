@@ -13,7 +13,8 @@ from filelock import FileLock
 from helpers import ROOT, launcher
 
 from amp.errors import AmpError
-from amp.evaluate.results import DirectionResult, ResultFile, RetrievalRow
+from amp.evaluate.results import ResultFile
+from amp.retrieval.figures import DirectionResult, RetrievalRow
 from amp.sweep import runs as runs_module
 from amp.sweep.config import Row, SweepConfig, Table
 from amp.sweep.plot import draw

@@ -13,11 +13,12 @@ from helpers import ROOT, launcher, run_ranks
 from safetensors.torch import save_file
 
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.errors import AmpError
 from amp.evaluate.baseline import baseline
 from amp.evaluate.results import ResultFile
 from amp.evaluate.table1 import DATASETS, anomalies, commands, load_published, render_markdown
-from amp.retrieval.split_search import RetrievalSettings, SplitCaptions
+from amp.retrieval.settings import RetrievalSettings
 from amp.terminal import Terminal
 from amp.train.config import DataSettings, ModelSettings
 

@@ -13,7 +13,8 @@ from conftest import make_clip
 from amp.data.text_features import TextFeatureStore, cut_texts, encode_texts, text_keys
 from amp.errors import AmpError
 from amp.knowledge.text import surely_cut
-from amp.model.towers.base import Backbone, make_backbone
+from amp.model.towers import make_backbone
+from amp.model.towers.base import Backbone
 
 TEXTS = ["a dog", "a dog runs", "", "two cats, asleep", "un chien naïf 🐕", "a dog "]
 

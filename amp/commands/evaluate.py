@@ -16,7 +16,7 @@ from typing import Literal
 
 from amp.command_line import CommandLine
 from amp.errors import exit_on_error
-from amp.retrieval.split_search import RetrievalSettings
+from amp.retrieval.settings import RetrievalSettings
 from amp.train.command import command_line, read_command_line
 
 

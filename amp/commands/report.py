@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(settings: ReportSettings, config: TrainConfig) -> None:
     """Collects what the page shows and writes it."""
     from amp.data.split import ShardSplit
+    from amp.data.split_captions import SplitCaptions
     from amp.device import usable_device
     from amp.evaluate.adapters import adapted, named_adapters
     from amp.evaluate.per_query import load_queries
@@ -63,7 +64,6 @@ def run(settings: ReportSettings, config: TrainConfig) -> None:
     from amp.model.factory import create_model_and_transforms
     from amp.report.page import ReportInput, write_report
     from amp.report.plots import results_plot, sweep_plot, training_plot
-    from amp.retrieval.split_search import SplitCaptions
     from amp.terminal import Terminal
 
     check_given(settings, "results")

@@ -1,7 +1,7 @@
 """What the frozen blocks make of each image of a split, computed once: early tokens and base features.
 
-With `interaction_layer: l` the blocks below l see no knowledge and no prompts, and without random augmentation their
-output never changes: (F + M) x d_v numbers an image, memory-mapped.
+The blocks before the first prompted one see no knowledge and no prompts, and without random augmentation their output
+never changes: (F + M) x d_v numbers per image, memory-mapped.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ class SplitImages(Dataset):
 
 def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str) -> Path:
     """Where a split's features lie: the name depends on all that they depend on."""
-    parts = [model.backbone.weights_hash("vision"), str(model.config.interaction_layer), repr(preprocess), dtype]
+    parts = [model.backbone.weights_hash("vision"), str(model.tower.first), repr(preprocess), dtype]
     parts += [f"pixels {DECODING_VERSION}"]
     parts += [shard.sha256 for shard in split.shards]
     return Path(root) / f"image-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
@@ -110,7 +110,7 @@ def compute_frozen_features(
     def fill(early: np.ndarray | None) -> np.ndarray:
         base, done = np.empty((len(split), backbone.embed_dim), np.float32), 0
         for images in loader:
-            features = model(images.to(device, non_blocking=True), only_frozen=True)
+            features = model(images.to(device, non_blocking=True))
             stop = done + len(images)
             if early is not None:
                 early[done:stop] = features.early.float().cpu().numpy()

@@ -11,6 +11,8 @@ import numpy as np
 
 from amp.errors import AmpError
 
+WINDOW = 64  # shards mixed at a time: reads stay within so many files
+
 
 def epoch_order(
     shard_sizes: Sequence[int], seed: int, epoch: int, window: int, neighbours: np.ndarray | None = None, group: int = 1
@@ -77,9 +79,9 @@ class BatchOrder:
         batch_size: Samples a rank and step.
         rank, world: This process and how many there are.
         seed: Of the run.
-        window, neighbours, group: See `epoch_order`.
-        accumulation: Batches a step. An epoch is cut into whole steps, so that one of 16 samples is the same as 1 x 16,
-            2 x 8 or 4 times 4.
+        neighbours, group, window: See `epoch_order`.
+        accumulation: Batches per step. An epoch is cut into whole steps, so that one of 16 samples is the same as
+            1 x 16, 2 x 8 or 4 x 4.
 
     Raises:
         AmpError: The split is smaller than one step.
@@ -92,10 +94,10 @@ class BatchOrder:
         rank: int,
         world: int,
         seed: int,
-        window: int,
         neighbours: np.ndarray | None = None,
         group: int = 1,
         accumulation: int = 1,
+        window: int = WINDOW,
     ):
         self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
         self.seed, self.window, self.epoch, self.start = seed, window, 0, 0

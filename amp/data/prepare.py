@@ -22,7 +22,7 @@ def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str, setting: 
     The texts are those of the model's `knowledge`, or of another `setting` of it.
     """
     store = TextFeatureStore(cache, model.backbone.weights_hash("text"), model.backbone.embed_dim, dtype)
-    tokenizer = TripletTokenizer(model.tokenizer, model.config.max_triplets, model.config.slot_tokens)
+    tokenizer = TripletTokenizer(model.tokenizer, model.config.max_triplets)
     return KnowledgeCollator(tokenizer, store, setting or model.config.knowledge)
 
 

@@ -103,7 +103,6 @@ class TrainingSamples(Dataset):
         seed: Chooses the caption of an epoch and the random crop, both whatever worker draws them.
         keep: Kinds of triplets that are used.
         frozen: Stored features of the split, which replace decoding.
-        scaled: See `RandomCrop`; of no effect without one.
     """
 
     def __init__(
@@ -113,10 +112,9 @@ class TrainingSamples(Dataset):
         seed: int,
         keep: Sequence[str],
         frozen: FrozenFeatures | None,
-        scaled: bool = True,
     ):
         self.split, self.preprocess, self.seed, self.keep, self.frozen = split, preprocess, seed, tuple(keep), frozen
-        self.crop = RandomCrop.of(preprocess, scaled)
+        self.crop = RandomCrop.of(preprocess, scaled=True)
 
     def image_type(self) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and type of each image; None where `preprocess` alone knows."""

@@ -67,7 +67,7 @@ def adapted(base: ActionAwareCLIP, model_name: str, path: str) -> ActionAwareCLI
     header, weights = read_adapter(path)
     header.check_base(model_name, base.base_hash, where=path)
     model = ActionAwareCLIP(base.backbone.clip, header.prompt_config, base.tokenizer)
-    load_adapter_state(model, weights, where=path)
+    load_adapter_state(model, header, weights, where=path)
     bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise AmpError(

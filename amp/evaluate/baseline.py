@@ -9,11 +9,13 @@ from torch.utils.data import DataLoader, Subset
 from amp.cores import decoding_workers
 from amp.data.frozen_features import FrozenFeatures, SplitImages
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.distributed import all_reduce_sum, rank, world_size
 from amp.model.factory import get_tokenizer, load_clip, to_precision
 from amp.model.towers.base import weights_hash
 from amp.retrieval.rerank import shard_bounds
-from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions
+from amp.retrieval.settings import RetrievalSettings
+from amp.retrieval.split_search import SplitSearch
 from amp.terminal import Terminal
 from amp.train.config import DataSettings, ModelSettings
 
@@ -26,11 +28,11 @@ def baseline(
     search: RetrievalSettings,
     accelerator: Accelerator,
     terminal: Terminal,
-) -> tuple[Retrieval, dict]:
+) -> tuple[SplitSearch, dict]:
     """The first stage of a model alone, each rank encoding its share.
 
     Returns:
-        `Retrieval` without knowledge, and what the protocol says of the model.
+        `SplitSearch` without knowledge, and what the protocol says of the model.
     """
     with terminal.progress(f"loading {settings.name}"):
         clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
@@ -68,7 +70,7 @@ def baseline(
     text = encoded(len(texts), tokenised, clip.encode_text, "texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
     with terminal.progress("searching with the base model"):
-        return Retrieval(captions, frozen, text, None, search, accelerator.device), described
+        return SplitSearch(captions, frozen, text, None, search, accelerator.device), described
 
 
 def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from amp.csv_cell import csv_cell
@@ -21,7 +20,9 @@ from amp.files import write_atomically
 from amp.json_text import parse_json
 from amp.knowledge.schema import Knowledge, is_unicode
 from amp.model.clip import ActionAwareCLIP
-from amp.retrieval.scorer import PairScorer, scored_text
+from amp.model.similarity import pair_similarity
+from amp.retrieval.figures import BASE
+from amp.retrieval.scorer import PairScorer
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def choose(
     Raises:
         AmpError: More choices have a photo that can't be read, a score is not finite, or memory of the GPU is full.
     """
-    scores: dict[str, list[list[float]]] = {"base CLIP": [], **{name: [] for name in models}}
+    scores: dict[str, list[list[float]]] = {BASE.method: [], **{name: [] for name in models}}
     groups, skipped, reasons = [], {}, []
     first = next(iter(models.values()))
     device = first.logit_scale.device
@@ -263,18 +264,10 @@ def _scores(
     knowledge = [made[i] if item is None else item for i, item in enumerate(given)]
     first = next(iter(models.values()))
     text = first.encode_text(first.tokenizer(captions).to(images.device))
-    base = first(images, only_frozen=True).base
-    found = {"base CLIP": F.cosine_similarity(base[image].float(), text.float(), dim=-1).cpu()}
-    everything = torch.arange(len(captions))
+    found = {BASE.method: pair_similarity(first(images).base[image], text)}
     for name, model in models.items():
-        batch = model.prepare_knowledge(knowledge)
-        if model.knowledge_aware:
-            scorer = PairScorer(model, model.encode_early(images).float().cpu().numpy(), batch, text)
-            scorer.prepare(everything)
-            found[name] = scorer(image, everything)
-        else:
-            features = model(images, prompted=True).prompted[image]
-            found[name] = F.cosine_similarity(features.float(), scored_text(model, batch, text).float(), dim=-1).cpu()
+        scorer = PairScorer(model, model.tower.early(images), model.prepare_knowledge(knowledge), text)
+        found[name] = scorer(image, torch.arange(len(captions)))
     for name, values in found.items():
         if not torch.isfinite(values).all():
             raise AmpError(f"{name}: a score is not finite, expected none; look for NaN in its weights")

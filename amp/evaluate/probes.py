@@ -16,13 +16,13 @@ from amp.data.frozen_features import FrozenFeatures
 from amp.errors import AmpError
 from amp.knowledge.tensors import KnowledgeBatch
 from amp.retrieval.first_stage import FirstStage
-from amp.retrieval.split_search import Retrieval
+from amp.retrieval.split_search import SplitSearch
 
 Probe = Literal["shuffled", "blank", "sibling", "grey"]
 GREY = (128, 128, 128)
 
 
-def probe(retrieval: Retrieval, name: Probe, model, preprocess, seed: int = 0) -> Retrieval:
+def probe(retrieval: SplitSearch, name: Probe, model, preprocess, seed: int = 0) -> SplitSearch:
     """The same queries, candidates and captions with one input replaced.
 
     Args:
@@ -104,7 +104,7 @@ def grey(frozen: FrozenFeatures, model, preprocess) -> FrozenFeatures:
     height, width = model.backbone.visual.image_size
     image = preprocess(Image.new("RGB", (width, height), GREY))[None].to(model.logit_scale.device)
     with torch.no_grad():
-        early = model(image, only_frozen=True).early.float().cpu().numpy()
+        early = model(image).early.float().cpu().numpy()
     return FrozenFeatures(np.broadcast_to(early, (len(frozen.base), *early.shape[1:])), frozen.base)
 
 

@@ -11,7 +11,8 @@ import torch
 
 from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
-from amp.retrieval.split_search import RetrievalSettings, SplitCaptions
+from amp.data.split_captions import SplitCaptions
+from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import TrainConfig
 from amp.version import __version__
 
@@ -37,7 +38,6 @@ def protocol(
         "captions_per_image": search.captions_per_image or "all",
         "queries": search.max_queries or "all",
         "folds": search.folds,
-        "first_stage": search.first_stage,
         "bootstrap": f"{bootstrap} samples of the images, seed {config.seed}" if bootstrap else "none",
         "model": config.model.name,
         "pretrained": config.model.pretrained,
@@ -46,7 +46,6 @@ def protocol(
         "top_k": search.top_k,
         "i2t": search.i2t,
         "fusion_weight": search.fusion_weight,
-        "fusions": search.fusions,
         "skip_decided": search.skip_decided,
         "tie_rule": "equal scores keep the gallery's order",
         "prompt_prefix": "",

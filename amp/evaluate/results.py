@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,116 +12,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from amp.csv_cell import csv_cell
 from amp.errors import AmpError, printable
 from amp.files import sha256_of, write_atomically
 from amp.json_text import parse_json
-from amp.retrieval.metrics import KS, ceilings, chance, recalls, rsum
+from amp.retrieval.figures import FIGURES, DirectionResult, RetrievalRow, RowKey
+from amp.retrieval.metrics import KS, rsum
 
 FORMAT = "open-clip-amp retrieval results"
 VERSION = 1
 _DIRECTIONS = ("i2t", "t2i")
-_FIGURES = ("recall", "ceiling", "chance")
 # What the two lines under the table show of the protocol: what was searched, then how. The file holds the rest too.
 _DATA_KEYS = ("dataset", "split", "images", "captions")
 _METHOD_KEYS = ("model", "top_k", "fusion_weight", "resize", "image_size", "precision", "seed")
 _BARE_KEYS = ("dataset", "split", "model")
-_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class DirectionResult:
-    """Retrieval in one direction, in percent for each K of `KS`.
-
-    Args:
-        recall: R@K.
-        ceiling: R@K that a perfect re-ranking of the pre-selected candidates would reach.
-        chance: Expected R@K of a random order of the pre-selected candidates.
-        queries: Number of queries.
-        top_k: Candidates pre-selected a query.
-        seconds: Time that ranking took: first stage and re-ranking, for the base model the first stage alone.
-        interval: 95 % interval of R@K by bootstrap over images (`amp.evaluate.bootstrap`); None if not computed.
-
-    Raises:
-        AmpError: A figure that no evaluation can give, such as a recall above its ceiling.
-    """
-
-    recall: dict[int, float]
-    ceiling: dict[int, float]
-    chance: dict[int, float]
-    queries: int
-    top_k: int
-    seconds: float
-    interval: dict[int, tuple[float, float]] | None = None
-
-    def __post_init__(self):
-        for name in _FIGURES:
-            figures = getattr(self, name)
-            if tuple(figures) != KS:
-                raise AmpError(f"{name} holds K = {list(figures)}, expected {list(KS)}")
-        for k in KS:
-            for name in ("recall", "chance"):
-                value, ceiling = getattr(self, name)[k], self.ceiling[k]
-                # Written so that NaN fails too.
-                if not (0.0 <= value <= ceiling + _ROUNDING and ceiling <= 100.0 + _ROUNDING):
-                    raise AmpError(f"{name}@{k} is {value}, expected 0 <= {name} <= ceiling ({ceiling}) <= 100")
-        if self.queries < 1 or self.top_k < 1:
-            raise AmpError(f"queries {self.queries}, top_k {self.top_k}, expected at least 1 each")
-        if not (math.isfinite(self.seconds) and self.seconds > 0):
-            raise AmpError(f"seconds is {self.seconds}, expected a positive number")
-
-    @property
-    def queries_per_second(self) -> float:
-        """Queries ranked a second."""
-        return self.queries / self.seconds
-
-    @classmethod
-    def measure(
-        cls, ranks: Tensor, first_ranks: Tensor, positive_mask: Tensor, seconds: float, fold: Tensor | None = None
-    ) -> "DirectionResult":
-        """Computes every figure of a direction.
-
-        Args:
-            ranks: (Q,) 0-based final rank of each query's best positive; `first_ranks` for the base model.
-            first_ranks: (Q,) the same after the first stage.
-            positive_mask: (Q, k) bool, which pre-selected candidates answer the query.
-            seconds: Time of the ranking.
-            fold: (Q,) int64; figures are then means over the folds' figures, each of its own gallery.
-        """
-        top_k = positive_mask.shape[1]
-        parts = [slice(None)] if fold is None else [fold == number for number in fold.unique()]
-        figures = [
-            (recalls(ranks[p]), ceilings(first_ranks[p], top_k), chance(positive_mask[p], first_ranks[p]))
-            for p in parts
-        ]
-        recall, ceiling, by_chance = (
-            {k: sum(x[k] for x in column) / len(parts) for k in KS} for column in zip(*figures, strict=True)
-        )
-        return cls(recall, ceiling, by_chance, len(ranks), top_k, seconds)
-
-
-@dataclass(frozen=True)
-class RetrievalRow:
-    """One method in both directions.
-
-    Args:
-        name: What the row shows, e.g. "base CLIP", "control (no knowledge)", "action-aware (pairwise)".
-        i2t: Image query, captions ranked.
-        t2i: Caption query, images ranked.
-        rsum_interval: 95 % interval of Rsum, both directions resampled together; None if not computed.
-    """
-
-    name: str
-    i2t: DirectionResult
-    t2i: DirectionResult
-    rsum_interval: tuple[float, float] | None = None
-
-    @property
-    def rsum(self) -> float:
-        """Sum of the six recalls, 600 at best."""
-        return rsum(self.i2t.recall, self.t2i.recall)
 
 
 @dataclass
@@ -146,11 +50,11 @@ class ResultFile:
         """
         rows = []
         for row in self.rows:
-            entry: dict[str, Any] = {"name": row.name}
+            entry: dict[str, Any] = {"name": row.name, **row.key._asdict()}
             for name in _DIRECTIONS:
                 direction = getattr(row, name)
                 entry[name] = asdict(direction) | {"queries_per_second": direction.queries_per_second}
-                for figures in (*_FIGURES, *(["interval"] if direction.interval else [])):
+                for figures in (*FIGURES, *(["interval"] if direction.interval else [])):
                     entry[name][figures] = {f"R@{k}": value for k, value in entry[name][figures].items()}
             rows.append(entry | {"rsum": row.rsum, "rsum_interval": row.rsum_interval})
         content = {"format": FORMAT, "version": VERSION, "protocol": self.protocol, "rows": rows}
@@ -193,7 +97,9 @@ class ResultFile:
                 where = f"rows[{number}]"
                 i2t, t2i = (_read_direction(entry[name]) for name in _DIRECTIONS)
                 interval = entry.get("rsum_interval")
-                result.rows.append(RetrievalRow(str(entry["name"]), i2t, t2i, interval and tuple(interval)))
+                # Files of earlier versions have the name only.
+                key = [str(entry[name]) for name in RowKey._fields if name in entry] or [str(entry["name"])]
+                result.rows.append(RetrievalRow(RowKey(*key), i2t, t2i, interval and tuple(interval)))
         except KeyError as error:
             raise AmpError(f"{path}: {where}: key {error} is missing; {again}") from error
         except (AmpError, TypeError, ValueError, AttributeError) as error:
@@ -309,7 +215,7 @@ class ResultFile:
 
 
 def _read_direction(entry: dict) -> DirectionResult:
-    figures = {name: {int(k.removeprefix("R@")): float(v) for k, v in entry[name].items()} for name in _FIGURES}
+    figures = {name: {int(k.removeprefix("R@")): float(v) for k, v in entry[name].items()} for name in FIGURES}
     interval = entry.get("interval")
     if interval is not None:
         interval = {int(k.removeprefix("R@")): (float(low), float(high)) for k, (low, high) in interval.items()}

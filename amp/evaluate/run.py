@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from amp.cores import use_cores
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.errors import AmpError, Problems
 from amp.evaluate.adapters import load_adapters, named_adapters
 from amp.evaluate.baseline import baseline
@@ -19,18 +20,22 @@ from amp.evaluate.bootstrap import interval, resampled_recalls
 from amp.evaluate.per_query import QueryResults, QueryTable, save_queries
 from amp.evaluate.probes import Probe, enriched_text, probe, shuffled
 from amp.evaluate.protocol import protocol
-from amp.evaluate.results import ResultFile, RetrievalRow
+from amp.evaluate.results import ResultFile
 from amp.evaluate.verbs import by_verb, save_verbs
 from amp.files import check_writable
 from amp.model.clip import ActionAwareCLIP
 from amp.model.factory import create_model_and_transforms
 from amp.report.picture import draw_retrievals
+from amp.retrieval.figures import BASE, RetrievalRow, RowKey
 from amp.retrieval.first_stage import i2t_positives
 from amp.retrieval.metrics import KS
-from amp.retrieval.split_search import Ranking, Retrieval, RetrievalSettings, SplitCaptions, row_names
+from amp.retrieval.settings import RetrievalSettings
+from amp.retrieval.split_search import Ranking, Rankings, SplitSearch
 from amp.terminal import PlainConsole, Terminal
 from amp.train.config import TrainConfig
 from amp.train.launch import make_accelerator, precision_problems, rank_of_launcher
+
+TEXT_ONLY = RowKey("captions with states")
 
 
 class Evaluation:
@@ -44,17 +49,17 @@ class Evaluation:
         seed: Of the bootstrap.
     """
 
-    def __init__(self, protocol: dict, rows: Sequence[str], fold: torch.Tensor, samples: int, seed: int):
+    def __init__(self, protocol: dict, rows: Sequence[RowKey], fold: torch.Tensor, samples: int, seed: int):
         self.result, self.planned = ResultFile(protocol), list(rows)
         self.queries: QueryTable = {}
         self.missing = self.planned
         self.fold, self.samples, self.seed = fold.numpy(), samples, seed
 
-    def add(self, name: str, i2t: Ranking, t2i: Ranking, images: dict[str, torch.Tensor], base: bool = False) -> None:
+    def add(self, key: RowKey, i2t: Ranking, t2i: Ranking, images: dict[str, torch.Tensor], base: bool = False) -> None:
         """Adds a row; `images` holds the image of each query by direction."""
         rankings = {"i2t": i2t, "t2i": t2i}
         for direction, ranking in rankings.items():
-            self.queries[name, direction] = QueryResults.of(ranking, images[direction].numpy(), base)
+            self.queries[str(key), direction] = QueryResults.of(ranking, images[direction].numpy(), base)
         results, rsum_interval = [i2t.result, t2i.result], None
         if self.samples:
             recalls = resampled_recalls(
@@ -68,15 +73,15 @@ class Evaluation:
                 bounds = {k: interval(recalls[:, index, column]) for column, k in enumerate(KS)}
                 results[index] = replace(result, interval=bounds)
             rsum_interval = interval(recalls.sum(axis=(1, 2)))
-        self.result.rows.append(RetrievalRow(name, results[0], results[1], rsum_interval))
+        self.result.rows.append(RetrievalRow(key, results[0], results[1], rsum_interval))
 
     def save(self, out: Path) -> None:
         """Writes JSON, CSV, and results per query, of the rows so far."""
-        done = {row.name for row in self.result.rows}
+        done = {row.key for row in self.result.rows}
         self.result.protocol.pop("missing_rows", None)
-        self.missing = [name for name in self.planned if name not in done]
+        self.missing = [key for key in self.planned if key not in done]
         if self.missing:
-            self.result.protocol["missing_rows"] = self.missing
+            self.result.protocol["missing_rows"] = list(map(str, self.missing))
         save_queries(out.with_suffix(".npz"), self.queries)
         self.result.save_csv(out.with_suffix(".csv"))
         self.result.save_json(out)
@@ -97,24 +102,26 @@ class Run:
     out: Path
 
     def begin(
-        self, retrieval: Retrieval, described: dict, adapters: dict[str, str], rows: Sequence[str] = ()
+        self, retrieval: SplitSearch, described: dict, adapters: dict[str, str], rows: Sequence[RowKey] = ()
     ) -> Evaluation:
         """An evaluation with the base model's row, and `rows` to come."""
         found = protocol(
             self.config, self.split, self.captions, self.search, self.precision, self.bootstrap, described, adapters
         )
-        evaluation = Evaluation(found, ["base CLIP", *rows], retrieval.fold, self.bootstrap, self.config.seed)
+        evaluation = Evaluation(found, [BASE, *rows], retrieval.fold, self.bootstrap, self.config.seed)
         base = retrieval.base()
         with self.terminal.progress("figures of base CLIP"):
-            evaluation.add("base CLIP", base["i2t"], base["t2i"], images_of(retrieval), base=True)
+            evaluation.add(BASE, base.i2t[""], base.t2i, images_of(retrieval), base=True)
             self.save(evaluation)
         return evaluation
 
-    def add_rows(self, evaluation: Evaluation, retrieval: Retrieval, name: str, rankings: dict[str, Ranking]) -> None:
+    def add_rows(
+        self, evaluation: Evaluation, retrieval: SplitSearch, method: str, rankings: Rankings, probe: str = ""
+    ) -> None:
         """Adds the rows of one model's rankings."""
-        with self.terminal.progress(f"figures of {name}"):
-            for row, pair in retrieval.methods(name, rankings).items():
-                evaluation.add(row, *pair, images_of(retrieval))
+        with self.terminal.progress(f"figures of {RowKey(method, probe=probe)}"):
+            for mode, i2t in rankings.i2t.items():
+                evaluation.add(RowKey(method, mode, probe), i2t, rankings.t2i, images_of(retrieval))
             self.save(evaluation)
 
     def save(self, evaluation: Evaluation) -> None:
@@ -123,7 +130,7 @@ class Run:
             evaluation.save(self.out)
 
 
-def images_of(retrieval: Retrieval) -> dict[str, torch.Tensor]:
+def images_of(retrieval: SplitSearch) -> dict[str, torch.Tensor]:
     """The image of each query by direction."""
     return {direction: positives.query_image for direction, positives in retrieval.positives.items()}
 
@@ -134,22 +141,22 @@ def _partial(out: Path) -> Path:
 
 def planned_rows(
     models: dict[str, ActionAwareCLIP], probes: Sequence[Probe], text_only: bool, search: RetrievalSettings
-) -> list[str]:
-    """Names of the rows after the base model's.
+) -> list[RowKey]:
+    """Keys of the rows after the base model's.
 
     Raises:
         AmpError: Two would have one name.
     """
-    rows = row_names("captions with states", ["i2t"], search.fusions) if text_only else []
+    rows = [TEXT_ONLY] if text_only else []
     for name, model in models.items():
-        i2t = [f"i2t {mode}" for mode in search.i2t] if model.knowledge_aware else ["i2t"]
-        for method in (name, *(f"{name}, {kind}" for kind in probes if model.knowledge_aware)):
-            rows += row_names(method, i2t, search.fusions)
-    twice = next((row for row, count in Counter(["base CLIP", *rows]).items() if count > 1), None)
+        conditioned = model.interaction.conditioned
+        modes, inputs = (search.i2t, ("", *probes)) if conditioned else ([""], [""])
+        rows += [RowKey(name, mode, kind) for kind in inputs for mode in modes]
+    twice = next((row for row, count in Counter(map(str, [BASE, *rows])).items() if count > 1), None)
     if twice is not None:
         raise AmpError(
-            f"the row {twice!r} would be there twice, expected different rows; look for an adapter's name, a probe, an "
-            "i2t or a fusion that is given twice"
+            f"the row {twice!r} would be there twice, expected different rows; look for an adapter's name, a probe or "
+            "an i2t that is given twice"
         )
     return rows
 
@@ -159,7 +166,7 @@ def _with_models(
     named: dict[str, str],
     probes: Sequence[Probe],
     text_only: bool,
-) -> tuple[Evaluation, dict[str, Ranking]]:
+) -> tuple[Evaluation, Rankings | None]:
     """Rows of base model, text-only control, adapters and probes, and the last adapter's rankings."""
     config, accelerator, terminal, captions = run.config, run.accelerator, run.terminal, run.captions
     with terminal.progress(f"loading {config.model.name}"):
@@ -179,7 +186,7 @@ def _with_models(
         "image_size": list(base.backbone.visual.image_size),
     }
     evaluation: Evaluation | None = None
-    rankings: dict[str, Ranking] = {}
+    rankings: Rankings | None = None
     try:
         for name, model in (adapters or {"base": base}).items():
             collate = knowledge_collator(model, config.data.cache, config.data.cache_dtype)
@@ -197,7 +204,7 @@ def _with_models(
                 config.data.workers,
             )
             with terminal.progress("searching with the base model"):
-                retrieval = Retrieval.stored(captions, frozen, collate, run.search, accelerator.device)
+                retrieval = SplitSearch.stored(captions, frozen, collate, run.search, accelerator.device)
             if evaluation is None:
                 evaluation = run.begin(retrieval, described, named, planned)
                 if text_only:
@@ -205,26 +212,20 @@ def _with_models(
                     states = knowledge_collator(model, config.data.cache, config.data.cache_dtype, "states")
                     prepare_texts(accelerator, terminal, states.store, model, captions.all_texts(k, "states"))
                     text = enriched_text(retrieval.text, states(captions.knowledge))
-                    run.add_rows(evaluation, retrieval, "captions with states", retrieval.rank_text(text))
+                    run.add_rows(evaluation, retrieval, TEXT_ONLY.method, retrieval.rank_text(text))
             if not adapters:
                 break
 
-            def ranked(searched: Retrieval, title: str, model=model) -> dict[str, Ranking]:
+            def ranked(searched: SplitSearch, title: str, model=model) -> Rankings:
                 with terminal.progress(title, "pairs") as report:
-                    return searched.rank(
-                        model,
-                        accelerator.autocast,
-                        lambda _, done, total: report(done, total),
-                        _partial(run.out),
-                        run.precision,
-                    )
+                    return searched.rank(model, accelerator.autocast, report, _partial(run.out), run.precision)
 
             rankings = ranked(retrieval, f"re-ranking with {name}")
             run.add_rows(evaluation, retrieval, name, rankings)
-            for kind in probes if model.knowledge_aware else ():
+            for kind in probes if model.interaction.conditioned else ():
                 spoilt = probe(retrieval, kind, model, preprocess, config.seed)
                 found = ranked(spoilt, f"probe {kind} of {name}")
-                run.add_rows(evaluation, retrieval, f"{name}, {kind}", found)
+                run.add_rows(evaluation, retrieval, name, found, kind)
     except BaseException as error:
         if evaluation is not None and evaluation.missing:
             terminal.say(
@@ -311,7 +312,7 @@ def evaluate(
             save_verbs(out.with_suffix(".verbs.csv"), verbs)
         shutil.rmtree(_partial(out), ignore_errors=True)
         evaluation.result.print_table(PlainConsole())
-        if gallery is not None:
+        if gallery is not None and rankings is not None:
             draw_retrievals(Path(gallery), split, captions, rankings)
     accelerator.end_training()
     return evaluation.result

@@ -10,11 +10,11 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from amp.data.split_captions import SplitCaptions
 from amp.evaluate.choice import Choice
 from amp.evaluate.verbs import verb_of
 from amp.generation.states import state_of
 from amp.knowledge.schema import Knowledge, Triplet
-from amp.retrieval.split_search import SplitCaptions
 
 TESTS = ("swapped-roles", "swapped-actions")
 

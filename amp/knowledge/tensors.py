@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from amp.knowledge.schema import Knowledge
-from amp.knowledge.text import select
+from amp.knowledge.text import SLOT_TOKENS, select
 
 WORD_START = "\u2581"
 """SentencePiece's mark of a word's start."""
@@ -60,6 +61,18 @@ class KnowledgeBatch:
         return KnowledgeBatch(*(torch.cat([getattr(b, f.name) for b in batches]) for f in fields(KnowledgeBatch)))
 
 
+class Captions(NamedTuple):
+    """C captions as the model reads them.
+
+    Attributes:
+        knowledge: Their knowledge.
+        text: Their features by the frozen text tower (C, d), not normalised; None for models that read none.
+    """
+
+    knowledge: KnowledgeBatch
+    text: torch.Tensor | None = None
+
+
 class TripletTokenizer:
     """Cuts subjects, actions and objects into CLIP's tokens, without start and end marks.
 
@@ -68,14 +81,12 @@ class TripletTokenizer:
 
     Args:
         tokenizer: What `open_clip.get_tokenizer` returns.
-        max_triplets: K.
-        slot_tokens: S, tokens kept of a slot.
+        max_triplets: K; S is `SLOT_TOKENS`.
     """
 
-    def __init__(self, tokenizer, max_triplets: int, slot_tokens: int):
+    def __init__(self, tokenizer, max_triplets: int):
         self.tokenizer = tokenizer
         self.max_triplets = max_triplets
-        self.slot_tokens = slot_tokens
         self._cache: dict[str, tuple[np.ndarray, int]] = {}  # captions share words: some thousand slots make a dataset
 
     def slot(self, text: str) -> tuple[np.ndarray, int]:
@@ -83,8 +94,8 @@ class TripletTokenizer:
         if text not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()
-            ids = self._encode(text)[: self.slot_tokens]
-            self._cache[text] = np.array(ids + [0] * (self.slot_tokens - len(ids)), dtype=np.int64), len(ids)
+            ids = self._encode(text)[:SLOT_TOKENS]
+            self._cache[text] = np.array(ids + [0] * (SLOT_TOKENS - len(ids)), dtype=np.int64), len(ids)
         return self._cache[text]
 
     def _encode(self, text: str) -> list[int]:
@@ -99,7 +110,7 @@ class TripletTokenizer:
 
     def __call__(self, knowledge: Sequence[Knowledge]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns `triplet_tokens`, `token_mask` and `mask` of a `KnowledgeBatch` for C captions."""
-        shape = (len(knowledge), self.max_triplets, 3, self.slot_tokens)
+        shape = (len(knowledge), self.max_triplets, 3, SLOT_TOKENS)
         # Filled as arrays: a tensor's element takes ten times as long, and that for every slot of every caption.
         tokens, counts = np.zeros(shape, dtype=np.int64), np.zeros(shape[:3], dtype=np.int64)
         mask = np.zeros(shape[:2], dtype=bool)
@@ -108,5 +119,5 @@ class TripletTokenizer:
                 mask[c, k] = True
                 for s, text in enumerate((triplet.subject, triplet.action, triplet.object)):
                     tokens[c, k, s], counts[c, k, s] = self.slot(text)
-        token_mask = np.arange(self.slot_tokens) < counts[..., None]
+        token_mask = np.arange(SLOT_TOKENS) < counts[..., None]
         return torch.from_numpy(tokens), torch.from_numpy(token_mask), torch.from_numpy(mask)

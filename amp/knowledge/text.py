@@ -5,6 +5,8 @@ from html import unescape
 
 from amp.knowledge.schema import Knowledge, Triplet
 
+SLOT_TOKENS = 5
+"""Tokens kept of each subject, action and object, S (our choice)."""
 CONTEXT_TOKENS = 77
 """Tokens of a text that CLIP reads, with the marks of start and end. Other models have other limits (SigLIP: 64)."""
 

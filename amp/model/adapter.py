@@ -13,11 +13,13 @@ from safetensors.torch import save
 from amp.errors import AmpError, shorten
 from amp.files import whole_file
 from amp.json_text import parse_json
+from amp.model.adapter_v1 import convert
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.version import __version__
 
-FORMAT = "open-clip-amp adapter"
+FORMAT, VERSION = "open-clip-amp adapter", 2  # version 1: `amp.model.adapter_v1`
+_MAPS = ("text_enrichment.", "image_projection.", "triplet_encoder.")
 _AGAIN = "Give an adapter.safetensors that amp train wrote"
 
 
@@ -32,6 +34,8 @@ class AdapterHeader:
         prompt_config: Architecture of the prompts.
         training: Free-form record of the run: stage, step, resolved configuration.
         version: Version of open-clip-amp that wrote it.
+        partial: Whether maps that `PromptConfig.enrich` adds are missing because they are zero: only in files that were
+            converted from version 1.
     """
 
     base_name: str
@@ -41,6 +45,7 @@ class AdapterHeader:
     prompt_config: PromptConfig
     training: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
+    partial: bool = False
 
     def check_base(self, model_name: str, base_hash: str, where: str | os.PathLike) -> None:
         """Raises AmpError where the weights at hand are not those that the adapter was trained on."""
@@ -78,7 +83,12 @@ def write_adapter(path: str | os.PathLike, header: AdapterHeader, weights: dict[
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:  # not `save_file`, whose files nobody else of a group may read
-        file.write(save(weights, metadata={"format": FORMAT, "header": json.dumps(asdict(header))}))
+        file.write(
+            save(
+                weights,
+                metadata={"format": FORMAT, "format_version": str(VERSION), "header": json.dumps(asdict(header))},
+            )
+        )
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torch.Tensor]]:
@@ -105,20 +115,25 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
     except OSError as error:
         raise AmpError(f"{path}: can't be read ({error}), expected a file") from error
     record = _header(path, metadata)
-    for what, seen, known in (
-        ("header keys", record, AdapterHeader),
-        ("prompt settings", record["prompt_config"], PromptConfig),
-    ):
-        unknown = sorted(set(seen) - {f.name for f in fields(known)})
-        if unknown:
-            raise AmpError(
-                f"{path}: {what} {unknown} are unknown to open-clip-amp {__version__}, the file was "
-                f"written by {record['version']}. Install that version or a newer one"
-            )
+    known = {f.name for f in fields(AdapterHeader)}
+    version = metadata.get("format_version", "1")
     try:
-        record["prompt_config"] = PromptConfig(**record["prompt_config"])
+        if version not in ("1", str(VERSION)) or set(record) - known:
+            raise AmpError(f"format version {version}, header keys {sorted(set(record) - known) or 'all known'}")
+        settings = record["prompt_config"]
+        if version == "1":
+            record["prompt_config"], weights, record["partial"] = convert(settings, weights)
+        elif unknown := sorted(set(settings) - {f.name for f in fields(PromptConfig)}):
+            raise AmpError(f"prompt settings {unknown} are unknown to open-clip-amp {__version__}")
+        else:
+            record["prompt_config"] = PromptConfig(**settings)
         return AdapterHeader(**record), weights
-    except TypeError as error:  # a key is missing, or compared with a number and is none
+    except AmpError as error:
+        raise AmpError(
+            f"{path}: {error}; the file was written by open-clip-amp {record['version']}, this is {__version__}. "
+            "Install that version or a newer one"
+        ) from None
+    except (TypeError, KeyError) as error:  # a key is missing, or compared with a number and is none
         raise AmpError(f"{path}: {error}; expected the header of an adapter. {_AGAIN}") from None
 
 
@@ -160,14 +175,22 @@ def load_adapter(path: str | os.PathLike, model: ActionAwareCLIP) -> AdapterHead
     if differing:
         said = ", ".join(f"{k} is {a!r} in the file and {b!r} in the model" for k, (a, b) in differing.items())
         raise AmpError(f"{path}: prompt settings differ: {said}. Build the model with the file's settings")
-    load_adapter_state(model, weights, where=path)
+    load_adapter_state(model, header, weights, where=path)
     return header
 
 
-def load_adapter_state(model: ActionAwareCLIP, weights: dict[str, torch.Tensor], where: str | os.PathLike) -> None:
-    """Puts adapter weights into a model; every name and shape must match."""
+def load_adapter_state(
+    model: ActionAwareCLIP, header: AdapterHeader, weights: dict[str, torch.Tensor], where: str | os.PathLike
+) -> None:
+    """Puts adapter weights into a model; every name and shape must match.
+
+    Raises:
+        AmpError: Weights that don't fit.
+    """
     expected = model.adapter_state()
     wrong = sorted(expected.keys() ^ weights.keys())
+    if header.partial:
+        wrong = [name for name in wrong if name in weights or not name.startswith(_MAPS)]
     wrong += [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
     if wrong:
         raise AmpError(f"{where}: {len(wrong)} weights are missing, unknown or of another shape, first {wrong[:3]}")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -10,58 +10,53 @@ import torch.nn.functional as F
 
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge
-from amp.knowledge.tensors import KnowledgeBatch, TripletTokenizer
+from amp.knowledge.tensors import Captions, KnowledgeBatch, TripletTokenizer
 from amp.knowledge.text import tower_texts
 from amp.model.config import PromptConfig
-from amp.model.layers.interaction import ActionAwareInteraction
-from amp.model.layers.prompt_adapter import PromptAdapter
-from amp.model.layers.readout import KnowledgeReadout, in_type_of
+from amp.model.interactions import make_interaction
+from amp.model.interactions.base import Prompts
 from amp.model.layers.text_enrichment import TextEnrichment
-from amp.model.layers.triplet_encoder import TripletEncoder, null_rows, with_null
+from amp.model.layers.triplet_encoder import TripletEncoder
 from amp.model.layers.visual_prompts import VisualPrompts
-from amp.model.towers.base import make_backbone
+from amp.model.prompted_tower import PromptedTower
+from amp.model.towers import make_backbone
+
+TRIPLET_LAYERS, TRIPLET_HEADS = 2, 8  # of the triplet encoder (our choice)
+Images = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-class Prompts(NamedTuple):
-    """Prompts of C captions (eq. 6): of triplets (C, K, d_v), of states (C, K, d_v), and which exist, bool (C, K).
+class EncodedCaptions(NamedTuple):
+    """What the model makes of C captions, once per caption.
 
-    A kind that the model doesn't read is None. A model with `readout` has `queries` (C, Q, d) instead.
+    Attributes:
+        prompts: The interaction's.
+        text: The features that images are scored against (C, d), enriched where the model does that; None without text.
     """
 
-    triplets: torch.Tensor | None
-    states: torch.Tensor | None
-    mask: torch.Tensor
-    queries: torch.Tensor | None = None
-
-    def take(self, index: torch.Tensor) -> "Prompts":
-        """Rows of captions, index int64 (P,)."""
-        return Prompts._make(None if x is None else x[index] for x in self)
-
-    def unite(self, captions: int) -> "Prompts":
-        """Joins each run of n = `captions` rows into one: (C, K, ...) -> (C / n, n K, ...)."""
-        return Prompts._make(None if x is None else x.unflatten(0, (-1, captions)).flatten(1, 2) for x in self)
+    prompts: Prompts
+    text: torch.Tensor | None
 
 
 class Features(NamedTuple):
     """What one forward pass returns; None where it was not asked for.
 
     Attributes:
-        early: Tokens before block `interaction_layer` (B, F + M, d_v).
+        early: Tokens before the first prompted block (B, F + M, d_v).
         base: The frozen CLIP's image features (B, d).
-        prompted: Features under visual prompts alone, without knowledge (B, d).
-        conditioned: Action-aware features, a row a pair (P, d), or of all pairs (B, C, d).
-        text: Caption features that images are scored against, enriched where the model does that (C, d).
+        images: What the interaction makes of B images, once per image.
+        captions: What the model makes of C captions, once per caption.
+        conditioned: Action-aware image features, one row per pair (P, d), or of all pairs (B, C, d).
+        plain: Image features without knowledge (B', d).
         logit_scale: Temperature 1 / tau, fp32 (1,).
-        prompts: Prompts of C captions, for later calls.
     """
 
     early: torch.Tensor | None = None
     base: torch.Tensor | None = None
-    prompted: torch.Tensor | None = None
+    images: tuple[torch.Tensor, ...] | None = None
+    captions: EncodedCaptions | None = None
     conditioned: torch.Tensor | None = None
-    text: torch.Tensor | None = None
+    plain: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
-    prompts: Prompts | None = None
 
 
 class ActionAwareCLIP(nn.Module):
@@ -74,9 +69,12 @@ class ActionAwareCLIP(nn.Module):
         config: Settings of the prompts.
         tokenizer: The base model's tokenizer; needed where knowledge is given as text.
 
+    Attributes:
+        interaction: How images meet knowledge.
+        tower: The prompted image tower.
+
     Raises:
-        AmpError: An image tower without plain transformer blocks, an `interaction_layer` outside the tower,
-            `triplet_heads` that don't divide the text width, `cat` with image blocks that can't leave tokens out.
+        AmpError: An image tower without plain transformer blocks, or one that lacks what the interaction needs.
     """
 
     # Set by `amp.create_model_and_transforms`: what an adapter file says of its base model.
@@ -89,68 +87,23 @@ class ActionAwareCLIP(nn.Module):
         self.config = config = config or PromptConfig()
         self.backbone = backbone = make_backbone(clip)
         self.tokenizer = tokenizer
-        if config.interaction_layer >= backbone.num_layers:
-            raise AmpError(
-                f"interaction_layer is {config.interaction_layer}, expected 0 to {backbone.num_layers - 1}: the image "
-                f"tower has {backbone.num_layers} blocks"
-            )
-        depth = backbone.num_layers - config.interaction_layer
-        self.visual_prompts = VisualPrompts(depth, config.num_prompts, backbone.vision_width, backbone.patch_size)
-        self.knowledge_aware = config.conditions
         d_t, d = backbone.text_width, backbone.embed_dim
-        self.has_readout = config.interaction == "readout"
-        if self.has_readout:
-            if not backbone.keeps_patches:
-                raise AmpError(
-                    "interaction is 'readout' and the image tower pools by attention or average, expected the class "
-                    "token, which leaves the patches as they are; choose interaction 'aim'"
-                )
-            self.readout = KnowledgeReadout(
-                backbone.vision_width,
-                d,
-                d_t if config.reads_triplets else None,
-                config.conditions,
-                config.readout_blocks,
-                backbone.vision_heads,
-            )
-        if config.reads_triplets and d_t % config.triplet_heads:
-            raise AmpError(
-                f"triplet_heads is {config.triplet_heads}, expected a divisor of the text width {d_t}; choose "
-                f"{math.gcd(d_t, config.triplet_heads)}"
-            )
+        first = config.first_block(backbone.num_layers)
+        self.visual_prompts = VisualPrompts(
+            backbone.num_layers - first, config.num_prompts, backbone.vision_width, backbone.patch_size
+        )
+        self.interaction = make_interaction(config, backbone)
         # What a variant doesn't read doesn't exist: distributed engines fail on parameters that take no part.
+        self.triplet_encoder = self.text_enrichment = self.image_projection = None
         if config.reads_triplets:
-            self.triplet_encoder = TripletEncoder(d_t, config.triplet_layers, config.triplet_heads)
-        if self.knowledge_aware and not self.has_readout:
-            if config.interaction == "cat" and not backbone.masks_tokens:
-                raise AmpError(
-                    "interaction is 'cat' and the image tower's blocks are not open_clip's ResidualAttentionBlock, "
-                    "expected that class, which can leave padding prompts out; choose interaction 'aim'"
-                )
-            if config.reads_states:
-                self.null_state = nn.Parameter(0.02 * torch.randn(d))
-                # Eq. 6 shares W_down and W_up between triplets and states, which asks for one width.
-                self.state_projection = nn.Linear(d, d_t) if d != d_t else nn.Identity()
-            self.adapter = PromptAdapter(d_t, max(1, d_t // config.bottleneck), backbone.vision_width)
-            if config.interaction == "aim":
-                self.interaction = ActionAwareInteraction(
-                    backbone.vision_width,
-                    backbone.vision_heads,
-                    config.lam,
-                    config.residual,
-                    config.reads_triplets,
-                    config.reads_states,
-                )
-        self._reads_last_patches = self.has_readout and self.readout.blocks is None
-        self.text_enrichment = None
-        if config.text_enrichment:
-            self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.enriches_by_triplets else None)
-        self.image_projection = nn.Linear(backbone.pooled_width, d, bias=False) if config.image_projection else None
-        if self.image_projection is not None:
+            self.triplet_encoder = TripletEncoder(d_t, TRIPLET_LAYERS, math.gcd(d_t, TRIPLET_HEADS))
+        if config.enrich:
+            self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.reads_triplets else None)
+            self.image_projection = nn.Linear(backbone.pooled_width, d, bias=False)
             nn.init.zeros_(self.image_projection.weight)
         # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
         self.logit_scale = nn.Parameter(backbone.clip.logit_scale.detach().clone().float().reshape(1))
-        self.activation_checkpointing = False
+        self.tower = PromptedTower(backbone, self.visual_prompts, first, self.image_projection)
 
     # -- what open_clip's users call --------------------------------------------------------------------------------
 
@@ -161,18 +114,18 @@ class ActionAwareCLIP(nn.Module):
         normalize: bool = False,
         text: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Image features (B, d): the base CLIP's, or action-aware ones under `knowledge`, one caption's an image.
+        """Image features (B, d): the base CLIP's, or action-aware ones under `knowledge`, one caption's per image.
 
         Args:
             images: Preprocessed images (B, 3, H, W).
             knowledge: None for the base CLIP; else knowledge of B captions.
             normalize: Scale features to unit length.
-            text: The captions' features `encode_text(tokens)` (B, d), which models with `readout` ask with.
+            text: The captions' features `encode_text(tokens)` (B, d), which ``readout`` reads too.
         """
         if knowledge is None:
             return self.backbone.clip.encode_image(images.to(self.backbone.dtype), normalize=normalize)
         knowledge = self._prepared(knowledge, len(images), "images")
-        features = self(images, knowledge, text=text).conditioned
+        features = self(images, Captions(knowledge, text)).conditioned
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
@@ -182,12 +135,16 @@ class ActionAwareCLIP(nn.Module):
         knowledge: KnowledgeBatch | Sequence[Knowledge] | None = None,
     ) -> torch.Tensor:
         """Text features (B, d): the base CLIP's own call, or with `knowledge` what action-aware images are scored
-        against, which differs only in models with `text_enrichment`."""
+        against, which differs only in models with `enrich`."""
         if knowledge is None:
             return self.backbone.clip.encode_text(text, normalize=normalize)
         knowledge = self._prepared(knowledge, len(text), "texts")
-        features = self(None, knowledge, text=self.backbone.clip.encode_text(text)).text
+        features = self(None, Captions(knowledge, self.backbone.clip.encode_text(text))).captions.text
         return F.normalize(features, dim=-1) if normalize else features
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features (B, d) of images (B, 3, H, W) that depend on no caption: the base CLIP's under visual prompts."""
+        return self.interaction.image_features(self.tower, self.tower.early(images))
 
     @torch.no_grad()
     def prepare_knowledge(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
@@ -199,7 +156,7 @@ class ActionAwareCLIP(nn.Module):
             if not isinstance(item, Knowledge):
                 raise AmpError(f"knowledge holds {item!r}, expected amp.Knowledge; amp.Knowledge() if there is none")
         device, k = self.logit_scale.device, self.config.max_triplets
-        tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k, self.config.slot_tokens)(knowledge)
+        tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k)(knowledge)
         states = torch.zeros(*mask.shape, self.backbone.embed_dim, device=device)
         texts = [text for item in knowledge for text in tower_texts(item, k, self.config.knowledge)]
         if texts:
@@ -213,205 +170,72 @@ class ActionAwareCLIP(nn.Module):
             raise AmpError(f"knowledge of {len(knowledge)} captions for {count} {of}, expected one each")
         return knowledge if isinstance(knowledge, KnowledgeBatch) else self.prepare_knowledge(knowledge)
 
-    # -- the pieces -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode_early(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to tokens before block `interaction_layer` (B, F + M, d_v), whatever the caption."""
-        return self.backbone.blocks(self.backbone.embed(images), 0, self.config.interaction_layer)
-
-    def encode_triplets(self, knowledge: KnowledgeBatch) -> torch.Tensor | None:
-        """Triplet prompts of C captions (C, K, d_t) (eq. 4-5); None where the model reads none."""
-        if not self.config.reads_triplets:
-            return None
-        embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
-        return self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
-
-    def encode_knowledge(
-        self, knowledge: KnowledgeBatch, text: torch.Tensor | None = None, triplets: torch.Tensor | None = None
-    ) -> Prompts:
-        """Action-aware prompts of C captions, after the adapter (eq. 4-6), or the readout's queries, which need the
-        frozen caption features `text` (C, d) too. `triplets`: of `encode_triplets`, if they are known already."""
-        self._require_knowledge_aware()
-        states = None
-        if triplets is None:
-            triplets = self.encode_triplets(knowledge)
-        if self.has_readout:
-            if text is None:
-                raise AmpError(
-                    "text is None, expected the captions' features (C, d): this model has interaction='readout', which "
-                    "asks with them too. Pass text=model.encode_text(tokens)"
-                )
-            states = knowledge.states if self.config.reads_states else None
-            queries, mask = self.readout.queries(text, states, triplets, knowledge.mask)
-            return Prompts(None, None, mask, queries)
-        if triplets is not None:
-            triplets = self.adapter(triplets)
-        if self.config.reads_states:
-            states, _ = with_null(knowledge.states.to(self.null_state.dtype), knowledge.mask, self.null_state)
-            states = self.adapter(self.state_projection(states))
-        return Prompts(triplets, states, knowledge.mask | null_rows(knowledge.mask))
-
-    def encode_pairs(self, early: torch.Tensor, prompts: Prompts, image_index: torch.Tensor) -> torch.Tensor:
-        """Action-aware features of P pairs of an image and a caption.
-
-        Args:
-            early: Tokens of B images from `encode_early` (B, F + M, d_v).
-            prompts: Prompts of the pairs' captions, P rows.
-            image_index: The image of each pair, int64 (P,) with values below B.
-
-        Returns:
-            (P, d), not normalised.
-        """
-        self._require_knowledge_aware()
-        if self.has_readout:
-            assert prompts.queries is not None, "these prompts are of a model without readout"
-            features, patches = self.read_patches(early)
-            return features[image_index] + self.readout.pairs(patches, prompts.queries, prompts.mask, image_index)
-        if self.config.interaction == "cat":
-            kinds = [x for x in (prompts.triplets, prompts.states) if x is not None]
-            absent = (~prompts.mask).repeat(1, len(kinds))
-            tokens = self._prompted_blocks(early[image_index], torch.cat(kinds, dim=1).to(early.dtype), absent)
-        else:
-            front = self.backbone.num_prefix  # class token and registers see the knowledge in the blocks
-            patches = self.interaction(early[:, front:], prompts.triplets, prompts.states, prompts.mask, image_index)
-            tokens = self._prompted_blocks(torch.cat([early[image_index, :front], patches.to(early.dtype)], dim=1))
-        return self._pool(tokens)[0]
-
-    def encode_all_pairs(self, early: torch.Tensor, prompts: Prompts) -> torch.Tensor:
-        """Action-aware features of B images with C captions each, (B, C, d); only with `readout`, where blocks run
-        once an image."""
-        assert prompts.queries is not None, "these prompts are of a model without readout"
-        features, patches = self.read_patches(early)
-        return features[:, None] + self.readout.all_pairs(patches, prompts.queries, prompts.mask)
-
-    def encode_prompted(self, early: torch.Tensor) -> torch.Tensor:
-        """Features without knowledge (B, d): visual prompts, the control of Table 3 "w/o action knowledge", and in the
-        control of `readout` its learned query."""
-        if self.has_readout and not self.knowledge_aware:
-            features, patches = self.read_patches(early)
-            return features + self.readout.unconditioned(patches)
-        return self._pool(self._prompted_blocks(early))[0]
-
-    def read_patches(self, early: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Early tokens to features without knowledge (B, d) and to the patches (B, M, d_v) that a readout reads."""
-        features, last = self._pool(self._prompted_blocks(early))
-        return features, self.readout.patches(early[:, self.backbone.num_prefix :], last)
-
-    def _pool(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens behind the last block to image features (B, d) and patches (B, M, d_v)."""
-        pooled, patches = self.backbone.pooled(tokens)
-        features = self.backbone.project(pooled)
-        if self.image_projection is not None:
-            features = features + self.image_projection(in_type_of(self.image_projection.weight, pooled))
-        return features, patches
-
-    def _prompted_blocks(
-        self, tokens: torch.Tensor, joined: torch.Tensor | None = None, absent: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Tokens before block `interaction_layer` to those behind the last, or to its class token alone.
-
-        `joined` (B, E, d_v) stands behind the patches in all blocks (`cat`), but for its rows `absent`, bool (B, E).
-        """
-        backbone, first = self.backbone, self.config.interaction_layer
-        if self.config.num_prompts == 0 and joined is None:  # the base CLIP's own calls: its features bit for bit
-            return backbone.blocks(tokens, first, backbone.num_layers, self.activation_checkpointing)
-        if joined is not None and absent is not None:
-            absent = F.pad(absent, (tokens.shape[1], self.config.num_prompts))
-            tokens = torch.cat([tokens, joined], dim=1)
-        length = tokens.shape[1]  # visual prompts are replaced behind it, at each block
-        for index in range(backbone.num_layers - first):
-            tokens = self.visual_prompts(tokens, index, length)
-            tokens = backbone.prompted_block(
-                first + index, tokens, self.activation_checkpointing, absent, self._reads_last_patches
-            )
-        return tokens
-
-    def _require_knowledge_aware(self) -> None:
-        if not self.knowledge_aware:
-            raise AmpError(
-                "this model's images see no knowledge (knowledge='none' or condition_images=False, controls); build it "
-                "with knowledge='both', or score with encode_prompted"
-            )
-
     # -- one entry for engines --------------------------------------------------------------------------------------
 
     def forward(
         self,
-        images: torch.Tensor | None,
-        knowledge: KnowledgeBatch | Prompts | None = None,
-        image_index: torch.Tensor | None = None,
-        knowledge_index: torch.Tensor | None = None,
-        captions_a_pair: int = 1,
-        all_pairs: bool = False,
-        prompted: bool | torch.Tensor | None = False,
-        only_frozen: bool = False,
-        only_prompts: bool = False,
-        text: torch.Tensor | None = None,
+        images: Images | None = None,
+        captions: Captions | EncodedCaptions | None = None,
+        pairs: tuple[torch.Tensor, torch.Tensor] | Literal["all"] | None = None,
+        plain: torch.Tensor | None = None,
     ) -> Features:
         """All computation of training and re-ranking passes here, where DDP's and ZeRO's hooks can see it.
 
-        Args:
-            images: Images (B, 3, H, W), or tokens (B, F + M, d_v) of an earlier call with `only_frozen`; None for texts
-                alone.
-            knowledge: Knowledge of C captions, or their prompts.
-            image_index, knowledge_index: The P pairs to encode; by default pair i is image i with caption i.
-            captions_a_pair: With n > 1 each pair is conditioned on the union of n consecutive captions' knowledge.
-            all_pairs: Encode every image with every caption instead; only with `readout`.
-            prompted: Also return features without knowledge: of all images, or of those an int64 tensor names.
-            only_frozen: Return only what the frozen blocks give, `early` and `base`, without gradients.
-            only_prompts: Return only `prompts` of the C captions, which take the place of `knowledge` in later calls.
-            text: The frozen features of the C captions (C, d); returned as `text`, enriched.
-        """
-        if only_prompts:
-            assert isinstance(knowledge, KnowledgeBatch), "prompts are made of knowledge"
-            return Features(prompts=self.encode_knowledge(knowledge, text))
-        frozen_text, triplets = text, None
-        if text is not None and isinstance(knowledge, KnowledgeBatch) and self.text_enrichment is not None:
-            triplets = self.encode_triplets(knowledge) if self.config.enriches_by_triplets else None
-            text = self.text_enrichment(text, knowledge.states, triplets, knowledge.mask)
-        if images is None:
-            return Features(text=text)
-        # Stored tokens may have another type than the blocks: float16 on disk, or weights that DeepSpeed has cast.
-        early = self.encode_early(images) if images.ndim == 4 else images.to(self.backbone.dtype)
-        if only_frozen:
-            with torch.no_grad():
-                rest = self.backbone.blocks(early, self.config.interaction_layer, self.backbone.num_layers)
-                return Features(early=early, base=self.backbone.pool(rest))
-        plain = None
-        if isinstance(prompted, torch.Tensor):
-            plain = self.encode_prompted(early[prompted])
-        elif prompted:
-            plain = self.encode_prompted(early)
-        conditioned = None
-        if knowledge is not None and (self.knowledge_aware or prompted is False):
-            if isinstance(knowledge, KnowledgeBatch):
-                knowledge = self.encode_knowledge(knowledge, frozen_text, triplets)
-            prompts = knowledge
-            if all_pairs:
-                return Features(
-                    early=early,
-                    conditioned=self.encode_all_pairs(early, prompts),
-                    text=text,
-                    logit_scale=self._temperature(),
-                )
-            if knowledge_index is not None:
-                prompts = prompts.take(knowledge_index)
-            if captions_a_pair > 1:
-                prompts = prompts.unite(captions_a_pair)
-            if image_index is None:
-                image_index = torch.arange(early.shape[0], device=early.device)  # `len` would fix an export to one B
-            conditioned = self.encode_pairs(early, prompts, image_index)
-        return Features(
-            early=early,
-            prompted=plain,
-            conditioned=conditioned,
-            text=text,
-            logit_scale=self._temperature(),
-        )
+        Images and captions come in any state that an earlier call returned, so nothing is computed twice:
+        ``model(pixels)`` gives what the frozen blocks make of images, `early` and `base`, without gradients;
+        ``model(early)`` gives `images`, ``model(None, captions)`` gives `captions`; with both, `conditioned`.
 
-    def _temperature(self) -> torch.Tensor:
-        return self.logit_scale.float().exp().clamp(1.0, 100.0)
+        Args:
+            images: Pixels (B, 3, H, W), tokens `early` (B, F + M, d_v), or `images` of an earlier call.
+            captions: C captions, or `captions` of an earlier call.
+            pairs: Which of them are encoded together: None for image i with caption i, the indices of P images and of
+                P captions, int64 (P,) each, or ``all``.
+            plain: Images whose features without knowledge are returned too, int64 (B',); needs pixels or tokens.
+        """
+        encoded = self._encode_captions(captions) if isinstance(captions, Captions) else captions
+        if images is None:
+            return Features(captions=encoded)
+        features = None
+        if isinstance(images, tuple):
+            parts = images
+        else:
+            if images.ndim == 4:
+                early = self.tower.early(images)
+                if captions is None:
+                    return Features(early=early, base=self.tower.base(early))
+            else:
+                # Stored tokens may have another type than the blocks: float16 on disk, or weights that DeepSpeed cast.
+                early = images.to(self.backbone.dtype)
+            parts = self.interaction.encode_images(self.tower, early)
+            features = None if plain is None else self.interaction.image_features(self.tower, early[plain])
+        if encoded is None:
+            return Features(images=parts)
+        if isinstance(pairs, str):
+            conditioned = self.interaction.all_pairs(self.tower, parts, encoded.prompts)
+        else:
+            prompts = encoded.prompts
+            if pairs is None:
+                image_index = torch.arange(parts[0].shape[0], device=parts[0].device)  # `len` would fix an export's B
+            else:
+                image_index, prompts = pairs[0], prompts.take(pairs[1])
+            conditioned = self.interaction.pairs(self.tower, parts, prompts, image_index)
+        scale = self.logit_scale.float().exp().clamp(1.0, 100.0)
+        return Features(captions=encoded, conditioned=conditioned, plain=features, logit_scale=scale)
+
+    def _encode_captions(self, captions: Captions) -> EncodedCaptions:
+        knowledge, text = captions
+        triplets = self.encode_triplets(knowledge)
+        prompts = self.interaction.encode_captions(captions, triplets)
+        if text is not None and self.text_enrichment is not None:
+            text = self.text_enrichment(text, knowledge.states, triplets, knowledge.mask)
+        return EncodedCaptions(prompts, text)
+
+    def encode_triplets(self, knowledge: KnowledgeBatch) -> torch.Tensor | None:
+        """Triplet prompts of C captions (C, K, d_t) (eq. 4-5); None where the model reads none."""
+        if self.triplet_encoder is None:
+            return None
+        embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
+        return self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The parameters this project adds, by name; the frozen CLIP's are not among them."""

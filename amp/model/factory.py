@@ -17,7 +17,8 @@ from amp.errors import AmpError
 from amp.json_text import parse_json
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
-from amp.model.towers.base import CHOOSE, make_backbone
+from amp.model.towers import make_backbone
+from amp.model.towers.base import CHOOSE
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 LOADING_ERRORS = (
@@ -88,7 +89,7 @@ def create_model_and_transforms(
         model = ActionAwareCLIP(clip, prompt_config, get_tokenizer(model_name))
         model.base_name, model.base_pretrained, model.base_hash = model_name, pretrained, base_hash
         if adapter is not None:
-            load_adapter_state(model, weights, where=adapter)
+            load_adapter_state(model, header, weights, where=adapter)
     return model.to(device), preprocess_train, preprocess_val
 
 

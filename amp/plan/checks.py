@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 from amp.cores import usable_cores
+from amp.data.order import WINDOW
 from amp.data.split import MAX_OPEN, ShardSplit
 from amp.data.text_features import cut_texts
 from amp.errors import AmpError
@@ -191,15 +192,10 @@ def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[S
 
 def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Said]:
     """How the stream is shared out, and how many files that opens."""
-    workers, window, shards = config.data.workers, config.data.shuffle_window, data.train.shards
+    workers, shards = config.data.workers, data.train.shards
     readers = f"{counted(world, 'process')} x {counted(workers, 'worker')}"
-    mixed = min(window, shards)
+    mixed = min(WINDOW, shards)
     yield ok(f"{readers} read {counted(shards, 'shard')} by index, however many there are; a batch mixes {mixed}")
-    if mixed > MAX_OPEN:
-        yield warning(
-            f"data.shuffle_window is {window}, but a worker keeps {MAX_OPEN} shards open and would index the others "
-            f"again and again; give --data.shuffle_window {MAX_OPEN}"
-        )
     files = min(shards, MAX_OPEN) + OTHER_FILES + (min(data.val.shards, MAX_OPEN) if data.val else 0)
     files += TENSORS_A_BATCH * PREFETCHED * workers
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from amp.data.stream import Batch
 from amp.errors import AmpError
 from amp.knowledge.tensors import KnowledgeBatch
+from amp.knowledge.text import SLOT_TOKENS
 from amp.model.clip import ActionAwareCLIP
 from amp.model.factory import LOADING_ERRORS, LOW_PRECISION, reason, refuse_unsupported_model, to_precision
 from amp.train.config import TrainConfig
@@ -174,7 +175,7 @@ class StepSimulator:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             self.model.to_empty(device="cpu")
-        self.model.activation_checkpointing = config.activation_checkpointing
+        self.model.tower.recompute = config.activation_checkpointing
 
     def parameters(self, stage: int) -> Parameters:
         set_trainable(self.model, stage)
@@ -184,18 +185,7 @@ class StepSimulator:
         """Forward and backward passes of one rank among `world`, with gradients of a step before in place."""
         model, config, dtype = self.model, self.config, self.autocast
         trained = set_trainable(model, stage)
-        objective = SimulatedObjective(
-            stage,
-            config.conditioning,
-            config.negatives,
-            config.margin,
-            1.0,
-            config.seed,
-            config.knowledge_share,
-            config.knowledge_dropout,
-            config.combined,
-            config.prompt.interaction == "readout",
-        )
+        objective = SimulatedObjective.of(config, stage, model)
         engine = model if dtype is None or self.deepspeed else convert_outputs_to_fp32(model)
         with fake_world(world), self.mode:
             batches = [empty_batch(model, config, batch_size) for _ in range(config.gradient_accumulation)]
@@ -366,7 +356,7 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
 
 def empty_batch(model: ActionAwareCLIP, config: TrainConfig, size: int) -> Batch:
     """A batch as the stream gives it, of `size` images, on the current device."""
-    backbone, k, s = model.backbone, model.config.max_triplets, model.config.slot_tokens
+    backbone, k, s = model.backbone, model.config.max_triplets, SLOT_TOKENS
     knowledge = KnowledgeBatch(
         torch.empty(size, k, 3, s, dtype=torch.long),
         torch.empty(size, k, 3, s, dtype=torch.bool),

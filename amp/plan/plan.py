@@ -105,9 +105,7 @@ class Steps:
             AmpError: The split is smaller than a step, or a stage has no epoch.
         """
         data, accumulation = config.data, config.gradient_accumulation
-        order = BatchOrder(
-            [images], data.batch_size, 0, world, config.seed, data.shuffle_window, accumulation=accumulation
-        )
+        order = BatchOrder([images], data.batch_size, 0, world, config.seed, accumulation=accumulation)
         total = {stage: config.steps(stage, order.steps // accumulation) for stage in config.stages}
         size = data.batch_size * world
         return cls(size * accumulation, order.steps, images - order.steps * size, total)
@@ -202,9 +200,9 @@ def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Said]:
             continue
         ways = [f"--data.batch_size {best}"] if best else []
         if not config.activation_checkpointing:
-            simulator.model.activation_checkpointing = True
+            simulator.model.tower.recompute = True
             less = estimate(simulator, stage, settings.world, size, plan.zero).total
-            simulator.model.activation_checkpointing = False
+            simulator.model.tower.recompute = False
             ways.append(f"--activation_checkpointing true, which needs {in_bytes(less)}")
         yield error(f"{needs}; give {' or '.join(ways) or 'a larger GPU: not even the smallest batch fits'}")
 

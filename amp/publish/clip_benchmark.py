@@ -33,7 +33,7 @@ class WithoutKnowledge(nn.Module):
         """Images (B, 3, H, W) to features (B, d) under the visual prompts alone."""
         if self.base:
             return self.model.encode_image(images)
-        return self.model.encode_prompted(self.model.encode_early(images))
+        return self.model.image_features(images)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, context_length) to features (B, d), enriched by the text's own feature where the model does."""

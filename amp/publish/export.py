@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from amp.errors import AmpError
 from amp.files import write_atomically
-from amp.knowledge.tensors import KnowledgeBatch
+from amp.knowledge.tensors import Captions, KnowledgeBatch
+from amp.knowledge.text import SLOT_TOKENS
 from amp.model.clip import ActionAwareCLIP
 
 INPUTS = ("images", "triplet_tokens", "token_mask", "states", "mask", "text")
@@ -27,7 +28,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, model: ActionAwareCLIP):
         super().__init__()
-        if not model.knowledge_aware:
+        if not model.interaction.conditioned:
             raise AmpError("this model's images see no knowledge, expected an action-aware adapter, not a control")
         self.model = model
 
@@ -43,7 +44,7 @@ class ImageEncoder(nn.Module):
         """Images (B, 3, H, W), a `KnowledgeBatch` of B captions as its four tensors, and the captions' frozen features
         (B, d), which only models with `readout` read, to features (B, d), not normalised."""
         knowledge = KnowledgeBatch(triplet_tokens, token_mask, states, mask)
-        return self.model(images, knowledge, text=text).conditioned
+        return self.model(images, Captions(knowledge, text)).conditioned
 
 
 def export_image_encoder(model: ActionAwareCLIP, path: str | os.PathLike | None = None) -> torch.export.ExportedProgram:
@@ -62,7 +63,7 @@ def export_image_encoder(model: ActionAwareCLIP, path: str | os.PathLike | None 
     encoder, backbone, config = ImageEncoder(model).eval(), model.backbone, model.config
     device, size = model.logit_scale.device, backbone.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    rows, slots = 2, (config.max_triplets, 3, config.slot_tokens)
+    rows, slots = 2, (config.max_triplets, 3, SLOT_TOKENS)
     example = (
         torch.zeros(rows, 3, height, width, device=device),
         torch.zeros(rows, *slots, dtype=torch.int64, device=device),

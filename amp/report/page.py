@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms import Compose
 
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.errors import Problems
 from amp.evaluate.per_query import QueryResults, QueryTable
 from amp.evaluate.results import ResultFile
@@ -25,7 +26,6 @@ from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
 from amp.report.attention import attention_maps
 from amp.retrieval.metrics import KS
-from amp.retrieval.split_search import SplitCaptions
 
 BASE = "base CLIP"
 OUTCOMES = ("mended", "broken", "wrong", "right")
@@ -209,12 +209,12 @@ class _Page:
     def _maps(self, image: int, caption: int) -> dict[str, list[str]]:
         """Maps of each triplet as small grey PNG files."""
         model = self.given.model
-        if model is None or self.given.preprocess is None or not model.knowledge_aware:
+        if model is None or self.given.preprocess is None or not model.interaction.conditioned:
             return {}
         if image not in self._early:
             pixels = self.given.preprocess(self.given.split.image(image))[None].to(model.logit_scale.device)
             with torch.no_grad():
-                self._early[image] = model.encode_early(pixels)
+                self._early[image] = model.tower.early(pixels)
         batch = model.prepare_knowledge([self.given.captions.knowledge[caption]])
         found = attention_maps(model, self._early[image], batch)
         return {name: [_grey(x) for x in maps.cpu().numpy()] for name, maps in found.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.report.gallery import (
     CaptionHit,
     ImageHit,
@@ -15,14 +16,14 @@ from amp.report.gallery import (
     outcome_note,
 )
 from amp.retrieval.rerank import rerank_order
-from amp.retrieval.split_search import Ranking, SplitCaptions
+from amp.retrieval.split_search import Ranking, Rankings
 
 
 def draw_retrievals(
     path: Path,
     split: ShardSplit,
     captions: SplitCaptions,
-    rankings: dict[str, Ranking],
+    rankings: Rankings,
     t2i_examples: int = 4,
     i2t_examples: int = 2,
     shown: int = 3,
@@ -33,12 +34,11 @@ def draw_retrievals(
         path: File of the picture, PNG, JPEG or WebP by its suffix.
         split: Where photos are read.
         captions: Of the split.
-        rankings: Of one model, as `Retrieval.rank` returns.
+        rankings: Of one model, as `SplitSearch.rank` returns.
         t2i_examples, i2t_examples: Queries a direction.
         shown: Results a query and ranking.
     """
-    t2i = rankings["t2i"]
-    i2t = next(ranking for name, ranking in rankings.items() if name.startswith("i2t"))
+    t2i, i2t = rankings.t2i, next(iter(rankings.i2t.values()))
     text_cards, image_cards = [], []
     for row in choose_queries(
         t2i.first.ranks.tolist(), t2i.ranks.tolist(), t2i_examples, captions.image[t2i.queries].tolist()

@@ -1,16 +1,13 @@
 """Pre-selection by the frozen CLIP: the top-k candidates of each query, and where its best positive stands."""
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amp.errors import AmpError
-from amp.retrieval.metrics import KS, rank_of_best_positive, require_finite, stable_topk
+from amp.retrieval.metrics import rank_of_best_positive, require_finite, stable_topk
 
 # Scores held at once: 2^22 float32 are 16 MB, some 150 MB with the masks and sums of ranking.
 CHUNK_SCORES = 1 << 22
@@ -96,7 +93,7 @@ class FirstStage:
         candidates: (Q, k) int64 gallery indices, best first, ties by gallery index.
         scores: (Q, k) float32 cosine similarities of the candidates.
         ranks: (Q,) int64, 0-based rank of the best positive in the WHOLE gallery, so k or more for a query without
-            a positive among its candidates; the gallery's size where it isn't known (`faiss`).
+            a positive among its candidates.
     """
 
     candidates: Tensor
@@ -156,66 +153,18 @@ def first_stage(query_features: Tensor, gallery_features: Tensor, positives: Pos
     return FirstStage(candidates, best, ranks)
 
 
-@torch.no_grad()
-def faiss_first_stage(query_features: Tensor, gallery_features: Tensor, positives: Positives, k: int) -> FirstStage:
-    """As `first_stage`, from faiss-cpu's exact inner-product index, which holds the gallery once and no row of scores.
-
-    Equal candidates and scores but for ties, which Faiss breaks as it likes, and for the last bit of a dot product. An
-    answer that is not among the k has the gallery's size as its rank.
-
-    Raises:
-        AmpError: As `first_stage`, faiss is not installed, or k is below the largest K of R@K.
-    """
-    faiss = usable_faiss(k)
-    missing = ~torch.isin(positives.query_image, positives.gallery_image)
-    if missing.any():
-        raise AmpError(f"{int(missing.sum()):,} of {len(missing):,} queries have no positive in the gallery")
-    features = []
-    for name, x in (("query", query_features), ("gallery", gallery_features)):
-        x = F.normalize(x.float(), dim=-1)
-        require_finite(x, f"{name} features")
-        features.append(np.ascontiguousarray(x.cpu().numpy()))
-    query, gallery = features
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    index.add(gallery)
-    scores, candidates = (torch.from_numpy(x) for x in index.search(query, min(k, len(gallery))))
-    order = candidates.argsort(dim=1)  # equal scores in the gallery's order
-    order = order.gather(1, scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    scores, candidates = scores.gather(1, order), candidates.gather(1, order)
-    hit = positives.to("cpu").of(candidates)
-    ranks = torch.where(hit.any(1), hit.int().argmax(1), len(gallery))
-    return FirstStage(*(x.to(query_features.device) for x in (candidates, scores, ranks)))
-
-
-def usable_faiss(k: int) -> ModuleType:
-    """The module faiss, for a first stage that keeps k candidates.
-
-    Raises:
-        AmpError: It is not installed, or k is below the largest K of R@K.
-    """
-    if k < max(KS):
-        raise AmpError(f"top-k is {k} with the first stage 'faiss', expected at least {max(KS)}: it ranks no more")
-    try:
-        import faiss
-    except ImportError as error:
-        raise AmpError("the first stage 'faiss' needs faiss-cpu: pip install 'open-clip-amp[faiss]'") from error
-    return faiss
-
-
 def first_stage_in_folds(
     query_features: Tensor,
     gallery_features: Tensor,
     positives: Positives,
     k: int,
     fold: Tensor,
-    engine: Literal["exact", "faiss"] = "exact",
 ) -> FirstStage:
     """The first stage of each query within its own fold of the images, as COCO's five folds of 1,000 images.
 
     Args:
         query_features, gallery_features, positives, k: As for `first_stage`.
         fold: Of each image, int64 (I,).
-        engine: `first_stage` or `faiss_first_stage`.
 
     Returns:
         Candidates are indices of the whole gallery, ranks are those within the fold.
@@ -223,13 +172,12 @@ def first_stage_in_folds(
     Raises:
         AmpError: As `first_stage`, or a fold is empty.
     """
-    search = {"exact": first_stage, "faiss": faiss_first_stage}[engine]
     gallery_fold, query_fold = fold[positives.gallery_image], fold[positives.query_image]
     sizes = torch.bincount(gallery_fold)
     if (sizes == 0).any():
         raise AmpError(f"{len(sizes)} folds of {len(fold)} images leave one empty; ask for fewer folds")
     if len(sizes) == 1:
-        return search(query_features, gallery_features, positives, k)
+        return first_stage(query_features, gallery_features, positives, k)
     k = min(k, int(sizes.min()))  # candidates are a rectangle
     queries = len(query_features)
     candidates = torch.empty(queries, k, dtype=torch.int64, device=query_features.device)
@@ -238,7 +186,7 @@ def first_stage_in_folds(
     for number in query_fold.unique().tolist():
         rows, items = ((x == number).nonzero()[:, 0] for x in (query_fold, gallery_fold))
         within = Positives(positives.query_image[rows], positives.gallery_image[items])
-        found = search(query_features[rows], gallery_features[items], within, k)
+        found = first_stage(query_features[rows], gallery_features[items], within, k)
         candidates[rows], scores[rows] = items.to(found.candidates.device)[found.candidates], found.scores
         ranks[rows] = found.ranks
     return FirstStage(candidates, scores, ranks)

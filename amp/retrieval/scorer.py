@@ -1,4 +1,7 @@
-"""Scores of (image, caption) pairs, each image conditioned on its caption's knowledge (paper, sec. 3.5)."""
+"""The scorer of (image, caption) pairs: each image conditioned on its caption's knowledge (paper, sec. 3.5).
+
+Validation, evaluation, search and caption choice all score with it, adapters and controls alike.
+"""
 
 import contextlib
 
@@ -6,82 +9,98 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amp.knowledge.tensors import KnowledgeBatch
-from amp.model.clip import Prompts
-from amp.train.losses import pair_similarity
+from amp.knowledge.tensors import Captions, KnowledgeBatch
+from amp.model.clip import EncodedCaptions
+from amp.model.interactions.base import Prompts
+from amp.model.similarity import pair_similarity
 
 # What the prompts of a block of captions may take: 5,000 captions of ViT-L/14 with both kinds of prompts in fp32.
 PROMPT_BYTES = 256 << 20
-ENRICH_ROWS = 65_536
+TEXT_ROWS = 8192
 
 
 class PairScorer:
-    """Scores pairs from stored early tokens, with the knowledge of each caption encoded once a block of pairs.
+    """Scores pairs, with each caption encoded once per block of pairs and each image once per call.
 
     Args:
         model: `ActionAwareCLIP` in eval mode, or an engine around it, on the device of `text`.
-        early: Tokens of the images before block `interaction_layer`, (I, F + M, d_v), may be memory-mapped.
+        early: Tokens of I images before the first prompted block (I, F + M, d_v): a tensor, or an array that may be
+            memory-mapped.
         knowledge: Of C captions.
         text: The frozen caption features (C, d).
         autocast: Makes the context of a forward pass.
-        batch_size: Captions a forward pass.
+        batch_size: Captions per forward pass.
+
+    Attributes:
+        text: What images are scored against (C, d): the caption features, enriched where the model does that.
     """
 
     def __init__(
         self,
         model,
-        early: np.ndarray,
+        early: Tensor | np.ndarray,
         knowledge: KnowledgeBatch,
         text: Tensor,
         autocast=contextlib.nullcontext,
         batch_size: int = 128,
     ):
-        self.model, self.early, self.knowledge, self.text = model, early, knowledge, text
-        self.autocast, self.batch_size = autocast, batch_size
-        self.scored_text = scored_text(model, knowledge, text)
-        self._captions = torch.empty(0, dtype=torch.int64)
+        self.model, self.early, self.knowledge, self._frozen_text = model, early, knowledge, text
+        self.autocast, self.batch_size, self.device = autocast, batch_size, text.device
+        self.text = text
+        if getattr(model, "module", model).text_enrichment is not None:
+            with torch.no_grad():
+                rows = torch.arange(len(text)).split(TEXT_ROWS)
+                self.text = torch.cat([model(None, self._captions_of(part)).captions.text for part in rows])
+        self._prepared = torch.empty(0, dtype=torch.int64)
         self._prompts: Prompts | None = None
 
-    def captions_a_block(self) -> int:
+    def captions_per_block(self) -> int:
         """Captions whose prompts fit into `PROMPT_BYTES`."""
         one = self._encode(torch.zeros(1, dtype=torch.int64))
-        return max(1, PROMPT_BYTES // sum(x.nbytes for x in one if x is not None))
+        return max(1, PROMPT_BYTES // sum(x.nbytes for x in (*one.parts, one.mask)))
 
     def prepare(self, captions: Tensor) -> None:
-        """Encodes the knowledge of captions, int64 with repeats, in place of that of earlier calls."""
-        self._captions = captions.unique()
-        parts = [self._encode(part) for part in self._captions.split(self.batch_size)]
-        self._prompts = Prompts._make(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
+        """Encodes captions, int64 with repeats, in place of those of earlier calls."""
+        self._prepared = captions.unique()
+        blocks = [self._encode(part) for part in self._prepared.split(self.batch_size)]
+        parts = tuple(torch.cat(part) for part in zip(*(block.parts for block in blocks), strict=True))
+        self._prompts = Prompts(parts, torch.cat([block.mask for block in blocks]))
 
     def __call__(self, images: Tensor, captions: Tensor) -> Tensor:
-        """Scores (P,) of images (P,) with prepared captions (P,), on the CPU."""
+        """Scores (P,) of images with captions, int64 indices (P,) each; captions that are not prepared are."""
+        rows = torch.searchsorted(self._prepared, captions)
+        if not len(self._prepared) or (self._prepared[rows.clamp(max=len(self._prepared) - 1)] != captions).any():
+            self.prepare(captions)
+            rows = torch.searchsorted(self._prepared, captions)
         distinct, image_index = images.unique(return_inverse=True)
-        rows = torch.searchsorted(self._captions, captions)
-        device = self.text.device
+        assert self._prompts is not None
         with torch.no_grad(), self.autocast():
             features = self.model(
-                early_tokens(self.early, distinct, device), self._prompts, image_index.to(device), rows.to(device)
+                self._early_of(distinct),
+                EncodedCaptions(self._prompts, None),
+                (image_index.to(self.device), rows.to(self.device)),
             ).conditioned
-        return pair_similarity(features, self.scored_text[captions.to(device)]).cpu()
+        return pair_similarity(features, self.text[captions.to(self.device)])
+
+    def pooled(self, images: Tensor, captions: Tensor) -> Tensor:
+        """Scores (B, k) of B images with k captions each, int64 (B,) and (B, k): an image is encoded once, conditioned
+        on the union of its captions' knowledge."""
+        flat = captions.flatten()
+        with torch.no_grad(), self.autocast():
+            encoded = self.model(None, self._captions_of(flat)).captions
+            united = EncodedCaptions(encoded.prompts.unite(captions.shape[1]), None)
+            features = self.model(self._early_of(images), united).conditioned
+        return pair_similarity(features[:, None], self.text[captions.to(self.device)])
+
+    def _captions_of(self, captions: Tensor) -> Captions:
+        return Captions(self.knowledge[captions].to(self.device), self._frozen_text[captions.to(self.device)])
 
     def _encode(self, captions: Tensor) -> Prompts:
-        device = self.text.device
         with torch.no_grad(), self.autocast():
-            return self.model(
-                None, self.knowledge[captions].to(device), text=self.text[captions.to(device)], only_prompts=True
-            ).prompts
+            return self.model(None, self._captions_of(captions)).captions.prompts
 
-
-def early_tokens(early: np.ndarray, images: Tensor, device: torch.device) -> Tensor:
-    """Rows of stored tokens on the device, float32."""
-    return torch.from_numpy(np.asarray(early[images.numpy()], dtype=np.float32)).to(device)
-
-
-def scored_text(model, knowledge: KnowledgeBatch, text: Tensor) -> Tensor:
-    """What images are scored against: caption features (C, d), enriched where the model does that."""
-    parts = []
-    with torch.no_grad():
-        for low in range(0, len(text), ENRICH_ROWS):
-            rows = slice(low, low + ENRICH_ROWS)
-            parts.append(model(None, knowledge[rows].to(text.device), text=text[rows]).text)
-    return torch.cat(parts)
+    def _early_of(self, images: Tensor) -> Tensor:
+        """Tokens of images on the device, float32."""
+        if isinstance(self.early, Tensor):
+            return self.early[images.to(self.early.device)].to(self.device, torch.float32)
+        return torch.from_numpy(np.asarray(self.early[images.numpy()], dtype=np.float32)).to(self.device)

@@ -1,115 +1,31 @@
-"""Retrieval: the frozen CLIP pre-selects, the action-aware model re-ranks, in both directions (paper, sec. 3.5)."""
+"""Search of a split: the frozen CLIP pre-selects, a model re-ranks, in both directions (paper, sec. 3.5)."""
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from amp.data.frozen_features import FrozenFeatures
-from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.data.stream import KnowledgeCollator
 from amp.distributed import all_reduce_sum, rank, world_size
-from amp.errors import AmpError
-from amp.evaluate.results import DirectionResult, RetrievalRow
-from amp.knowledge.schema import Knowledge
 from amp.knowledge.tensors import KnowledgeBatch
-from amp.knowledge.text import tower_texts
-from amp.retrieval.first_stage import FirstStage, Positives, first_stage_in_folds, usable_faiss
-from amp.retrieval.rerank import rerank, score_candidates, shard_bounds
+from amp.model.similarity import pair_similarity
+from amp.retrieval.figures import BASE, DirectionResult, RetrievalRow, RowKey
+from amp.retrieval.first_stage import FirstStage, Positives, first_stage_in_folds
+from amp.retrieval.rerank import ScorePairs, rerank, score_candidates, shard_bounds
 from amp.retrieval.score_store import ScoreStore, content_key
-from amp.retrieval.scorer import PairScorer, early_tokens, scored_text
-from amp.terminal import Terminal
+from amp.retrieval.scorer import PairScorer
+from amp.retrieval.settings import RetrievalSettings
 
-
-@dataclass
-class RetrievalSettings:
-    """How a split is searched.
-
-    Args:
-        top_k: Candidates that the frozen CLIP pre-selects (paper: 20).
-        i2t: How image queries are conditioned: ``pairwise`` on each candidate's knowledge, ``pooled`` on the union of
-            all candidates' knowledge; the paper's text fits pooled.
-        fusion_weight: Weight of the first stage's score beside the new one (paper: 0).
-        fusions: Further weights, a row each, from the same scores.
-        batch_size: Pairs a forward pass.
-        captions_per_image: Keep only the first n captions of an image; 0 keeps all (COCO 5K: 25,010).
-        max_queries: Search for this many queries a direction, evenly spaced, in the whole gallery; 0 for all.
-        skip_decided: Score only queries with an answer among their candidates. The others keep their first-stage rank
-            whatever they score, so the recalls are the same for a fraction of the work.
-        folds: Galleries that the images are cut into, in order, with figures averaged over them; COCO's "1K" is 5.
-        first_stage: ``exact``: a matrix product and the rank of every answer. ``faiss``: an exact inner-product index
-            of faiss-cpu for galleries past a million; an answer outside the top k has no rank, so top_k is 10 or more.
-    """
-
-    top_k: int = 20
-    i2t: list[Literal["pairwise", "pooled"]] = field(default_factory=lambda: ["pairwise", "pooled"])
-    fusion_weight: float = 0.0
-    fusions: list[float] = field(default_factory=list)
-    batch_size: int = 128
-    captions_per_image: int = 0
-    max_queries: int = 0
-    skip_decided: bool = False
-    folds: int = 1
-    first_stage: Literal["exact", "faiss"] = "exact"
-
-    def __post_init__(self):
-        least = {"top_k": 1, "batch_size": 1, "captions_per_image": 0, "max_queries": 0, "folds": 1}
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                raise AmpError(f"search setting {key} is {getattr(self, key)}, expected an integer of at least {low}")
-        if not self.i2t:
-            raise AmpError("search setting i2t is [], expected pairwise, pooled or both")
-
-    def check(self, images: int) -> None:
-        """Raises AmpError where a split of so many images can't be searched like this, or faiss is missing."""
-        if self.folds > images:
-            raise AmpError(f"search setting folds is {self.folds}, expected at most {images}, the images")
-        if self.first_stage == "faiss":
-            usable_faiss(self.top_k)
-
-
-@dataclass
-class SplitCaptions:
-    """The captions of a split in order, with the image of each.
-
-    Attributes:
-        texts: C captions.
-        knowledge: Of the captions.
-        image: Index of each caption's image, int64 (C,).
-        images: Number of images I.
-    """
-
-    texts: list[str]
-    knowledge: list[Knowledge]
-    image: torch.Tensor
-    images: int
-
-    @classmethod
-    def read(cls, split: ShardSplit, keep: Sequence[str], captions_per_image: int = 0) -> "SplitCaptions":
-        """Reads the records of a split; `captions_per_image` 0 keeps all."""
-        texts, knowledge, image = [], [], []
-        for index, record in enumerate(split.records()):
-            for text, item in split.captions(record, keep)[: captions_per_image or None]:
-                texts.append(text)
-                knowledge.append(item)
-                image.append(index)
-        return cls(texts, knowledge, torch.tensor(image), len(split))
-
-    def say_without_knowledge(self, terminal: Terminal) -> None:
-        """Says how many captions have no triplet, if any."""
-        if lacking := sum(not item.triplets for item in self.knowledge):
-            terminal.say(f"{lacking:,} of {len(self.texts):,} captions without knowledge")
-
-    def all_texts(self, max_triplets: int, setting: str = "both") -> list[str]:
-        """Every text that needs a feature: captions, and what `PromptConfig.knowledge` asks for beside them."""
-        return self.texts + [text for item in self.knowledge for text in tower_texts(item, max_triplets, setting)]
+PAIRS_AT_ONCE = 65_536
+Score = Callable[[torch.Tensor, torch.Tensor, ScoreStore | None], torch.Tensor]
 
 
 @dataclass
@@ -121,7 +37,7 @@ class Ranking:
         first: The frozen CLIP's answer.
         scores: New scores of its candidates (Q, k); zeros for queries that `skip_decided` left out.
         ranks: 0-based rank of the best positive after re-ranking (Q,).
-        fusion_weight: Of the first stage's score in `ranks`.
+        fusion_weight: Weight of the first stage's score in `ranks`.
         result: The figures.
     """
 
@@ -133,16 +49,28 @@ class Ranking:
     result: DirectionResult
 
 
-class Retrieval:
-    """Evaluates models that share a base CLIP on one split.
+class Rankings(NamedTuple):
+    """Both directions of one method.
+
+    Attributes:
+        t2i: Caption queries.
+        i2t: Image queries by how they are conditioned, ``pairwise`` and ``pooled``; "" for methods without knowledge.
+    """
+
+    t2i: Ranking
+    i2t: dict[str, Ranking]
+
+
+class SplitSearch:
+    """The queries of one split, and their candidates, for models that share a base CLIP.
 
     Every rank holds the first stage and scores its share of the pairs.
 
     Args:
-        captions: Of the split.
+        captions: Captions of the split.
         frozen: Stored image features of the split; early tokens are for models.
         text: The frozen caption features (C, d).
-        knowledge: Of the captions; None for the base model alone.
+        knowledge: Knowledge of the captions; None for the base model only.
         settings: See `RetrievalSettings`.
         device: Where scores are computed.
     """
@@ -174,9 +102,7 @@ class Retrieval:
         for direction, (query, gallery) in {"i2t": (base, self.text), "t2i": (self.text, base)}.items():
             start = time.perf_counter()
             query = query[self.queries[direction].to(device)]
-            found = first_stage_in_folds(
-                query, gallery, self.positives[direction], settings.top_k, self.fold, settings.first_stage
-            )
+            found = first_stage_in_folds(query, gallery, self.positives[direction], settings.top_k, self.fold)
             self.first[direction] = FirstStage(*(x.cpu() for x in (found.candidates, found.scores, found.ranks)))
             self.first_seconds[direction] = time.perf_counter() - start
 
@@ -188,251 +114,174 @@ class Retrieval:
         collate: KnowledgeCollator,
         settings: RetrievalSettings,
         device: torch.device,
-    ) -> "Retrieval":
+    ) -> "SplitSearch":
         """With caption features and knowledge from a store of text features."""
         text = torch.from_numpy(collate.store.lookup(captions.texts))
         return cls(captions, frozen, text, collate(captions.knowledge), settings, device)
 
-    def base(self) -> dict[str, Ranking]:
-        """The frozen CLIP alone."""
-        return {d: self._ranking(d, first.scores, first.ranks, 0.0, 0.0) for d, first in self.first.items()}
+    def base(self) -> Rankings:
+        """The frozen CLIP by itself."""
+        t2i, i2t = (
+            self._ranking(direction, first.scores, first.ranks, 0.0, 0.0)
+            for direction, first in ((d, self.first[d]) for d in ("t2i", "i2t"))
+        )
+        return Rankings(t2i, {"": i2t})
 
-    def base_row(self, name: str = "base CLIP") -> RetrievalRow:
-        """The figures of `base`."""
-        base = self.base()
-        return RetrievalRow(name, base["i2t"].result, base["t2i"].result)
-
-    def rank_text(self, text: torch.Tensor) -> dict[str, Ranking]:
+    def rank_text(self, text: torch.Tensor) -> Rankings:
         """Re-ranks with other caption features (C, d) against the frozen CLIP's image features, without any model."""
-        features = torch.from_numpy(np.array(self.frozen.base)).to(self.device)
-        rankings = {}
-        for direction, first in self.first.items():
-            start = time.perf_counter()
-            scorer = self._feature_scorer(features, direction, text=text)
-            mask = self.positives[direction].of(first.candidates)
-            scores = score_candidates(first.candidates, scorer, self.settings.batch_size)
-            rankings[direction] = self._reranking(direction, scores, mask, time.perf_counter() - start)
-        return rankings
+        base = torch.from_numpy(np.array(self.frozen.base)).to(self.device)
+
+        def cosines(images: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+            return pair_similarity(base[images.to(self.device)], text[captions.to(self.device)])
+
+        def score(direction: str, rows: torch.Tensor, candidates: torch.Tensor, _) -> torch.Tensor:
+            return self._score_pairs(cosines, direction, rows, candidates, PAIRS_AT_ONCE)
+
+        t2i, i2t = (self._rerank(d, functools.partial(score, d)) for d in ("t2i", "i2t"))
+        return Rankings(t2i, {"": i2t})
 
     def rank(
         self,
         model,
         autocast=contextlib.nullcontext,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         partial: Path | None = None,
         precision: str = "",
-    ) -> dict[str, Ranking]:
+    ) -> Rankings:
         """Re-ranks with a model.
 
         Args:
             model: `ActionAwareCLIP` in eval mode, or an engine around it, on `device`.
             autocast: Makes the context of a forward pass.
-            progress: Called as progress(direction, done, total).
+            progress: Called as progress(done, total), anew for each direction.
             partial: Folder where scores of pairs are kept while this runs, and from which it goes on with what an
                 earlier call left, on any number of ranks.
-            precision: What `autocast` does; scores of another one are not taken up.
+            precision: What `autocast` does; scores of another precision are not taken up.
 
         Returns:
-            For a knowledge-aware model ``t2i`` and ``i2t pairwise``/``i2t pooled`` as set, else ``t2i`` and ``i2t``.
+            Image queries by each mode of `RetrievalSettings.i2t`; of a control, whose scores don't depend on it, as "".
         """
-        aware = getattr(model, "module", model).knowledge_aware
-        if aware:
-            pairs = self._pair_scorer(model, autocast)
-            text, names = pairs.scored_text, ["t2i", *(f"i2t {mode}" for mode in self.settings.i2t)]
-            key = self._content_key(model, precision) if partial is not None else ""
-        else:
-            features, text = self._over_images(model, autocast), scored_text(model, self._known(), self.text)
-            names = ["t2i", "i2t"]
-        rankings = {}
-        for name in names:
-            direction = name[:3]
-            start, before = time.perf_counter(), 0.0
-            report = None if progress is None else functools.partial(progress, name)
-            first, mask = self.first[direction], self.positives[direction].of(self.first[direction].candidates)
-            rows = mask.any(dim=1).nonzero().flatten() if self.settings.skip_decided else torch.arange(len(mask))
-            candidates, store = first.candidates[rows], None
-            if aware and name != "i2t pooled":
-                if partial is not None:
-                    store = ScoreStore(
-                        partial / content_key([key, name, rows, candidates]), candidates.numel(), self.device
-                    )
-                    before = store.seconds / world_size()
-                part = self._score_pairs(pairs, direction, rows, candidates, report, store)
-            else:
-                if aware:  # the images are the work, what follows is a look-up
-                    features, report = self._over_images(model, autocast, rows, report), None
-                scorer = self._feature_scorer(features, direction, by_query=aware, text=text, queries=rows)
-                part = score_candidates(
-                    candidates, scorer, self.settings.batch_size, shard=(rank(), world_size()), progress=report
-                )
-            scores = torch.zeros_like(first.scores)
-            scores[rows] = all_reduce_sum(part.to(self.device)).cpu()
-            # Time of the queries left out is counted as that of the others.
-            seconds = (before + time.perf_counter() - start) * len(mask) / max(1, len(rows))
-            rankings[name] = self._reranking(direction, scores, mask, seconds)
-        return rankings
+        scorer = self.scorer(model, autocast)
+        stored = None if partial is None else partial / self._content_key(model, precision)
 
-    def methods(self, name: str, rankings: dict[str, Ranking]) -> dict[str, tuple[Ranking, Ranking]]:
-        """Image and caption queries of one model by the table's rows: one a way of conditioning image queries and one a
-        weight of `fusions` besides."""
-        found = {}
-        for key, i2t in rankings.items():
-            if key.startswith("i2t"):
-                plain, *fused = row_names(name, [key], self.settings.fusions)
-                found[plain] = i2t, rankings["t2i"]
-                for row, weight in zip(fused, self.settings.fusions, strict=True):
-                    found[row] = self.fused("i2t", i2t, weight), self.fused("t2i", rankings["t2i"], weight)
-        return found
+        def pairwise(direction: str, rows, candidates, store: ScoreStore | None) -> torch.Tensor:
+            size = self.settings.batch_size
+            return self._score_pairs(scorer, direction, rows, candidates, size, progress, store)
 
-    def fused(self, direction: str, ranking: Ranking, weight: float) -> Ranking:
-        """The same scores with another weight of the first stage's score."""
-        first, mask = ranking.first, self.positives[direction].of(ranking.first.candidates)
-        ranks = rerank(first, ranking.scores, mask, weight)
-        result = DirectionResult.measure(ranks, first.ranks, mask, ranking.result.seconds, self._folds(direction))
-        return replace(ranking, ranks=ranks, fusion_weight=weight, result=result)
+        def pooled(rows, candidates, _) -> torch.Tensor:
+            return self._score_pooled(scorer, rows, candidates, progress)
 
-    def rows(self, name: str, rankings: dict[str, Ranking]) -> list[RetrievalRow]:
-        """The figures of `methods`."""
-        methods = self.methods(name, rankings)
-        return [RetrievalRow(row, i2t.result, t2i.result) for row, (i2t, t2i) in methods.items()]
+        i2t = functools.partial(pairwise, "i2t")
+        t2i = self._rerank("t2i", functools.partial(pairwise, "t2i"), stored)
+        if not getattr(model, "module", model).interaction.conditioned:
+            return Rankings(t2i, {"": self._rerank("i2t", i2t, stored)})
+        found: dict[str, Ranking] = {}
+        for mode in self.settings.i2t:
+            found[mode] = self._rerank("i2t", i2t, stored) if mode == "pairwise" else self._rerank("i2t", pooled)
+        return Rankings(t2i, found)
+
+    def scorer(self, model, autocast=contextlib.nullcontext) -> PairScorer:
+        """The scorer of any pairs of this split's images and captions."""
+        assert self.knowledge is not None, "the base model needs none"
+        tokens = self.frozen.tokens
+        return PairScorer(model, tokens, self.knowledge, self.text, autocast, self.settings.batch_size)
+
+    def rows(self, method: str, rankings: Rankings, probe: str = "") -> list[RetrievalRow]:
+        """The figures of rankings, one row per mode."""
+        return [
+            RetrievalRow(RowKey(method, mode, probe), i2t.result, rankings.t2i.result)
+            for mode, i2t in rankings.i2t.items()
+        ]
+
+    def base_row(self) -> RetrievalRow:
+        """The figures of `base`."""
+        return self.rows(BASE.method, self.base())[0]
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
-    def pair_score(
-        self, model, autocast=contextlib.nullcontext
-    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Scores of any pairs, without a first stage: a function of images (P,) and captions (P,), int64, to (P,).
+    def _rerank(self, direction: str, score: Score, stored: Path | None = None) -> Ranking:
+        """A ranking by new scores.
 
-        A knowledge-aware model conditions each image on its pair's caption; arguments as for `rank`. Needs
-        `max_queries` 0.
+        Args:
+            direction: ``t2i`` or ``i2t``.
+            score: Maps rows of queries (Q',) and their candidates (Q', k) to this rank's part of their scores.
+            stored: Folder of scores that an earlier run has left.
         """
-        if self.settings.max_queries:
-            raise ValueError(f"max_queries is {self.settings.max_queries}, expected 0: pairs name any image")
-        if getattr(model, "module", model).knowledge_aware:
-            pairs = self._pair_scorer(model, autocast)
-
-            def score(images: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-                pairs.prepare(captions)
-                return pairs(images, captions)
-
-            return score
-        text = scored_text(model, self._known(), self.text)
-        return self._feature_scorer(self._over_images(model, autocast), "i2t", text=text)
-
-    def _reranking(self, direction: str, scores: torch.Tensor, mask: torch.Tensor, seconds: float) -> Ranking:
-        weight = self.settings.fusion_weight
-        return self._ranking(direction, scores, rerank(self.first[direction], scores, mask, weight), weight, seconds)
+        start, first, weight = time.perf_counter(), self.first[direction], self.settings.fusion_weight
+        mask = self.positives[direction].of(first.candidates)
+        rows = mask.any(dim=1).nonzero().flatten() if self.settings.skip_decided else torch.arange(len(mask))
+        candidates, store, before = first.candidates[rows], None, 0.0
+        if stored is not None:
+            store = ScoreStore(stored / content_key([direction, rows, candidates]), candidates.numel(), self.device)
+            before = store.seconds / world_size()
+        part = score(rows, candidates, store)
+        scores = torch.zeros_like(first.scores)
+        scores[rows] = all_reduce_sum(part.to(self.device)).cpu()
+        # Time of the queries left out is counted as that of the others.
+        seconds = (before + time.perf_counter() - start) * len(mask) / max(1, len(rows))
+        return self._ranking(direction, scores, rerank(first, scores, mask, weight), weight, seconds)
 
     def _ranking(
         self, direction: str, scores: torch.Tensor, ranks: torch.Tensor, weight: float, seconds: float
     ) -> Ranking:
-        first = self.first[direction]
-        mask = self.positives[direction].of(first.candidates)
+        first, positives = self.first[direction], self.positives[direction]
+        mask = positives.of(first.candidates)
         seconds += self.first_seconds[direction]
-        result = DirectionResult.measure(ranks, first.ranks, mask, seconds, self._folds(direction))
+        fold = None if self.settings.folds == 1 else self.fold[positives.query_image]
+        result = DirectionResult.measure(ranks, first.ranks, mask, seconds, fold)
         return Ranking(self.queries[direction], first, scores, ranks, weight, result)
-
-    def _folds(self, direction: str) -> torch.Tensor | None:
-        return None if self.settings.folds == 1 else self.fold[self.positives[direction].query_image]
-
-    def _known(self) -> KnowledgeBatch:
-        assert self.knowledge is not None, "the base model alone does without knowledge"
-        return self.knowledge
-
-    def _pair_scorer(self, model, autocast) -> PairScorer:
-        return PairScorer(model, self.frozen.tokens, self._known(), self.text, autocast, self.settings.batch_size)
 
     def _score_pairs(
         self,
-        pairs: PairScorer,
+        scorer: PairScorer | ScorePairs,
         direction: str,
         rows: torch.Tensor,
         candidates: torch.Tensor,
-        progress,
-        store: ScoreStore | None,
+        batch_size: int,
+        progress=None,
+        store: ScoreStore | None = None,
     ) -> torch.Tensor:
         """Scores of candidates (Q', k) of the queries `rows`; 0 for pairs of other ranks."""
-        queries = self.queries[direction][rows]
-        to_text = direction == "i2t"
-        captions = pairs.captions_a_block()
+        queries, to_text = self.queries[direction][rows], direction == "i2t"
+        block, prepare = 0, None
+        if isinstance(scorer, PairScorer):
+            block = scorer.captions_per_block() * (1 if to_text else candidates.shape[1])
+
+            def prepare(q: torch.Tensor, c: torch.Tensor) -> None:
+                scorer.prepare(c if to_text else queries[q])
+
         return score_candidates(
             candidates,
-            lambda q, c: pairs(queries[q], c) if to_text else pairs(c, queries[q]),
-            self.settings.batch_size,
+            lambda q, c: scorer(queries[q], c) if to_text else scorer(c, queries[q]),
+            batch_size,
             group_by="query" if to_text else "candidate",
             shard=(rank(), world_size()),
             progress=progress,
-            prepare=lambda q, c: pairs.prepare(c if to_text else queries[q]),
-            block_pairs=captions if to_text else captions * candidates.shape[1],
+            prepare=prepare,
+            block_pairs=block,
             store=store,
         )
 
+    def _score_pooled(self, scorer: PairScorer, rows: torch.Tensor, candidates: torch.Tensor, progress) -> torch.Tensor:
+        """Scores of candidates (Q', k) of the image queries `rows`, each image conditioned on the union of them."""
+        scores, queries = torch.zeros(candidates.shape, device=self.device), self.queries["i2t"][rows]
+        start, stop = shard_bounds(len(rows), rank(), world_size())
+        size = max(1, self.settings.batch_size // self.settings.top_k)
+        for low in range(start, stop, size):
+            part = slice(low, min(low + size, stop))
+            scores[part] = scorer.pooled(queries[part], candidates[part])
+            if progress is not None:
+                progress(part.stop - start, stop - start)
+        return scores
+
     def _content_key(self, model, precision: str) -> str:
-        """Name for all that scores of pairs depend on, but for the pairs."""
-        state = getattr(model, "module", model).adapter_state()
-        knowledge, images = vars(self._known()).values(), (self.frozen.base, self.frozen.tokens[0])
+        """Name for all that scores of pairs depend on, except the pairs."""
+        model = getattr(model, "module", model)
+        state = model.adapter_state()
+        assert self.knowledge is not None
+        knowledge, images = vars(self.knowledge).values(), (self.frozen.base, self.frozen.tokens[0])
         # A row of tokens tells a grey image from photos; base features tell these apart.
         return content_key([repr(model.config), precision, *state, *state.values(), *knowledge, self.text, *images])
-
-    def _feature_scorer(
-        self,
-        features: torch.Tensor,
-        direction: str,
-        by_query: bool = False,
-        text=None,
-        queries: torch.Tensor | None = None,
-    ):
-        """Scores from one feature an image (I, d), or with `by_query` one an image query (Q, d). `queries`: rows of the
-        queries that are asked about, by the numbers that they are asked under; None for all."""
-        features = F.normalize(features.float(), dim=-1)
-        text = F.normalize((self.text if text is None else text).float(), dim=-1)
-
-        def score(query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-            query = query if queries is None else queries[query]
-            item = self.queries[direction][query]
-            image, caption = (item, candidate) if direction == "i2t" else (candidate, item)
-            rows = query if by_query else image
-            return (features[rows.to(self.device)] * text[caption.to(self.device)]).sum(-1).cpu()
-
-        return score
-
-    def _over_images(self, model, autocast, rows: torch.Tensor | None = None, progress=None) -> torch.Tensor:
-        """One feature an image, split over ranks: without knowledge of all images (I, d), or with `rows` of those image
-        queries, each conditioned on the union of its candidates' knowledge (Q, d)."""
-        pooled = rows is not None
-        if rows is None:
-            rows = torch.arange(self.captions.images)
-        total = len(self.queries["i2t"]) if pooled else len(rows)
-        features = torch.zeros(total, self.text.shape[1], device=self.device)
-        size = max(1, self.settings.batch_size // (self.settings.top_k if pooled else 1))
-        start, stop = shard_bounds(len(rows), rank(), world_size())
-        for low in range(start, stop, size):
-            part = rows[low : min(low + size, stop)]
-            with torch.no_grad(), autocast():
-                if pooled:
-                    candidates = self.first["i2t"].candidates[part]
-                    knowledge = self._known()[candidates.flatten()].to(self.device)
-                    early = early_tokens(self.frozen.tokens, self.queries["i2t"][part], self.device)
-                    text = self.text[candidates.flatten().to(self.device)]
-                    out = model(early, knowledge, captions_a_pair=candidates.shape[1], text=text).conditioned
-                else:
-                    out = model(early_tokens(self.frozen.tokens, part, self.device), prompted=True).prompted
-            features[part.to(self.device)] = out.float()
-            if progress is not None:
-                progress(low + len(part) - start, stop - start)
-        return all_reduce_sum(features)
-
-
-def row_names(name: str, i2t: Sequence[str], fusions: Sequence[float]) -> list[str]:
-    """The rows that a method's rankings make, such as "ours (pairwise)" and "ours (pairwise), fusion 0.5".
-
-    Args:
-        name: Of the method.
-        i2t: Its rankings of image queries: ``i2t``, or ``i2t pairwise`` and ``i2t pooled``.
-        fusions: Of the settings.
-    """
-    plain = [name if key == "i2t" else f"{name} ({key[4:]})" for key in i2t]
-    return [row for one in plain for row in (one, *(f"{one}, fusion {weight:g}" for weight in fusions))]
 
 
 def spaced(total: int, count: int) -> torch.Tensor:

@@ -306,7 +306,7 @@ def _update(
             new = {photo.digest: photo.pixels for photo in batch if photo.pixels is not None}
             if new:
                 images = torch.stack(list(new.values())).to(model.logit_scale.device)
-                base = model(images, only_frozen=True).base.float().cpu().numpy()
+                base = model(images).base.float().cpu().numpy()
                 known |= zip(new, base, strict=True)
             for name, photo in named.items():
                 if photo.reason:

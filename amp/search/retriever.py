@@ -189,7 +189,7 @@ class Retriever:
         config = self.model.config
         if knowledge is not None:
             return knowledge
-        if self.knowledge is None or not (self.model.knowledge_aware or config.text_enrichment):
+        if self.knowledge is None or not (config.reads_triplets or config.reads_states):
             return Knowledge()
         return self.knowledge([query])[0]
 
@@ -197,18 +197,11 @@ class Retriever:
         """Scores (k,) of preprocessed photos under the query's knowledge."""
         if not images:
             return torch.empty(0)
-        model, batches = self.model, torch.stack(images).split(self.batch_size)
-        device = text.device
-        batch = model.prepare_knowledge([knowledge])
-        if not model.knowledge_aware:
-            features = torch.cat([model(x.to(device), prompted=True).prompted for x in batches])
-            scored = model(None, batch, text=text).text
-            return F.cosine_similarity(features.float(), scored.float(), dim=-1).cpu()
-        early = torch.cat([model.encode_early(x.to(device)).float().cpu() for x in batches]).numpy()
-        scorer = PairScorer(model, early, batch, text, batch_size=self.batch_size)
-        scorer.prepare(torch.zeros(1, dtype=torch.int64))
+        model = self.model
+        early = torch.cat([model.tower.early(x.to(text.device)) for x in torch.stack(images).split(self.batch_size)])
+        scorer = PairScorer(model, early, model.prepare_knowledge([knowledge]), text)
         numbers = torch.arange(len(images)).split(self.batch_size)
-        return torch.cat([scorer(part, torch.zeros_like(part)) for part in numbers])
+        return torch.cat([scorer(part, torch.zeros_like(part)) for part in numbers]).cpu()
 
 
 def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:

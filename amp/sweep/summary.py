@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from amp.errors import AmpError, Problems, printable
-from amp.evaluate.results import ResultFile, RetrievalRow
+from amp.evaluate.results import ResultFile
+from amp.retrieval.figures import RetrievalRow
 from amp.retrieval.metrics import KS
 from amp.sweep.config import SweepConfig
 from amp.sweep.runs import RESULTS, Run

@@ -8,8 +8,8 @@ from typing import Literal
 
 from amp.errors import AmpError
 from amp.model.config import PromptConfig
-from amp.retrieval.split_search import RetrievalSettings
-from amp.train.objective import Conditioning
+from amp.model.interactions import interaction_class
+from amp.retrieval.settings import RetrievalSettings
 
 
 @dataclass
@@ -40,15 +40,12 @@ class DataSettings:
         val_split: Split to validate on; null trains without validation.
         batch_size: Images a process and step.
         workers: Decoding processes a training process; fewer where there are fewer cores.
-        shuffle_window: Shards mixed at a time.
-        decode: ``scaled`` decodes a JPEG at a half, quarter or eighth of its size where its random crop is still as
-            large as the model's input (ours), ``full`` decodes all of it; of no effect with ``augment: none``.
         augment: ``none`` uses the validation transform, ``crop`` open_clip's training transform (no flip in either).
         kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".
         cache: Folder for text features and frozen image features.
         cache_dtype: Type of cached features; float16 halves the space, float32 is exact.
-        cache_images: Store each image's tokens below `interaction_layer` on disk, (F + M) x d_v numbers an image;
-            asks for ``augment: none``.
+        cache_images: Store each image's tokens before the first prompted block on disk, (F + M) x d_v numbers per
+            image; needs ``augment: none``.
     """
 
     shards: str = ""
@@ -56,9 +53,7 @@ class DataSettings:
     val_split: str | None = "val"
     batch_size: int = 64
     workers: int = 4
-    shuffle_window: int = 64
     augment: Literal["none", "crop"] = "crop"
-    decode: Literal["scaled", "full"] = "scaled"
     kinds: list[Literal["action", "attribute"]] = field(default_factory=lambda: ["action", "attribute"])
     cache: str = "data/cache"
     cache_dtype: Literal["float32", "float16"] = "float32"
@@ -72,17 +67,15 @@ class StageSettings:
     Args:
         epochs: Passes over the training images.
         lr: Peak learning rate (ours); warm-up is linear, then it falls to zero on a cosine.
-        prompt_lr: Peak rate of visual prompts and the temperature (ours); null takes `lr`.
         warmup_steps: Optimizer steps of warm-up (ours).
         weight_decay: Of AdamW, on matrices only (ours).
         max_steps: Optimizer steps at most; 0 sets no limit.
     """
 
     epochs: int = 10
-    lr: float = 5e-4
-    prompt_lr: float | None = None
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
+    lr: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.05
     max_steps: int = 0
 
 
@@ -118,15 +111,14 @@ class TrainConfig:
         stage2: Triplet stage (eq. 11).
         init: Adapter file to start from; needed for ``stages: [2]``.
         conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
-            ``paired`` under its own caption's (literal eq. 10), ``none`` without knowledge (control).
-        negatives: Sampled negatives a direction for ``contrastive`` (ours). Of no effect with the interaction
-            ``readout``, where all pairs of the global batch are scored.
+            ``paired`` under its own caption's (literal eq. 10). A control has no knowledge to condition on.
+        negatives: Sampled negatives per direction for ``contrastive`` (ours). Of no effect with interactions that score
+            all pairs, such as ``readout``.
         mined_group: Images that the frozen CLIP confuses come into one batch, this many together (first-stage mining,
             ours); 1 leaves batches random.
-        knowledge_share: Part of a batch that ``contrastive`` scores under knowledge, and the weight of these scores in
-            stage 1, where all of it is scored without knowledge besides (ours). Of no effect with ``readout``.
         knowledge_dropout: Share of a caption's triplets, each with its state, that a training step leaves out at random
             (ours); a caption that loses all of them learns the null token.
+        prompt_lr_factor: Learning rate of visual prompts and of the temperature, as a multiple of `lr` (ours).
         margin: Margin of the triplet loss (ours).
         mixed_precision: Autocast type; ``auto`` is bf16 on a GPU and on processors that have instructions for it, else
             no; null takes what `accelerate launch` says.
@@ -134,7 +126,6 @@ class TrainConfig:
             ``aim`` or ``cat``, whose negatives come from one batch (docs/training.md).
         max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
         activation_checkpointing: Recompute the prompted blocks in the backward pass.
-        compile_frozen: Compile CLIP's image blocks with torch.compile; the first steps take minutes longer (ours).
         deepspeed: DeepSpeed file, such as ``ds_configs/zero2.json``; null trains without, or with the file that
             `accelerate launch --use_deepspeed` names. One stage a launch.
         checkpoint: When checkpoints are saved, and whether the run goes on from one.
@@ -145,7 +136,7 @@ class TrainConfig:
         trackers: Accelerate trackers, such as ``[tensorboard]`` or ``[tensorboard, wandb]``.
         log_every: Optimizer steps between two log entries.
         validate_every: Epochs between two validations; 0 for none.
-        validation: How the validation split is searched.
+        validation_queries: Queries per direction of a validation, evenly spaced, in the whole gallery; 0 for all.
     """
 
     out: str = "runs/train"
@@ -155,19 +146,20 @@ class TrainConfig:
     stages: list[int] = field(default_factory=lambda: [1, 2])
     combined: bool = False
     stage1: StageSettings = field(default_factory=StageSettings)
-    stage2: StageSettings = field(default_factory=lambda: StageSettings(epochs=3, lr=1e-4))
+    stage2: StageSettings = field(
+        default_factory=lambda: StageSettings(epochs=1, lr=1e-4, warmup_steps=5, weight_decay=0.01)
+    )
     init: str | None = None
-    conditioning: Conditioning = "contrastive"
+    conditioning: Literal["contrastive", "paired"] = "contrastive"
     negatives: int = 2
     mined_group: int = 1
-    knowledge_share: float = 1.0
     knowledge_dropout: float = 0.0
+    prompt_lr_factor: float = 10.0
     margin: float = 0.2
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = "auto"
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
-    compile_frozen: bool = False
     deepspeed: str | None = None
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     max_skipped: int = 10
@@ -176,7 +168,12 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 10
     validate_every: int = 1
-    validation: RetrievalSettings = field(default_factory=lambda: RetrievalSettings(max_queries=500, skip_decided=True))
+    validation_queries: int = 500
+
+    @property
+    def validation(self) -> RetrievalSettings:
+        """How the validation split is searched: for recalls, with as little work as they need."""
+        return RetrievalSettings(i2t=["pairwise"], max_queries=self.validation_queries, skip_decided=True)
 
     def stage(self, number: int) -> StageSettings:
         """Settings of stage 1 or 2."""
@@ -213,25 +210,17 @@ class TrainConfig:
             raise AmpError(
                 "stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors"
             )
-        if (self.conditioning == "none") == self.prompt.conditions:
-            raise AmpError(
-                f"conditioning is {self.conditioning!r}, prompt.knowledge is {self.prompt.knowledge!r} and "
-                f"prompt.condition_images is {self.prompt.condition_images}, expected conditioning 'none' where images "
-                "see no knowledge and only there; the control takes --conditioning none --prompt.knowledge none"
-            )
+        interaction_class(self.prompt)
         if self.data.cache_images and self.data.augment != "none":
             raise AmpError(
                 f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of "
                 "random crops can't be stored; add --data.augment none"
             )
-        if not 0.0 < self.knowledge_share <= 1.0:
-            raise AmpError(f"knowledge_share is {self.knowledge_share}, expected a number above 0, at most 1")
         if not 0.0 <= self.knowledge_dropout < 1.0:
             raise AmpError(f"knowledge_dropout is {self.knowledge_dropout}, expected a number from 0, below 1")
         low = {
             "data.batch_size": (self.data.batch_size, 1),
             "data.workers": (self.data.workers, 0),
-            "data.shuffle_window": (self.data.shuffle_window, 1),
             "negatives": (self.negatives, 1),
             "mined_group": (self.mined_group, 1),
             "gradient_accumulation": (self.gradient_accumulation, 1),
@@ -246,11 +235,13 @@ class TrainConfig:
             "max_grad_norm": (self.max_grad_norm, 0),
             "seed": (self.seed, 0),
             "validate_every": (self.validate_every, 0),
+            "validation_queries": (self.validation_queries, 0),
+            "prompt_lr_factor": (self.prompt_lr_factor, 0),
         }
         for number in (1, 2):
             stage = self.stage(number)
-            for key in ("lr", "prompt_lr", "weight_decay", "warmup_steps"):
-                low[f"stage{number}.{key}"] = (getattr(stage, key) or 0, 0)
+            for key in ("lr", "weight_decay", "warmup_steps"):
+                low[f"stage{number}.{key}"] = (getattr(stage, key), 0)
         for key, (value, least) in low.items():
             if value < least:
                 raise AmpError(f"{key} is {value}, expected at least {least}")

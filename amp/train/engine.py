@@ -19,12 +19,13 @@ from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, training_loader
 from amp.errors import AmpError
 from amp.files import locked_folder, write_atomically
 from amp.model.adapter import load_adapter
 from amp.model.factory import create_model_and_transforms
-from amp.retrieval.split_search import Retrieval, SplitCaptions
+from amp.retrieval.split_search import SplitSearch
 from amp.terminal import Terminal
 from amp.train.checkpoints import ADAPTER, Checkpoint, Checkpoints
 from amp.train.config import TrainConfig
@@ -127,9 +128,7 @@ class Run:
             load_adapter(start, self.model)  # which compares the base model's weights
         if finished:
             return self.say_finished(last, differing)
-        self.model.activation_checkpointing = config.activation_checkpointing
-        if config.compile_frozen:
-            self.model.backbone.compile_blocks()
+        self.model.tower.recompute = config.activation_checkpointing
         self.prepare_data(val_split, *transforms)
         done = 0  # optimizer steps of earlier stages, for the trackers
         loops = []
@@ -270,16 +269,13 @@ class Run:
             accelerator.process_index,
             accelerator.num_processes,
             config.seed,
-            data.shuffle_window,
             neighbours,
             config.mined_group,
             config.gradient_accumulation,
         )
         if not data.cache_images:
             frozen = None
-        samples = TrainingSamples(
-            self.split, preprocess, config.seed, data.kinds, frozen, scaled=data.decode == "scaled"
-        )
+        samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
         self.loader = training_loader(
             samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", prepare_worker
         )
@@ -287,7 +283,7 @@ class Run:
         if val_split is not None and val_captions is not None:
             features = self.images(val_split, preprocess_val)
             with self.terminal.progress("searching with the base model"):
-                self.retrieval = Retrieval.stored(
+                self.retrieval = SplitSearch.stored(
                     val_captions, features, self.collate, config.validation, accelerator.device
                 )
         self.terminal.say(

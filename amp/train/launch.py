@@ -162,7 +162,7 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
     """DeepSpeed's settings with our integers filled in: its "auto" can't read a stream that Accelerate doesn't own.
 
     Raises:
-        AmpError: No JSON object, a ZeRO stage other than 1 to 3, ZeRO-3 with compiled blocks, or a key that the run
+        AmpError: No JSON object, a ZeRO stage other than 1 to 3, or a key that the run
             fills in with another value.
     """
     try:
@@ -176,11 +176,6 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
     if stage not in (1, 2, 3):
         raise AmpError(
             f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3; without ZeRO leave the file out"
-        )
-    if stage == 3 and config.compile_frozen:
-        raise AmpError(
-            f"{path}: zero_optimization.stage is 3 and compile_frozen is true, expected one of them: a compiled block "
-            "can't wait for its weights"
         )
     precision = precision_of(config)
     filled = {

@@ -29,7 +29,7 @@ from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
 
 if TYPE_CHECKING:
-    from amp.retrieval.split_search import Retrieval
+    from amp.retrieval.split_search import SplitSearch
     from amp.train.engine import Run
 
 SKIPPED = "skipped.jsonl"
@@ -110,19 +110,8 @@ class StageLoop:
             for name, value in model.adapter_state().items()
             if not model.get_parameter(name).requires_grad
         }
-        self.objective = Objective(
-            self.stage,
-            config.conditioning,
-            config.negatives,
-            config.margin,
-            float(model.backbone.clip.logit_scale.detach().exp()),
-            config.seed,
-            config.knowledge_share,
-            config.knowledge_dropout,
-            config.combined,
-            config.prompt.interaction == "readout",
-        )
-        optimizer = adamw(model, settings.lr, settings.weight_decay, settings.prompt_lr)
+        self.objective = Objective.of(config, self.stage, model)
+        optimizer = adamw(model, settings.lr, settings.weight_decay, config.prompt_lr_factor)
         self.engine, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.engine.train()
         self.state = TrainedState(model, self.optimizer, self.accelerator.scaler)
@@ -221,22 +210,18 @@ class StageLoop:
         self.track({f"stage{self.stage}/{key}": value for key, value in values.items()})
         return mean, temperature
 
-    def validate(self, retrieval: "Retrieval", epoch: int) -> None:
+    def validate(self, retrieval: "SplitSearch", epoch: int) -> None:
         """Searches the validation split and logs R@1 beside the base model's."""
         self.engine.eval()
         with self.run.request.validating(), self.terminal.progress("validating", "pairs") as report:
-            rankings = retrieval.rank(
-                self.engine, self.accelerator.autocast, lambda _, done, total: report(done, total)
-            )
+            rankings = retrieval.rank(self.engine, self.accelerator.autocast, report)
         self.engine.train()
-        base = retrieval.base_row()
+        (row,), base = retrieval.rows("", rankings), retrieval.base_row()
         values: dict[str, float] = {}
         parts = []
-        for name, ranking in rankings.items():
-            recall = ranking.result.recall
-            values |= {f"validation/{name.replace(' ', '_')}_R@{k}": v for k, v in recall.items()}
-            of_base = (base.t2i if name == "t2i" else base.i2t).recall[1]
-            parts.append(f"{name} {recall[1]:.1f} (base {of_base:.1f})")
+        for name, result, of_base in (("t2i", row.t2i, base.t2i), ("i2t", row.i2t, base.i2t)):
+            values |= {f"validation/{name}_R@{k}": value for k, value in result.recall.items()}
+            parts.append(f"{name} {result.recall[1]:.1f} (base {of_base.recall[1]:.1f})")
         self.track(values)
         self.terminal.say(f"stage {self.stage} epoch {epoch} validation R@1: " + ", ".join(parts))
 

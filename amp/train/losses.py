@@ -4,16 +4,6 @@ import torch
 import torch.nn.functional as F
 
 
-def similarity(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Cosines of all pairs, fp32: (N, d) and (M, d) -> (N, M)."""
-    return F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
-
-
-def pair_similarity(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Cosines row by row, fp32: (P, d) and (P, d) -> (P,), or (B, C, d) and (C, d) -> (B, C)."""
-    return F.cosine_similarity(image.float(), text.float(), dim=-1)
-
-
 def same_image_mask(image_ids: torch.Tensor) -> torch.Tensor:
     """Pairs off the diagonal that show the same image, bool (N, N): neither positives nor negatives of each other."""
     same = image_ids[:, None] == image_ids[None, :]

@@ -1,25 +1,30 @@
 """The loss of one step: which features are computed, which pairs are scored, and the stage's loss over them.
 
-`none` and `paired` score all N x N pairs of the global batch with one feature an image. `contrastive` scores an image
-conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer. Beside these
-few pairs its stage 1 scores all N x N pairs without knowledge: that costs one feature an image and keeps the coarse
-ranking, which a few hard negatives unlearn. With the interaction `readout` all N x N pairs are conditioned instead.
+`paired`, and controls, score all N x N pairs of the global batch with one feature per image. `contrastive` scores an
+image conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer: all
+N x N pairs where the interaction can, as `readout`; else each image's own pair and sampled negatives. In addition to
+these few pairs, stage 1 then scores all N x N pairs without knowledge: that costs one feature per image and keeps the
+coarse ranking, which a few hard negatives unlearn.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from amp.data.stream import Batch
 from amp.distributed import all_gather, all_gather_with_grad, rank, world_size
-from amp.knowledge.tensors import KnowledgeBatch
+from amp.knowledge.tensors import Captions, KnowledgeBatch
+from amp.model.clip import ActionAwareCLIP
+from amp.model.interactions.base import Interaction
+from amp.model.similarity import pair_similarity, similarity
 from amp.train import losses
 from amp.train.negatives import draw_negatives, gumbel_noise
 
-Conditioning = Literal["none", "paired", "contrastive"]
+if TYPE_CHECKING:
+    from amp.train.config import TrainConfig
 
 
 @dataclass
@@ -28,27 +33,50 @@ class Objective:
 
     Args:
         stage: 1 for eq. 10, 2 for eq. 11.
-        conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours, ``none`` the control without knowledge.
-        negatives: m, sampled negatives a direction for ``contrastive`` (ours).
+        interaction: How the model's images meet knowledge; says what can be scored.
+        conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours; of no effect on controls.
+        negatives: m, sampled negatives per direction for ``contrastive`` (ours).
         margin: alpha of eq. 11 (ours).
         sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives.
-        seed: Of the run.
-        knowledge_share: Part of this rank's images that are scored under knowledge in a `contrastive` step.
-        all_pairs: The model has a `readout`, so that `contrastive` scores all pairs of the global batch.
+        seed: Random seed of the run.
         knowledge_dropout: Share of the triplets, each with its state, that a step leaves out.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
     """
 
     stage: int
-    conditioning: Conditioning
+    interaction: Interaction
+    conditioning: Literal["contrastive", "paired"] = "contrastive"
     negatives: int = 2
     margin: float = 0.2
     sampling_scale: float = 1.0
     seed: int = 0
-    knowledge_share: float = 1.0
     knowledge_dropout: float = 0.0
     combined: bool = False
-    all_pairs: bool = False
+
+    @classmethod
+    def of(cls, config: "TrainConfig", stage: int, model: ActionAwareCLIP) -> "Objective":
+        """What a run minimises in a stage."""
+        return cls(
+            stage,
+            model.interaction,
+            config.conditioning,
+            config.negatives,
+            config.margin,
+            float(model.backbone.clip.logit_scale.detach().exp()),
+            config.seed,
+            config.knowledge_dropout,
+            config.combined,
+        )
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether every image of the global batch is conditioned on every caption."""
+        return self.conditioning == "contrastive" and self.interaction.scores_all_pairs
+
+    @property
+    def samples(self) -> bool:
+        """Whether images are conditioned on their own captions and on sampled negatives."""
+        return self.conditioning == "contrastive" and self.interaction.conditioned and not self.all_pairs
 
     def __call__(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and logit scale of a step of one batch; see `parts`."""
@@ -57,9 +85,9 @@ class Objective:
     def parts(self, model, batches: Sequence[Batch], step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The losses of one optimizer step, to be backpropagated one by one: their mean gradient is the step's.
 
-        Several batches are parts of one global batch: each loss is that of the whole, and its gradient that through its
-        own part, where the rows of the others are kept from a pass without gradients. With `contrastive` and no
-        readout they are losses of their own, since negatives are drawn within a batch.
+        With several batches, each is scored against the whole global batch, but its loss backpropagates only through
+        its own part; the rows of the others come from a pass without gradients. Where negatives are sampled, each
+        batch has a loss of its own, since negatives are drawn within it.
 
         Args:
             model: `ActionAwareCLIP`, or the engine around it; only called, never reached into.
@@ -71,14 +99,13 @@ class Objective:
         """
         if self.knowledge_dropout:
             batches = self._without_some_knowledge(batches, step)
-        if self.conditioning == "contrastive" and not self.all_pairs:
+        if self.samples:
             for number, batch in enumerate(batches, start=step * len(batches)):
                 yield self._contrastive(model, batch, number)
             return
-        # Every text is asked of every image with a readout: the texts and knowledge of all ranks and batches.
-        everyone = None
-        if self.all_pairs and self.conditioning == "contrastive":
-            everyone = (
+        everyone = None  # the captions of all ranks and batches
+        if self.all_pairs:
+            everyone = Captions(
                 KnowledgeBatch.cat([batch.knowledge.map(all_gather) for batch in batches]),
                 torch.cat([all_gather(batch.text) for batch in batches]),
             )
@@ -93,20 +120,16 @@ class Objective:
             # The gradient of a part passes through one of the losses only, whose mean divides by their number.
             parts[number] = tuple(all_gather_with_grad(scale_gradient(x, len(batches))) for x in rows)
             image, *text = (torch.cat(kind) for kind in zip(*parts, strict=True))
-            yield self._loss(losses.similarity(image, *text) if text else image, scale, ignore), scale
+            yield self._loss(similarity(image, *text) if text else image, scale, ignore), scale
 
-    def _rows(self, model, batch: Batch, everyone: tuple[KnowledgeBatch, torch.Tensor] | None):
-        """What this rank's images add to the matrix of cosines, and the logit scale: their rows of it with a readout,
-        else their features and those of their captions."""
+    def _rows(self, model, batch: Batch, everyone: Captions | None):
+        """What this rank's images add to the matrix of cosines, and the logit scale: their rows of it where they are
+        conditioned on `everyone`, else their features and those of their captions."""
         if everyone is not None:
-            knowledge, text = everyone
-            features = model(batch.images, knowledge, text=text, all_pairs=True)
-            return losses.pair_similarity(features.conditioned, features.text), features.logit_scale
-        if self.conditioning == "paired":
-            features = model(batch.images, batch.knowledge, text=batch.text)
-            return features.conditioned, features.text, features.logit_scale
-        features = model(batch.images, batch.knowledge, prompted=True, text=batch.text)
-        return features.prompted, features.text, features.logit_scale
+            features = model(batch.images, everyone, "all")
+            return pair_similarity(features.conditioned, features.captions.text), features.logit_scale
+        features = model(batch.images, Captions(batch.knowledge, batch.text))
+        return features.conditioned, features.captions.text, features.logit_scale
 
     def _loss(self, cosines: torch.Tensor, scale: torch.Tensor, ignore: torch.Tensor) -> torch.Tensor:
         if self.stage == 2:
@@ -126,8 +149,8 @@ class Objective:
 
     def _contrastive(self, model, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         early, base = batch.images, batch.base
-        if early.ndim == 4 or base is None:
-            frozen = model(early, only_frozen=True)
+        if base is None:
+            frozen = model(early)
             early, base = frozen.early, frozen.base
         # The frozen tokens of all ranks: negatives for texts are images of the global batch.
         early, base = all_gather(early), all_gather(base)
@@ -136,40 +159,23 @@ class Objective:
         size, total = len(batch.text), len(text)
         m = min(self.negatives, total - 1)
         own = torch.arange(rank() * size, (rank() + 1) * size, device=text.device)
-        everyone = own
-        # The first ones: batches are shuffled.
-        size = max(1, round(self.knowledge_share * size))
-        own = own[:size]
-        cosines, forbidden = losses.similarity(base, text), ids[:, None] == ids[None, :]
+        cosines, forbidden = similarity(base, text), ids[:, None] == ids[None, :]
         texts_of_image = self._draw(cosines, forbidden, own, m, step, direction=0)
         images_of_text = self._draw(cosines.T, forbidden, own, m, step, direction=1)
         # Rows of the batch this rank needs: all of them, or over many ranks its own and those it has drawn.
         images = texts = torch.arange(total, device=text.device)
-        mine, scored, drawn_texts, drawn_images = (
-            everyone,
-            own,
-            texts_of_image.columns.flatten(),
-            images_of_text.columns.flatten(),
-        )
-        if total > len(mine) + size * m:
+        mine, drawn_texts, drawn_images = own, texts_of_image.columns.flatten(), images_of_text.columns.flatten()
+        if total > size + size * m:
             images, texts = torch.cat([mine, drawn_images]), torch.cat([mine, drawn_texts])
-            mine = torch.arange(len(mine), device=text.device)
-            scored = mine[:size]
-            drawn_texts = drawn_images = len(mine) + torch.arange(size * m, device=text.device)
+            mine = torch.arange(size, device=text.device)
+            drawn_texts = drawn_images = size + torch.arange(size * m, device=text.device)
         # Pairs in three runs: (own image, own caption), (own image, drawn captions), (drawn images, own caption).
-        repeated = scored.repeat_interleave(m)
-        image_index, text_index = (
-            torch.cat(x) for x in zip((scored, scored), (repeated, drawn_texts), (drawn_images, repeated), strict=True)
-        )
-        features = model(
-            early[images],
-            knowledge[texts],
-            image_index,
-            text_index,
-            text=text[texts],
-            prompted=mine if self.stage == 1 else False,
-        )
-        scores = losses.pair_similarity(features.conditioned, features.text[text_index])
+        repeated = mine.repeat_interleave(m)
+        image_index = torch.cat([mine, repeated, drawn_images])
+        text_index = torch.cat([mine, drawn_texts, repeated])
+        plain = mine if self.stage == 1 else None
+        features = model(early[images], Captions(knowledge[texts], text[texts]), (image_index, text_index), plain)
+        scores = pair_similarity(features.conditioned, features.captions.text[text_index])
         positive, by_image, by_text = scores.split([size, size * m, size * m])
         parts = []
         for negative, drawn in ((by_image, texts_of_image), (by_text, images_of_text)):
@@ -182,12 +188,10 @@ class Objective:
                 parts.append(losses.candidate_triplet_loss(positive, negative, drawn.log_weight, self.margin))
         loss = sum(parts[1:], start=parts[0]) / 2
         if self.stage == 1:
-            image, text = (all_gather_with_grad(x) for x in (features.prompted, features.text[mine]))
-            plain = losses.contrastive_loss(
-                losses.similarity(image, text), features.logit_scale, losses.same_image_mask(ids)
+            image, text = (all_gather_with_grad(x) for x in (features.plain, features.captions.text[mine]))
+            loss = loss + losses.contrastive_loss(
+                similarity(image, text), features.logit_scale, losses.same_image_mask(ids)
             )
-            # A mean over all images, of which only the share has conditioned pairs: few pairs are a noisy estimate.
-            loss = plain + self.knowledge_share * loss
         return loss, features.logit_scale
 
     def _draw(self, cosines, forbidden, own, m, step, direction):

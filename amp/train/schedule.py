@@ -13,13 +13,12 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr: float | None = None) -> torch.optim.AdamW:
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr_factor: float = 1.0) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts.
 
-    Visual prompts and the temperature take `prompt_lr`: at the rate of the matrices they hardly move. Each group
-    keeps its peak rate as ``peak``.
+    Visual prompts and the temperature learn at `prompt_lr_factor` times the rate of the matrices, at which they hardly
+    move. Each group keeps its peak rate as ``peak``.
     """
-    prompt_lr = lr if prompt_lr is None else prompt_lr
     decay: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     prompts: list[torch.nn.Parameter] = []
@@ -30,6 +29,6 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr: flo
     groups = [
         {"params": decay, "weight_decay": weight_decay, "peak": lr},
         {"params": plain, "weight_decay": 0.0, "peak": lr},
-        {"params": prompts, "weight_decay": 0.0, "peak": prompt_lr},
+        {"params": prompts, "weight_decay": 0.0, "peak": prompt_lr_factor * lr},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), eps=1e-6)

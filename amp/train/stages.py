@@ -6,24 +6,14 @@ from amp.model.clip import ActionAwareCLIP
 
 
 def trainable_names(model: ActionAwareCLIP, stage: int) -> set[str]:
-    """Names of the parameters a stage trains; CLIP itself is frozen in both.
+    """Names of the parameters that a stage trains; CLIP itself is frozen in both.
 
-    Stage 1 trains every new parameter and the temperature. Stage 2 trains the interaction alone; the texts' enrichment
-    stays as stage 1 left it. The control without knowledge has no interaction, so there its visual prompts go on
-    (ours), to give both the same number of steps. Nor has `cat`, where the prompts are concatenated: there stage 2
-    trains the adapter, all that lies between the prompts and the tokens (ours). With `readout` it is the readout, in
-    the control too.
+    Stage 1 trains every new parameter and the temperature. Stage 2 trains the part that the interaction names
+    (`Interaction.stage2`); what enriches the texts stays as stage 1 left it.
     """
-    # Without its empty ones: with `num_prompts` 0 the visual prompts take no part in the loss, and DDP would wait.
+    # Without empty ones: with `num_prompts` 0 the visual prompts take no part in the loss, and DDP would wait.
     names = {name for name, p in model.named_parameters() if not name.startswith("backbone.") and p.numel()}
-    if stage == 2:
-        part = "visual_prompts."
-        if model.has_readout:
-            part = "readout."
-        elif model.knowledge_aware:
-            part = "interaction." if model.config.interaction == "aim" else "adapter."
-        names = {name for name in names if name.startswith(part)}
-    return names
+    return names if stage == 1 else {name for name in names if name.startswith(model.interaction.stage2)}
 
 
 def set_trainable(model: ActionAwareCLIP, stage: int) -> list[nn.Parameter]:

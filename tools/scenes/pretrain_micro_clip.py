@@ -32,7 +32,7 @@ with exit_on_error():
     from amp.command_line import CommandLine
     from amp.knowledge.schema import Triplet
     from amp.knowledge.text import state_text
-    from amp.model.towers.base import make_backbone
+    from amp.model.towers import make_backbone
     from amp.terminal import Terminal
 
 STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's

@@ -185,11 +185,13 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     """
     from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
     from amp.data.split import ShardSplit
+    from amp.data.split_captions import SplitCaptions
     from amp.evaluate.adapters import load_adapters, named_adapters
     from amp.evaluate.probes import grey
     from amp.files import check_writable, write_atomically
     from amp.model.factory import create_model_and_transforms
-    from amp.retrieval.split_search import Retrieval, RetrievalSettings, SplitCaptions
+    from amp.retrieval.settings import RetrievalSettings
+    from amp.retrieval.split_search import SplitSearch
     from amp.terminal import Terminal
     from amp.train.launch import make_accelerator
 
@@ -230,15 +232,15 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
         frozen = prepare_images(
             accelerator, terminal, split, model, preprocess, data.cache, data.cache_dtype, data.batch_size, data.workers
         )
-        retrieval = Retrieval.stored(captions, frozen, collate, RetrievalSettings(), accelerator.device)
+        retrieval = SplitSearch.stored(captions, frozen, collate, RetrievalSettings(), accelerator.device)
         if model is base:
             image = torch.from_numpy(np.array(frozen.base))
             rows.append({"name": name, **accuracy(comparisons, base_score(image, retrieval.text.cpu()))})
         else:
-            rows.append({"name": name, **accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))})
-            if model.knowledge_aware:
+            rows.append({"name": name, **accuracy(comparisons, retrieval.scorer(model, accelerator.autocast))})
+            if model.interaction.conditioned:
                 retrieval.frozen = grey(frozen, model, preprocess)
-                spoilt = accuracy(comparisons, retrieval.pair_score(model, accelerator.autocast))
+                spoilt = accuracy(comparisons, retrieval.scorer(model, accelerator.autocast))
                 rows.append({"name": f"{name}, grey", **spoilt})
         write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())  # what is done stays
     width = max(len(row["name"]) for row in rows)

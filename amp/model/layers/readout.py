@@ -90,23 +90,30 @@ class KnowledgeReadout(nn.Module):
             return own, mask.new_ones(len(mask), 1)
         return torch.cat([own, sum(parts)], dim=1), F.pad(mask, (1, 0), value=True)
 
-    def pairs(
-        self, patches: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor
-    ) -> torch.Tensor:
-        """Additions to the image features of P pairs: patches (B, M, d_v), queries (P, Q, d) and their mask (P, Q) of
-        the pairs' captions, and the image of each pair, int64 (P,), to (P, d)."""
-        key, value = (split_heads(layer(patches), self.heads)[image_index] for layer in (self.key, self.value))
+    def keys_and_values(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches (B, M, d_v) to keys and values, each (B, heads, M, d / heads)."""
+        return split_heads(self.key(patches), self.heads), split_heads(self.value(patches), self.heads)
+
+    def pairs(self, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Additions to the image features of P pairs, (P, d).
+
+        Args:
+            key, value: Of the pairs' images, each (P, heads, M, d / heads).
+            queries: Of the pairs' captions (P, Q, d).
+            mask: Which queries exist, bool (P, Q).
+        """
         answers = merge_heads(F.scaled_dot_product_attention(split_heads(queries, self.heads), key, value))
         return self.out(masked_mean(answers, mask))
 
-    def all_pairs(self, patches: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The same for each of B images with each of C captions: (B, M, d_v), (C, Q, d), (C, Q) to (B, C, d).
+    def all_pairs(
+        self, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The same for each of B images with each of C captions: queries (C, Q, d) and their mask to (B, C, d).
 
-        One attention an image, in which the queries of all captions stand side by side.
+        One attention per image, with the queries of all captions side by side.
         """
         captions, count, width = queries.shape
-        key, value = (split_heads(layer(patches), self.heads) for layer in (self.key, self.value))
-        asked = split_heads(queries.reshape(1, captions * count, width), self.heads).expand(len(patches), -1, -1, -1)
+        asked = split_heads(queries.reshape(1, captions * count, width), self.heads).expand(len(key), -1, -1, -1)
         answers = merge_heads(F.scaled_dot_product_attention(asked, key, value))
         return self.out(masked_mean(answers.unflatten(1, (captions, count)), mask))
 
@@ -115,7 +122,34 @@ class KnowledgeReadout(nn.Module):
         assert self.query is not None, "only the control has a learned query"
         queries = self.query.to(patches.dtype).expand(len(patches), 1, -1)
         ones = torch.ones(len(patches), 1, dtype=torch.bool, device=patches.device)
-        return self.pairs(patches, queries, ones, torch.arange(len(patches), device=patches.device))
+        return self.pairs(*self.keys_and_values(patches), queries, ones)
+
+    def attention(
+        self, patches: torch.Tensor, states: torch.Tensor | None, triplets: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Attention maps, averaged over heads, of the two parts of K queries to the patches of one image.
+
+        Args:
+            patches: (1, M, d_v).
+            states: State features (1, K, d), or None.
+            triplets: Triplet prompts (1, K, d_t), or None.
+
+        Returns:
+            ``triplet`` and ``state``, each (K, M), without the parts that are None.
+        """
+        assert self.query_text is not None, "the control has one query of its own"
+        queries = {}
+        if triplets is not None and self.query_triplet is not None:
+            queries["triplet"] = self.query_triplet(triplets)
+        if states is not None:
+            queries["state"] = self.query_text(unit(states, self.query_text.weight))
+        key, _ = self.keys_and_values(patches)
+        found = {}
+        for name, query in queries.items():
+            query = split_heads(query, self.heads)
+            scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+            found[name] = scores.float().softmax(dim=-1).mean(dim=1)[0]
+        return found
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

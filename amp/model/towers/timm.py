@@ -1,6 +1,6 @@
 """A frozen CLIP whose image tower is a Vision Transformer or an Eva of timm: SigLIP, EVA-02, Perception Encoder.
 
-Beside `backbone.py` the only file that touches internals, timm's `patch_embed`, `_pos_embed`, `norm_pre`, `blocks`,
+It touches timm's `patch_embed`, `_pos_embed`, `norm_pre`, `blocks`,
 `rope`, `norm`, `forward_head`, `fc_norm` and `head`, and `trunk` and `head` of open_clip's TimmModel.
 """
 

@@ -1,0 +1,92 @@
+"""The ways in which an image meets the knowledge of a caption. A new one is a file and a line of `INTERACTIONS`, or a
+call of `register_interaction` from anywhere (docs/extending.md)."""
+
+import inspect
+from importlib import import_module
+
+from amp.errors import AmpError
+from amp.model.config import PromptConfig
+from amp.model.interactions.base import Interaction
+from amp.plugins import load_plugins
+
+# By name: the class, or "module:class", which is imported when it is asked for.
+INTERACTIONS: dict[str, type[Interaction] | str] = {
+    "readout": "amp.model.interactions.readout:Readout",
+    "aim": "amp.model.interactions.aim:Aim",
+    "cat": "amp.model.interactions.cat:Concatenation",
+    "visual_prompts": "amp.model.interactions.controls:VisualPromptsOnly",
+    "learned_query": "amp.model.interactions.controls:LearnedQuery",
+}
+
+
+def register_interaction(name: str, interaction: type[Interaction]) -> None:
+    """Makes an interaction known as `PromptConfig.interaction`.
+
+    Args:
+        name: What configurations and adapter files call it.
+        interaction: Its class.
+    """
+    INTERACTIONS[name] = interaction
+
+
+def interaction_class(config: PromptConfig) -> type[Interaction]:
+    """The class that a configuration asks for; without knowledge, the control of that class.
+
+    Raises:
+        AmpError: An unknown name, options that the class doesn't have, or settings that leave knowledge unused.
+    """
+    found = _look_up(config.interaction)
+    known = _options_of(found)
+    if unknown := sorted(set(config.interaction_options) - set(known)):
+        raise AmpError(
+            f"prompt.interaction_options holds {', '.join(unknown)}, expected options of the interaction "
+            f"{config.interaction!r}: {', '.join(known) or 'it has none'}"
+        )
+    if config.knowledge == "none":
+        found = found if found.control is None else _look_up(found.control)
+        if not (config.num_prompts or config.enrich or found.trains):
+            raise AmpError(
+                "prompt setting knowledge is 'none', num_prompts is 0 and enrich is false, which leaves nothing to "
+                "train; give at least 1 visual prompt"
+            )
+    elif config.knowledge == "caption" and not found.reads_caption:
+        raise AmpError(
+            f"prompt setting knowledge is 'caption' and interaction is {config.interaction!r}, expected 'readout': "
+            "it also reads the caption's own feature"
+        )
+    elif not (found.conditioned or config.enrich):
+        raise AmpError(
+            f"prompt setting knowledge is {config.knowledge!r}, interaction is {config.interaction!r} and enrich is "
+            "false, expected enrich true: otherwise no knowledge is used at all"
+        )
+    return found
+
+
+def make_interaction(config: PromptConfig, backbone) -> Interaction:
+    """The interaction of a configuration, for a tower (`amp.model.towers.base.Backbone`).
+
+    Raises:
+        AmpError: As `interaction_class`, or the tower lacks what the interaction needs.
+    """
+    found = interaction_class(config)
+    options = {key: value for key, value in config.interaction_options.items() if key in _options_of(found)}
+    return found(backbone, config.reads_triplets, config.reads_states, **options)
+
+
+def _look_up(name: str) -> type[Interaction]:
+    load_plugins()
+    if name not in INTERACTIONS:
+        raise AmpError(
+            f"prompt setting interaction is {name!r}, expected one of {', '.join(INTERACTIONS)}; an interaction of "
+            "another package is found where AMP_PLUGINS names its module"
+        )
+    found = INTERACTIONS[name]
+    if isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        found = getattr(import_module(module), attribute)
+    return found
+
+
+def _options_of(interaction: type[Interaction]) -> list[str]:
+    """Names of an interaction's options: the arguments after those that all interactions take."""
+    return list(inspect.signature(interaction).parameters)[3:]

@@ -1,0 +1,35 @@
+"""The controls: the same training, images that ignore the knowledge."""
+
+import torch
+
+from amp.model.interactions.base import Unconditioned
+from amp.model.interactions.readout import make_readout, read_patches
+from amp.model.prompted_tower import PromptedTower
+
+
+class VisualPromptsOnly(Unconditioned):
+    """Deep visual prompt tuning (arXiv 2203.12119), Table 3's "w/o action knowledge": control of ``aim``, ``cat``."""
+
+    trains = False
+    stage2 = "visual_prompts."  # they go on, to give the control the same number of steps (ours)
+
+    def __init__(self, backbone, triplets: bool, states: bool):
+        super().__init__()
+
+
+class LearnedQuery(Unconditioned):
+    """The control of ``readout``: one learned query, the same for all captions, asks the patches.
+
+    Args:
+        backbone: The tower.
+        triplets, states: Not used.
+        blocks: As of `Readout`.
+    """
+
+    def __init__(self, backbone, triplets: bool, states: bool, blocks: int = 1):
+        super().__init__()
+        self.readout = make_readout(backbone, False, blocks, conditioned=False)
+
+    def image_features(self, tower: PromptedTower, early: torch.Tensor) -> torch.Tensor:
+        features, patches = read_patches(self.readout, tower, early)
+        return features + self.readout.unconditioned(patches)

@@ -1,0 +1,92 @@
+"""The readout (ours, recommended): knowledge asks and the patches answer."""
+
+import torch
+
+from amp.errors import AmpError
+from amp.knowledge.tensors import Captions
+from amp.model.interactions.base import Interaction, Prompts
+from amp.model.layers.readout import KnowledgeReadout
+from amp.model.prompted_tower import PromptedTower
+
+
+class Readout(Interaction):
+    """`KnowledgeReadout` on top of the prompted tower: blocks run once per image, a pair costs one small attention.
+
+    Args:
+        backbone: The tower; it must pool by its class token.
+        triplets, states: Which kinds of knowledge there are.
+        blocks: Trained transformer blocks that read the patches before the first prompted block, where CLIP still keeps
+            who does what; 0 reads those after the last block (ours).
+
+    Raises:
+        AmpError: The tower doesn't leave its patches as they are.
+    """
+
+    control = "learned_query"
+    reads_caption = True
+    scores_all_pairs = True
+
+    def __init__(self, backbone, triplets: bool, states: bool, blocks: int = 1):
+        super().__init__()
+        self.readout = make_readout(backbone, triplets, blocks)
+        self.states = states
+
+    def encode_captions(self, captions: Captions, triplets: torch.Tensor | None) -> Prompts:
+        knowledge, text = captions
+        if text is None:
+            raise AmpError(
+                "text is None, expected the captions' features (C, d): this model's interaction reads them too. Pass "
+                "text=model.encode_text(tokens)"
+            )
+        states = knowledge.states if self.states else None
+        queries, mask = self.readout.queries(text, states, triplets, knowledge.mask)
+        return Prompts((queries,), mask)
+
+    def encode_images(self, tower: PromptedTower, early: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The features without knowledge (B, d), and keys and values of the patches, each (B, heads, M, d / heads)."""
+        features, patches = read_patches(self.readout, tower, early)
+        return features, *self.readout.keys_and_values(patches)
+
+    def pairs(
+        self, tower: PromptedTower, images: tuple[torch.Tensor, ...], prompts: Prompts, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        features, key, value = (x[image_index] for x in images)
+        return features + self.readout.pairs(key, value, prompts.parts[0], prompts.mask)
+
+    def all_pairs(self, tower: PromptedTower, images: tuple[torch.Tensor, ...], prompts: Prompts) -> torch.Tensor:
+        features, key, value = images
+        return features[:, None] + self.readout.all_pairs(key, value, prompts.parts[0], prompts.mask)
+
+    def attention(self, tower, early, captions, triplets):
+        """Attention of the triplet's and of its state's part of each query, averaged over heads."""
+        _, patches = read_patches(self.readout, tower, early)
+        places = captions.knowledge.mask[0].nonzero()[:, 0]
+        states = captions.knowledge.states[:, places] if self.states else None
+        return self.readout.attention(patches, states, None if triplets is None else triplets[:, places])
+
+
+def make_readout(backbone, triplets: bool, blocks: int, conditioned: bool = True) -> KnowledgeReadout:
+    """The layer for a tower.
+
+    Raises:
+        AmpError: The tower doesn't leave its patches as they are.
+    """
+    if blocks < 0:
+        raise AmpError(f"prompt.interaction_options.blocks is {blocks}, expected at least 0")
+    if not backbone.keeps_patches:
+        raise AmpError(
+            "interaction is 'readout' and the image tower pools by attention or average, expected the class token, "
+            "which leaves the patches as they are; choose interaction 'aim'"
+        )
+    width = backbone.text_width if triplets else None
+    return KnowledgeReadout(
+        backbone.vision_width, backbone.embed_dim, width, conditioned, blocks, backbone.vision_heads
+    )
+
+
+def read_patches(
+    readout: KnowledgeReadout, tower: PromptedTower, early: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Early tokens to features without knowledge (B, d) and to the patches (B, M, d_v) that the readout reads."""
+    features, last = tower.features_and_patches(early, all_tokens=readout.blocks is None)
+    return features, readout.patches(early[:, tower.backbone.num_prefix :], last)

@@ -1,0 +1,132 @@
+"""Figures of retrieval: recall in both directions, beside what the pre-selection allows."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from amp.errors import AmpError
+from amp.retrieval.metrics import KS, ceilings, chance, recalls, rsum
+
+FIGURES = ("recall", "ceiling", "chance")
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class DirectionResult:
+    """Retrieval in one direction, in percent for each K of `KS`.
+
+    Args:
+        recall: R@K.
+        ceiling: R@K that a perfect re-ranking of the pre-selected candidates would reach.
+        chance: Expected R@K of a random order of the pre-selected candidates.
+        queries: Number of queries.
+        top_k: Candidates pre-selected a query.
+        seconds: Time that ranking took: first stage and re-ranking, for the base model the first stage alone.
+        interval: 95 % interval of R@K by bootstrap over images (`amp.evaluate.bootstrap`); None if not computed.
+
+    Raises:
+        AmpError: A figure that no evaluation can give, such as a recall above its ceiling.
+    """
+
+    recall: dict[int, float]
+    ceiling: dict[int, float]
+    chance: dict[int, float]
+    queries: int
+    top_k: int
+    seconds: float
+    interval: dict[int, tuple[float, float]] | None = None
+
+    def __post_init__(self):
+        for name in FIGURES:
+            figures = getattr(self, name)
+            if tuple(figures) != KS:
+                raise AmpError(f"{name} holds K = {list(figures)}, expected {list(KS)}")
+        for k in KS:
+            for name in ("recall", "chance"):
+                value, ceiling = getattr(self, name)[k], self.ceiling[k]
+                # Written so that NaN fails too.
+                if not (0.0 <= value <= ceiling + _ROUNDING and ceiling <= 100.0 + _ROUNDING):
+                    raise AmpError(f"{name}@{k} is {value}, expected 0 <= {name} <= ceiling ({ceiling}) <= 100")
+        if self.queries < 1 or self.top_k < 1:
+            raise AmpError(f"queries {self.queries}, top_k {self.top_k}, expected at least 1 each")
+        if not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise AmpError(f"seconds is {self.seconds}, expected a positive number")
+
+    @property
+    def queries_per_second(self) -> float:
+        """Queries ranked a second."""
+        return self.queries / self.seconds
+
+    @classmethod
+    def measure(
+        cls, ranks: Tensor, first_ranks: Tensor, positive_mask: Tensor, seconds: float, fold: Tensor | None = None
+    ) -> "DirectionResult":
+        """Computes every figure of a direction.
+
+        Args:
+            ranks: (Q,) 0-based final rank of each query's best positive; `first_ranks` for the base model.
+            first_ranks: (Q,) the same after the first stage.
+            positive_mask: (Q, k) bool, which pre-selected candidates answer the query.
+            seconds: Time of the ranking.
+            fold: (Q,) int64; figures are then means over the folds' figures, each of its own gallery.
+        """
+        top_k = positive_mask.shape[1]
+        parts = [slice(None)] if fold is None else [fold == number for number in fold.unique()]
+        figures = [
+            (recalls(ranks[p]), ceilings(first_ranks[p], top_k), chance(positive_mask[p], first_ranks[p]))
+            for p in parts
+        ]
+        recall, ceiling, by_chance = (
+            {k: sum(x[k] for x in column) / len(parts) for k in KS} for column in zip(*figures, strict=True)
+        )
+        return cls(recall, ceiling, by_chance, len(ranks), top_k, seconds)
+
+
+class RowKey(NamedTuple):
+    """What a row of figures belongs to.
+
+    Attributes:
+        method: Name of an adapter or control, or `BASE`.
+        mode: How image queries were conditioned, ``pairwise`` or ``pooled``; empty where they were not.
+        probe: The input that was spoilt; empty for none.
+    """
+
+    method: str
+    mode: str = ""
+    probe: str = ""
+
+    def __str__(self) -> str:
+        """What tables and options call it, as "ours, shuffled (pairwise)"."""
+        return self.method + (f", {self.probe}" if self.probe else "") + (f" ({self.mode})" if self.mode else "")
+
+
+BASE = RowKey("base CLIP")
+
+
+@dataclass(frozen=True)
+class RetrievalRow:
+    """One method in both directions.
+
+    Args:
+        key: What the row belongs to.
+        i2t: Image query, captions ranked.
+        t2i: Caption query, images ranked.
+        rsum_interval: 95 % interval of Rsum, both directions resampled together; None if not computed.
+    """
+
+    key: RowKey
+    i2t: DirectionResult
+    t2i: DirectionResult
+    rsum_interval: tuple[float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """The key in words."""
+        return str(self.key)
+
+    @property
+    def rsum(self) -> float:
+        """Sum of the six recalls, 600 at best."""
+        return rsum(self.i2t.recall, self.t2i.recall)
