@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from amp.device import usable_device
 from amp.errors import AmpError
 from amp.json_text import parse_json
+from amp.model.adapter import load_adapter_state, read_adapter
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.model.towers import make_backbone
@@ -78,11 +79,6 @@ def create_model_and_transforms(
         base_hash = make_backbone(clip).weights_hash()
         clip = to_precision(clip, precision)
         if adapter is not None:
-            from amp.model.adapter import (  # the checkpoint module builds on this one's model
-                load_adapter_state,
-                read_adapter,
-            )
-
             header, weights = read_adapter(adapter)
             header.check_base(model_name, base_hash, where=adapter)
             prompt_config = header.prompt_config

@@ -28,9 +28,9 @@ from amp.model.factory import get_tokenizer, refuse_quick_gelu_mismatch, refuse_
 from amp.plan.memory import OFFLOADS
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import TrainConfig
-from amp.train.engine import open_splits
 from amp.train.launch import launch_problems, precision_problems
 from amp.train.resume import find_checkpoint, refuse_other_run, stages_left
+from amp.train.run import open_splits
 
 Level = Literal["ok", "note", "warning", "error"]
 

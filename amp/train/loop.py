@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,18 +20,14 @@ from amp.distributed import all_gather, rank
 from amp.errors import AmpError
 from amp.files import open_log
 from amp.model.adapter import save_adapter
+from amp.retrieval.split_search import SplitSearch
 from amp.train.checkpoints import ADAPTER, OPTIMIZER, Checkpoint
 from amp.train.objective import Objective
 from amp.train.resume import adapter_path, identity
+from amp.train.run import SKIPPED, Run
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
-
-if TYPE_CHECKING:
-    from amp.retrieval.split_search import SplitSearch
-    from amp.train.engine import Run
-
-SKIPPED = "skipped.jsonl"
 
 
 class StageLoop:
@@ -52,7 +47,7 @@ class StageLoop:
         AmpError: The stage has no step.
     """
 
-    def __init__(self, run: "Run", stage: int, done: int):
+    def __init__(self, run: Run, stage: int, done: int):
         config = run.config
         self.run, self.config, self.accelerator, self.terminal = run, config, run.accelerator, run.terminal
         self.stage, self.done = stage, done
@@ -210,7 +205,7 @@ class StageLoop:
         self.track({f"stage{self.stage}/{key}": value for key, value in values.items()})
         return mean, temperature
 
-    def validate(self, retrieval: "SplitSearch", epoch: int) -> None:
+    def validate(self, retrieval: SplitSearch, epoch: int) -> None:
         """Searches the validation split and logs R@1 beside the base model's."""
         self.engine.eval()
         with self.run.request.validating(), self.terminal.progress("validating", "pairs") as report:
