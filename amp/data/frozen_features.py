@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
-from amp.data.decode import DECODING_VERSION
+from amp.data.images.decode import DECODING_VERSION
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.folders import build_folder

@@ -11,18 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from amp.data.captions.text_file import jsonl_objects
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.tables import jsonl_objects
 from amp.errors import AmpError
 from amp.generation.words import stem
 from amp.knowledge.schema import KNOWLEDGE_NAME, Knowledge, Triplet, parse_knowledge, parse_origin
 from amp.knowledge.text import CONTEXT_TOKENS, state_text
 
 SLOT_TOKENS = 5  # PromptConfig.slot_tokens
-
-
-class DescribeError(AmpError):
-    """The knowledge can't be described."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,7 @@ def load_entries(path: Path) -> dict[str, Entry]:
         name = str(record["sentid"]) if "sentid" in record else f"{record.get('image')}: {record.get('caption')}"
         entries[name] = Entry(str(record.get("caption", "")), knowledge, parse_origin(record, where))
     if not entries:
-        raise DescribeError(f"{path}: no record in it; expected one JSON object a line; check the file")
+        raise AmpError(f"{path}: no record in it; expected one JSON object a line; check the file")
     return entries
 
 
@@ -109,7 +105,7 @@ def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
     """
     both = [name for name in a if name in b]
     if not both:
-        raise DescribeError("the two versions have no caption in common; expected knowledge of the same captions")
+        raise AmpError("the two versions have no caption in common; expected knowledge of the same captions")
     overlaps, same_states = [], 0
     gained: Counter[str] = Counter()
     lost: Counter[str] = Counter()
@@ -134,10 +130,10 @@ def sample(names: Sequence[str], count: int, seed: int) -> list[str]:
     """Some captions' ids, in their order.
 
     Raises:
-        DescribeError: a negative count.
+        AmpError: a negative count.
     """
     if count < 0:
-        raise DescribeError(f"sample is {count}; expected 0 or more captions")
+        raise AmpError(f"sample is {count}; expected 0 or more captions")
     chosen = set(random.Random(seed).sample(list(names), min(count, len(names))))
     return [name for name in names if name in chosen]
 

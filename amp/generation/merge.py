@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amp.data.sources import Caption, CaptionedImage
+from amp.data.captions.base import Caption, CaptionedImage
 from amp.errors import AmpError, public_command
 from amp.files import sha256_of, whole_file, write_json
 from amp.generation.cache import ReplyCache
@@ -17,10 +17,6 @@ from amp.generation.ladder import Ladder, Outcome, Request
 from amp.generation.prompts import readable
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.version import __version__
-
-
-class MergeError(AmpError):
-    """Captions are missing, too many fell back, or the file can't be written."""
 
 
 @dataclass
@@ -90,7 +86,7 @@ def merge_knowledge(
         command: likewise.
 
     Raises:
-        MergeError: naming how many captions are missing or fell back.
+        AmpError: naming how many captions are missing or fell back.
     """
     path = out / KNOWLEDGE_NAME
     summary, missing = Summary(), {}
@@ -125,7 +121,7 @@ def merge_knowledge(
         }
         write_json(out / PROVENANCE_NAME, provenance)
     except OSError as error:
-        raise MergeError(
+        raise AmpError(
             f"{path}: can't be written ({error.strerror}); make room or mend the folder, and merge again: the replies "
             "are kept"
         ) from None
@@ -135,13 +131,13 @@ def merge_knowledge(
 def _check_merge(summary: Summary, missing: Counter, wanted: int, limit: float, out: Path) -> None:
     if missing:
         kinds = ", ".join(f"{count:,} {stage}" for stage, count in missing.items())
-        raise MergeError(
+        raise AmpError(
             f"{out}: {missing.total():,} of {wanted:,} different captions aren't done ({kinds} missing in the cache); "
             "expected all; run the parts that are missing, or the same command without --merge"
         )
     bad = summary.failed + summary.fallback
     if bad > limit * summary.distinct:
-        raise MergeError(
+        raise AmpError(
             f"{out}: {bad:,} of {summary.distinct:,} different captions ({bad / summary.distinct:.1%}) came down to "
             f"rules ({summary.fallback:,}) or to nothing ({summary.failed:,}); expected at most {limit:.1%}; take a "
             "better model or prompt, or accept it with --max_fallback"

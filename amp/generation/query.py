@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from amp.errors import AmpError
 from amp.generation.cache import CacheError, ReplyCache
-from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome
 from amp.generation.language import language_note
 from amp.generation.prompts import load_template, readable
@@ -35,7 +34,7 @@ class KnowledgeGenerator:
 
     def __init__(
         self,
-        engine: EngineName = "rules",
+        engine: str = "rules",
         template: str = "default",
         retries: int = 2,
         temperature: float = 0.7,

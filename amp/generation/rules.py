@@ -31,10 +31,6 @@ _HANGING = ("conj", "xcomp", "advcl", "ccomp", "pcomp", "prep", "dep", "acomp", 
 _BE_AND_HAVE = frozenset({"is", "are", "be", "was", "were", "being", "been", "'s", "has", "have", "having"})
 
 
-class RulesError(AmpError):
-    """spaCy or a model of it is missing."""
-
-
 class RuleTriplets:
     """The parser and its rules.
 
@@ -42,14 +38,14 @@ class RuleTriplets:
         model: name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
 
     Raises:
-        RulesError: nothing is installed.
+        AmpError: nothing is installed.
     """
 
     def __init__(self, model: str | None = None) -> None:
         try:
             import spacy
         except ImportError:
-            raise RulesError(
+            raise AmpError(
                 'the rules need spaCy; expected it to be installed; pip install "open-clip-amp[rules]" and python -m '
                 "spacy download en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
             ) from None
@@ -58,7 +54,7 @@ class RuleTriplets:
             # The rules read tags and arcs alone.
             self._nlp = spacy.load(place, exclude=["ner", "senter", "lemmatizer", "attribute_ruler"])
         except (OSError, ValueError) as error:
-            raise RulesError(
+            raise AmpError(
                 f"{place}: spaCy {spacy.__version__} can't load it ({str(error).partition('.')[0]}); expected an "
                 "English model with a parser; python -m spacy download en_core_web_md, or check --spacy_model"
             ) from None
@@ -95,7 +91,7 @@ def _find(model: str | None) -> str | Path:
         if spec is not None and spec.origin is not None:  # a folder without code has no origin
             inner = Path(spec.origin).parent / "_model"
             return inner if inner.is_dir() else name
-    raise RulesError(
+    raise AmpError(
         f"no spaCy model named {model or ' or '.join(MODELS)} is installed; expected one; python -m spacy download "
         "en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
     )

@@ -26,10 +26,6 @@ _WORDS = (4, 30)
 _NEW_WORDS = 3
 
 
-class GoldError(AmpError):
-    """The labelled captions or the knowledge to score aren't as described."""
-
-
 @dataclass(frozen=True, slots=True)
 class GoldCaption:
     """A caption labelled by hand.
@@ -78,13 +74,13 @@ def load_gold(path: Path = GOLD) -> list[GoldCaption]:
     """The labelled captions.
 
     Raises:
-        GoldError: a line that is no triplet.
+        AmpError: a line that is no triplet.
     """
 
     def triplets(lines: Sequence[str], caption: str) -> tuple[Triplet, ...]:
         found = parse_triplet_lines(lines)
         if found is None:
-            raise GoldError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
+            raise AmpError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
         return found
 
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
