@@ -3,7 +3,7 @@
 The files import what they need (torch, vLLM, ...) only when a model is loaded.
 """
 
-from amp.generation.engines.base import register_engine
+from amp.generation.engines.base import Completion, Engine, EngineError, Message, Sampling, register_engine
 from amp.generation.engines.openai_engine import OpenAIEngine
 from amp.generation.engines.transformers_engine import TransformersEngine
 from amp.generation.engines.vllm_engine import VLLMEngine
@@ -11,3 +11,5 @@ from amp.generation.engines.vllm_engine import VLLMEngine
 register_engine("transformers", TransformersEngine)
 register_engine("openai", OpenAIEngine)
 register_engine("vllm", VLLMEngine)
+
+__all__ = ["Completion", "Engine", "EngineError", "Message", "Sampling", "register_engine"]
