@@ -46,7 +46,8 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
     from amp.evaluate.choice import load_choices
     from amp.evaluate.results import ResultFile
     from amp.generation.cache import ReplyCache
-    from amp.generation.settings import SETTINGS_NAME, Makers, Settings
+    from amp.generation.makers import Makers
+    from amp.generation.settings import SETTINGS_NAME, Settings
     from amp.model.adapter import FORMAT, read_adapter
     from amp.search.photo_index import PhotoIndex
     from amp.train.checkpoints import open_checkpoint

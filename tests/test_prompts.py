@@ -50,7 +50,7 @@ def broken(change) -> str:
         (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: key 'caption' is missing"),
         (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 2 triplets and the states"),
         (lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"), "a line that is no triplet"),
-        (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence a triplet"),
+        (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence per triplet"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path, change, message):

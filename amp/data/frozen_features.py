@@ -1,7 +1,7 @@
-"""What the frozen blocks make of each image of a split, computed once: early tokens and base features.
+"""Output of the frozen blocks for each image of a split, computed once: early tokens and base features.
 
 With `interaction_layer: l` the blocks below l see no knowledge and no prompts, and without random augmentation their
-output never changes: (F + M) x d_v numbers an image, memory-mapped.
+output never changes: (F + M) x d_v numbers per image, memory-mapped.
 """
 
 import hashlib
@@ -96,7 +96,7 @@ def compute_frozen_features(
         folder: Where to keep the arrays; None keeps them in memory.
         dtype: Of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
-        tokens: False keeps the base features alone.
+        tokens: False keeps only the base features.
     """
     if folder is not None and folder.is_dir():
         return FrozenFeatures.load(folder, tokens)

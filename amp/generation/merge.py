@@ -21,16 +21,16 @@ from amp.version import __version__
 
 @dataclass
 class Summary:
-    """What a merge found.
+    """Counts of a merge.
 
     Attributes:
-        captions: rows of the captions file.
-        distinct: different captions among them.
-        triplets: source -> triplets, over distinct captions, as all counts here.
-        states: source -> states.
-        empty: why -> captions without a triplet.
-        failed: captions for which neither the model nor the rules gave something usable, in whole or in part.
-        fallback: captions of which a triplet or a state comes from the rules although a model was asked.
+        captions: Number of rows of the captions file.
+        distinct: Number of different captions among them.
+        triplets: Source -> number of triplets. This and all other counts are over distinct captions.
+        states: Source -> number of states.
+        empty: Reason -> number of captions without a triplet.
+        failed: Number of captions for which neither the model nor the rules gave something usable, in whole or in part.
+        fallback: Number of captions with a triplet or a state that comes from the rules although a model was asked.
     """
 
     captions: int = 0
@@ -76,17 +76,17 @@ def merge_knowledge(
     """Writes the knowledge of all captions, or nothing.
 
     Args:
-        images: whose captions get a record each, in this order.
-        wanted: captions, as `readable` gives them, that must be done; others are left out.
-        ladder: of the run.
-        replies: to walk it with.
-        out: folder of both files.
-        max_fallback: largest fraction of `wanted` that may have come down to rules or to nothing.
-        captions_sha256: of the captions file or the manifest of the shards, for the provenance.
-        command: likewise.
+        images: Images whose captions get one record each, in this order.
+        wanted: Captions, as `readable` gives them, that must be done; others are left out.
+        ladder: The ladder of the run.
+        replies: Replies to walk it with.
+        out: Folder of both files.
+        max_fallback: Largest fraction of `wanted` that may have ended with rules or nothing.
+        captions_sha256: SHA-256 of the captions file or the manifest of the shards, for the provenance.
+        command: Command line, for the provenance.
 
     Raises:
-        AmpError: naming how many captions are missing or fell back.
+        AmpError: Naming how many captions are missing or fell back.
     """
     path = out / KNOWLEDGE_NAME
     summary, missing = Summary(), {}
@@ -122,7 +122,7 @@ def merge_knowledge(
         write_json(out / PROVENANCE_NAME, provenance)
     except OSError as error:
         raise AmpError(
-            f"{path}: can't be written ({error.strerror}); make room or mend the folder, and merge again: the replies "
+            f"{path}: can't be written ({error.strerror}); make room or fix the folder, and merge again: the replies "
             "are kept"
         ) from None
     return summary

@@ -26,10 +26,10 @@ class Template:
     """The two requests.
 
     Attributes:
-        name: of the file, without its suffix.
-        version: a number that its author raises.
-        triplets: the shared prefix of Q1.
-        states: the shared prefix of Q2.
+        name: Name of the file, without its suffix.
+        version: A number that its author raises.
+        triplets: The shared prefix of Q1.
+        states: The shared prefix of Q2.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Template:
     states: tuple[Message, ...]
 
     def hash(self) -> str:
-        """sha256 of everything that the model reads of it: comments and the file's name don't count."""
+        """SHA-256 of everything that the model reads; comments and the name of the file don't count."""
         content = [[list(message) for message in prefix] for prefix in (self.triplets, self.states)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -53,7 +53,7 @@ def load_template(name: str) -> Template:
     has ``caption``, ``triplets`` (lines as in `amp.generation.grammar`) and, under ``states``, as many ``states``.
 
     Raises:
-        AmpError: no such template, a missing key, or a sample that the strict check of its own reply refuses, from
+        AmpError: No such template, a missing key, or a sample that the strict check of its own reply refuses, from
             which no model could learn to pass it.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
@@ -77,7 +77,7 @@ def ask_triplets(caption: str) -> str:
 
 
 def ask_states(caption: str, triplets: tuple[Triplet, ...]) -> str:
-    """The last turn of Q2, which asks for all states of a caption at once: one request instead of one a triplet."""
+    """The last turn of Q2, which asks for all states of a caption at once: one request instead of one per triplet."""
     lines = [f"{number}. {triplet_line(triplet)}" for number, triplet in enumerate(triplets, start=1)]
     return "\n".join((ask_triplets(caption), *lines))
 
@@ -117,8 +117,8 @@ def _states_prefix(content: Any, where: str) -> tuple[Message, ...]:
         found = read_states(reply, len(triplets))
         if len(states) != len(triplets) or any(source != "strict" for _, source in found):
             raise AmpError(
-                f"{place}: {len(triplets)} triplets and the states {shorten(states)}; expected one sentence a triplet "
-                "that passes the strict check; correct them"
+                f"{place}: {len(triplets)} triplets and the states {shorten(states)}; expected one sentence per "
+                "triplet that passes the strict check; correct them"
             )
         messages += [Message("user", ask_states(caption, triplets)), Message("assistant", reply)]
     return tuple(messages)

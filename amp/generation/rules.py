@@ -35,10 +35,10 @@ class RuleTriplets:
     """The parser and its rules.
 
     Args:
-        model: name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
+        model: Name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
 
     Raises:
-        AmpError: nothing is installed.
+        AmpError: Nothing is installed.
     """
 
     def __init__(self, model: str | None = None) -> None:
@@ -51,7 +51,7 @@ class RuleTriplets:
             ) from None
         place = _find(model)
         try:
-            # The rules read tags and arcs alone.
+            # The rules read only tags and arcs.
             self._nlp = spacy.load(place, exclude=["ner", "senter", "lemmatizer", "attribute_ruler"])
         except (OSError, ValueError) as error:
             raise AmpError(
@@ -324,7 +324,7 @@ def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _of_noun(noun) -> Iterator[Triplet]:
-    """Attributes of a noun: its adjectives, before it or behind "is", and what it wears."""
+    """Attributes of a noun: its adjectives, before it or after "is", and what it wears."""
     if noun.tag_ not in NOUNS or noun.dep_ == "compound" or _mistagged(noun):
         return
     be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
@@ -359,7 +359,7 @@ def _placing(noun) -> Iterator[Triplet]:
 
 
 def _property(word) -> str:
-    """An adjective with what stands hyphenated before it: "long - haired"."""
+    """An adjective with the hyphenated word before it: "long - haired"."""
     parts = [child.lower_ for child in word.lefts if child.dep_ in ("compound", "npadvmod") and child.i >= word.i - 2]
     return " ".join((*parts, word.lower_))
 
