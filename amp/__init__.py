@@ -20,7 +20,7 @@ _EXPORTS = {
     "from_pretrained": "amp.publish.hub",
     "get_tokenizer": "amp.model.factory",
     "load_adapter": "amp.model.adapter",
-    "open_photo": "amp.data.image_file",
+    "open_photo": "amp.data.images.file",
     "push_to_hub": "amp.publish.hub",
     "save_adapter": "amp.model.adapter",
     "save_pretrained": "amp.publish.hub",

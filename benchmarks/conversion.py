@@ -12,7 +12,7 @@ from pathlib import Path
 import webdataset as wds
 from PIL import Image
 
-from amp.data.writer import make_shards
+from amp.data.conversion.make import make_shards
 from amp.terminal import PlainConsole
 from benchmarks.settings import Settings
 from benchmarks.timing import in_turns, medians, ratio, rounded

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from amp.data.conversion.make import make_shards
 from amp.data.shards import ShardManifest
-from amp.data.writer import make_shards
 from amp.errors import AmpError
 from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig

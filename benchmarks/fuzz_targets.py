@@ -10,11 +10,14 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from amp.data.decode import decode_rgb, is_whole, jpeg_size
-from amp.data.image_file import Resize, UnreadableImageError, open_photo, read_image
-from amp.data.shard_file import record_bytes
+from amp.data.captions.knowledge_file import attach_knowledge
+from amp.data.captions.load import load_captions
+from amp.data.images.decode import decode_rgb
+from amp.data.images.file import Resize, is_whole, open_photo, read_image
+from amp.data.images.formats import UnreadableImageError
+from amp.data.images.headers import jpeg_size
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.sources import attach_knowledge, load_captions
+from amp.data.shards.record import record_bytes
 from amp.errors import AmpError
 from amp.generation.replies import MAX_STATE_CHARACTERS, MAX_TRIPLETS, read_states, read_triplets
 from amp.generation.words import slot_words

@@ -45,7 +45,7 @@ def draw_photos(folder: Path, count: int, split: str = "train") -> dict[str, str
     """`count` photos with five captions each, four triplets a caption.
 
     Returns:
-        The arguments of `amp.data.writer.make_shards` but `out`.
+        The arguments of `amp.data.conversion.make.make_shards` but `out`.
     """
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ with exit_on_error():
     import torch
     from jsonargparse import ArgumentParser
 
-    from amp.data.writer import make_shards
+    from amp.data.conversion.make import make_shards
     from amp.files import write_atomically
     from amp.train.checkpoints import Checkpoints, open_checkpoint
     from amp.train.engine import STOPPED

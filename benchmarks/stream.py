@@ -20,13 +20,13 @@ import webdataset as wds
 from open_clip.transform import image_transform
 from PIL import Image
 
+from amp.data.conversion.make import make_shards
 from amp.data.order import BatchOrder
 from amp.data.shards import ShardReader
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import KnowledgeCollator, TrainingSamples, training_loader
 from amp.data.text_features import TextFeatureStore
-from amp.data.writer import make_shards
 from amp.errors import AmpError
 from amp.knowledge.tensors import TripletTokenizer
 from amp.model.config import PromptConfig

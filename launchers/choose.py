@@ -167,8 +167,8 @@ def run(settings: ChooseSettings, config: TrainConfig) -> None:
 
 def read_tests(settings: ChooseSettings, config: TrainConfig, problems: Problems) -> list[Test]:
     """All tests with the entries that can be used, found without a model; what is wrong goes to `problems`."""
-    from amp.data.file_names import find_file
-    from amp.data.image_file import open_photo
+    from amp.data.images.file import open_photo
+    from amp.data.images.names import find_file
     from amp.data.split import ShardSplit
     from amp.data.split_captions import SplitCaptions
     from amp.evaluate.choice import check_skipped, load_choices

@@ -35,7 +35,7 @@ def draw_dataset(root: Path, sizes: dict[str, int] = SPLIT_SIZES) -> dict:
     distinct, in the training split one occurs at several images.
 
     Returns:
-        The arguments of `amp.data.writer.make_shards` but `out`.
+        The arguments of `amp.data.conversion.make.make_shards` but `out`.
     """
     (root / "images").mkdir(parents=True)
     images, knowledge = [], []
@@ -88,7 +88,7 @@ def _draw(number: int) -> Image.Image:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """A folder of small shards, of 5 samples at most, with the splits of `SPLIT_SIZES`; read only."""
-    from amp.data.writer import make_shards
+    from amp.data.conversion.make import make_shards
 
     root = tmp_path_factory.mktemp("drawn")
     make_shards(**draw_dataset(root), out=str(root / "shards"), samples_per_shard=5, workers=1)

@@ -18,18 +18,13 @@ from open_clip.transform import image_transform
 from PIL import Image, features
 
 import amp
-from amp.data.decode import (
-    DECODER_OF,
-    PHOTO_SUFFIXES,
-    UnreadableImageError,
-    decode_rgb,
-    jpeg_size,
-    unreadable_reason,
-)
-from amp.data.image_file import Resize, open_photo, read_image
+from amp.data.conversion.make import make_shards
+from amp.data.images.decode import decode_rgb
+from amp.data.images.file import Resize, open_photo, read_image
+from amp.data.images.formats import DECODER_OF, PHOTO_SUFFIXES, UnreadableImageError, unreadable_reason
+from amp.data.images.headers import jpeg_size
 from amp.data.pixels import RandomCrop
 from amp.data.split import ShardSplit
-from amp.data.writer import make_shards
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="needs Pillow with AVIF")
 UPRIGHT = np.random.default_rng(0).integers(0, 255, (29, 45, 3), dtype=np.uint8)
@@ -442,7 +437,7 @@ def test_formats_that_are_not_read_are_named_by_their_content(monkeypatch):
     ):
         with pytest.raises(UnreadableImageError, match=words):
             decode_rgb(content)
-    monkeypatch.setattr("amp.data.decode.find_spec", lambda name: None)  # as without pillow-heif
+    monkeypatch.setattr("amp.data.images.formats.find_spec", lambda name: None)  # as without pillow-heif
     assert "pip install pillow-heif" in unreadable_reason(".heic")
     with pytest.raises(UnreadableImageError, match="pip install pillow-heif"):
         decode_rgb(HEIC)
@@ -460,7 +455,7 @@ def test_heic_is_read_where_its_package_is_installed():
 
 
 def test_the_orientation_of_an_ordinary_jpeg_costs_microseconds():
-    from amp.data.decode import _jpeg_orientation
+    from amp.data.images.headers import _jpeg_orientation
 
     content = saved(_draw(0).resize((500, 375)), "JPEG")
     seconds = min(timeit.repeat(lambda: _jpeg_orientation(content), number=1000, repeat=3)) / 1000

@@ -7,8 +7,9 @@ import pytest
 from conftest import SHARED
 from helpers import draw_dataset, run_here
 
-from amp.data.writer import make_shards
-from amp.generation.describe import DescribeError, agreement, describe, load_entries
+from amp.data.conversion.make import make_shards
+from amp.errors import AmpError
+from amp.generation.describe import agreement, describe, load_entries
 from amp.terminal import PlainConsole
 
 TWO = [
@@ -85,7 +86,7 @@ def test_agreement_by_hand(tmp_path):
     assert figures["captions with the same triplets"] == 0.5
     assert figures["captions with the same states"] == 1.0
     assert figures["actions only in the first"] == {"is": 1} and figures["actions only in the second"] == {"sees": 1}
-    with pytest.raises(DescribeError, match="no caption in common"):
+    with pytest.raises(AmpError, match="no caption in common"):
         agreement(first, load_entries(write(tmp_path / "c.jsonl", [{**OTHER[2], "sentid": 9}])))
 
 

@@ -186,7 +186,7 @@ def test_a_full_file_system(tmp_path):
 def own_shards(tmp_path) -> Path:
     from helpers import draw_dataset
 
-    from amp.data.writer import make_shards
+    from amp.data.conversion.make import make_shards
 
     make_shards(
         **draw_dataset(tmp_path / "drawn", {"train": 22}), out=str(tmp_path / "shards"), samples_per_shard=5, workers=1

@@ -16,7 +16,8 @@ import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, run_here
 from scripted_model import reply_to, scripted_model
 
-from amp.data.sources import attach_knowledge, load_captions
+from amp.data.captions.knowledge_file import attach_knowledge
+from amp.data.captions.load import load_captions
 from amp.generation.replies import read_triplets
 from amp.knowledge.schema import parse_knowledge
 

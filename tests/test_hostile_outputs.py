@@ -13,8 +13,8 @@ from helpers import draw_dataset, launcher
 from hostile_helpers import one_error, training_arguments
 
 import amp
+from amp.data.conversion.make import make_shards
 from amp.data.shards import ShardManifest
-from amp.data.writer import make_shards
 from amp.errors import AmpError, exit_on_error, public_command, without_secrets
 from amp.files import open_log, whole_file, write_atomically, write_json
 from amp.generation.cache import CacheError, ReplyCache

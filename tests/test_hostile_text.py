@@ -10,8 +10,9 @@ from helpers import launcher
 from hostile_helpers import captions_of, one_error
 from PIL import Image
 
-from amp.data.shards import ShardFormatError, ShardManifest, ShardReader
-from amp.data.sources import attach_knowledge, load_captions
+from amp.data.captions.knowledge_file import attach_knowledge
+from amp.data.captions.load import load_captions
+from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError, Problems, exit_on_error, printable, shorten
 from amp.generation.engines.rendering import chat_parts, plain_text, without_marks
 from amp.generation.prompts import MAX_CAPTION_WORDS, ask_states, ask_triplets, load_template
@@ -45,7 +46,8 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
     from amp.evaluate.choice import load_choices
     from amp.evaluate.results import ResultFile
     from amp.generation.cache import ReplyCache
-    from amp.generation.settings import SETTINGS_NAME, Makers, Settings
+    from amp.generation.makers import Makers
+    from amp.generation.settings import SETTINGS_NAME, Settings
     from amp.model.adapter import FORMAT, read_adapter
     from amp.search.photo_index import PhotoIndex
     from amp.train.checkpoints import open_checkpoint
@@ -122,7 +124,7 @@ def test_an_id_that_is_no_text_is_refused(tmp_path, key):
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 def test_odd_texts_go_through_shards_as_they_are(tmp_path, text):
     """Captions and knowledge of any characters but lone surrogates come out of a shard as they went in."""
-    from amp.data.writer import make_shards
+    from amp.data.conversion.make import make_shards
 
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     captions, knowledge = tmp_path / "c.jsonl", tmp_path / "k.jsonl"
@@ -138,10 +140,10 @@ def test_odd_texts_go_through_shards_as_they_are(tmp_path, text):
     ("change", "words"),
     [
         ({"captions": [{"id": 0, "text": "\ud800"}]}, r"captions\[0\]: 'text' is .*valid Unicode"),
-        ({"captions": [{"id": 0, "text": 3}]}, "'text' is 3; expected str"),
+        ({"captions": [{"id": 0, "text": 3}]}, "'text' is 3; expected a string"),
         ({"captions": [{"id": 0}]}, "key 'text' is missing"),
-        ({"captions": ["x"]}, "expected a JSON object"),
-        ({"captions": [{"id": [], "text": "x"}]}, "'id' is .*expected a whole number or a text"),
+        ({"captions": ["x"]}, "expected an object"),
+        ({"captions": [{"id": [], "text": "x"}]}, "'id' is .*expected a whole number or a string"),
         ({"image_id": "\udfff"}, "'image_id' is"),
         ({"image_id": 1e999}, "'image_id' is inf"),
         ({"image_id": {"a": 1}}, "'image_id' is"),
@@ -154,7 +156,7 @@ def test_records_of_a_shard_that_are_no_text_are_refused(tmp_path, change, words
 
     content = {"schema": 1, "key": "a", "captions": [{"id": 0, "text": "x"}]} | change
     path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.json", json.dumps(content).encode()))
-    with pytest.raises(ShardFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         ShardReader(path).record(0)
     assert f"{path}: a.json" in str(error.value)
 
@@ -165,7 +167,7 @@ def test_an_error_that_names_what_is_no_text_can_be_printed(tmp_path):
 
     content = json.dumps({"\ud800" * 1000: 1}).encode()
     path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.json", content))
-    with pytest.raises(ShardFormatError, match="keys seen") as error:
+    with pytest.raises(AmpError, match="keys seen") as error:
         ShardReader(path).record(0)
     assert len(str(error.value).encode()) < 400
 

@@ -11,9 +11,9 @@ import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset
 from training_run import TrainingRun, small_run
 
-from amp.data.rewrite import rewrite_knowledge
+from amp.data.conversion.make import make_shards
+from amp.data.conversion.rewrite import rewrite_knowledge
 from amp.data.split import ShardSplit
-from amp.data.writer import make_shards
 from amp.generation.run import generate_knowledge
 from amp.terminal import PlainConsole
 from amp.train.config import StageSettings

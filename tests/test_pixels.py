@@ -12,7 +12,9 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from amp.data.decode import decode_rgb, is_whole, jpeg_size
+from amp.data.images.decode import decode_rgb
+from amp.data.images.file import is_whole
+from amp.data.images.headers import jpeg_size
 from amp.data.pixels import RandomCrop, random_box
 
 

@@ -3,15 +3,8 @@
 import pytest
 import yaml
 
-from amp.generation.prompts import (
-    MAX_CAPTION_WORDS,
-    TEMPLATES,
-    TemplateError,
-    ask_states,
-    ask_triplets,
-    load_template,
-    readable,
-)
+from amp.errors import AmpError
+from amp.generation.prompts import MAX_CAPTION_WORDS, TEMPLATES, ask_states, ask_triplets, load_template, readable
 from amp.knowledge.schema import Triplet
 
 SHIPPED = sorted(path.stem for path in TEMPLATES.glob("*.yaml"))
@@ -47,27 +40,30 @@ def broken(change) -> str:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("version"), "'version' is None; expected a number"),
-        (lambda c: c.pop("states"), "'states' is None; expected a mapping"),
-        (lambda c: c["triplets"].update(samples=[]), r"'samples' is \[\]; expected a list"),
+        (lambda c: c.pop("version"), "key 'version' is missing; expected a whole number"),
+        (lambda c: c.pop("states"), "key 'states' is missing; expected an object"),
+        (
+            lambda c: c["triplets"].update(samples=[]),
+            r"'samples' is \[\]; expected one that isn't empty",
+        ),
         (lambda c: c["triplets"]["samples"][0]["triplets"].append("action: boy | runs | -"), "isn't a strict reply"),
-        (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: 'caption' is None"),
+        (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: key 'caption' is missing"),
         (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 2 triplets and the states"),
         (lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"), "a line that is no triplet"),
-        (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence a triplet"),
+        (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence per triplet"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path, change, message):
     (tmp_path / "mine.yaml").write_text(broken(change))
-    with pytest.raises(TemplateError, match=message):
+    with pytest.raises(AmpError, match=message):
         load_template(str(tmp_path / "mine.yaml"))
 
 
 def test_files_that_can_t_be_read(tmp_path):
-    with pytest.raises(TemplateError, match=r"none\.yaml: no such template; expected one of coco, default, flickr"):
+    with pytest.raises(AmpError, match=r"none\.yaml: no such template; expected one of coco, default, flickr"):
         load_template("none")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(TemplateError, match="can't be read as YAML"):
+    with pytest.raises(AmpError, match="can't be read as YAML"):
         load_template(str(tmp_path / "bad.yaml"))
 
 

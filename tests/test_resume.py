@@ -275,7 +275,7 @@ def test_other_settings_are_refused_by_name(short, change, said):
 def test_other_shards_are_refused(short, tmp_path):
     from helpers import draw_dataset
 
-    from amp.data.writer import make_shards
+    from amp.data.conversion.make import make_shards
 
     again(short)
     make_shards(**draw_dataset(tmp_path / "others", {"train": 21}), out=str(tmp_path / "shards"), workers=1)

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
 
-from amp.data import rewrite
-from amp.data.rewrite import RewriteError, rewrite_knowledge
+from amp.data.captions.load import load_captions
+from amp.data.conversion import rewrite
+from amp.data.conversion.make import make_shards
+from amp.data.conversion.rewrite import rewrite_knowledge
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.sources import SourceFormatError, load_captions
-from amp.data.writer import make_shards
+from amp.errors import AmpError
 from amp.terminal import PlainConsole
 
 QUIET = PlainConsole(quiet=True)
@@ -146,7 +147,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from amp.terminal import PlainConsole
-from amp.data import rewrite
+from amp.data.conversion import rewrite
 rewrite_one = rewrite._rewrite
 def slow(job):
     import time
@@ -228,7 +229,7 @@ def test_captions_without_a_record(shards, tmp_path):
     arguments, folder = shards
     before = digests(folder)
     knowledge = new_knowledge(arguments, tmp_path / "new.jsonl", leave_out=3)
-    with pytest.raises(RewriteError, match=r"new\.jsonl: no record for 3 of \d+ captions .* nothing was changed"):
+    with pytest.raises(AmpError, match=r"new\.jsonl: no record for 3 of \d+ captions .* nothing was changed"):
         rewrite_knowledge(str(folder), str(knowledge), console=QUIET)
     assert digests(folder) == before and (folder / "manifest.json").exists()
     manifest = rewrite_knowledge(str(folder), str(knowledge), max_missing=0.2, console=QUIET)
@@ -241,22 +242,22 @@ def test_captions_without_a_record(shards, tmp_path):
 def test_refusals(shards, tmp_path):
     arguments, folder = shards
     knowledge = new_knowledge(arguments, tmp_path / "new.jsonl")
-    with pytest.raises(RewriteError, match="no such folder; expected a folder of shards"):
+    with pytest.raises(AmpError, match="no such folder; expected a folder of shards"):
         rewrite_knowledge(str(tmp_path / "nowhere"), str(knowledge), console=QUIET)
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(RewriteError, match="is the folder of the shards"):
+    with pytest.raises(AmpError, match="is the folder of the shards"):
         rewrite_knowledge(str(folder), str(knowledge), out=f"{folder}/", console=QUIET)
-    with pytest.raises(RewriteError, match="max_missing is 2"):
+    with pytest.raises(AmpError, match="max_missing is 2"):
         rewrite_knowledge(str(folder), str(knowledge), max_missing=2, console=QUIET)
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"sentid": 0, "caption": "another data set", "triplets": [], "states": []}) + "\n")
-    with pytest.raises(SourceFormatError, match="'caption' is 'another data set' but sentid 0"):
+    with pytest.raises(AmpError, match="'caption' is 'another data set' but sentid 0"):
         rewrite_knowledge(str(folder), str(other), console=QUIET)
     shard = folder / "train-000001.tar"
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(RewriteError, match=r"train-000001\.tar: sha256 is [0-9a-f]+; expected"):
+    with pytest.raises(AmpError, match=r"train-000001\.tar: sha256 is [0-9a-f]+; expected"):
         rewrite_knowledge(str(folder), str(knowledge), console=QUIET)
     assert (folder / "manifest.json").exists()
 
@@ -269,7 +270,7 @@ def test_a_full_disk(shards, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(rewrite, "add_member", full)
-    with pytest.raises(RewriteError, match=r"\.tar: can't be written \(No space left on device\); make room"):
+    with pytest.raises(AmpError, match=r"\.tar: can't be written \(No space left on device\); make room"):
         rewrite_knowledge(str(folder), str(knowledge), console=QUIET)
     monkeypatch.undo()
     assert not list(folder.rglob("*.tmp"))

@@ -6,13 +6,14 @@ import time
 import pytest
 from conftest import SHARED
 
+from amp.errors import AmpError
 from amp.generation.replies import MAX_TRIPLETS, triplet_line
-from amp.generation.rules import MODELS, RulesError, RuleTriplets, _find
+from amp.generation.rules import MODELS, RuleTriplets, _find
 
 pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
 try:
     _find(None)
-except RulesError:
+except AmpError:
     pytest.skip(f"needs a spaCy model, one of {', '.join(MODELS)}", allow_module_level=True)
 
 
@@ -174,7 +175,7 @@ def test_batches_and_order_have_no_effect(rules):
 def test_a_missing_model_is_told(name, tmp_path, monkeypatch):
     (tmp_path / "folder_without_code").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RulesError, match=f"no spaCy model named {name} is installed; expected one"):
+    with pytest.raises(AmpError, match=f"no spaCy model named {name} is installed; expected one"):
         RuleTriplets(name)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
 
-from amp.data import writer
-from amp.data.image_file import read_limited
+from amp.data.conversion import write
+from amp.data.conversion.folder import lock_folder
+from amp.data.conversion.make import make_shards
+from amp.data.images.file import read_limited
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.writer import make_shards
 from amp.errors import AmpError
 
 SIZES = {"train": 14, "test": 5}
@@ -68,13 +69,13 @@ def drawn(tmp_path) -> Conversion:
 
 
 def count_reads(monkeypatch) -> list[Path]:
-    real, read = writer.read_image, []
+    real, read = write.read_image, []
 
     def counted(path, resize, check):
         read.append(path)
         return real(path, resize, check)
 
-    monkeypatch.setattr(writer, "read_image", counted)
+    monkeypatch.setattr(write, "read_image", counted)
     return read
 
 
@@ -110,13 +111,13 @@ def test_a_killed_part_loses_nothing_but_itself(drawn):
     drawn.make("2/3")
     code = (
         "import os, runpy, sys\n"
-        "from amp.data import writer\n"
-        "real, calls = writer.read_image, []\n"
+        "from amp.data.conversion import write\n"
+        "real, calls = write.read_image, []\n"
         "def dies(path, resize, check):\n"
         "    calls.append(path)\n"
         "    if len(calls) == 5: os.kill(os.getpid(), 9)\n"
         "    return real(path, resize, check)\n"
-        "writer.read_image = dies\n"
+        "write.read_image = dies\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -199,7 +200,7 @@ def test_a_part_leaves_out_a_shard_whose_image_could_be_read_later(drawn, monkey
             raise OSError(5, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr("amp.data.image_file.read_limited", failing)
+    monkeypatch.setattr("amp.data.images.file.read_limited", failing)
     with pytest.raises(AmpError, match=f"first: {image.name}: can't be read .Input/output error"):
         drawn.make("0/3")
     drawn.make("0/3", max_skipped=0.06)
@@ -245,11 +246,11 @@ def test_more_parts_than_shards(drawn):
 
 def test_parts_share_a_folder_and_a_run_without_parts_does_not(drawn):
     drawn.make("0/3")
-    with writer.lock_folder(drawn.out, shared=True):
+    with lock_folder(drawn.out, shared=True):
         drawn.make("1/3")
         with pytest.raises(AmpError, match="another run is writing shards here"):
             drawn.make()
-    with writer.lock_folder(drawn.out), pytest.raises(AmpError, match="another run is writing shards here"):
+    with lock_folder(drawn.out), pytest.raises(AmpError, match="another run is writing shards here"):
         drawn.make("2/3")
     drawn.make()
 

@@ -20,10 +20,12 @@ import pytest
 from helpers import run_here
 from PIL import Image
 
-from amp.data import writer
-from amp.data.image_file import Resize, UnreadableImageError, read_image, read_limited
-from amp.data.shards import ShardFormatError, ShardInfo, ShardManifest, ShardReader
-from amp.data.writer import make_shards
+from amp.data.conversion import write
+from amp.data.conversion.folder import lock_folder
+from amp.data.conversion.make import make_shards
+from amp.data.images.file import Resize, read_image, read_limited
+from amp.data.images.formats import UnreadableImageError
+from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.terminal import PlainConsole
 
@@ -371,13 +373,13 @@ def test_damaged_images_are_found(tmp_path, how, extension, words, check):
 def test_shards_checked_by_structure_alone_are_checked_again_where_decoding_is_asked_for(ten, monkeypatch):
     """Not the other way round; the shards' bytes are the same."""
     ten.make(check="structure")
-    before, (real, seen) = ten.tars(), (writer.read_image, [])
+    before, (real, seen) = ten.tars(), (write.read_image, [])
 
     def noted(path, resize, check):
         seen.append(check)
         return real(path, resize, check)
 
-    monkeypatch.setattr(writer, "read_image", noted)
+    monkeypatch.setattr(write, "read_image", noted)
     manifest = ten.make(check="decode")
     assert seen == ["decode"] * len(seen) and len(seen) == 11
     assert manifest.provenance["check"] == "decode"
@@ -469,7 +471,7 @@ def test_an_earlier_manifest_does_not_survive_a_failed_run(ten):
     spoil(ten.images / "1.jpg", "cut")
     with pytest.raises(AmpError, match="unreadable_image"):
         ten.make()
-    with pytest.raises(ShardFormatError, match="no such file; expected the manifest"):
+    with pytest.raises(AmpError, match="no such file; expected the manifest"):
         ShardManifest.load(ten.out)
 
 
@@ -501,7 +503,7 @@ def test_an_image_that_could_not_be_opened_is_tried_again(ten, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr("amp.data.image_file.read_limited", failing)
+    monkeypatch.setattr("amp.data.images.file.read_limited", failing)
     manifest = ten.make(max_skipped=0.5)
     assert manifest.skipped["unreadable_image"][0]["reason"] == "can't be read (Permission denied)"
     before = ten.tars()
@@ -571,7 +573,7 @@ def test_only_what_is_missing_or_changed_is_written_again(ten, change, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, AmpError])
 def test_an_interrupted_run_leaves_nothing_that_counts_and_is_resumed(ten, monkeypatch, error):
-    real, calls = writer.read_image, []
+    real, calls = write.read_image, []
 
     def stops(path, resize, check):
         calls.append(path)
@@ -579,7 +581,7 @@ def test_an_interrupted_run_leaves_nothing_that_counts_and_is_resumed(ten, monke
             raise error("stopped")
         return real(path, resize, check)
 
-    monkeypatch.setattr(writer, "read_image", stops)
+    monkeypatch.setattr(write, "read_image", stops)
     with pytest.raises(error):
         ten.make()
     assert sorted(path.name for path in ten.out.iterdir()) == [".plan", "train-000000.tar"]
@@ -592,14 +594,16 @@ def test_an_interrupted_run_leaves_nothing_that_counts_and_is_resumed(ten, monke
 def test_a_killed_run_is_resumed(ten, monkeypatch):
     """After kill -9 a temporary file stays behind; it never counts and the next run removes it."""
     code = (
-        "import os, sys; from amp.data import writer\n"
-        "real, calls = writer.read_image, []\n"
+        "import os, sys\n"
+        "from amp.data.conversion import write\n"
+        "from amp.data.conversion.make import make_shards\n"
+        "real, calls = write.read_image, []\n"
         "def dies(path, resize, check):\n"
         "    calls.append(path)\n"
         "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
         "    return real(path, resize, check)\n"
-        "writer.read_image = dies\n"
-        "writer.make_shards(*sys.argv[1:], workers=1, samples_per_shard=4)\n"
+        "write.read_image = dies\n"
+        "make_shards(*sys.argv[1:], workers=1, samples_per_shard=4)\n"
     )
     ten.rows, rows = ten.rows[:2], ten.rows
     ten.make()  # writes the captions file
@@ -623,7 +627,7 @@ def _die(plan, accept_gaps):
 
 
 def test_a_dead_worker_is_an_error_and_not_a_hang(ten, monkeypatch):
-    monkeypatch.setattr(writer, "_write_in_worker", _die)
+    monkeypatch.setattr(write, "_write_in_worker", _die)
     with pytest.raises(AmpError, match="a worker process was killed"):
         ten.make(workers=2)
 
@@ -632,7 +636,7 @@ def test_a_full_disk_is_one_clear_error(ten, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "add_member", full)
+    monkeypatch.setattr(write, "add_member", full)
     with pytest.raises(AmpError, match=r"train-000000.tar: can't be written .No space left on device.; make room"):
         ten.make()
     assert list(ten.out.glob("*.tar")) == list(ten.out.glob("*.tmp")) == []
@@ -668,7 +672,7 @@ def test_foreign_tars_are_not_overwritten(ten):
 
 def test_two_runs_into_one_folder_are_refused(ten):
     ten.make()
-    with writer.lock_folder(ten.out), pytest.raises(AmpError, match="another run is writing shards here"):
+    with lock_folder(ten.out), pytest.raises(AmpError, match="another run is writing shards here"):
         ten.make()
     ten.make()
 
@@ -835,7 +839,7 @@ def test_reader_of_a_foreign_tar(tmp_path):
 )
 def test_reader_refuses(tmp_path, members, words):
     path = tar_of(tmp_path / "x.tar", *members)
-    with pytest.raises(ShardFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         ShardReader(path)
     assert str(path) in str(error.value)
 
@@ -845,17 +849,17 @@ def test_reader_refuses(tmp_path, members, words):
     [
         (("a.json", b"{"), "a.json: not JSON"),
         (("a.json", b"\xff\xfe"), "a.json: not JSON"),
-        (("a.json", b"[]"), "expected a JSON object"),
+        (("a.json", b"[]"), "expected an object"),
         (("a.json", b"{}"), "key 'schema' is missing"),
         (record("a", schema=2), "'schema' is 2; this release reads schema 1"),
         (record("a", key="b"), "'key' is 'b'; expected the member's name"),
         (record("a", captions=[]), "'captions' is empty"),
-        (record("a", captions="x"), "'captions' is 'x'; expected list"),
+        (record("a", captions="x"), "'captions' is 'x'; expected a list"),
     ],
 )
 def test_reader_refuses_records(tmp_path, bad, words):
     reader = ShardReader(tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), bad))
-    with pytest.raises(ShardFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         reader.read(0)
     assert "x.tar" in str(error.value)
 
@@ -868,7 +872,7 @@ def test_reader_notices_every_cut(tmp_path):
     end += -end % 512 + 1024
     for size in range(0, end, 256):
         path.write_bytes(content[:size])
-        with pytest.raises(ShardFormatError):
+        with pytest.raises(AmpError):
             ShardReader(path)
     path.write_bytes(content[:end])
     assert len(ShardReader(path)) == 2
@@ -879,19 +883,19 @@ def test_reader_notices_a_damaged_header(tmp_path):
     content = bytearray(path.read_bytes())
     content[2048 + 3] ^= 0xFF  # the name in the third header
     path.write_bytes(content)
-    with pytest.raises(ShardFormatError, match="damaged or cut short after 1 samples"):
+    with pytest.raises(AmpError, match="damaged or cut short after 1 samples"):
         ShardReader(path)
 
 
 def test_reader_refuses_other_files(tmp_path):
-    with pytest.raises(ShardFormatError, match=r"no.tar: can't be read .No such file"):
+    with pytest.raises(AmpError, match=r"no.tar: can't be read .No such file"):
         ShardReader(tmp_path / "no.tar")
-    with pytest.raises(ShardFormatError, match=r"not a readable tar"):
+    with pytest.raises(AmpError, match=r"not a readable tar"):
         ShardReader(tar_of(tmp_path / "x.tar.gz", *GOOD, mode="w:gz"))
     (tmp_path / "x.tar").write_bytes(b"x" * 5000)
-    with pytest.raises(ShardFormatError, match=r"not a readable tar"):
+    with pytest.raises(AmpError, match=r"not a readable tar"):
         ShardReader(tmp_path / "x.tar")
-    with pytest.raises(ShardFormatError, match=r"can't be read .Is a directory|not a readable"):
+    with pytest.raises(AmpError, match=r"can't be read .Is a directory|not a readable"):
         ShardReader(tmp_path)
 
 
@@ -936,12 +940,12 @@ def test_reader_survives_a_fork_and_pickling(many):
 
 
 def test_manifest_of_a_folder_without_one(tmp_path):
-    with pytest.raises(ShardFormatError, match="nowhere: no such folder"):
+    with pytest.raises(AmpError, match="nowhere: no such folder"):
         ShardManifest.load(tmp_path / "nowhere")
-    with pytest.raises(ShardFormatError, match=r"manifest.json: no such file; .*amp make_shards"):
+    with pytest.raises(AmpError, match=r"manifest.json: no such file; .*amp make_shards"):
         ShardManifest.load(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ShardFormatError, match="can't be read as JSON"):
+    with pytest.raises(AmpError, match="can't be read as JSON"):
         ShardManifest.load(tmp_path)
 
 
@@ -962,20 +966,20 @@ def changed(content, *path, value=None):
         (("format",), "other", "'format' is 'other'; expected 'open-clip-amp shards'"),
         (("format",), None, "key 'format' is missing"),
         (("version",), 2, "'version' is 2; this release reads version 1"),
-        (("splits",), [], "'splits' is ..; expected dict"),
+        (("splits",), [], "'splits' is ..; expected an object"),
         (("splits", "train", "shards"), None, "splits.train: key 'shards' is missing"),
         (("splits", "train", "samples"), 11, "splits.train: 'samples' is 11; expected 10"),
-        (("splits", "train", "captions"), True, "'captions' is True; expected int"),
+        (("splits", "train", "captions"), True, "'captions' is True; expected a whole number"),
         (("splits", "train", "shards", 0, "name"), "../x.tar", "'name' is '../x.tar'; expected a file name"),
         (("splits", "train", "shards", 1, "sha256"), None, r"splits.train.shards\[1\]: key 'sha256' is missing"),
-        (("splits", "train", "shards", 1, "bytes"), "9", r"shards\[1\]: 'bytes' is '9'; expected int"),
+        (("splits", "train", "shards", 1, "bytes"), "9", r"shards\[1\]: 'bytes' is '9'; expected a whole number"),
     ],
 )
 def test_manifest_malformed(ten, path, value, words):
     content = ten.make().to_dict()
     changed(content, *path, value=value)
     (ten.out / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ShardFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         ShardManifest.load(ten.out)
     assert str(ten.out / "manifest.json") in str(error.value)
 
@@ -986,16 +990,16 @@ def test_split_of_a_manifest(ten):
     assert shards == manifest.splits["train"]
     assert isinstance(shards[0], ShardInfo)
     assert shards[0].name == "train-000000.tar"
-    with pytest.raises(ShardFormatError, match="split 'val' isn't there; splits present: train, test"):
+    with pytest.raises(AmpError, match="split 'val' isn't there; splits present: train, test"):
         manifest.split("val")
-    with pytest.raises(ShardFormatError, match="split 'none' holds no sample"):
+    with pytest.raises(AmpError, match="split 'none' holds no sample"):
         ShardManifest(ten.out, {"none": []}).split("none")
     size = shards[1].path.stat().st_size
     os.truncate(shards[1].path, size - 512)
-    with pytest.raises(ShardFormatError, match=rf"train-000001.tar: {size - 512} bytes; expected {size}"):
+    with pytest.raises(AmpError, match=rf"train-000001.tar: {size - 512} bytes; expected {size}"):
         manifest.split("train")
     shards[1].path.unlink()
-    with pytest.raises(ShardFormatError, match=r"train-000001.tar: No such file"):
+    with pytest.raises(AmpError, match=r"train-000001.tar: No such file"):
         manifest.split("train")
 
 
@@ -1006,7 +1010,7 @@ def test_verify_finds_a_changed_byte(ten):
     content[600] ^= 1
     path.write_bytes(content)
     manifest.split("test")
-    with pytest.raises(ShardFormatError, match=r"test-000000.tar: sha256 is"):
+    with pytest.raises(AmpError, match=r"test-000000.tar: sha256 is"):
         manifest.verify()
 
 

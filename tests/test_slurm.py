@@ -28,7 +28,7 @@ STEPS = 120  # of stage 1
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, clip_folder) -> list[str]:
     """Settings of a run that is long for its size: 24 steps an epoch, five epochs of stage 1, one of stage 2."""
-    from amp.data.writer import make_shards
+    from amp.data.conversion.make import make_shards
 
     folder = tmp_path_factory.mktemp("slurm")
     dataset = draw_dataset(folder / "drawn", {"train": 192, "test": 12})

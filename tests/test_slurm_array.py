@@ -2,8 +2,8 @@
 
 from helpers import draw_dataset
 
+from amp.data.conversion.make import make_shards
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.writer import make_shards
 
 TASKS = 4
 

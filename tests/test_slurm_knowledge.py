@@ -5,7 +5,8 @@ import json
 import pytest
 from helpers import draw_dataset
 
-from amp.generation.rules import RulesError, _find
+from amp.errors import AmpError
+from amp.generation.rules import _find
 from amp.generation.run import generate_knowledge
 
 TASKS = 3
@@ -15,7 +16,7 @@ def test_job_array(slurm, tmp_path):
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
     try:
         _find(None)
-    except RulesError as error:
+    except AmpError as error:
         pytest.skip(str(error))
     captions = draw_dataset(tmp_path, {"train": 30, "test": 12})["captions"]
     whole = generate_knowledge(captions, str(tmp_path / "plain"))

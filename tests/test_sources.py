@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from amp.data.sources import (
-    SKIP_KINDS,
-    CaptionedImage,
-    SourceFormatError,
-    attach_knowledge,
-    load_captions,
-    load_image_list,
-)
+from amp.data.captions.base import SKIP_KINDS, CaptionedImage
+from amp.data.captions.knowledge_file import attach_knowledge
+from amp.data.captions.load import load_captions
+from amp.data.conversion.selection import load_image_list
 from amp.errors import AmpError
 
 FLICKR8K = Path(__file__).parents[2] / "shared" / "data" / "flickr8k"
@@ -114,11 +110,14 @@ def test_karpathy_gaps_are_counted_and_left_out(tmp_path):
     [
         ([], "expected a JSON object"),
         ([{"image": "a.jpg", "caption": ["A", "B"]}], "a list of objects with the keys 'image, caption'.*JSONL"),
-        ({"image": []}, "key 'images' is missing; keys seen: 'image'"),
+        ({"image": []}, "key 'images' is missing; expected a list; keys seen: 'image'"),
         ({"images": {}}, "'images' is {}; expected a list"),
         ({"images": [], "annotations": []}, "COCO's own annotation file"),
-        ({"images": ["a.jpg"]}, r"images\[0\]: 'a.jpg'; expected a JSON object"),
-        ({"images": [{"file_name": "a.jpg"}]}, r"images\[0\]: key 'filename' is missing; keys seen: 'file_name'"),
+        ({"images": ["a.jpg"]}, r"images\[0\]: 'a.jpg'; expected an object"),
+        (
+            {"images": [{"file_name": "a.jpg"}]},
+            r"images\[0\]: key 'filename' is missing; .*seen: 'file_name'",
+        ),
         ({"images": [karpathy_image(filename=3)]}, "'filename' is 3; expected a string"),
         ({"images": [karpathy_image(split="a/b")]}, "'split' is 'a/b'"),
         ({"images": [karpathy_image(split=None)]}, "'split' is None"),
@@ -135,7 +134,7 @@ def test_karpathy_gaps_are_counted_and_left_out(tmp_path):
 def test_karpathy_malformed(tmp_path, content, words):
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(SourceFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         load_captions(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -144,7 +143,7 @@ def test_karpathy_malformed(tmp_path, content, words):
 def test_karpathy_cut_short_is_named_with_its_line(tmp_path):
     path = tmp_path / "dataset.json"
     path.write_text('{"images":\n [{"filename": "a.jpg"')
-    with pytest.raises(SourceFormatError, match="line 2: not valid JSON"):
+    with pytest.raises(AmpError, match="line 2: not valid JSON"):
         load_captions(path)
 
 
@@ -155,7 +154,7 @@ def test_karpathy_cut_short_is_named_with_its_line(tmp_path):
 def test_a_table_named_json_gets_the_option_that_reads_it(tmp_path, text, advice):
     path = tmp_path / "captions.json"
     path.write_text(text)
-    with pytest.raises(SourceFormatError, match=f"not valid JSON.*{advice}"):
+    with pytest.raises(AmpError, match=f"not valid JSON.*{advice}"):
         load_captions(path)
 
 
@@ -319,7 +318,7 @@ def test_one_image_may_name_its_split_in_two_cases_but_not_by_two_names(tmp_path
     assert load_captions(write_jsonl(tmp_path, rows)).images[0].split == "train"
     rows[1] = {"image": "b.jpg", "caption": "B", "split": "val"}
     rows[0]["split"] = "dev"
-    with pytest.raises(SourceFormatError, match="line 2: 'split' is 'val', and above it is 'dev'; both would be"):
+    with pytest.raises(AmpError, match="line 2: 'split' is 'val', and above it is 'dev'; both would be"):
         load_captions(write_jsonl(tmp_path, rows))
 
 
@@ -377,7 +376,7 @@ def test_paths_are_normalised_so_that_one_file_is_one_image(tmp_path):
 def test_csv_malformed(tmp_path, text, words):
     path = tmp_path / "captions.csv"
     path.write_text(text)
-    with pytest.raises(SourceFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         load_captions(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -386,7 +385,7 @@ def test_csv_malformed(tmp_path, text, words):
 def test_csv_lines_are_counted_through_quoted_line_breaks(tmp_path):
     path = tmp_path / "captions.csv"
     path.write_text('image,caption\na.jpg,"one\ntwo\nthree"\nb.jpg,x,y\n')
-    with pytest.raises(SourceFormatError, match="line 5: 3 fields"):
+    with pytest.raises(AmpError, match="line 5: 3 fields"):
         load_captions(path)
 
 
@@ -410,42 +409,42 @@ def test_csv_lines_are_counted_through_quoted_line_breaks(tmp_path):
 def test_jsonl_malformed(tmp_path, line, words):
     path = tmp_path / "captions.jsonl"
     path.write_text('{"image": "a.jpg", "caption": "A man"}\n\n' + line + "\n")
-    with pytest.raises(SourceFormatError, match=words) as error:
+    with pytest.raises(AmpError, match=words) as error:
         load_captions(path)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "s/../../a.jpg", "s\\..\\a.jpg", "a\0.jpg", "."])
 def test_images_outside_the_folder_are_refused(tmp_path, name):
-    with pytest.raises(SourceFormatError, match=r"line 1: image file .* is refused"):
+    with pytest.raises(AmpError, match=r"line 1: image file .* is refused"):
         load_captions(write_jsonl(tmp_path, [{"image": name, "caption": "A man"}]))
-    with pytest.raises(SourceFormatError, match=r"images\[0\]: image file .* is refused"):
+    with pytest.raises(AmpError, match=r"images\[0\]: image file .* is refused"):
         load_captions(write_karpathy(tmp_path, karpathy_image(filename=name)))
     if name != ".":
-        with pytest.raises(SourceFormatError, match=r"images\[0\]: image file .* is refused"):
+        with pytest.raises(AmpError, match=r"images\[0\]: image file .* is refused"):
             load_captions(write_karpathy(tmp_path, karpathy_image(filepath=name)))
 
 
 def test_the_format_must_be_known(tmp_path):
     path = tmp_path / "captions.dat"
     path.write_text("image,caption\na.jpg,A man\n")
-    with pytest.raises(SourceFormatError, match=r"suffix '.dat' doesn't tell.*--format"):
+    with pytest.raises(AmpError, match=r"suffix '.dat' doesn't tell.*--format"):
         load_captions(path)
-    with pytest.raises(SourceFormatError, match="expected one of auto, karpathy, csv, jsonl"):
+    with pytest.raises(AmpError, match="expected one of auto, karpathy, csv, jsonl"):
         load_captions(path, format="xml")
     assert flat(load_captions(path, format="csv").images) == [("a.jpg", "train", ["A man"])]
 
 
 def test_files_that_cannot_be_read(tmp_path):
     for name in ("no.json", "no.csv", "no.jsonl"):
-        with pytest.raises(SourceFormatError, match=f"{name}: can't be read .No such file"):
+        with pytest.raises(AmpError, match=f"{name}: can't be read .No such file"):
             load_captions(tmp_path / name)
     latin = tmp_path / "latin.csv"
     latin.write_bytes("image,caption\na.jpg,Ein Bär\n".encode("latin-1"))
-    with pytest.raises(SourceFormatError, match="line 2: not UTF-8"):
+    with pytest.raises(AmpError, match="line 2: not UTF-8"):
         load_captions(latin)
     (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))
-    with pytest.raises(SourceFormatError, match="no image with a caption"):
+    with pytest.raises(AmpError, match="no image with a caption"):
         load_captions(tmp_path / "utf16.json")
 
 
@@ -465,7 +464,7 @@ def test_files_that_are_no_captions_file_are_named_for_what_they_are(tmp_path, w
     for suffix in (".csv", ".json", ".jsonl", ".unknown"):
         path = tmp_path / f"captions{suffix}"
         path.write_bytes(FOREIGN_FILES[what])
-        with pytest.raises(SourceFormatError, match=f"{path}: this is {what}.*expected a"):
+        with pytest.raises(AmpError, match=f"{path}: this is {what}.*expected a"):
             load_captions(path)
 
 
@@ -530,7 +529,7 @@ def test_knowledge_said_twice_is_fine_if_it_is_the_same(tmp_path, images):
         (TRIPLETS, "line 2: no key says which caption this is; .* keys seen: 'triplets, states'"),
         ({"image": "1.jpg", **TRIPLETS}, "line 2: no key says which caption"),
         ({"sentid": None, **TRIPLETS}, "line 2: 'sentid' is None"),
-        ({"sentid": 10, "triplets": [], "states": []}, "line 2: other knowledge of the same caption stands in line 1"),
+        ({"sentid": 10, "triplets": [], "states": []}, "line 2: line 1 has other knowledge of the same caption"),
         ({"sentid": 11, "image": "9.jpg", **TRIPLETS}, "line 2: 'image' is '9.jpg' but sentid 11 .* has '1.jpg'"),
         ({"sentid": 11, "caption": "A dog", **TRIPLETS}, "line 2: 'caption' is 'A dog' but sentid 11"),
         ({"sentid": 11, "image": 9, **TRIPLETS}, "line 2: 'image' is 9; expected a string"),
@@ -546,9 +545,9 @@ def test_knowledge_malformed(tmp_path, images, record, words):
 
 
 def test_knowledge_of_another_data_set_is_refused(tmp_path, images):
-    with pytest.raises(SourceFormatError, match="none of its 2 records belongs to a caption"):
+    with pytest.raises(AmpError, match="none of its 2 records belongs to a caption"):
         attach(tmp_path, images, {"sentid": 500, **TRIPLETS}, {"sentid": 501, **TRIPLETS})
-    with pytest.raises(SourceFormatError, match="no record in it"):
+    with pytest.raises(AmpError, match="no record in it"):
         attach(tmp_path, images)
 
 
@@ -557,7 +556,7 @@ def test_image_list(tmp_path):
     path.write_text("a.jpg\n\n s/b.jpg \r\n")
     assert load_image_list(path) == ["a.jpg", "s/b.jpg"]
     path.write_text("\n")
-    with pytest.raises(SourceFormatError, match="no image named"):
+    with pytest.raises(AmpError, match="no image named"):
         load_image_list(path)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import amp
-from amp.data.writer import make_shards
+from amp.data.conversion.make import make_shards
 from amp.errors import AmpError
 from amp.model.adapter import save_adapter
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from amp.errors import Problems, exit_on_error, printable
 
 with exit_on_error():
+    from amp.errors import AmpError
     from amp.files import check_writable, write_atomically
-    from amp.generation.describe import DescribeError, Entry, agreement, describe, load_entries, sample
+    from amp.generation.describe import Entry, agreement, describe, load_entries, sample
     from amp.generation.replies import triplet_line
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str | None, help="file for the report, .md or .json")
     options = parser.parse_args(arguments)
     if options.out and Path(options.out).suffix not in (".md", ".json"):
-        raise DescribeError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
+        raise AmpError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
     paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]
     problems, versions = Problems(), []
     with PlainConsole(stderr=True).progress("reading knowledge"):

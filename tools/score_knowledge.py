@@ -17,10 +17,11 @@ from pathlib import Path
 from amp.errors import exit_on_error
 
 with exit_on_error():
-    from amp.data.tables import jsonl_objects
+    from amp.data.captions.text_file import jsonl_objects
+    from amp.errors import AmpError
     from amp.files import check_writable, write_atomically
     from amp.generation.replies import triplet_line
-    from amp.generation.score import GoldCaption, GoldError, good_states, load_gold, score_triplets
+    from amp.generation.score import GoldCaption, good_states, load_gold, score_triplets
     from amp.knowledge.schema import Knowledge, parse_knowledge
 
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = PlainConsole(soft_wrap=True, highlight=False)
     gold = load_gold()
     if (options.knowledge is None) == (options.write_captions is None):
-        raise GoldError("expected one of --knowledge and --write_captions; give it")
+        raise AmpError("expected one of --knowledge and --write_captions; give it")
     if options.write_captions is not None:
         write_captions(gold, Path(options.write_captions))
         console.print(f"{len(gold)} captions written to {options.write_captions}")
@@ -66,14 +67,14 @@ def read_knowledge(path: Path, gold: list[GoldCaption]) -> list[Knowledge]:
     """The knowledge of each labelled caption, in order.
 
     Raises:
-        GoldError: a caption without a record.
+        AmpError: a caption without a record.
     """
     by_caption = {}
     for number, record in jsonl_objects(path):
         by_caption[record.get("caption")] = parse_knowledge(record, f"{path} line {number}")
     missing = [label.caption for label in gold if label.caption not in by_caption]
     if missing:
-        raise GoldError(
+        raise AmpError(
             f"{path}: no record for {len(missing)} of {len(gold)} labelled captions, the first {missing[0]!r}; "
             "expected one each with 'caption'; generate it for the file that --write_captions writes"
         )

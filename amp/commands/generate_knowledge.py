@@ -26,14 +26,10 @@ from __future__ import annotations
 
 import sys
 
-from amp.errors import exit_on_error
-from amp.generation.engines.openai_engine import OpenAIEngine
-from amp.generation.engines.transformers_engine import TransformersEngine
-from amp.generation.engines.vllm_engine import VLLMEngine
-from amp.generation.run import GenerationError, generate_knowledge
+from amp.errors import AmpError, exit_on_error
+from amp.generation.engines.base import known_engines
+from amp.generation.run import generate_knowledge
 from amp.knowledge.schema import KNOWLEDGE_NAME
-
-ENGINES = {"transformers": TransformersEngine, "openai": OpenAIEngine, "vllm": VLLMEngine}
 
 
 @exit_on_error("the replies are kept, and the same command goes on from there")
@@ -49,23 +45,24 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_function_arguments(generate_knowledge, skip={"splits", "engine_options", "command", "console"})
     parser.add_argument("--splits", nargs="+", type=str, help="splits whose captions get knowledge; by default all")
-    parser.add_argument("--model", type=str | None, default=None, help="of the engine; rules have none")
-    for name, engine in ENGINES.items():
+    parser.add_argument("--model", type=str | None, default=None, help="model of the engine; rules have none")
+    engines = known_engines()
+    for name, engine in engines.items():
         parser.add_class_arguments(engine, name, skip={"model"})
     parser.add_argument("--config", action="config", help="YAML file with these options")
     options = parser.parse_args(arguments).as_dict()
     console = PlainConsole(stderr=True)
     command = ["generate_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
     options.pop("config")
-    of_engines = {name: options.pop(name) for name in ENGINES}
+    of_engines = {name: options.pop(name) for name in engines}
     model = options.pop("model")
     if (model is None) != (options["engine"] == "rules"):
-        raise GenerationError(
+        raise AmpError(
             f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
             "one, and none for rules; give both, or neither"
         )
-    if options["engine"] != "rules":
-        options["engine_options"] = {"model": model, **of_engines[options["engine"]]}
+    if model is not None:
+        options["engine_options"] = {"model": model, **of_engines.get(options["engine"], {})}
     summary = generate_knowledge(**options, command=command, console=console)
     if summary is None:
         return

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import sys
 
-from amp.data.writer import make_shards
+from amp.data.conversion.make import make_shards
 from amp.errors import exit_on_error
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from amp.data.rewrite import rewrite_knowledge
+from amp.data.conversion.rewrite import rewrite_knowledge
 from amp.errors import exit_on_error
 
 

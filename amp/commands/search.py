@@ -11,7 +11,7 @@ base model is the one that the adapter was trained on.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from amp.command_line import CommandLine
 from amp.errors import AmpError, exit_on_error, printable
@@ -47,7 +47,7 @@ class SearchSettings:
     count: int = 12
     top_k: int = 20
     fusion_weight: float = 0.0
-    knowledge: Literal["rules", "transformers", "openai", "vllm", "none"] = "rules"
+    knowledge: str = "rules"
     engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     sheet: str | None = None
     device: str | None = None

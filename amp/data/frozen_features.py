@@ -1,4 +1,4 @@
-"""What the frozen blocks make of each image of a split, computed once: early tokens and base features.
+"""Output of the frozen blocks for each image of a split, computed once: early tokens and base features.
 
 The blocks before the first prompted one see no knowledge and no prompts, and without random augmentation their output
 never changes: (F + M) x d_v numbers per image, memory-mapped.
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
-from amp.data.decode import DECODING_VERSION
+from amp.data.images.decode import DECODING_VERSION
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.folders import build_folder
@@ -96,7 +96,7 @@ def compute_frozen_features(
         folder: Where to keep the arrays; None keeps them in memory.
         dtype: Of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
-        tokens: False keeps the base features alone.
+        tokens: False keeps only the base features.
     """
     if folder is not None and folder.is_dir():
         return FrozenFeatures.load(folder, tokens)

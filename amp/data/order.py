@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of (seed, epoch), whatever the number of workers.
+"""Which sample comes when: a pure function of (seed, epoch), regardless of the number of workers.
 
 The global order of an epoch is cut into global batches, and each rank takes its slice of each. So every rank runs the
 same number of steps, the same global batch is seen by 1, 2 or 64 ranks, and a run continues at any step by counting.
@@ -27,11 +27,11 @@ def epoch_order(
         seed: Of the run.
         epoch: 0-based.
         window: Shards mixed at a time.
-        neighbours: Samples that belong beside each sample, best first (I, k); those of other windows are left out.
+        neighbours: Samples that belong next to each sample, best first (I, k); those of other windows are left out.
         group: Samples that `neighbours` bring together.
 
     Returns:
-        int64 (sum of sizes,): sample i of the split stands at position i of the concatenated shards.
+        int64 (sum of sizes,): sample i of the split is at position i of the concatenated shards.
     """
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
@@ -64,7 +64,7 @@ def in_groups(samples: np.ndarray, neighbours: np.ndarray, group: int, rng: np.r
 def caption_of_epoch(seed: int, epoch: int, sample: int, captions: int) -> int:
     """The one caption a sample shows in an epoch; in `captions` epochs each is shown once, in an order of its own."""
     cycle, turn = divmod(epoch, captions)
-    # Sorted by a hash: once an image, where seeding a generator alone takes several times as long.
+    # Sorted by a hash. This runs once per image, and just seeding a generator takes several times as long.
     drawn = hashlib.shake_128(f"{seed}/{sample}/{cycle}".encode()).digest(8 * captions)
     return sorted(range(captions), key=lambda number: drawn[8 * number : 8 * number + 8])[turn]
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTensor
 
-from amp.data.decode import decode_rgb, jpeg_size
+from amp.data.images.decode import decode_rgb
+from amp.data.images.headers import jpeg_size
 
 TO_RGB = ("MaybeConvertMode", "_convert_to_rgb")  # open_clip's step, by the names that releases gave it
 

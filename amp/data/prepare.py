@@ -29,7 +29,7 @@ def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str, setting: 
 def prepare_texts(
     accelerator: Accelerator, terminal: Terminal, store: TextFeatureStore, model: ActionAwareCLIP, texts: Iterable[str]
 ) -> None:
-    """Fills the store with the texts that it lacks, a share a rank."""
+    """Fills the store with the texts that it lacks, one share per rank."""
     accelerator.wait_for_everyone()  # no rank may add texts while another still counts them
     missing = store.missing(texts)
     accelerator.wait_for_everyone()

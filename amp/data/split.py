@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from amp.data.decode import decode_rgb
+from amp.data.images.decode import decode_rgb
 from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge, parse_knowledge

@@ -32,7 +32,7 @@ class Batch:
         base: The frozen CLIP's image features (B, d), or None where they are not stored.
         text: The frozen CLIP's caption features (B, d), not normalised.
         knowledge: Of the captions.
-        image_ids: int64 (B,); equal numbers are the same image.
+        image_ids: Int64 (B,); equal numbers are the same image.
         samples: Position of each image in its split, int64 (B,); None where nobody asks.
         crop: What normalises uint8 images on the device.
     """
@@ -98,9 +98,9 @@ class TrainingSamples(Dataset):
 
     Args:
         split: The shards.
-        preprocess: Image transform; open_clip's random crop is replaced by ours, the same but for rounding. Without one
-            pixels are Pillow's, as in evaluation and in stored features. Not used where `frozen` is given.
-        seed: Chooses the caption of an epoch and the random crop, both whatever worker draws them.
+        preprocess: Image transform; open_clip's random crop is replaced by ours, which differs only in rounding.
+            Without one, pixels are Pillow's, as in evaluation and stored features. Not used with `frozen`.
+        seed: Chooses the caption of an epoch and the random crop, regardless of the worker.
         keep: Kinds of triplets that are used.
         frozen: Stored features of the split, which replace decoding.
     """
@@ -117,7 +117,7 @@ class TrainingSamples(Dataset):
         self.crop = RandomCrop.of(preprocess, scaled=True)
 
     def image_type(self) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Shape and type of each image; None where `preprocess` alone knows."""
+        """Shape and type of each image; None if only `preprocess` knows."""
         if self.frozen is not None:
             return self.frozen.tokens.shape[1:], torch.from_numpy(self.frozen.tokens[:0].copy()).dtype
         return None if self.crop is None else ((3, *self.crop.crop.size), torch.uint8)
@@ -171,7 +171,7 @@ def training_loader(
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """Batches of one rank in the order of `order`, whatever the number of workers.
+    """Batches of one rank in the order of `order`, regardless of the number of workers.
 
     The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
     `worker_init` is called in each worker with its number.

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from amp.csv_cell import csv_cell
-from amp.data.file_names import find_file
+from amp.data.images.names import find_file
 from amp.errors import AmpError, shorten, too_many_skipped
 from amp.files import write_atomically
-from amp.json_text import parse_json
-from amp.knowledge.schema import Knowledge, is_unicode
+from amp.json_text import is_unicode, parse_json
+from amp.knowledge.schema import Knowledge
 from amp.model.clip import ActionAwareCLIP
 from amp.model.similarity import pair_similarity
 from amp.retrieval.figures import BASE

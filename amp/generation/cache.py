@@ -1,4 +1,4 @@
-"""Replies on disk: append-only JSONL files, one a part, that survive a kill at any byte."""
+"""Replies on disk: append-only JSONL files, one per part, that survive a kill at any byte."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class CacheError(AmpError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is kept of a completion.
+    """The part of a completion that is kept.
 
     Attributes:
-        text: of the model, as it came.
-        refused: there is no text, and the same request would fail again.
+        text: The reply of the model, unchanged.
+        refused: Whether there is no text and the same request would fail again.
     """
 
     text: str
@@ -42,20 +42,20 @@ def key_of(**content: Any) -> str:
 
 
 class ReplyCache:
-    """All replies of a folder; new ones are appended to the file of one part.
+    """All replies of a folder. New ones are appended to the file of one part.
 
-    Parts need no lock among each other, since each writes its own file and reads the others' whole lines. A line that
-    a kill cut in two is dropped when its part starts again. The first reply of a key stays.
+    Parts need no lock for each other, since each writes its own file and reads only whole lines of the others. A line
+    that a kill cut in two is dropped when its part starts again. The first reply of a key stays.
 
     Args:
-        folder: made if absent.
-        part: name of the file to append to, None to read only.
+        folder: Folder of the replies; made if absent.
+        part: Name of the file to append to, None to read only.
 
     Attributes:
-        damaged: lines that were no reply and don't count; their requests are asked again.
+        damaged: Lines that were no reply and don't count; their requests are asked again.
 
     Raises:
-        CacheError: unreadable or unwritable; another process writes the same part.
+        CacheError: Unreadable or unwritable; another process writes the same part.
     """
 
     def __init__(self, folder: Path, part: str | None) -> None:
@@ -74,7 +74,7 @@ class ReplyCache:
         except OSError as error:
             self.close()
             raise CacheError(
-                f"{folder}: can't be used ({error.strerror}); expected a folder to keep replies in; mend it, or name "
+                f"{folder}: can't be used ({error.strerror}); expected a folder to keep replies in; fix it, or name "
                 "another with --cache"
             ) from None
         except BaseException:
@@ -95,15 +95,15 @@ class ReplyCache:
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply, **notes: Any) -> None:
-        """Keeps a reply; it survives the end of this process from here on, and of the machine some seconds later.
+        """Keeps a reply. From here on it survives the end of this process, and some seconds later that of the machine.
 
         Args:
-            key: of `key_of`.
-            reply: to keep.
-            notes: for a reader of the file.
+            key: Name of the reply, from `key_of`.
+            reply: The reply to keep.
+            notes: Further keys for a reader of the file.
 
         Raises:
-            CacheError: a full disk, say; what was put before stays.
+            CacheError: The file can't be written, as on a full disk; what was put before stays.
         """
         if key in self._replies:
             return
@@ -119,7 +119,7 @@ class ReplyCache:
                 self._synced = time.monotonic()
         except OSError as error:
             raise CacheError(
-                f"{self._path}: can't be written ({error.strerror}); make room or mend the folder, and run the same "
+                f"{self._path}: can't be written ({error.strerror}); make room or fix the folder, and run the same "
                 "command again: the replies in it are kept"
             ) from None
         self._replies[key] = reply
@@ -136,7 +136,7 @@ class ReplyCache:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheError(
-                f"{self._path}: another process is writing this part; expected one process a part; wait for it, or "
+                f"{self._path}: another process is writing this part; expected one process per part; wait for it, or "
                 "give each its own --part"
             ) from None
 

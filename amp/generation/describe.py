@@ -1,4 +1,4 @@
-"""What knowledge looks like in figures, and how far two versions of it agree."""
+"""Statistics of knowledge, and how far two versions of it agree."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from amp.data.captions.text_file import jsonl_objects
 from amp.data.shards import ShardManifest, ShardReader
-from amp.data.tables import jsonl_objects
 from amp.errors import AmpError
 from amp.generation.words import stem
 from amp.knowledge.schema import KNOWLEDGE_NAME, Knowledge, Triplet, parse_knowledge, parse_origin
@@ -21,17 +21,13 @@ from amp.knowledge.text import CONTEXT_TOKENS, state_text
 SLOT_TOKENS = 5  # PromptConfig.slot_tokens
 
 
-class DescribeError(AmpError):
-    """The knowledge can't be described."""
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """The knowledge of one caption.
 
     Attributes:
-        caption: its text, "" where the file doesn't hold it.
-        knowledge: its triplets and states.
+        caption: Its text, "" if the file doesn't hold it.
+        knowledge: Its triplets and states.
         origin: ``sources`` and ``empty``, where known.
     """
 
@@ -44,7 +40,7 @@ def load_entries(path: Path) -> dict[str, Entry]:
     """Caption's id -> its knowledge, from a JSONL file, the folder that holds it, or a folder of shards.
 
     Raises:
-        AmpError: neither, or not of its form; naming the line or the shard.
+        AmpError: Neither, or not of its form; naming the line or the shard.
     """
     if (path / KNOWLEDGE_NAME).is_file():
         path = path / KNOWLEDGE_NAME
@@ -57,7 +53,7 @@ def load_entries(path: Path) -> dict[str, Entry]:
         name = str(record["sentid"]) if "sentid" in record else f"{record.get('image')}: {record.get('caption')}"
         entries[name] = Entry(str(record.get("caption", "")), knowledge, parse_origin(record, where))
     if not entries:
-        raise DescribeError(f"{path}: no record in it; expected one JSON object a line; check the file")
+        raise AmpError(f"{path}: no record in it; expected one JSON object per line; check the file")
     return entries
 
 
@@ -65,8 +61,8 @@ def describe(entries: Sequence[Entry], tokenize: Callable[[str], Sequence[int]])
     """Counts, lengths and shares of one version.
 
     Args:
-        entries: of all captions.
-        tokenize: a text to CLIP's tokens without the marks of start and end.
+        entries: The knowledge of all captions.
+        tokenize: Turns a text into CLIP's tokens without the marks of start and end.
     """
     triplets = [triplet for entry in entries for triplet in entry.knowledge.triplets]
     states = [state for entry in entries for state in entry.knowledge.states]
@@ -104,12 +100,12 @@ def describe(entries: Sequence[Entry], tokenize: Callable[[str], Sequence[int]])
 def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
     """How far two versions name the same triplets for the captions that both have.
 
-    Triplets are equal but for endings ("jumps over" = "jumping over"). Overlap is the number of triplets that both
-    have, over those that either has; 1 where both have none.
+    Triplets that differ only in endings count as equal ("jumps over" = "jumping over"). Overlap is the number of
+    triplets that both have, over those that either has; 1 if both have none.
     """
     both = [name for name in a if name in b]
     if not both:
-        raise DescribeError("the two versions have no caption in common; expected knowledge of the same captions")
+        raise AmpError("the two versions have no caption in common; expected knowledge of the same captions")
     overlaps, same_states = [], 0
     gained: Counter[str] = Counter()
     lost: Counter[str] = Counter()
@@ -134,10 +130,10 @@ def sample(names: Sequence[str], count: int, seed: int) -> list[str]:
     """Some captions' ids, in their order.
 
     Raises:
-        DescribeError: a negative count.
+        AmpError: A negative count.
     """
     if count < 0:
-        raise DescribeError(f"sample is {count}; expected 0 or more captions")
+        raise AmpError(f"sample is {count}; expected 0 or more captions")
     chosen = set(random.Random(seed).sample(list(names), min(count, len(names))))
     return [name for name in names if name in chosen]
 

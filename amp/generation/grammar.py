@@ -1,6 +1,6 @@
 """The form of a reply, as a regular language in the two spellings that engines understand: a regex and GBNF.
 
-A reply to Q1 is one line a triplet, subject, action, object in this order, ``-`` for no object::
+A reply to Q1 has one line per triplet with subject, action and object in this order, ``-`` for no object::
 
     action: girl | climbs | stairs
     attribute: girl | is | little
@@ -25,8 +25,8 @@ class TripletGrammar:
     """Replies to Q1.
 
     Attributes:
-        words: of the caption, at least one; every slot keeps to them.
-        max_triplets: lines at most.
+        words: Words of the caption, at least one; slots hold only these.
+        max_triplets: Maximum number of lines.
     """
 
     words: tuple[str, ...]
@@ -62,8 +62,8 @@ class StateGrammar:
     """Replies to Q2.
 
     Attributes:
-        count: triplets, one line each.
-        max_characters: of a state.
+        count: Number of triplets, one line each.
+        max_characters: Maximum length of a state.
     """
 
     count: int

@@ -35,16 +35,16 @@ Lookup = Callable[[str], Reply | None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the ladder needs next.
+    """A reply that the ladder needs next.
 
     Attributes:
-        key: name of its reply in the cache.
+        key: Name of its reply in the cache.
         stage: Q1, the rules, or Q2.
         attempt: 0, then 1 and 2 with temperature.
-        caption: as the model reads it.
-        suffix: the last turn; "" for the rules.
-        grammar: of the reply; None for the rules.
-        seed: of the sampling.
+        caption: The caption as the model reads it.
+        suffix: The last turn; "" for the rules.
+        grammar: Grammar of the reply; None for the rules.
+        seed: Random seed of the sampling.
     """
 
     key: str
@@ -61,11 +61,11 @@ class Outcome:
     """The end of the ladder for one caption.
 
     Attributes:
-        knowledge: of the caption.
-        sources: of each triplet, the rung that it and its state come from: ``{"triplet": ..., "state": ...}`` with
+        knowledge: Knowledge of the caption.
+        sources: For each triplet, the rung that it and its state come from: ``{"triplet": ..., "state": ...}`` with
             strict, repaired, retry1, retry2 or rules.
-        empty: why there is no triplet; "" where there is one.
-        dropped: triplets left out because no state was found for them.
+        empty: Why there is no triplet; "" if there is one.
+        dropped: Triplets left out because no state was found for them.
     """
 
     knowledge: Knowledge
@@ -84,12 +84,12 @@ class Ladder:
     """The settings of a run that decide its outcome.
 
     Attributes:
-        engine: what `Engine.describe` says; None climbs from the rules, without a model.
-        template: the requests.
-        rules: what `RuleTriplets.describe` says; None ends in an empty record instead of rules.
-        retries: at most so many further requests where a reply can't be used.
-        temperature: of the retries; the first request is greedy.
-        seed: of the retries.
+        engine: What `Engine.describe` says; None starts at the rules, without a model.
+        template: The requests.
+        rules: What `RuleTriplets.describe` says; None ends in an empty record instead of rules.
+        retries: Maximum number of further requests if a reply can't be used.
+        temperature: Temperature of the retries; the first request is greedy.
+        seed: Random seed of the retries.
     """
 
     engine: dict[str, Any] | None
@@ -100,7 +100,7 @@ class Ladder:
     seed: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides an outcome beside caption and replies."""
+        """Everything that decides an outcome in addition to caption and replies."""
         return {
             "version": LADDER_VERSION,
             "engine": self.engine,

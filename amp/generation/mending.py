@@ -24,8 +24,8 @@ def mend(doc, parse):
     """The caption with a better tree where its verb was read as a noun; else the caption as it is.
 
     Args:
-        doc: a parsed caption.
-        parse: from a `Doc` of words to the same with tags and arcs.
+        doc: A parsed caption.
+        parse: From a `Doc` of words to the same with tags and arcs.
     """
     place = _hidden_verb(doc)
     return doc if place is None else _parsed_with_verb(doc, place, parse) or doc
@@ -44,7 +44,7 @@ def _hidden_verb(doc) -> int | None:
 
 
 def _may_be_verb(token) -> bool:
-    """A form of a verb behind the noun that would do it, or behind what ends a description of that noun."""
+    """A form of a verb after the noun that would do it, or after the end of a description of that noun."""
     if token.tag_ not in NOUNS or plain_verb(token.lower_) is None or token.text[0].isupper():
         return False
     before = token.nbor(-1)
@@ -67,7 +67,7 @@ def _is_in(colour) -> bool:
 
 
 def _has_one(token) -> bool:
-    """Whether an article for one stands at a noun of many, as in "a hat shoots"."""
+    """Whether a plural noun has a singular article, as in "a hat shoots"."""
     return any(child.lower_ in ("a", "an", "one") for child in (*token.children, *token.head.children))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amp.data.sources import Caption, CaptionedImage
+from amp.data.captions.base import Caption, CaptionedImage
 from amp.errors import AmpError, public_command
 from amp.files import sha256_of, whole_file, write_json
 from amp.generation.cache import ReplyCache
@@ -19,22 +19,18 @@ from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 from amp.version import __version__
 
 
-class MergeError(AmpError):
-    """Captions are missing, too many fell back, or the file can't be written."""
-
-
 @dataclass
 class Summary:
-    """What a merge found.
+    """Counts of a merge.
 
     Attributes:
-        captions: rows of the captions file.
-        distinct: different captions among them.
-        triplets: source -> triplets, over distinct captions, as all counts here.
-        states: source -> states.
-        empty: why -> captions without a triplet.
-        failed: captions for which neither the model nor the rules gave something usable, in whole or in part.
-        fallback: captions of which a triplet or a state comes from the rules although a model was asked.
+        captions: Number of rows of the captions file.
+        distinct: Number of different captions among them.
+        triplets: Source -> number of triplets. This and all other counts are over distinct captions.
+        states: Source -> number of states.
+        empty: Reason -> number of captions without a triplet.
+        failed: Number of captions for which neither the model nor the rules gave something usable, in whole or in part.
+        fallback: Number of captions with a triplet or a state that comes from the rules although a model was asked.
     """
 
     captions: int = 0
@@ -80,17 +76,17 @@ def merge_knowledge(
     """Writes the knowledge of all captions, or nothing.
 
     Args:
-        images: whose captions get a record each, in this order.
-        wanted: captions, as `readable` gives them, that must be done; others are left out.
-        ladder: of the run.
-        replies: to walk it with.
-        out: folder of both files.
-        max_fallback: largest fraction of `wanted` that may have come down to rules or to nothing.
-        captions_sha256: of the captions file or the manifest of the shards, for the provenance.
-        command: likewise.
+        images: Images whose captions get one record each, in this order.
+        wanted: Captions, as `readable` gives them, that must be done; others are left out.
+        ladder: The ladder of the run.
+        replies: Replies to walk it with.
+        out: Folder of both files.
+        max_fallback: Largest fraction of `wanted` that may have ended with rules or nothing.
+        captions_sha256: SHA-256 of the captions file or the manifest of the shards, for the provenance.
+        command: Command line, for the provenance.
 
     Raises:
-        MergeError: naming how many captions are missing or fell back.
+        AmpError: Naming how many captions are missing or fell back.
     """
     path = out / KNOWLEDGE_NAME
     summary, missing = Summary(), {}
@@ -125,8 +121,8 @@ def merge_knowledge(
         }
         write_json(out / PROVENANCE_NAME, provenance)
     except OSError as error:
-        raise MergeError(
-            f"{path}: can't be written ({error.strerror}); make room or mend the folder, and merge again: the replies "
+        raise AmpError(
+            f"{path}: can't be written ({error.strerror}); make room or fix the folder, and merge again: the replies "
             "are kept"
         ) from None
     return summary
@@ -135,13 +131,13 @@ def merge_knowledge(
 def _check_merge(summary: Summary, missing: Counter, wanted: int, limit: float, out: Path) -> None:
     if missing:
         kinds = ", ".join(f"{count:,} {stage}" for stage, count in missing.items())
-        raise MergeError(
+        raise AmpError(
             f"{out}: {missing.total():,} of {wanted:,} different captions aren't done ({kinds} missing in the cache); "
             "expected all; run the parts that are missing, or the same command without --merge"
         )
     bad = summary.failed + summary.fallback
     if bad > limit * summary.distinct:
-        raise MergeError(
+        raise AmpError(
             f"{out}: {bad:,} of {summary.distinct:,} different captions ({bad / summary.distinct:.1%}) came down to "
             f"rules ({summary.fallback:,}) or to nothing ({summary.failed:,}); expected at most {limit:.1%}; take a "
             "better model or prompt, or accept it with --max_fallback"

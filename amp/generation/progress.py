@@ -16,7 +16,7 @@ class Counts:
     """Counts replies and outcomes.
 
     Args:
-        console: of the run.
+        console: Where progress is shown.
     """
 
     def __init__(self, console: PlainConsole) -> None:

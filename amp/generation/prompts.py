@@ -13,6 +13,7 @@ import yaml
 from amp.errors import AmpError, shorten
 from amp.generation.engines.base import Message
 from amp.generation.replies import parse_triplet_lines, read_states, read_triplets, triplet_line
+from amp.json_text import value_of
 from amp.knowledge.schema import Triplet
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -20,19 +21,15 @@ MAX_CAPTION_WORDS = 100
 """Words of a caption that the model reads; the longest caption of COCO has 50."""
 
 
-class TemplateError(AmpError):
-    """A prompt template isn't what `load_template` describes."""
-
-
 @dataclass(frozen=True)
 class Template:
     """The two requests.
 
     Attributes:
-        name: of the file, without its suffix.
-        version: a number that its author raises.
-        triplets: the shared prefix of Q1.
-        states: the shared prefix of Q2.
+        name: Name of the file, without its suffix.
+        version: A number that its author raises.
+        triplets: The shared prefix of Q1.
+        states: The shared prefix of Q2.
     """
 
     name: str
@@ -41,7 +38,7 @@ class Template:
     states: tuple[Message, ...]
 
     def hash(self) -> str:
-        """sha256 of everything that the model reads of it: comments and the file's name don't count."""
+        """SHA-256 of everything that the model reads; comments and the name of the file don't count."""
         content = [[list(message) for message in prefix] for prefix in (self.triplets, self.states)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -56,7 +53,7 @@ def load_template(name: str) -> Template:
     has ``caption``, ``triplets`` (lines as in `amp.generation.grammar`) and, under ``states``, as many ``states``.
 
     Raises:
-        TemplateError: no such template, a missing key, or a sample that the strict check of its own reply refuses, from
+        AmpError: No such template, a missing key, or a sample that the strict check of its own reply refuses, from
             which no model could learn to pass it.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
@@ -64,11 +61,11 @@ def load_template(name: str) -> Template:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.yaml")))
-        raise TemplateError(
+        raise AmpError(
             f"{path}: no such template; expected one of {known}, or a path that ends in .yaml; check --template"
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise TemplateError(f"{path}: can't be read as YAML ({shorten(str(error))}); correct the file") from None
+        raise AmpError(f"{path}: can't be read as YAML ({shorten(str(error))}); correct the file") from None
     where = str(path)
     version = _get(content, "version", int, where)
     return Template(path.stem, version, _triplets_prefix(content, where), _states_prefix(content, where))
@@ -80,7 +77,7 @@ def ask_triplets(caption: str) -> str:
 
 
 def ask_states(caption: str, triplets: tuple[Triplet, ...]) -> str:
-    """The last turn of Q2, which asks for all states of a caption at once: one request instead of one a triplet."""
+    """The last turn of Q2, which asks for all states of a caption at once: one request instead of one per triplet."""
     lines = [f"{number}. {triplet_line(triplet)}" for number, triplet in enumerate(triplets, start=1)]
     return "\n".join((ask_triplets(caption), *lines))
 
@@ -98,7 +95,7 @@ def _triplets_prefix(content: Any, where: str) -> tuple[Message, ...]:
         caption, lines = _sample(sample, f"{here}.samples[{number}]")
         reply = "\n".join(lines)
         if not read_triplets(reply, caption).strict:
-            raise TemplateError(
+            raise AmpError(
                 f"{here}.samples[{number}]: {shorten(reply)} isn't a strict reply to {shorten(caption)}; expected at "
                 "most six lines, each once, of words of the caption; correct them"
             )
@@ -114,14 +111,14 @@ def _states_prefix(content: Any, where: str) -> tuple[Message, ...]:
         caption, lines = _sample(sample, place)
         triplets = parse_triplet_lines(lines)
         if triplets is None:
-            raise TemplateError(f"{place}: 'triplets' holds a line that is no triplet: {shorten(lines)}; correct it")
+            raise AmpError(f"{place}: 'triplets' holds a line that is no triplet: {shorten(lines)}; correct it")
         states = _get(sample, "states", list, place)
         reply = "\n".join(f"{index}. {state}" for index, state in enumerate(states, start=1))
         found = read_states(reply, len(triplets))
         if len(states) != len(triplets) or any(source != "strict" for _, source in found):
-            raise TemplateError(
-                f"{place}: {len(triplets)} triplets and the states {shorten(states)}; expected one sentence a triplet "
-                "that passes the strict check; correct them"
+            raise AmpError(
+                f"{place}: {len(triplets)} triplets and the states {shorten(states)}; expected one sentence per "
+                "triplet that passes the strict check; correct them"
             )
         messages += [Message("user", ask_states(caption, triplets)), Message("assistant", reply)]
     return tuple(messages)
@@ -132,8 +129,8 @@ def _sample(sample: Any, where: str) -> tuple[str, list[str]]:
 
 
 def _get(content: Any, key: str, kind: type, where: str) -> Any:
-    value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, kind) or not value:
-        names = {int: "a number above 0", dict: "a mapping", list: "a list", str: "a text"}
-        raise TemplateError(f"{where}: '{key}' is {shorten(value)}; expected {names[kind]}; correct it")
+    """The value of a key that must not be empty."""
+    value = value_of(content, key, kind, where, "correct it")
+    if not value:
+        raise AmpError(f"{where}: '{key}' is {shorten(value)}; expected one that isn't empty; correct it")
     return value

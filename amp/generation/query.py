@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amp.errors import AmpError
+from amp.generation.ask import ask_all
 from amp.generation.cache import CacheError, ReplyCache
-from amp.generation.engines import EngineName
 from amp.generation.ladder import Ladder, Outcome
 from amp.generation.language import language_note
+from amp.generation.makers import Makers
 from amp.generation.prompts import load_template, readable
-from amp.generation.run import ask_all
-from amp.generation.settings import Makers
 from amp.knowledge.schema import Knowledge
 from amp.terminal import PlainConsole
 
@@ -23,19 +22,19 @@ class KnowledgeGenerator:
     """Captions to knowledge. Models are loaded at the first caption whose reply is not known yet.
 
     Args:
-        engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: as of
+        engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: As for
             `amp.generation.run.generate_knowledge`.
-        cache: folder of replies, which later processes find again; None forgets them at the end, as does a folder that
+        cache: Folder of replies, which later processes find again; None forgets them at the end, as does a folder that
             can't be written or that another process is writing to.
-        console: where a warning goes that rules are given captions in another language; stderr by default.
+        console: Where a warning goes that rules are given captions in another language; stderr by default.
 
     Raises:
-        AmpError: the engine's model, its server or spaCy can't be loaded or reached.
+        AmpError: The engine's model, its server or spaCy can't be loaded or reached.
     """
 
     def __init__(
         self,
-        engine: EngineName = "rules",
+        engine: str = "rules",
         template: str = "default",
         retries: int = 2,
         temperature: float = 0.7,
@@ -64,7 +63,7 @@ class KnowledgeGenerator:
         """Knowledge of each caption; empty where none was found.
 
         Raises:
-            AmpError: the model's server gave no reply.
+            AmpError: The model's server gave no reply.
         """
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
         if self._warns and (note := language_note(distinct, "--knowledge")):

@@ -1,4 +1,4 @@
-"""What a reply says: the strict check of its form, and the repair of what models get wrong in form alone.
+"""Reads replies: the strict check of its form, and the repair of replies that are wrong only in form.
 
 Whatever comes out keeps to the schema and to the caption: a slot holds only words of the caption in lower case (and the
 copulas of attributes), a state is one line of printable text. What can't be brought to that form is dropped.
@@ -17,7 +17,10 @@ from amp.knowledge.schema import Triplet
 
 MAX_TRIPLETS = 6
 MIN_STATE_WORDS, MAX_STATE_CHARACTERS = 3, 160
-MAX_REPLY_CHARACTERS, MAX_LINE_CHARACTERS = 20_000, 2_000  # a server may send megabytes, whatever it was asked for
+MAX_REPLY_CHARACTERS, MAX_LINE_CHARACTERS = (
+    20_000,
+    2_000,
+)  # a server may ignore the limit
 
 StateSource = Literal["strict", "repaired"]
 
@@ -36,9 +39,9 @@ class TripletReply:
     """What a reply to Q1 says.
 
     Attributes:
-        triplets: usable ones, actions first.
-        strict: the reply is exactly of the asked form.
-        usable: the ladder can stop here: strict, repaired to at least one triplet, or a plain "none".
+        triplets: Usable ones, actions first.
+        strict: The reply is exactly of the asked form.
+        usable: The ladder can stop here: strict, repaired to at least one triplet, or a plain "none".
     """
 
     triplets: tuple[Triplet, ...]
@@ -75,8 +78,8 @@ def read_triplets(reply: str, caption: str) -> TripletReply:
     """The triplets of a reply to Q1: first the strict check, then repair.
 
     Args:
-        reply: without the empty line that ends it.
-        caption: whose words the slots must keep to.
+        reply: The reply without the empty line that ends it.
+        caption: The caption; slots may hold only its words.
     """
     reply = _bounded(reply)
     words = frozenset(slot_words(caption))
@@ -96,11 +99,11 @@ def read_triplets(reply: str, caption: str) -> TripletReply:
 
 
 def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
-    """The states of a reply to Q2, one entry a triplet: (text or None, how it was found).
+    """The states of a reply to Q2, one entry per triplet: (text or None, how it was found).
 
     Args:
-        reply: without the empty line that ends it.
-        count: triplets asked about.
+        reply: The reply without the empty line that ends it.
+        count: Number of triplets that were asked about.
     """
     lines = [line for line in _bounded(reply).strip().splitlines() if line.strip()]
     numbered = [match for line in lines if (match := re.fullmatch(r"(\d{1,2})\. (\S.*)", line))]

@@ -31,34 +31,30 @@ _HANGING = ("conj", "xcomp", "advcl", "ccomp", "pcomp", "prep", "dep", "acomp", 
 _BE_AND_HAVE = frozenset({"is", "are", "be", "was", "were", "being", "been", "'s", "has", "have", "having"})
 
 
-class RulesError(AmpError):
-    """spaCy or a model of it is missing."""
-
-
 class RuleTriplets:
     """The parser and its rules.
 
     Args:
-        model: name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
+        model: Name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
 
     Raises:
-        RulesError: nothing is installed.
+        AmpError: Nothing is installed.
     """
 
     def __init__(self, model: str | None = None) -> None:
         try:
             import spacy
         except ImportError:
-            raise RulesError(
+            raise AmpError(
                 'the rules need spaCy; expected it to be installed; pip install "open-clip-amp[rules]" and python -m '
                 "spacy download en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
             ) from None
         place = _find(model)
         try:
-            # The rules read tags and arcs alone.
+            # The rules read only tags and arcs.
             self._nlp = spacy.load(place, exclude=["ner", "senter", "lemmatizer", "attribute_ruler"])
         except (OSError, ValueError) as error:
-            raise RulesError(
+            raise AmpError(
                 f"{place}: spaCy {spacy.__version__} can't load it ({str(error).partition('.')[0]}); expected an "
                 "English model with a parser; python -m spacy download en_core_web_md, or check --spacy_model"
             ) from None
@@ -95,7 +91,7 @@ def _find(model: str | None) -> str | Path:
         if spec is not None and spec.origin is not None:  # a folder without code has no origin
             inner = Path(spec.origin).parent / "_model"
             return inner if inner.is_dir() else name
-    raise RulesError(
+    raise AmpError(
         f"no spaCy model named {model or ' or '.join(MODELS)} is installed; expected one; python -m spacy download "
         "en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
     )
@@ -328,7 +324,7 @@ def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _of_noun(noun) -> Iterator[Triplet]:
-    """Attributes of a noun: its adjectives, before it or behind "is", and what it wears."""
+    """Attributes of a noun: its adjectives, before it or after "is", and what it wears."""
     if noun.tag_ not in NOUNS or noun.dep_ == "compound" or _mistagged(noun):
         return
     be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
@@ -363,7 +359,7 @@ def _placing(noun) -> Iterator[Triplet]:
 
 
 def _property(word) -> str:
-    """An adjective with what stands hyphenated before it: "long - haired"."""
+    """An adjective with the hyphenated word before it: "long - haired"."""
     parts = [child.lower_ for child in word.lefts if child.dep_ in ("compound", "npadvmod") and child.i >= word.i - 2]
     return " ".join((*parts, word.lower_))
 

@@ -1,4 +1,4 @@
-"""Generate the knowledge of a captions file: ask what the ladder needs, keep every reply, merge when all are there.
+"""Knowledge of a captions file: asks what the ladder needs, keeps every reply, and merges when all are there.
 
 ``OUT/settings.json`` says what the folder was made with, ``OUT/cache/`` holds the replies, ``OUT/knowledge.jsonl`` and
 ``OUT/knowledge_provenance.json`` are written last.
@@ -9,39 +9,35 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from amp.data.shard_captions import load_shard_captions
+from amp.data.captions.base import CaptionedImage, CaptionSource
+from amp.data.captions.load import load_captions
+from amp.data.captions.splits import normal_split
+from amp.data.conversion.sources import source_file
 from amp.data.shards import MANIFEST_NAME, ShardManifest
-from amp.data.sources import CaptionedImage, CaptionSource, load_captions, normal_split
-from amp.data.writer import source_file
+from amp.data.shards.captions import load_shard_captions
 from amp.errors import AmpError
-from amp.generation.cache import Reply, ReplyCache
-from amp.generation.engines import EngineName
-from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
+from amp.generation.ask import ask_all
+from amp.generation.cache import ReplyCache
+from amp.generation.engines.base import find_engine
+from amp.generation.ladder import Ladder
 from amp.generation.language import language_note
+from amp.generation.makers import Makers
 from amp.generation.merge import Summary, merge_knowledge
-from amp.generation.progress import Counts
 from amp.generation.prompts import load_template, readable
-from amp.generation.settings import SETTINGS_NAME, Makers, Settings
+from amp.generation.settings import SETTINGS_NAME, Settings
 from amp.parts import part_of
 from amp.terminal import PlainConsole
-
-STAGES = ("triplets", "rules", "states")
-
-
-class GenerationError(AmpError):
-    """The knowledge can't be generated or merged as asked."""
 
 
 def generate_knowledge(
     captions: str,
     out: str,
-    engine: EngineName = "rules",
+    engine: str = "rules",
     template: str = "default",
-    format: Literal["auto", "karpathy", "csv", "jsonl"] = "auto",
+    format: str = "auto",
     default_split: str = "train",
     keep_restval: bool = False,
     splits: list[str] | None = None,
@@ -59,48 +55,49 @@ def generate_knowledge(
     command: list[str] | None = None,
     console: PlainConsole | None = None,
 ) -> Summary | None:
-    """Generate action triplets and states for every caption of a file.
+    """Generates action triplets and states for every caption of a file.
 
     Args:
-        captions: captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split; or a
+        captions: Captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split; or a
             folder of shards, whose captions get knowledge.
-        out: folder for knowledge.jsonl, knowledge_provenance.json and the replies; made if absent.
+        out: Folder for knowledge.jsonl, knowledge_provenance.json and the replies; made if absent.
         engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server of that
-            interface, such as vllm serve or llama-server), vllm (in this process).
-        template: prompts: default, coco, flickr, or the path of a YAML file.
-        format: format of the captions file; auto goes by its suffix.
-        default_split: split of CSV and JSONL rows that name none.
-        keep_restval: keep Karpathy's restval a split of its own instead of a part of train.
-        splits: splits whose captions get knowledge; all that occur by default.
-        limit: only the first so many different captions.
+            interface, such as vllm serve or llama-server), vllm (in this process), or one of a plugin.
+        template: Prompts: default, coco, flickr, or the path of a YAML file.
+        format: Format of the captions file: karpathy, csv, jsonl, or one of a plugin; auto goes by its suffix.
+        default_split: Split of CSV and JSONL rows that name none.
+        keep_restval: Keep Karpathy's restval a split of its own instead of a part of train.
+        splits: Splits whose captions get knowledge; all that occur by default.
+        limit: Only the first so many different captions.
         part: I/N, from 0/N to N-1/N: ask for the captions of this part, by their hash, and don't merge. Parts may run
             at once, in any order and again; then the command without it does what is missing and merges.
-        merge: only merge; what is missing is an error, and no model is loaded.
-        retries: further requests, with temperature, for a caption whose reply can't be used.
-        temperature: of these.
-        seed: of these.
-        fallback: what comes after the last retry: rules, or none (an empty record; a triplet without a state is left
+        merge: Only merge; what is missing is an error, and no model is loaded.
+        retries: Number of further requests, with temperature, for a caption whose reply can't be used.
+        temperature: Temperature of these requests.
+        seed: Random seed of these requests.
+        fallback: What comes after the last retry: rules, or none (an empty record; a triplet without a state is left
             out).
-        max_fallback: largest fraction of different captions that may have come down to rules or to nothing although a
-            model was asked; above it nothing is merged.
-        spacy_model: spaCy model of the rules; by default the first of those known that is installed.
-        cache: folder of replies; OUT/cache by default. Runs may share one.
-        engine_options: of the engine's class, such as model.
-        command: the command line, for the provenance.
-        console: where progress is shown; stderr by default.
+        max_fallback: Largest fraction of different captions that may have ended with rules or nothing although a model
+            was asked; above it nothing is merged.
+        spacy_model: spaCy model of the rules; by default the first known one that is installed.
+        cache: Folder of replies; OUT/cache by default. Runs may share one.
+        engine_options: Options of the engine's class, such as model.
+        command: Command line, for the provenance.
+        console: Where progress is shown; stderr by default.
 
     Returns:
-        What was merged; None of a part.
+        What was merged; None for a part.
 
     Raises:
-        AmpError: input that can't be used, a model that can't be loaded; replies that came before are kept.
+        AmpError: Input that can't be used, a model that can't be loaded; replies that came before are kept.
     """
     console = console or PlainConsole(stderr=True)
+    find_engine(engine)  # a wrong name is an error before captions are read
     _check_options(retries, temperature, max_fallback, limit)
     if part is not None and merge:
-        raise GenerationError("part and merge are both given; expected one of them; merge once all parts have ended")
+        raise AmpError("part and merge are both given; expected one of them; merge once all parts have ended")
     if merge and not (Path(out) / SETTINGS_NAME).exists():
-        raise GenerationError(
+        raise AmpError(
             f"{out}: no {SETTINGS_NAME} in it; expected a folder in which knowledge was generated; check --out, or run "
             "the parts first"
         )
@@ -146,7 +143,7 @@ def generate_knowledge(
             mine = [caption for caption in distinct if _number(caption) % parts == index]
             lost = ask_all(mine, ladder, lambda: settings.makers, replies, console)
             if lost:
-                raise GenerationError(
+                raise AmpError(
                     f"{out_root}: {lost:,} of {len(mine):,} captions have no reply, since the model's server gave none "
                     "within all tries; what came is kept; run the same command again to ask for the rest"
                 )
@@ -158,81 +155,6 @@ def generate_knowledge(
                 return None
         with console.progress("merging replies"):
             return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, digest, command)
-
-
-def ask_all(
-    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: PlainConsole
-) -> int:
-    """Asks until every caption has its outcome; returns how many got no answer in this run.
-
-    Args:
-        captions: different ones, as `readable` leaves them.
-        ladder: what is asked, and when rules take over.
-        makers: called where a reply is needed.
-        replies: what is known; replies that come are added.
-        console: of the progress.
-    """
-    lost: set[str] = set()
-    waiting = captions
-    counts = Counts(console)
-    while True:
-        requests: dict[tuple[str, int], dict[str, Request]] = {}
-        still = []
-        for caption in waiting:
-            step = ladder.resolve(caption, replies.get)
-            if isinstance(step, Outcome):
-                counts.resolved(step)
-            elif step.key not in lost:
-                requests.setdefault((step.stage, step.attempt), {})[step.key] = step
-                still.append(caption)
-        waiting = still
-        if not requests:
-            return len(lost)
-        # Q1 with its retries, then the rules, then Q2: full batches that share one prefix.
-        stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
-        group = list(requests[stage, attempt].values())
-        with console.progress("loading what answers"):  # unless it is loaded already
-            engines = makers()
-        if stage == "rules":
-            _apply_rules(group, engines, replies, counts)
-        else:
-            lost |= _ask_model(group, ladder, engines, replies, counts)
-
-
-def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, counts: Counts) -> None:
-    assert makers.rules is not None, "the ladder asks the rules only where there are some"
-    found = makers.rules.triplets(request.caption for request in group)
-    with counts.replies("rules", 0, len(group)) as reply:
-        for request, triplets in zip(group, found, strict=True):
-            replies.put(request.key, Reply(dump_triplets(triplets)), stage="rules", caption=request.caption)
-            reply()
-
-
-def _ask_model(group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, counts: Counts) -> set[str]:
-    stage, attempt = group[0].stage, group[0].attempt
-    engine, lost = makers.engine, set()
-    assert engine is not None, "the ladder asks a model only where there is one"
-    completions = engine.generate(
-        ladder.prefix(stage),
-        [request.suffix for request in group],
-        # Only the rules' requests have no grammar.
-        [request.grammar for request in group if request.grammar is not None] if engine.constrained else None,
-        ladder.sampling(stage, attempt),
-        [request.seed for request in group],
-    )
-    with counts.replies(stage, attempt, len(group)) as reply:
-        for number, completion in completions:
-            request = group[number]
-            if completion.error and not completion.refused:
-                lost.add(request.key)
-            else:
-                notes = {"stage": stage, "attempt": attempt, "caption": request.caption}
-                notes |= {"tokens": completion.tokens, "prompt_tokens": completion.prompt_tokens}
-                if completion.error:
-                    notes["error"] = completion.error
-                replies.put(request.key, Reply(completion.text, completion.refused), **notes)
-            reply(completion.tokens, completion.error)
-    return lost
 
 
 def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> CaptionSource:
@@ -247,19 +169,19 @@ def _choose(images: list[CaptionedImage], splits: list[str] | None, path: str) -
     chosen = {normal_split(split, "--splits", known): split for split in splits or known}
     for name, split in chosen.items():
         if name not in known:
-            raise GenerationError(f"{path}: no split {split!r}; splits seen: {', '.join(known)}; check --splits")
+            raise AmpError(f"{path}: no split {split!r}; splits seen: {', '.join(known)}; check --splits")
     return [image for image in images if image.split in chosen]
 
 
 def _check_options(retries: int, temperature: float, max_fallback: float, limit: int | None) -> None:
     if not 0 <= retries <= 2:
-        raise GenerationError(f"retries is {retries}; expected 0, 1 or 2")
+        raise AmpError(f"retries is {retries}; expected 0, 1 or 2")
     if not 0 < temperature <= 2:
-        raise GenerationError(f"temperature is {temperature}; expected more than 0, at most 2")
+        raise AmpError(f"temperature is {temperature}; expected more than 0, at most 2")
     if not 0 <= max_fallback <= 1:
-        raise GenerationError(f"max_fallback is {max_fallback}; expected a fraction from 0 to 1")
+        raise AmpError(f"max_fallback is {max_fallback}; expected a fraction from 0 to 1")
     if limit is not None and limit < 1:
-        raise GenerationError(f"limit is {limit}; expected at least 1")
+        raise AmpError(f"limit is {limit}; expected at least 1")
 
 
 def _number(caption: str) -> int:

@@ -26,18 +26,14 @@ _WORDS = (4, 30)
 _NEW_WORDS = 3
 
 
-class GoldError(AmpError):
-    """The labelled captions or the knowledge to score aren't as described."""
-
-
 @dataclass(frozen=True, slots=True)
 class GoldCaption:
     """A caption labelled by hand.
 
     Attributes:
-        caption: the text.
-        triplets: that must be found.
-        optional: that may be found; neither a hit nor a mistake.
+        caption: Text of the caption.
+        triplets: Triplets that must be found.
+        optional: Triplets that may be found; neither a hit nor a mistake.
     """
 
     caption: str
@@ -50,10 +46,10 @@ class Score:
     """Precision, recall and their harmonic mean, each from 0 to 1.
 
     Attributes:
-        hits: predicted triplets that match a label each.
-        mistakes: predicted triplets that match none, not even an optional one.
-        misses: labels that nothing matches.
-        interval: of F1, 95 %, by bootstrap over captions.
+        hits: Predicted triplets that match a label each.
+        mistakes: Predicted triplets that match none, not even an optional one.
+        misses: Labels that nothing matches.
+        interval: 95% interval of F1, by bootstrap over captions.
     """
 
     hits: int
@@ -78,13 +74,13 @@ def load_gold(path: Path = GOLD) -> list[GoldCaption]:
     """The labelled captions.
 
     Raises:
-        GoldError: a line that is no triplet.
+        AmpError: A line that is no triplet.
     """
 
     def triplets(lines: Sequence[str], caption: str) -> tuple[Triplet, ...]:
         found = parse_triplet_lines(lines)
         if found is None:
-            raise GoldError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
+            raise AmpError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
         return found
 
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -105,18 +101,18 @@ def score_triplets(
 
     A triplet matches a label at the level
 
-    - ``exact`` if all three slots have the same words but for articles and endings ("jumps over" = "jumping over");
-    - ``lenient``, the headline, if the last words of both subjects and of both objects are the same but for endings,
+    - ``exact`` if all three slots have the same words except for articles and endings ("jumps over" = "jumping over");
+    - ``lenient``, the headline, if the last words of both subjects and of both objects are the same except for endings,
       and the actions have the same verb, their first word, or a copula both. Prepositions are free, an empty object
       matches only an empty one.
 
     Each label takes at most one triplet, by a maximum matching.
 
     Args:
-        predicted: of each caption.
-        gold: likewise.
-        level: of matching.
-        kind: only triplets and labels of this kind; of a label that is optional any.
+        predicted: Knowledge of each caption.
+        gold: Labels of the same captions.
+        level: How strictly triplets are matched.
+        kind: Only triplets and labels of this kind. Optional labels count for any kind.
     """
     counts = np.array(
         [
@@ -204,35 +200,5 @@ def _f1(hits: int, mistakes: int, misses: int) -> float:
     return 2 * hits / max(2 * hits + mistakes + misses, 1)
 
 
-_SMALL = frozenset(
-    map(
-        stem,
-        (
-            "a",
-            "an",
-            "the",
-            "is",
-            "are",
-            "at",
-            "in",
-            "on",
-            "of",
-            "to",
-            "and",
-            "or",
-            "with",
-            "by",
-            "from",
-            "its",
-            "their",
-            "his",
-            "her",
-            "it",
-            "they",
-            "as",
-            "one",
-            "both",
-            "while",
-        ),
-    )
-)
+_SMALL_WORDS = "a an the is are at in on of to and or with by from its their his her it they as one both while"
+_SMALL = frozenset(map(stem, _SMALL_WORDS.split()))

@@ -6,71 +6,33 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amp.errors import AmpError, shorten
 from amp.files import write_json
-from amp.generation.engines import EngineName, make_engine
-from amp.generation.engines.base import Engine
 from amp.generation.ladder import Ladder
-from amp.generation.states import lexicon_version
+from amp.generation.makers import Makers
 from amp.json_text import parse_json
 
-if TYPE_CHECKING:
-    from amp.generation.rules import RuleTriplets
-
 SETTINGS_NAME = "settings.json"
-
-
-class SettingsError(AmpError):
-    """A folder was made with other settings, or can't be used."""
-
-
-class Makers:
-    """The engine and the rules, each loaded once and only if needed."""
-
-    def __init__(self, engine: EngineName, options: dict[str, Any], fallback: str, spacy_model: str | None) -> None:
-        self._name, self._options, self._fallback, self._spacy_model = engine, options, fallback, spacy_model
-        self._engine: Engine | None = None
-        self._rules: RuleTriplets | None = None
-
-    @property
-    def engine(self) -> Engine | None:
-        if self._engine is None:
-            self._engine = make_engine(self._name, self._options)
-        return self._engine
-
-    @property
-    def rules(self) -> RuleTriplets | None:
-        if self._rules is None and (self._name == "rules" or self._fallback == "rules"):
-            from amp.generation.rules import RuleTriplets
-
-            self._rules = RuleTriplets(self._spacy_model)
-        return self._rules
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "engine": self.engine.describe() if self.engine is not None else None,
-            "rules": {**self.rules.describe(), "lexicon": lexicon_version()} if self.rules is not None else None,
-        }
 
 
 class Settings:
     """``settings.json`` of a folder.
 
-    Loading a model to learn its description takes minutes, so a folder that has one is believed until the first reply
-    is needed.
+    Loading a model to learn its description takes minutes, so the description in a folder is trusted until the
+    first reply is needed.
 
     Args:
-        path: of the file; written by `check_ladder` where there is none.
-        options: those of the command line that decide what the model says.
-        makers: of engine and rules.
+        path: Path of the file; `check_ladder` writes it if there is none.
+        options: Options of the command line that decide what the model says.
+        makers: Makers of engine and rules.
 
     Attributes:
-        described: what the engine and the rules say of themselves.
+        described: How the engine and the rules describe themselves.
 
     Raises:
-        SettingsError: the folder was made with other options, or its file can't be read.
+        AmpError: The folder was made with other options, or its file can't be read.
     """
 
     def __init__(self, path: Path, options: dict[str, Any], makers: Makers) -> None:
@@ -104,7 +66,7 @@ class Settings:
             write_json(own, content)
             os.replace(own, self._path)
         except OSError as error:
-            raise SettingsError(
+            raise AmpError(
                 f"{self._path}: can't be written ({error.strerror}); expected a folder for the knowledge; check --out"
             ) from None
 
@@ -115,7 +77,7 @@ class Settings:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SettingsError(
+            raise AmpError(
                 f"{self._path}: can't be read ({shorten(str(error))}); expected the settings of an earlier run; remove "
                 "it to begin anew (the replies in the cache stay)"
             ) from None
@@ -124,7 +86,7 @@ class Settings:
         difference = _difference(stored, json.loads(json.dumps(asked)))
         if difference is not None:
             where, was, now = difference
-            raise SettingsError(
+            raise AmpError(
                 f"{self._path}: '{key}{where}' was {shorten(was)}, now {shorten(now)}; expected the same settings in "
                 "one folder, so that its knowledge has one origin; give the old setting, or another --out"
             )

@@ -1,4 +1,4 @@
-"""Words of captions: which there are, and which are the same but for their ending."""
+"""The words of captions, and which of them differ only in their endings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Action knowledge of a caption: triplets (eq. 1-2 of arXiv 2506.23502), one state description each (eq. 3).
 
-This module says what well-formed knowledge is, nothing else; rendering it as text and tokenising it live beside it.
+This module only says what well-formed knowledge is. Its form as text and as tensors is in the modules next to it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from amp.errors import AmpError, shorten
+from amp.json_text import check_text, is_unicode, seen_keys, value_of
 
 KINDS = ("action", "attribute")
 # What a folder of generated knowledge holds for shards.
@@ -20,18 +21,14 @@ _KEYS = frozenset((*_SLOTS, "kind"))
 _HINT = "correct that record or generate the knowledge again"
 
 
-class KnowledgeFormatError(AmpError):
-    """A knowledge record is not of the form ``{"triplets": [...], "states": [...]}``."""
-
-
 @dataclass(frozen=True, slots=True)
 class Triplet:
     """One ``(subject, action, object)`` of a caption.
 
     Attributes:
-        subject: who or what, never empty.
-        action: verb phrase, or the copula of an attribute ("is"), never empty.
-        object: what is acted upon, or the attribute; empty for an intransitive action ("man jumps").
+        subject: Who or what; never empty.
+        action: Verb phrase, or the copula of an attribute ("is"); never empty.
+        object: What is acted upon, or the attribute; empty for an intransitive action ("man jumps").
         kind: ``"action"`` or ``"attribute"``, so that the attribute ablation (Table 3) is a filter.
     """
 
@@ -50,12 +47,13 @@ class Knowledge:
 
     def __post_init__(self) -> None:
         if len(self.triplets) != len(self.states):
-            raise KnowledgeFormatError(
-                f"knowledge has {len(self.triplets)} triplets, {len(self.states)} states; expected one state a triplet"
+            raise AmpError(
+                f"knowledge has {len(self.triplets)} triplets, {len(self.states)} states; expected one state per "
+                "triplet"
             )
 
     def to_dict(self) -> dict[str, list]:
-        """The JSON form, which :func:`parse_knowledge` reads back to an equal object."""
+        """The JSON form, which `parse_knowledge` reads back to an equal object."""
         return {
             "triplets": [
                 {"subject": t.subject, "action": t.action, "object": t.object, "kind": t.kind} for t in self.triplets
@@ -64,13 +62,13 @@ class Knowledge:
         }
 
     def only(self, kinds: Collection[str]) -> Knowledge:
-        """The triplets whose kind is in ``kinds``, with their states; order kept.
+        """The triplets whose kind is in `kinds`, with their states, in the same order.
 
         Raises:
-            KnowledgeFormatError: a kind that doesn't exist, which would silently drop everything.
+            AmpError: A kind that doesn't exist, which would silently drop everything.
         """
         if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-            raise KnowledgeFormatError(f"kinds is {shorten(kinds)}; expected a collection out of {', '.join(KINDS)}")
+            raise AmpError(f"kinds is {shorten(kinds)}; expected a collection out of {', '.join(KINDS)}")
         if all(t.kind in kinds for t in self.triplets):
             return self
         kept = [(t, s) for t, s in zip(self.triplets, self.states, strict=True) if t.kind in kinds]
@@ -78,44 +76,35 @@ class Knowledge:
 
 
 def parse_knowledge(record: dict[str, Any], where: str) -> Knowledge:
-    """Check the form of a knowledge record and build it; white space around texts is dropped.
+    """Checks the form of a knowledge record and builds it. White space around texts is dropped.
 
     Args:
         record: ``{"triplets": [{"subject", "action", "object", "kind"}], "states": [str]}``. ``kind`` may be absent
-            (then ``"action"``); keys beside these two are the caller's (``sentid``, ``image``).
-        where: what the error message points at, e.g. ``"knowledge.jsonl line 12"``.
+            (then ``"action"``). Other keys next to these two are ignored (``sentid``, ``image``).
+        where: Start of the error message, such as ``"knowledge.jsonl line 12"``.
 
     Raises:
-        KnowledgeFormatError: naming ``where``, the key, the value seen and the value expected.
+        AmpError: Naming `where`, the key, the value seen and the value expected.
     """
     knowledge = _in_form(record)
     if knowledge is not None:
         return knowledge
-    if not isinstance(record, dict):
-        raise KnowledgeFormatError(f"{where}: the record is {shorten(record)}; expected a JSON object; {_HINT}")
-    lists = {}
-    for key in ("triplets", "states"):
-        if key not in record:
-            raise KnowledgeFormatError(
-                f"{where}: key '{key}' is missing; expected a list; keys seen: {_names(record)}; {_HINT}"
-            )
-        lists[key] = record[key]
-        if not isinstance(lists[key], list):
-            raise KnowledgeFormatError(f"{where}: '{key}' is {shorten(lists[key])}; expected a list; {_HINT}")
-    if len(lists["triplets"]) != len(lists["states"]):
-        raise KnowledgeFormatError(
-            f"{where}: 'triplets' has {len(lists['triplets'])} entries and 'states' has {len(lists['states'])}; "
-            f"expected one state a triplet; {_HINT}"
+    given, described = (value_of(record, key, list, where, _HINT) for key in ("triplets", "states"))
+    if len(given) != len(described):
+        raise AmpError(
+            f"{where}: 'triplets' has {len(given)} entries and 'states' has {len(described)}; expected one state per "
+            f"triplet; {_HINT}"
         )
-    triplets = tuple(_parse_triplet(t, f"{where}: triplets[{i}]") for i, t in enumerate(lists["triplets"]))
-    states = tuple(_text(s, f"{where}: states[{i}]", allow_empty=False) for i, s in enumerate(lists["states"]))
+    triplets = tuple(_parse_triplet(value, f"{where}: triplets[{i}]") for i, value in enumerate(given))
+    states = tuple(_text(value, f"{where}: states[{i}]") for i, value in enumerate(described))
     return Knowledge(triplets, states)
 
 
 def _in_form(record: Any) -> Knowledge | None:
-    """What `parse_knowledge` returns of a record that is in form, at a quarter of the time of its checks one by one.
+    """What `parse_knowledge` returns for a record that is in form; None for others.
 
-    None of any other, which they then name. Every caption passes here, in conversion and in training.
+    Takes a quarter of the time of the single checks, which then find what is wrong. Conversion and training call it
+    for every caption.
     """
     try:
         given, described = record["triplets"], record["states"]
@@ -129,33 +118,33 @@ def _in_form(record: Any) -> Knowledge | None:
             return None
         "".join([*states, *(slot for t in triplets for slot in (t.subject, t.action, t.object))]).encode()
         return Knowledge(triplets, states)
-    except (TypeError, KeyError, AttributeError, UnicodeEncodeError, KnowledgeFormatError):
+    except (TypeError, KeyError, AttributeError, ValueError):
         return None
 
 
 def parse_origin(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a record says of where its knowledge comes from, for readers and reports; training doesn't use it.
+    """Where a record says that its knowledge comes from. It is for readers and reports; training doesn't use it.
 
     Args:
-        record: with ``sources``, a list with ``{"triplet": str, "state": str}`` for each triplet (strict, repaired,
-            retry1, retry2, rules), and ``empty``, why there is no triplet; both may be absent.
-        where: as in :func:`parse_knowledge`.
+        record: With ``sources``, a list with ``{"triplet": str, "state": str}`` for each triplet (strict, repaired,
+            retry1, retry2, rules), and ``empty``, why there is no triplet. Both may be absent.
+        where: Start of the error message.
 
     Raises:
-        KnowledgeFormatError: as there.
+        AmpError: As `parse_knowledge`.
     """
     origin = {}
     if "sources" in record:
         sources = record["sources"]
         fitting = isinstance(sources, list) and len(sources) == len(record["triplets"])
         if not fitting or not all(_is_source(source) for source in sources):
-            raise KnowledgeFormatError(
+            raise AmpError(
                 f"{where}: 'sources' is {shorten(sources)}; expected an object with the strings 'triplet' and 'state' "
                 f"for each of {len(record['triplets'])} triplets; {_HINT}"
             )
         origin["sources"] = sources
     if "empty" in record:
-        origin["empty"] = _text(record["empty"], f"{where}: 'empty'", allow_empty=False)
+        origin["empty"] = _text(record["empty"], f"{where}: 'empty'")
     return origin
 
 
@@ -168,47 +157,22 @@ def _is_source(value: Any) -> bool:
 
 
 def _parse_triplet(value: Any, where: str) -> Triplet:
-    if not isinstance(value, dict):
-        raise KnowledgeFormatError(
-            f"{where} is {shorten(value)}; expected an object with subject, action, object and kind; {_HINT}"
-        )
-    for key in _SLOTS:
-        if key not in value:
-            raise KnowledgeFormatError(
-                f"{where}: key '{key}' is missing; expected a string; keys seen: {_names(value)}; {_HINT}"
-            )
-    # A misspelt "kind" would otherwise turn an attribute into an action without a word.
-    unknown = set(value) - _KEYS
+    slots = [value_of(value, key, object, where, _HINT) for key in _SLOTS]
+    # A misspelled "kind" would otherwise silently turn an attribute into an action.
+    unknown = {key: value[key] for key in value if key not in _KEYS}
     if unknown:
-        raise KnowledgeFormatError(
-            f"{where}: unknown key {_names(unknown)}; expected subject, action, object, kind; {_HINT}"
-        )
+        raise AmpError(f"{where}: unknown key {seen_keys(unknown)}; expected subject, action, object, kind; {_HINT}")
     kind = value.get("kind", "action")
     if kind not in KINDS:
-        raise KnowledgeFormatError(f"{where}: 'kind' is {shorten(kind)}; expected one of {', '.join(KINDS)}; {_HINT}")
-    subject, action, object_ = (_text(value[key], f"{where}: '{key}'", allow_empty=key == "object") for key in _SLOTS)
+        raise AmpError(f"{where}: 'kind' is {shorten(kind)}; expected one of {', '.join(KINDS)}; {_HINT}")
+    subject, action, object_ = (
+        _text(slot, f"{where}: '{key}'", allow_empty=key == "object") for key, slot in zip(_SLOTS, slots, strict=True)
+    )
     return Triplet(subject, action, object_, kind)
 
 
-def _text(value: Any, where: str, allow_empty: bool) -> str:
-    if not isinstance(value, str):
-        raise KnowledgeFormatError(f"{where} is {shorten(value)}; expected a string; {_HINT}")
-    value = value.strip()
+def _text(value: Any, where: str, allow_empty: bool = False) -> str:
+    value = check_text(value, where, _HINT).strip()
     if not value and not allow_empty:
-        raise KnowledgeFormatError(f"{where} is empty; expected a text; {_HINT}")
-    if not is_unicode(value):
-        raise KnowledgeFormatError(f"{where} is {shorten(value)}, not valid Unicode (a lone surrogate); {_HINT}")
+        raise AmpError(f"{where} is empty; expected a text; {_HINT}")
     return value
-
-
-def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8: JSON's ``"\\ud800"`` is a string in Python, but no text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _names(keys: Collection[str]) -> str:
-    return ", ".join(shorten(key) for key in sorted(keys, key=str)) or "none"

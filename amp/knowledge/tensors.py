@@ -90,7 +90,7 @@ class TripletTokenizer:
         self._cache: dict[str, tuple[np.ndarray, int]] = {}  # captions share words: some thousand slots make a dataset
 
     def slot(self, text: str) -> tuple[np.ndarray, int]:
-        """Ids of one slot, int64 (S,) with zeros behind them, and how many there are."""
+        """Ids of one slot, int64 (S,) padded with zeros, and how many there are."""
         if text not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from amp.data.image_file import open_photo
+from amp.data.images.file import open_photo
 from amp.errors import AmpError, printable
 from amp.report.drawing import (
     CARD,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from amp.data.image_file import LARGEST_JPEG
+from amp.data.images.file import LARGEST_JPEG
 from amp.errors import AmpError
 from amp.files import write_atomically
 from amp.terminal import Terminal

@@ -20,12 +20,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
-from amp.data.decode import PHOTO_SUFFIXES, decode_rgb, unreadable_reason
-from amp.data.image_file import UnreadableImageError, open_photo, read_limited
+from amp.data.images.decode import decode_rgb
+from amp.data.images.file import open_photo, read_limited
+from amp.data.images.formats import PHOTO_SUFFIXES, UnreadableImageError, unreadable_reason
 from amp.errors import AmpError, printable
 from amp.files import locked_folder, write_atomically
-from amp.json_text import parse_json
-from amp.knowledge.schema import is_unicode
+from amp.json_text import is_unicode, parse_json
 from amp.model.clip import ActionAwareCLIP
 
 FORMAT, VERSION = "open-clip-amp photo index", 2  # version 1 lacks `digest`, `beside` and `pending`

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from amp.data.image_file import UnreadableImageError
+from amp.data.images.formats import UnreadableImageError
 from amp.data.text_features import cut_texts
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge

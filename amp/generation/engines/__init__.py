@@ -1,30 +1,15 @@
-"""Engines by name; each is imported only when it is asked for."""
+"""Language models by name. Each is one file and one line below; plugins register theirs the same way (`amp.plugins`).
 
-from __future__ import annotations
+The files import what they need (torch, vLLM, ...) only when a model is loaded.
+"""
 
-from typing import Any, Literal
+from amp.generation.engines.base import Completion, Engine, EngineError, Message, Sampling, register_engine
+from amp.generation.engines.openai_engine import OpenAIEngine
+from amp.generation.engines.transformers_engine import TransformersEngine
+from amp.generation.engines.vllm_engine import VLLMEngine
 
-from amp.generation.engines.base import Engine
+register_engine("transformers", TransformersEngine)
+register_engine("openai", OpenAIEngine)
+register_engine("vllm", VLLMEngine)
 
-EngineName = Literal["rules", "transformers", "openai", "vllm"]
-
-
-def make_engine(name: EngineName, options: dict[str, Any]) -> Engine | None:
-    """Loads the model or reaches for the server; None for ``rules``, which ask no model.
-
-    Raises:
-        EngineError: it can't be loaded.
-    """
-    if name == "transformers":
-        from amp.generation.engines.transformers_engine import TransformersEngine
-
-        return TransformersEngine(**options)
-    if name == "openai":
-        from amp.generation.engines.openai_engine import OpenAIEngine
-
-        return OpenAIEngine(**options)
-    if name == "vllm":
-        from amp.generation.engines.vllm_engine import VLLMEngine
-
-        return VLLMEngine(**options)
-    return None
+__all__ = ["Completion", "Engine", "EngineError", "Message", "Sampling", "register_engine"]

@@ -16,9 +16,9 @@ class Constraint:
     """The tokenizer as llguidance knows it; takes a second to make, so it is made once a model.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
-        vocabulary: the width of the model's logits, which may exceed the tokenizer's.
-        ends: tokens that end a reply.
+        tokenizer: A fast tokenizer of transformers.
+        vocabulary: The width of the model's logits, which may exceed the tokenizer's.
+        ends: Tokens that end a reply.
 
     Raises:
         EngineError: llguidance isn't installed, or can't use this tokenizer.
@@ -40,7 +40,7 @@ class Constraint:
                 "false"
             ) from None
         self.vocabulary = vocabulary
-        # Retries and states of equal length share theirs; compiling takes a millisecond.
+        # Retries and states of equal length share a grammar; compiling one takes a millisecond.
         self._compiled = lru_cache(maxsize=4096)(self._compile)
 
     def rows(self, grammars: Sequence[Grammar]) -> Rows:

@@ -15,14 +15,14 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
     """The model of a GGUF file as a folder that transformers loads in a second.
 
     Args:
-        path: the file; its quantised weights are unpacked to float32, four bytes a weight.
-        folder: where unpacked models are kept; ``~/.cache/open-clip-amp/gguf`` by default.
+        path: The file; its quantised weights are unpacked to float32, four bytes per weight.
+        folder: Where unpacked models are kept; ``~/.cache/open-clip-amp/gguf`` by default.
 
     Returns:
         The folder, and what decides the weights: the file's name and sha256.
 
     Raises:
-        EngineError: not a GGUF file that transformers can read, or the folder can't be written.
+        EngineError: Not a GGUF file that transformers can read, or the folder can't be written.
     """
     import transformers
 

@@ -22,23 +22,23 @@ _LONGEST_WAIT = 60.0
 
 
 class OpenAIEngine:
-    """A model behind a server.
+    """A model on a server.
 
     Args:
-        base_url: of the interface, such as http://localhost:8000/v1.
-        model: as the server names it.
+        base_url: Address of the interface, such as http://localhost:8000/v1.
+        model: Name of the model on the server.
         rendering: chat uses chat/completions and the server's chat template; plain sends text to completions.
-        constrained: how the server takes a grammar: vllm (a regex), llama.cpp (GBNF), none; auto asks the server.
-        concurrency: requests on their way at once.
-        requests_per_minute: no limit by default.
-        timeout: seconds until a request is given up and tried again.
-        tries: of one request.
-        first_wait: seconds before the second try; doubles with each, up to a minute, with jitter. What the server asks
-            for (Retry-After) comes first.
-        api_key_variable: environment variable that holds the key; a server of one's own needs none.
+        constrained: How the server takes a grammar: vllm (a regex), llama.cpp (GBNF), none; auto asks the server.
+        concurrency: Number of requests at once.
+        requests_per_minute: Maximum rate; no limit by default.
+        timeout: Seconds until a request is given up and tried again.
+        tries: Maximum number of tries per request.
+        first_wait: Seconds before the second try; doubles with each, up to a minute, with jitter. A wait that the
+            server asks for (Retry-After) takes precedence.
+        api_key_variable: Environment variable that holds the key; your own server needs none.
 
     Raises:
-        EngineError: the server can't be reached, refuses the key or doesn't know the model.
+        EngineError: The server can't be reached, refuses the key or doesn't know the model.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class OpenAIEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine.generate`; what is on its way is given up when the caller stops asking."""
+        """See `Engine.generate`. Requests on their way are given up when the caller stops."""
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="openai")
         running: dict[Future, int] = {}
@@ -264,7 +264,7 @@ class OpenAIEngine:
 
 
 class _TryAgain(Exception):
-    """What another try may mend."""
+    """Another try may succeed."""
 
     retry_after: float | None = None
 

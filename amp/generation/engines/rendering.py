@@ -29,18 +29,18 @@ def plain_prefix(prefix: Sequence[Message]) -> str:
 
 
 def chat_parts(tokenizer, prefix: Sequence[Message]) -> tuple[str, str]:
-    """(text before the last user turn's content, text behind it) by the tokenizer's chat template.
+    """(text before the last user turn's content, text after it) by the tokenizer's chat template.
 
     Instructions go into the first user turn where the template has no system role (Gemma). A model that can think
     before it answers (Qwen3) is asked not to.
 
     Raises:
-        EngineError: a template that changes or repeats what a user says.
+        EngineError: A template that changes or repeats what a user says.
     """
     turns = [{"role": role, "content": content} for role, content in (*prefix, Message("user", _SENTINEL))]
     try:
         text = _apply(tokenizer, turns)
-    except Exception as error:  # templates raise whatever they like
+    except Exception as error:  # templates raise any exception
         if turns[0]["role"] != "system" or len(turns) < 2:
             raise _refused(error) from None
         merged = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}

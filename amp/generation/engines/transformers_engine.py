@@ -20,7 +20,7 @@ from amp.generation.grammar import Grammar
 
 @dataclass
 class _Prefix:
-    """The shared turns: token ids (P), keys and values of one row, and the tokens behind a suffix."""
+    """The shared turns: token ids (P), keys and values of one row, and the tokens after a suffix."""
 
     ids: list[int]
     tail: list[int]
@@ -33,29 +33,29 @@ class TransformersEngine:
 
     The turns that all requests share are computed once; a batch starts from copies of their keys and values. Requests
     are sorted by length and padded on the left. A row that has ended leaves the batch. In float32 a reply is the same
-    whatever stands beside it; in bfloat16 it may differ in single words.
+    regardless of the rest of the batch; in bfloat16 it may differ in single words.
 
-    Several GPUs: start one process each with ``accelerate launch``; the captions are divided among them.
+    Several GPUs: start one process per GPU with ``accelerate launch``; the captions are divided among them.
 
     Args:
-        model: a hub name, a folder, or a file that ends in .gguf.
-        revision: of the hub.
+        model: A hub name, a folder, or a file that ends in .gguf.
+        revision: Revision on the hub.
         rendering: chat uses the tokenizer's chat template, plain continues text; auto is chat if there is a template.
         dtype: auto is float32 on a CPU, else bfloat16.
-        batch_size: replies at once; halved where the GPU's memory doesn't hold them.
-        device: such as cuda:1 or cpu; auto takes this process's GPU if there is one; spread divides a model that is too
-            large for one over all GPUs.
-        constrained: whether replies must follow the grammar; auto does where llguidance and the tokenizer allow.
-        gguf_folder: where unpacked GGUF files are kept.
-        trust_remote_code: run code that comes with the model.
+        batch_size: Number of replies at once; halved if the GPU's memory doesn't hold them.
+        device: Device, such as cuda:1 or cpu; auto takes this process's GPU if there is one; spread divides a
+            model that is too large for one over all GPUs.
+        constrained: Whether replies must follow the grammar; auto does where llguidance and the tokenizer allow.
+        gguf_folder: Where unpacked GGUF files are kept.
+        trust_remote_code: Run code that comes with the model.
 
     Attributes:
-        model: of transformers, in eval mode, without gradients.
-        tokenizer: its tokenizer.
-        ends: tokens that end a reply.
+        model: The model of transformers, in eval mode, without gradients.
+        tokenizer: The tokenizer of the model.
+        ends: Tokens that end a reply.
 
     Raises:
-        EngineError: the model can't be loaded or used.
+        EngineError: The model can't be loaded or used.
     """
 
     def __init__(
@@ -136,13 +136,13 @@ class TransformersEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine.generate`; a batch at a time, long requests first."""
+        """See `Engine.generate`. Works batch by batch, long requests first."""
         shared = self._prefix(tuple(prefix))
         rows = [self.suffix_ids(text) + shared.tail for text in suffixes]
         room = self._limit - len(shared.ids) - sampling.max_tokens
         for number, ids in enumerate(rows):
             if len(ids) > room:
-                reason = f"{len(ids)} tokens behind the shared ones; the model has room for {max(room, 0)}"
+                reason = f"{len(ids)} tokens after the shared ones; the model has room for {max(room, 0)}"
                 yield number, Completion("", error=reason, refused=True)
         waiting = sorted((n for n, ids in enumerate(rows) if len(ids) <= room), key=lambda n: (-len(rows[n]), n))
         size = self._batch_size
@@ -173,7 +173,7 @@ class TransformersEngine:
                 yield number, Completion(text, len(tokens), len(shared.ids) + len(rows[number]))
 
     def prefix_ids(self, prefix: tuple[Message, ...]) -> tuple[list[int], list[int]]:
-        """(tokens before every suffix, tokens behind it)."""
+        """(tokens before every suffix, tokens after it)."""
         if self._chat:
             before, behind = chat_parts(self.tokenizer, prefix)  # its text names all special tokens itself
             return self._ids(before), self._ids(behind)
@@ -194,7 +194,7 @@ class TransformersEngine:
         return ids
 
     def _continued(self, text: str, **options) -> list[int]:
-        """Tokens of a text behind a newline: SentencePiece would begin it with a space of its own."""
+        """Tokens of a text after a newline. Without the newline SentencePiece would add a space in front."""
         mark = self._ids("\n", **options)
         ids = self._ids("\n" + text, **options)
         return ids[len(mark) :] if ids[: len(mark)] == mark else self._ids(text, **options)
@@ -280,7 +280,7 @@ class TransformersEngine:
         return replies
 
     def _gumbel(self, size: int, draw):
-        """Noise under which the argmax is a sample; a row's own, so that it doesn't depend on the batch."""
+        """Noise that makes the argmax a sample. Each row has its own, so that it doesn't depend on the batch."""
         uniform = self._torch.rand(size, generator=draw).clamp_(1e-20, 1 - 1e-7)
         return -(-uniform.log()).log()
 

@@ -1,4 +1,4 @@
-"""vLLM in this process, with its cache of common prefixes; imported only when asked for."""
+"""vLLM in this process, with its cache of common prefixes; imported only when a model is loaded."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from amp.generation.engines.base import Completion, EngineError, Message, Sampli
 from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
-_CHUNK = 1024  # replies are kept after each, so a kill loses at most these
+_CHUNK = 1024  # replies are kept after each chunk, so a kill loses at most one chunk
 
 
 class VLLMEngine:
     """A local or hub model in vLLM.
 
     Args:
-        model: a hub name or a folder.
-        revision: of the hub.
+        model: A hub name or a folder.
+        revision: Revision on the hub.
         rendering: chat uses the model's chat template, plain continues text.
-        dtype: as vLLM names them; auto takes the model's own.
-        constrained: whether replies must follow the grammar.
+        dtype: Precision, as vLLM names it; auto takes the model's own.
+        constrained: Whether replies must follow the grammar.
         tensor_parallel_size: GPUs that share the model.
-        max_model_len: tokens of prompt and reply; by default the model's own limit, which may need more memory.
-        gpu_memory_utilization: share of the GPU's memory.
+        max_model_len: Tokens of prompt and reply; by default the model's own limit, which may need more memory.
+        gpu_memory_utilization: Share of the GPU's memory.
 
     Raises:
         EngineError: vLLM isn't installed or can't load the model.

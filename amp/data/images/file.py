@@ -1,4 +1,4 @@
-"""Image files of others: seen to be whole and passed on to a shard, as they are or resized; or opened to be shown."""
+"""Image files that others made: checked and read for a shard, untouched or resized; or opened to be shown."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Literal
 
 from PIL import Image
 
-from amp.data.decode import UnreadableImageError, decode_rgb, is_whole, opened
-from amp.data.shards import MAX_MEMBER_BYTES
+from amp.data.images.decode import decode_rgb, opened
+from amp.data.images.formats import UnreadableImageError
+from amp.data.images.headers import SCAN, jpeg_header, segments
 from amp.errors import AmpError
 
 JPEG_ALIASES = (".jpe", ".jfif", ".jif", ".mpo")  # stored as jpg, which readers of shards expect
-LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
+LARGEST_JPEG = 65_500  # pixels per side that libjpeg writes
+MAX_FILE_BYTES = 1 << 29
+"""Maximum bytes of an image file: half a gigabyte, more than any image that isn't a decompression bomb needs."""
 
-# What tells of a damaged file before it is decoded.
 Check = Literal["structure", "decode"]
+"""How a damaged file is found; see `read_image`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +30,10 @@ class Resize:
     """How images are made smaller before they are stored.
 
     Attributes:
-        size: pixels.
-        mode: ``"shortest"``: the shorter side becomes ``size``, the aspect ratio stays, smaller images stay untouched;
-            ``"squash"``: every image becomes ``size`` x ``size``.
-        quality: of the JPEG written, 1 to 95 by Pillow's scale.
+        size: Pixels of the shorter side.
+        mode: ``"shortest"`` makes the shorter side `size` and keeps the aspect ratio; smaller images stay untouched.
+            ``"squash"`` makes every image `size` x `size`.
+        quality: Quality of the JPEG, 1 to 95 on Pillow's scale.
     """
 
     size: int
@@ -46,7 +49,7 @@ class Resize:
             raise AmpError(f"resize quality is {self.quality}; expected 1 to 95 (Pillow's JPEG scale)")
 
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing."""
+        """Width and height of an image after resizing."""
         if self.mode == "squash":
             return self.size, self.size
         scale = self.size / min(width, height)
@@ -56,37 +59,59 @@ class Resize:
 
 
 def read_limited(path: str | os.PathLike) -> bytes:
-    """A file's bytes, of a regular file of at most `MAX_MEMBER_BYTES`.
+    """The bytes of a regular file of at most `MAX_FILE_BYTES`.
 
     Raises:
         OSError: It can't be read.
-        UnreadableImageError: It is a pipe or a device, which could be read for ever, or too large.
+        UnreadableImageError: It is a pipe or a device, which may never end, or too large.
     """
     # Not blocking, or a pipe put here after the folder was looked at would hang.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableImageError("not a file, but a pipe or a device")
-        if found.st_size > MAX_MEMBER_BYTES:
-            raise UnreadableImageError(f"{found.st_size} bytes, expected at most {MAX_MEMBER_BYTES}")
-        return file.read(MAX_MEMBER_BYTES)
+        if found.st_size > MAX_FILE_BYTES:
+            raise UnreadableImageError(f"{found.st_size} bytes, expected at most {MAX_FILE_BYTES}")
+        return file.read(MAX_FILE_BYTES)
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether the structure of a JPEG or PNG is complete; False for other formats, and if in doubt.
+
+    A JPEG must have all segments, a frame of a size that Pillow reads, and its end after its scan; a PNG all chunks,
+    each with the right checksum.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: A PNG that is not whole; see `opened`.
+    """
+    if content.startswith(b"\x89PNG"):
+        with opened(content) as image:
+            clear = content[24] < 16  # bits of a sample; deeper ones may have to be refused
+            image.verify()
+        return clear and content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82")
+    if jpeg_header(content) is None:
+        return False
+    for marker, _, end in segments(content):
+        if marker == SCAN:  # runs to the end of the file; a thumbnail's end lies in an earlier segment
+            return content.rfind(b"\xff\xd9", max(end, len(content) - 65536)) >= 0
+    return False
 
 
 def read_image(path: Path, resize: Resize | None = None, check: Check = "decode") -> tuple[bytes, str]:
-    """The bytes to store and their extension (lower case, no dot), of a file that is whole.
+    """The bytes to store and their extension (lower case, no dot) of a file that is whole.
 
-    The file's own bytes, unless ``resize`` changes the size of this image: then a JPEG of the pixels as `decode_rgb`
-    gives them, upright and without EXIF data.
+    These are the file's own bytes, unless `resize` changes the size of the image. Then it is a JPEG of the pixels that
+    `decode_rgb` gives: upright and without EXIF data.
 
     Args:
-        path: the file.
-        resize: how to make it smaller.
-        check: ``decode`` decodes every file. ``structure`` decodes only those whose structure (`is_whole`) is not known
-            or not in order, about a thirtieth of the time of a photo; damage that leaves the structure alone passes.
+        path: The file.
+        resize: How to make it smaller.
+        check: ``decode`` decodes every file. ``structure`` decodes only files whose structure (`is_whole`) is unknown
+            or damaged, which takes about a thirtieth of the time per photo. It misses damage inside the pixels' data.
 
     Raises:
-        UnreadableImageError: unreadable, damaged, cut short, of another format, a decompression bomb, or too
-            narrow to be resized.
+        UnreadableImageError: Unreadable, damaged, cut short, of another format, a decompression bomb, or too narrow to
+            be resized.
     """
     try:
         content = read_limited(path)
@@ -120,7 +145,7 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
 
 
 def open_photo(path: str | os.PathLike) -> Image.Image:
-    """A photo as `decode_rgb` sees it: upright and in RGB.
+    """Opens a photo as `decode_rgb` decodes it: upright and in RGB.
 
     Raises:
         OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: It can't be read, or is no such photo.

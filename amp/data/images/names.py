@@ -11,7 +11,7 @@ def composed(name: str) -> str:
 
 
 def find_file(root: Path, name: str) -> Path:
-    """The file of that name below `root`, as it is spelt there: composed, decomposed, or exactly as given.
+    """The file of that name below `root`, as it is spelled there: composed, decomposed, or exactly as given.
 
     Args:
         root: An existing folder.

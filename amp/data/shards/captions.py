@@ -2,28 +2,30 @@
 
 from pathlib import PurePosixPath
 
-from amp.data.shards import ShardFormatError, ShardManifest, ShardReader
-from amp.data.sources import Caption, CaptionedImage
+from amp.data.captions.base import Caption, CaptionedImage
+from amp.data.shards.manifest import ShardManifest
+from amp.data.shards.reader import ShardReader
+from amp.errors import AmpError
 
 
 def load_shard_captions(manifest: ShardManifest) -> dict[str, list[CaptionedImage]]:
-    """Shard's name -> its images with their captions, in the order of the tar; without knowledge.
+    """Name of each shard -> its images with their captions, in the order of the tar; without knowledge.
 
     Raises:
-        ShardFormatError: a shard that is missing or damaged.
+        AmpError: A shard that is missing or damaged.
     """
     shards = [shard for split in manifest.splits for shard in manifest.split(split)]
     return {shard.name: read_captions(ShardReader(shard.path)) for shard in shards}
 
 
 def read_captions(reader: ShardReader) -> list[CaptionedImage]:
-    """The images of one shard, without knowledge; closes the reader."""
+    """The images of one shard, without knowledge. Closes the reader."""
     with reader:
         records = [reader.record(index) for index in range(len(reader))]
     for record in records:
         missing = {"filename", "image_id", "split"} - record.keys()
         if missing or not all("id" in caption for caption in record["captions"]):
-            raise ShardFormatError(
+            raise AmpError(
                 f"{reader.path}: {record['key']}.json: {', '.join(sorted(missing)) or 'a caption id'} is missing; "
                 "expected a shard of amp make_shards; make it again"
             )

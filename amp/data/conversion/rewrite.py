@@ -1,7 +1,7 @@
-"""Put other knowledge into shards that exist; the images' bytes stay as they are.
+"""New knowledge into shards that exist; the images' bytes stay as they are.
 
-A kill at any moment leaves a folder that the same command finishes: each shard is replaced whole, and before that its
-sidecar says what it will be. As long as there is no manifest the folder isn't finished.
+A kill at any moment leaves a folder that the same command finishes. Each shard is replaced as a whole, and before that
+its sidecar says what it will be. While there is no manifest the folder isn't finished.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amp.data.shard_captions import load_shard_captions
-from amp.data.shard_file import HashedFile, add_member, end_archive, record_bytes
-from amp.data.shards import MANIFEST_NAME, ShardInfo, ShardManifest
-from amp.data.sources import CaptionedImage, attach_knowledge, cut_note
-from amp.data.writer import knowledge_files, load_provenance, lock_folder, source_file
+from amp.data.captions.base import CaptionedImage
+from amp.data.captions.knowledge_file import attach_knowledge, cut_note
+from amp.data.conversion.folder import lock_folder
+from amp.data.conversion.plan import sidecar_of
+from amp.data.conversion.sources import knowledge_files, load_provenance, source_file
+from amp.data.shards.captions import load_shard_captions
+from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
+from amp.data.shards.record import record_bytes
+from amp.data.shards.tar import HashedFile, add_member, end_archive
 from amp.errors import AmpError, public_command
 from amp.files import sha256_of, write_json
 from amp.json_text import parse_json
@@ -28,13 +32,9 @@ from amp.terminal import PlainConsole
 _BEFORE = "manifest-before.json"  # the manifest that an unfinished rewrite began with
 
 
-class RewriteError(AmpError):
-    """The knowledge can't be put into these shards."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A shard to rewrite: where it is, what it was, where it goes."""
+    """A shard to rewrite: what it is now, where it goes, and its captions with the new knowledge."""
 
     source: ShardInfo
     target: Path
@@ -47,7 +47,7 @@ class _Job:
 
     @property
     def sidecar(self) -> Path:
-        return self.target.parent / ".plan" / f"{self.target.name}.json"
+        return sidecar_of(self.target)
 
 
 def rewrite_knowledge(
@@ -59,36 +59,36 @@ def rewrite_knowledge(
     command: list[str] | None = None,
     console: PlainConsole | None = None,
 ) -> ShardManifest:
-    """Replace the knowledge in shards.
+    """Replaces the knowledge in shards.
 
     Args:
-        shards: folder with manifest.json.
-        knowledge: JSONL of action knowledge, one caption a line: sentid (or image and caption), triplets, states; or
+        shards: Folder with manifest.json.
+        knowledge: JSONL of action knowledge, one caption per line: sentid (or image and caption), triplets, states; or
             the folder that amp generate_knowledge wrote.
-        knowledge_provenance: JSON that says how it was made; copied into the manifest. By default the folder's, where
+        knowledge_provenance: JSON that says how it was made; copied into the manifest. By default the folder's, if
             `knowledge` is one.
-        out: folder for the new shards; by default the old ones are replaced.
-        max_missing: largest fraction of captions that may have no record; those lose the knowledge that they had.
-        command: the command line, for the manifest.
-        console: where progress is shown; stderr by default.
+        out: Folder for the new shards; by default the old ones are replaced.
+        max_missing: Largest fraction of captions that may have no record; these lose the knowledge that they had.
+        command: Command line, for the manifest.
+        console: Where progress is shown; stderr by default.
 
     Returns:
         The new manifest.
 
     Raises:
-        AmpError: input that can't be used; before that nothing is changed.
+        AmpError: Input that can't be used; nothing is changed before that.
     """
     console = console or PlainConsole(stderr=True)
     if not 0 <= max_missing <= 1:
-        raise RewriteError(f"max_missing is {max_missing}; expected a fraction from 0 to 1")
+        raise AmpError(f"max_missing is {max_missing}; expected a fraction from 0 to 1")
     root = Path(shards)
     target = Path(out) if out is not None else root
     if out is not None and target.resolve() == root.resolve():
-        raise RewriteError(f"--out {out} is the folder of the shards; leave it out to replace them, or name another")
+        raise AmpError(f"--out {out} is the folder of the shards; leave it out to replace them, or name another")
     knowledge, knowledge_provenance = knowledge_files(knowledge, knowledge_provenance)
     provenance = {**source_file(knowledge), "provenance": load_provenance(knowledge_provenance)}
     if not root.is_dir():
-        raise RewriteError(f"{root}: no such folder; expected a folder of shards; check --shards")
+        raise AmpError(f"{root}: no such folder; expected a folder of shards; check --shards")
     with lock_folder(target):
         manifest = _manifest(root, target)
         with console.progress("checking shards", "shards") as report:
@@ -129,11 +129,11 @@ def rewrite_knowledge(
 
 
 def _manifest(root: Path, target: Path) -> ShardManifest:
-    """The manifest of the shards, also where a rewrite in place was cut short."""
+    """The manifest of the shards, also after a rewrite in place was cut short."""
     kept = root / ".plan" / _BEFORE
     if target != root or not kept.exists() or (root / MANIFEST_NAME).exists():
         return ShardManifest.load(root)
-    # Read as a manifest, from where it is kept; its shards lie one folder up.
+    # Loads the manifest from where it is kept; its shards are one folder up.
     with_name = root / ".plan" / MANIFEST_NAME
     shutil.copyfile(kept, with_name)
     try:
@@ -149,7 +149,7 @@ def _manifest(root: Path, target: Path) -> ShardManifest:
 
 
 def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Callable[[int, int], None]) -> list[_Job]:
-    """A job a shard; every shard is checked to be what the manifest, or an unfinished rewrite, says."""
+    """One job per shard. Checks that every shard is what the manifest, or an unfinished rewrite, says."""
     jobs = []
     infos = [info for infos in manifest.splits.values() for info in infos]
     for info in infos:
@@ -157,13 +157,13 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Calla
         digest = sha256_of(info.path) if info.path.exists() else "missing"
         sidecar = _sidecar(job) if job.in_place else None
         if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
-            raise RewriteError(
+            raise AmpError(
                 f"{info.path}: sha256 is {digest}; expected {info.sha256}, as the manifest says; the shard was changed "
                 "or is damaged; make the shards again with amp make_shards"
             )
         jobs.append(job)
         progress(len(jobs), len(infos))
-    # Shards that were rewritten already have another size, so the manifest's own check would refuse them.
+    # Shards that are rewritten already have another size, so the manifest's own check would refuse them.
     current = ShardManifest(manifest.root, {"all": [_as_it_is(info) for info in infos]})
     captions = load_shard_captions(current)
     return [_Job(job.source, job.target, captions[job.source.name], knowledge) for job in jobs]
@@ -177,21 +177,21 @@ def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str)
     captions = [caption for image in images for caption in image.captions]
     missing = [caption for caption in captions if caption.knowledge is None]
     if len(missing) > allowed * len(captions):
-        raise RewriteError(
+        raise AmpError(
             f"{knowledge}: no record for {len(missing):,} of {len(captions):,} captions of the shards, the first is "
-            f"{missing[0].text!r}; expected one each; generate knowledge for these shards (amp generate_knowledge "
-            f"--captions FOLDER), or accept it with --max_missing; nothing was changed"
+            f"{missing[0].text!r}; expected one per caption; generate knowledge for these shards (amp "
+            "generate_knowledge --captions FOLDER), or accept it with --max_missing; nothing was changed"
         )
 
 
 def _check_room(jobs: list[_Job], target: Path) -> None:
-    """A disk that fills up in the middle is no harm, but it costs time."""
+    """Refuses a full disk early. One that fills up in the middle does no harm, but costs time."""
     needed = max(job.source.bytes for job in jobs)
     free = shutil.disk_usage(target).free
     if free < needed:
-        raise RewriteError(
-            f"{target}: {free:,} bytes are free; expected at least {needed:,}, a shard's; make room; nothing was "
-            "changed"
+        raise AmpError(
+            f"{target}: {free:,} bytes are free; expected at least {needed:,}, the size of a shard; make room; nothing "
+            "was changed"
         )
 
 
@@ -222,7 +222,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             hashed = HashedFile(file)
             for member in old:
                 inner = old.extractfile(member)
-                assert inner is not None, "a checked shard holds files alone"
+                assert inner is not None, "a checked shard holds only files"
                 content = inner.read()
                 if member.name.endswith(".json"):
                     content = record_bytes(parse_json(content)["key"], next(by_key))
@@ -231,7 +231,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         sidecar = {
-            # No plan: to amp make_shards this shard is one that must be written anew.
+            # No plan: amp make_shards has to write this shard again.
             "plan": "",
             "knowledge": job.knowledge,
             "replaces": present if job.in_place else job.source.sha256,
@@ -241,13 +241,13 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             "bytes": hashed.size,
             "sha256": hashed.sha256.hexdigest(),
         }
-        # First the note of what the shard will be, then the shard.
+        # First the sidecar, which says what the shard will be, then the shard.
         write_json(temporary_sidecar, sidecar)
         os.replace(temporary_sidecar, job.sidecar)
         os.replace(temporary, job.target)
     except OSError as error:
-        raise RewriteError(
-            f"{job.target}: can't be written ({error.strerror or error}); make room or mend the folder, and run the "
+        raise AmpError(
+            f"{job.target}: can't be written ({error.strerror or error}); make room or fix the folder, and run the "
             "same command again: what is rewritten stays"
         ) from None
     finally:

@@ -1,0 +1,119 @@
+"""CSV with any usual separator.
+
+The header decides how a file is read: the separator is the one with which the header names an image and a caption
+column. So captions may be full of commas, and no option is needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from amp.data.captions.base import CaptionSource
+from amp.data.captions.rows import find_columns, read_rows, renamed_columns
+from amp.data.captions.splits import SplitNames
+from amp.data.captions.text_file import text_lines
+from amp.errors import AmpError, printable, shorten
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'"}
+
+
+def read_csv(path: Path, splits: SplitNames) -> CaptionSource:
+    """See `amp.data.captions.base.Reader`. A first line ``sep=;`` (Excel's) names the separator."""
+    notes: list[str] = []
+    return read_rows(path, _rows(path, notes), splits, notes)
+
+
+def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number of each row's first line, and its image, caption and split.
+
+    Rows without any text don't count. A row that ends before its image or caption has None there. `notes` gets a line
+    for the user if separator or columns are not the usual ones.
+    """
+    lines = text_lines(path)
+    separators = tuple(_SEPARATORS)
+    for above, line in lines:  # noqa: B007, the header's line
+        declared = re.fullmatch(r'"?sep=([,;\t|])"?[,;]*', line.strip("\r\n"), re.IGNORECASE)
+        if declared:
+            separators = (declared[1],)
+        elif line.strip():
+            break
+    else:
+        raise AmpError(f"{path}: empty; expected a header with the columns image and caption; check the file")
+    separator, names, columns = _read_header(f"{path} line {above}", line, separators)
+    called = _SEPARATORS[separator]
+    renamed = renamed_columns(tuple(names), columns)
+    unread = [printable(name) for i, name in enumerate(names) if name and i not in columns.values()]
+    seen = []
+    if renamed or separator != ("\t" if path.suffix.lower() == ".tsv" else ","):
+        seen.append(", ".join([f"columns separated by {called}", *renamed]))
+    if unread:  # such as caption_2
+        seen.append(f"columns not read: {', '.join(unread)}")
+    if seen:
+        notes.append(f"{path}: {'; '.join(seen)}")
+
+    width = max(i for i, name in enumerate(names) if name) + 1
+    # Text in a column without a name is the rest of a caption that holds the separator. The first column may have no
+    # name: pandas writes row numbers there.
+    unnamed = {i for i, name in enumerate(names) if i and not name}
+    needed = max(columns["image"], columns["caption"])
+    # strict: a stray quote is an error here, not a row that swallows the rest of the file. In files with '|' a space
+    # follows each separator and quotes are part of the text; in others "a.jpg, "A man, running"" is meant as quoted.
+    reader = csv.reader(
+        (line for _, line in lines), delimiter=separator, strict=True, skipinitialspace=separator != "|"
+    )
+    number = above + 1
+    try:
+        for fields in reader:
+            filled = [i for i, field in enumerate(fields) if field.strip()]
+            if filled:
+                if filled[-1] >= width or needed < len(fields) < width or not unnamed.isdisjoint(filled):
+                    raise AmpError(
+                        f"{path} line {number}: {len(fields)} fields, {shorten(fields)}; expected {width} "
+                        f"({', '.join(names[:width])}) separated by {called}; put quotes around a caption that holds "
+                        "the separator"
+                    )
+                yield number, {column: fields[i] if i < len(fields) else None for column, i in columns.items()}
+            number = above + reader.line_num + 1
+    except csv.Error as error:
+        raise AmpError(
+            f"{path} line {number}: not valid CSV ({error}); expected a quote inside a quoted field to be doubled; "
+            "correct the line"
+        ) from None
+
+
+def _read_header(where: str, line: str, separators: tuple[str, ...]) -> tuple[str, list[str], dict[str, int]]:
+    """The separator under which a line is a header, the columns' names, and which of them are used."""
+    failed = []
+    for separator in separators:
+        try:
+            row = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+        except csv.Error as error:
+            raise AmpError(f"{where}: not valid CSV ({error}); expected a header; correct the line") from None
+        names = [name.strip() for name in row]
+        try:
+            return separator, names, find_columns(tuple(names))
+        except AmpError as error:
+            failed.append((len(names), separator, names, str(error)))
+    count, separator, names, reason = max(failed, key=lambda reading: reading[0])
+    if re.match(r"\S+#\d+\t", line):
+        raise AmpError(
+            f"{where}: {shorten(line.strip())} is a line of Flickr's token file (IMAGE#NUMBER, tab, caption), which "
+            "isn't read; expected a header; give the dataset's CSV or Karpathy JSON, or make a table with the header "
+            "image,caption of it"
+        )
+    if line.lstrip().startswith(("{", "[")):
+        raise AmpError(
+            f"{where}: {shorten(line.strip())} is JSON, not a header; give --format jsonl (one object per line) or "
+            "--format karpathy"
+        )
+    if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", name, re.IGNORECASE) for name in names):
+        raise AmpError(
+            f"{where}: {shorten(line.strip())} names an image, so the header is missing; expected the columns' names, "
+            f"such as image{separator}caption; write them as the first line"
+        )
+    seen = "one column" if count == 1 else f"{count} columns separated by {_SEPARATORS[separator]}"
+    raise AmpError(f"{where}: the header has {seen}; {reason}") from None

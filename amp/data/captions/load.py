@@ -1,0 +1,48 @@
+"""Reads a captions file of any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from amp.data.captions.base import CaptionSource, Skip, find_reader, known_formats
+from amp.data.captions.splits import SplitNames
+from amp.data.captions.text_file import text_lines
+from amp.errors import AmpError
+
+
+def load_captions(
+    path: str | Path, format: str = "auto", default_split: str = "train", keep_restval: bool = False
+) -> CaptionSource:
+    """Reads a captions file.
+
+    Args:
+        path: A Karpathy JSON (``dataset_coco.json``, ``dataset_flickr30k.json``), a CSV with a header, a JSONL, or a
+            file of a format that a plugin registers.
+        format: Name of the format; ``auto`` goes by the file's suffix.
+        default_split: Split of rows that name none.
+        keep_restval: Leave Karpathy's ``restval`` (COCO's other validation images) a split of its own. By default it
+            is part of ``train``, as in every published COCO result.
+
+    Raises:
+        AmpError: Naming the file, the line or entry, the key, the value seen, the value expected.
+    """
+    path = Path(path)
+    splits = SplitNames(default_split, keep_restval)
+    reader = find_reader(format, path.suffix)
+    if reader is None:
+        next(text_lines(path), None)  # an error that says what the file is, if it isn't text
+        names, suffixes = known_formats()
+        raise AmpError(
+            f"{path}: the suffix {path.suffix!r} doesn't tell the format; expected one of {', '.join(suffixes)}; "
+            f"name it with --format {', '.join(names[:-1])} or {names[-1]}"
+        )
+    source = reader(path, splits)
+    for image in source.images:
+        if not image.captions:
+            source.skipped.append(Skip("image_without_caption", image.path, "no caption belongs to it", image.split))
+    source.images = [image for image in source.images if image.captions]
+    if not source.images:
+        first = f"; {len(source.skipped)} skipped, first: {source.skipped[0].reason}" if source.skipped else ""
+        raise AmpError(f"{path}: no image with a caption in it; expected at least one; check the file{first}")
+    source.notes += splits.notes(path)
+    return source

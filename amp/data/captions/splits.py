@@ -1,0 +1,78 @@
+"""Names of splits: which are allowed, and the other spellings of train, val and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from amp.errors import AmpError, shorten
+
+# Other names of the three splits, in lower case. Any other name is a split of its own.
+_STORED_AS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "development": "val",
+    "testing": "test",
+} | {name: name for name in ("train", "val", "test")}
+
+
+def normal_split(value: Any, where: str, known: Iterable[str] = ()) -> str:
+    """The name under which a split is stored: "train", "val" and "test" for their other spellings.
+
+    Args:
+        value: Name of the split.
+        where: Start of the message.
+        known: Names that are kept as they are, such as those of existing shards.
+
+    Raises:
+        AmpError: Anything but ASCII letters, digits, ``_`` and ``-``, of which names of shards' files are made.
+    """
+    if not isinstance(value, str) or not value.isascii() or not value.replace("_", "a").replace("-", "a").isalnum():
+        raise AmpError(
+            f"{where}: 'split' is {shorten(value)}; expected a name of letters, digits, '_' and '-', such as 'train'; "
+            "rename it"
+        )
+    return value if value in known else _STORED_AS.get(value.lower(), value)
+
+
+class SplitNames:
+    """The splits of one captions file as they are spelled there, and as they are stored.
+
+    Args:
+        default: Split of what names none.
+        keep_restval: Whether Karpathy's ``restval`` stays a split of its own instead of a part of train.
+
+    Raises:
+        AmpError: As `normal_split`.
+    """
+
+    def __init__(self, default: str = "train", keep_restval: bool = False) -> None:
+        self.default, self.keep_restval = normal_split(default, "default_split"), keep_restval
+        self._stored: dict[str, str] = {}
+
+    def normal(self, value: Any, where: str) -> str:
+        """`normal_split`, except that two different names don't become one split.
+
+        Raises:
+            AmpError: As `normal_split`; both "val" and "dev" occur.
+        """
+        name = value.strip() if isinstance(value, str) and value.strip().lower() in _STORED_AS else value
+        if isinstance(name, str) and name in self._stored:
+            return self._stored[name]
+        stored = normal_split(name, where)
+        for other, its in self._stored.items():
+            if its == stored and other.lower() != name.lower():
+                raise AmpError(
+                    f"{where}: 'split' is {name!r}, and above it is {other!r}; both would be stored as {stored!r}; "
+                    "expected one name per split; rename one of them"
+                )
+        self._stored[name] = stored
+        return stored
+
+    def notes(self, path: Path) -> list[str]:
+        """A line for the user if splits are stored under other names."""
+        renamed = [f"{name!r} as {stored!r}" for name, stored in self._stored.items() if name != stored]
+        return [f"{path}: splits stored: {', '.join(renamed)}"] if renamed else []

@@ -1,0 +1,124 @@
+"""Text files that others wrote: their encoding, their lines, and one JSON object per line.
+
+Files that are no text are refused, by what they are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from amp.errors import AmpError, shorten
+from amp.json_text import parse_json
+
+_FOREIGN = (
+    (b"PK\x03\x04", "a ZIP archive or a spreadsheet; unpack it, or save the sheet as 'CSV UTF-8'"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as 'CSV UTF-8'"),
+    (b"PAR1", "a Parquet file; write it as CSV or JSONL (pandas: read_parquet, to_csv)"),
+    (b"ARROW1", "an Arrow file; write it as CSV or JSONL"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it"),
+    (b"BZh", "compressed with bzip2; unpack it"),
+    (b"\xfd7zXZ", "compressed with xz; unpack it"),
+    (b"SQLite format 3", "an SQLite database; write the table as CSV or JSONL"),
+    (b"<!doctype html", "a web page; download the file itself"),
+    (b"<html", "a web page; download the file itself"),
+)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields each line's number, from 1 on, and the line with its end.
+
+    The text is UTF-8, or UTF-16 (Excel's "Unicode text"). Lines end with "\\n" or "\\r\\n", or all with "\\r".
+
+    Raises:
+        AmpError: The file can't be read, or isn't text.
+    """
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            head = file.peek()  # reads nothing twice: the file may be a pipe
+            encoding = _encoding(path, head)
+            start = head.decode(encoding, "ignore")
+            if encoding.startswith("utf-16") or ("\r" in start and "\n" not in start):
+                end = "\r" if "\n" not in start else "\n"
+                with io.TextIOWrapper(file, encoding, newline=end) as lines:
+                    yield from enumerate(lines, start=1)
+                return
+            # Splits bytes, not text: a JSON string may contain Unicode's own line separators.
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        place = f" line {number}" if number else ""
+        raise _not_text(f"{path}{place}", error) from None
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+
+
+def read_text(path: Path) -> str:
+    """All of a text file, in an encoding that `text_lines` reads."""
+    try:
+        content = path.read_bytes()
+        return content.decode(_encoding(path, content[:512]))
+    except UnicodeDecodeError as error:
+        raise _not_text(str(path), error) from None
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+
+
+def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line number and the object of each line that isn't blank.
+
+    Raises:
+        AmpError: As `text_lines`; a line is no JSON object.
+    """
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise AmpError(
+                f"{path} line {number}: not valid JSON ({json_problem(error)[1]}); line seen: "
+                f"{shorten(line.strip())}; expected one object per line; correct or remove it"
+            ) from None
+        if not isinstance(value, dict):
+            raise AmpError(
+                f"{path} line {number}: {shorten(value)}; expected a JSON object; correct or remove the line"
+            )
+        yield number, value
+
+
+def json_problem(error: ValueError) -> tuple[str, str]:
+    """(" line N" where the error knows its place, what is wrong)."""
+    if isinstance(error, json.JSONDecodeError):
+        return f" line {error.lineno}", f"{error.msg}, column {error.colno}"
+    return "", str(error)
+
+
+def _encoding(path: Path, head: bytes) -> str:
+    """The encoding of a text file by its first bytes; refuses files that are no text."""
+    for start, what in _FOREIGN:
+        if head[:20].lower().startswith(start.lower()):
+            raise AmpError(f"{path}: this is {what}; expected a text file")
+    if head[257:262] == b"ustar":
+        raise AmpError(
+            f"{path}: this is a tar archive; expected a captions file; unpack it (photos into the folder of --images) "
+            "and write its captions as CSV or JSONL"
+        )
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    # UTF-16 without its mark: no text begins with NUL, and no table's first letter is followed by one.
+    return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8-sig"
+
+
+def _not_text(where: str, error: UnicodeDecodeError) -> AmpError:
+    return AmpError(
+        f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8 (Excel: 'CSV UTF-8')"
+    )
+
+
+def _cannot_open(path: Path, error: OSError) -> AmpError:
+    return AmpError(f"{path}: can't be read ({error.strerror}); expected a readable file; check the path")

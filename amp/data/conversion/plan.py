@@ -1,0 +1,135 @@
+"""What each shard will hold, and whether it is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from amp.data.captions.base import CaptionedImage, Skip
+from amp.data.conversion.selection import Sample
+from amp.data.images.file import Check, Resize
+from amp.data.shards.record import RECORD_SCHEMA
+from amp.json_text import parse_json
+
+WRITER_VERSION = 2
+"""Part of every shard's plan. Raise it when the bytes written for the same input change."""
+
+
+def sidecar_of(shard: Path) -> Path:
+    """The small file that says what a shard was written from."""
+    return shard.parent / ".plan" / f"{shard.name}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Everything that decides a shard's bytes, and its path.
+
+    Attributes:
+        path: The tar file.
+        images_root: Folder that the images' paths start from.
+        samples: Keys and images in the order of the tar.
+        resize: How images are made smaller.
+        hash: Hash of all that decides the bytes.
+        check: How damaged images are found.
+    """
+
+    path: Path
+    images_root: Path
+    samples: tuple[tuple[str, CaptionedImage], ...]
+    resize: Resize | None
+    hash: str
+    check: Check
+
+    @property
+    def sidecar(self) -> Path:
+        return sidecar_of(self.path)
+
+    def noted(self) -> dict[str, Any] | None:
+        """The sidecar from when the shard was last written as planned; None if it never was."""
+        try:
+            sidecar = parse_json(self.sidecar.read_text(encoding="utf-8"))
+            return sidecar if sidecar["plan"] == self.hash else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def finished(self) -> dict[str, Any] | None:
+        """The sidecar if the shard is there as planned; None if it has to be written."""
+        sidecar = self.noted()
+        try:
+            whole = sidecar and (sidecar["samples"] == 0 or self.path.stat().st_size == sidecar["bytes"])
+            strict = self.check == "structure" or (sidecar and sidecar.get("check", "decode") == "decode")
+            return sidecar if whole and strict else None
+        except (OSError, KeyError):
+            return None
+
+    def must_be_written(self) -> bool:
+        """Whether the shard is missing, or lacks images that may be readable by now."""
+        sidecar = self.finished()
+        return sidecar is None or sidecar["retry"]
+
+    def unreadable(self) -> list[Skip]:
+        """The images that couldn't be read when the shard was last written as planned."""
+        sidecar = self.noted()
+        return [Skip(**entry) for entry in sidecar["skipped"]] if sidecar else []
+
+
+def assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]]:
+    """A key per image: its file's stem with anything but ASCII letters, digits, ``_`` and ``-`` replaced by ``_``.
+
+    Files that would share a key (``cats/1.jpg``, ``dogs/1.jpg``) all get a piece of their path's hash appended. Keys
+    depend only on the captions file, not on what is chosen from it.
+    """
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(image.path).stem) for image in images]
+    counts = Counter(stems)
+    keys = [
+        stem if counts[stem] == 1 else f"{stem}-{_digest(image.path)[:8]}"
+        for stem, image in zip(stems, images, strict=True)
+    ]
+    # A file may have the name of another's key with its hash. No name can equal a key with the whole hash.
+    counts = Counter(keys)
+    return [
+        (key if counts[key] == 1 else f"{key}-{_digest(image.path)}", image)
+        for key, image in zip(keys, images, strict=True)
+    ]
+
+
+def in_stored_order(keyed: list[tuple[str, CaptionedImage]], seed: int, split: str) -> list[tuple[str, CaptionedImage]]:
+    """The images of a split in random order. It is by hash, so it depends on no generator and no other sample."""
+    members = [(key, image) for key, image in keyed if image.split == split]
+    return sorted(members, key=lambda member: _digest(f"{seed}/{split}/{member[0]}"))
+
+
+def plan_split(
+    out: Path,
+    images_root: Path,
+    split: str,
+    samples: list[Sample],
+    samples_per_shard: int,
+    resize: Resize | None,
+    check: Check,
+) -> list[ShardPlan]:
+    """The shards of a split."""
+    plans = []
+    for number, start in enumerate(range(0, len(samples), samples_per_shard)):
+        chosen = samples[start : start + samples_per_shard]
+        digest = hashlib.sha256()
+        head = [WRITER_VERSION, RECORD_SCHEMA, asdict(resize) if resize else None]
+        digest.update(json.dumps(head).encode())
+        for sample in chosen:
+            image = sample.image
+            captions = [(caption.id, caption.text, caption.knowledge) for caption in image.captions]
+            line = json.dumps([sample.key, image.path, image.id, image.split, sample.state, captions])
+            digest.update(line.encode("ascii"))
+        members = tuple((sample.key, sample.image) for sample in chosen)
+        path = out / f"{split}-{number:06d}.tar"
+        plans.append(ShardPlan(path, images_root, members, resize, digest.hexdigest(), check))
+    return plans
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

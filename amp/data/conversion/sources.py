@@ -1,0 +1,49 @@
+"""Files that shards are made from, as the manifest names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from amp.errors import AmpError
+from amp.files import sha256_of
+from amp.json_text import parse_json
+from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
+
+
+def source_file(path: str) -> dict[str, str]:
+    """Name and sha256 of a file.
+
+    Raises:
+        AmpError: It can't be read.
+    """
+    try:
+        return {"file": Path(path).name, "sha256": sha256_of(path)}
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}); expected a file; check the path") from None
+
+
+def knowledge_files(knowledge: str, provenance: str | None) -> tuple[str, str | None]:
+    """The files of knowledge and its provenance, where `knowledge` may be the folder that holds both."""
+    folder = Path(knowledge)
+    if not folder.is_dir():
+        return knowledge, provenance
+    return str(folder / KNOWLEDGE_NAME), str(folder / PROVENANCE_NAME) if provenance is None else provenance
+
+
+def load_provenance(path: str | None) -> Any:
+    """What a provenance file says; None without one.
+
+    Raises:
+        AmpError: It can't be read, or isn't JSON.
+    """
+    if path is None:
+        return None
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}); expected a JSON file; check the path") from None
+    except ValueError as error:
+        raise AmpError(
+            f"{path}: not valid JSON ({error}); expected the knowledge's provenance; correct the file"
+        ) from None

@@ -1,0 +1,1 @@
+"""Photo files: which formats are read, and their bytes to pixels."""

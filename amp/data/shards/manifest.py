@@ -1,0 +1,232 @@
+"""The manifest of a folder of shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amp.data.shards.record import REMAKE
+from amp.errors import AmpError, shorten
+from amp.files import sha256_of, write_json
+from amp.json_text import parse_json, value_of
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = "open-clip-amp shards"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A shard as the manifest lists it.
+
+    Attributes:
+        path: The tar file.
+        samples: Number of images in it.
+        captions: Number of captions in it.
+        bytes: Size of the tar file.
+        sha256: SHA-256 of the tar file, hexadecimal.
+    """
+
+    path: Path
+    samples: int
+    captions: int
+    bytes: int
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "samples": self.samples,
+            "captions": self.captions,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(slots=True)
+class ShardManifest:
+    """``manifest.json``: the shards of each split, what was left out, and where everything came from.
+
+    Attributes:
+        root: The folder.
+        splits: Split name -> its shards, in order.
+        captions_without_knowledge: Split name -> number of captions that no knowledge record belongs to.
+        skipped: Kind of problem -> entries ``{"file" or "key", "reason", ...}``.
+        excluded: Split name -> number of images left out on request.
+        provenance: Source files with their sha256, resize, command.
+        created_by: Program and version.
+    """
+
+    root: Path
+    splits: dict[str, list[ShardInfo]]
+    captions_without_knowledge: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    excluded: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    created_by: str = ""
+
+    @classmethod
+    def load(cls, root: str | Path) -> ShardManifest:
+        """Reads the manifest of a folder, or the manifest file itself.
+
+        Raises:
+            AmpError: No folder given, no such folder, no manifest (an unfinished conversion has none), or not a
+                manifest.
+        """
+        if not str(root):
+            raise AmpError("no folder of shards is given, expected one; add --data.shards DIR")
+        root = Path(root)
+        path = root if root.name == MANIFEST_NAME else root / MANIFEST_NAME
+        root = path.parent
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if not root.is_dir():
+                raise AmpError(f"{root}: no such folder; expected a folder of shards; {REMAKE}") from None
+            raise AmpError(
+                f"{path}: no such file; expected the manifest of finished shards (it is written last); {REMAKE}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise AmpError(f"{path}: can't be read as JSON ({error}); {REMAKE}") from None
+        where = str(path)
+        if value_of(content, "format", str, where, REMAKE) != MANIFEST_FORMAT:
+            raise AmpError(
+                f"{where}: 'format' is {shorten(content['format'])}; expected {MANIFEST_FORMAT!r}; "
+                "give a folder made by amp make_shards"
+            )
+        if value_of(content, "version", int, where, REMAKE) != MANIFEST_VERSION:
+            raise AmpError(
+                f"{where}: 'version' is {content['version']}; this release reads version {MANIFEST_VERSION}; {REMAKE}"
+            )
+        splits: dict[str, list[ShardInfo]] = {}
+        without_knowledge: dict[str, int] = {}
+        for split, entry in value_of(content, "splits", dict, where, REMAKE).items():
+            here = f"{where}: splits.{split}"
+            shards = value_of(entry, "shards", list, here, REMAKE)
+            splits[split] = [_shard_info(root, shard, f"{here}.shards[{i}]") for i, shard in enumerate(shards)]
+            for key in ("samples", "captions"):
+                total = sum(getattr(shard, key) for shard in splits[split])
+                if value_of(entry, key, int, here, REMAKE) != total:
+                    raise AmpError(
+                        f"{here}: '{key}' is {entry[key]}; expected {total}, the sum over the shards; {REMAKE}"
+                    )
+            without_knowledge[split] = entry.get("captions_without_knowledge", 0)
+        return cls(
+            root=root,
+            splits=splits,
+            captions_without_knowledge=without_knowledge,
+            skipped=content.get("skipped", {}),
+            excluded=content.get("excluded", {}),
+            provenance=content.get("provenance", {}),
+            created_by=content.get("created_by", ""),
+        )
+
+    def split(self, name: str) -> list[ShardInfo]:
+        """The shards of a split, in order, each checked to exist with the size that the manifest states.
+
+        Raises:
+            AmpError: An unknown or empty split; a shard that is missing or of another size.
+        """
+        path = self.root / MANIFEST_NAME
+        if name not in self.splits:
+            known = ", ".join(self.splits) or "none"
+            raise AmpError(
+                f"{path}: split {name!r} isn't there; splits present: {known}; choose one of them, or convert it with "
+                "amp make_shards"
+            )
+        if not self.samples(name):
+            raise AmpError(f"{path}: split {name!r} holds no sample; expected at least one; {REMAKE}")
+        for shard in self.splits[name]:
+            try:
+                size = shard.path.stat().st_size
+            except OSError as error:
+                raise AmpError(
+                    f"{shard.path}: {error.strerror}, but {path} lists it; copy it here, or {REMAKE}"
+                ) from None
+            if size != shard.bytes:
+                raise AmpError(
+                    f"{shard.path}: {size} bytes; expected {shard.bytes} (from {path}); the copy is incomplete or the "
+                    f"file was changed; copy it again, or {REMAKE}"
+                )
+        return self.splits[name]
+
+    def samples(self, split: str) -> int:
+        """Images in a split."""
+        return sum(shard.samples for shard in self.splits[split])
+
+    def captions(self, split: str) -> int:
+        """Captions in a split."""
+        return sum(shard.captions for shard in self.splits[split])
+
+    def verify(self) -> None:
+        """Compares the sha256 of every shard with the manifest. Reads all bytes.
+
+        Raises:
+            AmpError: The first shard that differs.
+        """
+        for split in self.splits:
+            for shard in self.split(split):
+                digest = sha256_of(shard.path)
+                if digest != shard.sha256:
+                    raise AmpError(
+                        f"{shard.path}: sha256 is {digest}; expected {shard.sha256}, as in {MANIFEST_NAME}; copy it "
+                        f"again, or {REMAKE}"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``manifest.json``."""
+        return {
+            "format": MANIFEST_FORMAT,
+            "version": MANIFEST_VERSION,
+            "created_by": self.created_by,
+            "splits": {
+                split: {
+                    "samples": self.samples(split),
+                    "captions": self.captions(split),
+                    "captions_without_knowledge": self.captions_without_knowledge.get(split, 0),
+                    "shards": [shard.to_dict() for shard in shards],
+                }
+                for split, shards in self.splits.items()
+            },
+            "skipped": self.skipped,
+            "excluded": self.excluded,
+            "provenance": self.provenance,
+        }
+
+    def save(self) -> Path:
+        """Writes ``manifest.json``, which appears complete or not at all.
+
+        Raises:
+            AmpError: The folder can't be written.
+        """
+        path = self.root / MANIFEST_NAME
+        try:
+            write_json(path, self.to_dict())
+        except OSError as error:
+            raise AmpError(f"{path}: can't be written ({error.strerror}); make room or fix the folder") from None
+        return path
+
+
+def _shard_info(root: Path, content: Any, where: str) -> ShardInfo:
+    name = value_of(content, "name", str, where, REMAKE)
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise AmpError(f"{where}: 'name' is {shorten(name)}; expected a file name without a folder; {REMAKE}")
+    return ShardInfo(
+        path=root / name,
+        samples=_count(content, "samples", where),
+        captions=_count(content, "captions", where),
+        bytes=_count(content, "bytes", where),
+        sha256=value_of(content, "sha256", str, where, REMAKE),
+    )
+
+
+def _count(content: Any, key: str, where: str) -> int:
+    count = value_of(content, key, int, where, REMAKE)
+    if count < 0:
+        raise AmpError(f"{where}: '{key}' is {count}; expected 0 or more; {REMAKE}")
+    return count

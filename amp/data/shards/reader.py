@@ -1,0 +1,166 @@
+"""Random access to the samples of one shard."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from amp.data.images.file import MAX_FILE_BYTES
+from amp.data.images.formats import DECODER_OF
+from amp.data.shards.record import REMAKE, parse_record
+from amp.errors import AmpError, shorten
+from amp.json_text import is_unicode
+
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in DECODER_OF)
+MAX_MEMBER_BYTES = MAX_FILE_BYTES
+"""Maximum bytes of an image file or a record."""
+
+
+class ShardReader:
+    """Random access to the samples of one shard.
+
+    The headers are read once, on construction. `read` uses ``os.pread``, which has no file position, so one reader can
+    be used by several threads and after a fork. Unpickling it (in a spawned worker) opens the file again.
+
+    Args:
+        path: A tar file.
+
+    Attributes:
+        keys: Keys of the samples, in the order of the tar.
+
+    Raises:
+        AmpError: Unreadable, cut short, empty, or with a member that doesn't belong in a shard: pickles, links,
+            devices, folders, absolute or parent paths, a key twice, a sample without its image or its record.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: int | None = None
+        try:
+            # Non-blocking: a named pipe of this name would hang here.
+            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.keys, self._spans = self._index()
+        except OSError as error:
+            self.close()
+            raise AmpError(f"{self.path}: can't be read ({error.strerror}); expected a tar shard; {REMAKE}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
+        return ShardReader, (self.path,)
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        file, self._file = getattr(self, "_file", None), None
+        if file is not None:
+            os.close(file)
+
+    def read(self, index: int) -> tuple[bytes, dict[str, Any]]:
+        """Sample number `index`, 0-based: the image file's bytes, undecoded, and the record.
+
+        Raises:
+            IndexError: `index` is outside ``range(len(self))``.
+            AmpError: The record isn't JSON, or of another schema or key.
+        """
+        return self.photo(index), self.record(index)
+
+    def photo(self, index: int) -> bytes:
+        """Only the image file's bytes of a sample."""
+        return self._bytes(index, 0)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Only the record of a sample; raises as `read`."""
+        where = f"{self.path}: {self.keys[index]}.json"
+        return parse_record(self._bytes(index, 1), self.keys[index], where)
+
+    def _bytes(self, index: int, which: int) -> bytes:
+        if not 0 <= index < len(self.keys):
+            raise IndexError(f"{self.path}: sample {index} of {len(self.keys)}")
+        if self._file is None:
+            raise ValueError(f"{self.path}: read after close")
+        offset, size = self._spans[index, which].tolist()
+        content = os.pread(self._file, size, offset)
+        if len(content) != size:
+            raise AmpError(
+                f"{self.path}: {self.keys[index]}: {len(content)} bytes at offset {offset}; expected {size}; the file "
+                f"was cut short while in use; {REMAKE}"
+            )
+        return content
+
+    def _index(self) -> tuple[list[str], np.ndarray]:
+        """Keys (n), and int64 (n, 2, 2): for image and record, the offset and the size in bytes."""
+        assert self._file is not None
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        last_key = None
+        with open(self._file, "rb", closefd=False) as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        key, slot = self._check_member(member)
+                        sample = found.setdefault(key, {})
+                        if slot in sample or (sample and key != last_key):
+                            raise AmpError(f"{self.path}: {member.name}: key {key!r} occurs twice; {REMAKE}")
+                        sample[slot] = (member.offset_data, member.size)
+                        last_key = key
+                    end = tar.offset  # position of the first block that is no header
+            except (AmpError, OSError):
+                raise
+            except Exception as error:  # tarfile raises nearly anything on damaged headers
+                raise AmpError(
+                    f"{self.path}: not a readable tar file ({error or type(error).__name__}); expected an "
+                    f"uncompressed tar shard; {REMAKE}"
+                ) from None
+        # tarfile silently takes a damaged header or a missing end for the end of the archive. A whole archive has at
+        # least two zero blocks after its last member.
+        if os.pread(self._file, 2 * tarfile.BLOCKSIZE, end) != bytes(2 * tarfile.BLOCKSIZE):
+            raise AmpError(
+                f"{self.path}: damaged or cut short after {len(found)} samples (no end-of-archive marker); "
+                f"copy it again, or {REMAKE}"
+            )
+        if not found:
+            raise AmpError(f"{self.path}: the shard holds no sample; expected at least one; {REMAKE}")
+        for key, sample in found.items():
+            for slot, expected in (("image", "an image"), ("json", "a .json record")):
+                if slot not in sample:
+                    raise AmpError(f"{self.path}: sample {key!r} lacks {expected}; {REMAKE}")
+        spans = np.array([(sample["image"], sample["json"]) for sample in found.values()], dtype=np.int64)
+        return list(found), spans
+
+    def _check_member(self, member: tarfile.TarInfo) -> tuple[str, str]:
+        """The sample key of a member and its slot, "image" or "json"."""
+        where = f"{self.path}: member {shorten(member.name)}"
+        if not member.isreg() or member.issparse():
+            raise AmpError(f"{where} is a link, a folder or a device; expected plain files only; {REMAKE}")
+        if not 0 <= member.size <= MAX_MEMBER_BYTES:
+            raise AmpError(f"{where} is of {shorten(member.size)} bytes; expected at most {MAX_MEMBER_BYTES}; {REMAKE}")
+        if not is_unicode(member.name):
+            raise AmpError(f"{where} has a name that is not UTF-8; expected one that is; {REMAKE}")
+        name = PurePosixPath(member.name)
+        if name.is_absolute() or ".." in name.parts:
+            raise AmpError(f"{where} has an absolute or parent path; expected a name inside the shard; {REMAKE}")
+        # WebDataset's rule: the key ends at the first dot of the file's name.
+        stem, _, extension = name.name.partition(".")
+        slot = "json" if extension == "json" else "image" if extension in IMAGE_EXTENSIONS else None
+        if slot is None or not stem:
+            raise AmpError(
+                f"{where} isn't part of a sample; expected KEY.json or KEY with one of {', '.join(IMAGE_EXTENSIONS)} "
+                f"(pickles are never read); {REMAKE}"
+            )
+        return str(name.parent / stem), slot

@@ -1,0 +1,37 @@
+"""The bytes of a shard's tar: its members, and the hash of the file while it is written."""
+
+import hashlib
+import io
+import tarfile
+
+
+class HashedFile:
+    """Counts and hashes what is written, so that a finished shard needn't be read again."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, block: bytes) -> int:
+        self.sha256.update(block)
+        self.size += len(block)
+        return self._file.write(block)
+
+
+def add_member(file: HashedFile, name: str, content: bytes) -> None:
+    """Appends a member to an archive in one piece. `tarfile` itself writes pieces of ten kilobytes."""
+    # Fixed owner, mode and time, so that equal input gives an equal sha256.
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mtime = member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mode = 0o644
+    header = member.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+    file.write(b"".join((header, content, bytes(-len(content) % tarfile.BLOCKSIZE))))
+
+
+def end_archive(file: HashedFile) -> None:
+    """Writes the two empty blocks that end an archive, and fills its last record."""
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
+    file.write(bytes(-file.size % tarfile.RECORDSIZE))

@@ -1,0 +1,88 @@
+"""Asks the model and the rules for the replies that the ladder needs, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from amp.generation.cache import Reply, ReplyCache
+from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
+from amp.generation.makers import Makers
+from amp.generation.progress import Counts
+from amp.terminal import PlainConsole
+
+STAGES = ("triplets", "rules", "states")
+
+
+def ask_all(
+    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: PlainConsole
+) -> int:
+    """Asks until every caption has its outcome. Returns how many got no answer in this run.
+
+    Args:
+        captions: Different captions, as `readable` gives them.
+        ladder: Decides what is asked, and when rules take over.
+        makers: Called when a reply is needed.
+        replies: Known replies; new ones are added.
+        console: Where progress is shown.
+    """
+    lost: set[str] = set()
+    waiting = captions
+    counts = Counts(console)
+    while True:
+        requests: dict[tuple[str, int], dict[str, Request]] = {}
+        still = []
+        for caption in waiting:
+            step = ladder.resolve(caption, replies.get)
+            if isinstance(step, Outcome):
+                counts.resolved(step)
+            elif step.key not in lost:
+                requests.setdefault((step.stage, step.attempt), {})[step.key] = step
+                still.append(caption)
+        waiting = still
+        if not requests:
+            return len(lost)
+        # Q1 with its retries, then the rules, then Q2: full batches that share one prefix.
+        stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
+        group = list(requests[stage, attempt].values())
+        with console.progress("loading what answers"):  # unless it is loaded already
+            engines = makers()
+        if stage == "rules":
+            _apply_rules(group, engines, replies, counts)
+        else:
+            lost |= _ask_model(group, ladder, engines, replies, counts)
+
+
+def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, counts: Counts) -> None:
+    assert makers.rules is not None, "the ladder asks the rules only where there are some"
+    found = makers.rules.triplets(request.caption for request in group)
+    with counts.replies("rules", 0, len(group)) as reply:
+        for request, triplets in zip(group, found, strict=True):
+            replies.put(request.key, Reply(dump_triplets(triplets)), stage="rules", caption=request.caption)
+            reply()
+
+
+def _ask_model(group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, counts: Counts) -> set[str]:
+    stage, attempt = group[0].stage, group[0].attempt
+    engine, lost = makers.engine, set()
+    assert engine is not None, "the ladder asks a model only where there is one"
+    completions = engine.generate(
+        ladder.prefix(stage),
+        [request.suffix for request in group],
+        # Only the rules' requests have no grammar.
+        [request.grammar for request in group if request.grammar is not None] if engine.constrained else None,
+        ladder.sampling(stage, attempt),
+        [request.seed for request in group],
+    )
+    with counts.replies(stage, attempt, len(group)) as reply:
+        for number, completion in completions:
+            request = group[number]
+            if completion.error and not completion.refused:
+                lost.add(request.key)
+            else:
+                notes = {"stage": stage, "attempt": attempt, "caption": request.caption}
+                notes |= {"tokens": completion.tokens, "prompt_tokens": completion.prompt_tokens}
+                if completion.error:
+                    notes["error"] = completion.error
+                replies.put(request.key, Reply(completion.text, completion.refused), **notes)
+            reply(completion.tokens, completion.error)
+    return lost
