@@ -9,7 +9,7 @@ from conftest import SHARED
 from amp.generation.replies import MAX_TRIPLETS, triplet_line
 from amp.generation.rules import MODELS, RulesError, RuleTriplets, _find
 
-pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
 try:
     _find(None)
 except RulesError:

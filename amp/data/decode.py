@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from amp.extras import pip_install
+
 DECODING_VERSION = 2
 """Part of the name of everything that is stored and depends on decoded pixels. Raise it when pixels change."""
 
@@ -59,7 +61,7 @@ def unreadable_reason(suffix: str) -> str | None:
     if DECODER_OF.get(suffix) == "AVIF" and not _reads_avif():
         return "AVIF needs Pillow 11.3 or newer; run pip install --upgrade pillow"
     if DECODER_OF.get(suffix) == "HEIF" and find_spec("pillow_heif") is None:
-        return "HEIC needs the package pillow-heif; run pip install pillow-heif"
+        return f"HEIC needs the package pillow-heif; {pip_install('pillow_heif')}"
     return _NOT_READ.get(suffix)
 
 

@@ -47,9 +47,10 @@ from amp.data.sources import (
     normal_split,
 )
 from amp.errors import AmpError, public_command, too_many_skipped
-from amp.files import locked_folder, sha256_of, write_json
+from amp.files import sha256_of, write_json
 from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
+from amp.locks import locked_folder
 from amp.parts import part_of
 from amp.terminal import PlainConsole
 from amp.version import __version__

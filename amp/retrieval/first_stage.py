@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amp.errors import AmpError
+from amp.errors import AmpError, require
 from amp.retrieval.metrics import KS, rank_of_best_positive, require_finite, stable_topk
 
 # Scores held at once: 2^22 float32 are 16 MB, some 150 MB with the masks and sums of ranking.
@@ -195,11 +195,7 @@ def usable_faiss(k: int) -> ModuleType:
     """
     if k < max(KS):
         raise AmpError(f"top-k is {k} with the first stage 'faiss', expected at least {max(KS)}: it ranks no more")
-    try:
-        import faiss
-    except ImportError as error:
-        raise AmpError("the first stage 'faiss' needs faiss-cpu: pip install 'open-clip-amp[faiss]'") from error
-    return faiss
+    return require("faiss", "the first stage 'faiss'")
 
 
 def first_stage_in_folds(

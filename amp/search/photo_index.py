@@ -23,9 +23,10 @@ from amp.cores import decoding_workers
 from amp.data.decode import PHOTO_SUFFIXES, decode_rgb, unreadable_reason
 from amp.data.image_file import UnreadableImageError, open_photo, read_limited
 from amp.errors import AmpError, printable
-from amp.files import locked_folder, write_atomically
+from amp.files import write_atomically
 from amp.json_text import parse_json
 from amp.knowledge.schema import is_unicode
+from amp.locks import locked_folder
 from amp.model.clip import ActionAwareCLIP
 
 FORMAT, VERSION = "open-clip-amp photo index", 2  # version 1 lacks `digest`, `beside` and `pending`

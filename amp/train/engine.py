@@ -21,7 +21,8 @@ from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.data.stream import TrainingSamples, training_loader
 from amp.errors import AmpError
-from amp.files import locked_folder, write_atomically
+from amp.files import write_atomically
+from amp.locks import locked_folder
 from amp.model.adapter import load_adapter
 from amp.model.factory import create_model_and_transforms
 from amp.retrieval.split_search import Retrieval, SplitCaptions
