@@ -16,18 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import amp
-from amp.plan.memory import (
+from amp.plan.memory import Parameters, Zero, estimate, static_memory
+from amp.plan.simulator import (
     Allocations,
-    Parameters,
     SimulatedObjective,
     StepSimulator,
-    Zero,
     bytes_of,
     empty_batch,
-    estimate,
-    largest_batch,
     shapes_only,
-    static_memory,
     tensors_of,
 )
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
@@ -283,7 +279,7 @@ import json, sys
 import torch
 from amp.train.config import *
 from amp.train.launch import make_accelerator
-from amp.plan.memory import bytes_of
+from amp.plan.simulator import bytes_of
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
@@ -346,27 +342,12 @@ def test_what_deepspeed_holds(file, clip_folder, tmp_path):
             assert real[name] == pytest.approx(getattr(found, name), rel=0.02), name
 
 
-@pytest.mark.parametrize("growth", [lambda n: 100 + 7 * n, lambda n: 100 + 7 * n + n * n // 50])
-@pytest.mark.parametrize("limit", [90, 107, 121, 310, 333, 540, 10_000])
-@pytest.mark.parametrize("start, least", [(1, 1), (2, 2), (8, 1), (32, 2)])
-def test_largest_batch(growth, limit, start, least):
-    looks = []
-
-    def total(size: int) -> int:
-        looks.append(size)
-        return growth(size)
-
-    fitting = [n for n in range(least, 4 * start + 1) if growth(n) <= limit]
-    assert largest_batch(total, limit, start, least) == max(fitting, default=0)
-    assert len(looks) <= 7 and min(looks) >= least
-
-
 def test_fp16_under_deepspeed_casts_all_weights(clip_folder):
     config = settings(clip_folder)
     simulator = StepSimulator(config, "fp16", deepspeed=True)
-    counted = simulator.parameters(1)
+    counted = Parameters.of(simulator.model, 1)
     assert counted.trained_bytes == 2 * counted.trained
-    full = StepSimulator(config, "fp16").parameters(1)
+    full = Parameters.of(StepSimulator(config, "fp16").model, 1)
     assert full.trained_bytes == 4 * full.trained and full.trained == counted.trained
     assert simulator.step(1, 1, 8).peak < StepSimulator(config, "no").step(1, 1, 8).peak
 
