@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import amp
-from amp.plan.memory import Parameters, Zero, estimate, static_memory
+from amp.plan.memory import Parameters, Zero, estimate, largest_batch, static_memory
 from amp.plan.simulator import (
     Allocations,
     SimulatedObjective,
@@ -340,6 +340,21 @@ def test_what_deepspeed_holds(file, clip_folder, tmp_path):
         assert real["float32"]
         for name in ("optimizer", "trained", "frozen"):
             assert real[name] == pytest.approx(getattr(found, name), rel=0.02), name
+
+
+@pytest.mark.parametrize("growth", [lambda n: 100 + 7 * n, lambda n: 100 + 7 * n + n * n // 50])
+@pytest.mark.parametrize("limit", [90, 107, 121, 310, 333, 540, 10_000])
+@pytest.mark.parametrize("start, least", [(1, 1), (2, 2), (8, 1), (32, 2)])
+def test_largest_batch(growth, limit, start, least):
+    looks = []
+
+    def total(size: int) -> int:
+        looks.append(size)
+        return growth(size)
+
+    fitting = [n for n in range(least, 4 * start + 1) if growth(n) <= limit]
+    assert largest_batch(total, limit, start, least) == max(fitting, default=0)
+    assert len(looks) <= 7 and min(looks) >= least
 
 
 def test_fp16_under_deepspeed_casts_all_weights(clip_folder):

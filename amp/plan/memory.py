@@ -6,6 +6,7 @@ tests/test_memory.py compares it with what DeepSpeed and DDP hold.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,8 +64,7 @@ class Parameters(NamedTuple):
     @classmethod
     def of(cls, model: ActionAwareCLIP, stage: int) -> "Parameters":
         """Of a model in a stage; buffers count as frozen."""
-        set_trainable(model, stage)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = set_trainable(model, stage)
         frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
         elements = [sum(x.numel() for x in part) for part in (trained, frozen)]
         return cls(elements[0], elements[1], bytes_of(trained), bytes_of(frozen))
@@ -154,3 +154,21 @@ def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[st
         parts["host"] += parts[name]
         parts[name] = 0
     return parts
+
+
+def largest_batch(total: Callable[[int], int], limit: float, start: int, least: int = 1) -> int:
+    """The largest batch size with a `total` within `limit`, from `least` to 4 x `start`; 0 if there is none.
+
+    Memory grows almost in proportion to the batch, so a straight line finds the place in about four looks at `total`.
+    Each look simulates a step, which takes seconds; bisection would need seven.
+    """
+    seen = {size: total(size) for size in (start, 2 * start)}
+    while True:
+        fit, too_large = ([n for n in sorted(seen) if (seen[n] <= limit) == within] for within in (True, False))
+        low, high = fit[-1] if fit else least - 1, too_large[0] if too_large else 4 * start + 1
+        if high == low + 1:
+            return low if fit else 0
+        a, b = (low, high) if fit and too_large else sorted(seen)[-2:] if fit else sorted(seen)[:2]
+        size = int(a + (limit - seen[a]) * (b - a) / (seen[b] - seen[a]))
+        size = min(max(size, low + 1), high - 1)
+        seen[size] = total(size)

@@ -3,7 +3,6 @@
 Nothing is trained, written or downloaded, and no GPU is touched. All figures are estimated; docs/plan.md says how.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +12,7 @@ from amp.plan.data import Dataset, check_shards
 from amp.plan.disk import check_disk
 from amp.plan.findings import Finding, Findings, error, in_bytes, note, ok
 from amp.plan.launch import check_checkpoints, check_deepspeed, check_launch
-from amp.plan.memory import Estimate, Parameters, Zero, estimate
+from amp.plan.memory import Estimate, Parameters, Zero, estimate, largest_batch
 from amp.plan.model import check_init, check_model, local_model
 from amp.plan.node import check_cores, check_host_memory, check_workers
 from amp.plan.simulator import StepSimulator
@@ -175,9 +174,7 @@ def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Finding]:
         needs += f" of {settings.gpu_memory_gb:g} GB"
         limit = settings.gpu_memory_gb * 1e9
         total = lambda batch, stage=stage: estimate(simulator, stage, settings.world, batch, plan.zero).total  # noqa: E731
-        sizes = range(2 if settings.world == 1 else 1, 4 * size + 1)
-        fitting = bisect_right(sizes, limit, key=total)
-        best = sizes[fitting - 1] if fitting else 0
+        best = largest_batch(total, limit, size, least=2 if settings.world == 1 else 1)
         if found.total <= limit:
             yield ok(f"{needs}; data.batch_size {best}{' or more' if best == 4 * size else ''} would fit as well")
             continue
