@@ -5,20 +5,16 @@ import re
 from amp.errors import AmpError
 
 
-class PartError(AmpError):
-    """A part isn't ``I/N``."""
-
-
 def part_of(text: str) -> tuple[int, int]:
     """(index, parts) of ``I/N``, index from 0 to N-1.
 
     Raises:
-        PartError: anything else.
+        AmpError: Anything else.
     """
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     index, parts = map(int, match.groups()) if match else (0, 0)
     if index >= parts:
-        raise PartError(
+        raise AmpError(
             f"part is {text!r}; expected I/N with I from 0 to N-1, as 0/16 to 15/16; a job array must count its tasks "
             "from 0 without gaps (--array=0-15)"
         )
