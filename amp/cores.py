@@ -82,7 +82,7 @@ def use_cores(workers: int, gpu: bool, before: int | None = None) -> CoreShare:
 
 def usable_cores() -> int:
     """Cores that this process may run on, and that its container leaves it."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2 and 1
         try:
             words = (CGROUPS / quota).read_text().split()

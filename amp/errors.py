@@ -13,8 +13,12 @@ import unicodedata
 from _thread import interrupt_main
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
+
+from amp.extras import missing
 
 _HIDDEN = "***"
 _WORD = r"(?:token|secret|password|passwd)"  # also words of captions, and endings of file names
@@ -111,6 +115,26 @@ def too_many_skipped(
     return "; ".join(clause for clause in clauses if clause)
 
 
+def require(package: str, who: str, otherwise: str = "") -> ModuleType:
+    """Imports a package that only an extra installs.
+
+    Args:
+        package: Name of the module, such as ``spacy``.
+        who: What needs it, such as ``the rules``.
+        otherwise: What to do without the package.
+
+    Raises:
+        AmpError: The package can't be imported. The message names the extra that installs it.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        error.name = error.name or package  # a library that the package loads is missing
+        if (said := missing(error, who)) is None:
+            raise
+        raise AmpError(f"{said}{f', or {otherwise}' if otherwise else ''}") from error
+
+
 # Exit statuses, those of shells and well-known tools.
 WRONG_INPUT, NOT_WRITTEN, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 
@@ -122,6 +146,7 @@ def exit_on_error(kept: str = "") -> Iterator[None]:
     | what happens inside                                   | on stderr                          | exit status |
     |-------------------------------------------------------|------------------------------------|-------------|
     | :class:`AmpError`                                     | ``amp search: error: ...``         | 2           |
+    | a package of an extra is not installed                | the same, with the extra's name    | 2           |
     | a file, or standard output, can't be read or written  | the same, with the file's name     | 1           |
     | Ctrl-C                                                | ``amp search: interrupted; kept``  | 130         |
     | nobody reads standard output any more (``| head``)    | nothing                            | 141         |
@@ -155,6 +180,11 @@ def exit_on_error(kept: str = "") -> Iterator[None]:
             if "Original Traceback" in message:  # from a DataLoader's worker, which passes it on below a traceback
                 message = message.rstrip().splitlines()[-1].partition(": ")[2]
             complain(f"error: {message}", outside=False)
+            raise SystemExit(WRONG_INPUT) from None
+        except ModuleNotFoundError as error:
+            if (said := missing(error)) is None:
+                raise
+            complain(f"error: {said}")
             raise SystemExit(WRONG_INPUT) from None
         except KeyboardInterrupt:
             complain(f"interrupted; {kept}" if kept else "interrupted")

@@ -1,27 +1,21 @@
-"""Output files that appear whole or not at all, never through a link that somebody else has planted, and folders that
-one process at a time writes."""
+"""Output files that appear whole or not at all, and never follow a link that somebody else has planted."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from amp.errors import AmpError
 
-LOCK = ".writer.lock"
-# A node that died keeps its locks on NFS for 90 seconds; the job that Slurm starts again after it waits that long.
-REQUEUED_SECONDS = 120.0
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
-_held: set[int] = set()  # descriptors of the locks of this process
+# Windows lacks the first two.
+_NO_LINK, _CLOSE_ON_EXEC = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_CLOEXEC", 0)
+_BYTES = getattr(os, "O_BINARY", 0)  # Windows only, where files are opened as text without it
 
 
 @contextmanager
@@ -137,79 +131,8 @@ def open_log(path: str | os.PathLike, flags: int = os.O_TRUNC) -> int:
     Raises:
         OSError: It can't be written, or is a link: what that points at must not be changed.
     """
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
-
-
-@contextmanager
-def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) -> Iterator[None]:
-    """Keeps other processes out of a folder while the block runs. The lock ends with the process, however that ends.
-
-    It is advisory, on the file ``.writer.lock`` of the folder. File systems without locks take none.
-
-    Args:
-        folder: An existing folder.
-        busy: What the error says after the folder's name where another process holds the lock: what that one does, and
-            the next step.
-        shared: Only keep out those that want the folder for themselves.
-
-    Raises:
-        AmpError: Another process holds the lock.
-        OSError: The folder can't be written.
-    """
-    path = Path(folder) / LOCK
-    descriptor = _lock(path, busy, shared)
-    try:
-        if not shared:
-            with suppress(OSError):  # a full disk; the lock itself takes no room
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        if not shared:  # nobody else holds it
-            path.unlink(missing_ok=True)
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-
-def _lock(path: Path, busy: str, shared: bool) -> int:
-    """Descriptor of the locked file."""
-    deadline = time.monotonic() + (REQUEUED_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)
-    while True:
-        descriptor = open_log(path, os.O_APPEND)  # open for reading and writing, which NFS wants
-        _held.add(descriptor)
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            taken = True
-        except OSError as error:
-            taken = error.errno in _UNSUPPORTED
-        if taken and _is_at(path, descriptor):
-            return descriptor
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        _held.discard(descriptor)
-        os.close(descriptor)
-        if not taken and time.monotonic() > deadline:
-            raise AmpError(f"{path.parent}: {busy}{f' (held by {holder})' if holder else ''}")
-        if not taken:
-            time.sleep(0.5)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name: a holder that has ended meanwhile removed it, and the lock with it."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _close_inherited() -> None:
-    """In a forked child, such as a decoding worker: it must not keep the lock when the process that took it is dead."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_inherited)
+    return os.open(path, os.O_RDWR | os.O_CREAT | _CLOSE_ON_EXEC | _NO_LINK | _BYTES | flags, 0o666)
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | _NO_LINK, 0o666)

@@ -15,6 +15,7 @@ from PIL import Image
 from amp.data.conversion.make import make_shards
 from amp.terminal import PlainConsole
 from benchmarks.settings import Settings
+from benchmarks.tables import spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
 COPY, WRITER, OURS, DECODED = "file copy", "ShardWriter", "make_shards", "make_shards --check decode"
@@ -80,3 +81,15 @@ def plain_writer(given: dict[str, str], out: Path, size: int, decode: bool = Fal
             writer.write({"__key__": Path(image["filename"]).stem, "jpg": content, "json": {"captions": captions}})
     os.sync()
     return len(images)
+
+
+def conversions(figures: dict) -> list[str]:
+    rows = [
+        [name, spread(rate), figures["ratio"].get(f"{name} / make_shards")]
+        for name, rate in figures["images_a_second"].items()
+    ]
+    return table(["", "images/s", "as fast as make_shards, times"], rows)
+
+
+ON_PHOTOS = True  # run() takes a folder and photos
+TABLES = {"conversion": conversions}

@@ -23,6 +23,7 @@ from amp.model.factory import create_model_and_transforms
 from benchmarks import photos
 from benchmarks.models import base_model
 from benchmarks.settings import Settings
+from benchmarks.tables import table
 from benchmarks.timing import rounded
 
 DRAWN = 128  # photos, where no shards are given
@@ -79,3 +80,11 @@ def both_runs(settings: Settings, folder: Path) -> dict:
         "seconds": seconds,
         "largest_process_MB": round(peak),
     }
+
+
+def evaluations(figures: dict) -> list[str]:
+    work = figures["images"] + figures["captions"]
+    return table(["", "seconds", "queries/s"], ([name, x, work / x] for name, x in figures["seconds"].items()))
+
+
+TABLES = {"evaluation": evaluations}

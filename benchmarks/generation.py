@@ -14,6 +14,7 @@ from amp.generation.engines.transformers_engine import TransformersEngine
 from amp.generation.prompts import ask_triplets, load_template
 from benchmarks.models import drawn_captions
 from benchmarks.settings import Settings
+from benchmarks.tables import spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
 PLAIN, PREFIX, BATCHES, ONCE = "plain call", "+ shared prefix", "+ batches", "+ each caption once"
@@ -83,3 +84,14 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
         "ratio": {f"{name} / {PLAIN}": rounded(ratio(rates, name, PLAIN)) for name in rates if name != PLAIN},
         "same_text": sum(len(set(group)) == 1 for group in zip(*replies.values(), strict=False)),
     }
+
+
+def generations(figures: dict) -> list[str]:
+    rows = [
+        [name, spread(rate), figures["ratio"].get(f"{name} / plain call")]
+        for name, rate in figures["captions_a_second"].items()
+    ]
+    return table(["", "captions/s", "times the plain call"], rows)
+
+
+TABLES = {"generation": generations}

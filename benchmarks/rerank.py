@@ -27,6 +27,7 @@ from benchmarks.models import base_model, build, drawn_captions
 from benchmarks.naive import NaiveAIM
 from benchmarks.settings import Settings
 from benchmarks.step import gflop
+from benchmarks.tables import spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
 # The equations as they read; the loop that our public calls suggest; the same with texts encoded before; and a query's
@@ -212,3 +213,31 @@ def gallery_memory(settings: Settings) -> list[dict[str, float]]:
             }
         )
     return rows
+
+
+def reranks(figures: dict) -> list[str]:
+    rows = []
+    for interaction, found in figures["speed"].items():
+        for name, rate in found["pairs_a_second"].items():
+            rows.append(
+                [
+                    interaction,
+                    name,
+                    spread(rate),
+                    found["ratio"].get(f"ours / {name}"),
+                    found["gflop_a_pair"].get(name),
+                    found["ratio_by_work"].get(f"ours / {name}"),
+                ]
+            )
+    return table(["interaction", "", "pairs/s", "ours is x times as fast", "GFLOP a pair", "by work"], rows)
+
+
+def galleries(figures: dict) -> list[str]:
+    head = ["images", "first stage, MB", "re-ranking, MB", "a matrix of all scores, MB"]
+    return table(
+        head,
+        ([f"{x['images']:,}", x["first_stage_MB"], x["rerank_MB"], x["score_matrix_MB"]] for x in figures["memory"]),
+    )
+
+
+TABLES = {"rerank": reranks, "rerank.memory": galleries}

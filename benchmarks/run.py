@@ -29,10 +29,10 @@ with exit_on_error():
     from benchmarks import tables
     from benchmarks.settings import Settings
 
+# Each is a module of this folder with `run` and `TABLES`; a further one needs nothing but its name here.
 ALL = ("stream", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
 RECORD, PAGE = Path("results/benchmark.json"), Path("docs/performance.md")  # the release's
 PATHS = ("photos", "shards", "peer_python", "language_model")  # of this machine, not kept
-ON_PHOTOS = ("stream", "conversion")
 
 
 def parser() -> ArgumentParser:
@@ -93,7 +93,7 @@ def measured(name: str, settings: Settings) -> dict:
 
     module, start = importlib.import_module(f"benchmarks.{name}"), time.time()
     found = {"machine": machine.describe(settings.device)}
-    if name in ON_PHOTOS:
+    if getattr(module, "ON_PHOTOS", False):
         with tempfile.TemporaryDirectory() as folder:
             given = photos.given_or_drawn(Path(folder), settings.photos, settings.images)
             found |= module.run(settings, Path(folder), given)

@@ -19,6 +19,7 @@ from amp.train.stages import set_trainable
 from benchmarks.models import base_model, build, random_batch
 from benchmarks.settings import Settings
 from benchmarks.step import gflop
+from benchmarks.tables import listed, table
 from benchmarks.timing import rounded
 
 COCO_IMAGES, COCO_SHARD = 113_287, 1_000  # the Karpathy split's training images; make_shards' default
@@ -139,3 +140,13 @@ def roofline() -> dict:
         "MB_of_stored_tokens_a_step": rounded(stored / 1e6),
         "ms_with_stored_tokens": rounded(1e3 * late / (H100_TFLOP * SHARE)),
     }
+
+
+def ranks(figures: dict) -> list[str]:
+    return table(
+        ["ranks", "images/s", "seconds a step"],
+        ([n, x["images_a_second"], x["seconds_a_step"]] for n, x in figures["ranks"].items()),
+    )
+
+
+TABLES = {"scaling": ranks, "scaling.plan": listed("plan"), "scaling.roofline": listed("roofline")}

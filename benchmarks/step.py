@@ -23,6 +23,7 @@ from benchmarks.memory import kept_bytes
 from benchmarks.models import base_model, build, drawn_captions, random_batch
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
 from benchmarks.settings import Settings
+from benchmarks.tables import spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
 NEGATIVES = 2
@@ -174,3 +175,46 @@ def gflop(work: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 1e9
+
+
+def steps(figures: dict) -> list[str]:
+    peak, rows = figures["machine"]["matmul_GFLOP_a_second"]["fp32"], []
+    for layer, found in figures["layers"].items():
+        times = found["times_as_long"]
+        for name, row in found["rows"].items():
+            rate, share = row["images_a_second"], row["gflop_a_second"] / peak
+            rows.append(
+                [
+                    layer,
+                    name,
+                    spread(rate),
+                    times.get(f"{name} / plain prompt tuning"),
+                    times.get(f"contrastive m=2, the equations / {name}"),
+                    row["gflop_an_image"],
+                    f"{share:.0%}",
+                    row.get("kept_MB_an_image"),
+                    row.get("kept_MB_by_hand"),
+                ]
+            )
+    return table(
+        [
+            "l",
+            "",
+            "images/s",
+            "times as long as plain",
+            "the equations: times as long",
+            "GFLOP an image",
+            "of the peak",
+            "MB kept an image",
+            "the same by hand",
+        ],
+        rows,
+    )
+
+
+def sizes_table(figures: dict) -> list[str]:
+    rows = ([name, *found.values()] for name, found in figures["sizes"].items())
+    return table(["interaction", "all weights, MB", "trained, MB", "adapter file, MB", "checkpoint, MB"], rows)
+
+
+TABLES = {"step": steps, "step.sizes": sizes_table}

@@ -32,6 +32,7 @@ from amp.knowledge.tensors import TripletTokenizer
 from amp.model.config import PromptConfig
 from benchmarks.memory import private_mb
 from benchmarks.settings import Settings
+from benchmarks.tables import machine, spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
 SHARDS = 8  # of each format: enough for two workers, as open_clip_train asks for one a worker
@@ -181,3 +182,16 @@ def peer_stream(settings: Settings, tars: Path, images: int, workers: int):
             # A word, since the end of the pipe isn't seen: workers that were forked meanwhile hold it open.
             process.stdin.write("end\n")
             process.stdin.flush()
+
+
+def streams(figures: dict) -> list[str]:
+    rows = []
+    for workers, row in figures["workers"].items():
+        for name, rate in row["images_a_second"].items():
+            ratio = row["ratio"].get(f"ours / {name}")
+            rows.append([workers, name, spread(rate), ratio, row["worker_MB"].get(name)])
+    return table(["workers", "", "images/s", "ours is x times as fast", "a worker's own MB"], rows)
+
+
+ON_PHOTOS = True  # run() takes a folder and photos
+TABLES = {"stream.machine": machine, "stream": streams}

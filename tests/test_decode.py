@@ -438,8 +438,8 @@ def test_formats_that_are_not_read_are_named_by_their_content(monkeypatch):
         with pytest.raises(UnreadableImageError, match=words):
             decode_rgb(content)
     monkeypatch.setattr("amp.data.images.formats.find_spec", lambda name: None)  # as without pillow-heif
-    assert "pip install pillow-heif" in unreadable_reason(".heic")
-    with pytest.raises(UnreadableImageError, match="pip install pillow-heif"):
+    assert 'pip install "open-clip-amp[heic]"' in unreadable_reason(".heic")
+    with pytest.raises(UnreadableImageError, match=r'pip install "open-clip-amp\[heic\]"'):
         decode_rgb(HEIC)
 
 

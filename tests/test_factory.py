@@ -14,7 +14,7 @@ from amp.errors import AmpError
 from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig
 from amp.model.factory import load_clip, refuse_quick_gelu_mismatch, refuse_unsupported_model
-from amp.plan.memory import shapes_only
+from amp.plan.simulator import shapes_only
 from amp.train.config import ModelSettings, TrainConfig
 
 

@@ -1,47 +1,11 @@
-"""Locks of folders: one process at a time, and none outlives the process that took it."""
+"""Files that are written whole, and names that no file may take."""
 
-import errno
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
-from amp import files
 from amp.errors import AmpError
-from amp.files import check_writable, locked_folder, refuse_device, whole_file
-
-# A process that takes the lock and forks a child, as training forks its decoding workers, which lives on.
-HOLDER = """
-import os, sys, time
-from amp.files import locked_folder
-with locked_folder(sys.argv[1], "busy"):
-    if os.fork() == 0:
-        print(os.getpid(), flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
-        child = int(holder.stdout.readline())
-        try:
-            with (
-                pytest.raises(AmpError, match=rf"{tmp_path}: a run is here; wait \(held by process {holder.pid} on "),
-                locked_folder(tmp_path, "a run is here; wait"),
-            ):
-                raise AssertionError("two processes hold the lock")
-            holder.kill()
-            holder.wait()
-            os.kill(child, 0)  # is alive, and has inherited the descriptor
-            with locked_folder(tmp_path, "busy"):
-                pass
-            assert not list(tmp_path.iterdir())
-        finally:
-            holder.kill()
-            os.kill(child, signal.SIGKILL)
+from amp.files import check_writable, refuse_device, whole_file
 
 
 def test_a_device_is_never_replaced_by_a_file(tmp_path):
@@ -55,36 +19,3 @@ def test_a_device_is_never_replaced_by_a_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
     with pytest.raises(OSError, match="Not a regular file"):
         refuse_device("/dev/stdout")  # a regular file where it is redirected to one
-
-
-def test_shared_holders_keep_out_those_that_want_the_folder_for_themselves(tmp_path):
-    def holds(shared: bool):
-        return locked_folder(tmp_path, "busy", shared)
-
-    with holds(shared=True), holds(shared=True), pytest.raises(AmpError, match=r"busy$"), holds(shared=False):
-        pass
-    with holds(shared=False), pytest.raises(AmpError, match="busy"), holds(shared=True):
-        pass
-
-
-def test_a_job_that_slurm_starts_again_waits_for_its_predecessor(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    first = locked_folder(tmp_path, "busy")
-    first.__enter__()
-    begin = time.monotonic()
-    monkeypatch.setattr(time, "sleep", lambda seconds: first.__exit__(None, None, None))
-    with locked_folder(tmp_path, "busy"):
-        assert time.monotonic() - begin < 5
-        assert (tmp_path / files.LOCK).is_file()  # its own, not the one that its predecessor has removed
-    monkeypatch.setattr(files, "REQUEUED_SECONDS", -1.0)
-    with locked_folder(tmp_path, "busy"), pytest.raises(AmpError, match="busy"), locked_folder(tmp_path, "busy"):
-        pass
-
-
-def test_a_file_system_without_locks_takes_none(tmp_path, monkeypatch):
-    def flock(descriptor, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    with locked_folder(tmp_path, "busy"), locked_folder(tmp_path, "busy"):
-        pass

@@ -107,7 +107,7 @@ def test_shards_and_knowledge_replace_links(tmp_path, folder, mine):
     assert mine.read_bytes() == MINE and ShardManifest.load(folder).samples("train") == 3
     assert not any((folder / name).is_symlink() for name in names[:2])
 
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     out = tmp_path / "knowledge"
     out.mkdir()
     names = ["knowledge.jsonl", "knowledge_provenance.json", "settings.json"]
@@ -121,7 +121,7 @@ def test_shards_and_knowledge_replace_links(tmp_path, folder, mine):
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_path, capsys):
     """/proc takes no file from anybody, not even from root; a file is no folder."""
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     given = draw_dataset(tmp_path / "drawn", {"train": 3})
     (tmp_path / "file").write_text("no folder")
     here, there = str(tmp_path / "file"), "/proc/nowhere"
@@ -161,7 +161,7 @@ def job(tmp_path_factory, clip_folder):
     folder, what was shown, and the addresses that were connected to."""
     from accelerate.state import AcceleratorState, PartialState
 
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     root = tmp_path_factory.mktemp("job")
     (root / "mine.txt").write_bytes(MINE)
     run = root / "run"

@@ -61,7 +61,7 @@ def test_sentences_of_others_are_told_apart():
     """spaCy's examples, headlines and questions rather than captions, which nobody here has chosen words for."""
     spacy = importlib.util.find_spec("spacy")
     if spacy is None:
-        pytest.skip('needs spaCy: pip install "open-clip-amp[rules]"')
+        pytest.skip('needs spaCy: pip install "open-clip-amp[generate]"')
     found = {}
     for name in ("de", "fr", "es", "it", "pt", "nl", "sv", "pl", "ru", "zh", "ja", "ar"):
         # The file alone: importing the package takes seconds.

@@ -16,18 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import amp
-from amp.plan.memory import (
+from amp.plan.memory import Parameters, Zero, estimate, largest_batch, static_memory
+from amp.plan.simulator import (
     Allocations,
-    Parameters,
     SimulatedObjective,
     StepSimulator,
-    Zero,
     bytes_of,
     empty_batch,
-    estimate,
-    largest_batch,
     shapes_only,
-    static_memory,
     tensors_of,
 )
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
@@ -283,7 +279,7 @@ import json, sys
 import torch
 from amp.train.config import *
 from amp.train.launch import make_accelerator
-from amp.plan.memory import bytes_of
+from amp.plan.simulator import bytes_of
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 from amp.train.trained_state import TrainedState
@@ -364,9 +360,9 @@ def test_largest_batch(growth, limit, start, least):
 def test_fp16_under_deepspeed_casts_all_weights(clip_folder):
     config = settings(clip_folder)
     simulator = StepSimulator(config, "fp16", deepspeed=True)
-    counted = simulator.parameters(1)
+    counted = Parameters.of(simulator.model, 1)
     assert counted.trained_bytes == 2 * counted.trained
-    full = StepSimulator(config, "fp16").parameters(1)
+    full = Parameters.of(StepSimulator(config, "fp16").model, 1)
     assert full.trained_bytes == 4 * full.trained and full.trained == counted.trained
     assert simulator.step(1, 1, 8).peak < StepSimulator(config, "no").step(1, 1, 8).peak
 

@@ -101,14 +101,14 @@ def check(environment: Environment, printed: str, photos: int) -> None:
 
 def test_there_are_five_commands(distributions):
     first, *others = commands()
-    assert first[:3] == ["pip", "install", f"dist/{distributions[0].name}[rules]"]
+    assert first[:3] == ["pip", "install", f"dist/{distributions[0].name}[train,generate,report]"]
     assert [words[:2] for words in others] == [
         ["amp", name] for name in ("generate_knowledge", "make_shards", "train", "search")
     ]
 
 
 def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     environment = Environment(tmp_path)
     environment.borrow_packages()
     environment.type(["python", "-m", "pip", "install", "--no-deps", "--no-index", str(distributions[0])])
@@ -134,7 +134,7 @@ def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
 def test_200_real_photos_with_all_packages_from_the_registry(distributions, flickr8k, clip_small, tmp_path):
     """Nothing is borrowed: pip fetches every dependency."""
     environment = Environment(tmp_path)
-    environment.type(["python", "-m", "pip", "install", "-q", f"{distributions[0]}[rules]"])
+    environment.type(["python", "-m", "pip", "install", "-q", f"{distributions[0]}[train,generate,report]"])
     environment.type(["python", "-m", "pip", "install", "-q", "--no-deps", "--ignore-requires-python", SPACY_MODEL])
     real_captions(flickr8k, environment.folder, 200)
     base = f"local-dir:{Path(clip_small.removeprefix('local-dir:')).resolve()}"

@@ -20,9 +20,14 @@ import amp
 from amp.data.shards import ShardManifest
 from amp.errors import AmpError
 from amp.knowledge.text import state_texts
-from amp.plan import checks as plan_checks
-from amp.plan.checks import DEEPSPEED_KEYS, counted, in_bytes
-from amp.plan.plan import PlanSettings, Steps, make_plan, steps_table
+from amp.plan import model as plan_model
+from amp.plan import node as plan_node
+from amp.plan.data import Dataset
+from amp.plan.findings import counted, in_bytes
+from amp.plan.launch import DEEPSPEED_KEYS
+from amp.plan.plan import PlanSettings, Steps, make_plan
+from amp.plan.tables import steps_table
+from amp.plan.texts import check_texts
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
@@ -400,7 +405,7 @@ def test_too_few_open_files(config, monkeypatch):
 
 def test_more_shards_in_a_window_than_open_files(config, monkeypatch):
     assert found(config, "warning") == ""
-    monkeypatch.setattr(plan_checks, "MAX_OPEN", 3)
+    monkeypatch.setattr(plan_node, "MAX_OPEN", 3)
     assert "give --data.shuffle_window 3" in found(config, "warning")
     assert found(change(config, data__shuffle_window=3), "warning") == ""
 
@@ -414,16 +419,16 @@ def test_too_few_cores(config, monkeypatch):
 
 def test_too_little_memory_of_a_node(config, monkeypatch):
     assert "node memory" not in found(config, "warning")
-    monkeypatch.setattr(plan_checks, "CAPTION_BYTES", 10**12)
+    monkeypatch.setattr(plan_node, "CAPTION_BYTES", 10**12)
     assert "start fewer processes a node" in found(config, "warning")
 
 
 def test_weights_that_are_not_here(config, monkeypatch):
     config = change(config, model=ModelSettings("ViT-B-32-quickgelu", "openai"))
-    monkeypatch.setattr(plan_checks, "try_to_load_from_cache", lambda repository, name: None)
+    monkeypatch.setattr(plan_model, "try_to_load_from_cache", lambda repository, name: None)
     assert "weights 'openai' are not on this machine" in found(config, "warning")
     asked = []
-    monkeypatch.setattr(plan_checks, "try_to_load_from_cache", lambda *names: asked.append(names) or "/a/file")
+    monkeypatch.setattr(plan_model, "try_to_load_from_cache", lambda *names: asked.append(names) or "/a/file")
     assert "with weights 'openai', on this machine" in found(config, "ok")
     assert asked[0][0] == "timm/vit_base_patch32_clip_224.openai"
     assert "without weights" in found(change(config, model__pretrained=None), "warning")
@@ -458,7 +463,7 @@ def test_the_page_shows_what_is_printed(main, monkeypatch, capsys):
 
 def test_texts_that_are_cut_are_counted(config, clip_folder):
     """Against the tokens of each text, one by one."""
-    data = plan_checks.Dataset.read(config)
+    data = Dataset.read(config)
     encode = amp.get_tokenizer(clip_folder).encode
     texts = {"captions": [], "texts of knowledge": []}
     for split in data.splits:
@@ -472,7 +477,7 @@ def test_texts_that_are_cut_are_counted(config, clip_folder):
             f"{sum(len(encode(text)) + 2 > length for text in found)} of {len(found)} {kind}"
             for kind, found in texts.items()
         ]
-        (said,) = plan_checks.check_texts(data, config, length)
+        (said,) = check_texts(data, config, length)
         assert said.text.startswith(f"{' and '.join(counts)} of {images} images are longer than {length} tokens")
         assert said.level == ("ok" if counts[0].startswith("0 ") and counts[1].startswith("0 ") else "warning")
     assert "texts: 0 of " in found(config, "ok")

@@ -12,7 +12,7 @@ from training_run import small_run
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
 from amp.model.factory import to_precision
-from amp.plan.checks import check_launch
+from amp.plan.launch import check_launch
 from amp.plan.plan import PlanSettings, make_plan
 from amp.publish.export import export_image_encoder
 from amp.report.attention import attention_maps

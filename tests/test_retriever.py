@@ -477,7 +477,7 @@ def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path)
 
 def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, photos, tmp_path, monkeypatch, capsys):
     """With rules and an adapter; tests run as root, so the calls that write are replaced."""
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     model, preprocess = build(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
     index = tmp_path / "index"
@@ -494,7 +494,7 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
 
     monkeypatch.setattr(os, "mkdir", read_only(os.mkdir))
     monkeypatch.setattr("amp.generation.cache.open_log", read_only(open_log))
-    monkeypatch.setattr("amp.files.open_log", read_only(open_log))
+    monkeypatch.setattr("amp.locks.open_log", read_only(open_log))
     options = ["--index", str(index), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]
     command.main([*options, "--count", "3", "A dog chases a red ball"])
     assert "<dog, chases, ball>" in capsys.readouterr().out
@@ -505,7 +505,7 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
 
 
 def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys):
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     model, _ = build(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
     options = ["--index", str(tmp_path / "index"), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]

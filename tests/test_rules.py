@@ -10,7 +10,7 @@ from amp.errors import AmpError
 from amp.generation.replies import MAX_TRIPLETS, triplet_line
 from amp.generation.rules import MODELS, RuleTriplets, _find
 
-pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
 try:
     _find(None)
 except AmpError:

@@ -13,7 +13,7 @@ TASKS = 3
 
 
 def test_job_array(slurm, tmp_path):
-    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[rules]"')
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     try:
         _find(None)
     except AmpError as error:

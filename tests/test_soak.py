@@ -1,20 +1,17 @@
-"""The soak run's watch: processes that leak on purpose are called growing, one that does not is called flat."""
+"""The soak run's measurements: processes that leak on purpose are called growing, one that does not is not."""
 
 import gc
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from amp.train.engine import frozen_heap
 from benchmarks import soak
-from benchmarks.watch import Watch, children, held, trend
 
-LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux' /proc")
 # Each holds for a moment what it gives back; the leaks keep some of it.
 CHILD = """
 import os, sys, threading, time
@@ -37,66 +34,50 @@ while True:
 """
 
 
-@LINUX
 def test_leaks_are_found():
-    roles = ("nothing", "memory", "descriptors", "threads")
-    processes = {role: subprocess.Popen([sys.executable, "-c", CHILD, role], stdout=subprocess.PIPE) for role in roles}
+    leaks = {"nothing": set(), "memory": {"memory_MB"}, "descriptors": {"files"}, "threads": {"threads"}}
+    roles = {role: psutil.Popen([sys.executable, "-c", CHILD, role], stdout=subprocess.PIPE) for role in leaks}
+    series, start = {}, time.monotonic()
     try:
-        for process in processes.values():
+        for process in roles.values():
             process.stdout.readline()
-        watch, start = Watch(), time.monotonic()
         for _ in range(40):
-            watch.sample(time.monotonic() - start, {role: process.pid for role, process in processes.items()})
+            soak.sample(series, time.monotonic() - start, roles)
             time.sleep(0.03)
     finally:
-        for process in processes.values():
+        for process in roles.values():
             process.kill()
             process.communicate()
-    growing = {role: {name for name, t in found.items() if t.growing} for role, found in watch.trends().items()}
-    assert growing["nothing"] == set()
-    assert growing["memory"] == {"memory_MB", "resident_MB"}
-    assert growing["descriptors"] == {"descriptors"}
-    assert growing["threads"] >= {"threads"}  # whose stacks are memory too
-    assert watch.processes == {role: [process.pid] for role, process in processes.items()}
-
-
-@LINUX
-def test_held_by_hand():
-    """Anonymous and shared memory, open files and children of a process."""
-    code = "import mmap, os, sys, time; x = bytearray(b'x') * 50_000_000; m = mmap.mmap(-1, 30_000_000)\n"
-    code += "m[:] = b'x' * 30_000_000; files = [open('/dev/null') for _ in range(5)]\n"
-    code += "print(os.getpid(), flush=True); sys.stdin.read()"
-    pair = [
-        subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for text in (code.replace("50_000_000", "5").replace("range(5)", "range(0)"), code)
-    ]
-    for process in pair:
-        process.stdout.readline()
-    small, large = (held(process.pid) for process in pair)
-    assert {process.pid for process in pair} <= set(children(os.getpid()))
-    for process in pair:
-        process.communicate()
-    assert large.memory_MB - small.memory_MB == pytest.approx(50, abs=1)
-    assert small.memory_MB > 30 and large.resident_MB > 80
-    assert large.descriptors - small.descriptors == 5
-    assert (large.threads, large.children, large.shared_files) == (1, 0, 0)
-    with pytest.raises(OSError):
-        held(pair[0].pid)
+    soak.sample(series, time.monotonic() - start, roles)  # which has ended
+    assert {role: held["process"][-1][1] for role, held in series.items()} == {r: p.pid for r, p in roles.items()}
+    end = {"left": [], "continued": {"left": []}}
+    found = soak.report(series | {"run": {"steps": [(0, 3)]}}, end)
+    for role, names in leaks.items():
+        growing = {name for name, trend in found["trends"][role].items() if trend["growing"]}
+        assert growing - {"memory_MB"} == names - {"memory_MB"} and names <= growing  # threads' stacks are memory too
+    assert not any(trend["growing"] for trend in found["trends"]["nothing"].values())
 
 
 def test_trends_by_hand():
-    """Of an hour: noise above the floor is none, a warm-up neither, and a leak of one kB a step is seen."""
+    """Over an hour: noise above the floor and a warm-up are no growth, and a leak of 1 kB per step is one."""
     random = np.random.default_rng(0)
     seconds = np.arange(0, 3600, 5.0)
-    steps, noise = random.exponential(30, len(seconds)), 400 + 50 * np.exp(-seconds / 60)
-    flat = trend(seconds, noise + steps, count=False)
-    assert not flat.growing and abs(flat.share_an_hour) < 0.01
-    leak = trend(seconds, noise + steps + 5e-3 * seconds, count=False)
-    assert leak.growing and leak.an_hour == pytest.approx(18, abs=3) and leak.mean > 400
+    trend = lambda values, count: soak.trend(list(zip(seconds, values, strict=True)), count)  # noqa: E731
+    memory = 400 + 50 * np.exp(-seconds / 60) + random.exponential(30, len(seconds))
+    assert not trend(memory, count=False)["growing"]
+    leak = trend(memory + 5e-3 * seconds, count=False)
+    assert leak["growing"] and leak["an_hour"] == pytest.approx(18, abs=3) and leak["mean"] > 400
     files = 30 + random.integers(0, 3, len(seconds))
-    assert not trend(seconds, files, count=True).growing
-    assert trend(seconds, files + (seconds > 3000), count=True).growing
-    assert trend(seconds, np.zeros(len(seconds)), count=True).share_an_hour == 0
+    assert not trend(files, count=True)["growing"]
+    assert trend(files + (seconds > 3000), count=True)["growing"]
+
+
+def test_restarts_and_what_is_left_behind_are_named():
+    flat = {name: [(float(second), 5) for second in range(30)] for name in ("memory_MB", "files")}
+    series = {"rank 0": flat | {"process": [(0.0, 11), (1.0, 12)]}, "run": {"steps": [(0.0, 3), (29.0, 90)]}}
+    found = soak.report(series, {"left": ["rank 0"], "continued": {"left": ["torch_7_0"]}})
+    assert found["growing"] == ["rank 0: restarted", "left: rank 0", "left: torch_7_0"] and found["steps"] == 90
+    assert soak.draw(series).startswith(b"\x89PNG")
 
 
 def test_garbage_does_not_wait_for_old_objects():
@@ -113,35 +94,3 @@ def test_garbage_does_not_wait_for_old_objects():
         assert gc.get_stats()[2]["collections"] > before
         raise KeyboardInterrupt
     assert gc.get_freeze_count() == 0
-
-
-def test_report_and_plot(tmp_path):
-    """Whatever is left behind or was started anew is named beside what grows."""
-    watch = Watch()
-    for now in range(30):
-        watch.seconds.append(float(now))
-        watch.add(
-            "rank 0",
-            {
-                "memory_MB": 100.0 + now,
-                "resident_MB": 200.0,
-                "descriptors": 7,
-                "threads": 2,
-                "children": 0,
-                "shared_files": 1,
-            },
-        )
-        watch.add("run", {"steps": 3 * now, "checkpoints_MB": 5.0, "logs": 0.1 * now})
-    watch.processes = {"rank 0": [11], "rank 0's worker": [12, 13]}
-    end = {"signal": "SIGUSR1", "step": 90, "processes_left": 0, "shared_memory_left": 1}
-    found = soak.report(soak.SoakSettings(every=1.0), watch, end)
-    assert found["growing"] == ["rank 0: memory_MB", "rank 0's worker: started anew", "left behind"]
-    assert found["steps_an_hour"] == 3 * 3600
-    assert found["series"]["rank 0"]["memory_MB"] == watch.series["rank 0"]["memory_MB"]
-    assert soak.lines(found)[-1].startswith("growing: rank 0: memory_MB")
-    assert soak.draw(watch).startswith(b"\x89PNG")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "state.json").write_bytes(b"x" * 3_000_000)
-    (tmp_path / "open-clip-amp").mkdir()
-    (tmp_path / "open-clip-amp" / "events").write_bytes(b"x" * 2_000_000)
-    assert soak.disk(tmp_path) == {"checkpoints_MB": 3.0, "logs": 2.0}

@@ -31,7 +31,7 @@ from amp.model.adapter import load_adapter, save_adapter
 from amp.model.clip import ActionAwareCLIP
 from amp.model.factory import to_precision
 from amp.model.towers import make_backbone
-from amp.plan.memory import shapes_only
+from amp.plan.simulator import shapes_only
 from amp.report.attention import attention_maps
 from amp.train.config import ModelSettings, TrainConfig
 from amp.train.objective import Objective

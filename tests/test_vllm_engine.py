@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from amp.generation.engines.base import EngineError, Sampling
+from amp.errors import AmpError
+from amp.generation.engines.base import Sampling
 from amp.generation.grammar import TripletGrammar
 from amp.generation.prompts import load_template
 
@@ -109,5 +110,5 @@ def test_without_vllm_the_next_step_is_told(monkeypatch):
     from amp.generation.engines.vllm_engine import VLLMEngine
 
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(EngineError, match="pip install vllm, or take --engine transformers"):
+    with pytest.raises(AmpError, match='pip install "vllm", or take --engine transformers'):
         VLLMEngine(model="x")

@@ -1,6 +1,6 @@
 """Generate the action knowledge of a captions file: triplets and a state description of each, for amp make_shards.
 
-Rules, no language model (``pip install "open-clip-amp[rules]"`` and a spaCy model)::
+Rules, no language model (``pip install "open-clip-amp[generate]"`` and a spaCy model)::
 
     amp generate_knowledge --captions dataset_coco.json --out knowledge/rules
 

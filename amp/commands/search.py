@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amp.command_line import CommandLine
-from amp.errors import AmpError, exit_on_error, printable
+from amp.errors import AmpError, exit_on_error, printable, require
 
 
 @dataclass
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         from amp.report.drawing import picture_format
 
         picture_format(settings.sheet)  # said before minutes of work
+        require("matplotlib", "--sheet")
     import torch
 
     from amp.cores import use_cores

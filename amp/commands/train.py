@@ -18,7 +18,8 @@ import argparse
 
 from amp.command_line import CommandLine
 from amp.errors import exit_on_error
-from amp.plan.plan import PlanSettings, make_plan, print_plan
+from amp.plan.plan import PlanSettings, make_plan
+from amp.plan.tables import print_plan
 from amp.terminal import PlainConsole
 from amp.train.command import ConfigFile
 from amp.train.config import TrainConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 from amp.errors import AmpError
 from amp.files import open_log
 from amp.json_text import parse_json
+from amp.locks import try_lock
 
 _SYNC_SECONDS = 5.0
 
@@ -132,20 +132,19 @@ class ReplyCache:
             os.close(file)
 
     def _take(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._file):
             raise CacheError(
                 f"{self._path}: another process is writing this part; expected one process per part; wait for it, or "
                 "give each its own --part"
-            ) from None
+            )
 
     def _drop_torn_line(self) -> None:
         size = os.fstat(self._file).st_size
         end = size
         while end > 0:
             start = max(0, end - 65536)
-            newline = os.pread(self._file, end - start, start).rfind(b"\n")
+            os.lseek(self._file, start, os.SEEK_SET)
+            newline = os.read(self._file, end - start).rfind(b"\n")
             if newline >= 0:
                 end = start + newline + 1
                 break

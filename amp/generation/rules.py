@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from amp.errors import AmpError
+from amp.errors import AmpError, require
 from amp.generation.grammar import MAX_WORDS_IN_SLOT
 from amp.generation.mending import NOUNS, mend, words
 from amp.generation.replies import MAX_TRIPLETS
@@ -38,17 +38,11 @@ class RuleTriplets:
         model: Name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
 
     Raises:
-        AmpError: Nothing is installed.
+        AmpError: spaCy or a model of it isn't installed.
     """
 
     def __init__(self, model: str | None = None) -> None:
-        try:
-            import spacy
-        except ImportError:
-            raise AmpError(
-                'the rules need spaCy; expected it to be installed; pip install "open-clip-amp[rules]" and python -m '
-                "spacy download en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
-            ) from None
+        spacy = require("spacy", "the rules", "do without rules (--fallback none; amp search: --knowledge none)")
         place = _find(model)
         try:
             # The rules read only tags and arcs.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from amp.device import usable_device
 from amp.errors import AmpError
+from amp.extras import missing
 from amp.json_text import parse_json
 from amp.model.adapter import load_adapter_state, read_adapter
 from amp.model.clip import ActionAwareCLIP
@@ -113,8 +114,9 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
 
 
 def reason(error: Exception) -> str:
-    """First line of an error of open_clip or of what it calls."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """First line of an error of open_clip or of what it calls, or which package to install."""
+    text = missing(error, "its text tower") if isinstance(error, ImportError) else None
+    return text or (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def to_precision(clip: Model, precision: str) -> Model:

@@ -3,44 +3,22 @@
 Nothing is trained, written or downloaded, and no GPU is touched. All figures are estimated; docs/plan.md says how.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from amp.data.order import BatchOrder
 from amp.errors import AmpError
-from amp.plan.checks import (
-    Dataset,
-    Findings,
-    Said,
-    check_checkpoints,
-    check_cores,
-    check_deepspeed,
-    check_disk,
-    check_host_memory,
-    check_init,
-    check_launch,
-    check_model,
-    check_shards,
-    check_texts,
-    check_workers,
-    counted,
-    error,
-    in_bytes,
-    local_model,
-    note,
-    ok,
-)
-from amp.plan.memory import MARGIN, Estimate, Parameters, StepSimulator, Zero, estimate, largest_batch
+from amp.plan.data import Dataset, check_shards
+from amp.plan.disk import check_disk
+from amp.plan.findings import Finding, Findings, error, in_bytes, note, ok
+from amp.plan.launch import check_checkpoints, check_deepspeed, check_launch
+from amp.plan.memory import Estimate, Parameters, Zero, estimate, largest_batch
+from amp.plan.model import check_init, check_model, local_model
+from amp.plan.node import check_cores, check_host_memory, check_workers
+from amp.plan.simulator import StepSimulator
+from amp.plan.texts import check_texts
 from amp.train.config import TrainConfig
 from amp.train.launch import deepspeed_file, deepspeed_settings, precision_of
-
-TOTAL = "a GPU, in all"
-COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
 @dataclass
@@ -161,7 +139,7 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
             simulator = StepSimulator(local, precision, deepspeed=file is not None)
     if simulator is None:
         return plan
-    plan.parameters = {stage: simulator.parameters(stage) for stage in config.stages}
+    plan.parameters = {stage: Parameters.of(simulator.model, stage) for stage in config.stages}
     if config.init:
         find.add("init", check_init(config.init, simulator.model))
     if plan.data is not None:
@@ -177,13 +155,13 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
     return plan
 
 
-def check_steps(steps: Steps) -> Iterator[Said]:
+def check_steps(steps: Steps) -> Iterator[Finding]:
     """What an epoch leaves out."""
     left = f"{steps.left_over:,} images are left out, others each time" if steps.left_over else "no image is left out"
     yield ok(f"{steps.epoch:,} batches a process and epoch; {left}")
 
 
-def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Said]:
+def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Finding]:
     """Whether each stage fits, and which batch size would."""
     config, settings, size = plan.config, plan.settings, plan.config.data.batch_size
     for stage, found in plan.estimates.items():
@@ -205,93 +183,3 @@ def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Said]:
             simulator.model.tower.recompute = False
             ways.append(f"--activation_checkpointing true, which needs {in_bytes(less)}")
         yield error(f"{needs}; give {' or '.join(ways) or 'a larger GPU: not even the smallest batch fits'}")
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """Prints checks, steps and memory, and the verdict last."""
-    settings, findings = plan.settings, plan.findings
-    simulated = [f"{counted(settings.nodes, 'node')} x {counted(settings.gpus, 'GPU')}"]
-    simulated += [f"a dataset of {settings.images:,} images"] if settings.images is not None else []
-    console.print(Text(f"Plan of {plan.config.out}", "bold"))
-    console.print(Text(f"Simulated: {', '.join(simulated)}"))
-    console.print(Text("Estimated: all figures; no GPU was used\n"))
-    console.print(findings_table(findings))
-    if plan.steps is not None:
-        console.print(steps_table(plan))
-    if plan.estimates:
-        console.print(memory_table(plan))
-    errors, warnings = findings.number("error"), findings.number("warning")
-    verdict = "as it is, this job would fail" if errors else "nothing found that would stop this job"
-    console.print(
-        Text(
-            f"{counted(errors, 'error')}, {counted(warnings, 'warning')}: {verdict}",
-            "bold red" if errors else "bold green",
-        )
-    )
-
-
-def findings_table(findings: Findings) -> Table:
-    table = Table(title="Checks", title_justify="left", show_header=False, box=SIMPLE)
-    above = ""
-    for level, check, text in findings:
-        table.add_row(Text(level, COLOURS[level]), Text("" if check == above else check), Text(text))
-        above = check
-    return table
-
-
-def steps_table(plan: Plan) -> Table:
-    """Steps, images and parameters of each stage."""
-    assert plan.steps is not None and plan.data is not None  # steps are of data
-    config, steps, world = plan.config, plan.steps, plan.settings.world
-    size, accumulation = config.data.batch_size, config.gradient_accumulation
-    stages = [config.stage(number) for number in config.stages]
-    each = lambda value: [value] * len(stages)  # noqa: E731
-    rows = [
-        ("images a step", each(steps.images), f"{size} x {world} processes x {accumulation} batches"),
-        ("batches an epoch", each(steps.epoch), "of each process"),
-        ("images an epoch", each(steps.epoch * size), f"of each process; {plan.data.train.images:,} in all"),
-        ("epochs", [stage.epochs for stage in stages], ""),
-        ("optimizer steps", steps.total.values(), f"{sum(steps.total.values()):,} in all"),
-    ]
-    if plan.parameters:
-        sizes = plan.parameters.values()
-        cast = plan.zero is not None and precision_of(config, gpu=True) == "fp16"  # DeepSpeed's fp16 casts all weights
-        rows += [
-            ("trained parameters", [part.trained for part in sizes], "in fp16" if cast else "in fp32"),
-            ("frozen parameters", [part.frozen for part in sizes], f"in {'fp16' if cast else config.model.precision}"),
-        ]
-    return stage_table("Steps", config.stages, rows, "{:,}".format)
-
-
-def memory_table(plan: Plan) -> Table:
-    """Where the memory of a GPU goes."""
-    zero, world, found = plan.zero, plan.settings.world, list(plan.estimates.values())
-    share = lambda stage: f"; / {world} processes" if zero and zero.stage >= stage and world > 1 else ""  # noqa: E731
-    steps = [e.step for e in found]
-    rows = [
-        ("frozen parameters", [e.frozen for e in found], f"computed{share(3)}"),
-        ("trained parameters", [e.trained for e in found], f"computed{share(3)}"),
-        ("gathered parameters", [e.gathered_parameters for e in found], "computed; at most"),
-        ("gradients", [e.gradients for e in found], f"computed{share(2)}"),
-        ("exchange buffers", [e.buckets for e in found], f"computed; {'ZeRO' if zero else 'DDP'}'s of gradients"),
-        ("AdamW", [e.optimizer for e in found], f"computed; moments{' and fp32 weights' if zero else ''}{share(1)}"),
-        ("batches", [s.batch for s in steps], "computed"),
-        ("activations", [s.kept for s in steps], "simulated; kept for the backward pass"),
-        ("more at the peak", [s.peak - s.kept for s in steps], "simulated; temporary, or recomputed"),
-        ("  of all ranks", [s.gathered for s in steps], "simulated; exchanged rows, in the two lines above"),
-        ("CUDA, cuDNN, NCCL", [e.overhead for e in found], "assumed, not measured"),
-        ("margin", [e.margin for e in found], f"assumed; {MARGIN:.0%} for fragmentation"),
-        (TOTAL, [e.total for e in found], "estimated"),
-        ("in the node's memory", [e.host for e in found], "computed; offloaded by each process"),
-    ]
-    return stage_table("Memory of a GPU (estimated)", plan.estimates, [row for row in rows if any(row[1])], in_bytes)
-
-
-def stage_table(title: str, stages: Iterable[int], rows: list[tuple], show: Callable[[int], str]) -> Table:
-    """One column a stage; a row is a name, a number for each stage, and what the numbers are."""
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for heading in ("", *(f"stage {stage}" for stage in stages), ""):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, numbers, what in rows:
-        table.add_row(name, *map(show, numbers), what, style="bold" if name == TOTAL else "")
-    return table

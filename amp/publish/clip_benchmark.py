@@ -77,11 +77,9 @@ def register() -> None:
 @exit_on_error()
 def main() -> None:
     """CLIP_benchmark's own command line, which knows the type ``amp`` besides."""
-    try:
-        register()
-        from clip_benchmark.cli import main as run
-    except ImportError as error:
-        raise AmpError(f"{error}; pip install clip-benchmark") from None
+    register()
+    from clip_benchmark.cli import main as run
+
     run()
 
 

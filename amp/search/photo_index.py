@@ -24,8 +24,9 @@ from amp.data.images.decode import decode_rgb
 from amp.data.images.file import open_photo, read_limited
 from amp.data.images.formats import PHOTO_SUFFIXES, UnreadableImageError, unreadable_reason
 from amp.errors import AmpError, printable
-from amp.files import locked_folder, write_atomically
+from amp.files import write_atomically
 from amp.json_text import is_unicode, parse_json
+from amp.locks import locked_folder
 from amp.model.clip import ActionAwareCLIP
 
 FORMAT, VERSION = "open-clip-amp photo index", 2  # version 1 lacks `digest`, `beside` and `pending`

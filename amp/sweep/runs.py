@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from amp.errors import AmpError, public_command
 from amp.files import open_log, write_atomically
+from amp.locks import try_lock
 from amp.sweep.config import Row, SweepConfig
 
 TRAINED, RESULTS, LOCK = "trained.json", "results.json", ".lock"
@@ -98,32 +98,34 @@ def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
     """
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(run.folder / LOCK, timeout=0):
-            if run.done:
-                return "done"
-            if not (run.folder / TRAINED).is_file():
-                say(f"{run.row}, seed {run.seed}: training, log in {run.folder / 'train.log'}")
-                train = [*config.launcher, "launchers/train.py", *run.arguments, "--out", str(run.folder)]
-                if not call(train, run.folder / "train.log"):
-                    return "failed"
-                stages = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))["stages"]
-                adapter = f"stage{stages[-1]}/adapter.safetensors"
-                write_atomically(run.folder / TRAINED, json.dumps({"adapter": adapter}).encode())
-            adapter = run.folder / json.loads((run.folder / TRAINED).read_text(encoding="utf-8"))["adapter"]
-            say(f"{run.row}, seed {run.seed}: evaluating, log in {run.folder / 'evaluate.log'}")
-            evaluate = [sys.executable, "launchers/evaluate.py", *run.arguments, "--split", config.split]
-            evaluate += ["--adapters", json.dumps([f"{run.row}={adapter}"]), "--out", str(run.folder / ".results.json")]
-            evaluate += run.evaluation
-            if not call(evaluate, run.folder / "evaluate.log"):
-                return "failed"
-            (run.folder / ".results.json").rename(run.folder / RESULTS)
-            return "done"
-    except Timeout:
-        return "elsewhere"
+        with os.fdopen(open_log(run.folder / LOCK, os.O_APPEND), "rb") as lock:
+            return _execute(config, run, say) if try_lock(lock.fileno()) else "elsewhere"
     except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
         # A full disk, or a file of this run that is damaged: the other runs can still be done.
         say(f"{run.folder}: {error or type(error).__name__}; remove {TRAINED} from it to train this run again")
         return "failed"
+
+
+def _execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
+    if run.done:
+        return "done"
+    if not (run.folder / TRAINED).is_file():
+        say(f"{run.row}, seed {run.seed}: training, log in {run.folder / 'train.log'}")
+        train = [*config.launcher, "launchers/train.py", *run.arguments, "--out", str(run.folder)]
+        if not call(train, run.folder / "train.log"):
+            return "failed"
+        stages = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))["stages"]
+        adapter = f"stage{stages[-1]}/adapter.safetensors"
+        write_atomically(run.folder / TRAINED, json.dumps({"adapter": adapter}).encode())
+    adapter = run.folder / json.loads((run.folder / TRAINED).read_text(encoding="utf-8"))["adapter"]
+    say(f"{run.row}, seed {run.seed}: evaluating, log in {run.folder / 'evaluate.log'}")
+    evaluate = [sys.executable, "launchers/evaluate.py", *run.arguments, "--split", config.split]
+    evaluate += ["--adapters", json.dumps([f"{run.row}={adapter}"]), "--out", str(run.folder / ".results.json")]
+    evaluate += run.evaluation
+    if not call(evaluate, run.folder / "evaluate.log"):
+        return "failed"
+    (run.folder / ".results.json").rename(run.folder / RESULTS)
+    return "done"
 
 
 def call(command: list[str], log: Path) -> bool:

@@ -20,7 +20,8 @@ from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, training_loader
 from amp.errors import AmpError
-from amp.files import locked_folder, write_atomically
+from amp.files import write_atomically
+from amp.locks import locked_folder
 from amp.model.clip import ActionAwareCLIP
 from amp.retrieval.split_search import SplitSearch
 from amp.terminal import Terminal

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from amp.distributed import rank, world_size
 from amp.errors import INTERRUPTED
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))  # Windows lacks one
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
 
@@ -98,8 +98,10 @@ class StopRequest:
 def prepare_worker(worker: int) -> None:
     """For decoding workers: a signal to the whole job must not kill them before the checkpoint is saved. SIGTERM from
     their own process still ends them, and where that is killed they go with it instead of waiting for it."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows, where a job is no group of processes of a scheduler
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_for_parent, args=(os.getppid(),), daemon=True).start()
     if sys.platform == "linux":

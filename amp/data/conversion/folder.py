@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amp.data.conversion.plan import ShardPlan
 from amp.errors import AmpError
-from amp.files import locked_folder
+from amp.locks import locked_folder
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def read_limited(path: str | os.PathLike) -> bytes:
         UnreadableImageError: It is a pipe or a device, which may never end, or too large.
     """
     # Not blocking, or a pipe put here after the folder was looked at would hang.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableImageError("not a file, but a pipe or a device")

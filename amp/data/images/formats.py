@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 from PIL import Image
 
+from amp.extras import pip_install
+
 # Suffixes of photos that can be read, and Pillow's decoder for each. Pillow knows many more, some of which start other
 # programs (EPS). Decoders look at the content of a file, so a PNG called a.jpg is read, too.
 DECODER_OF = {
@@ -48,7 +50,7 @@ def unreadable_reason(suffix: str) -> str | None:
     if DECODER_OF.get(suffix) == "AVIF" and not _reads_avif():
         return "AVIF needs Pillow 11.3 or newer; run pip install --upgrade pillow"
     if DECODER_OF.get(suffix) == "HEIF" and find_spec("pillow_heif") is None:
-        return "HEIC needs the package pillow-heif; run pip install pillow-heif"
+        return f"HEIC needs the package pillow-heif; {pip_install('pillow_heif')}"
     return _NOT_READ.get(suffix)
 
 

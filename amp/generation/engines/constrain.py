@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from amp.errors import shorten
+from amp.errors import require, shorten
 from amp.generation.engines.base import EngineError
 from amp.generation.grammar import Grammar
 
@@ -21,19 +21,13 @@ class Constraint:
         ends: Tokens that end a reply.
 
     Raises:
-        EngineError: llguidance isn't installed, or can't use this tokenizer.
+        AmpError: llguidance isn't installed, or can't use this tokenizer.
     """
 
     def __init__(self, tokenizer, vocabulary: int, ends: Sequence[int]) -> None:
+        hf = require("llguidance.hf", "constrained decoding", "take --transformers.constrained false")
         try:
-            import llguidance.hf
-        except ImportError:
-            raise EngineError(
-                "constrained decoding needs the package llguidance; expected it to be installed; "
-                'pip install "open-clip-amp[generate]", or take --transformers.constrained false'
-            ) from None
-        try:
-            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
+            self._tokenizer = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
         except (TypeError, ValueError) as error:
             raise EngineError(
                 f"llguidance can't use this model's tokenizer ({shorten(str(error))}); take --transformers.constrained "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from amp.errors import require
 from amp.files import sha256_of
 from amp.folders import build_folder
 from amp.generation.engines.base import EngineError
@@ -24,8 +25,8 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
     Raises:
         EngineError: Not a GGUF file that transformers can read, or the folder can't be written.
     """
-    import transformers
-
+    transformers = require("transformers", "the transformers engine")
+    require("gguf", "a GGUF file")
     try:
         digest = sha256_of(path)
     except OSError as error:
@@ -45,7 +46,7 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
         except (ImportError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
             raise EngineError(
                 f"{path}: transformers {transformers.__version__} can't read it ({error}); expected a GGUF file of an "
-                "architecture that it knows; pip install gguf, or take the model's safetensors"
+                "architecture that it knows; take the model's safetensors"
             ) from None
     return unpacked, {"gguf": path.name, "sha256": digest}
 

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from amp.errors import shorten, without_secrets
+from amp.errors import require, shorten, without_secrets
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
 from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
@@ -54,13 +54,8 @@ class OpenAIEngine:
         first_wait: float = 1.0,
         api_key_variable: str = "OPENAI_API_KEY",
     ) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise EngineError(
-                "the openai engine needs the packages openai and tenacity; expected them to be installed; "
-                'pip install "open-clip-amp[generate]"'
-            ) from None
+        openai = require("openai", "the openai engine")
+        require("tenacity", "the openai engine")
         for name, value in (("concurrency", concurrency), ("tries", tries), ("timeout", timeout)):
             if value <= 0:
                 raise EngineError(f"openai.{name} is {value}; expected more than 0; correct it")

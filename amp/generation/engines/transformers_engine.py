@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from amp.errors import require
 from amp.files import sha256_of
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
 from amp.generation.engines.rendering import chat_parts, plain_prefix
@@ -71,6 +72,8 @@ class TransformersEngine:
         trust_remote_code: bool = False,
     ) -> None:
         import torch
+
+        require("transformers", "the transformers engine")
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from amp.errors import require
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
 from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
@@ -26,7 +27,7 @@ class VLLMEngine:
         gpu_memory_utilization: Share of the GPU's memory.
 
     Raises:
-        EngineError: vLLM isn't installed or can't load the model.
+        AmpError: vLLM isn't installed or can't load the model.
     """
 
     def __init__(
@@ -40,13 +41,7 @@ class VLLMEngine:
         max_model_len: int | None = 4096,
         gpu_memory_utilization: float = 0.9,
     ) -> None:
-        try:
-            import vllm
-        except ImportError as error:
-            raise EngineError(
-                f"the vllm engine needs the package vllm ({error}); expected it to be installed; pip install vllm, or "
-                "take --engine transformers"
-            ) from None
+        vllm = require("vllm", "the vllm engine", "take --engine transformers")
         self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
         self._described = {
             "engine": "vllm",

@@ -1,0 +1,117 @@
+"""Locks of folders and files that end with the process that holds them, however it ends."""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from amp.errors import AmpError
+from amp.files import open_log
+
+fcntl: Any
+try:
+    fcntl = import_module("fcntl")
+except ImportError:  # Windows
+    fcntl, msvcrt = None, import_module("msvcrt")
+
+LOCK = ".writer.lock"
+# A node that died keeps its locks on NFS for 90 seconds; the job that Slurm starts again after it waits that long.
+REQUEUED_SECONDS = 120.0
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
+_LOCKED_BYTE = 2**30  # Windows locks a range of bytes, which nobody else can read; this one lies beyond the content
+_held: set[int] = set()  # descriptors of the locks of this process
+
+
+def try_lock(descriptor: int, shared: bool = False) -> bool:
+    """Locks an open file until it is closed, unless another process holds it. The lock is advisory.
+
+    The package filelock has no locks that several processes share, so this is our own code. File systems without locks
+    take none, nor do shared holders on Windows.
+
+    Returns:
+        False if another process holds the lock.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        elif not shared:
+            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        return error.errno in _UNSUPPORTED
+    return True
+
+
+@contextmanager
+def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) -> Iterator[None]:
+    """Keeps other processes out of a folder while the block runs.
+
+    It is on the file ``.writer.lock`` of the folder; see `try_lock`.
+
+    Args:
+        folder: An existing folder.
+        busy: What the error says after the folder's name where another process holds the lock: what that one does, and
+            the next step.
+        shared: Only keep out those that want the folder for themselves.
+
+    Raises:
+        AmpError: Another process holds the lock.
+        OSError: The folder can't be written.
+    """
+    path = Path(folder) / LOCK
+    descriptor = _lock(path, busy, shared)
+    try:
+        if not shared:
+            with suppress(OSError):  # a full disk; the lock itself takes no room
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        if not shared:  # nobody else holds it
+            with suppress(PermissionError):  # Windows keeps open files
+                path.unlink(missing_ok=True)
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(path: Path, busy: str, shared: bool) -> int:
+    """Descriptor of the locked file."""
+    deadline = time.monotonic() + (REQUEUED_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)
+    while True:
+        descriptor = open_log(path, os.O_APPEND)  # open for reading and writing, which NFS wants
+        _held.add(descriptor)
+        taken = try_lock(descriptor, shared)
+        if taken and _is_at(path, descriptor):
+            return descriptor
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        _held.discard(descriptor)
+        os.close(descriptor)
+        if not taken and time.monotonic() > deadline:
+            raise AmpError(f"{path.parent}: {busy}{f' (held by {holder})' if holder else ''}")
+        if not taken:
+            time.sleep(0.5)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has its name: a holder that has ended meanwhile removed it, and the lock with it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _close_inherited() -> None:
+    """In a forked child, such as a decoding worker: it must not keep the lock when the process that took it is dead."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)

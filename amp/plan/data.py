@@ -1,0 +1,90 @@
+"""The data of a run: real shards that are looked into, or a simulated dataset of some size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from amp.data.split import ShardSplit
+from amp.errors import AmpError
+from amp.files import sha256_of
+from amp.knowledge.text import select
+from amp.plan.findings import Finding, note, ok
+from amp.train.config import TrainConfig
+from amp.train.run import open_splits
+
+CAPTIONS_AN_IMAGE = 5  # assumed of simulated data, as COCO and Flickr30K have
+SHARD_IMAGES = 1_000  # likewise
+
+
+@dataclass
+class Part:
+    """A split: its images, captions and shards."""
+
+    images: int
+    captions: int
+    shards: int
+
+
+@dataclass
+class Dataset:
+    """What a run reads.
+
+    Attributes:
+        train: The training split.
+        val: The validation split; None where the run has none, or it is not known.
+        triplets: Of a caption in the mean, as many as are used; estimated.
+        splits: The open splits, training first; none where the data are simulated.
+    """
+
+    train: Part
+    val: Part | None
+    triplets: float
+    splits: list[ShardSplit] = field(default_factory=list)
+
+    @property
+    def simulated(self) -> bool:
+        return not self.splits
+
+    @classmethod
+    def simulate(cls, config: TrainConfig, images: int, captions: int | None, shards: int | None) -> "Dataset":
+        """A training split of these sizes, with as much knowledge as fits."""
+        captions = CAPTIONS_AN_IMAGE * images if captions is None else captions
+        shards = -(-images // SHARD_IMAGES) if shards is None else shards
+        return cls(Part(images, captions, shards), None, config.prompt.max_triplets)
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> "Dataset":
+        """The shards of a run, each indexed and one sample of it decoded.
+
+        Raises:
+            AmpError: A shard is missing, of another size, holds another number of samples, or can't be read.
+        """
+        splits = [split for split in open_splits(config) if split is not None]
+        found, captions = 0, 0
+        for split in splits:
+            start = 0
+            for size in split.sizes:
+                split.image(start)
+                for _, knowledge in split.captions(split.record(start), config.data.kinds):
+                    captions += 1
+                    found += len(select(knowledge, config.prompt.max_triplets))
+                start += size
+        parts = [Part(len(s), sum(shard.captions for shard in s.shards), len(s.shards)) for s in splits]
+        return cls(parts[0], parts[1] if parts[1:] else None, found / captions, splits)
+
+
+def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[Finding]:
+    """Whether the shards are whole; `Dataset.read` has looked into them."""
+    if data.simulated:
+        train = data.train
+        yield note(f"simulated: {train.images:,} training images in {train.shards:,} shards; nothing was read")
+        return
+    if verify:
+        for shard in (shard for split in data.splits for shard in split.shards):
+            digest = sha256_of(shard.path)
+            if digest != shard.sha256:
+                raise AmpError(
+                    f"{shard.path}: sha256 is {digest[:12]}, the manifest says {shard.sha256[:12]}; copy it again"
+                )
+    counts = " and ".join(f"{len(split.shards):,} of {split.name}" for split in data.splits)
+    how = "sha256 as in the manifest" if verify else "--plan.verify true compares sha256 too"
+    yield ok(f"{config.data.shards}: {counts}; sizes and indices agree, a sample of each decodes; {how}")
