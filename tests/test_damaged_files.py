@@ -282,7 +282,9 @@ def test_adapters(tmp_path):
     weights = {"gate": np.zeros(1, np.float32), "prompts": np.ones((2, 8), np.float32)}
 
     def adapter(header: bytes) -> bytes:
-        return save(weights, metadata={"format": FORMAT, "header": header.decode("utf-8", "replace")})
+        return save(
+            weights, metadata={"format": FORMAT, "format_version": "2", "header": header.decode("utf-8", "replace")}
+        )
 
     @refusing
     def read(content):

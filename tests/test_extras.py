@@ -13,7 +13,7 @@ from amp.errors import AmpError, exit_on_error, require
 from amp.extras import INSTALLED_BY
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"faiss": "faiss-cpu", "pillow_heif": "pillow-heif"}
+DISTRIBUTIONS = {"pillow_heif": "pillow-heif"}
 LINUX_MODULES = ("fcntl", "resource", "termios", "pwd", "grp")
 LINUX_NAMES = {
     "os": "sched_getaffinity register_at_fork O_NOFOLLOW O_CLOEXEC O_NONBLOCK pread sysconf fork getuid mkfifo",
@@ -60,9 +60,7 @@ def test_the_core_needs_no_extra_and_no_linux(clip_folder, tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):
         _draw(number).save(tmp_path / "photos" / f"{number}.png")
-    model, _, _ = amp.create_model_and_transforms(
-        clip_folder, prompt_config=amp.PromptConfig(interaction_layer=1, triplet_heads=4)
-    )
+    model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(depth=0.5))
     amp.save_adapter(tmp_path / "adapter.safetensors", model)
     (tmp_path / "program.py").write_text(PROGRAM)
     names = [f"{module}.{name}" for module, found in LINUX_NAMES.items() for name in found.split()]
@@ -102,9 +100,7 @@ def test_what_an_error_names_installs_the_package(module):
 
 
 def test_every_package_of_an_extra_has_its_line():
-    asked = set().union(
-        *(packages(extra) for extra in ("train", "generate", "transformers", "report", "faiss", "heic"))
-    )
+    asked = set().union(*(packages(extra) for extra in ("train", "generate", "transformers", "report", "heic")))
     assert asked - {"webdataset"} == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {
         "clip_benchmark",
         "vllm",
@@ -126,9 +122,9 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
 
 def test_a_package_that_cant_be_loaded_is_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "faiss.py").write_text("raise ImportError('libopenblas.so: cannot open shared object file')")
-    monkeypatch.delitem(sys.modules, "faiss", raising=False)
-    with pytest.raises(AmpError, match=r"the stage can't .* faiss \(libopenblas.*\[faiss\]\", or wait$"):
-        require("faiss", "the stage", "wait")
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('libopenblas.so: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    with pytest.raises(AmpError, match=r"the stage can't .* matplotlib \(libopenblas.*\[report\]\", or wait$"):
+        require("matplotlib", "the stage", "wait")
     with pytest.raises(ImportError, match="no_such_module"):
         require("no_such_module", "nobody")

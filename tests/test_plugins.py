@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import QUIET_ENVIRONMENT, ROOT
 from PIL import Image
 
@@ -17,6 +18,10 @@ from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.generation.engines import base as engines
 from amp.generation.engines import register_engine
+from amp.model import towers
+from amp.model.clip import ActionAwareCLIP
+from amp.model.config import PromptConfig
+from amp.model.factory import load_clip
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 
@@ -69,15 +74,56 @@ def test_an_engine_from_outside(tmp_path):
     assert record["sources"] == [{"triplet": "strict", "state": "strict"}]
 
 
+def test_an_interaction_from_outside(clip_folder, shards, tmp_path):
+    """Trained, recorded in its adapter, and loaded again, without a touch of a file of the package."""
+    write_plugin(tmp_path, "film")
+    command = " ".join(command_of("train")).replace("SHARDS", str(shards)).split()
+    options = [
+        "--model.name",
+        clip_folder,
+        "--model.pretrained",
+        "null",
+        "--data.batch_size",
+        "4",
+        "--data.workers",
+        "0",
+    ]
+    options += ["--stage1.epochs", "1", "--stage1.max_steps", "2", "--stage2.max_steps", "2", "--trackers", "[]"]
+    amp(tmp_path, "film", *command, *options)
+    program = "import sys, amp; model, *_ = amp.from_pretrained(sys.argv[1]); print(model.interaction)"
+    adapter = "runs/film/stage2/adapter.safetensors"
+    environment = {**QUIET_ENVIRONMENT, "AMP_PLUGINS": "film", "PYTHONPATH": os.pathsep.join((".", str(ROOT)))}
+    found = [sys.executable, "-c", program, adapter]
+    done = subprocess.run(found, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "Film(" in done.stdout and "out_features=32" in done.stdout, done.stderr
+    bare = subprocess.run(found, cwd=tmp_path, env={**environment, "AMP_PLUGINS": ""}, capture_output=True, text=True)
+    assert "interaction is 'film', expected one of readout, aim, cat" in bare.stderr and "AMP_PLUGINS" in bare.stderr
+
+
+def test_a_tower_from_outside(fresh, clip_folder, tmp_path):
+    write_plugin(tmp_path, "wrapped")
+    fresh.syspath_prepend(str(tmp_path))
+    fresh.setenv("AMP_PLUGINS", "wrapped")
+    clip, _, _ = load_clip(clip_folder)
+    images = torch.rand(2, 3, *clip.visual.image_size)
+    expected = clip.encode_image(images)
+    plugins.load_plugins()
+    clip.visual = sys.modules["wrapped"].Wrapped(clip.visual)
+    model = ActionAwareCLIP(clip, PromptConfig(num_prompts=0))
+    torch.testing.assert_close(model.image_features(images), expected)
+
+
 @pytest.fixture
 def fresh(monkeypatch):
     """Registries that the test may change, and plugins that are not loaded yet."""
-    for module, name in ((base, "_READERS"), (base, "_SUFFIXES"), (engines, "_ENGINES")):
+    changed = [(base, "_READERS"), (base, "_SUFFIXES"), (engines, "_ENGINES"), (towers, "TOWERS")]
+    for module, name in changed:
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     plugins.load_plugins.cache_clear()
     yield monkeypatch
     plugins.load_plugins.cache_clear()
-    sys.modules.pop("flickr_token", None)
+    for module in ("flickr_token", "wrapped"):
+        sys.modules.pop(module, None)
 
 
 def test_an_entry_point_is_loaded(fresh, tmp_path):

@@ -6,8 +6,18 @@ from importlib import import_module
 
 from amp.errors import AmpError
 from amp.model.config import PromptConfig
-from amp.model.interactions.base import Interaction
+from amp.model.interactions.base import Interaction, Prompts, Unconditioned
 from amp.plugins import load_plugins
+
+__all__ = [
+    "INTERACTIONS",
+    "Interaction",
+    "Prompts",
+    "Unconditioned",
+    "interaction_class",
+    "make_interaction",
+    "register_interaction",
+]
 
 # By name: the class, or "module:class", which is imported when it is asked for.
 INTERACTIONS: dict[str, type[Interaction] | str] = {
@@ -25,8 +35,12 @@ def register_interaction(name: str, interaction: type[Interaction]) -> None:
     Args:
         name: What configurations and adapter files call it.
         interaction: Its class.
+
+    Raises:
+        AmpError: The name is taken.
     """
-    INTERACTIONS[name] = interaction
+    if INTERACTIONS.setdefault(name, interaction) is not interaction:
+        raise AmpError(f"interaction {name!r} is already registered; choose another name")
 
 
 def interaction_class(config: PromptConfig) -> type[Interaction]:

@@ -24,11 +24,11 @@ class OpenClipBackbone(Backbone):
     """
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
-        visual: VisionTransformer = clip.visual
+        super().__init__(clip)
+        visual: VisionTransformer = self.visual
         # From open_clip 4 on, the attribute is gone and tokens always come batch first.
         if not getattr(visual.transformer, "batch_first", True):
             raise AmpError("image tower has batch_first=False, expected True, the default of open_clip")
-        super().__init__(clip)
         self.vision_width = visual.conv1.out_channels
         self.vision_heads = visual.transformer.resblocks[0].attn.num_heads
         self.num_layers = len(visual.transformer.resblocks)
