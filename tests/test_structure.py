@@ -1,0 +1,74 @@
+"""The plan of the house (docs/architecture.md): arrows point down, files don't import each other in circles."""
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from helpers import ROOT
+
+FLOORS = (
+    ("knowledge",),
+    ("model",),
+    ("data",),
+    ("retrieval",),
+    ("train", "generation"),
+    ("plan", "evaluate", "search"),
+    ("report", "publish", "sweep"),
+    ("commands",),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in (ROOT / "amp").rglob("*.py")}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "amp":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+    return found - {"amp", module_of(path)}
+
+
+def floor_of(module: str) -> int:
+    """0 for the files of `amp` itself; its command line, which starts all others, is above them."""
+    if module == "amp.__main__":
+        return len(FLOORS) + 1
+    name = module.split(".")[1]
+    assert name in FLOOR or f"amp.{name}" == module, f"amp/{name} has no floor: give it one here and in architecture.md"
+    return FLOOR.get(name, 0)
+
+
+def test_arrows_point_down():
+    upward = []
+    for module in MODULES.keys() - {"amp"}:
+        for imported in imports(MODULES[module]):
+            inside = module.split(".")[:2] == imported.split(".")[:2]
+            both_at_ground = floor_of(module) == floor_of(imported) == 0
+            if not inside and not both_at_ground and floor_of(imported) >= floor_of(module):
+                upward.append(f"{module} -> {imported}")
+    assert upward == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = defaultdict(set, {module: imports(path) for module, path in MODULES.items()})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+def test_the_page_has_every_floor():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for name, floor in FLOOR.items():
+        assert f"| {floor} | `amp.{name}` |" in page
