@@ -14,7 +14,7 @@ from amp.data.text_features import cut_texts
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge
 from amp.model.clip import ActionAwareCLIP
-from amp.publish.hub import from_pretrained
+from amp.model.pretrained import from_pretrained
 from amp.retrieval.scorer import PairScorer
 from amp.search.photo_index import MAKE_AGAIN, PhotoIndex, Update, update_index
 
