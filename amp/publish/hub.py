@@ -1,4 +1,4 @@
-"""Sharing a trained adapter: writes the folder that `amp.from_pretrained` loads, and uploads it to the Hugging Face hub.
+"""Sharing an adapter: writes the folder that `amp.from_pretrained` loads, and uploads it to the Hugging Face hub.
 
 The folder holds ``adapter.safetensors`` (the trained weights only), ``config.json`` (settings, and the base model by
 name and hash) and ``README.md`` (the model card). It does not hold the base model.
