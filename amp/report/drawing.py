@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -102,7 +103,12 @@ class Page:
         Returns:
             The y below the last line.
         """
-        style = {"fontsize": size, "color": colour, "weight": "bold" if bold else "normal", "parse_math": False}
+        style: dict[str, Any] = {
+            "fontsize": size,
+            "color": colour,
+            "weight": "bold" if bold else "normal",
+            "parse_math": False,
+        }
         if tint is not None:
             style["bbox"] = {"boxstyle": "round,pad=0.3", "facecolor": tint, "edgecolor": "none"}
         for line in lines:
