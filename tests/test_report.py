@@ -18,7 +18,7 @@ from amp.knowledge.tensors import Captions
 from amp.model.adapter import save_adapter
 from amp.model.interactions.readout import read_patches
 from amp.report.attention import attention_maps
-from amp.report.page import OUTCOMES, choose_rows, counts, outcomes
+from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
 from amp.report.plots import sweep_plot
 
 EVIL = "</script><img src=x onerror=\"document.title='broken in'\"><b>dog</b> & \u2028 {{7*7}} __DATA__"

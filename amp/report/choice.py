@@ -1,6 +1,14 @@
-"""Which queries of an evaluation the picture of retrievals shows."""
+"""Which queries of an evaluation are shown: in the picture of retrievals, and in the report."""
 
 from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from amp.evaluate.per_query import QueryResults
+
+OUTCOMES = ("mended", "broken", "wrong", "right")
+# Share of each outcome in the queries shown; if an outcome has too few queries, others fill its places.
+SHARES = (0.4, 0.25, 0.2, 0.15)
 
 
 def choose_queries(
@@ -55,3 +63,24 @@ def outcome_note(base_ranks: Sequence[int], reranked_ranks: Sequence[int]) -> st
     mended = sum(new == 0 < base for base, new in pairs)
     broken = sum(base == 0 < new for base, new in pairs)
     return f"of all {len(pairs):,} queries, re-ranking mended {mended:,} and broke {broken:,} (first place won, lost)"
+
+
+def outcomes(results: QueryResults) -> np.ndarray:
+    """Index into `OUTCOMES` of each query, by whether the first result was right before and after."""
+    before, after = results.first_ranks == 0, results.ranks == 0
+    return np.select([~before & after, before & ~after, ~before & ~after], [0, 1, 2], default=3)
+
+
+def counts(results: QueryResults) -> dict[str, int]:
+    """Number of queries by outcome."""
+    found = np.bincount(outcomes(results), minlength=len(OUTCOMES))
+    return dict(zip(OUTCOMES, found.tolist(), strict=True))
+
+
+def choose_rows(results: QueryResults, count: int) -> list[int]:
+    """Queries to show: of each outcome its share in `SHARES`, evenly spaced, so that none is hand-picked."""
+    kinds = [np.flatnonzero(outcomes(results) == kind) for kind in range(len(OUTCOMES))]
+    wanted = [min(len(rows), round(share * count)) for rows, share in zip(kinds, SHARES, strict=True)]
+    for kind, rows in enumerate(kinds):
+        wanted[kind] = min(len(rows), wanted[kind] + max(0, count - sum(wanted)))
+    return [int(r) for rows, n in zip(kinds, wanted, strict=True) for r in rows[np.arange(n) * len(rows) // max(1, n)]]

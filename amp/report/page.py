@@ -18,19 +18,17 @@ from torchvision.transforms import Compose
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.errors import Problems
-from amp.evaluate.per_query import QueryResults, QueryTable
+from amp.evaluate.per_query import QueryTable
 from amp.evaluate.results import ResultFile
 from amp.evaluate.verbs import by_verb, verbs_of
 from amp.files import write_atomically
 from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
 from amp.report.attention import attention_maps
+from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
 from amp.retrieval.metrics import KS
 
 BASE = "base CLIP"
-OUTCOMES = ("mended", "broken", "wrong", "right")
-# Share of each outcome in the queries shown; if an outcome has too few queries, others fill its places.
-SHARES = (0.4, 0.25, 0.2, 0.15)
 THUMB = 224
 SHOWN = 3
 
@@ -105,27 +103,6 @@ def write_report(
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     page_text = template.replace("__DATA__", data, 1)
     return write_atomically(path, page_text.encode("utf-8", "replace")), problems.found
-
-
-def outcomes(results: QueryResults) -> np.ndarray:
-    """Index into `OUTCOMES` of each query, by whether the first result was right before and after."""
-    before, after = results.first_ranks == 0, results.ranks == 0
-    return np.select([~before & after, before & ~after, ~before & ~after], [0, 1, 2], default=3)
-
-
-def counts(results: QueryResults) -> dict[str, int]:
-    """Number of queries by outcome."""
-    found = np.bincount(outcomes(results), minlength=len(OUTCOMES))
-    return dict(zip(OUTCOMES, found.tolist(), strict=True))
-
-
-def choose_rows(results: QueryResults, count: int) -> list[int]:
-    """Queries to show: of each outcome its share in `SHARES`, evenly spaced, so that none is hand-picked."""
-    kinds = [np.flatnonzero(outcomes(results) == kind) for kind in range(len(OUTCOMES))]
-    wanted = [min(len(rows), round(share * count)) for rows, share in zip(kinds, SHARES, strict=True)]
-    for kind, rows in enumerate(kinds):
-        wanted[kind] = min(len(rows), wanted[kind] + max(0, count - sum(wanted)))
-    return [int(r) for rows, n in zip(kinds, wanted, strict=True) for r in rows[np.arange(n) * len(rows) // max(1, n)]]
 
 
 def table_of(result: ResultFile) -> list[dict]:
