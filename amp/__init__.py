@@ -17,7 +17,7 @@ _EXPORTS = {
     "Triplet": "amp.knowledge.schema",
     "create_model_and_transforms": "amp.model.factory",
     "export_image_encoder": "amp.publish.export",
-    "from_pretrained": "amp.publish.hub",
+    "from_pretrained": "amp.model.pretrained",
     "get_tokenizer": "amp.model.factory",
     "load_adapter": "amp.model.adapter",
     "open_photo": "amp.data.images.file",

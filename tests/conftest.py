@@ -120,10 +120,9 @@ def make_model(variant: str = "native", trained: bool = False, clip_seed: int = 
     from amp.model.clip import ActionAwareCLIP
     from amp.model.config import PromptConfig
 
-    config = PromptConfig(**{"bottleneck": 4, **prompt_settings})  # 40 / 16 hidden units would often all be off
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = ActionAwareCLIP(make_clip(variant, clip_seed), config, clip_tokenizer())
+        model = ActionAwareCLIP(make_clip(variant, clip_seed), PromptConfig(**prompt_settings), clip_tokenizer())
         if trained:
             for name, parameter in model.named_parameters():
                 if not name.startswith("backbone."):

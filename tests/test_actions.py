@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from amp.data.image_file import open_photo
 from helpers import _draw, launcher
 from test_evaluate import World
 
@@ -20,7 +21,6 @@ from amp.evaluate.swaps import swapped_actions, swapped_roles
 from amp.evaluate.verbs import VerbCount, by_verb, save_verbs, verb_of, verbs_of
 from amp.generation.states import state_of
 from amp.model.adapter import save_adapter
-from amp.search.photo_index import open_photo
 
 
 def knowledge(*triplets):

@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
 
+import amp
 from amp.errors import AmpError
-from amp.report import drawing, gallery
-from amp.report.gallery import (
-    CaptionHit,
-    ImageHit,
-    ImageToText,
-    TextToImage,
-    choose_queries,
-    draw_gallery,
-    outcome_note,
-)
+from amp.report import drawing, fonts, gallery
+from amp.report.choice import choose_queries, outcome_note
+from amp.report.contact_sheet import draw_contact_sheet
+from amp.report.gallery import Result, Retrieval, draw_gallery
+from amp.search.retriever import Found, Hit
 
 
 def scene(size=(64, 64), mode="RGB") -> Image.Image:
@@ -25,12 +21,12 @@ def scene(size=(64, 64), mode="RGB") -> Image.Image:
     return image.convert(mode)
 
 
-def image_hits(*right: bool) -> list[ImageHit]:
-    return [ImageHit(scene(), 0.3 - place / 100, mark) for place, mark in enumerate(right)]
+def results(*right: bool, shown: Image.Image | str | None = None) -> list[Result]:
+    return [Result(shown or scene(), 0.3 - place / 100, mark) for place, mark in enumerate(right)]
 
 
-def caption_hits(*right: bool, caption: str = "A dog runs.") -> list[CaptionHit]:
-    return [CaptionHit(caption, 0.3 - place / 100, mark) for place, mark in enumerate(right)]
+def dog(base: list[Result], reranked: list[Result], triplets=("dog, runs, ",)) -> Retrieval:
+    return Retrieval("A dog.", base, reranked, triplets)
 
 
 def read(path) -> np.ndarray:
@@ -97,104 +93,128 @@ def test_note_counts_all_queries():
 # Drawing
 
 
-def test_frames_and_marks_follow_the_hits(tmp_path):
+def test_frames_and_marks_follow_the_results(tmp_path):
     def draw(base, new):
-        path = draw_gallery(tmp_path / "gallery.png", [TextToImage("A dog.", ["dog, runs, "], base, new)])
+        path = draw_gallery(tmp_path / "gallery.png", [dog(base, new)])
         return pixels(path, drawing.RIGHT), pixels(path, drawing.WRONG)
 
-    none_right, all_wrong = draw(image_hits(False, False, False), image_hits(False, False, False))
-    all_right, none_wrong = draw(image_hits(True, True, True), image_hits(True, True, True))
+    none_right, all_wrong = draw(results(False, False, False), results(False, False, False))
+    all_right, none_wrong = draw(results(True, True, True), results(True, True, True))
     assert none_right == 0 and none_wrong == 0
-    assert all_right > 6 * 4 * gallery.THUMB and all_wrong > 6 * 4 * gallery.THUMB  # 6 frames of several pixels
-    right, wrong = draw(image_hits(False, True, False), image_hits(True, False, False))
+    assert min(all_right, all_wrong) > 6 * 4 * gallery.THUMB * drawing.DPI  # 6 frames of several pixels
+    right, wrong = draw(results(False, True, False), results(True, False, False))
     assert 0.2 < right / all_right < 0.45 and 0.5 < wrong / all_wrong < 0.8  # 2 and 4 of 6
 
 
-def test_right_frame_is_around_the_right_image(tmp_path):
-    example = TextToImage("A dog.", [], image_hits(False, True, False), image_hits(True, False, False))
-    page = read(draw_gallery(tmp_path / "gallery.png", [example]))
+def test_the_right_frame_is_around_the_right_image(tmp_path):
+    retrieval = dog(results(False, True, False), results(True, False, False))
+    page = read(draw_gallery(tmp_path / "gallery.png", [retrieval]))
     green = (page == ImageColor.getrgb(drawing.RIGHT)).all(2)
     for group, place in ((0, 1), (1, 0)):
         left = gallery.MARGIN + gallery.GROUP_X[group] + place * (gallery.THUMB + gallery.GAP)
-        frame = green[:, left + 1 : left + gallery.FRAME - 1]
-        assert frame.any(0).all() and frame.sum(0).min() > gallery.THUMB / 2
-        green[:, left : left + gallery.THUMB + gallery.GAP] = False
-    heading = gallery.MARGIN + gallery.GROUP_X[0]
-    assert not green[:, heading:].any()  # nothing else is green right of the text
+        inside = slice(round(left * drawing.DPI), round((left + gallery.THUMB) * drawing.DPI))
+        frame = green[:, inside]
+        assert frame[:, 1:4].any(0).all() and frame[:, 1:4].sum(0).min() > gallery.THUMB * drawing.DPI / 2
+        green[:, inside] = False
+    results_begin = round((gallery.MARGIN + gallery.GROUP_X[0]) * drawing.DPI)
+    assert not green[:, results_begin:].any()
 
 
 def test_captions_are_tinted_by_their_marks(tmp_path):
     def draw(base, new):
-        path = draw_gallery(tmp_path / "gallery.png", (), [ImageToText(scene((500, 333)), base, new)])
+        base, new = results(*base, shown="A dog runs."), results(*new, shown="A dog runs.")
+        path = draw_gallery(tmp_path / "gallery.png", (), [Retrieval(scene((500, 333)), base, new)])
         return pixels(path, drawing.RIGHT_TINT), pixels(path, drawing.WRONG_TINT)
 
-    assert draw(caption_hits(True, True, True), caption_hits(True, True, True))[1] == 0
-    assert draw(caption_hits(False, False, False), caption_hits(False, False, False))[0] == 0
-    right, wrong = draw(caption_hits(False, True, True), caption_hits(True, True, False))
+    assert draw((True, True, True), (True, True, True))[1] == 0
+    assert draw((False, False, False), (False, False, False))[0] == 0
+    right, wrong = draw((False, True, True), (True, True, False))
     assert right > 1.5 * wrong > 0
 
 
-def test_picture_is_deterministic(tmp_path):
-    example = TextToImage("A dog.", ["dog, runs, "], image_hits(False, True, False), image_hits(True, False, False))
-    first, second = (draw_gallery(tmp_path / name, [example]).read_bytes() for name in ("a.png", "b.png"))
+def test_the_picture_is_deterministic(tmp_path):
+    retrieval = dog(results(False, True, False), results(True, False, False))
+    first, second = (draw_gallery(tmp_path / name, [retrieval]).read_bytes() for name in ("a.png", "b.png"))
     assert first == second and sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (1, 1), (1, 3000), (3000, 2), (500, 333)])
-def test_any_image_fits(size):
-    fit = drawing.fit_image(scene(size, "RGB"), (156, 156))
-    assert fit.size == (156, 156) and fit.mode == "RGB"
-
-
-def test_image_is_whole_and_undistorted():
-    wide = Image.new("RGB", (400, 200), "#ff0000")
-    fit = np.asarray(drawing.fit_image(wide, (100, 100)))
-    red = (fit == (255, 0, 0)).all(2)
-    assert red[25:75].all() and not red[:25].any() and not red[75:].any()
-
-
-def test_small_drawings_stay_sharp():
-    """Random black and white pixels, enlarged by no whole number: each new pixel is the mean of what it covers."""
-    pixels_drawn = np.random.default_rng(0).integers(0, 2, (64, 64), dtype=np.uint8) * 255
-    old, new = np.arange(65), np.arange(157) * 64 / 156
-    overlap = np.minimum(new[1:, None], old[None, 1:]) - np.maximum(new[:-1, None], old[None, :-1])
-    weights = overlap.clip(0) * 156 / 64
-    fit = np.asarray(drawing.fit_image(Image.fromarray(pixels_drawn).convert("RGB"), (156, 156)))[..., 0]
-    assert np.abs(fit - weights @ pixels_drawn @ weights.T).mean() < 5  # smooth enlargement alone: above 20
+@pytest.mark.parametrize(("size", "drawn"), [((400, 200), (100, 50)), ((20, 40), (50, 100)), ((1, 3000), (1, 100))])
+def test_a_photo_is_whole_and_undistorted(tmp_path, size, drawn):
+    page = drawing.Page(2, 2)
+    side = 100 / drawing.DPI
+    page.photo(0.5, 0.5, side, side, Image.new("RGB", size, "#ff0000"))
+    red = (read(page.save(tmp_path / "page.png")) == (255, 0, 0)).all(2)
+    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    if min(drawn) > 1:
+        assert np.ptp(columns) + 1 == pytest.approx(drawn[0], abs=2)
+        assert columns.mean() == rows.mean() == pytest.approx(60 + 50, abs=1)
+        assert np.ptp(rows) + 1 == pytest.approx(drawn[1], abs=2)
 
 
 @pytest.mark.parametrize(
-    "text", ["a " * 500, "word " * 500, "x" * 5000, "", "One. Two three four five six seven.", "犬が走る" * 40]
+    "text",
+    ["a " * 500, "word " * 500, "x" * 5000, "", "One. Two three four five six seven.", "W" * 300, "犬が走る" * 40],
 )
-def test_wrapped_lines_fit(text):
-    font = drawing.Font(22)
-    lines = drawing.wrap(text, font, 300, 5)
-    assert 1 <= len(lines) <= 5 and all(font.getlength(line) <= 300 for line in lines)
-    whole = drawing.wrap(text, font, 300, 1000)
-    assert "".join(whole).replace(" ", "") == drawing.clean(text).replace(" ", "")
+def test_wrapped_lines_fit(text, tmp_path):
+    lines = fonts.wrap(text, 2.5, 13, 5)
+    assert 1 <= len(lines) <= 5
+    whole = fonts.wrap(text, 2.5, 13, 1000)
+    assert "".join(whole).replace(" ", "") == fonts.clean(text).replace(" ", "")
     assert (lines == whole) if len(whole) <= 5 else lines[-1].endswith("…")
+    page = drawing.Page(4, 2)
+    page.text(0.5, 0.1, lines, 13)
+    assert not (read(page.save(tmp_path / "page.png"))[:, 363:] != ImageColor.getrgb(drawing.GROUND)).any()
 
 
 def test_text_is_one_printable_line():
-    assert drawing.clean(" a\t b\n\u00a0c\x00\ud800\u202e ") == "a b c\ufffd\ufffd\ufffd"
-    assert drawing.wrap("WW W", drawing.Font(22), 1, 10) == ["W", "W", "W"]  # never less than a character a line
+    assert fonts.clean(" a\t b\n\u00a0c\x00\ud800\u202e ") == "a b c\ufffd\ufffd\ufffd"
+    assert fonts.wrap("WW W", 0.01, 12, 10) == ["W", "W", "W"]  # never less than one character per line
+
+
+def test_text_is_drawn_as_it_is(tmp_path):
+    """Matplotlib would read "$...$" as a formula, and refuse this one."""
+
+    def draw(text):
+        page = drawing.Page(2, 0.5)
+        page.text(0.1, 0.1, [text], 12)
+        return read(page.save(tmp_path / "page.png"))
+
+    assert (draw("$\\frac{$") != draw("$frac{$")).any() and (draw("$x$") != draw("x")).any()
 
 
 def test_hostile_text_and_short_lists_are_drawn(tmp_path):
-    text = "Mädchen läuft\n\tüber \ud800 die \x00 Straße 犬が走る 🐕 \u202e" + "word" * 400
-    draw_gallery(
-        tmp_path / "gallery.png",
-        [TextToImage(text, [text] * 12, image_hits(True), []), TextToImage("", [], [], [])],
-        [
-            ImageToText(scene((1, 900)), caption_hits(True, False, True, True, caption=text), []),
-            ImageToText(scene(), [], []),
-        ],
-        text,
-        text,
-        text,
-        text,
-    )
-    assert read(tmp_path / "gallery.png").shape[1] == gallery.CARD_WIDTH + 2 * gallery.MARGIN
+    text = "Mädchen läuft\n\tüber \ud800 die \x00 $\\frac{$ 犬が走る 🐕 كلب \u202e" + "word" * 400
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_gallery(
+            tmp_path / "gallery.png",
+            [Retrieval(text, results(True), [], [text] * 12), Retrieval("", [], [])],
+            [
+                Retrieval(scene((1, 900)), results(True, False, True, True, shown=text), []),
+                Retrieval(scene(mode="LA"), [], []),
+            ],
+            text,
+            text,
+            text,
+            text,
+        )
+    assert read(tmp_path / "gallery.png").shape[1] == int((gallery.CARD_WIDTH + 2 * gallery.MARGIN) * drawing.DPI)
+
+
+def test_a_contact_sheet_of_any_size(tmp_path, capfd):
+    sizes = [(64, 64), (30, 900), (900, 30)]
+    for number in range(9):
+        scene(sizes[number % 3]).save(tmp_path / f"{number} $x$.png")
+    hits = [Hit(tmp_path / f"{number} $x$.png", 0.5, 0.4, 8 - number) for number in range(9)]
+    knowledge = amp.Knowledge((amp.Triplet("dog", "runs", ""),), ("It runs $\\frac{$",))
+    heights = []
+    for count in (1, 4, 5, 9):
+        path = draw_contact_sheet(tmp_path / "sheet.png", Found("$\\frac{$ 犬", knowledge, hits[:count], {}))
+        heights.append(read(path).shape[0])
+    assert heights[0] == heights[1] < heights[2] < heights[3]
+    assert "findfont" not in capfd.readouterr().err
+    with pytest.raises(AmpError, match="no photo was found"):
+        draw_contact_sheet(tmp_path / "none.png", Found("dog", knowledge, [], {}))
 
 
 @pytest.fixture
@@ -222,41 +242,37 @@ def font_file(tmp_path):
 
 
 @pytest.fixture
-def fonts(monkeypatch):
+def machine_fonts(monkeypatch):
     """Replaces the fonts of the machine by those of a list."""
     files: list[str] = []
-    drawing._file_with.cache_clear()
-    monkeypatch.setattr(drawing, "_other_fonts", lambda: files)
-    monkeypatch.setattr(drawing, "_missing", set())
+    fonts._glyph.cache_clear()
+    monkeypatch.setattr(fonts, "_other_fonts", lambda: files)
+    monkeypatch.setattr(fonts, "_missing", set())
     yield files
-    drawing._file_with.cache_clear()
+    fonts._glyph.cache_clear()
 
 
-def test_letters_that_dejavu_lacks_come_from_a_font_of_the_machine(fonts, font_file, capsys):
-    fonts.append(font_file)
-    assert drawing.clean("a 犬 b") == "a 犬 b" and capsys.readouterr().err == ""
-    font = drawing.Font(20)
-    alone = [drawing.Font(20).getlength(part) for part in ("a ", " b")]
-    assert font.getlength("a 犬 b") == pytest.approx(sum(alone) + 20)  # as wide as the font is high
-    for anchor, left in (("lm", 10), ("rm", 190 - font.getlength("犬犬"))):
-        page = Image.new("L", (200, 40))
-        drawing.draw_text(ImageDraw.Draw(page), (10 if anchor == "lm" else 190, 20), "犬犬", "white", font, anchor)
-        assert (
-            page.getbbox()[0] == left and page.getbbox()[2] == left + 38 and page.getbbox()[3] - page.getbbox()[1] == 18
-        )
-    assert drawing.plot_fonts("a犬") == ["DejaVu Sans", "Square"]
+def test_letters_that_dejavu_lacks_come_from_a_font_of_the_machine(machine_fonts, font_file, tmp_path, capsys):
+    machine_fonts.append(font_file)
+    assert fonts.clean("a 犬 b") == "a 犬 b" and capsys.readouterr().err == ""
+    assert fonts.plot_fonts("a犬") == ["DejaVu Sans", "Square"]
+    assert fonts.wrap("犬" * 5, 2.5 * 12 / 72, 12, 9) == ["犬犬", "犬犬", "犬"]  # each as wide as the font is high
+    page = drawing.Page(2, 0.5)
+    page.text(0.5, 0.1, ["犬犬"], 36)
+    dark = (read(page.save(tmp_path / "page.png")) == ImageColor.getrgb(drawing.INK)).all(2)
+    assert np.ptp(np.flatnonzero(dark.any(0))) == pytest.approx(1.9 * 36 / 72 * drawing.DPI, abs=3)
 
 
-def test_letters_that_no_font_has_are_written_as_codes_and_names(fonts, capsys):
-    assert drawing.clean("犬 runs 🐕‍🦺") == r"\u72ac runs [dog][safety vest]"
+def test_letters_that_no_font_has_are_written_as_codes_and_names(machine_fonts, capsys):
+    assert fonts.clean("犬 runs 🐕‍🦺") == r"\u72ac runs [dog][safety vest]"
     told = capsys.readouterr().err
     assert told.count("no font of this machine has \\u72ac (CJK UNIFIED IDEOGRAPH-72AC)") == 1
-    drawing.clean("走")
+    fonts.clean("走")
     assert capsys.readouterr().err == ""  # said once
-    assert drawing.clean("Mu\u0308nchen") == "M\u00fcnchen"
+    assert fonts.clean("Mu\u0308nchen") == "M\u00fcnchen"
 
 
-def test_plots_show_names_in_any_script(fonts):
+def test_plots_show_names_in_any_script(machine_fonts):
     """Matplotlib warns of every character that it draws as a box."""
     from types import SimpleNamespace
 
@@ -274,8 +290,8 @@ def test_plots_show_names_in_any_script(fonts):
 
 def test_a_picture_of_an_unknown_suffix_is_refused(tmp_path):
     with pytest.raises(AmpError, match=r"a\.bmp: the suffix is '\.bmp', expected one of \.png, \.jpg"):
-        draw_gallery(tmp_path / "a.bmp", [TextToImage("", [], [], [])])
-    assert Image.open(draw_gallery(tmp_path / "a.jpg", [TextToImage("", [], [], [])])).format == "JPEG"
+        draw_gallery(tmp_path / "a.bmp", [Retrieval("", [], [])])
+    assert Image.open(draw_gallery(tmp_path / "a.jpg", [Retrieval("", [], [])])).format == "JPEG"
 
 
 def test_nothing_to_draw_is_refused(tmp_path):

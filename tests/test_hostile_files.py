@@ -21,7 +21,8 @@ from amp.data.shards import MAX_MEMBER_BYTES, ShardManifest, ShardReader
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.files import sha256_of
-from amp.search.photo_index import PhotoIndex, update_index
+from amp.search.index import PhotoIndex
+from amp.search.update import update_index
 
 GOOD = {"a.jpg": b"J" * 700, "a.json": json.dumps({"schema": 1, "key": "a", "captions": [{"text": "x"}]}).encode()}
 

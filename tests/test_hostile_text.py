@@ -49,7 +49,7 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
     from amp.generation.makers import Makers
     from amp.generation.settings import SETTINGS_NAME, Settings
     from amp.model.adapter import FORMAT, read_adapter
-    from amp.search.photo_index import PhotoIndex
+    from amp.search.index import PhotoIndex
     from amp.train.checkpoints import open_checkpoint
     from amp.train.config import TrainConfig
     from amp.train.launch import deepspeed_settings

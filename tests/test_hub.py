@@ -17,18 +17,10 @@ from amp.commands import publish
 from amp.evaluate.results import ResultFile
 from amp.files import sha256_of
 from amp.publish.export import INPUTS, ImageEncoder
-from amp.retrieval.figures import DirectionResult, RetrievalRow
+from amp.retrieval.figures import DirectionResult, RetrievalRow, RowKey
 from amp.retrieval.metrics import KS
 
-READOUT = {
-    "interaction": "readout",
-    "interaction_layer": 1,
-    "readout_blocks": 1,
-    "triplet_heads": 4,
-    "text_enrichment": True,
-    "text_triplets": True,
-    "image_projection": True,
-}
+READOUT = {"interaction_options": {"blocks": 1}, "depth": 1 / 3, "num_prompts": 4}
 RECORD = {
     "stage": 2,
     "step": 7,
@@ -114,6 +106,29 @@ def test_config_and_weights_that_disagree_are_refused(folder):
         amp.from_pretrained(folder)
 
 
+def test_a_config_of_version_1_is_compared_by_what_it_means(folder):
+    old = {
+        "knowledge": "both",
+        "interaction": "readout",
+        "condition_images": True,
+        "interaction_layer": 1,
+        "readout_blocks": 1,
+        "num_prompts": 4,
+        "max_triplets": 6,
+        "triplet_heads": 8,
+        "text_enrichment": True,
+        "text_triplets": True,
+        "image_projection": True,
+    }
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"prompt": old}))
+    amp.from_pretrained(folder)
+    path.write_text(json.dumps(content | {"prompt": old | {"num_prompts": 5}}))
+    with pytest.raises(amp.AmpError, match=r"config\.json: prompt is not what adapter\.safetensors"):
+        amp.from_pretrained(folder)
+
+
 def test_another_base_model_is_refused_and_a_moved_one_named(folder, base, tmp_path, images, knowledge):
     other = write_clip_folder(tmp_path / "other", seed=5)
     with pytest.raises(amp.AmpError, match="base model"):
@@ -141,7 +156,7 @@ def result_file(sha256: str) -> ResultFile:
         recall = {k: first + i for i, k in enumerate(KS)}
         return DirectionResult(recall, {k: 90.0 for k in KS}, {k: 1.0 for k in KS}, 10, 20, 1.0)
 
-    rows = [RetrievalRow("base | <b>CLIP</b>", direction(10.0), direction(20.25))]
+    rows = [RetrievalRow(RowKey("base | <b>CLIP</b>"), direction(10.0), direction(20.25))]
     return ResultFile({"dataset": "dogs", "images": 10, "adapters": {"mine": sha256}}, rows)
 
 
@@ -241,37 +256,20 @@ def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeyp
     from amp.publish import clip_benchmark
 
     root, rows = photos
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "clip_benchmark",
-            "eval",
-            "--model_type",
-            "amp",
-            "--model",
-            str(folder),
-            "--pretrained",
-            pretrained,
-            "--dataset",
-            "flickr8k",
-            "--dataset_root",
-            str(root / "photos"),
-            "--annotation_file",
-            str(root / "annotations.txt"),
-            "--recall_k",
-            "1",
-            "2",
-            "--no_amp",
-            "--num_workers",
-            "0",
-            "--batch_size",
-            "2",
-            "--output",
-            str(root / "out.json"),
-        ],
-    )
-    clip_benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark"])
+    given = {
+        "model_type": "amp",
+        "model": folder,
+        "pretrained": pretrained,
+        "dataset": "flickr8k",
+        "dataset_root": root / "photos",
+        "annotation_file": root / "annotations.txt",
+        "num_workers": 0,
+        "batch_size": 2,
+        "output": root / "out.json",
+    }
+    options = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    clip_benchmark.main(["eval", *options, "--recall_k", "1", "2", "--no_amp"])
     metrics = json.loads((root / "out.json").read_text())["metrics"]
 
     model, _, preprocess = amp.from_pretrained(folder)
@@ -283,7 +281,7 @@ def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeyp
                 model.backbone.clip.encode_text(model.tokenizer([caption for _, caption in rows])),
             )
         else:
-            image = model(images, prompted=True).prompted
+            image = model.image_features(images)
             text = model.encode_text(model.tokenizer([c for _, c in rows]), knowledge=[amp.Knowledge()] * len(rows))
     scores = F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
     for k in (1, 2):
@@ -307,12 +305,12 @@ def test_clip_benchmark_refuses_other_names(folder):
     "settings",
     [
         pytest.param(READOUT, id="readout"),
-        pytest.param({"interaction": "aim"}, id="aim", marks=pytest.mark.slow),  # tracing takes many seconds
-        pytest.param({"interaction": "cat"}, id="cat", marks=pytest.mark.slow),
+        pytest.param({"interaction": "aim", "depth": 0.0}, id="aim", marks=pytest.mark.slow),  # slow to trace
+        pytest.param({"interaction": "cat", "depth": 0.0}, id="cat", marks=pytest.mark.slow),
     ],
 )
 def test_the_exported_encoder_is_the_model_for_any_number_of_images(settings, images, knowledge, tmp_path):
-    model = make_model(trained=True, **{"triplet_heads": 4, **settings}).eval()
+    model = make_model(trained=True, **settings).eval()
     amp.export_image_encoder(model, tmp_path / "encoder.pt2")
     program = torch.export.load(tmp_path / "encoder.pt2").module()
     batch = model.prepare_knowledge(knowledge)

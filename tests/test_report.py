@@ -14,9 +14,11 @@ from test_evaluate import World
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.evaluate.per_query import QueryResults, load_queries
+from amp.knowledge.tensors import Captions
 from amp.model.adapter import save_adapter
+from amp.model.interactions.readout import read_patches
 from amp.report.attention import attention_maps
-from amp.report.page import OUTCOMES, choose_rows, counts, outcomes
+from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
 from amp.report.plots import sweep_plot
 
 EVIL = "</script><img src=x onerror=\"document.title='broken in'\"><b>dog</b> & \u2028 {{7*7}} __DATA__"
@@ -49,18 +51,18 @@ def test_queries_are_evenly_spaced_within_an_outcome():
 def world_of(clip_folder, shards, tmp_path, **prompt):
     world = World(clip_folder, shards, tmp_path / "cache", **prompt)
     number = next(i for i, item in enumerate(world.captions.knowledge) if len(item.triplets) >= 2)
-    return world, world.model.encode_early(world.images[:1]), world.captions.knowledge[number]
+    return world, world.model.tower.early(world.images[:1]), world.captions.knowledge[number]
 
 
 def test_maps_of_aim_are_those_of_its_layers_with_one_triplet(clip_folder, shards, tmp_path):
     world, early, item = world_of(clip_folder, shards, tmp_path)
     found = attention_maps(world.model, early, world.model.prepare_knowledge([item]))
-    # Encoded among the others, which the triplet encoder lets it see, but alone in asking.
-    prompts = world.model.encode_knowledge(world.model.prepare_knowledge([item]))
-    prompts = type(prompts)(prompts.triplets[:, 1:2], prompts.states[:, 1:2], prompts.mask[:, 1:2])
+    # The triplet encoder sees all triplets of the caption; the patches attend to one only.
     with torch.no_grad():
-        _, of_triplet, of_state = world.model.interaction(
-            early[:, 1:], prompts.triplets, prompts.states, prompts.mask, torch.tensor([0]), return_maps=True
+        prompts = world.model(None, Captions(world.model.prepare_knowledge([item]))).captions.prompts
+        triplets, states = (part[:, 1:2] for part in prompts.parts)
+        _, of_triplet, of_state = world.model.interaction.aim(
+            early[:, 1:], triplets, states, prompts.mask[:, 1:2], torch.tensor([0]), return_maps=True
         )
     for name, expected in (("triplet", of_triplet), ("state", of_state)):
         assert found[name].shape == (len(item.triplets), *world.model.backbone.visual.grid_size)
@@ -74,14 +76,15 @@ def test_maps_of_the_readout_by_a_loop_over_heads(clip_folder, shards, tmp_path)
     model, batch = world.model, world.model.prepare_knowledge([item])
     found = attention_maps(model, early, batch)
     with torch.no_grad():
-        _, patches = model.read_patches(early)
-        key = model.readout.key(patches)[0]
+        readout = model.interaction.readout
+        _, patches = read_patches(readout, model.tower, early)
+        key = readout.key(patches)[0]
         states = batch.states[0, batch.mask[0]]
-        query = model.readout.query_text(states / states.norm(dim=-1, keepdim=True))
-        width = query.shape[1] // model.readout.heads
+        query = readout.query_text(states / states.norm(dim=-1, keepdim=True))
+        width = query.shape[1] // readout.heads
         maps = [
             (query[:, h * width : (h + 1) * width] @ key[:, h * width : (h + 1) * width].T / width**0.5).softmax(dim=-1)
-            for h in range(model.readout.heads)
+            for h in range(readout.heads)
         ]
     torch.testing.assert_close(found["state"].flatten(1), torch.stack(maps).mean(dim=0), atol=1e-6, rtol=1e-4)
     assert found["triplet"].shape == found["state"].shape

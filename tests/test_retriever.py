@@ -20,9 +20,10 @@ from amp.files import open_log
 from amp.model.adapter import save_adapter
 from amp.report.contact_sheet import draw_contact_sheet
 from amp.report.drawing import save_picture
-from amp.search import photo_index
-from amp.search.photo_index import PhotoIndex, Update
+from amp.search import update as updating
+from amp.search.index import PhotoIndex
 from amp.search.retriever import Found, Hit
+from amp.search.update import Update
 from amp.terminal import PlainConsole
 
 PHOTOS = 14
@@ -45,10 +46,10 @@ def photos(tmp_path):
 
 def build(clip_folder, **prompt):
     torch.manual_seed(3)
-    settings = {"interaction_layer": 1, "num_prompts": 2, "max_triplets": 3, "triplet_heads": 4, **prompt}
+    settings = {"interaction": "aim", "depth": 1 / 3, "num_prompts": 2, "max_triplets": 3, "enrich": False, **prompt}
     model, _, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(**settings))
-    if hasattr(model, "interaction"):
-        model.interaction.gate.data.normal_(std=2.0)
+    if hasattr(model.interaction, "aim"):
+        model.interaction.aim.gate.data.normal_(std=2.0)
     return model.eval(), preprocess
 
 
@@ -60,11 +61,11 @@ def naive(model, preprocess, root, top_k, fusion_weight=0.0):
     for path in sorted(root.rglob("photo *.png")):
         image = preprocess(Image.open(path).convert("RGB"))[None]
         base = float(F.cosine_similarity(model.encode_image(image), text))
-        if model.knowledge_aware:
+        if model.interaction.conditioned:
             feature = model.encode_image(image, [KNOWLEDGE], text=text)
         else:
-            feature = model(image, prompted=True).prompted
-        target = model(None, model.prepare_knowledge([KNOWLEDGE]), text=text).text
+            feature = model.image_features(image)
+        target = model.encode_text(model.tokenizer([QUERY]), knowledge=[KNOWLEDGE])
         new = float(F.cosine_similarity(feature, target)) + fusion_weight * base
         scored.append((path.name, new, base))
     scored.sort(key=lambda item: -item[2])
@@ -73,14 +74,14 @@ def naive(model, preprocess, root, top_k, fusion_weight=0.0):
 
 @pytest.mark.parametrize(
     "prompt",
-    [{}, {"knowledge": "none"}, {"interaction": "readout", "text_enrichment": True, "text_triplets": True}],
+    [{}, {"knowledge": "none"}, {"interaction": "readout", "enrich": True}],
     ids=["aim", "control", "readout"],
 )
 @pytest.mark.parametrize("fusion_weight", [0.0, 2.0])
 def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, fusion_weight):
     model, preprocess = build(clip_folder, **prompt)
     if prompt.get("interaction") == "readout":
-        model.readout.out.weight.data.normal_(std=0.3)
+        model.interaction.readout.out.weight.data.normal_(std=0.3)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=6, fusion_weight=fusion_weight, batch_size=4)
     update = search.update(photos, workers=0)
     assert update == Update(PHOTOS, PHOTOS, removed=0, skipped={}, hidden=1, others=1)
@@ -180,8 +181,8 @@ def naive_base(model, preprocess, root):
 
 def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkeypatch):
     """The index folder as `kill -9` leaves it after 8 photos is copied while the update runs."""
-    monkeypatch.setattr(photo_index, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(photo_index, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(updating, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(updating, "SAVE_SHARE", 0.0)
     model, preprocess = build(clip_folder)
     killed = tmp_path / "killed"
 
@@ -547,13 +548,19 @@ def test_lines_are_not_wrapped_and_the_suffix_decides_the_sheets_format(photos, 
         assert image.format == kind
 
 
-@pytest.mark.parametrize(("suffix", "most"), [("webp", "16,383"), ("jpg", "65,500")])
-def test_a_sheet_that_its_format_cant_hold_is_refused(tmp_path, suffix, most):
+@pytest.mark.parametrize(
+    ("suffix", "most", "step"),
+    [("webp", "16,383", r"\.png"), ("jpg", "65,500", r"\.png"), ("png", "65,535", "fewer photos")],
+)
+def test_a_sheet_that_its_format_cant_hold_is_refused(tmp_path, suffix, most, step):
     picture = Image.new("RGB", (1, 70_000))
-    with pytest.raises(AmpError, match=rf"the picture has 1 x 70,000 pixels, expected at most {most} .*\.png"):
+    with pytest.raises(AmpError, match=rf"the picture has 1 x 70,000 pixels, expected at most {most} .*{step}"):
         save_picture(tmp_path / f"found.{suffix}", picture)
     assert list(tmp_path.iterdir()) == []
-    assert save_picture(tmp_path / "found.png", picture).is_file()
+    hits = [Hit(tmp_path / "x.png", 0.5, 0.4, 0)] * 1200
+    if suffix == "png":
+        with pytest.raises(AmpError, match="expected at most 65,535"):
+            draw_contact_sheet(tmp_path / "found.png", Found(QUERY, amp.Knowledge(), hits, {}))
 
 
 def test_a_sheet_says_which_photos_it_could_not_draw(photos, tmp_path, capsys):

@@ -2,9 +2,9 @@
 
     amp publish --adapter runs/mine/action-aware/stage2/adapter.safetensors --results runs/mine/results.json \
         --out models/mine
-    amp publish ... --push ORG/REPO       (asks the network; `hf auth login` first)
+    amp publish ... --push ORG/REPO       (needs the network; `hf auth login` first)
 
-amp.from_pretrained("models/mine"), `amp search --adapter models/mine` and hf-hub:ORG/REPO in its place load it.
+amp.from_pretrained("models/mine") and `amp search --adapter models/mine` load it; so does hf-hub:ORG/REPO in its place.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
     amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
         "a dog jumps over a hurdle"
 
-The first command makes the index, or brings it up to date after photos have changed; a query may stand beside it. The
+The first command makes the index, or brings it up to date after photos have changed; it can also take a query. The
 base model is the one that the adapter was trained on.
 """
 
@@ -19,24 +19,24 @@ from amp.errors import AmpError, exit_on_error, printable, require
 
 @dataclass
 class SearchSettings:
-    """A search.
+    """Settings of a search.
 
     Args:
         index: Folder of the index.
         photos: Folder of photos whose index is made or brought up to date first.
         adapter: Adapter file of a run, folder of `amp publish`, or hf-hub:ORG/REPO; null searches with the base model
-            alone.
+            only.
         model: Base model, as open_clip names it; null takes the one in the adapter's record.
-        pretrained: Its weights, as open_clip names them.
-        count: Photos that are shown.
-        top_k: Photos that are re-ranked (paper: 20).
-        fusion_weight: Of the base model's score beside the new one.
+        pretrained: Weights of the base model, as open_clip names them.
+        count: Number of photos that are shown.
+        top_k: Number of photos that are re-ranked (paper: 20).
+        fusion_weight: Weight of the base model's score, which is added to the new one.
         knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
-        engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
-        sheet: Picture of the photos found, a file such as found.png or found.jpg.
-        device: Where the model runs; null takes a GPU if there is one.
-        batch_size: Photos a forward pass.
-        workers: Decoding processes.
+        engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
+        sheet: File for a picture of the photos found, such as found.png or found.jpg.
+        device: Device of the model; null takes a GPU if there is one.
+        batch_size: Photos per forward pass.
+        workers: Number of decoding processes.
     """
 
     index: str = ""
@@ -64,10 +64,10 @@ def parser() -> CommandLine:
 
 
 def retriever(settings: SearchSettings, asks: bool):
-    """The `Retriever` of the settings; where nobody `asks`, an index needs no generator of knowledge.
+    """Makes the `Retriever` of the settings; only one that `asks` a query needs a generator of knowledge.
 
     Raises:
-        AmpError: Neither adapter nor model, or one that can't be loaded.
+        AmpError: Adapter and model are both missing, or can't be loaded.
     """
     from amp.device import usable_device
     from amp.generation.query import KnowledgeGenerator
@@ -154,8 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tell_update(say: Callable[[str], None], update, index: str) -> None:
-    """Says what an update of the index did."""
-    from amp.search.photo_index import SKIPPED
+    """Prints what an update of the index did."""
+    from amp.search.update import SKIPPED
 
     counts = f"{update.encoded:,} encoded, {update.photos - update.encoded:,} kept, {update.removed:,} removed"
     say(f"{update.photos:,} photos in {index}: {counts}")

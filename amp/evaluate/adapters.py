@@ -8,7 +8,7 @@ import torch
 from amp.errors import AmpError, Problems
 from amp.model.adapter import load_adapter_state, read_adapter
 from amp.model.clip import ActionAwareCLIP
-from amp.publish.hub import adapter_file
+from amp.model.pretrained import adapter_file
 
 
 def named_adapter(text: str) -> tuple[str, str]:

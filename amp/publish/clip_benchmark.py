@@ -1,12 +1,14 @@
-"""Our models for CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark), as its model type ``amp``.
+"""Runs CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark) with our adapters, as its model type ``amp``.
 
     python -m amp.publish.clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
 
-CLIP_benchmark encodes images and texts apart and multiplies them. Features under a caption's knowledge belong to a
-pair and can't be had that way, so what it measures is the adapter without knowledge: what adapting costs or gives on
-other data. Retrieval under knowledge is measured by amp evaluate. CLIP_benchmark opens images with its own
-readers, which do not apply a camera's orientation.
+CLIP_benchmark encodes images and texts separately and multiplies their features. Features that depend on a caption's
+knowledge belong to a pair, so it can only measure the adapter without knowledge: what adapting costs or gains on
+other data. To measure retrieval with knowledge, use amp evaluate. CLIP_benchmark opens images with its own readers,
+which ignore the camera's orientation.
 """
+
+import sys
 
 import torch
 import torch.nn as nn
@@ -14,15 +16,15 @@ import torch.nn as nn
 from amp.errors import AmpError, exit_on_error
 from amp.knowledge.schema import Knowledge
 from amp.model.clip import ActionAwareCLIP
-from amp.publish.hub import from_pretrained
+from amp.model.pretrained import from_pretrained
 
 
 class WithoutKnowledge(nn.Module):
-    """An action-aware model as two towers.
+    """An action-aware model as two towers that know nothing of each other.
 
     Args:
-        model: Of `amp.from_pretrained`.
-        base: The base model's own features, bit for bit, instead of the adapter's.
+        model: A model of `amp.from_pretrained`.
+        base: Whether to return the base model's own features, bit for bit, instead of the adapter's.
     """
 
     def __init__(self, model: ActionAwareCLIP, base: bool = False):
@@ -30,7 +32,7 @@ class WithoutKnowledge(nn.Module):
         self.model, self.base = model, base
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to features (B, d) under the visual prompts alone."""
+        """Images (B, 3, H, W) to features (B, d) under the visual prompts only."""
         if self.base:
             return self.model.encode_image(images)
         return self.model.image_features(images)
@@ -45,19 +47,19 @@ class WithoutKnowledge(nn.Module):
 def load_amp(
     model_name: str, pretrained: str = "adapter", cache_dir: str | None = None, device: str | torch.device = "cpu"
 ):
-    """CLIP_benchmark's loader of the type ``amp``.
+    """Loads a model of the type ``amp`` for CLIP_benchmark.
 
     Args:
-        model_name: What `amp.from_pretrained` takes: a file, a folder, or ``hf-hub:ORG/REPO``.
+        model_name: Adapter as for `amp.from_pretrained`: a file, a folder, or ``hf-hub:ORG/REPO``.
         pretrained: ``adapter``, or ``base`` for the base model's own features.
-        cache_dir: Of the download of an adapter.
-        device: Where the model is put.
+        cache_dir: Folder for a downloaded adapter.
+        device: Device of the model.
 
     Returns:
         Model, image transform and tokenizer.
 
     Raises:
-        AmpError: Another `pretrained`, or what `from_pretrained` raises.
+        AmpError: An unknown `pretrained`, or an adapter that `from_pretrained` refuses.
     """
     if pretrained not in ("adapter", "base"):
         raise AmpError(f"pretrained is {pretrained!r}, expected 'adapter' or 'base'")
@@ -66,7 +68,7 @@ def load_amp(
 
 
 def register() -> None:
-    """Adds the type ``amp`` to CLIP_benchmark's loader, beside its own."""
+    """Adds the type ``amp`` to those of CLIP_benchmark's loader."""
     from clip_benchmark import models
 
     if "amp" not in models.TYPE2FUNC:
@@ -75,11 +77,17 @@ def register() -> None:
 
 
 @exit_on_error()
-def main() -> None:
-    """CLIP_benchmark's own command line, which knows the type ``amp`` besides."""
+def main(arguments: list[str] | None = None) -> None:
+    """Runs CLIP_benchmark's own command line with the additional type ``amp``.
+
+    Args:
+        arguments: Its arguments; None takes those of the process.
+    """
     register()
     from clip_benchmark.cli import main as run
 
+    if arguments is not None:
+        sys.argv[1:] = arguments  # its main takes none
     run()
 
 

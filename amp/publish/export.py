@@ -17,13 +17,13 @@ INPUTS = ("images", "triplet_tokens", "token_mask", "states", "mask", "text")
 
 
 class ImageEncoder(nn.Module):
-    """Images and the knowledge of one caption each to action-aware features: tensors in, a tensor out.
+    """Images, each with the knowledge of one caption, to action-aware features: tensors in, a tensor out.
 
     Args:
         model: A model whose images see knowledge.
 
     Raises:
-        AmpError: A control.
+        AmpError: The model is a control.
     """
 
     def __init__(self, model: ActionAwareCLIP):
@@ -42,7 +42,7 @@ class ImageEncoder(nn.Module):
         text: torch.Tensor,
     ) -> torch.Tensor:
         """Images (B, 3, H, W), a `KnowledgeBatch` of B captions as its four tensors, and the captions' frozen features
-        (B, d), which only models with `readout` read, to features (B, d), not normalised."""
+        (B, d), which only `readout` reads, to features (B, d), not normalised."""
         knowledge = KnowledgeBatch(triplet_tokens, token_mask, states, mask)
         return self.model(images, Captions(knowledge, text)).conditioned
 
@@ -51,14 +51,14 @@ def export_image_encoder(model: ActionAwareCLIP, path: str | os.PathLike | None 
     """Exports `ImageEncoder` for any number of images.
 
     Args:
-        model: In eval mode, on the device that the graph is for.
+        model: Model in eval mode, on the device that the graph is for.
         path: ``.pt2`` file for `torch.export.load`; None writes none.
 
     Returns:
         The program; its inputs are named as in `INPUTS`.
 
     Raises:
-        AmpError: A control, or a path that can't be written to.
+        AmpError: The model is a control, or the path can't be written.
     """
     encoder, backbone, config = ImageEncoder(model).eval(), model.backbone, model.config
     device, size = model.logit_scale.device, backbone.visual.image_size

@@ -13,12 +13,12 @@ PAPER = "https://arxiv.org/abs/2506.23502"
 
 
 def model_card(header: AdapterHeader, parameters: int, results: ResultFile | None = None) -> str:
-    """Markdown with the hub's YAML header.
+    """The card as Markdown with the hub's YAML header.
 
     Args:
-        header: Of the adapter.
-        parameters: Numbers in its weights.
-        results: Its evaluation; None says that there is none.
+        header: Header of the adapter file.
+        parameters: Number of trained parameters.
+        results: Evaluation of the adapter; with None the card says that there is none.
     """
     config = header.prompt_config
     metadata = {"library_name": "open-clip-amp", "tags": ["clip", "open_clip", "image-text-retrieval", "action-aware"]}
@@ -105,6 +105,6 @@ def _results(results: ResultFile | None) -> list[str]:
 
 
 def _text(value: object) -> str:
-    """Any value inside a line or a table's cell: the hub shows HTML and links of a card."""
+    """A value escaped for a line or a table's cell, since the hub renders HTML and links of a card."""
     text = html.escape(" ".join(str(value).split()), quote=False)
     return "".join(f"\\{c}" if c in "|[]`*_" else c for c in text)

@@ -1,4 +1,4 @@
-"""Where a model looks in a photo for the sake of one triplet or of its state, as one map per triplet."""
+"""Where a model looks in a photo because of one triplet or its state, as one map per triplet."""
 
 import torch
 
@@ -8,7 +8,7 @@ from amp.model.clip import ActionAwareCLIP
 
 @torch.no_grad()
 def attention_maps(model: ActionAwareCLIP, early: torch.Tensor, knowledge: KnowledgeBatch) -> dict[str, torch.Tensor]:
-    """Attention that the patches of an image get for each triplet of one caption, taken by itself.
+    """Attention of each triplet of one caption to the patches of an image, each triplet by itself.
 
     Args:
         model: In eval mode.
@@ -17,7 +17,7 @@ def attention_maps(model: ActionAwareCLIP, early: torch.Tensor, knowledge: Knowl
 
     Returns:
         ``triplet`` and ``state``, each (K', h, w) for the K' triplets that exist, with maps that sum to one; without a
-        kind that the model doesn't read, and empty for interactions without such maps.
+        kind that the model doesn't read, and empty for interactions without attention.
     """
     if not knowledge.mask.any():
         return {}

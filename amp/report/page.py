@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: tables, plots, verbs, retrievals with photos and attention maps."""
+"""An evaluation as one self-contained HTML page: tables, plots, verbs, retrievals with photos and attention maps."""
 
 import base64
 import io
@@ -18,37 +18,35 @@ from torchvision.transforms import Compose
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.errors import Problems
-from amp.evaluate.per_query import QueryResults, QueryTable
+from amp.evaluate.per_query import QueryTable
 from amp.evaluate.results import ResultFile
 from amp.evaluate.verbs import by_verb, verbs_of
 from amp.files import write_atomically
 from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
 from amp.report.attention import attention_maps
+from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
 from amp.retrieval.metrics import KS
 
 BASE = "base CLIP"
-OUTCOMES = ("mended", "broken", "wrong", "right")
-# Share of the queries shown by outcome; what an outcome has too few of goes to the others.
-SHARES = (0.4, 0.25, 0.2, 0.15)
 THUMB = 224
 SHOWN = 3
 
 
 @dataclass(frozen=True)
 class ReportInput:
-    """What a page is made from.
+    """Content of a page.
 
     Attributes:
-        result: Rows and protocol.
-        queries: Results a query.
-        row: The row that is compared with the base model.
-        split, captions: Of the evaluation.
-        model: Whose attention is shown; None shows none.
-        preprocess: Its transform; None without a model.
-        preprocess_cfg: How photos are fitted, as open_clip keeps it (`visual.preprocess_cfg`).
+        result: Rows and protocol of the evaluation.
+        queries: Results per query.
+        row: Name of the row that is compared with the base model.
+        split, captions: Split that was evaluated, and its captions.
+        model: Model whose attention is shown; None shows none.
+        preprocess: Transform of the model; None without a model.
+        preprocess_cfg: How photos are resized, as open_clip stores it (`visual.preprocess_cfg`).
         plots: SVG by title, in order.
-        title: Of the page.
+        title: Title of the page.
     """
 
     result: ResultFile
@@ -70,12 +68,12 @@ def write_report(
 
     Args:
         path: HTML file.
-        given: What is shown.
-        captions, images: Caption and image queries in the gallery.
+        given: Content of the page.
+        captions, images: Number of caption and image queries in the gallery.
         progress: Called as progress(done, total).
 
     Returns:
-        The file, and why queries are left out: one of their photos can't be read.
+        The file, and for each query that was left out the reason: one of its photos can't be read.
     """
     page, problems = _Page(given), Problems()
     chosen = [("t2i", row) for row in choose_rows(given.queries[given.row, "t2i"], captions)]
@@ -101,31 +99,10 @@ def write_report(
         "counts": {d: counts(given.queries[given.row, d]) for d in ("t2i", "i2t")},
     }
     template = resources.files("amp.report").joinpath("report.html").read_text(encoding="utf-8")
-    # Inside a script element only its end tag must not occur: no text can leave the data.
+    # Without "<" no text can end the script element that holds the data.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     page_text = template.replace("__DATA__", data, 1)
     return write_atomically(path, page_text.encode("utf-8", "replace")), problems.found
-
-
-def outcomes(results: QueryResults) -> np.ndarray:
-    """Index into `OUTCOMES` of each query, by its first place before and after."""
-    before, after = results.first_ranks == 0, results.ranks == 0
-    return np.select([~before & after, before & ~after, ~before & ~after], [0, 1, 2], default=3)
-
-
-def counts(results: QueryResults) -> dict[str, int]:
-    """Queries by outcome."""
-    found = np.bincount(outcomes(results), minlength=len(OUTCOMES))
-    return dict(zip(OUTCOMES, found.tolist(), strict=True))
-
-
-def choose_rows(results: QueryResults, count: int) -> list[int]:
-    """Queries to show: by outcome in the proportions of `SHARES`, evenly spaced within each, never hand-picked."""
-    kinds = [np.flatnonzero(outcomes(results) == kind) for kind in range(len(OUTCOMES))]
-    wanted = [min(len(rows), round(share * count)) for rows, share in zip(kinds, SHARES, strict=True)]
-    for kind, rows in enumerate(kinds):
-        wanted[kind] = min(len(rows), wanted[kind] + max(0, count - sum(wanted)))
-    return [int(r) for rows, n in zip(kinds, wanted, strict=True) for r in rows[np.arange(n) * len(rows) // max(1, n)]]
 
 
 def table_of(result: ResultFile) -> list[dict]:
@@ -152,18 +129,18 @@ def table_of(result: ResultFile) -> list[dict]:
 
 
 class _Page:
-    """Cards, and the photos that they share."""
+    """The cards of a page and the photos that they share."""
 
     def __init__(self, given: ReportInput):
         self.given = given
         self.photos: dict[str, str] = {}
         self._early: dict[int, torch.Tensor] = {}
-        # As the model sees photos, so that maps lie right, but larger.
+        # Cropped as for the model, so that attention maps fit, but larger.
         cfg = replace(PreprocessCfg(**given.preprocess_cfg), size=THUMB)
         self._fit = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
 
     def card(self, direction: str, row: int) -> dict:
-        """One query with the first results of base and row."""
+        """One query with the first results of the base model and of the row."""
         given = self.given
         results = given.queries[given.row, direction]
         query, image = int(results.queries[row]), int(results.images[row])
@@ -240,7 +217,7 @@ class _Page:
 
 
 def _grey(values: np.ndarray) -> str:
-    """A map as an image of a pixel a patch, from its least to its greatest value."""
+    """A map as a grey image with one pixel per patch, scaled from its least to its greatest value."""
     spread = float(np.ptp(values)) or 1.0
     buffer = io.BytesIO()
     Image.fromarray(np.uint8(255 * (values - values.min()) / spread)).save(buffer, "PNG")

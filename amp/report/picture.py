@@ -1,4 +1,4 @@
-"""Chooses retrievals of an evaluation and draws them."""
+"""Chooses retrievals of an evaluation and draws them, before and after re-ranking."""
 
 from pathlib import Path
 
@@ -6,15 +6,8 @@ import torch
 
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
-from amp.report.gallery import (
-    CaptionHit,
-    ImageHit,
-    ImageToText,
-    TextToImage,
-    choose_queries,
-    draw_gallery,
-    outcome_note,
-)
+from amp.report.choice import choose_queries, outcome_note
+from amp.report.gallery import Result, Retrieval, draw_gallery
 from amp.retrieval.rerank import rerank_order
 from amp.retrieval.split_search import Ranking, Rankings
 
@@ -28,15 +21,15 @@ def draw_retrievals(
     i2t_examples: int = 2,
     shown: int = 3,
 ) -> None:
-    """Draws queries that re-ranking mended most, and the one it broke worst, of each direction.
+    """Draws the queries of each direction that re-ranking mended most, and the one that it broke worst.
 
     Args:
         path: File of the picture, PNG, JPEG or WebP by its suffix.
-        split: Where photos are read.
-        captions: Of the split.
-        rankings: Of one model, as `SplitSearch.rank` returns.
-        t2i_examples, i2t_examples: Queries a direction.
-        shown: Results a query and ranking.
+        split: Split with the photos.
+        captions: Captions of the split.
+        rankings: Rankings of one model, as `SplitSearch.rank` returns them.
+        t2i_examples, i2t_examples: Number of queries per direction.
+        shown: Number of results per query and ranking.
     """
     t2i, i2t = rankings.t2i, next(iter(rankings.i2t.values()))
     text_cards, image_cards = [], []
@@ -46,24 +39,24 @@ def draw_retrievals(
         caption = int(t2i.queries[row])
         answer = int(captions.image[caption])
         base, new = (
-            [ImageHit(split.image(image), score, image == answer) for image, score in hits]
+            [Result(split.image(image), score, image == answer) for image, score in hits]
             for hits in both_orders(t2i, row, shown)
         )
         triplets = [f"{t.subject}, {t.action}, {t.object}".rstrip(", ") for t in captions.knowledge[caption].triplets]
-        text_cards.append(TextToImage(captions.texts[caption], triplets, base, new))
+        text_cards.append(Retrieval(captions.texts[caption], base, new, triplets))
     for row in choose_queries(i2t.first.ranks.tolist(), i2t.ranks.tolist(), i2t_examples):
         image = int(i2t.queries[row])
-        captions_before, captions_after = (
-            [CaptionHit(captions.texts[c], score, int(captions.image[c]) == image) for c, score in hits]
+        before, after = (
+            [Result(captions.texts[c], score, int(captions.image[c]) == image) for c, score in hits]
             for hits in both_orders(i2t, row, shown)
         )
-        image_cards.append(ImageToText(split.image(image), captions_before, captions_after))
+        image_cards.append(Retrieval(split.image(image), before, after))
     notes = [outcome_note(r.first.ranks.tolist(), r.ranks.tolist()) for r in (t2i, i2t)]
     draw_gallery(path, text_cards, image_cards, t2i_note=notes[0], i2t_note=notes[1])
 
 
 def both_orders(ranking: Ranking, row: int, shown: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """First candidates of a query with their scores, as the base model ranks them and as re-ranked."""
+    """First candidates of a query with their scores, in the base model's order and re-ranked."""
     first = ranking.first
     order: torch.Tensor = rerank_order(first, ranking.scores, ranking.fusion_weight)[row, :shown]
     base = list(zip(first.candidates[row, :shown].tolist(), first.scores[row, :shown].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The plots of a report as SVG that follows the page's colours."""
+"""The plots of a report as SVG in the page's colours."""
 
 import csv
 import io
@@ -18,14 +18,14 @@ from amp.evaluate.results import ResultFile
 # Okabe and Ito's palette, told apart by colour-blind readers and on light and dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 METRICS = ("i2t R@1", "t2i R@1", "Rsum")
-_GROUND = "#010203"  # stands for the page's own colour of text
+_GROUND = "#010203"  # replaced by the page's text colour
 
 
 def dot_plot(rows: list[tuple[str, list[tuple[float, float, float]]]]) -> str:
-    """A point a row with its interval, a panel a metric of `METRICS`, the first row as a line.
+    """One panel per metric of `METRICS`, with one point and interval per row; a line marks the first row.
 
     Args:
-        rows: Name, and (value, low, high) of each metric.
+        rows: Name and (value, low, high) of each metric, per row.
     """
     with _style():
         figure = Figure(figsize=(9, 0.9 + 0.3 * len(rows)), layout="constrained")
@@ -61,7 +61,7 @@ def sweep_plot(path: str | os.PathLike) -> str:
     """The rows of a sweep's CSV file (launchers/sweep.py) as means with standard errors.
 
     Raises:
-        AmpError: Not such a file.
+        AmpError: The file is none, or has no row with figures.
     """
     rows: dict[str, dict[str, tuple[float, float, float]]] = {}
     try:
@@ -81,7 +81,7 @@ def sweep_plot(path: str | os.PathLike) -> str:
 
 
 def training_plot(runs: dict[str, Path]) -> str | None:
-    """Loss and validation R@1 of runs by their TensorBoard files; None where none is found."""
+    """Loss and validation R@1 of runs from their TensorBoard files; None if there are none."""
     curves = {name: found for name, folder in runs.items() if (found := _curves(folder))}
     if not curves:
         return None
@@ -139,7 +139,7 @@ def _style():
         "svg.hashsalt": "report",
     }
     with rc_context({**colours, **settings}), warnings.catch_warnings():
-        # Text stays text, which the reader's browser draws: no matter that Matplotlib's font lacks Chinese letters.
+        # Text stays text in SVG: the browser draws it, so Matplotlib's own font may lack its characters.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 

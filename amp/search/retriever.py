@@ -1,4 +1,4 @@
-"""Search in a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
+"""Searching a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,9 +14,10 @@ from amp.data.text_features import cut_texts
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge
 from amp.model.clip import ActionAwareCLIP
-from amp.publish.hub import from_pretrained
+from amp.model.pretrained import from_pretrained
 from amp.retrieval.scorer import PairScorer
-from amp.search.photo_index import MAKE_AGAIN, PhotoIndex, Update, update_index
+from amp.search.index import MAKE_AGAIN, PhotoIndex
+from amp.search.update import Update, update_index
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Hit:
     """A photo that was found.
 
     Attributes:
-        path: Of the photo.
-        score: What it was ranked by.
-        base_score: Cosine of the frozen CLIP.
-        base_rank: 0-based place that the frozen CLIP gave it among the photos that are still there.
+        path: Path of the photo.
+        score: Score that it was ranked by.
+        base_score: Its cosine to the query in the frozen CLIP.
+        base_rank: Its 0-based rank in the frozen CLIP among the photos that still exist.
     """
 
     path: Path
@@ -41,10 +42,10 @@ class Found:
     """Answer to a query.
 
     Attributes:
-        query: The text.
-        knowledge: What photos were conditioned on; empty for models that read none.
-        hits: Best first.
-        skipped: Photos that would have been among the hits but are gone or can't be read, with the reason.
+        query: Text of the query.
+        knowledge: Knowledge that photos were conditioned on; empty for models that read none.
+        hits: Photos found, best first.
+        skipped: Photos that would have been candidates but are gone or can't be read, with the reason.
     """
 
     query: str
@@ -56,18 +57,18 @@ class Found:
 class Retriever:
     """Finds photos of a folder by text.
 
-    Of each photo the index holds the frozen CLIP's feature alone. The `top_k` photos that it pre-selects are decoded
-    and encoded under the query's knowledge, when they are asked for.
+    The index holds only the frozen CLIP's feature of each photo. Each search decodes the `top_k` photos that these
+    features pre-select and encodes them under the query's knowledge.
 
     Args:
-        model: In eval mode, on its device.
+        model: Model on its device; it is put into eval mode.
         preprocess: The validation transform.
-        index: Folder of an index of this model, or where `update` makes one.
-        knowledge: Captions to knowledge, such as `amp.generation.query.KnowledgeGenerator()`; None leaves queries
-            without.
-        top_k: Photos that are re-ranked (paper: 20); 0 leaves the frozen CLIP's order.
-        fusion_weight: Of the frozen CLIP's cosine beside the new one.
-        batch_size: Photos a forward pass.
+        index: Folder of this model's index; `update` makes it.
+        knowledge: Function from captions to their knowledge, such as `amp.generation.query.KnowledgeGenerator()`; None
+            searches without knowledge.
+        top_k: Number of photos that are re-ranked (paper: 20); 0 keeps the frozen CLIP's order.
+        fusion_weight: Weight of the frozen CLIP's cosine, which is added to the new score.
+        batch_size: Photos per forward pass.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class Retriever:
         """Builds the model from an adapter, whose record names base model and transform.
 
         Args:
-            adapter: As for `amp.from_pretrained`.
-            index: As for the class.
-            model_name, pretrained: The base model, where it lies elsewhere than at training.
-            device: Where the model is put.
+            adapter: Adapter as for `amp.from_pretrained`.
+            index: Folder of the index, as for the class.
+            model_name, pretrained: Name and weights of the base model on this machine; None takes those in the record.
+            device: Device of the model.
             **settings: Further arguments of the class.
         """
         model, _, preprocess = from_pretrained(adapter, model_name, pretrained, device)
@@ -113,7 +114,7 @@ class Retriever:
         """The index.
 
         Raises:
-            AmpError: There is none, or it belongs to another model.
+            AmpError: There is no index, or it belongs to another model.
         """
         if self._index is None:
             index = PhotoIndex(self.folder)
@@ -133,7 +134,7 @@ class Retriever:
         return found
 
     def cuts(self, query: str) -> bool:
-        """Whether the model's tokenizer leaves out the end of a query; False where that is not known."""
+        """Whether the model's tokenizer cuts off the end of a query; False where that is not known."""
         with suppress(AmpError):
             return bool(cut_texts([query], self.model.tokenizer, self.model.backbone.context_length))
         return False
@@ -144,11 +145,11 @@ class Retriever:
 
         Args:
             query: A caption, such as "a dog jumps over a hurdle".
-            count: Photos to return; behind the re-ranked ones come the others in the frozen CLIP's order.
-            knowledge: Of the query; None asks the generator.
+            count: Number of photos to return. After the re-ranked ones come others in the frozen CLIP's order.
+            knowledge: Knowledge of the query; None lets the generator write it.
 
         Raises:
-            AmpError: An empty query, no index, no photo of it left, or a feature that is not finite.
+            AmpError: The query is empty, there is no index, none of its photos is left, or a feature is not finite.
         """
         if not query.strip():
             raise AmpError("the query is empty, expected a text")
@@ -157,7 +158,7 @@ class Retriever:
         index, model = self.index, self.model
         text = model.encode_text(model.tokenizer([query]).to(model.logit_scale.device))
         images: list[torch.Tensor] = []
-        there: list[tuple[Path, float]] = []  # the frozen CLIP's order, without photos that are gone
+        there: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
         skipped: dict[Path, str] = {}
         scores, numbers = _scores(index, text).sort(descending=True, stable=True)
         for score, number in zip(scores.tolist(), numbers.tolist(), strict=True):
@@ -167,7 +168,7 @@ class Retriever:
                 else:
                     index.check_there(number)
                 there.append((index.path(number), score))
-            except UnreadableImageError as error:  # another one takes its place
+            except UnreadableImageError as error:  # the next one takes its place
                 skipped[index.path(number)] = str(error)
             if len(there) == max(count, self.top_k):
                 break
@@ -194,7 +195,7 @@ class Retriever:
         return self.knowledge([query])[0]
 
     def _new_scores(self, images: list[torch.Tensor], text: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
-        """Scores (k,) of preprocessed photos under the query's knowledge."""
+        """Scores (k,) of preprocessed photos under the query's knowledge, on the CPU."""
         if not images:
             return torch.empty(0)
         model = self.model
@@ -205,7 +206,7 @@ class Retriever:
 
 
 def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:
-    """Cosine of every photo, in one pass over the memory-mapped features."""
+    """Cosine (N,) of every photo to the query, in one pass over the memory-mapped features."""
     text, parts = F.normalize(text.float().cpu(), dim=-1), []
     for low in range(0, len(index), 65_536):
         features = torch.from_numpy(index.features[low : low + 65_536].copy())

@@ -6,7 +6,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from amp.report.drawing import clean, plot_fonts
+from amp.report.fonts import clean, plot_fonts
 from amp.sweep.config import SweepConfig
 from amp.sweep.summary import METRICS, Line
 
