@@ -19,7 +19,7 @@ from amp.report.attention import attention_maps
 from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import StageSettings
 from amp.train.engine import train
-from amp.train.launch import precision_problems
+from amp.launch import precision_problems
 
 READOUT = {"interaction": "readout", "text_enrichment": True, "text_triplets": True, "image_projection": True}
 PROMPTS = {
@@ -117,7 +117,7 @@ def test_two_low_types_are_refused_before_anything_is_computed(config, tmp_path,
 
 def test_what_is_refused(config, monkeypatch):
     """The whole table, with a processor that has no bf16 instructions; the plan, which is for GPUs, says the same."""
-    monkeypatch.setattr("amp.train.launch.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("amp.launch.multiplies_bf16", lambda: False)
     low = {"bf16", "fp16"}
     for weights, autocast, gpu, file in product(("fp32", *low), ("auto", "no", *low), (True, False), (None, "zero2")):
         run = replace(config, model=replace(config.model, precision=weights), mixed_precision=autocast, stages=[1])

@@ -110,16 +110,16 @@ def commands(rows: list[Row], folder: str) -> list[str]:
                 continue
             out = f"--out {folder}/{row.id}.{dataset}.json"
             if dataset in row.configs:
-                stem = Path(row.configs[dataset]).stem
-                adapter = f"runs/{stem}/action-aware/stage2/adapter.safetensors"
-                found.append(f"accelerate launch launchers/train.py --config {CONFIGS}/{row.configs[dataset]}")
+                config = f"{CONFIGS}/{row.configs[dataset]}"
+                run = f"runs/{Path(row.configs[dataset]).stem}/action-aware"
+                found.append(f"accelerate launch launchers/train.py --config {config} --out {run}")
                 found.append(
-                    f"accelerate launch launchers/evaluate.py --config {CONFIGS}/{row.configs[dataset]} {out} "
-                    f"--search.i2t '[pairwise]' --adapters '[\"ours={adapter}\"]'"
+                    f"accelerate launch -m amp.commands.evaluate --config {run}/config.yaml {out} "
+                    f"--search.i2t pairwise --adapters ours={run}/stage2/adapter.safetensors"
                 )
             else:
                 found.append(
-                    f"python launchers/evaluate.py --config {CONFIGS}/table1/{dataset}.yaml --config "
+                    f"amp evaluate --config {CONFIGS}/table1/{dataset}.yaml --config "
                     f"{CONFIGS}/table1/{row.id}.yaml {out}"
                 )
     return found

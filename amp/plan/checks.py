@@ -22,6 +22,7 @@ from amp.data.text_features import cut_texts
 from amp.errors import AmpError
 from amp.files import sha256_of
 from amp.knowledge.text import select, tower_texts
+from amp.launch import precision_problems
 from amp.model.adapter import read_adapter
 from amp.model.clip import ActionAwareCLIP
 from amp.model.factory import get_tokenizer, refuse_quick_gelu_mismatch, refuse_unknown_model
@@ -29,7 +30,7 @@ from amp.plan.memory import OFFLOADS
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import TrainConfig
 from amp.train.engine import open_splits
-from amp.train.launch import launch_problems, precision_problems
+from amp.train.launch import launch_problems
 from amp.train.resume import find_checkpoint, refuse_other_run, stages_left
 
 Level = Literal["ok", "note", "warning", "error"]

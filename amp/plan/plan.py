@@ -13,6 +13,7 @@ from rich.text import Text
 
 from amp.data.order import BatchOrder
 from amp.errors import AmpError
+from amp.launch import precision_of
 from amp.plan.checks import (
     Dataset,
     Findings,
@@ -37,7 +38,7 @@ from amp.plan.checks import (
 )
 from amp.plan.memory import MARGIN, Estimate, Parameters, StepSimulator, Zero, estimate, largest_batch
 from amp.train.config import TrainConfig
-from amp.train.launch import deepspeed_file, deepspeed_settings, precision_of
+from amp.train.launch import deepspeed_file, deepspeed_settings
 
 TOTAL = "a GPU, in all"
 COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}

@@ -1,6 +1,6 @@
 """Our models for CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark), as its model type ``amp``.
 
-    python -m amp.publish.clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
+    amp clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
 
 CLIP_benchmark encodes images and texts apart and multiplies them. Features under a caption's knowledge belong to a
 pair and can't be had that way, so what it measures is the adapter without knowledge: what adapting costs or gives on
@@ -11,7 +11,7 @@ readers, which do not apply a camera's orientation.
 import torch
 import torch.nn as nn
 
-from amp.errors import AmpError, exit_on_error
+from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge
 from amp.model.clip import ActionAwareCLIP
 from amp.publish.hub import from_pretrained
@@ -66,24 +66,9 @@ def load_amp(
 
 
 def register() -> None:
-    """Adds the type ``amp`` to CLIP_benchmark's loader, beside its own."""
+    """Adds the type ``amp`` to CLIP_benchmark's loader, in addition to its own."""
     from clip_benchmark import models
 
     if "amp" not in models.TYPE2FUNC:
         models.TYPE2FUNC["amp"] = load_amp
         models.MODEL_TYPES.append("amp")
-
-
-@exit_on_error()
-def main() -> None:
-    """CLIP_benchmark's own command line, which knows the type ``amp`` besides."""
-    try:
-        register()
-        from clip_benchmark.cli import main as run
-    except ImportError as error:
-        raise AmpError(f"{error}; pip install clip-benchmark") from None
-    run()
-
-
-if __name__ == "__main__":
-    main()

@@ -25,6 +25,7 @@ from amp.files import write_atomically
 from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
 from amp.report.attention import attention_maps
+from amp.retrieval.figures import RowKey
 from amp.retrieval.metrics import KS
 
 BASE = "base CLIP"
@@ -53,7 +54,7 @@ class ReportInput:
 
     result: ResultFile
     queries: QueryTable
-    row: str
+    row: RowKey
     split: ShardSplit
     captions: SplitCaptions
     model: ActionAwareCLIP | None
@@ -89,7 +90,7 @@ def write_report(
     verbs = by_verb(given.queries, given.row, given.captions.knowledge)
     content = {
         "title": given.title,
-        "row": given.row,
+        "row": str(given.row),
         "base": BASE,
         "table": table_of(given.result),
         "ks": list(KS),
