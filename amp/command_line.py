@@ -106,7 +106,7 @@ class CommandLine(ArgumentParser):
                         f"{key} is {shorten(content[key])}, expected its settings below it, one KEY: VALUE a line"
                     )
             if self.translate is not None:
-                settings = self.parse_object(self.translate(content), *arguments, **options)
+                settings = self.parse_string(yaml.safe_dump(self.translate(content)), *arguments, **options)
                 self._file = None
                 return settings
         settings = super().parse_path(cfg_path, *arguments, **options)
