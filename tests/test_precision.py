@@ -11,6 +11,7 @@ from training_run import small_run
 
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
+from amp.launch import precision_problems
 from amp.model.factory import to_precision
 from amp.plan.checks import check_launch
 from amp.plan.plan import PlanSettings, make_plan
@@ -19,7 +20,6 @@ from amp.report.attention import attention_maps
 from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import StageSettings
 from amp.train.engine import train
-from amp.launch import precision_problems
 
 READOUT = {"interaction": "readout", "text_enrichment": True, "text_triplets": True, "image_projection": True}
 PROMPTS = {
