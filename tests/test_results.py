@@ -42,7 +42,7 @@ def results():
     rows = [
         RetrievalRow(BASE, direction(10.04, 30.0, 50.0), direction(11.123456789, 31.0, 51.0, seconds=400.0)),
         RetrievalRow(
-            RowKey("action-aware [x]", "pairwise", "ä"),
+            RowKey("action-aware [pairwise]", "ä"),
             direction(10.01, 33.0, 49.0),
             direction(12.0, 30.0, 55.0, seconds=400.0),
         ),

@@ -9,11 +9,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from clip_benchmark.metrics import zeroshot_retrieval
-from conftest import make_model
 from helpers import ROOT, run_ranks
 from safetensors.torch import save_file
 
-from amp.commands import evaluate, table1
+import amp
+from amp.commands import evaluate, table1, train
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.errors import AmpError
@@ -78,7 +78,7 @@ def test_runs_are_read_and_the_others_have_commands(rows, tmp_path, capsys):
 
 def test_results_that_cant_be_used_are_left_out_with_the_reason(rows, tmp_path, capsys):
     _result(tmp_path / "clip_vit_b16.coco.json")
-    ours = next(row.id for row in rows if row.configs)
+    ours = next(row.id for row in rows if row.training)
     spoilt = {
         "clip_vit_b32.coco.json": ("{", "not JSON"),
         f"{ours}.coco.json": (_result(tmp_path / "x").read_text(), "has 1 rows, expected base CLIP and an adapter"),
@@ -154,8 +154,9 @@ def test_configs_name_models_that_open_clip_has(path, dataset, rows):
 
 def test_each_row_with_an_id_has_its_config(rows):
     for row in rows:
-        if row.configs:
-            assert all((ROOT / "launchers/configs" / name).is_file() for name in row.configs.values())
+        if row.training:
+            for name, *options in map(str.split, row.training.values()):
+                train.parser().parse_args(["--config", str(ROOT / "launchers/configs" / name), *options])
         elif row.id:
             assert (ROOT / f"launchers/configs/table1/{row.id}.yaml").is_file()
 
@@ -252,9 +253,9 @@ def test_a_baseline_in_low_precision(tower, timm_folder, clip_folder, shards, tm
     assert low.rsum > 0 and abs(low.rsum - exact.rsum) < 0.5 * exact.rsum
 
 
-def test_a_tower_without_plain_blocks_takes_no_adapter(shards, tmp_path, capsys, fresh_accelerate):
+def test_a_tower_without_plain_blocks_takes_no_adapter(clip_folder, shards, tmp_path, capsys, fresh_accelerate):
     convnext = write_timm_folder(tmp_path / "convnext", "test_convnext")
-    save_adapter(tmp_path / "a.safetensors", make_model())
+    save_adapter(tmp_path / "a.safetensors", amp.create_model_and_transforms(clip_folder)[0])
     with pytest.raises(SystemExit):
         evaluate.main(
             [
