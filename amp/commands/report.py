@@ -84,7 +84,6 @@ def run(settings: ReportSettings) -> None:
     with problems.collect():
         result = ResultFile.load_json(settings.results)
         queries = load_queries(Path(settings.results).with_suffix(".npz"))
-        row = result.find(settings.row, settings.results) if settings.row else last_row(result)
         lacking = [
             key
             for key in ("split", "captions_per_image", "captions_sha256", "dataset", "model")
@@ -94,6 +93,7 @@ def run(settings: ReportSettings) -> None:
             raise AmpError(
                 f"{settings.results}: protocol key {lacking[0]!r} is missing; write it again with amp evaluate"
             )
+        row = result.find(settings.row, settings.results) if settings.row else last_row(result)
         for adapter in adapters.values():
             result.check_adapter(adapter.path, where=settings.results)
         split = ShardSplit(shards_of(settings.shards, adapters), result.protocol["split"])
