@@ -56,7 +56,7 @@ class World:
         config = amp.PromptConfig(knowledge, **{**settings, **prompt})
         self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
         self.model.eval()
-        if self.model.interaction.conditioned:  # far from the base model, so that knowledge shows in the scores
+        if hasattr(self.model.interaction, "aim"):  # far from the base model, so that knowledge shows in the scores
             self.model.interaction.aim.gate.data.normal_(std=2.0)
         self.split = ShardSplit(shards, "test")
         self.captions = SplitCaptions.read(self.split, KINDS)
@@ -99,6 +99,13 @@ def ranked(retrieval: SplitSearch, model, *arguments, **options) -> dict[str, Ra
     """Rankings by direction and mode: "t2i", "i2t pairwise", "i2t pooled", or "i2t" of a control."""
     found = retrieval.rank(model, *arguments, **options)
     return {"t2i": found.t2i, **{f"i2t {mode}".strip(): ranking for mode, ranking in found.i2t.items()}}
+
+
+def evaluation_settings(settings: dict) -> dict:
+    """Options of amp evaluate among those of a training run."""
+    known = {"config", *EvaluationSettings.__dataclass_fields__}
+    renamed = {key.removeprefix("data."): value for key, value in settings.items()}
+    return {key: value for key, value in renamed.items() if key.partition(".")[0] in known}
 
 
 @torch.no_grad()

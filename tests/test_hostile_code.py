@@ -87,10 +87,10 @@ def test_the_reading_above_finds_faults(source):
 
 COMMANDS = (
     "launchers/train.py",
-    "launchers/evaluate.py",
-    "launchers/choose.py",
-    "launchers/report.py",
-    "launchers/sweep.py",
+    "amp/commands/evaluate.py",
+    "amp/commands/choose.py",
+    "amp/commands/report.py",
+    "amp/commands/sweep.py",
     "tools/make_shards.py",
     "tools/generate_knowledge.py",
 )
@@ -146,7 +146,7 @@ def test_settings_choose_no_class(tmp_path, capsys, key):
         path.write_text(text)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.syspath_prepend(str(tmp_path))
-            launcher("launchers/choose.py").main(["--config", str(path)])
+            launcher("amp/commands/choose.py").main(["--config", str(path)])
         assert ended.value.code == 2 and "Traceback" not in capsys.readouterr().err
     assert not canary.exists()
 

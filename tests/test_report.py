@@ -19,6 +19,7 @@ from amp.model.adapter import read_adapter, save_adapter, write_adapter
 from amp.report.attention import attention_maps
 from amp.report.page import OUTCOMES, choose_rows, counts, outcomes
 from amp.report.plots import sweep_plot
+from amp.retrieval.figures import RowKey
 
 EVIL = "</script><img src=x onerror=\"document.title='broken in'\"><b>dog</b> & \u2028 {{7*7}} __DATA__"
 
@@ -188,7 +189,7 @@ def test_the_data_are_those_of_the_results(page):
         "chance of the top 6",
     ]
     cards = [card for card in data["cards"] if card["direction"] == "t2i"]
-    queries = table[data["row"], "t2i"]
+    queries = table[RowKey("ours", "pooled"), "t2i"]
     assert sorted(card["query"] for card in cards) == queries.queries.tolist()
     for card in cards:
         row = card["query"]
