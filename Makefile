@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file launchers/accelerate/one_process.yaml launchers/train.py
 DEMO := runs/demo
-ADAPTERS := ["control=$(DEMO)/control/stage2/adapter.safetensors", \
-             "action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors"]
+ADAPTERS := control=$(DEMO)/control/stage2/adapter.safetensors action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors
+SCENES := data/demo/drawn-scenes
 
 # OpenMP threads that spin while they wait take the core from the decoding worker.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -36,15 +36,15 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
-	    --out data/demo/drawn-scenes
-	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/control --conditioning none --prompt.knowledge none
+	    --out $(SCENES)
+	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/control --prompt.knowledge none
 	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
-	$(BIN)/python launchers/evaluate.py --config launchers/configs/scenes.yaml --split test --out $(DEMO)/results.json \
-	    --gallery $(DEMO)/retrievals.png --adapters '$(ADAPTERS)'
-	$(BIN)/python launchers/report.py --config launchers/configs/scenes.yaml --results $(DEMO)/results.json \
-	    --row "action-aware (pairwise)" --out $(DEMO)/report.html --adapters '$(ADAPTERS)'
-	$(BIN)/python tools/scenes/twins.py --config launchers/configs/scenes.yaml --dataset data/demo/scenes/dataset.json \
-	    --split test --out $(DEMO)/twins.json --adapters '$(ADAPTERS)'
+	$(BIN)/amp evaluate --shards $(SCENES) --cache data/demo/cache --workers 1 --batch_size 128 \
+	    --out $(DEMO)/results.json --gallery $(DEMO)/retrievals.png --adapters $(ADAPTERS)
+	$(BIN)/amp report --results $(DEMO)/results.json --shards $(SCENES) --row "action-aware (pairwise)" \
+	    --out $(DEMO)/report.html --adapters $(ADAPTERS)
+	$(BIN)/python tools/scenes/twins.py --shards $(SCENES) --cache data/demo/cache --workers 1 \
+	    --dataset data/demo/scenes/dataset.json --out $(DEMO)/twins.json --adapters $(ADAPTERS)
 
 # Knowledge by a small language model for the captions of some drawn scenes, put into their shards, and one epoch of
 # training on it. Needs no network.

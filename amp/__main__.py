@@ -1,4 +1,4 @@
-"""``amp COMMAND``: what an installed package needs no clone for; the scripts of launchers/ and tools/ call the same.
+"""``amp COMMAND``; the scripts of launchers/ and tools/ call the same functions.
 
 On several processes ``accelerate launch ... -m amp.commands.train`` takes the place of ``amp train``.
 """
@@ -9,17 +9,29 @@ from importlib import import_module
 import amp.commands  # noqa: F401, sets what torch reads when it is loaded
 from amp.errors import WRONG_INPUT, complain, exit_on_error
 
-COMMANDS = {
-    "generate_knowledge": ("amp.commands.generate_knowledge", "write the knowledge of captions"),
-    "make_shards": ("amp.commands.make_shards", "photos, captions and knowledge to shards"),
-    "rewrite_knowledge": ("amp.commands.rewrite_knowledge", "put new knowledge into shards that exist"),
-    "train": ("amp.commands.train", "train an adapter on shards"),
-    "evaluate": ("amp.commands.evaluate", "retrieval figures of the base CLIP and of adapters"),
-    "compare": ("amp.commands.compare", "two rows of evaluations with intervals"),
-    "report": ("amp.commands.report", "an evaluation as one HTML page"),
-    "search": ("amp.commands.search", "find photos of a folder by text"),
-    "publish": ("amp.commands.publish", "an adapter as a folder with a model card, or on the hub"),
+# Each command is the module of its name in amp/commands.
+GROUPS = {
+    "use": {
+        "search": "find photos of a folder by text",
+        "publish": "write an adapter as a folder with a model card, or to the hub",
+    },
+    "train": {
+        "generate_knowledge": "write the knowledge of captions",
+        "make_shards": "turn photos, captions and knowledge into shards",
+        "rewrite_knowledge": "put new knowledge into shards that exist",
+        "train": "train an adapter on shards",
+        "sweep": "train and evaluate the rows of a table over several seeds",
+    },
+    "measure": {
+        "evaluate": "retrieval figures of the base CLIP and of adapters",
+        "compare": "differences of two rows of evaluations, with intervals",
+        "report": "an evaluation as one HTML page",
+        "choose": "which of a photo's captions is right? SugarCrepe, ARO, swapped roles and actions",
+        "table1": "the paper's Table 1 next to our figures",
+        "clip_benchmark": "CLIP_benchmark with adapters as its model type amp",
+    },
 }
+COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
 
 
 @exit_on_error()
@@ -27,12 +39,13 @@ def main() -> None:
     """Runs the command that the first argument names; the others are its own."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in COMMANDS:
-        import_module(COMMANDS[name][0]).main(arguments)
+        import_module(f"amp.commands.{name}").main(arguments)
         return
-    known = "\n".join(f"  {command:20}{what}" for command, (_, what) in COMMANDS.items())
-    usage = f"usage: amp COMMAND [options]; amp COMMAND --help lists them\n\n{known}"
+    usage = "usage: amp COMMAND [options]; amp COMMAND --help lists them"
     if name in ("--help", "-h"):
         print(usage)
+        for title, group in GROUPS.items():
+            print(f"\n{title}:", *(f"  {command:20}{what}" for command, what in group.items()), sep="\n")
         return
     if name == "--version":
         from amp.version import __version__

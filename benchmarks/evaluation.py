@@ -1,10 +1,9 @@
-"""An evaluation from end to end: launchers/evaluate.py as a user starts it, with nothing stored and then once more.
+"""An evaluation from end to end: `amp evaluate` as a user starts it, with nothing stored and then once more.
 
 The first run decodes and encodes all photos, encodes all texts, and re-ranks both directions; the second finds features
 of photos and texts on the disk.
 """
 
-import json
 import resource
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from benchmarks.timing import rounded
 
 DRAWN = 128  # photos, where no shards are given
 COLD, STORED = "nothing stored", "features stored"
-LAUNCHER = Path(__file__).parents[1] / "launchers/evaluate.py"
 
 
 def run(settings: Settings) -> dict:
@@ -45,30 +43,31 @@ def both_runs(settings: Settings, folder: Path) -> dict:
     weights, adapter = folder / "clip.pt", folder / "adapter.safetensors"
     base = base_model(settings)
     torch.save(base.backbone.clip.state_dict(), weights)  # random ones, if they are, must be the same in each process
-    prompt = PromptConfig(interaction="readout", interaction_layer=base.backbone.num_layers // 2)
+    prompt = PromptConfig(depth=0.5)
     save_adapter(adapter, create_model_and_transforms(settings.model, str(weights), prompt_config=prompt)[0])
     command = [
         sys.executable,
-        str(LAUNCHER),
+        "-m",
+        "amp.commands.evaluate",
         "--model.name",
         settings.model,
         "--model.pretrained",
         str(weights),
-        "--data.shards",
+        "--shards",
         str(shards),
-        "--data.cache",
+        "--cache",
         str(folder / "cache"),
         "--search.top_k",
         str(settings.top_k),
         "--adapters",
-        json.dumps([f"action-aware={adapter}"]),
+        f"action-aware={adapter}",
         "--out",
     ]
     seconds = {}
     for number, name in enumerate((COLD, STORED)):
         start = time.perf_counter()
         if subprocess.run([*command, str(folder / f"result{number}.json")]).returncode:
-            raise AmpError("launchers/evaluate.py has ended with an error; what it printed stands above")
+            raise AmpError("amp evaluate has ended with an error; what it printed stands above")
         seconds[name] = rounded(time.perf_counter() - start)
     manifest = ShardManifest.load(shards)
     images, captions = manifest.samples("test"), manifest.captions("test")

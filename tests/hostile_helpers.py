@@ -27,7 +27,7 @@ class Canary:
 
 
 def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
-    """Arguments of launchers/train.py and evaluate.py that work; dots of changed settings are written as ``__``."""
+    """Arguments of launchers/train.py that work; dots of changed settings are written as ``__``."""
     settings = {
         "model.name": clip_folder,
         "model.pretrained": "null",
@@ -45,6 +45,19 @@ def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> lis
     settings |= {f"prompt.{key}": value for key, value in SMALL_PROMPT.items()}
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def evaluation_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
+    """The same of amp evaluate."""
+    settings = {
+        "model.name": clip_folder,
+        "shards": shards,
+        "cache": folder / "cache",
+        "batch_size": 4,
+        "workers": 0,
+        "out": folder / "run" / "out.json",
+    }
+    return [part for key, value in (settings | changes).items() for part in (f"--{key}", str(value))]
 
 
 def one_error(call, capsys) -> str:

@@ -19,12 +19,13 @@ from amp.data.stream import Batch
 from amp.data.text_features import encode_texts
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
+from amp.evaluate.settings import EvaluationSettings
 from amp.knowledge.text import tower_texts
 from amp.model.adapter import load_adapter, save_adapter
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.retrieval.settings import RetrievalSettings
-from amp.train.config import DataSettings, ModelSettings, TrainConfig
+from amp.train.config import TrainConfig
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names
 
@@ -355,14 +356,19 @@ def test_text_only_control_is_the_same_beside_any_model(clip_folder, shards, tmp
     """It adds states to captions, also where the model in question reads none."""
     rows = []
     for setting in ("both", "triplets", "template"):
-        config = TrainConfig(
-            model=ModelSettings(name=clip_folder, pretrained=None),
-            prompt=PromptConfig(knowledge=setting),
-            data=DataSettings(shards=str(shards), cache=str(tmp_path / setting), workers=0),
+        config = PromptConfig(knowledge=setting)
+        save_adapter(tmp_path / setting, amp.create_model_and_transforms(clip_folder, prompt_config=config)[0])
+        settings = EvaluationSettings(
+            str(shards),
+            adapters=[f"{setting}={tmp_path / setting}"],
+            search=RetrievalSettings(top_k=4),
+            text_only=True,
+            workers=0,
+            cache=str(tmp_path / f"{setting} cache"),
             mixed_precision="no",
+            out=tmp_path / f"{setting}.json",
         )
-        search = RetrievalSettings(top_k=4)
-        result = evaluate(config, "test", [], search, tmp_path / f"{setting}.json", text_only=True)
+        result = evaluate(settings).result
         named = {row.name: (row.i2t.recall, row.t2i.recall) for row in result.rows}
         rows.append(named["captions with states"])
         assert rows[-1] == rows[0] != named["base CLIP"]

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from amp.data.image_file import open_photo
-from helpers import _draw, launcher
+from helpers import _draw
 from test_evaluate import World
 
 import amp
+from amp.commands.choose import main
+from amp.data.images.file import open_photo
 from amp.data.split_captions import SplitCaptions
 from amp.errors import AmpError
-from amp.evaluate.choice import Choice, Choices, choose, load_choices
+from amp.evaluate.choice import Choice, Choices, choose
+from amp.evaluate.choice_files import load_choices
 from amp.evaluate.per_query import QueryResults
 from amp.evaluate.swaps import swapped_actions, swapped_roles
 from amp.evaluate.verbs import VerbCount, by_verb, save_verbs, verb_of, verbs_of
 from amp.generation.states import state_of
 from amp.model.adapter import save_adapter
+from amp.retrieval.figures import BASE, RowKey
 
 
 def knowledge(*triplets):
@@ -67,12 +70,13 @@ def test_counts_by_hand(tmp_path):
         queries, empty = np.array([0, 1, 3, 4]), np.zeros((4, 1))
         return QueryResults(queries, queries, empty, empty, empty, np.zeros(4), np.array(ranks))
 
-    table = {("base CLIP", "t2i"): results([0, 3, 0, 2]), ("ours", "t2i"): results([0, 0, 1, 0])}
-    counts = by_verb(table, "ours", items)
+    ours = RowKey("ours", "pairwise")
+    table = {(BASE, "t2i"): results([0, 3, 0, 2]), (ours, "t2i"): results([0, 0, 1, 0])}
+    counts = by_verb(table, ours, items)
     assert counts == [VerbCount("run", 3, 1, 3, 2, 0), VerbCount("throw", 2, 1, 1, 1, 1)]
-    rows = list(csv.DictReader(save_verbs(tmp_path / "v.csv", {"ours": counts}).open()))
+    rows = list(csv.DictReader(save_verbs(tmp_path / "v.csv", {ours: counts}).open()))
     assert rows[0] == {
-        "method": "ours",
+        "method": "ours (pairwise)",
         "verb": "run",
         "queries": "3",
         "base_R@1": "33.3",
@@ -350,25 +354,11 @@ def choosing(world, clip_folder, shards, photos, tmp_path):
     save_adapter(tmp_path / "adapter.safetensors", world.model)
 
     def run(tests, *more):
-        launcher("launchers/choose.py").main(
+        main(
             [
-                "--model.name",
-                clip_folder,
-                "--model.pretrained",
-                "null",
-                "--data.shards",
-                str(shards),
-                "--adapters",
-                f"[ours={tmp_path}/adapter.safetensors]",
-                "--tests",
-                json.dumps(list(map(str, tests))),
-                "--images",
-                str(photos),
-                "--knowledge",
-                "none",
-                "--out",
-                str(tmp_path / "choices.csv"),
-                *more,
+                *("--shards", str(shards), "--adapters", f"ours={tmp_path}/adapter.safetensors"),
+                *("--tests", json.dumps(list(map(str, tests))), "--images", str(photos), "--knowledge", "none"),
+                *("--out", str(tmp_path / "choices.csv"), *more),
             ]
         )
 
@@ -414,7 +404,7 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
         done.append(choices)
         return {"base CLIP": Choices([[1.0, 0.0]] * len(choices), ["g"] * len(choices), {})}
 
-    monkeypatch.setattr("amp.evaluate.choice.choose", fails_later)
+    monkeypatch.setattr("amp.evaluate.choice_run.choose", fails_later)
     with pytest.raises(RuntimeError, match="fire"):
         choosing(["swapped-roles", "swapped-actions"])
     assert set(saved(tmp_path)) == {("swapped-roles", "base CLIP")}
@@ -423,7 +413,7 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
 
 
 def test_everything_given_is_checked_before_a_model_is_loaded(choosing, photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("amp.model.factory.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.choice_run.load_base", None)
     files = [
         write(tmp_path / "empty.json", entries(range(3)) | {"3": CREPE | {"negative_caption": " "}}),
         write(tmp_path / "elsewhere.json", entries(range(100, 103))),
@@ -433,12 +423,13 @@ def test_everything_given_is_checked_before_a_model_is_loaded(choosing, photos, 
         choosing(
             [*files, "swapped-roles"],
             "--adapters",
-            "[a=no/a, b=no/b]",
+            "a=no/a",
+            "b=no/b",
             "--out",
             f"{photos}/0.png/out.csv",
             "--choices_a_batch",
             "0",
-            "--data.shards",
+            "--shards",
             "no/shards",
         )
     said = capsys.readouterr().err
@@ -466,8 +457,8 @@ def test_names_are_used_once(choosing, tmp_path, capsys):
         (same, [], "tests has more than one named 'x'"),
         ([], [], "tests is empty"),
         (["swapped-roles"], ["--adapters", "[]"], "adapters is empty"),
-        (["swapped-roles"], ["--adapters", f"[a={file}, a={file}]"], "adapters has two named 'a'"),
-        (["swapped-roles"], ["--adapters", f"[base CLIP={file}]"], "the name is 'base CLIP'"),
+        (["swapped-roles"], ["--adapters", f"a={file}", f"a={file}"], "adapters has two named 'a'"),
+        (["swapped-roles"], ["--adapters", f"base CLIP={file}"], "the name is 'base CLIP'"),
         (["swapped-roles"], ["--max_skipped_entries", "5"], "max_skipped_entries is 5.0, expected a fraction"),
         (same[:1], ["--images", "null"], "images is None, expected the folder"),
     ):

@@ -12,6 +12,7 @@ import torch
 from conftest import write_clip_folder
 from helpers import draw_dataset, launcher
 from safetensors.torch import save_file
+from test_evaluate import evaluation_settings
 
 import amp
 from amp.data.shards import ShardManifest
@@ -27,7 +28,7 @@ def train():
 
 @pytest.fixture(scope="module")
 def evaluate():
-    return launcher("launchers/evaluate.py").main
+    return launcher("amp/commands/evaluate.py").main
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,8 @@ def run(shards, clip_folder, tmp_path):
         }
         settings |= {f"prompt.{key}": value for key, value in TINY_PROMPT.items()}
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        if main.__module__ == "evaluate_script":
+            settings = evaluation_settings(settings)
         main([*arguments(settings), *more])
 
     return call

@@ -6,21 +6,24 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import launcher
 from test_evaluate import World
 
+from amp.commands import compare as compare_command
+from amp.commands import evaluate, report
 from amp.errors import AmpError
 from amp.evaluate.compare import compare
 from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
+from amp.evaluate.results_table import print_table
 from amp.model.adapter import save_adapter
+from amp.retrieval.figures import BASE, RowKey
 from amp.retrieval.metrics import recalls
 from amp.retrieval.settings import RetrievalSettings
 
 
 @pytest.fixture(scope="module")
 def files(clip_folder, shards, tmp_path_factory):
-    """Results of the base model and one adapter with a second fusion weight, in one gallery and in two folds."""
+    """Results of the base model and one adapter: in one gallery, in three folds, and with the first stage's score."""
     from accelerate.state import AcceleratorState, PartialState
 
     folder = tmp_path_factory.mktemp("compare")
@@ -28,30 +31,17 @@ def files(clip_folder, shards, tmp_path_factory):
     adapter = folder / "run" / "stage1" / "adapter.safetensors"
     adapter.parent.mkdir(parents=True)
     save_adapter(adapter, world.model)
-    evaluate = launcher("launchers/evaluate.py").main
-    for name, extra in (("whole", []), ("folds", ["--search.folds", "3", "--bootstrap", "0"])):
+    for name, extra in (
+        ("whole", []),
+        ("folds", ["--search.folds", "3", "--bootstrap", "0"]),
+        ("fused", ["--search.fusion_weight", "3.0", "--bootstrap", "0"]),
+    ):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
-        evaluate(
+        evaluate.main(
             [
-                "--model.name",
-                clip_folder,
-                "--model.pretrained",
-                "null",
-                "--data.shards",
-                str(shards),
-                "--data.cache",
-                str(folder / "cache"),
-                "--data.workers",
-                "0",
-                "--out",
-                str(folder / f"{name}.json"),
-                "--search.top_k",
-                "6",
-                "--search.fusions",
-                "[3.0]",
-                "--adapters",
-                f"[mine={adapter}]",
+                *("--shards", str(shards), "--cache", str(folder / "cache"), "--workers", "0"),
+                *("--out", str(folder / f"{name}.json"), "--search.top_k", "6", "--adapters", f"mine={adapter}"),
                 *extra,
             ]
         )
@@ -60,15 +50,17 @@ def files(clip_folder, shards, tmp_path_factory):
     return folder
 
 
-ROWS = ["base CLIP", "mine (pairwise)", "mine (pairwise), fusion 3", "mine (pooled)", "mine (pooled), fusion 3"]
+ROWS = ["base CLIP", "mine (pairwise)", "mine (pooled)"]
+MINE = RowKey("mine", "pairwise")
 
 
-def test_each_row_has_results_a_query(files):
+def test_each_row_has_results_per_query(files):
     result, table = ResultFile.load_json(files / "whole.json"), load_queries(files / "whole.npz")
-    assert [row.name for row in result.rows] == ROWS and list(table) == [(r, d) for r in ROWS for d in ("i2t", "t2i")]
+    assert [row.name for row in result.rows] == ROWS
+    assert list(table) == [(row.key, d) for row in result.rows for d in ("i2t", "t2i")]
     for row in result.rows:
         for direction in ("i2t", "t2i"):
-            queries, figures = table[row.name, direction], getattr(row, direction)
+            queries, figures = table[row.key, direction], getattr(row, direction)
             assert recalls(torch.from_numpy(queries.ranks)) == figures.recall
             assert np.take_along_axis(queries.scores, queries.order(), 1)[0].tolist() == sorted(
                 queries.scores[0].tolist(), reverse=True
@@ -76,7 +68,7 @@ def test_each_row_has_results_a_query(files):
             for k, (low, high) in figures.interval.items():
                 assert low <= figures.recall[k] <= high and (high > low or figures.recall[k] in (0, 100))
         assert row.rsum_interval[0] < row.rsum < row.rsum_interval[1]
-    plain, fused = (table[f"mine (pairwise){end}", "t2i"] for end in ("", ", fusion 3"))
+    plain, fused = (load_queries(files / name)[MINE, "t2i"] for name in ("whole.npz", "fused.npz"))
     np.testing.assert_allclose(fused.scores, plain.scores + 3 * plain.first_scores, atol=1e-6)
     assert (fused.ranks != plain.ranks).any()
     assert not list(files.glob("*.partial"))
@@ -88,7 +80,7 @@ def test_intervals_are_in_the_csv_file_and_on_the_screen(files, capsys):
     row = ResultFile.load_json(files / "whole.json").rows[1]
     assert float(lines[1]["t2i_low_R@5"]) == pytest.approx(row.t2i.interval[5][0], abs=0.005)
     assert float(lines[1]["Rsum_high"]) == pytest.approx(row.rsum_interval[1], abs=0.005)
-    ResultFile.load_json(files / "whole.json").print_table()
+    print_table(ResultFile.load_json(files / "whole.json"))
     out = capsys.readouterr().out
     assert "95 % interval" in out and f"±{(row.rsum_interval[1] - row.rsum_interval[0]) / 2:.1f}" in out
 
@@ -99,13 +91,13 @@ def test_figures_of_folds_are_means_of_their_galleries(files):
     whole = load_queries(files / "whole.npz")
     for row in result.rows:
         for direction in ("i2t", "t2i"):
-            queries = table[row.name, direction]
+            queries = table[row.key, direction]
             fold = queries.images * 3 // 12
             expected = [100 * (queries.ranks[fold == f] < 1).mean() for f in range(3)]
             assert getattr(row, direction).recall[1] == pytest.approx(np.mean(expected))
-    images = table["base CLIP", "t2i"]
+    images = table[BASE, "t2i"]
     assert (images.candidates * 3 // 12 == (images.images * 3 // 12)[:, None]).all()
-    assert (images.first_ranks <= whole["base CLIP", "t2i"].first_ranks).all()
+    assert (images.first_ranks <= whole[BASE, "t2i"].first_ranks).all()
 
 
 def test_differences_are_those_of_the_rows(files):
@@ -118,7 +110,7 @@ def test_differences_are_those_of_the_rows(files):
     for direction in ("i2t", "t2i"):
         for k in (1, 5, 10):
             d = by_figure[f"{direction} R@{k}"]
-            before, after = (table[row, direction].ranks < k for row in ("base CLIP", "mine (pairwise)"))
+            before, after = (table[row, direction].ranks < k for row in (BASE, MINE))
             assert (d.a, d.b) == tuple(getattr(rows[row], direction).recall[k] for row in ROWS[:2])
             assert (d.mended, d.broken) == (sum(after > before), sum(before > after))
             assert d.b - d.a == pytest.approx(100 * (d.mended - d.broken) / len(before))
@@ -134,7 +126,7 @@ def test_a_row_equals_itself(files):
 
 
 def test_the_command_prints_and_writes(files, tmp_path, capsys):
-    launcher("launchers/compare.py").main(
+    compare_command.main(
         ["--a", str(files / "whole.json"), "--b_row", ROWS[1], "--bootstrap", "100", "--out", str(tmp_path / "c.json")]
     )
     out = capsys.readouterr().out
@@ -147,9 +139,9 @@ def test_the_command_prints_and_writes(files, tmp_path, capsys):
 def test_other_queries_are_refused(files, tmp_path):
     with pytest.raises(AmpError, match="folds is 1 and 3, expected the same queries"):
         compare(files / "whole.json", ROWS[0], files / "folds.json", ROWS[0])
-    with pytest.raises(AmpError, match=r"no row 'mine', expected one of 'base CLIP', 'mine \(pairwise\)'"):
+    with pytest.raises(AmpError, match=r"several rows 'mine', expected one of 'base CLIP', 'mine \(pairwise\)'"):
         compare(files / "whole.json", ROWS[0], files / "whole.json", "mine")
-    with pytest.raises(AmpError, match="expected results a query"):
+    with pytest.raises(AmpError, match="expected results per query"):
         (tmp_path / "alone.json").write_bytes((files / "whole.json").read_bytes())
         compare(tmp_path / "alone.json", ROWS[0], tmp_path / "alone.json", ROWS[1])
 
@@ -162,9 +154,7 @@ def test_both_sides_are_checked_before_a_sample_is_drawn(files, tmp_path, capsys
         compare(files / "whole.json", "one", files / "whole.json", "two")
     assert ["no row 'one'" in error.value.messages[0], "no row 'two'" in error.value.messages[1]] == [True, True]
     with pytest.raises(SystemExit):
-        launcher("launchers/compare.py").main(
-            ["--a", "none.json", "--b_row", "x", "--out", str(files / "whole.json" / "c.json")]
-        )
+        compare_command.main(["--a", "none.json", "--b_row", "x", "--out", str(files / "whole.json" / "c.json")])
     assert "c.json: can't be written" in capsys.readouterr().err
     (tmp_path / "alone.json").write_bytes((files / "whole.json").read_bytes())
     with pytest.raises(AmpError) as error:  # what both sides lack is said once
@@ -172,10 +162,10 @@ def test_both_sides_are_checked_before_a_sample_is_drawn(files, tmp_path, capsys
     assert str(error.value).count("alone.npz: can't be read") == 1
 
 
-@pytest.mark.parametrize("command, key", [("compare", "a"), ("report", "results")])
+@pytest.mark.parametrize(("command", "key"), [(compare_command, "a"), (report, "results")])
 def test_a_results_file_that_is_not_given(command, key, capsys):
     with pytest.raises(SystemExit) as ended:
-        launcher(f"launchers/{command}.py").main([])
+        command.main([])
     assert ended.value.code == 2
     assert f"error: {key} is empty, expected a path; add --{key} PATH" in capsys.readouterr().err
 
@@ -198,10 +188,8 @@ def test_the_protocol_is_complete(files):
         "versions",
         "tie_rule",
         "folds",
-        "first_stage",
         "bootstrap",
         "fusion_weight",
-        "fusions",
         "skip_decided",
         "quick_gelu",
         "image_size",

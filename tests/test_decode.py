@@ -160,7 +160,7 @@ def test_all_paths_see_the_same_array(phone, clip_folder, tmp_path):
 def test_evaluation_gives_the_same_figures(phone, clip_folder, tmp_path, fresh_accelerate):
     rows = []
     for kind in ("upright", "stored"):
-        launcher("launchers/evaluate.py").main(
+        launcher("amp/commands/evaluate.py").main(
             [
                 "--config",
                 str(ROOT / "launchers/configs/flickr8k.yaml"),
@@ -168,11 +168,11 @@ def test_evaluation_gives_the_same_figures(phone, clip_folder, tmp_path, fresh_a
                 clip_folder,
                 "--model.pretrained",
                 "null",
-                "--data.shards",
+                "--shards",
                 str(phone / f"{kind} shards"),
-                "--data.cache",
+                "--cache",
                 str(tmp_path / "cache"),
-                "--data.workers",
+                "--workers",
                 "0",
                 "--split",
                 "test",

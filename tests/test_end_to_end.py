@@ -135,11 +135,11 @@ def ran(folder) -> dict[str, subprocess.CompletedProcess]:
         ACCELERATE_USE_CPU="true",
     )
     done["evaluate"] = run(
-        "launchers/evaluate.py",
-        *CONFIG,
-        "--data.shards",
+        "-m",
+        "amp.commands.evaluate",
+        "--shards",
         shards,
-        "--data.cache",
+        "--cache",
         folder / "cache",
         "--out",
         folder / "results.json",

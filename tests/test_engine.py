@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from training_run import small_run
 
+from amp import launch
 from amp.data.order import BatchOrder
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.model.adapter import read_adapter
 from amp.retrieval.settings import RetrievalSettings
-from amp.train import launch
 from amp.train.checkpoints import open_checkpoint
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train

@@ -11,23 +11,36 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import launcher, run_ranks
+from helpers import run_ranks
 
 import amp
+from amp.commands.evaluate import main, parser
+from amp.commands.measuring import read_command_line
 from amp.data.frozen_features import compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.text_features import encode_texts
 from amp.errors import AmpError
-from amp.evaluate.adapters import load_adapters
+from amp.evaluate.adapters import (
+    Adapter,
+    base_of,
+    cache_dtype_of,
+    kinds_of,
+    load_adapters,
+    read_adapters,
+    shards_of,
+)
 from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
-from amp.model.adapter import read_adapter, write_adapter
-from amp.model.clip import Prompts
+from amp.evaluate.results_table import protocol_lines
+from amp.evaluate.settings import BaseSettings, EvaluationSettings
+from amp.knowledge.tensors import Captions
+from amp.model.adapter import AdapterHeader, read_adapter
+from amp.model.interactions.base import Prompts
 from amp.retrieval.metrics import recalls
 from amp.retrieval.settings import RetrievalSettings
-from amp.retrieval.split_search import SplitSearch, spaced
+from amp.retrieval.split_search import Ranking, SplitSearch, spaced
 from amp.terminal import Terminal
 
 KINDS = ("action", "attribute")
@@ -39,13 +52,12 @@ class World:
 
     def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
         torch.manual_seed(3)
-        config = amp.PromptConfig(
-            knowledge, interaction_layer=1, num_prompts=2, max_triplets=3, triplet_heads=4, **prompt
-        )
+        settings = {"interaction": "aim", "depth": 0.34, "num_prompts": 2, "max_triplets": 3, "enrich": False}
+        config = amp.PromptConfig(knowledge, **{**settings, **prompt})
         self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
         self.model.eval()
-        if hasattr(self.model, "interaction"):  # far from the base model, so that knowledge shows in the scores
-            self.model.interaction.gate.data.normal_(std=2.0)
+        if hasattr(self.model.interaction, "aim"):  # far from the base model, so that knowledge shows in the scores
+            self.model.interaction.aim.gate.data.normal_(std=2.0)
         self.split = ShardSplit(shards, "test")
         self.captions = SplitCaptions.read(self.split, KINDS)
         self.collate = knowledge_collator(self.model, str(cache_folder), "float32")
@@ -61,25 +73,39 @@ class World:
 
     def pair_score(self, image: int, caption: int) -> float:
         """Of an image conditioned on a caption's knowledge, through the public call."""
-        if self.model.knowledge_aware:
+        if self.model.interaction.conditioned:
             feature = self.model.encode_image(self.images[[image]], [self.captions.knowledge[caption]])[0]
         else:
-            feature = self.model(self.images[[image]], prompted=True).prompted[0]
+            feature = self.model.image_features(self.images[[image]])[0]
         return float(F.cosine_similarity(feature, self.text[caption], dim=0))
 
     def pooled_scores(self, image: int, captions: list[int]) -> list[float]:
         """Of an image conditioned on the existing prompts of all these captions, joined without any padding."""
-        triplets, states = [], []
+        parts = []
         for number in captions:
-            prompts = self.model.encode_knowledge(self.model.prepare_knowledge([self.captions.knowledge[number]]))
+            knowledge = self.model.prepare_knowledge([self.captions.knowledge[number]])
+            prompts = self.model(None, Captions(knowledge, self.text[number][None])).captions.prompts
             # A caption without knowledge brings its null prompts.
-            triplets.append(prompts.triplets[0][prompts.mask[0]])
-            states.append(prompts.states[0][prompts.mask[0]])
-        triplets, states = torch.cat(triplets)[None], torch.cat(states)[None]
-        joined = Prompts(triplets, states, torch.ones(1, triplets.shape[1], dtype=torch.bool))
-        early = self.model.encode_early(self.images[[image]])
-        feature = self.model.encode_pairs(early, joined, torch.tensor([0]))[0]
+            parts.append([part[0][prompts.mask[0]] for part in prompts.parts])
+        joined = [torch.cat(part)[None] for part in zip(*parts, strict=True)]
+        united = Prompts(tuple(joined), torch.ones(joined[0].shape[:2], dtype=torch.bool))
+        interaction, tower = self.model.interaction, self.model.tower
+        encoded = interaction.encode_images(tower, tower.early(self.images[[image]]))
+        feature = interaction.pairs(tower, encoded, united, torch.tensor([0]))[0]
         return [float(F.cosine_similarity(feature, self.text[caption], dim=0)) for caption in captions]
+
+
+def ranked(retrieval: SplitSearch, model, *arguments, **options) -> dict[str, Ranking]:
+    """Rankings by direction and mode: "t2i", "i2t pairwise", "i2t pooled", or "i2t" of a control."""
+    found = retrieval.rank(model, *arguments, **options)
+    return {"t2i": found.t2i, **{f"i2t {mode}".strip(): ranking for mode, ranking in found.i2t.items()}}
+
+
+def evaluation_settings(settings: dict) -> dict:
+    """Options of amp evaluate among those of a training run."""
+    known = {"config", *EvaluationSettings.__dataclass_fields__}
+    renamed = {key.removeprefix("data."): value for key, value in settings.items()}
+    return {key: value for key, value in renamed.items() if key.partition(".")[0] in known}
 
 
 @torch.no_grad()
@@ -133,7 +159,7 @@ def assert_same(ranking, expected):
 
 @pytest.mark.parametrize("name", ["t2i", "i2t pairwise", "i2t pooled"])
 def test_knowledge_aware_ranking_equals_the_naive_loop(aware, name):
-    rankings = aware.retrieval(batch_size=7).rank(aware.model)
+    rankings = ranked(aware.retrieval(batch_size=7), aware.model)
     assert list(rankings) == ["t2i", "i2t pairwise", "i2t pooled"]
     assert_same(rankings[name], naive(aware, name, top_k=TOP_K))
     # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
@@ -143,21 +169,21 @@ def test_knowledge_aware_ranking_equals_the_naive_loop(aware, name):
 
 def test_autocast_changes_scores_by_its_rounding_alone(aware):
     """As an evaluation on a processor with bf16 instructions runs (`mixed_precision: auto`)."""
-    rankings = aware.retrieval(batch_size=7).rank(aware.model, partial(torch.autocast, "cpu", torch.bfloat16))
-    for name, expected in aware.retrieval(batch_size=7).rank(aware.model).items():
+    rankings = ranked(aware.retrieval(batch_size=7), aware.model, partial(torch.autocast, "cpu", torch.bfloat16))
+    for name, expected in ranked(aware.retrieval(batch_size=7), aware.model).items():
         assert rankings[name].scores.dtype == torch.float32
         difference = (rankings[name].scores - expected.scores).abs()
         assert 0 < difference.max() < 3e-2 and difference.mean() < 5e-3
 
 
 def test_pooled_and_pairwise_conditioning_differ(aware):
-    rankings = aware.retrieval().rank(aware.model)
+    rankings = ranked(aware.retrieval(), aware.model)
     assert (rankings["i2t pooled"].scores - rankings["i2t pairwise"].scores).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["t2i", "i2t"])
 def test_the_control_ranks_with_one_feature_an_image(control, name):
-    rankings = control.retrieval(batch_size=5).rank(control.model)
+    rankings = ranked(control.retrieval(batch_size=5), control.model)
     assert list(rankings) == ["t2i", "i2t"]
     assert_same(rankings[name], naive(control, name, top_k=TOP_K))
 
@@ -165,32 +191,33 @@ def test_the_control_ranks_with_one_feature_an_image(control, name):
 @pytest.mark.parametrize("name", ["t2i", "i2t pooled"])
 def test_fewer_candidates_than_top_k(aware, name):
     world, top_k = aware, 500  # the whole gallery is re-ranked
-    ranking = world.retrieval(top_k=top_k, i2t=["pooled"]).rank(world.model)[name]
+    ranking = ranked(world.retrieval(top_k=top_k, i2t=["pooled"]), world.model)[name]
     scores, ranks = naive(world, name, top_k)
     assert ranking.scores.shape == (len(ranks), 12 if name == "t2i" else len(world.captions.texts))
     assert_same(ranking, (scores, ranks))
 
 
 def test_fusion_adds_the_first_stages_score(aware):
-    ranking = aware.retrieval(fusion_weight=5.0).rank(aware.model)["t2i"]
+    ranking = ranked(aware.retrieval(fusion_weight=5.0), aware.model)["t2i"]
     assert_same(ranking, naive(aware, "t2i", top_k=TOP_K, fusion_weight=5.0))
-    assert ranking.ranks.tolist() != aware.retrieval().rank(aware.model)["t2i"].ranks.tolist()
+    assert ranking.ranks.tolist() != ranked(aware.retrieval(), aware.model)["t2i"].ranks.tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
 def test_the_batch_size_changes_nothing(aware, batch_size):
-    expected = aware.retrieval().rank(aware.model)
-    rankings = aware.retrieval(batch_size=batch_size).rank(aware.model)
+    expected = ranked(aware.retrieval(), aware.model)
+    rankings = ranked(aware.retrieval(batch_size=batch_size), aware.model)
     for name, ranking in rankings.items():
         torch.testing.assert_close(ranking.scores, expected[name].scores, rtol=0, atol=1e-5)
         assert torch.equal(ranking.ranks, expected[name].ranks)
 
 
 def test_decided_queries_can_be_skipped(aware):
-    whole = aware.retrieval(top_k=3).rank(aware.model)
-    pairs = {}
+    whole = ranked(aware.retrieval(top_k=3), aware.model)
+    totals = []
     retrieval = aware.retrieval(top_k=3, skip_decided=True)
-    some = retrieval.rank(aware.model, progress=lambda name, _, total: pairs.update({name: total}))
+    some = ranked(retrieval, aware.model, progress=lambda done, total: totals.append(total) if done == total else None)
+    pairs = dict(zip(some, totals, strict=True))
     assert list(some) == list(whole)
     for name, ranking in some.items():
         decided = ranking.first.ranks >= 3  # no answer among the candidates
@@ -209,7 +236,7 @@ def test_no_query_may_be_left_to_score(aware):
     captions = SplitCaptions(
         [captions.texts[i] for i in order], [captions.knowledge[i] for i in order], captions.image[order], 12
     )
-    ranking = aware.retrieval(captions, top_k=1, max_queries=1, skip_decided=True).rank(aware.model)["t2i"]
+    ranking = ranked(aware.retrieval(captions, top_k=1, max_queries=1, skip_decided=True), aware.model)["t2i"]
     assert ranking.ranks.tolist() == ranking.first.ranks.tolist() != [0]
     assert ranking.scores.tolist() == [[0.0]]
 
@@ -217,11 +244,12 @@ def test_no_query_may_be_left_to_score(aware):
 @pytest.mark.parametrize("chosen", [["pairwise"], ["pooled"]])
 def test_only_the_asked_ways_of_conditioning_run(aware, chosen):
     retrieval = aware.retrieval(i2t=chosen)
-    rankings = retrieval.rank(aware.model)
+    rankings = ranked(retrieval, aware.model)
     assert list(rankings) == ["t2i", f"i2t {chosen[0]}"]
-    (row,) = retrieval.rows("ours", rankings)
-    assert row.name == f"ours ({chosen[0]})"
-    assert row.t2i is rankings["t2i"].result and row.i2t is rankings[f"i2t {chosen[0]}"].result
+    (row,) = retrieval.rows("ours", retrieval.rank(aware.model))
+    assert row.key == ("ours", chosen[0], "") and row.name == f"ours ({chosen[0]})"
+    assert row.t2i.recall == rankings["t2i"].result.recall
+    assert row.i2t.recall == rankings[f"i2t {chosen[0]}"].result.recall
 
 
 def test_rows_of_the_control_bear_its_name(control):
@@ -247,9 +275,9 @@ def test_the_base_row_equals_clip_benchmark(aware):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_max_queries_search_the_whole_gallery_for_some(aware, count):
-    whole = aware.retrieval().rank(aware.model)
+    whole = ranked(aware.retrieval(), aware.model)
     retrieval = aware.retrieval(max_queries=count)
-    some = retrieval.rank(aware.model)
+    some = ranked(retrieval, aware.model)
     for name, ranking in some.items():
         total = len(whole[name].queries)
         chosen = torch.tensor([i * total // count for i in range(count)])
@@ -275,7 +303,7 @@ def test_captions_are_read_in_order_and_can_be_limited(aware):
     assert first.texts == [record["captions"][0]["text"] for record in records]
     assert first.image.tolist() == list(range(12))
     assert {t.kind for item in first.knowledge for t in item.triplets} == {"action"}
-    result = aware.retrieval(captions=first).rank(aware.model)["t2i"].result
+    result = ranked(aware.retrieval(captions=first), aware.model)["t2i"].result
     assert result.queries == 12
 
 
@@ -289,15 +317,16 @@ def test_captions_without_knowledge_are_counted(aware, capsys):
 
 
 def test_progress_counts_every_direction_to_its_end(aware):
-    last = {}
+    seen = [[]]
 
-    def report(name, done, total):
-        assert last.get(name, (0, 0))[0] < done <= total
-        last[name] = done, total
+    def report(done, total):
+        assert (seen[-1] or [0])[-1] < done <= total
+        seen[-1].append(done)
+        if done == total:
+            seen.append([])
 
     aware.retrieval(batch_size=10).rank(aware.model, progress=report)
-    pairs = {"t2i": len(aware.captions.texts) * TOP_K, "i2t pairwise": 12 * TOP_K, "i2t pooled": 12}
-    assert last == {name: (count, count) for name, count in pairs.items()}
+    assert [done[-1] for done in seen[:-1]] == [len(aware.captions.texts) * TOP_K, 12 * TOP_K, 12] and not seen[-1]
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -305,34 +334,16 @@ def test_progress_counts_every_direction_to_its_end(aware):
 
 @pytest.fixture
 def command(aware, clip_folder, shards, cache_folder, tmp_path, fresh_accelerate):
-    """Runs the command with two adapters of one model, called one and two."""
+    """Runs the command with two adapters of one model, called one and two, whose file says what the base model is."""
     amp.save_adapter(tmp_path / "adapter.safetensors", aware.model)
     adapters = [f"{name}={tmp_path}/adapter.safetensors" for name in ("one", "two")]
 
     def run(*more):
-        launcher("launchers/evaluate.py").main(
+        main(
             [
-                "--model.name",
-                clip_folder,
-                "--model.pretrained",
-                "null",
-                "--data.shards",
-                str(shards),
-                "--data.cache",
-                str(cache_folder),
-                "--data.workers",
-                "0",
-                "--bootstrap",
-                "0",
-                "--adapters",
-                json.dumps(adapters),
-                "--search.i2t",
-                "[pairwise]",
-                "--search.top_k",
-                "10",
-                "--out",
-                str(tmp_path / "out.json"),
-                *more,
+                *("--shards", str(shards), "--cache", str(cache_folder), "--workers", "0", "--bootstrap", "0"),
+                *("--search.i2t", "pairwise", "--search.top_k", "10", "--out", str(tmp_path / "out.json")),
+                *("--adapters", *adapters, *more),
             ]
         )
 
@@ -349,39 +360,37 @@ def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, 
         return real(self, *arguments)
 
     monkeypatch.setattr(SplitSearch, "rank", rank)
-    arguments = ("--probes", "[grey]", "--text_only", "true", "--search.fusions", "[0.5]")
+    arguments = ("--probes", "grey", "--text_only", "true")
     with pytest.raises(SystemExit):
         command(*arguments)
-    states = ["captions with states", "captions with states, fusion 0.5"]
-    one, two = (
-        [f"{name}{mode} (pairwise){fusion}" for mode in ("", ", grey") for fusion in ("", ", fusion 0.5")]
-        for name in ("one", "two")
-    )
-    first = ["base CLIP", *states]
-    assert seen == [first, [*first, *one[:2]], [*first, *one]]
+    one, two = ([f"{name}{mode} (pairwise)" for mode in ("", ", grey")] for name in ("one", "two"))
+    first = ["base CLIP", "captions with states"]
+    assert seen == [first, [*first, *one[:1]], [*first, *one]]
     result = ResultFile.load_json(out)
     assert [row.name for row in result.rows] == seen[2] and result.protocol["missing_rows"] == two
-    assert result.protocol_lines()[-1] == f"incomplete, 4 rows are missing: {', '.join(two)}"
-    assert set(load_queries(out.with_suffix(".npz"))) == {(row, side) for row in seen[2] for side in ("i2t", "t2i")}
+    assert protocol_lines(result.protocol)[-1] == f"incomplete, 2 rows are missing: {', '.join(two)}"
+    keys = [row.key for row in result.rows]
+    assert set(load_queries(out.with_suffix(".npz"))) == {(key, side) for key in keys for side in ("i2t", "t2i")}
     assert out.with_suffix(".csv").read_text().count("\n") == 1 + len(seen[2])
     said = capsys.readouterr().err
-    assert "out.json holds the rows that were finished and lists the 4 missing ones" in said
-    assert "the GPU's memory is full; give smaller --search.batch_size and --data.batch_size" in said
+    assert "out.json holds the rows that were finished and lists the 2 missing ones" in said
+    assert "the GPU's memory is full; give smaller --search.batch_size and --batch_size" in said
 
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
     command(*arguments)
     result = ResultFile.load_json(out)
     assert [row.name for row in result.rows] == [*first, *one, *two]
-    assert "missing_rows" not in result.protocol and len(result.protocol_lines()) == 2
+    assert "missing_rows" not in result.protocol and len(protocol_lines(result.protocol)) == 2
 
 
 def test_everything_given_is_checked_before_a_model_is_loaded(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("amp.evaluate.run.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.run.load_base", None)
     with pytest.raises(SystemExit):
         command(
             "--adapters",
-            "[one=no/a, two=no/b]",
+            "one=no/a",
+            "two=no/b",
             "--split",
             "tset",
             "--bootstrap",
@@ -407,17 +416,12 @@ def test_everything_given_is_checked_before_a_model_is_loaded(command, tmp_path,
         ([0, 0, 2], [], "1 of 3 images have no caption"),
         ([0, 0, 0, 1, 2], ["--probes", "[shuffled]"], "one image has 3 of 5 captions"),
         ([0, 1, 2], ["--search.folds", "4"], "folds is 4, expected at most 3"),
-        (
-            [0, 1, 2],
-            ["--search.first_stage", "faiss", "--search.top_k", "5"],
-            "top-k is 5 with the first stage 'faiss'",
-        ),
     ],
 )
 def test_a_split_that_cant_be_searched_is_refused_first(command, monkeypatch, capsys, image, arguments, message):
     captions = SplitCaptions(["x"] * len(image), [amp.Knowledge()] * len(image), torch.tensor(image), 3)
     monkeypatch.setattr(SplitCaptions, "read", lambda *_: captions)
-    monkeypatch.setattr("amp.evaluate.run.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.run.load_base", None)
     with pytest.raises(SystemExit):
         command(*arguments)
     assert message in capsys.readouterr().err
@@ -426,11 +430,11 @@ def test_a_split_that_cant_be_searched_is_refused_first(command, monkeypatch, ca
 def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp_path, capsys):
     file = f"{tmp_path}/adapter.safetensors"
     for arguments, message in (
-        (["--adapters", f"[one={file}, one={file}]"], "adapters has two named 'one'"),
+        (["--adapters", f"one={file}", f"one={file}"], "adapters has two named 'one'"),
         (["--adapters", json.dumps([f"a\tb={file}"])], r"the name is 'a\tb'"),
         (["--adapters", json.dumps([f"  ={file}"])], "the name is '  '"),
-        (["--probes", "[grey, grey]"], "the row 'one, grey (pairwise)' would be there twice"),
-        (["--adapters", f'["one={file}", "one, grey={file}"]', "--probes", "[grey]"], "the row 'one, grey (pairwise)'"),
+        (["--probes", "grey", "grey"], "the row 'one, grey (pairwise)' would be there twice"),
+        (["--adapters", f"one={file}", f"one, grey={file}", "--probes", "grey"], "the row 'one, grey (pairwise)'"),
     ):
         with pytest.raises(SystemExit):
             command(*arguments)
@@ -441,17 +445,86 @@ def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp
 
 def test_every_adapter_that_does_not_fit_is_named(clip_folder, aware, tmp_path):
     header, weights = read_adapter(save(tmp_path / "good", aware.model))
-    write_adapter(tmp_path / "other", replace(header, base_hash="0" * 64), weights)
     name = next(iter(weights))
-    write_adapter(tmp_path / "nan", header, weights | {name: torch.full_like(weights[name], float("nan"))})
-    (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:99])
+    adapters = {
+        "other": Adapter("other", replace(header, base_hash="0" * 64), weights),
+        "good": Adapter("good", header, weights),
+        "nan": Adapter("nan", header, weights | {name: torch.full_like(weights[name], float("nan"))}),
+    }
     with pytest.raises(AmpError) as error:
-        load_adapters(aware.model, clip_folder, {n: str(tmp_path / n) for n in ("other", "good", "nan", "cut")})
-    assert len(error.value.messages) == 3
-    for message, words in zip(
-        error.value.messages, ("was trained on base", "1 weights hold NaN", "not a whole"), strict=True
-    ):
+        load_adapters(aware.model, clip_folder, adapters)
+    assert len(error.value.messages) == 2
+    for message, words in zip(error.value.messages, ("was trained on base", "1 weights hold NaN"), strict=True):
         assert words in message
+    (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:99])
+    with pytest.raises(AmpError, match="not a whole safetensors file"):
+        read_adapters([f"cut={tmp_path}/cut", f"good={tmp_path}/good"])
+
+
+def adapter_of(aware, **config) -> Adapter:
+    """An adapter whose record holds this configuration."""
+    header = AdapterHeader("local-dir:tiny", None, "a" * 64, False, aware.model.config, {"config": config})
+    return Adapter("file", header, {})
+
+
+def test_the_records_say_what_the_options_leave_out(aware):
+    data = {"kinds": ["action"], "shards": "data/x", "cache_dtype": "float16"}
+    adapters = {"one": adapter_of(aware, model={"resize_mode": "squash"}, data=data)}
+    assert base_of(BaseSettings(), adapters) == BaseSettings("local-dir:tiny", None, "fp32", "squash")
+    assert base_of(BaseSettings("elsewhere", "tag"), adapters) == BaseSettings("elsewhere", "tag", "fp32", "squash")
+    assert base_of(BaseSettings(resize_mode="longest"), adapters).resize_mode == "longest"
+    assert kinds_of(None, adapters) == ["action"] and kinds_of(["attribute"], adapters) == ["attribute"]
+    assert shards_of(None, adapters) == "data/x" and shards_of("data/y", adapters) == "data/y"
+    assert cache_dtype_of(EvaluationSettings(), adapters) == "float16"
+    bare = {"one": adapter_of(aware)}  # an adapter that was saved without a record
+    assert kinds_of(None, bare) == ["action", "attribute"] and base_of(BaseSettings(), bare).resize_mode is None
+    with pytest.raises(AmpError, match="shards is missing, expected a folder"):
+        shards_of(None, bare)
+    with pytest.raises(AmpError, match=r"adapters and model\.name are both missing"):
+        base_of(BaseSettings(), {})
+
+
+def test_adapters_that_disagree_are_refused(aware):
+    one = adapter_of(aware, model={"resize_mode": "squash"}, data={"kinds": ["action"]})
+    two = adapter_of(aware, model={"resize_mode": None}, data={"kinds": ["attribute"]})
+    with pytest.raises(AmpError, match=r"different image transforms: 'one' .*squash.*set one for all with --model\.re"):
+        base_of(BaseSettings(), {"one": one, "two": two})
+    with pytest.raises(AmpError, match="different kinds of triplets: 'one'"):
+        kinds_of(None, {"one": one, "two": two})
+    other = replace(one, header=replace(one.header, base_hash="b" * 64))
+    with pytest.raises(AmpError, match=r"different base models: .* weights a{12}, .* weights b{12}"):
+        base_of(BaseSettings("given"), {"one": one, "two": other})
+
+
+def test_a_training_file_gives_what_evaluation_reads_and_no_more(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "out: runs/train\nmodel: {name: x, resize_mode: squash}\nseed: 3\nstages: [1]\nstage1: {lr: 1.0}\n"
+        "data: {shards: data/x, workers: 0, augment: none}\nprompt: {depth: 0.5}\n"
+    )
+    found = read_command_line(parser(), ["--config", str(file), "--workers", "2"], EvaluationSettings)
+    assert (found.shards, found.workers, found.seed) == ("data/x", 2, 3)
+    assert found.model == BaseSettings("x", None, "fp32", "squash") and str(found.out) == "runs/results.json"
+    for text, words in (
+        ("stage: 1", "stage"),
+        ("data: {shard: x}", "shard"),
+        ("data: 3", "expected its settings below"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            parser().parse_args(["--config", str(file)])
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--stage1.lr", "1.0"])
+    assert "stage1.lr" in capsys.readouterr().err
+
+
+def test_lists_are_several_words_or_one_list():
+    for words in (["a=b", "c=d"], ['["a=b", "c=d"]'], ["[a=b, c=d]"]):
+        found = parser().parse_args(["--adapters", *words, "--kinds", "action", "--split", "val"])
+        assert found.adapters == ["a=b", "c=d"] and found.kinds == ["action"] and found.split == "val"
+    assert parser().parse_args(["--adapters=a=b", "c=d"]).adapters == ["a=b", "c=d"]
+    assert parser().parse_args(["--kinds", "null", "--adapters", "[]"]).adapters == []
 
 
 def save(path, model):
@@ -465,7 +538,7 @@ def _rank_both(clip_folder, shards, cache_folder):
         world = World(clip_folder, shards, cache_folder, knowledge)
         for skip in (False, True):
             retrieval = world.retrieval(batch_size=6, max_queries=11, skip_decided=skip)
-            for name, ranking in retrieval.rank(world.model).items():
+            for name, ranking in ranked(retrieval, world.model).items():
                 out[knowledge, skip, name] = ranking.scores.numpy(), ranking.ranks.numpy()
     return out
 

@@ -51,17 +51,17 @@ def test_base_row_equals_clip_benchmark(flickr8k, clip_small, tmp_path, fresh_ac
             "1",
         ]
     )
-    launcher("launchers/evaluate.py").main(
+    launcher("amp/commands/evaluate.py").main(
         [
             "--config",
             str(ROOT / "launchers/configs/flickr8k.yaml"),
             "--model.name",
             clip_small,
-            "--data.shards",
+            "--shards",
             str(shards),
-            "--data.cache",
+            "--cache",
             str(tmp_path / "cache"),
-            "--data.workers",
+            "--workers",
             "0",
             "--split",
             "test",

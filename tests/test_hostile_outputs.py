@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import draw_dataset, launcher
-from hostile_helpers import one_error, training_arguments
+from hostile_helpers import evaluation_arguments, one_error, training_arguments
 
 import amp
 from amp.data.conversion.make import make_shards
@@ -127,7 +127,7 @@ def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_pat
     here, there = str(tmp_path / "file"), "/proc/nowhere"
     calls = {
         "launchers/train.py": training_arguments(shards, clip_folder, tmp_path, out=f"{there}/x.json"),
-        "launchers/evaluate.py": training_arguments(shards, clip_folder, tmp_path, out=f"{there}/x.json"),
+        "amp/commands/evaluate.py": evaluation_arguments(shards, clip_folder, tmp_path, out=f"{there}/x.json"),
         "launchers/train.py cache": training_arguments(shards, clip_folder, tmp_path, data__cache=f"{there}/x"),
         "tools/make_shards.py": ["--captions", given["captions"], "--images", given["images"], "--out", f"{here}/x"],
         "tools/generate_knowledge.py": ["--captions", given["captions"], "--out", f"{here}/x"],
@@ -171,7 +171,7 @@ def job(tmp_path_factory, clip_folder):
     given = draw_dataset(root / "drawn", {"train": 8, "test": 4})
     adapter = run / "stage1" / "adapter.safetensors"
     common = training_arguments(root / "shards", clip_folder, root, out=run)
-    results = training_arguments(root / "shards", clip_folder, root, adapters=f"[mine={adapter}]")
+    results = evaluation_arguments(root / "shards", clip_folder, root, adapters=f"[mine={adapter}]")
     steps = [
         (
             "tools/make_shards.py",
@@ -189,7 +189,7 @@ def job(tmp_path_factory, clip_folder):
             ],
         ),
         ("launchers/train.py", [*common, "--trackers", "[tensorboard]"]),
-        ("launchers/evaluate.py", results),
+        ("amp/commands/evaluate.py", results),
         (
             "amp/commands/search.py",
             [

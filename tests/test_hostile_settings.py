@@ -8,10 +8,10 @@ from helpers import ROOT, launcher
 
 COMMANDS = (
     "launchers/train.py",
-    "launchers/evaluate.py",
-    "launchers/choose.py",
-    "launchers/report.py",
-    "launchers/sweep.py",
+    "amp/commands/evaluate.py",
+    "amp/commands/choose.py",
+    "amp/commands/report.py",
+    "amp/commands/sweep.py",
     "tools/make_shards.py",
     "tools/generate_knowledge.py",
 )
@@ -67,7 +67,7 @@ def test_settings_choose_no_class(tmp_path, capsys, key):
         path.write_text(text)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.syspath_prepend(str(tmp_path))
-            launcher("launchers/choose.py").main(["--config", str(path)])
+            launcher("amp/commands/choose.py").main(["--config", str(path)])
         assert ended.value.code == 2 and "Traceback" not in capsys.readouterr().err
     assert not canary.exists()
 

@@ -11,15 +11,17 @@ from training_run import small_run
 
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
+from amp.evaluate.settings import BaseSettings, EvaluationSettings
+from amp.launch import precision_problems
 from amp.model.factory import to_precision
 from amp.plan.launch import check_launch
 from amp.plan.plan import PlanSettings, make_plan
 from amp.publish.export import export_image_encoder
 from amp.report.attention import attention_maps
+from amp.retrieval.figures import BASE
 from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import StageSettings
 from amp.train.engine import train
-from amp.train.launch import precision_problems
 
 READOUT = {"interaction": "readout", "text_enrichment": True, "text_triplets": True, "image_projection": True}
 PROMPTS = {
@@ -98,26 +100,36 @@ def test_low_precision_trains_and_is_evaluated(config, weights, autocast, tmp_pa
     config = replace(config, model=replace(config.model, precision=weights), mixed_precision=autocast)
     assert plan_errors(config) == []
     adapter = train(config)
-    found = evaluate(
-        config, "test", [f"mine={adapter}"], RetrievalSettings(top_k=3), tmp_path / "out.json", bootstrap=0
+    settings = EvaluationSettings(
+        adapters=[f"mine={adapter}"],
+        model=BaseSettings(precision=weights),
+        search=RetrievalSettings(top_k=3),
+        bootstrap=0,
+        cache=config.data.cache,
+        workers=0,
+        mixed_precision=autocast,
+        out=tmp_path / "out.json",
     )
-    assert found.rows[0].name == "base CLIP" and len(found.rows) > 1
+    rows = evaluate(settings).result.rows
+    assert rows[0].key == BASE and len(rows) > 1
 
 
 def test_two_low_types_are_refused_before_anything_is_computed(config, tmp_path, monkeypatch):
     monkeypatch.setattr("amp.train.engine.open_splits", None)
-    monkeypatch.setattr("amp.evaluate.run.create_model_and_transforms", None)
+    monkeypatch.setattr("amp.evaluate.run.load_base", None)
     config = replace(config, model=replace(config.model, precision="fp16"), mixed_precision="bf16")
     words = "model.precision is 'fp16' and autocast .* is 'bf16'.*--mixed_precision no"
     with pytest.raises(AmpError, match=words):
         train(config)
     with pytest.raises(AmpError, match=words):
-        evaluate(config, "test", [], RetrievalSettings(), tmp_path / "out.json")
+        evaluate(
+            EvaluationSettings(config.data.shards, model=BaseSettings("x", precision="fp16"), mixed_precision="bf16")
+        )
 
 
 def test_what_is_refused(config, monkeypatch):
     """The whole table, with a processor that has no bf16 instructions; the plan, which is for GPUs, says the same."""
-    monkeypatch.setattr("amp.train.launch.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("amp.launch.multiplies_bf16", lambda: False)
     low = {"bf16", "fp16"}
     for weights, autocast, gpu, file in product(("fp32", *low), ("auto", "no", *low), (True, False), (None, "zero2")):
         run = replace(config, model=replace(config.model, precision=weights), mixed_precision=autocast, stages=[1])

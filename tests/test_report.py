@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.evaluate.per_query import QueryResults, load_queries
 from amp.knowledge.tensors import Captions
-from amp.model.adapter import save_adapter
+from amp.model.adapter import read_adapter, save_adapter, write_adapter
 from amp.model.interactions.readout import read_patches
 from amp.report.attention import attention_maps
 from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
 from amp.report.plots import sweep_plot
+from amp.retrieval.figures import RowKey
 
 EVIL = "</script><img src=x onerror=\"document.title='broken in'\"><b>dog</b> & \u2028 {{7*7}} __DATA__"
 
@@ -123,30 +125,21 @@ def page(clip_folder, shards, tmp_path_factory):
             for i, (text, item) in enumerate(real(self, record, keep))
         ],
     )
-    common = [
-        "--model.name",
-        clip_folder,
-        "--model.pretrained",
-        "null",
-        "--data.shards",
-        str(shards),
-        "--data.cache",
-        str(folder / "cache"),
-        "--data.workers",
-        "0",
-        "--adapters",
-        f"[ours={adapter}]",
-    ]
+    common = ["--shards", str(shards), "--adapters", f"ours={adapter}"]
     forget()
-    launcher("launchers/evaluate.py").main(
+    launcher("amp/commands/evaluate.py").main(
         [
             *common,
+            "--cache",
+            str(folder / "cache"),
+            "--workers",
+            "0",
             "--out",
             str(folder / "results.json"),
             "--search.top_k",
             "6",
             "--probes",
-            "[blank]",
+            "blank",
             "--bootstrap",
             "50",
         ]
@@ -159,7 +152,7 @@ def page(clip_folder, shards, tmp_path_factory):
         for metric in ("i2t R@1", "t2i R@1", "Rsum")
     ]
     sweep.write_text("\n".join(["row,metric,mean,standard_error,seeds", *lines]))
-    launcher("launchers/report.py").main(
+    launcher("amp/commands/report.py").main(
         [
             *common,
             "--results",
@@ -199,7 +192,7 @@ def test_the_data_are_those_of_the_results(page):
         "chance of the top 6",
     ]
     cards = [card for card in data["cards"] if card["direction"] == "t2i"]
-    queries = table[data["row"], "t2i"]
+    queries = table[RowKey("ours", "pooled"), "t2i"]
     assert sorted(card["query"] for card in cards) == queries.queries.tolist()
     for card in cards:
         row = card["query"]
@@ -228,16 +221,20 @@ def test_no_text_leaves_the_data_and_nothing_is_fetched(page):
 
 
 def test_refusals(page, shards, tmp_path, capsys):
-    main = launcher("launchers/report.py").main
+    main = launcher("amp/commands/report.py").main
     other = tmp_path / "adapter.safetensors"
-    other.write_bytes(b"of another run")
+    header, weights = read_adapter(page / "run/stage1/adapter.safetensors")
+    write_adapter(other, replace(header, training={"another": "run"}), weights)
     for arguments, message in (
         (["--results", str(tmp_path / "none.json")], "expected a results file"),
         (["--results", str(page / "results.json"), "--row", "other"], "no row 'other', expected one of 'base CLIP'"),
-        (["--results", str(page / "results.json"), "--data.shards", str(shards)], "other captions than"),
-        (["--out", str(tmp_path / "run")], "expected a .html file; a training configuration names its folder there"),
+        (["--results", str(page / "results.json"), "--shards", str(shards)], "other captions than"),
+        (["--out", str(tmp_path / "run")], "expected a .html file; add --out FILE.html"),
         (["--results", str(page / "results.json"), "--images", "-1"], "captions is 80, images -1, expected at least 0"),
-        (["--results", str(page / "results.json"), "--adapters", f"[ours={other}]"], "no row of it was made with"),
+        (
+            ["--results", str(page / "results.json"), "--shards", str(shards), "--adapters", f"ours={other}"],
+            "no row of it was made with",
+        ),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
@@ -255,7 +252,8 @@ def test_refusals(page, shards, tmp_path, capsys):
                 "--results",
                 str(tmp_path / "empty.json"),
                 "--adapters",
-                "[a=no/a, b=no/b]",
+                "a=no/a",
+                "b=no/b",
                 "--sweep",
                 str(tmp_path / "x.csv"),
                 "--out",
@@ -294,13 +292,9 @@ def test_a_photo_that_cant_be_read_costs_its_queries_only(page, tmp_path, clip_f
         return real(self, index)
 
     monkeypatch.setattr(ShardSplit, "image", image)
-    launcher("launchers/report.py").main(
+    launcher("amp/commands/report.py").main(
         [
-            "--model.name",
-            clip_folder,
-            "--model.pretrained",
-            "null",
-            "--data.shards",
+            "--shards",
             str(shards),
             "--results",
             str(page / "results.json"),

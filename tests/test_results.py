@@ -6,16 +6,19 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from amp.errors import AmpError
+from amp.evaluate.per_query import QueryResults, load_queries, save_queries
 from amp.evaluate.results import ResultFile
+from amp.evaluate.results_table import print_table
 from amp.files import write_atomically
 from amp.report.page import table_of
 from amp.report.plots import results_plot
-from amp.retrieval.figures import DirectionResult, RetrievalRow
+from amp.retrieval.figures import BASE, DirectionResult, RetrievalRow, RowKey
 
 
 def direction(r1: float, r5: float, r10: float, ceiling: float = 90.0, top_k: int = 20, seconds: float = 12.5):
@@ -37,9 +40,11 @@ def results():
         "command": ["evaluate.py", "--naïve"],
     }
     rows = [
-        RetrievalRow("base CLIP", direction(10.04, 30.0, 50.0), direction(11.123456789, 31.0, 51.0, seconds=400.0)),
+        RetrievalRow(BASE, direction(10.04, 30.0, 50.0), direction(11.123456789, 31.0, 51.0, seconds=400.0)),
         RetrievalRow(
-            "action-aware [pairwise] (ä)", direction(10.01, 33.0, 49.0), direction(12.0, 30.0, 55.0, seconds=400.0)
+            RowKey("action-aware [pairwise]", "ä"),
+            direction(10.01, 33.0, 49.0),
+            direction(12.0, 30.0, 55.0, seconds=400.0),
         ),
     ]
     return ResultFile(protocol, rows)
@@ -49,7 +54,7 @@ def printed(results: ResultFile, width: int = 100, colour: bool = False) -> str:
     console = Console(
         file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None
     )
-    results.print_table(console)
+    print_table(results, console)
     return console.file.getvalue()
 
 
@@ -92,7 +97,40 @@ def test_json_comes_back_unrounded(results, tmp_path):
     assert (entry["i2t"]["queries_per_second"], entry["rsum"]) == (80.0, results.rows[0].rsum)
 
 
-def test_csv_holds_a_line_a_method(results, tmp_path):
+def test_a_row_is_found_by_its_words_or_by_its_method(results):
+    base, ours = results.rows
+    grey = replace(ours, key=RowKey("ours", "pairwise", "grey"))
+    result = ResultFile({}, [base, replace(ours, key=RowKey("ours", "pairwise")), grey])
+    assert [result.find(words, "x").key for words in ("base CLIP", "ours (pairwise)", "ours, grey (pairwise)")] == [
+        row.key for row in result.rows
+    ]
+    assert result.find("ours", "x").key == RowKey("ours", "pairwise")  # the only one that is no probe
+    result.rows.append(replace(ours, key=RowKey("ours", "pooled")))
+    names = r"expected one of 'base CLIP', 'ours \(pairwise\)', 'ours, grey \(pairwise\)', 'ours \(pooled\)'"
+    for words, problem in (("ours", "several rows"), ("theirs", "no row"), ("ours, grey", "no row")):
+        with pytest.raises(AmpError, match=f"results: {problem} '{words}', {names}"):
+            result.find(words, "results")
+
+
+def test_rows_of_earlier_versions_have_a_name_only(results, tmp_path):
+    path = results.save_json(tmp_path / "results.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for row in content["rows"]:
+        del row["method"], row["mode"], row["probe"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    old = ResultFile.load_json(path)
+    assert old.rows[0].key == BASE and old.find(results.rows[1].name, path).key == RowKey(results.rows[1].name)
+    empty = np.zeros((1, 1))
+    query = QueryResults(np.zeros(1), np.zeros(1), empty, empty, empty, np.zeros(1), np.zeros(1))
+    file = save_queries(tmp_path / "new.npz", {(results.rows[1].key, "t2i"): query})
+    assert list(load_queries(file)) == [(results.rows[1].key, "t2i")]
+    with np.load(file) as arrays:
+        names = ["\t".join(["a (b)", *name.split("\t")[-2:]]) for name in arrays["names"]]
+        np.savez(tmp_path / "old.npz", **{**arrays, "names": np.array(names)})
+    assert list(load_queries(tmp_path / "old.npz")) == [(RowKey("a (b)"), "t2i")]
+
+
+def test_csv_holds_one_line_per_row(results, tmp_path):
     path = results.save_csv(tmp_path / "results.csv")
     with open(path, newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -143,7 +181,9 @@ def test_best_of_each_column_is_bold(results):
 
 
 def test_each_preselection_has_its_references(results):
-    results.rows.append(RetrievalRow("larger CLIP", direction(1.0, 2.0, 3.0, 99.0, 16), direction(1.0, 2.0, 3.0, 99.0)))
+    results.rows.append(
+        RetrievalRow(RowKey("larger CLIP"), direction(1.0, 2.0, 3.0, 99.0, 16), direction(1.0, 2.0, 3.0, 99.0))
+    )
     text = printed(results, width=120)
     assert "ceiling (top 20, base CLIP)" in text and "ceiling (top 16/20, larger CLIP)" in text
     assert text.count("ceiling") == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_ranks
-from test_evaluate import World
+from test_evaluate import World, ranked
 
 from amp.retrieval import score_store
 from amp.retrieval.score_store import ScoreStore, content_key
@@ -27,7 +27,7 @@ def world(clip_folder, shards, cache_folder):
 
 @pytest.fixture(scope="module")
 def whole(world):
-    return world.retrieval(batch_size=6).rank(world.model)
+    return ranked(world.retrieval(batch_size=6), world.model)
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ def test_a_stopped_evaluation_goes_on(world, whole, scored, tmp_path):
     assert len(first) == 9 * 6
     scored.clear()
     scored.limit = None
-    assert_equal(retrieval.rank(world.model, partial=tmp_path), whole)
+    assert_equal(ranked(retrieval, world.model, partial=tmp_path), whole)
     assert len(first) + sum(map(len, scored)) == total  # nothing was scored twice
     scored.clear()
-    seconds = retrieval.rank(world.model, partial=tmp_path)["t2i"].result.seconds
+    seconds = retrieval.rank(world.model, partial=tmp_path).t2i.result.seconds
     assert not scored and seconds > 0.8 * whole["t2i"].result.seconds  # time of the first call counts
 
 
@@ -80,7 +80,7 @@ def test_scores_of_another_evaluation_are_not_taken_up(world, scored, tmp_path, 
     retrieval.rank(world.model, partial=tmp_path)
     count = len(scored)
     precision = ""
-    gate = world.model.interaction.gate
+    gate = world.model.interaction.aim.gate
     if change == "weights":
         gate.data[0] += 1e-3
     elif change == "knowledge":
@@ -124,13 +124,13 @@ def _rank_or_die(clip_folder, shards, cache_folder, partial, dying):
     score_store.SAVE_SECONDS = 0.0
     calls = 0
 
-    def progress(name, done, total):
+    def progress(done, total):
         nonlocal calls
         calls += 1
         if dying and torch.distributed.get_rank() == 1 and calls == 4:
             os._exit(9)
 
-    found = world.retrieval(batch_size=6).rank(world.model, progress=progress, partial=partial)
+    found = ranked(world.retrieval(batch_size=6), world.model, progress=progress, partial=partial)
     return {name: (ranking.scores, ranking.ranks) for name, ranking in found.items()}, calls
 
 

@@ -14,7 +14,8 @@ FLOORS = (
     ("retrieval",),
     ("train", "generation"),
     ("plan", "evaluate", "search"),
-    ("report", "publish", "sweep"),
+    ("report", "publish"),
+    ("sweep",),
     ("commands",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}

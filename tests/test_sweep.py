@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, launcher
+from helpers import ROOT
 
+from amp.commands import sweep as sweep_command
+from amp.commands import train
 from amp.errors import AmpError
 from amp.evaluate.results import ResultFile
 from amp.locks import try_lock
-from amp.retrieval.figures import DirectionResult, RetrievalRow
+from amp.retrieval import figures
+from amp.retrieval.figures import DirectionResult, RetrievalRow, RowKey
 from amp.sweep import runs as runs_module
 from amp.sweep.config import Row, SweepConfig, Table
 from amp.sweep.plot import draw
@@ -24,15 +27,17 @@ from amp.sweep.summary import METRICS, Line, clear, collect, standard_error, to_
 SWEEPS = sorted((ROOT / "launchers" / "sweeps").glob("*.yaml"))
 
 
-def row(name: str, i2t: tuple, t2i: tuple) -> RetrievalRow:
+def row(key: RowKey | str, i2t: tuple, t2i: tuple) -> RetrievalRow:
+    key = RowKey(key) if isinstance(key, str) else key
+
     def side(values):
         values = dict(zip((1, 5, 10), values, strict=True))
         return DirectionResult(values, dict.fromkeys(values, 100.0), dict.fromkeys(values, 0.0), 10, 20, 1.0)
 
-    return RetrievalRow(name, side(i2t), side(t2i))
+    return RetrievalRow(key, side(i2t), side(t2i))
 
 
-BASE = row("base CLIP", (10.0, 20.0, 30.0), (5.0, 15.0, 25.0))
+BASE = row(figures.BASE, (10.0, 20.0, 30.0), (5.0, 15.0, 25.0))
 
 
 @pytest.fixture
@@ -88,7 +93,7 @@ def test_the_folder_does_not_depend_on_where_results_go(config, tmp_path):
 
 
 def scripted(config, tmp_path, fails=()):
-    """A launcher that stands for `accelerate launch`: notes its arguments and leaves what launchers/train.py leaves."""
+    """A launcher that stands for `accelerate launch`: notes its arguments and leaves what amp train leaves."""
     script = tmp_path / "launch"
     script.write_text(
         f"#!{sys.executable}\nimport pathlib, sys\n"
@@ -108,11 +113,11 @@ def evaluated(monkeypatch):
     commands, real = [], runs_module.call
 
     def call(command, log):
-        if "launchers/evaluate.py" not in command:
+        if "amp.commands.evaluate" not in command:
             return real(command, log)
         commands.append(command)
         name = json.loads(command[command.index("--adapters") + 1])[0].partition("=")[0]
-        ResultFile({}, [BASE, row(f"{name} (pairwise)", (11, 21, 31), (6, 16, 26))]).save_json(
+        ResultFile({}, [BASE, row(RowKey(name, "pairwise"), (11, 21, 31), (6, 16, 26))]).save_json(
             command[command.index("--out") + 1]
         )
         return True
@@ -126,7 +131,8 @@ def test_a_run_is_trained_and_evaluated_once(config, tmp_path, evaluated):
     run = plan(config)["big margin"][0]
     assert execute(config, run, print) == "done" and run.done
     log = (run.folder / "train.log").read_text()
-    assert "'launchers/train.py'" in log and "'--margin', '0.5', '--seed', '0', '--out'" in log
+    assert "'-m', 'amp.commands.train'" in log and "'--margin', '0.5', '--seed', '0', '--out'" in log
+    assert evaluated[0][evaluated[0].index("--config") + 1] == str(run.folder / "config.yaml")
     adapters = evaluated[0][evaluated[0].index("--adapters") + 1]
     assert json.loads(adapters) == [f"big margin={run.folder / 'stage2' / 'adapter.safetensors'}"]
     assert execute(config, run, print) == "done" and len(evaluated) == 1
@@ -171,11 +177,11 @@ def test_mean_and_standard_error_by_hand():
     """2, 4, 9: mean 5, variance (9 + 1 + 16) / 2 = 13, error sqrt(13 / 3)."""
     assert standard_error([2, 4, 9]) == pytest.approx((13 / 3) ** 0.5)
     assert standard_error([5.0]) is None and standard_error([]) is None
-    line = Line("a", {0: (2.0,), 1: (4.0,), 5: (9.0,)})
+    line = Line(RowKey("a"), {0: (2.0,), 1: (4.0,), 5: (9.0,)})
     assert line.mean(0) == 5
     # Paired by seed: 2 - 1, 9 - 5; seed 1 has no partner. Mean 2.5, variance 4.5, error sqrt(4.5 / 2).
-    assert line.gain(Line("b", {0: (1.0,), 5: (5.0,), 6: (0.0,)}), 0) == pytest.approx((2.5, 1.5))
-    assert line.gain(Line("b", {}), 0) == (None, None)
+    assert line.gain(Line(RowKey("b"), {0: (1.0,), 5: (5.0,), 6: (0.0,)}), 0) == pytest.approx((2.5, 1.5))
+    assert line.gain(Line(RowKey("b"), {}), 0) == (None, None)
     assert clear(2.1, 1.0) and not clear(2.0, 1.0) and not clear(9.0, None) and not clear(None, None)
 
 
@@ -188,8 +194,8 @@ def partial(config):
     states = "States, alone"
     finish(
         runs[states][0],
-        row(f"{states} (pairwise)", (12, 22, 32), (7, 17, 27)),
-        row(f"{states}, grey (pairwise)", (1, 2, 3), (4, 5, 6)),
+        row(RowKey(states, "pairwise"), (12, 22, 32), (7, 17, 27)),
+        row(RowKey(states, "pairwise", "grey"), (1, 2, 3), (4, 5, 6)),
     )
     return runs
 
@@ -221,8 +227,8 @@ def test_csv_of_partial_results(config, partial):
 
 def test_markdown_has_rows_probes_paper_and_marks(config, partial):
     lines, base, _ = collect(config, partial)
-    text = to_markdown(config, lines, base, "python launchers/sweep.py --config x.yaml")
-    assert text.startswith("Made by `python launchers/sweep.py --config x.yaml`")
+    text = to_markdown(config, lines, base, "amp sweep --config x.yaml")
+    assert text.startswith("Made by `amp sweep --config x.yaml`")
     one, two = text.split("## ")[1:]
     cells = {
         r.split(" | ")[0].removeprefix("| "): [c.strip(" |") for c in r.split("|")[1:-1]] for r in one.splitlines()
@@ -248,7 +254,8 @@ def test_results_that_cant_be_used_are_left_out_with_the_reason(config, partial)
     big, states = partial["big margin"], partial["States, alone"]
     finish(big[0])  # no row but base CLIP
     big[1].folder.mkdir()
-    ResultFile({}, [row("base CLIP", (10, 20, 30), (5, 15, 26)), BASE]).save_json(big[1].folder / RESULTS)
+    moved, own = row("base CLIP", (10, 20, 30), (5, 15, 26)), row("big margin", (10, 20, 30), (5, 15, 26))
+    ResultFile({}, [moved, own]).save_json(big[1].folder / RESULTS)
     states[1].folder.mkdir()
     (states[1].folder / RESULTS).write_text("{")
     *found, left_out = collect(config, partial)
@@ -264,16 +271,25 @@ def test_results_that_cant_be_used_are_left_out_with_the_reason(config, partial)
         assert f"- {reason}" in text.partition("## Results left out")[2]
 
 
+def test_rows_under_another_name_are_left_out(config, partial):
+    """As in results of earlier versions, which had names only."""
+    finish(partial["big margin"][0], row("big margin (pairwise)", (11, 21, 31), (6, 16, 26)))
+    lines, _, left_out = collect(config, partial)
+    assert "has the row 'big margin (pairwise)', expected rows of 'big margin' only" in left_out[0]
+    assert not lines[RowKey("big margin")].values
+
+
 def test_the_base_of_most_runs_counts_and_not_the_first(config, partial):
-    ResultFile({}, [row("base CLIP", (9, 20, 30), (5, 15, 25)), BASE]).save_json(partial["control"][0].folder / RESULTS)
+    moved, own = (row(name, (9, 20, 30), (5, 15, 25)) for name in ("base CLIP", "control"))
+    ResultFile({}, [moved, own]).save_json(partial["control"][0].folder / RESULTS)
     lines, base, left_out = collect(config, partial)
-    assert base.mean(len(METRICS) - 1) == 105 and set(lines["control"].values) == {7} and len(left_out) == 1
+    assert base.mean(len(METRICS) - 1) == 105 and set(lines[RowKey("control")].values) == {7} and len(left_out) == 1
 
 
 def test_plot(config, partial):
     lines, base, _ = collect(config, partial)
     assert draw(config, lines, base).startswith(b"\x89PNG")
-    assert draw(config, {name: Line(name, {}) for name in lines}, base) is None
+    assert draw(config, {key: Line(key, {}) for key in lines}, base) is None
 
 
 @pytest.mark.parametrize(
@@ -310,8 +326,7 @@ def test_a_missing_file_is_named_with_its_row(config):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_every_run_of_a_shipped_sweep_is_a_valid_training(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    sweep, train = launcher("launchers/sweep.py"), launcher("launchers/train.py")
-    settings = sweep.parser().instantiate(sweep.parser().parse_args(["--config", str(path)]))
+    settings = sweep_command.parser().instantiate(sweep_command.parser().parse_args(["--config", str(path)]))
     settings.pop("config")
     config = SweepConfig(**settings)
     config.check()
@@ -327,7 +342,16 @@ def test_every_run_of_a_shipped_sweep_is_a_valid_training(path, monkeypatch):
 @pytest.fixture
 def sweep(config, tmp_path, shards):
     """Runs the launcher with a table of two rows."""
-    main = launcher("launchers/sweep.py").main
+
+    def main(arguments) -> int:
+        try:
+            sweep_command.main(arguments)
+        except SystemExit as ended:
+            if ended.code != 1:
+                raise
+            return 1
+        return 0
+
     big = {"name": "big margin", "set": {"margin": 0.5}}
 
     def run(*arguments, rows=({"name": "control"}, big), **settings):

@@ -9,18 +9,20 @@ import torch
 import yaml
 from accelerate import Accelerator
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import ROOT, launcher, run_ranks
+from helpers import ROOT, run_ranks
 from safetensors.torch import save_file
 
+import amp
+from amp.commands import evaluate, table1, train
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.errors import AmpError
 from amp.evaluate.baseline import baseline
 from amp.evaluate.results import ResultFile
+from amp.evaluate.settings import BaseSettings, EvaluationSettings
 from amp.evaluate.table1 import DATASETS, anomalies, commands, load_published, render_markdown
-from amp.retrieval.settings import RetrievalSettings
+from amp.model.adapter import save_adapter
 from amp.terminal import Terminal
-from amp.train.config import DataSettings, ModelSettings
 
 PUBLISHED = ROOT / "results/table1_published.yaml"
 
@@ -61,9 +63,7 @@ def test_runs_are_read_and_the_others_have_commands(rows, tmp_path, capsys):
     missing = commands(rows, "runs/table1")
     assert sum("launchers/train.py" in line for line in missing) == 6 and len(missing) == 26
     result = ResultFile.load_json(_result(tmp_path / "clip_vit_b32.coco.json"))
-    launcher("launchers/table1.py").main(
-        ["--published", str(PUBLISHED), "--results", str(tmp_path), "--out", str(tmp_path / "table.md")]
-    )
+    table1.main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--out", str(tmp_path / "table.md")])
     text = (tmp_path / "table.md").read_text()
     figures = [*result.rows[0].i2t.recall.values(), *result.rows[0].t2i.recall.values(), result.rows[0].rsum]
     assert f"| ViT-B/32 | CLIP | here | {' | '.join(f'{v:.1f}' for v in figures)} |" in text
@@ -72,15 +72,13 @@ def test_runs_are_read_and_the_others_have_commands(rows, tmp_path, capsys):
         "| ViT-B/32 | CLIPDualDIS | paper [2] |" in text and "here" not in text.split("CLIPDualDIS")[1].split("\n")[0]
     )
     capsys.readouterr()
-    launcher("launchers/table1.py").main(
-        ["--published", str(PUBLISHED), "--results", str(tmp_path), "--commands", "true"]
-    )
+    table1.main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--commands", "true"])
     assert len(capsys.readouterr().out.splitlines()) == 25
 
 
 def test_results_that_cant_be_used_are_left_out_with_the_reason(rows, tmp_path, capsys):
     _result(tmp_path / "clip_vit_b16.coco.json")
-    ours = next(row.id for row in rows if row.configs)
+    ours = next(row.id for row in rows if row.training)
     spoilt = {
         "clip_vit_b32.coco.json": ("{", "not JSON"),
         f"{ours}.coco.json": (_result(tmp_path / "x").read_text(), "has 1 rows, expected base CLIP and an adapter"),
@@ -92,9 +90,7 @@ def test_results_that_cant_be_used_are_left_out_with_the_reason(rows, tmp_path, 
     for name, (text, _) in spoilt.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as error:
-        launcher("launchers/table1.py").main(
-            ["--published", str(PUBLISHED), "--results", str(tmp_path), "--out", str(tmp_path / "table.md")]
-        )
+        table1.main(["--published", str(PUBLISHED), "--results", str(tmp_path), "--out", str(tmp_path / "table.md")])
     text, said = (tmp_path / "table.md").read_text(), capsys.readouterr().err
     assert error.value.code == 1 and "| ViT-B/16 | CLIP | here | 10.0 |" in text
     assert "| ViT-B/32 | CLIP | here |  |" in text
@@ -146,20 +142,21 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "launchers/configs/table1").glob("*_*.yaml")), ids=lambda p: p.stem)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_configs_name_models_that_open_clip_has(path, dataset, rows):
-    parser = launcher("launchers/evaluate.py").parser()
+    parser = evaluate.parser()
     parsed = parser.parse_args(["--config", str(path.parent / f"{dataset}.yaml"), "--config", str(path)])
     assert open_clip.get_pretrained_cfg(parsed.model.name, parsed.model.pretrained) or open_clip.get_pretrained_cfg(
         parsed.model.name.removesuffix("-quickgelu"), parsed.model.pretrained
     )
     assert open_clip.get_model_config(parsed.model.name)
-    assert parsed.data.shards == f"data/{dataset}"
+    assert parsed.shards == f"data/{dataset}"
     assert path.stem in {row.id for row in rows}
 
 
 def test_each_row_with_an_id_has_its_config(rows):
     for row in rows:
-        if row.configs:
-            assert all((ROOT / "launchers/configs" / name).is_file() for name in row.configs.values())
+        if row.training:
+            for name, *options in map(str.split, row.training.values()):
+                train.parser().parse_args(["--config", str(ROOT / "launchers/configs" / name), *options])
         elif row.id:
             assert (ROOT / f"launchers/configs/table1/{row.id}.yaml").is_file()
 
@@ -204,17 +201,17 @@ def write_timm_folder(folder, tower):
 
 
 def _evaluate(name, shards, out, *more):
-    launcher("launchers/evaluate.py").main(
+    evaluate.main(
         [
             "--model.name",
             name,
             "--model.pretrained",
             "null",
-            "--data.shards",
+            "--shards",
             str(shards),
-            "--data.batch_size",
+            "--batch_size",
             "5",
-            "--data.workers",
+            "--workers",
             "0",
             "--out",
             str(out),
@@ -256,22 +253,22 @@ def test_a_baseline_in_low_precision(tower, timm_folder, clip_folder, shards, tm
     assert low.rsum > 0 and abs(low.rsum - exact.rsum) < 0.5 * exact.rsum
 
 
-def test_a_tower_without_plain_blocks_takes_no_adapter(shards, tmp_path, capsys, fresh_accelerate):
+def test_a_tower_without_plain_blocks_takes_no_adapter(clip_folder, shards, tmp_path, capsys, fresh_accelerate):
     convnext = write_timm_folder(tmp_path / "convnext", "test_convnext")
-    (tmp_path / "a.safetensors").write_bytes(b"")
+    save_adapter(tmp_path / "a.safetensors", amp.create_model_and_transforms(clip_folder)[0])
     with pytest.raises(SystemExit):
-        launcher("launchers/evaluate.py").main(
+        evaluate.main(
             [
                 "--model.name",
                 convnext,
                 "--model.pretrained",
                 "null",
-                "--data.shards",
+                "--shards",
                 str(shards),
                 "--out",
                 str(tmp_path / "out.json"),
                 "--adapters",
-                f"[x={tmp_path}/a.safetensors]",
+                f"x={tmp_path}/a.safetensors",
             ]
         )
     assert "image tower is timm's ConvNeXt, expected open_clip's native VisionTransformer" in capsys.readouterr().err
@@ -279,9 +276,9 @@ def test_a_tower_without_plain_blocks_takes_no_adapter(shards, tmp_path, capsys,
 
 def _rank_row(name, shards):
     split, terminal = ShardSplit(shards, "test"), Terminal(False)
-    model, data = ModelSettings(name, None), DataSettings(str(shards), workers=0, batch_size=5)
+    settings = EvaluationSettings(str(shards), model=BaseSettings(name), workers=0, batch_size=5)
     captions = SplitCaptions.read(split, ("action",))
-    retrieval, described = baseline(model, data, split, captions, RetrievalSettings(), Accelerator(cpu=True), terminal)
+    retrieval, described = baseline(settings, split, captions, Accelerator(cpu=True), terminal)
     row = retrieval.base_row()
     found = row.i2t.recall, row.t2i.recall, retrieval.first["t2i"].candidates.tolist(), described
     return found, retrieval.text, torch.from_numpy(retrieval.frozen.base)

@@ -10,6 +10,7 @@ import torch
 from conftest import EMBED_DIM, VISION
 from helpers import launcher
 from test_bad_input import arguments
+from test_evaluate import evaluation_settings
 from timm_towers import (
     TOWERS,
     embedded,
@@ -474,8 +475,8 @@ def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shar
     }
     launcher("launchers/train.py").main(arguments(train))
     adapter = tmp_path / "run" / "stage2" / "adapter.safetensors"
-    evaluate = {**common, "out": tmp_path / "out.json", "adapters": f"[mine={adapter}]", "bootstrap": 20}
-    launcher("launchers/evaluate.py").main(arguments(evaluate))
+    evaluate = {**common, "out": tmp_path / "out.json", "adapters": f"mine={adapter}", "bootstrap": 20}
+    launcher("amp/commands/evaluate.py").main(arguments(evaluation_settings(evaluate)))
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["rows"][0]["name"] == "base CLIP" and len(found["rows"]) > 1
     model, _, _ = amp.create_model_and_transforms(name, adapter=str(adapter))

@@ -23,7 +23,7 @@ import make_scenes  # noqa: E402
 import twins  # noqa: E402
 
 MICRO_CLIP = f"local-dir:{ROOT / 'tools' / 'scenes' / 'micro-clip'}"
-SETTINGS = {"interaction_layer": 4, "num_prompts": 2, "bottleneck": 2}
+SETTINGS = {"interaction": "aim", "depth": 0.667, "num_prompts": 2, "interaction_options": {"bottleneck": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -42,33 +42,18 @@ def world(tmp_path_factory):
     models = {}
     for name, knowledge in (("control", "none"), ("aware", "both")):
         torch.manual_seed(1)
-        config = amp.PromptConfig(knowledge, text_enrichment=True, **SETTINGS)
+        config = amp.PromptConfig(knowledge, **SETTINGS)
         model, _, _ = amp.create_model_and_transforms(MICRO_CLIP, prompt_config=config)
-        if model.knowledge_aware:  # so that knowledge shows on both sides
-            model.interaction.gate.data.normal_(std=2.0)
+        if model.interaction.conditioned:  # so that knowledge shows on both sides
+            model.interaction.aim.gate.data.normal_(std=2.0)
             model.text_enrichment.states.weight.data.normal_(std=0.1)
         model.text_enrichment.adapt.weight.data.normal_(std=0.3)
         save_adapter(folder / f"{name}.safetensors", model.eval())
         models[name] = model
     arguments = [
-        "--model.name",
-        MICRO_CLIP,
-        "--model.pretrained",
-        "null",
-        "--data.shards",
-        str(folder / "shards"),
-        "--data.cache",
-        str(folder / "cache"),
-        "--data.workers",
-        "0",
-        "--dataset",
-        str(scenes / "dataset.json"),
-        "--prompt.interaction_layer",
-        "4",
-        "--out",
-        str(folder / "twins.json"),
-        "--adapters",
-        json.dumps([f"{name}={folder}/{name}.safetensors" for name in models]),
+        *("--model.name", MICRO_CLIP, "--shards", str(folder / "shards"), "--cache", str(folder / "cache")),
+        *("--workers", "0", "--dataset", str(scenes / "dataset.json"), "--out", str(folder / "twins.json")),
+        *("--adapters", *(f"{name}={folder}/{name}.safetensors" for name in models)),
     ]
     twins.main(arguments)
     return folder, models, arguments
@@ -95,9 +80,9 @@ def naive(folder: Path, model=None) -> dict[str, tuple[int, int]]:
             return float(F.cosine_similarity(clip.encode_image(picture), clip.encode_text(text)))
         line = lines[sentence["sentid"]]
         known = amp.Knowledge(tuple(amp.Triplet(**t) for t in line["triplets"]), tuple(line["states"]))
-        if not model.knowledge_aware:
+        if not model.interaction.conditioned:
             adapted = model.encode_text(text, knowledge=[known])
-            return float(F.cosine_similarity(model(picture, prompted=True).prompted, adapted))
+            return float(F.cosine_similarity(model.image_features(picture), adapted))
         return float(
             F.cosine_similarity(model.encode_image(picture, [known]), model.encode_text(text, knowledge=[known]))
         )

@@ -1,10 +1,10 @@
 """Compares two rows of evaluations on the same queries: differences with intervals, and what one mends or breaks.
 
-    amp compare --a runs/mine/results.json --a_row control --b_row "action-aware (pairwise)"
+    amp compare --a runs/mine/results.json --a_row control --b_row "ours (pairwise)"
     amp compare --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
 
 Both are resampled with the same images (paired bootstrap), so queries that both find or both miss add no noise. Reads
-the .npz file beside each JSON file.
+the .npz file next to each JSON file. A row is named as the table prints it, or by its method if that has one row only.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class CompareSettings:
 
     Args:
         a: Result file of amp evaluate.
-        a_row: Its row that the differences start from.
+        a_row: Its row that the differences start from, such as "control" or "ours (pairwise)".
         b_row: The row that is compared with it.
         b: Result file of that row; null takes `a`.
         out: JSON file of the comparison; null writes none.

@@ -11,34 +11,38 @@ from amp.data.frozen_features import FrozenFeatures, SplitImages
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.distributed import all_reduce_sum, rank, world_size
+from amp.evaluate.settings import EvaluationSettings
 from amp.model.factory import get_tokenizer, load_clip, to_precision
 from amp.model.towers.base import weights_hash
 from amp.retrieval.rerank import shard_bounds
-from amp.retrieval.settings import RetrievalSettings
 from amp.retrieval.split_search import SplitSearch
 from amp.terminal import Terminal
-from amp.train.config import DataSettings, ModelSettings
 
 
 def baseline(
-    settings: ModelSettings,
-    data: DataSettings,
+    settings: EvaluationSettings,
     split: ShardSplit,
     captions: SplitCaptions,
-    search: RetrievalSettings,
     accelerator: Accelerator,
     terminal: Terminal,
 ) -> tuple[SplitSearch, dict]:
-    """The first stage of a model alone, each rank encoding its share.
+    """The first stage of any model, each rank encoding its share.
+
+    Args:
+        settings: With the base model's name.
+        split, captions: What is searched.
+        accelerator, terminal: Of the run.
 
     Returns:
         `SplitSearch` without knowledge, and what the protocol says of the model.
     """
-    with terminal.progress(f"loading {settings.name}"):
-        clip, _, preprocess = load_clip(settings.name, settings.pretrained, image_resize_mode=settings.resize_mode)
+    model, batch_size = settings.model, settings.batch_size
+    assert model.name is not None
+    with terminal.progress(f"loading {model.name}"):
+        clip, _, preprocess = load_clip(model.name, model.pretrained, image_resize_mode=model.resize_mode)
         described = describe_clip(clip)
-        clip = to_precision(clip, settings.precision).to(accelerator.device).eval()
-        tokenizer = get_tokenizer(settings.name)
+        clip = to_precision(clip, model.precision).to(accelerator.device).eval()
+        tokenizer = get_tokenizer(model.name)
     images, texts = SplitImages(split, preprocess), captions.texts
 
     def encoded(total: int, batches, encode, what: str) -> torch.Tensor:
@@ -59,10 +63,11 @@ def baseline(
 
     def decoded(start: int, stop: int):
         part, pinned = Subset(images, range(start, stop)), accelerator.device.type == "cuda"
-        return DataLoader(part, data.batch_size, num_workers=decoding_workers(data.workers, pinned), pin_memory=pinned)
+        workers = decoding_workers(settings.workers, pinned)
+        return DataLoader(part, batch_size, num_workers=workers, pin_memory=pinned)
 
     def tokenised(start: int, stop: int):
-        return (tokenizer(texts[low : min(low + data.batch_size, stop)]) for low in range(start, stop, data.batch_size))
+        return (tokenizer(texts[low : min(low + batch_size, stop)]) for low in range(start, stop, batch_size))
 
     first = next(m for m in clip.visual.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
     dtype = first.weight.dtype  # of the patches' map, which every tower begins with
@@ -70,7 +75,7 @@ def baseline(
     text = encoded(len(texts), tokenised, clip.encode_text, "texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
     with terminal.progress("searching with the base model"):
-        return SplitSearch(captions, frozen, text, None, search, accelerator.device), described
+        return SplitSearch(captions, frozen, text, None, settings.search, accelerator.device), described
 
 
 def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:

@@ -12,14 +12,13 @@ from rich.text import Text
 
 from amp.errors import AmpError, Problems
 from amp.evaluate.bootstrap import interval, resampled_recalls
-from amp.evaluate.per_query import QueryResults, load_queries
-from amp.evaluate.results import ResultFile
+from amp.evaluate.per_query import load_queries
+from amp.evaluate.results import DIRECTIONS, ResultFile
 from amp.files import write_atomically
 from amp.retrieval.metrics import KS
 
 # What two files must share for their queries, answers and galleries to be the same.
 SHARED = ("captions_sha256", "folds", "queries")
-DIRECTIONS = ("i2t", "t2i")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Comparison:
         return write_atomically(path, f"{json.dumps(asdict(self), indent=2, ensure_ascii=False)}\n".encode())
 
     def print_table(self, console: Console) -> None:
-        """Prints a line a figure; differences whose interval leaves out zero are bold."""
+        """Prints one line per figure; differences whose interval leaves out zero are bold."""
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("figure", "a", "b", "b - a", "95 % interval", "p", "mended", "broken"):
             table.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
@@ -89,7 +88,7 @@ class Comparison:
 def compare(
     a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, bootstrap: int = 10_000, seed: int = 0
 ) -> Comparison:
-    """Compares a row of result file `b` with a row of `a`.
+    """Compares a row of result file `b` with a row of `a`; `a_row` and `b_row` name them as `ResultFile.find` reads.
 
     Raises:
         AmpError: A row or file is missing, or the queries are not the same.
@@ -109,10 +108,13 @@ def compare(
                 f"{a} and {b}: {key} is {seen[0]!r} and {seen[1]!r}, expected the same queries; evaluate "
                 "both on the same split"
             )
-    sides = []
-    for path, file, row in ((a, one, a_row), (b, two, b_row)):
+    rows, sides = [], []
+    for path, file, words in ((a, one, a_row), (b, two, b_row)):
         with problems.collect():
-            sides.append(_row(path, file, row))
+            row = file.find(words, path)
+            queries = load_queries(Path(path).with_suffix(".npz"))
+            rows.append(row)
+            sides.append({direction: queries[row.key, direction] for direction in DIRECTIONS})
     problems.check()
     for direction in DIRECTIONS:
         if not np.array_equal(sides[0][direction].queries, sides[1][direction].queries):
@@ -125,7 +127,6 @@ def compare(
         for s in sides
     ]
     change, differences = samples[1] - samples[0], []
-    rows = [next(r for r in file.rows if r.name == name) for file, name in ((one, a_row), (two, b_row))]
     for index, direction in enumerate(DIRECTIONS):
         for column, k in enumerate(KS):
             hits = [s[direction].ranks < k for s in sides]
@@ -145,17 +146,9 @@ def compare(
             )
     total = change.sum(axis=(1, 2))
     differences.append(Difference("Rsum", rows[0].rsum, rows[1].rsum, *interval(total), _two_sided(total)))
-    return Comparison(a_row, b_row, (Path(a).name, Path(b).name), bootstrap, differences)
+    return Comparison(rows[0].name, rows[1].name, (Path(a).name, Path(b).name), bootstrap, differences)
 
 
 def _two_sided(change: np.ndarray) -> float:
     # Samples at zero count for both sides: equal rows have p = 1.
     return min(1.0, 2.0 * min(float((change <= 0).mean()), float((change >= 0).mean())))
-
-
-def _row(path: str | os.PathLike, file: ResultFile, row: str) -> dict[str, QueryResults]:
-    table = load_queries(Path(path).with_suffix(".npz"))
-    if (row, "t2i") not in table:
-        names = ", ".join(repr(r.name) for r in file.rows)
-        raise AmpError(f"{path}: no row {row!r}, expected one of {names}")
-    return {direction: table[row, direction] for direction in DIRECTIONS}

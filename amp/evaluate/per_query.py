@@ -10,6 +10,7 @@ import numpy as np
 
 from amp.errors import AmpError
 from amp.files import write_atomically
+from amp.retrieval.figures import RowKey
 from amp.retrieval.split_search import Ranking
 
 
@@ -57,13 +58,14 @@ class QueryResults:
         return np.argsort(-self.scores, axis=1, kind="stable")
 
 
-QueryTable = dict[tuple[str, str], QueryResults]
+QueryTable = dict[tuple[RowKey, str], QueryResults]
+"""By row and direction, ``i2t`` or ``t2i``."""
 
 
 def save_queries(path: str | os.PathLike, table: QueryTable) -> Path:
-    """Writes results by (row, direction) as one .npz file."""
+    """Writes results as one .npz file."""
     arrays = {
-        f"{row}\t{direction}\t{field.name}": getattr(results, field.name)
+        "\t".join((*row, direction, field.name)): getattr(results, field.name)
         for (row, direction), results in table.items()
         for field in fields(QueryResults)
     }
@@ -81,14 +83,15 @@ def load_queries(path: str | os.PathLike) -> QueryTable:
         AmpError: The file is missing or not such a file.
     """
     again = "write it again with amp evaluate"
-    parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    parts: dict[tuple[RowKey, str], dict[str, np.ndarray]] = {}
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             for i, name in enumerate(file["names"].tolist()):
-                row, direction, field = name.split("\t")
-                parts.setdefault((row, direction), {})[field] = file[f"array_{i}"]
+                *row, direction, field = name.split("\t")
+                # Files of earlier versions have a row's name in place of method, mode and probe.
+                parts.setdefault((RowKey(*row), direction), {})[field] = file[f"array_{i}"]
         return {key: QueryResults(**arrays) for key, arrays in parts.items()}
     except OSError as error:
-        raise AmpError(f"{path}: can't be read ({error.strerror}), expected results a query; {again}") from error
+        raise AmpError(f"{path}: can't be read ({error.strerror}), expected results per query; {again}") from error
     except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise AmpError(f"{path}: no results a query ({error}); {again}") from error
+        raise AmpError(f"{path}: not results per query ({error}); {again}") from error

@@ -12,25 +12,33 @@ import torch
 from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
-from amp.retrieval.settings import RetrievalSettings
-from amp.train.config import TrainConfig
+from amp.evaluate.adapters import Adapter
+from amp.evaluate.settings import EvaluationSettings
+from amp.files import sha256_of
 from amp.version import __version__
 
 
 def protocol(
-    config: TrainConfig,
+    settings: EvaluationSettings,
     split: ShardSplit,
     captions: SplitCaptions,
-    search: RetrievalSettings,
+    adapters: dict[str, Adapter],
     precision: str,
-    bootstrap: int,
     described: dict,
-    adapters: dict[str, str],
 ) -> dict:
-    """All that the figures depend on, as JSON values; `described` is what is said of the base model."""
-    manifest = ShardManifest.load(config.data.shards)
+    """All that the figures depend on, as JSON values.
+
+    Args:
+        settings: With all that the adapters' records add.
+        split, captions: What is searched.
+        adapters: Their files are hashed.
+        precision: Types of weights and autocast, in words.
+        described: `describe_clip` of the base model.
+    """
+    search, model, bootstrap = settings.search, settings.model, settings.bootstrap
+    manifest = ShardManifest.load(split.root)
     return {
-        "dataset": Path(config.data.shards).name,
+        "dataset": split.root.name,
         "split": split.name,
         "images": captions.images,
         "captions": len(captions.texts),
@@ -38,19 +46,19 @@ def protocol(
         "captions_per_image": search.captions_per_image or "all",
         "queries": search.max_queries or "all",
         "folds": search.folds,
-        "bootstrap": f"{bootstrap} samples of the images, seed {config.seed}" if bootstrap else "none",
-        "model": config.model.name,
-        "pretrained": config.model.pretrained,
+        "bootstrap": f"{bootstrap} samples of the images, seed {settings.seed}" if bootstrap else "none",
+        "model": model.name,
+        "pretrained": model.pretrained,
         **described,
-        "adapters": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in adapters.items()},
+        "adapters": {name: sha256_of(Path(adapter.path)) for name, adapter in adapters.items()},
         "top_k": search.top_k,
         "i2t": search.i2t,
         "fusion_weight": search.fusion_weight,
         "skip_decided": search.skip_decided,
         "tie_rule": "equal scores keep the gallery's order",
         "prompt_prefix": "",
-        "resize": config.model.resize_mode or "model default",
-        "kinds": config.data.kinds,
+        "resize": model.resize_mode or "model default",
+        "kinds": settings.kinds,
         "precision": precision,
         "knowledge": manifest.provenance.get("knowledge"),
         "versions": {

@@ -27,14 +27,14 @@ class Row:
         backbone, method: Names as the paper has them.
         id: Name of its result files; None where open_clip has no such weights.
         figures: By dataset and source (``paper``, ``open_clip``, ``here``), seven each, in the order of `FIGURES`.
-        configs: By dataset, the training configuration of the rows that are ours.
+        training: By dataset, configuration and options of the training of the rows that are ours.
     """
 
     backbone: str
     method: str
     id: str | None
     figures: dict[str, dict[str, Figures]]
-    configs: dict[str, str] = field(default_factory=dict)
+    training: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -66,9 +66,9 @@ def load_published(path: str | os.PathLike) -> tuple[list[Row], dict[str, str]]:
 
 
 def _row(entry: dict) -> Row:
-    figures = {d: {k: v for k, v in entry[d].items() if k != "config"} for d in DATASETS}
-    configs = {d: entry[d]["config"] for d in DATASETS if "config" in entry[d]}
-    return Row(entry["backbone"], entry["method"], entry.get("id"), figures, configs)
+    figures = {d: {k: v for k, v in entry[d].items() if k != "train"} for d in DATASETS}
+    training = {d: entry[d]["train"] for d in DATASETS if "train" in entry[d]}
+    return Row(entry["backbone"], entry["method"], entry.get("id"), figures, training)
 
 
 def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
@@ -83,7 +83,7 @@ def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
             path = Path(folder) / f"{row.id}.{dataset}.json"
             if row.id is not None and path.exists():
                 with problems.collect():
-                    row.figures[dataset]["here"] = _figures(path, ours=bool(row.configs))
+                    row.figures[dataset]["here"] = _figures(path, ours=bool(row.training))
     return problems.found
 
 
@@ -109,17 +109,17 @@ def commands(rows: list[Row], folder: str) -> list[str]:
             if row.id is None or "here" in row.figures[dataset]:
                 continue
             out = f"--out {folder}/{row.id}.{dataset}.json"
-            if dataset in row.configs:
-                stem = Path(row.configs[dataset]).stem
-                adapter = f"runs/{stem}/action-aware/stage2/adapter.safetensors"
-                found.append(f"accelerate launch launchers/train.py --config {CONFIGS}/{row.configs[dataset]}")
+            if dataset in row.training:
+                run = f"runs/{row.id}/{dataset}"
+                train = f"--config {CONFIGS}/{row.training[dataset]} --out {run}"
+                found.append(f"accelerate launch launchers/train.py {train}")
                 found.append(
-                    f"accelerate launch launchers/evaluate.py --config {CONFIGS}/{row.configs[dataset]} {out} "
-                    f"--search.i2t '[pairwise]' --adapters '[\"ours={adapter}\"]'"
+                    f"accelerate launch -m amp.commands.evaluate {out} --config {run}/config.yaml "
+                    f"--search.i2t pairwise --adapters ours={run}/stage2/adapter.safetensors"
                 )
             else:
                 found.append(
-                    f"python launchers/evaluate.py --config {CONFIGS}/table1/{dataset}.yaml --config "
+                    f"amp evaluate --config {CONFIGS}/table1/{dataset}.yaml --config "
                     f"{CONFIGS}/table1/{row.id}.yaml {out}"
                 )
     return found

@@ -13,6 +13,7 @@ from amp.files import write_atomically
 from amp.generation.states import plain_verb
 from amp.generation.words import stem
 from amp.knowledge.schema import Knowledge
+from amp.retrieval.figures import BASE, RowKey
 
 _AUXILIARY = frozenset({"is", "are", "was", "were", "be", "being", "been", "has", "have", "having"})
 
@@ -48,13 +49,13 @@ def verbs_of(knowledge: Knowledge) -> list[str]:
     return list(dict.fromkeys(verb for verb in found if verb))
 
 
-def by_verb(table: QueryTable, row: str, knowledge: Sequence[Knowledge], base: str = "base CLIP") -> list[VerbCount]:
+def by_verb(table: QueryTable, row: RowKey, knowledge: Sequence[Knowledge], base: RowKey = BASE) -> list[VerbCount]:
     """Counts of text-to-image retrieval, the most frequent verb first.
 
     Args:
-        table: Results a query.
+        table: Results per query.
         row: The row that is compared with `base`.
-        knowledge: Of all captions of the split.
+        knowledge: Knowledge of all captions of the split.
         base: Row of the frozen CLIP.
     """
     before, after = (table[name, "t2i"].ranks == 0 for name in (base, row))
@@ -67,13 +68,13 @@ def by_verb(table: QueryTable, row: str, knowledge: Sequence[Knowledge], base: s
     return [VerbCount(verb, *counts[verb]) for verb in sorted(counts, key=lambda v: (-counts[v][0], v))]
 
 
-def save_verbs(path: str | os.PathLike, rows: dict[str, list[VerbCount]]) -> Path:
-    """Writes a line a row and verb: counts, and R@1 of base and row in percent."""
+def save_verbs(path: str | os.PathLike, rows: dict[RowKey, list[VerbCount]]) -> Path:
+    """Writes one line per row and verb: counts, and R@1 of base and row in percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("method", "verb", "queries", "base_R@1", "R@1", "mended", "broken"))
     for row, counts in rows.items():
         for c in counts:
             rates = (f"{100 * n / c.queries:.1f}" for n in (c.base, c.row))
-            writer.writerow((csv_cell(row), csv_cell(c.verb), c.queries, *rates, c.mended, c.broken))
+            writer.writerow((csv_cell(str(row)), csv_cell(c.verb), c.queries, *rates, c.mended, c.broken))
     return write_atomically(path, text.getvalue().encode())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from amp.data.order import BatchOrder
 from amp.errors import AmpError
+from amp.launch import precision_of
 from amp.plan.data import Dataset, check_shards
 from amp.plan.disk import check_disk
 from amp.plan.findings import Finding, Findings, error, in_bytes, note, ok
@@ -18,7 +19,7 @@ from amp.plan.node import check_cores, check_host_memory, check_workers
 from amp.plan.simulator import StepSimulator
 from amp.plan.texts import check_texts
 from amp.train.config import TrainConfig
-from amp.train.launch import deepspeed_file, deepspeed_settings, precision_of
+from amp.train.launch import deepspeed_file, deepspeed_settings
 
 
 @dataclass

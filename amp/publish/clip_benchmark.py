@@ -1,6 +1,6 @@
 """Runs CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark) with our adapters, as its model type ``amp``.
 
-    python -m amp.publish.clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
+    amp clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
 
 CLIP_benchmark encodes images and texts separately and multiplies their features. Features that depend on a caption's
 knowledge belong to a pair, so it can only measure the adapter without knowledge: what adapting costs or gains on
@@ -8,12 +8,10 @@ other data. To measure retrieval with knowledge, use amp evaluate. CLIP_benchmar
 which ignore the camera's orientation.
 """
 
-import sys
-
 import torch
 import torch.nn as nn
 
-from amp.errors import AmpError, exit_on_error
+from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge
 from amp.model.clip import ActionAwareCLIP
 from amp.model.pretrained import from_pretrained
@@ -74,22 +72,3 @@ def register() -> None:
     if "amp" not in models.TYPE2FUNC:
         models.TYPE2FUNC["amp"] = load_amp
         models.MODEL_TYPES.append("amp")
-
-
-@exit_on_error()
-def main(arguments: list[str] | None = None) -> None:
-    """Runs CLIP_benchmark's own command line with the additional type ``amp``.
-
-    Args:
-        arguments: Its arguments; None takes those of the process.
-    """
-    register()
-    from clip_benchmark.cli import main as run
-
-    if arguments is not None:
-        sys.argv[1:] = arguments  # its main takes none
-    run()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from amp.evaluate.results import ResultFile
+from amp.evaluate.results_table import protocol_lines
 from amp.model.adapter import AdapterHeader
 from amp.retrieval.metrics import KS
 
@@ -99,7 +100,7 @@ def _results(results: ResultFile | None) -> list[str]:
     for row in results.rows:
         figures = [*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum]
         lines.append(f"| {_text(row.name)} | {' | '.join(f'{x:.1f}' for x in figures)} |")
-    said = [_text(line) for line in results.protocol_lines()]
+    said = [_text(line) for line in protocol_lines(results.protocol)]
     read = "i2t: an image asks for captions; t2i: a caption asks for images. Written by amp evaluate."
     return ["## Results", "", *said, "", *lines, "", read, ""]
 

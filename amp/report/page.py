@@ -26,6 +26,7 @@ from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
 from amp.report.attention import attention_maps
 from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
+from amp.retrieval.figures import RowKey
 from amp.retrieval.metrics import KS
 
 BASE = "base CLIP"
@@ -51,7 +52,7 @@ class ReportInput:
 
     result: ResultFile
     queries: QueryTable
-    row: str
+    row: RowKey
     split: ShardSplit
     captions: SplitCaptions
     model: ActionAwareCLIP | None
@@ -87,7 +88,7 @@ def write_report(
     verbs = by_verb(given.queries, given.row, given.captions.knowledge)
     content = {
         "title": given.title,
-        "row": given.row,
+        "row": str(given.row),
         "base": BASE,
         "table": table_of(given.result),
         "ks": list(KS),

@@ -58,7 +58,7 @@ def results_plot(result: ResultFile) -> str | None:
 
 
 def sweep_plot(path: str | os.PathLike) -> str:
-    """The rows of a sweep's CSV file (launchers/sweep.py) as means with standard errors.
+    """The rows of a sweep's CSV file (amp sweep) as means with standard errors.
 
     Raises:
         AmpError: The file is none, or has no row with figures.
@@ -72,11 +72,9 @@ def sweep_plot(path: str | os.PathLike) -> str:
                     rows.setdefault(line["row"], {})[line["metric"]] = (mean, mean - error, mean + error)
         complete = [(name, [figures[m] for m in METRICS]) for name, figures in rows.items()]
     except (OSError, KeyError, ValueError, UnicodeDecodeError) as error:
-        raise AmpError(
-            f"{path}: no results of a sweep ({error}), expected the CSV file of launchers/sweep.py"
-        ) from error
+        raise AmpError(f"{path}: no results of a sweep ({error}), expected the CSV file of amp sweep") from error
     if not complete:
-        raise AmpError(f"{path}: no row with figures, expected one at least; run launchers/sweep.py")
+        raise AmpError(f"{path}: no row with figures, expected one at least; run amp sweep")
     return dot_plot(complete)
 
 

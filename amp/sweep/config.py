@@ -51,7 +51,7 @@ class SweepConfig:
         evaluate: Keys of amp evaluate, dotted, such as ``search.skip_decided: true`` or ``probes: [grey]``.
         split: Split that is evaluated.
         seeds: Seeds of every row.
-        launcher: Command that starts training, before ``launchers/train.py``.
+        launcher: Command that starts training, before ``-m amp.commands.train``.
         out: Folder of the runs.
         results: Path of the results without its ending: .csv, .md and .png are written.
         control: Row that gains are also measured against; null for none.

@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from amp.report.fonts import clean, plot_fonts
+from amp.retrieval.figures import RowKey
 from amp.sweep.config import SweepConfig
 from amp.sweep.summary import METRICS, Line
 
@@ -14,10 +15,10 @@ PANELS = ("i2t R@1", "t2i R@1", "Rsum")
 COLOUR, BASE_COLOUR = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, told apart by colour-blind readers
 
 
-def draw(config: SweepConfig, lines: dict[str, Line], base: Line) -> bytes | None:
+def draw(config: SweepConfig, lines: dict[RowKey, Line], base: Line) -> bytes | None:
     """The picture as PNG; None where no row has a result."""
     rows = list(dict.fromkeys(row.name for table in config.tables for row in table.rows if row.train))
-    rows = [name for name in rows if lines[name].values]
+    rows = [name for name in rows if lines[RowKey(name)].values]
     if not rows:
         return None
     labels, out = [clean(name) for name in rows], io.BytesIO()
@@ -28,8 +29,8 @@ def draw(config: SweepConfig, lines: dict[str, Line], base: Line) -> bytes | Non
             i = METRICS.index(metric)
             axes.axvline(base.mean(i), color=BASE_COLOUR, linestyle="--", label="base CLIP")
             for y, name in enumerate(rows):
-                error = lines[name].error(i)
-                axes.errorbar(lines[name].mean(i), y, xerr=error, color=COLOUR, marker="o", capsize=3)
+                error = lines[RowKey(name)].error(i)
+                axes.errorbar(lines[RowKey(name)].mean(i), y, xerr=error, color=COLOUR, marker="o", capsize=3)
             axes.set_title(metric)
             axes.set_xlabel("percent" if metric != "Rsum" else "sum of six recalls")
             axes.grid(axis="x", alpha=0.3)

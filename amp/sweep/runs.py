@@ -26,11 +26,11 @@ class Run:
 
     Attributes:
         row: Name of the first row with this configuration.
-        seed: Of the training.
+        seed: Random seed of the training.
         folder: Holds the adapters, logs and results. Its name depends on all that the result depends on, so that a
             changed configuration is another run and nothing is overwritten.
-        arguments: Of launchers/train.py.
-        evaluation: Further arguments of launchers/evaluate.py.
+        arguments: Arguments of amp train.
+        evaluation: Further arguments of amp evaluate.
     """
 
     row: str
@@ -84,7 +84,7 @@ def make_run(config: SweepConfig, row: Row, keys: dict, folder: Path, seed: int)
 
 
 def as_arguments(keys: dict) -> list[str]:
-    """YAML keys and values as the launchers' command line reads them."""
+    """YAML keys and values as command lines read them."""
     return [
         x for key, value in keys.items() for x in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
@@ -111,7 +111,7 @@ def _execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
         return "done"
     if not (run.folder / TRAINED).is_file():
         say(f"{run.row}, seed {run.seed}: training, log in {run.folder / 'train.log'}")
-        train = [*config.launcher, "launchers/train.py", *run.arguments, "--out", str(run.folder)]
+        train = [*config.launcher, "-m", "amp.commands.train", *run.arguments, "--out", str(run.folder)]
         if not call(train, run.folder / "train.log"):
             return "failed"
         stages = yaml.safe_load((run.folder / "config.yaml").read_text(encoding="utf-8"))["stages"]
@@ -119,9 +119,9 @@ def _execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
         write_atomically(run.folder / TRAINED, json.dumps({"adapter": adapter}).encode())
     adapter = run.folder / json.loads((run.folder / TRAINED).read_text(encoding="utf-8"))["adapter"]
     say(f"{run.row}, seed {run.seed}: evaluating, log in {run.folder / 'evaluate.log'}")
-    evaluate = [sys.executable, "launchers/evaluate.py", *run.arguments, "--split", config.split]
+    evaluate = [sys.executable, "-m", "amp.commands.evaluate", "--config", str(run.folder / "config.yaml")]
     evaluate += ["--adapters", json.dumps([f"{run.row}={adapter}"]), "--out", str(run.folder / ".results.json")]
-    evaluate += run.evaluation
+    evaluate += [*run.evaluation, "--split", config.split]
     if not call(evaluate, run.folder / "evaluate.log"):
         return "failed"
     (run.folder / ".results.json").rename(run.folder / RESULTS)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from amp.errors import AmpError, Problems, printable
 from amp.evaluate.results import ResultFile
-from amp.retrieval.figures import RetrievalRow
+from amp.retrieval.figures import BASE, RetrievalRow, RowKey
 from amp.retrieval.metrics import KS
 from amp.sweep.config import SweepConfig
 from amp.sweep.runs import RESULTS, Run
 
 METRICS = (*(f"i2t R@{k}" for k in KS), *(f"t2i R@{k}" for k in KS), "Rsum")
-BASE = "base CLIP"
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,12 @@ class Line:
     """One method over its seeds.
 
     Attributes:
-        name: Of the row; rows of probes carry the probe's name behind a comma.
+        key: The row of the table, with the probe and the mode of image queries; pairwise is not named.
         values: The metrics of each seed, in the order of `METRICS`.
         paper: The paper's seven figures, or None.
     """
 
-    name: str
+    key: RowKey
     values: dict[int, tuple[float, ...]]
     paper: tuple[float, ...] | None = None
 
@@ -60,11 +59,11 @@ def figures(row: RetrievalRow) -> tuple[float, ...]:
     return (*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum)
 
 
-def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, Line], Line, list[str]]:
+def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[RowKey, Line], Line, list[str]]:
     """Reads the results that are there.
 
     Returns:
-        Lines by name, those of probes behind their row's; the line of the base CLIP; and why the results of some runs
+        Lines by key, those of probes after their row's; the line of the base CLIP; and why the results of some runs
         are left out: they can't be read, or their base CLIP is not that of most runs, so they weren't evaluated on the
         same split or model.
     """
@@ -72,14 +71,14 @@ def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[str, 
     lines = {}
     papers = {row.name: row.paper for table in config.tables for row in table.rows}
     for name, of_row in runs.items():
-        found: dict[str, dict[int, tuple[float, ...]]] = {name: {}}
+        found: dict[RowKey, dict[int, tuple[float, ...]]] = {RowKey(name): {}}
         for run in of_row:
             for row in results[run].rows[1:] if run in results else ():
-                # Named "ROW (mode)" or "ROW, probe (mode)", where ROW is the first with this configuration.
-                shown = name + row.name.removeprefix(run.row).removesuffix(" (pairwise)")
-                found.setdefault(shown, {})[run.seed] = figures(row)
-        for shown, values in found.items():
-            lines[shown] = Line(shown, values, with_sum(papers[name]) if shown == name else None)
+                # Evaluated under the name of the first row with this configuration.
+                key = RowKey(name, row.key.mode if row.key.mode != "pairwise" else "", row.key.probe)
+                found.setdefault(key, {})[run.seed] = figures(row)
+        for key, values in found.items():
+            lines[key] = Line(key, values, with_sum(papers[name]) if key == RowKey(name) else None)
     return lines, Line(BASE, base), left_out
 
 
@@ -98,6 +97,8 @@ def _read(
                 raise AmpError(f"{error}; or {again}") from error
             if len(found.rows) < 2:
                 raise AmpError(f"{path}: has {len(found.rows)} rows, expected base CLIP and {run.row!r}; {again}")
+            if other := [row.name for row in found.rows[1:] if row.key.method != run.row]:
+                raise AmpError(f"{path}: has the row {other[0]!r}, expected rows of {run.row!r} only; {again}")
             results[run] = found
     base = {run: figures(found.rows[0]) for run, found in results.items()}
     rounded = {run: tuple(round(value, 2) for value in values) for run, values in base.items()}
@@ -117,8 +118,8 @@ def with_sum(paper: Sequence[float] | None) -> tuple[float, ...] | None:
     return None if paper is None else (*map(float, paper), float(sum(paper)))
 
 
-def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
-    """A line a method and metric: mean, standard error, seeds, the paper's figure, gains over base and control."""
+def to_csv(lines: dict[RowKey, Line], base: Line, control: str | None) -> str:
+    """One line per method and metric: mean, standard error, seeds, the paper's figure, gains over base and control."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -137,16 +138,20 @@ def to_csv(lines: dict[str, Line], base: Line, control: str | None) -> str:
     )
     for line in (base, *lines.values()):
         for i, metric in enumerate(METRICS):
-            gains = [*line.gain(base, i), *(line.gain(lines[control], i) if control else (None, None))]
+            gains = [*line.gain(base, i), *(line.gain(lines[RowKey(control)], i) if control else (None, None))]
             figures = [line.mean(i), line.error(i), len(line.values), line.paper[i] if line.paper else None, *gains]
             writer.writerow(
-                [line.name, metric, *("" if x is None else f"{x:.3f}" if isinstance(x, float) else x for x in figures)]
+                [
+                    str(line.key),
+                    metric,
+                    *("" if x is None else f"{x:.3f}" if isinstance(x, float) else x for x in figures),
+                ]
             )
     return out.getvalue()
 
 
 def to_markdown(
-    config: SweepConfig, lines: dict[str, Line], base: Line, command: str, left_out: Sequence[str] = ()
+    config: SweepConfig, lines: dict[RowKey, Line], base: Line, command: str, left_out: Sequence[str] = ()
 ) -> str:
     """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold.
 
@@ -158,7 +163,7 @@ def to_markdown(
         + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the "
         "order of rows, not values."
     ]
-    control = lines.get(config.control) if config.control else None
+    control = lines.get(RowKey(config.control)) if config.control else None
     probed = set()  # rows whose probes stand in a table above
     for table in config.tables:
         papers = any(row.paper for row in table.rows)
@@ -168,19 +173,19 @@ def to_markdown(
             shown = (
                 [base]
                 if not row.train
-                else [lines[row.name]]
-                + [x for n, x in lines.items() if row.name not in probed and n.startswith(f"{row.name}, ")]
+                else [lines[RowKey(row.name)]]
+                + [x for key, x in lines.items() if row.name not in probed and key.method == row.name and key.probe]
             )
             probed.add(row.name)
             for line in shown:
-                name = row.name if line is base else line.name
+                name = row.name if line is base else str(line.key)
                 cells = [
                     name,
                     str(len(line.values) or ""),
                     *(cell(line, i, base, control) for i in range(7)),
                 ]
                 if papers:
-                    paper = with_sum(row.paper) if line is base or line.name == row.name else None
+                    paper = with_sum(row.paper) if line is base or line.key == RowKey(row.name) else None
                     cells += [f"{x:.1f}" for x in paper] if paper else [""] * len(METRICS)
                 body.append(cells)
         rule = ["---"] + ["---:"] * (len(head) - 1)

@@ -1,64 +1,49 @@
-"""The Accelerator of a run, however it was launched: `accelerate launch`, torchrun, srun or plain Python."""
+"""The Accelerator of a training run: trackers, gradient accumulation and DeepSpeed on top of `amp.launch`."""
 
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import accelerate
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import DeepSpeedPlugin, LoggerType
 
 from amp.errors import AmpError
 from amp.json_text import parse_json
+from amp.launch import precision_of, precision_problems, start_accelerator, world_of_launcher
 from amp.train.config import TrainConfig
 
 
-def make_accelerator(config: TrainConfig, training: bool = True) -> Accelerator:
-    """The Accelerator of a run; on machines without an accelerator processes talk over gloo.
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The Accelerator of a training run.
 
     Args:
         config: Of it the precision, accumulation, trackers, time limit and DeepSpeed file are read.
-        training: False leaves DeepSpeed and trackers out whatever the configuration says: evaluation has nothing to
-            shard and nothing to track.
 
     Raises:
         AmpError: What `launch_problems` and `precision_problems` tell, a wrong DeepSpeed file, or another number of
             processes than was launched.
     """
-    cuda, world = torch.cuda.is_available(), world_of_launcher()
-    file = deepspeed_file(config) if training else None
-    if training:
-        for problem in launch_problems(config, world, file):
-            raise AmpError(problem)
-    for problem in precision_problems(config, file, cuda):
+    cuda, world, file = torch.cuda.is_available(), world_of_launcher(), deepspeed_file(config)
+    for problem in (*launch_problems(config, world, file), *precision_problems(config, file, cuda)):
         raise AmpError(problem)
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
-        if file is not None:
-            os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
-            leave_inference_out()
-            if precision_of(config) == "fp16" and not computes_fp16():
-                raise AmpError(
-                    "mixed_precision is 'fp16' under DeepSpeed, and there is neither a GPU nor a processor that "
-                    "computes in fp16, expected 'bf16' or 'no'"
-                )
-    timeout = timedelta(minutes=config.timeout_minutes)
-    group = InitProcessGroupKwargs(backend=None if cuda else "gloo", timeout=timeout)
-    accelerator = Accelerator(
-        mixed_precision=None if config.mixed_precision is None else precision_of(config),
+    if not cuda and file is not None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
+        leave_inference_out()
+        if precision_of(config) == "fp16" and not computes_fp16():
+            raise AmpError(
+                "mixed_precision is 'fp16' under DeepSpeed, and there is neither a GPU nor a processor that "
+                "computes in fp16, expected 'bf16' or 'no'"
+            )
+    accelerator = start_accelerator(
+        config,
         gradient_accumulation_steps=config.gradient_accumulation,
-        log_with=(training and config.trackers) or None,  # an empty list would make Accelerate warn
+        log_with=config.trackers or None,  # an empty list would make Accelerate warn
         project_dir=config.out,
-        kwargs_handlers=[] if world == 1 else [group],
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(file, config, world)) if file else None,
     )
-    if accelerator.num_processes != world:
-        raise AmpError(
-            f"this process sees {accelerator.num_processes} processes, the launcher started {world}. Without a GPU "
-            "launch with ACCELERATE_USE_CPU=true, under DeepSpeed with DS_ACCELERATOR=cpu, and always without --cpu"
-        )
     if (file is None) == (accelerator.distributed_type == DistributedType.DEEPSPEED):
         raise AmpError(
             f"Accelerate chose {accelerator.distributed_type.value}, the DeepSpeed file is {file}; launch without --cpu"
@@ -100,47 +85,6 @@ def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> I
             "data.batch_size is 1 on one process, expected 2 or more images over all processes: both losses need "
             "negatives"
         )
-
-
-def precision_problems(config: TrainConfig, deepspeed: str | None, gpu: bool) -> Iterator[str]:
-    """Types of weights and of autocast that don't go together, in training and in evaluation."""
-    weights, autocast = config.model.precision, precision_of(config, gpu)
-    if autocast == "fp16" and not gpu and deepspeed is None:
-        yield "mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU"
-    casts = deepspeed is not None and autocast == "fp16"  # DeepSpeed's fp16 casts all weights itself
-    if {weights, autocast} == {"bf16", "fp16"} and not casts:
-        yield (
-            f"model.precision is {weights!r} and autocast (mixed_precision) is {autocast!r}, expected one low type at "
-            f"most; give --model.precision fp32, --mixed_precision no or --mixed_precision {weights}"
-        )
-
-
-def world_of_launcher() -> int:
-    """How many processes the launcher says it has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_of_launcher() -> int:
-    """Which of them this one is, also before there is an Accelerator."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def precision_of(config: TrainConfig, gpu: bool | None = None) -> str:
-    """The run's autocast type: its own, or what `accelerate launch` says. `gpu`: whether it runs on one; null looks."""
-    if config.mixed_precision == "auto":
-        gpu = torch.cuda.is_available() if gpu is None else gpu
-        return "bf16" if gpu or multiplies_bf16() else "no"
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for it (Linux). Without them a product takes up to sixty times as long as
-    in fp32 (docs/performance.md names a processor and its rates)."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def deepspeed_file(config: TrainConfig) -> str | None:

@@ -3,7 +3,7 @@
 # it has succeeded. DeepSpeed needs that: a launch trains one stage.
 #
 #     launchers/slurm/both_stages.sh --nodes 8 --gpus-per-node 8 --cpus-per-task 64 --time 4:00:00 -- \
-#         --config launchers/configs/coco_vit_l14_336.yaml --deepspeed ds_configs/zero2.json
+#         --config launchers/configs/coco.yaml --deepspeed ds_configs/zero2.json
 #
 # Options of sbatch before `--`, settings of training after it. Prints the numbers of the three jobs.
 set -euo pipefail
@@ -30,5 +30,5 @@ stage2=$(submit $(after "$stage1") launchers/slurm/train.sbatch "$@" --stages '[
     --init "$out/stage1/adapter.safetensors")
 # shellcheck disable=SC2046
 evaluation=$(submit $(after "$stage2") launchers/slurm/evaluate.sbatch --config "$out/config.yaml" --split test \
-    --out "$out/results.json" --adapters "[\"action-aware=$out/stage2/adapter.safetensors\"]")
+    --out "$out/results.json" --adapters "action-aware=$out/stage2/adapter.safetensors")
 echo "$stage1 $stage2 $evaluation"

@@ -1,8 +1,8 @@
 """How often a model tells twins apart: same actors and place, roles swapped or another action (chance: 50 %).
 
-    python tools/scenes/twins.py --config launchers/configs/scenes.yaml --dataset data/demo/scenes/dataset.json \
-        --out runs/demo/twins.json --adapters '["control=runs/demo/control/stage2/adapter.safetensors",
-        "action-aware=runs/demo/action-aware/stage2/adapter.safetensors"]'
+    python tools/scenes/twins.py --shards data/demo/drawn-scenes --dataset data/demo/scenes/dataset.json \
+        --out runs/demo/twins.json --adapters control=runs/demo/control/stage2/adapter.safetensors \
+        action-aware=runs/demo/action-aware/stage2/adapter.safetensors
 
 A comparison is won where a caption scores its own picture above the twin's, a tie is half won; each caption of both
 pictures makes one. An action-aware adapter conditions both pictures on that caption's knowledge: caption and knowledge
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from amp.errors import AmpError, exit_on_error, shorten
 
@@ -23,9 +24,9 @@ with exit_on_error():
     import torch
 
     from amp.command_line import CommandLine
-    from amp.train.command import command_line, read_command_line
-    from amp.train.config import TrainConfig
-    from amp.train.losses import pair_similarity
+    from amp.commands.measuring import command_line, read_command_line
+    from amp.evaluate.settings import BaseSettings, Kind
+    from amp.model.similarity import pair_similarity
 
 CHANGES = ("roles", "action")
 BATCH = 256  # comparisons a forward pass, two pairs each
@@ -38,15 +39,30 @@ class TwinSettings:
 
     Args:
         dataset: dataset.json of tools/scenes/make_scenes.py, which says who is whose twin.
+        shards: Folder of the drawn scenes' shards; null takes the one that the adapters were trained on.
         split: Split of the shards.
-        adapters: ``NAME=FILE`` each; none measures the base model alone.
+        adapters: ``NAME=FILE`` each; none measures the base model only.
+        model: The base CLIP.
+        kinds: Kinds of triplets used; null takes those of the adapters' training.
+        batch_size: Images per forward pass of the base model.
+        workers: Decoding processes.
+        cache: Folder for text features and frozen image features.
+        mixed_precision: Autocast type of the comparisons, as for amp evaluate.
         out: JSON file of the result.
     """
 
     dataset: Path = Path("data/demo/scenes/dataset.json")
+    shards: str | None = None
     split: str = "test"
     adapters: list[str] = field(default_factory=list)
+    model: BaseSettings = field(default_factory=BaseSettings)
+    kinds: list[Kind] | None = None
+    batch_size: int = 64
+    workers: int = 4
+    cache: str = "data/cache"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = "auto"
     out: Path = Path("runs/twins.json")
+    timeout_minutes: ClassVar[float] = 30.0  # nobody waits: one process
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ def differences(score: Scorer, comparisons: Comparisons) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def measure(config: TrainConfig, settings: TwinSettings) -> dict:
+def measure(settings: TwinSettings) -> dict:
     """Twin accuracy of the base model and of each adapter, with the grey probe; writes `settings.out`.
 
     Raises:
@@ -186,51 +202,48 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
     from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
     from amp.data.split import ShardSplit
     from amp.data.split_captions import SplitCaptions
-    from amp.evaluate.adapters import load_adapters, named_adapters
-    from amp.evaluate.probes import grey
+    from amp.evaluate.adapters import base_of, kinds_of, load_adapters, load_base, read_adapters, shards_of
+    from amp.evaluate.probes import probe
     from amp.files import check_writable, write_atomically
-    from amp.model.factory import create_model_and_transforms
+    from amp.launch import precision_problems, start_accelerator
+    from amp.retrieval.figures import BASE, RowKey
     from amp.retrieval.settings import RetrievalSettings
     from amp.retrieval.split_search import SplitSearch
     from amp.terminal import Terminal
-    from amp.train.launch import make_accelerator
 
-    named = named_adapters(settings.adapters)
+    adapters = read_adapters(settings.adapters)
+    of_base = base_of(settings.model, adapters)
     check_writable(settings.out)
-    accelerator = make_accelerator(config, training=False)
+    for problem in precision_problems(settings, None, torch.cuda.is_available()):
+        raise AmpError(problem)
+    accelerator = start_accelerator(settings)
     if accelerator.num_processes > 1:
         raise AmpError(f"{accelerator.num_processes} processes, expected 1; start it with python, not with a launcher")
-    terminal, data = Terminal(True), config.data
-    split = ShardSplit(data.shards, settings.split)
-    captions = SplitCaptions.read(split, data.kinds)
+    terminal = Terminal(True)
+    split = ShardSplit(shards_of(settings.shards, adapters), settings.split)
+    captions = SplitCaptions.read(split, kinds_of(settings.kinds, adapters))
     filenames = [record["filename"] for record in split.records()]
     comparisons = twin_comparisons(settings.dataset, filenames, captions.image)
-    with terminal.progress(f"loading {config.model.name}"):
-        base, _, preprocess = create_model_and_transforms(
-            config.model.name,
-            config.model.pretrained,
-            precision=config.model.precision,
-            device=accelerator.device,
-            prompt_config=config.prompt,
-            image_resize_mode=config.model.resize_mode,
-        )
-        models = load_adapters(base, config.model.name, named)
+    with terminal.progress(f"loading {of_base.name}"):
+        base, _, preprocess = load_base(of_base, accelerator.device)
+        models = load_adapters(base, str(of_base.name), adapters)
     rows: list[dict] = []
     result = {
         "split": settings.split,
         "images": captions.images,
         "captions": len(captions.texts),
         "chance": 50.0,
-        "model": config.model.name,
+        "model": of_base.name,
         "rows": rows,
     }
-    for name, model in {"base CLIP": base, **models}.items():
+    for name, model in {BASE.method: base, **models}.items():
         model.eval()
-        collate = knowledge_collator(model, data.cache, data.cache_dtype)
+        collate = knowledge_collator(model, settings.cache, "float32")
         texts = captions.all_texts(model.config.max_triplets, model.config.knowledge)
         prepare_texts(accelerator, terminal, collate.store, model, texts)
+        batch_size, workers = settings.batch_size, settings.workers
         frozen = prepare_images(
-            accelerator, terminal, split, model, preprocess, data.cache, data.cache_dtype, data.batch_size, data.workers
+            accelerator, terminal, split, model, preprocess, settings.cache, "float32", batch_size, workers
         )
         retrieval = SplitSearch.stored(captions, frozen, collate, RetrievalSettings(), accelerator.device)
         if model is base:
@@ -239,9 +252,8 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
         else:
             rows.append({"name": name, **accuracy(comparisons, retrieval.scorer(model, accelerator.autocast))})
             if model.interaction.conditioned:
-                retrieval.frozen = grey(frozen, model, preprocess)
-                spoilt = accuracy(comparisons, retrieval.scorer(model, accelerator.autocast))
-                rows.append({"name": f"{name}, grey", **spoilt})
+                spoilt = probe(retrieval, "grey", model, preprocess).scorer(model, accelerator.autocast)
+                rows.append({"name": str(RowKey(name, probe="grey")), **accuracy(comparisons, spoilt)})
         write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())  # what is done stays
     width = max(len(row["name"]) for row in rows)
     counts = ", ".join(f"{change}: {c.twins} twins, {len(c.caption)} captions" for change, c in comparisons.items())
@@ -256,15 +268,12 @@ def measure(config: TrainConfig, settings: TwinSettings) -> dict:
 
 
 def parser() -> CommandLine:
-    return command_line(__doc__, TwinSettings)
+    return command_line(__doc__, TwinSettings, "--shards DIR --dataset FILE --adapters NAME=FILE [...]")
 
 
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    twins, config = read_command_line(parser(), arguments, TwinSettings)
-    if twins.out.suffix != ".json":
-        raise AmpError(f"out is {str(twins.out)!r}, expected a .json file; add --out FILE.json")
-    measure(config, twins)
+    measure(read_command_line(parser(), arguments, TwinSettings))
 
 
 if __name__ == "__main__":

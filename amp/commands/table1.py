@@ -1,17 +1,15 @@
 """Renders Table 1: the paper's figures, open_clip's, and those of runs here, with the paper's anomalies marked.
 
-python launchers/table1.py --out results/table1.md
-python launchers/table1.py --commands true         (what to run for the lines that are empty)
+    amp table1 --out results/table1.md
+    amp table1 --commands true         (what to run for the lines that are empty)
 
 Results that can't be used are left out and listed, and the status is 1.
 """
 
 from dataclasses import dataclass
 
+from amp.command_line import CommandLine
 from amp.errors import exit_on_error
-
-with exit_on_error():
-    from amp.command_line import CommandLine
 
 
 @dataclass
@@ -32,7 +30,7 @@ class TableSettings:
 
 
 def parser() -> CommandLine:
-    parser = CommandLine(description=__doc__.split("\n")[0])
+    parser = CommandLine(usage="%(prog)s [--out FILE] [--commands true]", description=__doc__.split("\n")[0])
     parser.add_class_arguments(TableSettings, as_group=False)
     return parser
 

@@ -1,9 +1,9 @@
 """Runs the rows of ablation tables over several seeds and writes mean, standard error and the paper's figures.
 
-    python launchers/sweep.py --config launchers/sweeps/flickr8k.yaml --dry_run true       what is missing
-    python launchers/sweep.py --config launchers/sweeps/flickr8k.yaml --seeds '[0]' --rows '[control]'
-    python launchers/sweep.py --config ... --shard 3/8         the fourth of eight jobs of an array
-    python launchers/sweep.py --config ... --report_only true  tables of what is there
+    amp sweep --config launchers/sweeps/flickr8k.yaml --dry_run true       what is missing
+    amp sweep --config launchers/sweeps/flickr8k.yaml --seeds 0 --rows control
+    amp sweep --config ... --shard 3/8         the fourth of eight jobs of an array
+    amp sweep --config ... --report_only true  tables of what is there
 
 All rows are checked before the first is trained. What is done isn't run again, a run that fails leaves the others
 alone, and several processes can share a sweep. Writes RESULTS.csv, RESULTS.md and RESULTS.png after each run. Ends with
@@ -11,15 +11,12 @@ status 1 where a run failed or a result can't be used.
 """
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amp.command_line import CommandLine
 from amp.errors import AmpError, Problems, exit_on_error
-
-with exit_on_error():
-    from amp.command_line import CommandLine
-    from amp.sweep.config import SweepConfig
+from amp.sweep.config import SweepConfig
 
 if TYPE_CHECKING:
     from amp.sweep.runs import Run
@@ -36,12 +33,13 @@ def parser() -> CommandLine:
 
 
 @exit_on_error("finished runs are kept, and the same command goes on from there")
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     options = parser()
     parsed = options.parse_args(arguments)
     settings = options.instantiate(parsed)
     names = ", ".join(str(path) for path in settings.pop("config") or ())
-    return run_sweep(SweepConfig(**settings), f"python launchers/sweep.py --config {names}")
+    if status := run_sweep(SweepConfig(**settings), f"amp sweep --config {names}"):
+        raise SystemExit(status)
 
 
 def run_sweep(config: SweepConfig, command: str) -> int:
@@ -92,9 +90,11 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
     from jsonargparse import ArgumentError
 
     from amp.commands import evaluate, train
+    from amp.commands.measuring import read_command_line
     from amp.data.split import ShardSplit
+    from amp.evaluate.probes import check_probes
+    from amp.evaluate.settings import EvaluationSettings
     from amp.files import check_writable
-    from amp.train.command import read_command_line
     from amp.train.config import TrainConfig
 
     problems = Problems()
@@ -108,8 +108,8 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
                 training.check()
                 options = evaluate.parser()
                 options.exit_on_error = False
-                out = ["--out", str(run.folder / "results.json")]
-                read_command_line(options, [*run.arguments, *run.evaluation, *out], evaluate.EvaluationSettings)
+                found = read_command_line(options, list(run.evaluation), EvaluationSettings)
+                check_probes(found.probes)
                 for split in (training.data.train_split, config.split):
                     ShardSplit(training.data.shards, split)
             except (AmpError, ArgumentError) as error:
@@ -142,4 +142,4 @@ def write_tables(config: SweepConfig, runs: "dict[str, list[Run]]", command: str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

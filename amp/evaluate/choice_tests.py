@@ -1,0 +1,98 @@
+"""The tests of a caption choice: files, and captions with swapped roles and actions made from the shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from amp.data.images.file import open_photo
+from amp.data.images.names import find_file
+from amp.data.split import ShardSplit
+from amp.data.split_captions import SplitCaptions
+from amp.errors import AmpError, Problems
+from amp.evaluate.adapters import Adapter, kinds_of, shards_of
+from amp.evaluate.choice import Choice, check_skipped
+from amp.evaluate.choice_files import load_choices
+from amp.evaluate.choice_settings import ChooseSettings
+from amp.evaluate.swaps import TESTS, swapped_actions, swapped_roles
+from amp.retrieval.split_search import spaced
+
+
+class Test(NamedTuple):
+    """One test, ready to run.
+
+    Attributes:
+        name: As shown.
+        choices: That are asked.
+        skipped: Why other entries are left out, by entry.
+        open_image: A choice's `image` to the photo.
+    """
+
+    name: str
+    choices: list[Choice]
+    skipped: dict[str, str]
+    open_image: Callable[[str], Image.Image]
+
+
+def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems: Problems) -> list[Test]:
+    """All tests with the entries that can be used, found without a model; what is wrong goes to `problems`."""
+
+    names = [test if test in TESTS else Path(test).stem for test in settings.tests]
+    swapped = [test for test in settings.tests if test in TESTS]
+    images = Path(settings.images) if settings.images is not None else None
+    with problems.collect():
+        check(settings, names)
+    with problems.collect():
+        if len(swapped) < len(names) and (images is None or not images.is_dir()):
+            raise AmpError(
+                f"images is {settings.images!r}, expected the folder of the photos of the JSON files in tests; "
+                "give it with --images"
+            )
+    split = captions = None
+    with problems.collect():
+        if swapped:
+            split = ShardSplit(shards_of(settings.shards, adapters), settings.split)
+            captions = SplitCaptions.read(split, kinds_of(settings.kinds, adapters))
+    tests: list[Test] = []
+
+    def from_shards(number: str) -> Image.Image:
+        assert split is not None, "read before the captions"
+        return split.image(int(number))
+
+    def from_folder(file: str) -> Image.Image:
+        assert images is not None, "files need a folder"
+        return open_photo(find_file(images, file))
+
+    for given, name in zip(settings.tests, names, strict=True):
+        with problems.collect():
+            skipped: dict[str, str] = {}
+            if given not in TESTS:
+                choices, skipped = load_choices(given, images if images is not None and images.is_dir() else None)
+                reasons = [f"{entry}: {reason}" for entry, reason in skipped.items()]
+                check_skipped(given, reasons, len(choices) + len(skipped), settings.max_skipped_entries)
+            elif captions is None:
+                continue  # the shards' own error says why
+            else:
+                choices = {"swapped-roles": swapped_roles, "swapped-actions": swapped_actions}[given](captions)
+            if skipped and not choices:
+                raise AmpError(f"{given}: none of {len(skipped):,} entries can be used; first: {reasons[0]}")
+            if not choices:
+                raise AmpError(f"{given}: no choice, expected captions with action triplets; look at the knowledge")
+            choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
+            tests.append(Test(name, choices, skipped, from_shards if given in TESTS else from_folder))
+    return tests
+
+
+def check(settings: ChooseSettings, names: list[str]) -> None:
+    """Raises AmpError for settings that can't be."""
+    if not names:
+        raise AmpError("tests is empty, expected one at least; add --tests FILE.json")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AmpError(f"tests has more than one named {twice[0]!r}, expected different names; rename a file")
+    for key, least in (("limit", 0), ("choices_a_batch", 1)):
+        if getattr(settings, key) < least:
+            raise AmpError(f"{key} is {getattr(settings, key)}, expected at least {least}")
+    if not 0 <= settings.max_skipped_entries <= 1:
+        raise AmpError(f"max_skipped_entries is {settings.max_skipped_entries}, expected a fraction from 0 to 1")
