@@ -32,12 +32,8 @@ from amp.generation.run import generate_knowledge
 from amp.knowledge.schema import KNOWLEDGE_NAME
 
 
-@exit_on_error("the replies are kept, and the same command goes on from there")
-def main(arguments: list[str] | None = None) -> None:
-    from rich.table import Table
-
+def parser():
     from amp.command_line import CommandLine
-    from amp.terminal import PlainConsole
 
     parser = CommandLine(
         usage="%(prog)s --captions FILE --out FOLDER [--engine NAME --model MODEL] [options]",
@@ -46,15 +42,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_function_arguments(generate_knowledge, skip={"splits", "engine_options", "command", "console"})
     parser.add_argument("--splits", nargs="+", type=str, help="splits whose captions get knowledge; by default all")
     parser.add_argument("--model", type=str | None, default=None, help="model of the engine; rules have none")
-    engines = known_engines()
-    for name, engine in engines.items():
+    for name, engine in known_engines().items():
         parser.add_class_arguments(engine, name, skip={"model"})
     parser.add_argument("--config", action="config", help="YAML file with these options")
-    options = parser.parse_args(arguments).as_dict()
+    return parser
+
+
+@exit_on_error("the replies are kept, and the same command goes on from there")
+def main(arguments: list[str] | None = None) -> None:
+    from rich.table import Table
+
+    from amp.terminal import PlainConsole
+
+    options = parser().parse_args(arguments).as_dict()
     console = PlainConsole(stderr=True)
     command = ["generate_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
     options.pop("config")
-    of_engines = {name: options.pop(name) for name in engines}
+    of_engines = {name: options.pop(name) for name in known_engines()}
     model = options.pop("model")
     if (model is None) != (options["engine"] == "rules"):
         raise AmpError(

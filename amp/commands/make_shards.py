@@ -31,13 +31,8 @@ from amp.data.conversion.make import make_shards
 from amp.errors import exit_on_error
 
 
-@exit_on_error("finished shards are kept, and the same command goes on from there")
-def main(arguments: list[str] | None = None) -> None:
-    # Imported here because the worker processes import this file too.
-    from rich.table import Table
-
-    from amp.command_line import CommandLine
-    from amp.terminal import PlainConsole
+def parser():
+    from amp.command_line import CommandLine  # not above: worker processes import this file too
 
     parser = CommandLine(
         usage="%(prog)s --captions FILE --images FOLDER --out FOLDER [options]",
@@ -46,7 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_function_arguments(make_shards, skip={"splits", "command", "console"})
     parser.add_argument("--splits", nargs="+", type=str, help="splits to convert; all that occur by default")
     parser.add_argument("--config", action="config", help="YAML file with these options")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@exit_on_error("finished shards are kept, and the same command goes on from there")
+def main(arguments: list[str] | None = None) -> None:
+    # Imported here because the worker processes import this file too.
+    from rich.table import Table
+
+    from amp.terminal import PlainConsole
+
+    options = parser().parse_args(arguments)
     options.pop("config")
     console = PlainConsole(stderr=True)
     command = ["make_shards.py", *(sys.argv[1:] if arguments is None else arguments)]

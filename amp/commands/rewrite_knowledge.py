@@ -17,16 +17,21 @@ from amp.data.conversion.rewrite import rewrite_knowledge
 from amp.errors import exit_on_error
 
 
+def parser():
+    from amp.command_line import CommandLine
+
+    parser = CommandLine(description=__doc__.partition("\n")[0])
+    parser.add_function_arguments(rewrite_knowledge, skip={"command", "console"})
+    return parser
+
+
 @exit_on_error("the same command goes on from there")
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
-    from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
 
-    parser = CommandLine(description=__doc__.partition("\n")[0])
-    parser.add_function_arguments(rewrite_knowledge, skip={"command", "console"})
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     console = PlainConsole(stderr=True)
     command = ["rewrite_knowledge.py", *(sys.argv[1:] if arguments is None else arguments)]
     manifest = rewrite_knowledge(**options.as_dict(), command=command, console=console)
