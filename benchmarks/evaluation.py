@@ -21,7 +21,7 @@ from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
 from benchmarks import photos
-from benchmarks.models import base_model
+from benchmarks.models import PLAIN, READ_LAST, base_model
 from benchmarks.settings import Settings
 from benchmarks.timing import rounded
 
@@ -44,7 +44,7 @@ def both_runs(settings: Settings, folder: Path) -> dict:
     weights, adapter = folder / "clip.pt", folder / "adapter.safetensors"
     base = base_model(settings)
     torch.save(base.backbone.clip.state_dict(), weights)  # random ones, if they are, must be the same in each process
-    prompt = PromptConfig(interaction="readout", interaction_layer=base.backbone.num_layers // 2)
+    prompt = PromptConfig(**{**PLAIN, **READ_LAST, "depth": 0.5})
     save_adapter(adapter, create_model_and_transforms(settings.model, str(weights), prompt_config=prompt)[0])
     command = [
         sys.executable,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import make_aim, make_model
+from conftest import make_aim
 
 from amp.data.stream import Batch
 from amp.model.similarity import similarity
