@@ -29,7 +29,7 @@ _THINGS = ("ball", "kite", "stick")
 
 
 def aim_settings(block: int = 0, options: dict | None = None, **settings) -> dict:
-    """`PromptConfig`'s arguments for the paper's AIM, whose captions keep their features, in the tiny CLIPs of 3 blocks.
+    """`PromptConfig`'s arguments for the paper's AIM, with captions' features as they are, in CLIPs of 3 blocks.
 
     Args:
         block: The first that sees prompts.
