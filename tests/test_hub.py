@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, write_clip_folder
+from helpers import aim_settings
 from PIL import Image
 
 import amp
@@ -17,18 +18,10 @@ from amp.commands import publish
 from amp.evaluate.results import ResultFile
 from amp.files import sha256_of
 from amp.publish.export import INPUTS, ImageEncoder
-from amp.retrieval.figures import DirectionResult, RetrievalRow
+from amp.retrieval.figures import DirectionResult, RetrievalRow, RowKey
 from amp.retrieval.metrics import KS
 
-READOUT = {
-    "interaction": "readout",
-    "interaction_layer": 1,
-    "readout_blocks": 1,
-    "triplet_heads": 4,
-    "text_enrichment": True,
-    "text_triplets": True,
-    "image_projection": True,
-}
+READOUT = {"depth": 1 / 3, "num_prompts": 4}
 RECORD = {
     "stage": 2,
     "step": 7,
@@ -141,7 +134,7 @@ def result_file(sha256: str) -> ResultFile:
         recall = {k: first + i for i, k in enumerate(KS)}
         return DirectionResult(recall, {k: 90.0 for k in KS}, {k: 1.0 for k in KS}, 10, 20, 1.0)
 
-    rows = [RetrievalRow("base | <b>CLIP</b>", direction(10.0), direction(20.25))]
+    rows = [RetrievalRow(RowKey("base | <b>CLIP</b>"), direction(10.0), direction(20.25))]
     return ResultFile({"dataset": "dogs", "images": 10, "adapters": {"mine": sha256}}, rows)
 
 
@@ -283,7 +276,7 @@ def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeyp
                 model.backbone.clip.encode_text(model.tokenizer([caption for _, caption in rows])),
             )
         else:
-            image = model(images, prompted=True).prompted
+            image = model.image_features(images)
             text = model.encode_text(model.tokenizer([c for _, c in rows]), knowledge=[amp.Knowledge()] * len(rows))
     scores = F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
     for k in (1, 2):
@@ -307,12 +300,12 @@ def test_clip_benchmark_refuses_other_names(folder):
     "settings",
     [
         pytest.param(READOUT, id="readout"),
-        pytest.param({"interaction": "aim"}, id="aim", marks=pytest.mark.slow),  # tracing takes many seconds
-        pytest.param({"interaction": "cat"}, id="cat", marks=pytest.mark.slow),
+        pytest.param(aim_settings(), id="aim", marks=pytest.mark.slow),  # tracing takes many seconds
+        pytest.param(aim_settings(interaction="cat"), id="cat", marks=pytest.mark.slow),
     ],
 )
 def test_the_exported_encoder_is_the_model_for_any_number_of_images(settings, images, knowledge, tmp_path):
-    model = make_model(trained=True, **{"triplet_heads": 4, **settings}).eval()
+    model = make_model(trained=True, **settings).eval()
     amp.export_image_encoder(model, tmp_path / "encoder.pt2")
     program = torch.export.load(tmp_path / "encoder.pt2").module()
     batch = model.prepare_knowledge(knowledge)

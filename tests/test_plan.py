@@ -240,7 +240,7 @@ def test_counted():
         ({"trackers": ["tensorbord"]}, {}, "trackers holds ['tensorbord']"),
         ({"model__name": "ViT-B-61"}, {}, "model 'ViT-B-61' is unknown to open_clip"),
         ({"model__name": "hf-hub:no/such"}, {}, "is not on this machine, and a plan downloads nothing"),
-        ({"prompt": amp.PromptConfig(interaction_layer=9)}, {}, "prompts: interaction_layer is 9, expected 0 to 2"),
+        ({"prompt": amp.PromptConfig(interaction="sum")}, {}, "interaction is 'sum', expected one of readout, aim"),
         ({"init": "nowhere.safetensors"}, {}, "init: nowhere.safetensors: no such adapter file"),
         ({}, {"gpu_memory_gb": 1.0}, "GPU memory: stage 1 needs an estimated 1.0"),
     ],

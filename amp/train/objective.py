@@ -37,8 +37,8 @@ class Objective:
         conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours; of no effect on controls.
         negatives: m, sampled negatives per direction for ``contrastive`` (ours).
         margin: alpha of eq. 11 (ours).
-        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives; a tensor without dimensions, so
-            that a plan's weights, which have no values, do too.
+        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives: a number, or a tensor without
+            dimensions, since the weights of a plan have no values.
         seed: Random seed of the run.
         knowledge_dropout: Share of the triplets, each with its state, that a step leaves out.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
