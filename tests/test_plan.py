@@ -398,13 +398,6 @@ def test_too_few_open_files(config, monkeypatch):
     assert "`ulimit -n` allows 128" in found(config, "ok")
 
 
-def test_more_shards_in_a_window_than_open_files(config, monkeypatch):
-    assert found(config, "warning") == ""
-    monkeypatch.setattr(plan_checks, "MAX_OPEN", 3)
-    assert "give --data.shuffle_window 3" in found(config, "warning")
-    assert found(change(config, data__shuffle_window=3), "warning") == ""
-
-
 def test_too_few_cores(config, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
     config = change(config, data__workers=2, data__batch_size=2)
