@@ -20,7 +20,7 @@ from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
 from benchmarks import photos
-from benchmarks.models import base_model
+from benchmarks.models import PLAIN, READ_LAST, base_model
 from benchmarks.settings import Settings
 from benchmarks.tables import table
 from benchmarks.timing import rounded
@@ -43,7 +43,7 @@ def both_runs(settings: Settings, folder: Path) -> dict:
     weights, adapter = folder / "clip.pt", folder / "adapter.safetensors"
     base = base_model(settings)
     torch.save(base.backbone.clip.state_dict(), weights)  # random ones, if they are, must be the same in each process
-    prompt = PromptConfig(depth=0.5)
+    prompt = PromptConfig(**{**PLAIN, **READ_LAST, "depth": 0.5})
     save_adapter(adapter, create_model_and_transforms(settings.model, str(weights), prompt_config=prompt)[0])
     command = [
         sys.executable,

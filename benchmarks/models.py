@@ -1,18 +1,22 @@
 """Models and batches that the benchmarks share; weights that start at zero are drawn, or differences would hide."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from amp.data.stream import Batch
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.tensors import KnowledgeBatch
+from amp.knowledge.text import SLOT_TOKENS
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
 from benchmarks.photos import drawn_knowledge
 from benchmarks.settings import Settings
+
+# What a row compares differs by its own settings only: all have four visual prompts and score CLIP's own text features.
+PLAIN = {"interaction": "aim", "num_prompts": 4, "enrich": False}
+# The readout without trained blocks of its own, which the rows are about.
+READ_LAST = {"interaction": "readout", "interaction_options": {"blocks": 0}}
 
 
 def base_model(settings: Settings) -> ActionAwareCLIP:
@@ -23,15 +27,14 @@ def base_model(settings: Settings) -> ActionAwareCLIP:
 
 
 def build(base: ActionAwareCLIP, layer: int, **prompt) -> ActionAwareCLIP:
-    """An action-aware model on the same CLIP whose prompts enter before block `layer`."""
+    """An action-aware model on the same CLIP whose prompts enter before block `layer`; AIM where nothing is said."""
     torch.manual_seed(0)
-    config = replace(PromptConfig(), interaction_layer=layer, **prompt)
+    config = PromptConfig(**{**PLAIN, "depth": layer / base.backbone.num_layers, **prompt})
     model = ActionAwareCLIP(base.backbone.clip, config, base.tokenizer).to(base.logit_scale.device)
     with torch.no_grad():
-        if model.has_readout:
-            model.readout.out.weight.normal_(std=0.1)
-        elif hasattr(model, "interaction"):
-            model.interaction.gate.normal_(std=0.1)
+        for name, parameter in model.interaction.named_parameters():
+            if name in ("readout.out.weight", "aim.gate"):
+                parameter.normal_(std=0.1)
     return model
 
 
@@ -45,7 +48,7 @@ def drawn_captions(count: int, triplets: int) -> tuple[list[str], list[Knowledge
 def random_batch(model: ActionAwareCLIP, size: int) -> Batch:
     """Early tokens, captions and full knowledge of `size` different images, as a run with stored features has them."""
     torch.manual_seed(0)
-    backbone, k, s = model.backbone, model.config.max_triplets, model.config.slot_tokens
+    backbone, k, s = model.backbone, model.config.max_triplets, SLOT_TOKENS
     knowledge = KnowledgeBatch(
         torch.randint(1000, (size, k, 3, s)),
         torch.ones(size, k, 3, s, dtype=torch.bool),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from amp.knowledge.schema import Knowledge
-from amp.knowledge.text import tower_texts
+from amp.knowledge.text import SLOT_TOKENS, tower_texts
 from amp.model.clip import ActionAwareCLIP
 
 
@@ -37,7 +37,7 @@ class NaiveAIM:
         for triplet in knowledge.triplets:
             slots = []
             for words in (triplet.subject, triplet.action, triplet.object):
-                ids = torch.tensor(model.tokenizer.encode(words)[: model.config.slot_tokens])
+                ids = torch.tensor(model.tokenizer.encode(words)[:SLOT_TOKENS])
                 slots.append(self.clip.token_embedding(ids.to(model.logit_scale.device)).mean(dim=0))
             rows.append(torch.cat(slots))
         encoder = model.triplet_encoder
@@ -45,11 +45,12 @@ class NaiveAIM:
         for block in encoder.blocks:
             p_t = block(p_t[None])[0]
         states = self.encode_text(tower_texts(knowledge, model.config.max_triplets, "both"))
-        return model.adapter(p_t), model.adapter(model.state_projection(states))
+        own = model.interaction
+        return own.adapter(p_t), own.adapter(own.state_projection(states))
 
     def encode_pair(self, image: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
         """The feature (d,) of one image (3, H, W) under one caption's knowledge (eq. 7-8)."""
-        model, layer = self.model, self.model.config.interaction_layer
+        model, layer = self.model, self.model.tower.first
         with torch.no_grad():
             tokens = self.visual._embeds(image[None])
             for block in self.visual.transformer.resblocks[:layer]:
@@ -65,7 +66,7 @@ class NaiveAIM:
 
     def interact(self, patches: torch.Tensor, p_t: torch.Tensor, p_s: torch.Tensor) -> torch.Tensor:
         """Patches (M, d_v) conditioned on prompts (K, d_v): eq. 7-8 with the residual form of docs/method.md."""
-        aim = self.model.interaction
+        aim = self.model.interaction.aim
         normed = aim.norm(patches)
         values, maps = [], []
         for cross, attend, p in ((aim.cross_triplet, aim.self_triplet, p_t), (aim.cross_state, aim.self_state, p_s)):
@@ -118,9 +119,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> 
 def plain_prompt_tuning(
     model: ActionAwareCLIP, images: torch.Tensor, early: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Deep visual prompt tuning (arXiv 2203.12119) of the blocks from `interaction_layer` on, as open_clip has them:
+    """Deep visual prompt tuning (arXiv 2203.12119) of the blocks from the first prompted one on, as open_clip has them:
     features (B, d). `early`: tokens before that block, if they are known already."""
-    visual, layer = model.backbone.visual, model.config.interaction_layer
+    visual, layer = model.backbone.visual, model.tower.first
     if early is None:
         with torch.no_grad():
             early = visual._embeds(images)

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from amp.errors import AmpError
-from amp.knowledge.tensors import KnowledgeBatch
+from amp.knowledge.tensors import Captions, KnowledgeBatch
 from amp.model.clip import ActionAwareCLIP
 from amp.retrieval.first_stage import Positives, first_stage
 from amp.retrieval.rerank import score_candidates
 from amp.retrieval.scorer import PairScorer
 from benchmarks.machine import multiplies_bf16
 from benchmarks.memory import peak_mb
-from benchmarks.models import base_model, build, drawn_captions
+from benchmarks.models import READ_LAST, base_model, build, drawn_captions
 from benchmarks.naive import NaiveAIM
 from benchmarks.settings import Settings
 from benchmarks.step import gflop
@@ -42,8 +42,8 @@ def run(settings: Settings) -> dict:
     """Speed of both interactions, and memory of galleries."""
     base = base_model(settings)
     layer, speed = base.backbone.num_layers // 2, {}
-    for interaction in ("aim", "readout"):
-        loops = Loops(build(base, layer, interaction=interaction).eval(), settings)
+    for interaction, prompt in {"aim": {}, "readout": READ_LAST}.items():
+        loops = Loops(build(base, layer, **prompt).eval(), settings)
         rates = loops.pairs_a_second()
         work = {name: loops.gflop_a_pair(name) for name in loops.ways}
         against = {f"ours / {name}": rounded(ratio(rates, ENGINE, name)) for name in rates if name != ENGINE}
@@ -67,14 +67,14 @@ class Loops:
         self.captions, self.items = drawn_captions(count, model.config.max_triplets)
         self.candidates = torch.stack([torch.randperm(count)[: settings.top_k] for _ in range(count)])
         self.text, self.knowledge = self.encoded_texts()
-        self.scored_text = self.scorer().scored_text
+        self.scored_text = self.scorer().text
         ways = {
             PER_PAIR: partial(self.slow, self.by_calls),
             NO_TEXT: partial(self.slow, self.conditioned),
             PER_QUERY: self.by_query,
             ENGINE: self.ours,
         }
-        if not model.has_readout:
+        if model.config.interaction == "aim":
             self.naive = NaiveAIM(model)
             ways = {EQUATIONS: partial(self.slow, self.by_equations), **ways}
         if multiplies_bf16(self.device):
@@ -116,16 +116,15 @@ class Loops:
     def by_calls(self, query: int, image: int) -> torch.Tensor:
         model, knowledge = self.model, [self.items[query]]
         frozen = model.encode_text(model.tokenizer([self.captions[query]]).to(self.device))
-        text = model(None, model.prepare_knowledge(knowledge), text=frozen).text
+        text = model(None, Captions(model.prepare_knowledge(knowledge), frozen)).captions.text
         feature = model.encode_image(self.images[image : image + 1].to(self.device), knowledge, text=frozen)
         return F.cosine_similarity(feature.float(), text.float(), dim=-1)
 
     def conditioned(self, query: int, images: int | torch.Tensor) -> torch.Tensor:
         own, image = slice(query, query + 1), self.images[images].view(-1, *self.images.shape[1:])
-        prompts = self.model.encode_knowledge(self.knowledge[own].to(self.device), self.text[own])
-        repeated = prompts.take(torch.zeros(len(image), dtype=torch.int64, device=self.device))
-        early = self.model.encode_early(image.to(self.device))
-        features = self.model.encode_pairs(early, repeated, torch.arange(len(image), device=self.device))
+        captions = Captions(self.knowledge[own].to(self.device), self.text[own])
+        index = torch.arange(len(image), device=self.device)
+        features = self.model(image.to(self.device), captions, (index, torch.zeros_like(index))).conditioned
         return F.cosine_similarity(features.float(), self.scored_text[own].float(), dim=-1)
 
     def by_query(self) -> torch.Tensor:
@@ -137,7 +136,7 @@ class Loops:
         self.text, self.knowledge = self.encoded_texts()
         scorer = self.scorer(low)
         with low():
-            early = [self.model.encode_early(x.to(self.device)).float().cpu().numpy() for x in self.images.split(32)]
+            early = [self.model.tower.early(x.to(self.device)).float().cpu().numpy() for x in self.images.split(32)]
         scorer.early = np.concatenate(early)
         return rerank_scores(scorer, self.candidates, self.settings.pairs_a_batch).flatten()
 
@@ -160,14 +159,14 @@ class Loops:
 
 
 def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Scores (Q, k) of captions 0 to Q - 1, as `Retrieval` computes them."""
+    """Scores (Q, k) of captions 0 to Q - 1, as `SplitSearch` computes them."""
     return score_candidates(
         candidates,
         lambda q, c: scorer(c, q),
         batch_size,
         group_by="candidate",
         prepare=lambda q, c: scorer.prepare(q),
-        block_pairs=scorer.captions_a_block() * candidates.shape[1],
+        block_pairs=scorer.captions_per_block() * candidates.shape[1],
     )
 
 

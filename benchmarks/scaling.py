@@ -16,7 +16,7 @@ from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable
-from benchmarks.models import base_model, build, random_batch
+from benchmarks.models import PLAIN, READ_LAST, base_model, build, random_batch
 from benchmarks.settings import Settings
 from benchmarks.step import gflop
 from benchmarks.tables import listed, table
@@ -61,10 +61,10 @@ def _rank(settings: Settings, prompt: dict, rank: int, world: int, port: int, qu
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world)
     base = base_model(settings)
-    model = build(base, 3 * base.backbone.num_layers // 4, interaction="readout", **prompt)
+    model = build(base, 3 * base.backbone.num_layers // 4, **READ_LAST, **prompt)
     set_trainable(model, 1)
     engine = DistributedDataParallel(model) if world > 1 else model
-    batch, objective = random_batch(model, settings.step_batch), Objective(1, "contrastive", all_pairs=True)
+    batch, objective = random_batch(model, settings.step_batch), Objective(1, model.interaction)
     batch.image_ids += rank * settings.step_batch
     times = []
     for step in range(1 + settings.model_rounds):
@@ -114,13 +114,13 @@ def roofline() -> dict:
     with torch.device("meta"):
         clip = open_clip.create_model(ROOF_MODEL, None, load_weights=False, device="meta")
         layer = 3 * len(clip.visual.transformer.resblocks) // 4
-        model = ActionAwareCLIP(clip, PromptConfig(interaction_layer=layer, interaction="readout"))
+        model = ActionAwareCLIP(clip, PromptConfig(**{**PLAIN, **READ_LAST, "depth": 0.75}))
         set_trainable(model, 1)
         batch = random_batch(model, ROOF_BATCH)
-        objective = Objective(1, "contrastive", all_pairs=True)
+        objective = Objective(1, model.interaction)
         late = gflop(lambda: objective(model, batch, 0)[0].backward()) / 1e3
         images = torch.empty(ROOF_BATCH, 3, *model.backbone.visual.image_size)
-        early = gflop(lambda: model.encode_early(images)) / 1e3
+        early = gflop(lambda: model.tower.early(images)) / 1e3
     seconds = (early + late) / (H100_TFLOP * SHARE)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = batch.images.numel() * 2  # early tokens in float16, in place of their computation

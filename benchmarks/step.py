@@ -1,6 +1,6 @@
 """A training step of each way of conditioning, beside the frozen CLIP, plain prompt tuning and the equations.
 
-Images a second of forward and backward passes. The blocks below `interaction_layer` run once an image and can be
+Images a second of forward and backward passes. The blocks before the first prompted one run once an image and can be
 stored, so they are left out of all rows but the frozen CLIP's and the naive one's, which knows no such thing.
 """
 
@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amp.model.adapter import save_adapter
 from amp.model.clip import ActionAwareCLIP
-from amp.train.losses import contrastive_loss, same_image_mask, similarity
+from amp.model.similarity import similarity
+from amp.train.losses import contrastive_loss, same_image_mask
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable
 from amp.train.trained_state import MOMENTS
 from benchmarks.memory import kept_bytes
-from benchmarks.models import base_model, build, drawn_captions, random_batch
+from benchmarks.models import READ_LAST, base_model, build, drawn_captions, random_batch
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
 from benchmarks.settings import Settings
 from benchmarks.tables import spread, table
@@ -29,7 +30,7 @@ from benchmarks.timing import in_turns, medians, ratio, rounded
 NEGATIVES = 2
 FROZEN, PLAIN, NAIVE = "frozen CLIP, forward alone", "plain prompt tuning", "contrastive m=2, the equations"
 CONTROL, PAIRED, AIM = "control", "paired, aim", "contrastive m=2, aim"
-SHARE, READOUT = "contrastive m=2, aim, share 1/16", "contrastive all pairs, readout"
+READOUT = "contrastive all pairs, readout"
 
 
 def run(settings: Settings) -> dict:
@@ -38,7 +39,9 @@ def run(settings: Settings) -> dict:
     depth, found = base.backbone.num_layers, {}
     for layer in (0, depth // 2, 3 * depth // 4):
         found[str(layer)] = at_layer(base, layer, settings)
-    trained = {name: sizes(build(base, depth // 2, interaction=name)) for name in ("aim", "readout")}
+    trained = {
+        name: sizes(build(base, depth // 2, **prompt)) for name, prompt in {"aim": {}, "readout": READ_LAST}.items()
+    }
     return {
         "blocks": depth,
         "images": settings.step_batch,
@@ -49,7 +52,7 @@ def run(settings: Settings) -> dict:
 
 
 def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) -> dict:
-    """Rates, work and memory of all ways at one `interaction_layer`; `prompt` are more settings of `PromptConfig`."""
+    """Rates, work and memory of all ways at one first prompted block; `prompt` are more settings of `PromptConfig`."""
     ways = ways_at(base, layer, settings, prompt)
     counted = {name: counted_work(way, model or base) for name, (way, model) in ways.items()}
     rates = in_turns({name: way for name, (way, _) in ways.items()}, settings.model_rounds, settings.device, warm=False)
@@ -65,7 +68,7 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
         if name not in (FROZEN, NAIVE):
             rows[name]["kept_MB_an_image"] = rounded(kept / 1e6 / items)
     rows[CONTROL]["kept_MB_by_hand"] = rounded(kept_by_hand(ways[CONTROL][1]) / 1e6)
-    against = {f"{name} / {PLAIN}": ratio(rates, PLAIN, name) for name in (CONTROL, PAIRED, AIM, SHARE, READOUT)}
+    against = {f"{name} / {PLAIN}": ratio(rates, PLAIN, name) for name in (CONTROL, PAIRED, AIM, READOUT)}
     against |= {f"{NAIVE} / {name}": ratio(rates, name, NAIVE) for name in (AIM, READOUT)}
     return {"rows": rows, "times_as_long": {name: rounded(x) for name, x in against.items()}}
 
@@ -77,7 +80,7 @@ def ways_at(
     size, device = settings.step_batch, settings.device
     images = torch.randn(size, 3, *base.backbone.visual.image_size, device=device)
     control = build(base, layer, knowledge="none")
-    aim, readout = build(base, layer, **prompt), build(base, layer, interaction="readout", **prompt)
+    aim, readout = build(base, layer, **prompt), build(base, layer, **READ_LAST, **prompt)
     batch = random_batch(aim, size)
 
     def frozen() -> int:
@@ -89,12 +92,13 @@ def ways_at(
         with low_precision(device):
             features = plain_prompt_tuning(control, images, batch.images)
         cosines = similarity(features, batch.text)
-        contrastive_loss(cosines, control._temperature(), same_image_mask(batch.image_ids)).backward()
+        scale = control.logit_scale.exp()
+        contrastive_loss(cosines, scale, same_image_mask(batch.image_ids)).backward()
         control.zero_grad()
         return size
 
-    def ours(model: ActionAwareCLIP, conditioning: str, share: float = 1.0) -> Callable[[], int]:
-        objective = Objective(1, conditioning, NEGATIVES, knowledge_share=share, all_pairs=model.has_readout)
+    def ours(model: ActionAwareCLIP, conditioning: str = "contrastive") -> Callable[[], int]:
+        objective = Objective(1, model.interaction, conditioning, NEGATIVES)
 
         def step() -> int:
             with low_precision(device):
@@ -119,11 +123,10 @@ def ways_at(
     return {
         FROZEN: (frozen, None),
         PLAIN: (plain, control),
-        CONTROL: (ours(control, "none"), control),
+        CONTROL: (ours(control), control),
         PAIRED: (ours(aim, "paired"), aim),
-        AIM: (ours(aim, "contrastive"), aim),
-        SHARE: (ours(aim, "contrastive", 1 / 16), aim),
-        READOUT: (ours(readout, "contrastive"), readout),
+        AIM: (ours(aim), aim),
+        READOUT: (ours(readout), readout),
         NAIVE: (slow, None),
     }
 
@@ -138,7 +141,7 @@ def kept_by_hand(model: ActionAwareCLIP) -> float:
     """
     config, backbone = model.config, model.backbone
     tokens = backbone.num_tokens + config.num_prompts
-    blocks = backbone.num_layers - config.interaction_layer
+    blocks = backbone.num_layers - model.tower.first
     return 4 * backbone.vision_width * tokens * (10 * (blocks - 1) + 3)
 
 

@@ -96,17 +96,17 @@ class OurStream:
     """The stream as training builds it, text features drawn."""
 
     def __init__(self, split: ShardSplit, cache: Path, settings: Settings, workers: int, pillow: bool = False):
-        k, s = PromptConfig().max_triplets, PromptConfig().slot_tokens
+        k = PromptConfig().max_triplets
         store = TextFeatureStore(cache, "0" * 16, 512)
         texts = store.missing(SplitCaptions.read(split, ("action", "attribute")).all_texts(k))
         if texts:
             store.add(texts, np.random.default_rng(0).standard_normal((len(texts), 512), dtype=np.float32))
-        collate = KnowledgeCollator(TripletTokenizer(open_clip.get_tokenizer("ViT-B-32"), k, s), store)
+        collate = KnowledgeCollator(TripletTokenizer(open_clip.get_tokenizer("ViT-B-32"), k), store)
         transform = image_transform(settings.image_size, is_train=True)
         samples = TrainingSamples(split, transform, 0, ("action", "attribute"), None)
         if pillow:
             samples.crop = None
-        self.order = BatchOrder(split.sizes, settings.stream_batch, 0, 1, 0, 64)
+        self.order = BatchOrder(split.sizes, settings.stream_batch, 0, 1, 0)
         self.loader = training_loader(samples, self.order, collate, workers, settings.device == "cuda")
         self.epochs = 0
 

@@ -13,7 +13,7 @@ from types import MethodType
 
 import pytest
 import torch
-from helpers import distributions, fresh_accelerate, shards  # noqa: F401, fixtures
+from helpers import aim_settings, distributions, fresh_accelerate, shards  # noqa: F401, fixtures
 from language_models import smollm2  # noqa: F401, fixture
 from slurm_helpers import slurm  # noqa: F401, fixture
 
@@ -128,6 +128,11 @@ def make_model(variant: str = "native", trained: bool = False, clip_seed: int = 
                 if not name.startswith("backbone."):
                     parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def make_aim(variant: str = "native", trained: bool = False, clip_seed: int = 0, **settings):
+    """`make_model` of the paper's AIM; see `aim_settings`."""
+    return make_model(variant, trained, clip_seed, **aim_settings(**settings))
 
 
 def write_clip_folder(folder: Path, variant: str = "native", seed: int = 0) -> str:

@@ -28,6 +28,25 @@ _ACTIONS = ("chases", "kicks", "carries", "throws", "watches")
 _THINGS = ("ball", "kite", "stick")
 
 
+def aim_settings(block: int = 0, options: dict | None = None, **settings) -> dict:
+    """`PromptConfig`'s arguments for the paper's AIM, with captions' features as they are, in CLIPs of 3 blocks.
+
+    Args:
+        block: The first that sees prompts.
+        options: Of the interaction, beside a bottleneck of 4 (40 / 16 hidden units would often all be off).
+        **settings: Further arguments.
+    """
+    options = {"bottleneck": 4, **(options or {})}
+    return {
+        "interaction": "aim",
+        "interaction_options": options,
+        "depth": block / 3,
+        "num_prompts": 4,
+        "enrich": False,
+        **settings,
+    }
+
+
 def draw_dataset(root: Path, sizes: dict[str, int] = SPLIT_SIZES) -> dict:
     """Draws pictures and writes captions in the Karpathy format and their knowledge.
 

@@ -116,22 +116,27 @@ def interact(aim, patches, triplets, states):
 # -- the whole image encoder ------------------------------------------------------------------------------------------
 
 
+def prompts_of(model, knowledge, row):
+    """p_0^t and p_0^s of row `row` of a KnowledgeBatch, each (K, d_v), by a model of ``aim`` or ``cat``."""
+    own, mask = model.interaction, knowledge.mask[row]
+    embedded = model.backbone.embed_tokens(knowledge.triplet_tokens[row])
+    triplets = triplet_prompts(model.triplet_encoder, embedded, knowledge.token_mask[row], mask)
+    states = knowledge.states[row][mask] if mask.any() else own.null_state[None]
+    if isinstance(own.state_projection, torch.nn.Linear):
+        states = linear(states, own.state_projection)
+    return adapt(triplets, own.adapter), adapt(states, own.adapter)
+
+
 def action_aware_feature(model, image, knowledge, row, conditioned=True):
     """Feature (d,) of one image (3, H, W), conditioned on row `row` of a KnowledgeBatch or on visual prompts alone."""
-    visual, l = model.backbone.clip.visual, model.config.interaction_layer
+    visual, first = model.backbone.clip.visual, model.tower.first
     tokens = visual._embeds(image[None])
-    for block in visual.transformer.resblocks[:l]:
+    for block in visual.transformer.resblocks[:first]:
         tokens = block(tokens)
     cls, patches = tokens[0, :1], tokens[0, 1:]
     if conditioned:
-        mask = knowledge.mask[row]
-        embedded = model.backbone.embed_tokens(knowledge.triplet_tokens[row])
-        triplets = triplet_prompts(model.triplet_encoder, embedded, knowledge.token_mask[row], mask)
-        states = knowledge.states[row][mask] if mask.any() else model.null_state[None]
-        if isinstance(model.state_projection, torch.nn.Linear):
-            states = linear(states, model.state_projection)
-        patches, *_ = interact(model.interaction, patches, adapt(triplets, model.adapter), adapt(states, model.adapter))
-    for i, block in enumerate(visual.transformer.resblocks[l:]):
+        patches, *_ = interact(model.interaction.aim, patches, *prompts_of(model, knowledge, row))
+    for i, block in enumerate(visual.transformer.resblocks[first:]):
         prompts = model.visual_prompts.prompts[i]
         tokens = block(torch.cat([cls, patches, prompts])[None])[0]
         cls, patches = tokens[:1], tokens[1 : 1 + len(patches)]  # what the block made of its prompts is dropped

@@ -1,15 +1,10 @@
-"""The rows of the paper's Tables 2 to 5: what each overlay sets, and each architecture against a naive reference."""
-
-import json
-from dataclasses import asdict
+"""The architectures of the paper's Tables 2 and 3, each against a naive reference."""
 
 import pytest
 import reference
 import torch
-import yaml
-from conftest import clip_config, make_clip, make_model
-from helpers import ROOT, launcher
-from safetensors.torch import load_file, save_file
+from conftest import clip_config, make_aim, make_clip
+from helpers import aim_settings
 from torch.testing import assert_close
 
 import amp
@@ -20,119 +15,21 @@ from amp.data.text_features import encode_texts
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
 from amp.evaluate.settings import EvaluationSettings
+from amp.knowledge.tensors import Captions
 from amp.knowledge.text import tower_texts
-from amp.model.adapter import load_adapter, save_adapter
-from amp.model.clip import ActionAwareCLIP
+from amp.model.adapter import save_adapter
+from amp.model.clip import ActionAwareCLIP, EncodedCaptions
 from amp.model.config import PromptConfig
 from amp.retrieval.settings import RetrievalSettings
-from amp.train.config import TrainConfig
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names
-
-# -- overlays ---------------------------------------------------------------------------------------------------------
-
-BASE = ROOT / "launchers/configs/flickr8k.yaml"
-OVERLAYS = ROOT / "launchers/configs/ablations"
-PLAIN = {"prompt.text_enrichment": False}
-# Resolved values of each row; whatever is not named here must stay the base file's.
-ROWS = {
-    "triplets": (2, {"prompt.knowledge": "triplets", "prompt.num_prompts": 0, **PLAIN}),
-    "template": (2, {"prompt.knowledge": "template", "prompt.num_prompts": 0, **PLAIN}),
-    "states": (2, {"prompt.knowledge": "states", "prompt.num_prompts": 0, **PLAIN}),
-    "both": (2, {"prompt.knowledge": "both", "prompt.num_prompts": 0, **PLAIN}),
-    "both_visual": (2, {"prompt.knowledge": "both", "prompt.num_prompts": 16, **PLAIN}),
-    "no_action": (3, {"prompt.knowledge": "none", "conditioning": "none"}),
-    "no_attribute": (3, {"data.kinds": ["action"], "prompt.knowledge": "both"}),
-    "cat": (3, {"prompt.interaction": "cat", "prompt.knowledge": "both"}),
-    "llm_vicuna_7b": (4, {"data.shards": "data/coco-vicuna-7b"}),
-    "llm_vicuna_13b": (4, {"data.shards": "data/coco-vicuna-13b"}),
-    "llm_gpt35": (4, {"data.shards": "data/coco-gpt35"}),
-    "combined": (5, {"stages": [1], "combined": True}),
-    "one_stage": (5, {"stages": [1], "combined": False}),
-    "two_stage": (5, {"stages": [1, 2], "combined": False}),
-    "paper": (
-        5,
-        {
-            "conditioning": "paired",
-            "prompt.residual": False,
-            "prompt.knowledge": "both",
-            "stages": [1, 2],
-            "combined": False,
-            "prompt.lam": 0.7,
-            "prompt.interaction": "aim",
-            "prompt.image_projection": False,
-            **PLAIN,
-        },
-    ),
-    "visual_only": (
-        3,
-        {
-            "conditioning": "none",
-            "prompt.knowledge": "none",
-            "prompt.interaction": "aim",
-            "prompt.image_projection": False,
-            **PLAIN,
-        },
-    ),
-    "aim": (3, {"prompt.interaction": "aim", "prompt.knowledge": "both"}),
-    "text_only": ("Ours", {"conditioning": "none", "prompt.condition_images": False}),
-    "caption": ("Ours", {"prompt.knowledge": "caption", "prompt.interaction": "readout"}),
-    "readout": (
-        "Ours",
-        {
-            "conditioning": "contrastive",
-            "prompt.interaction": "readout",
-            "prompt.interaction_layer": 8,
-            "prompt.readout_blocks": 1,
-            "prompt.num_prompts": 16,
-            "prompt.text_enrichment": True,
-            "prompt.text_triplets": True,
-            "prompt.image_projection": True,
-            "prompt.bottleneck": 2,
-        },
-    ),
-}
-
-
-def read(*files) -> TrainConfig:
-    """The TrainConfig that `launchers/train.py` would train with."""
-    options = launcher("launchers/train.py").parser()
-    settings = options.instantiate(options.parse_args([x for file in files for x in ("--config", str(file))]))
-    del settings["config"]
-    return TrainConfig(**settings)
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
-def test_the_overlays_are_there():
-    assert {path.stem for path in OVERLAYS.glob("*.yaml")} == set(ROWS)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_overlay_is_its_row(name):
-    table, expected = ROWS[name]
-    path = OVERLAYS / f"{name}.yaml"
-    assert path.read_text().startswith("# ") and f"{table}" in path.read_text().split("\n")[0].partition("paper")[0]
-    config = read(BASE, path)
-    config.check()
-    ours, base = flat(asdict(config)), flat(asdict(read(BASE)))
-    assert {key: ours[key] for key in expected} == expected
-    assert ours.pop("out") == f"runs/ablations/{name}"  # never in the base's own folder
-    assert {key for key in ours if ours[key] != base[key]} <= set(expected)
-    assert set(flat(yaml.safe_load(path.read_text()))) <= {*expected, "out"}
-
 
 # -- architectures, against loops over pairs --------------------------------------------------------------------------
 
 SINGLE = ("triplets", "template", "states")
 VARIANTS = [
     *({"knowledge": k} for k in SINGLE),
-    *({"knowledge": k, "residual": False} for k in SINGLE),
+    *({"knowledge": k, "options": {"residual": False}} for k in SINGLE),
     *({"knowledge": k, "interaction": "cat"} for k in ("both", *SINGLE)),
 ]
 IMAGE, CAPTION = torch.tensor([0, 0, 3, 1, 2]), torch.tensor([1, 2, 0, 3, 3])
@@ -164,11 +61,14 @@ def prompts_of(model, item) -> list[torch.Tensor]:
         batch = model.prepare_knowledge([item])
         embedded = model.backbone.embed_tokens(batch.triplet_tokens[0])
         triplets = reference.triplet_prompts(model.triplet_encoder, embedded, batch.token_mask[0], batch.mask[0])
-        kinds.append(reference.adapt(triplets, model.adapter))
+        kinds.append(reference.adapt(triplets, model.interaction.adapter))
     if knowledge != "triplets":
         texts = sentences(item, knowledge)
-        states = model.backbone.clip.encode_text(model.tokenizer(texts)) if texts else model.null_state[None]
-        kinds.append(reference.adapt(reference.linear(states, model.state_projection), model.adapter))
+        states = (
+            model.backbone.clip.encode_text(model.tokenizer(texts)) if texts else model.interaction.null_state[None]
+        )
+        own = model.interaction
+        kinds.append(reference.adapt(reference.linear(states, own.state_projection), own.adapter))
     return kinds
 
 
@@ -188,9 +88,9 @@ def single_interaction(aim, patches, prompts, cross, attend):
 
 def feature(model, image, items):
     """Feature (d,) of one image (3, H, W) under the knowledge of `items`, captions side by side, without padding."""
-    visual, l = model.backbone.clip.visual, model.config.interaction_layer
+    visual, first = model.backbone.clip.visual, model.tower.first
     tokens = visual._embeds(image[None])
-    for block in visual.transformer.resblocks[:l]:
+    for block in visual.transformer.resblocks[:first]:
         tokens = block(tokens)
     tokens = tokens[0]
     size = len(tokens)
@@ -198,11 +98,11 @@ def feature(model, image, items):
     if model.config.interaction == "cat":
         tokens = torch.cat([tokens, *kinds])
     else:
-        aim, kind = model.interaction, "triplet" if model.config.knowledge == "triplets" else "state"
+        aim, kind = model.interaction.aim, "triplet" if model.config.knowledge == "triplets" else "state"
         parts = getattr(aim, f"cross_{kind}"), getattr(aim, f"self_{kind}")
         tokens = torch.cat([tokens[:1], single_interaction(aim, tokens[1:], kinds[0], *parts)])
     kept = len(tokens)
-    for i, block in enumerate(visual.transformer.resblocks[l:]):
+    for i, block in enumerate(visual.transformer.resblocks[first:]):
         tokens = block(torch.cat([tokens[:kept], model.visual_prompts.prompts[i]])[None])[0]
     pooled, _ = visual._pool(tokens[None, :size])
     return (pooled @ visual.proj)[0]
@@ -210,14 +110,14 @@ def feature(model, image, items):
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 @pytest.mark.parametrize(
-    ("clip", "layer", "visual"),
+    ("clip", "block", "visual"),
     [("native", 0, 3), ("native", 2, 0), ("average_pooled", 1, 2), ("attention_pooled", 1, 0), ("layer_scale", 0, 0)],
 )
 @torch.no_grad()
-def test_variant_is_its_naive_reference(settings, clip, layer, visual, images, knowledge):
+def test_variant_is_its_naive_reference(settings, clip, block, visual, images, knowledge):
     """Captions of 1, 3, 0 and 8 triplets. With average pooling it fails if a prompt is pooled."""
-    model = make_model(clip, trained=True, interaction_layer=layer, num_prompts=visual, **settings)
-    features = model(images, model.prepare_knowledge(knowledge), IMAGE, CAPTION).conditioned
+    model = make_aim(clip, trained=True, block=block, num_prompts=visual, **settings)
+    features = model(images, Captions(model.prepare_knowledge(knowledge)), (IMAGE, CAPTION)).conditioned
     for row, (i, c) in enumerate(zip(IMAGE, CAPTION, strict=True)):
         assert_close(features[row], feature(model, images[i], [knowledge[c]]), atol=5e-5, rtol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3  # one image, two captions
@@ -226,8 +126,8 @@ def test_variant_is_its_naive_reference(settings, clip, layer, visual, images, k
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 def test_variant_with_gradients_is_its_naive_reference(settings, images, knowledge):
     """Torch takes other paths through attention where gradients are wanted; and blocks are recomputed."""
-    model = make_model(trained=True, **settings).train()
-    model.activation_checkpointing = True
+    model = make_aim(trained=True, **settings).train()
+    model.tower.recompute = True
     features = model.encode_image(images, knowledge)
     for i in range(4):
         assert_close(features[i], feature(model, images[i], [knowledge[i]]), atol=5e-5, rtol=1e-5)
@@ -237,11 +137,10 @@ def test_variant_with_gradients_is_its_naive_reference(settings, images, knowled
 @torch.no_grad()
 def test_union_of_captions(settings, images, knowledge):
     """i2t `pooled`: captions 0 and 1 condition image 3, captions 3 and 2 image 0."""
-    model = make_model(trained=True, interaction_layer=1, **settings)
-    index = torch.tensor([0, 1, 3, 2])
-    features = model(
-        images, model.prepare_knowledge(knowledge), torch.tensor([3, 0]), index, captions_a_pair=2
-    ).conditioned
+    model = make_aim(trained=True, block=1, **settings)
+    prompts = model(None, Captions(model.prepare_knowledge(knowledge))).captions.prompts
+    united = EncodedCaptions(prompts.take(torch.tensor([0, 1, 3, 2])).unite(2), None)
+    features = model(images[[3, 0]], united).conditioned
     for row, (image, members) in enumerate([(3, [0, 1]), (0, [3, 2])]):
         expected = feature(model, images[image], [knowledge[m] for m in members])
         assert_close(features[row], expected, atol=5e-5, rtol=1e-5)
@@ -250,15 +149,15 @@ def test_union_of_captions(settings, images, knowledge):
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 @torch.no_grad()
 def test_order_and_padding_change_nothing(settings, images, knowledge):
-    model = make_model(trained=True, **settings)
+    model = make_aim(trained=True, **settings)
     batch = model.prepare_knowledge(knowledge)
-    expected = model(images, batch).conditioned
+    expected = model(images, Captions(batch)).conditioned
     shuffled = batch.map(lambda x: x[:, torch.tensor([4, 2, 0, 5, 3, 1])])
     assert not torch.equal(shuffled.mask, batch.mask)  # gaps between triplets are allowed
     padded = batch.map(lambda x: torch.cat([x, x.new_ones(4, 5, *x.shape[2:])], dim=1))
     padded.mask[:, 6:] = False
     for changed in (shuffled, padded):
-        assert_close(model(images, changed).conditioned, expected, atol=1e-5, rtol=1e-5)
+        assert_close(model(images, Captions(changed)).conditioned, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("conditioning", ["contrastive", "paired"])
@@ -269,45 +168,44 @@ def test_order_and_padding_change_nothing(settings, images, knowledge):
 )
 def test_whatever_a_stage_trains_has_a_gradient(settings, conditioning, images, knowledge, tokenizer):
     """Distributed engines fail on parameters that take no part. A caption is empty, so null tokens learn too."""
-    model = make_model(trained=True, **settings).train()
+    model = make_aim(trained=True, **settings).train()
     text = model.encode_text(tokenizer(["a dog jumps", "a small girl", "nothing", "men chase horses"]))
     batch = Batch(images, None, text, model.prepare_knowledge(knowledge), torch.arange(4))
     named = dict(model.named_parameters())
     for stage in (1, 2):
         model.zero_grad()
         set_trainable(model, stage)
-        loss, _ = Objective(stage, conditioning, margin=2.0)(model, batch, 0)
+        loss, _ = Objective(stage, model.interaction, conditioning, margin=2.0)(model, batch, 0)
         loss.backward()
         moved = {name for name, p in named.items() if p.grad is not None and p.grad.abs().max() > 0}
         assert moved == trainable_names(model, stage)
-        parts = {name.partition(".")[0] for name in moved}
-        if stage == 2:
-            assert parts == {"adapter" if settings.get("interaction") == "cat" else "interaction"}
     new = {name for name, p in named.items() if not name.startswith("backbone.") and p.numel()}
     assert new == trainable_names(model, 1)
 
 
-NEW = {"logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction"}
+NEW = {"logit_scale", "visual_prompts", "triplet_encoder", "interaction"}
 TRIPLETS, STATES = {"triplet_encoder"}, {"null_state", "state_projection"}
 AIM = {"norm", "cross_triplet", "cross_state", "self_triplet", "self_state", "mlp", "gate"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "lacks", "aim_lacks"),
+    ("settings", "lacks", "own", "aim_lacks"),
     [
-        ({}, set(), set()),
-        ({"knowledge": "triplets"}, STATES, {"cross_state", "self_state"}),
-        ({"knowledge": "states"}, TRIPLETS, {"cross_triplet", "self_triplet"}),
-        ({"knowledge": "template"}, TRIPLETS, {"cross_triplet", "self_triplet"}),
-        ({"interaction": "cat"}, {"interaction"}, AIM),
-        ({"interaction": "cat", "knowledge": "states"}, {"interaction"} | TRIPLETS, AIM),
-        ({"knowledge": "none"}, {"interaction", "adapter"} | TRIPLETS | STATES, AIM),
+        ({}, set(), {"aim", "adapter"} | STATES, set()),
+        ({"knowledge": "triplets"}, set(), {"aim", "adapter"}, {"cross_state", "self_state"}),
+        ({"knowledge": "states"}, TRIPLETS, {"aim", "adapter"} | STATES, {"cross_triplet", "self_triplet"}),
+        ({"knowledge": "template"}, TRIPLETS, {"aim", "adapter"} | STATES, {"cross_triplet", "self_triplet"}),
+        ({"interaction": "cat"}, set(), {"adapter"} | STATES, AIM),
+        ({"interaction": "cat", "knowledge": "states"}, TRIPLETS, {"adapter"} | STATES, AIM),
+        ({"knowledge": "none"}, {"interaction"} | TRIPLETS, set(), AIM),
     ],
 )
-def test_what_a_variant_does_not_read_does_not_exist(settings, lacks, aim_lacks):
-    names = make_model(text_enrichment=False, **settings).adapter_state()
+def test_what_a_variant_does_not_read_does_not_exist(settings, lacks, own, aim_lacks):
+    names = make_aim(**settings).adapter_state()
     assert {name.partition(".")[0] for name in names} == NEW - lacks
-    assert {name.split(".")[1] for name in names if name.startswith("interaction.")} == AIM - aim_lacks
+    inside = [name.split(".")[1:] for name in names if name.startswith("interaction.")]
+    assert {name[0] for name in inside} == own
+    assert {name[1] for name in inside if name[0] == "aim"} == AIM - aim_lacks
 
 
 @pytest.mark.parametrize("knowledge_setting", SINGLE)
@@ -315,8 +213,8 @@ def test_what_a_variant_does_not_read_does_not_exist(settings, lacks, aim_lacks)
 def test_gated_variants_start_as_the_base_model_and_cat_does_not(knowledge_setting, images, knowledge):
     base = make_clip().requires_grad_(False).encode_image(images)
     settings = {"knowledge": knowledge_setting, "num_prompts": 0}
-    assert torch.equal(make_model(**settings).encode_image(images, knowledge), base)
-    concatenated = make_model(interaction="cat", **settings)
+    assert torch.equal(make_aim(**settings).encode_image(images, knowledge), base)
+    concatenated = make_aim(interaction="cat", **settings)
     assert (concatenated.encode_image(images, knowledge) - base).abs().max() > 1e-4
     assert torch.equal(concatenated.encode_image(images), base)
 
@@ -336,7 +234,7 @@ def test_template_is_the_papers_sentence(knowledge):
 @pytest.mark.parametrize("setting", ["both", "triplets", "template", "states", "none"])
 @torch.no_grad()
 def test_the_store_and_the_model_encode_the_same_texts(setting, knowledge, tmp_path):
-    model = make_model(knowledge=setting)
+    model = make_aim(knowledge=setting)
     captions = SplitCaptions(["a", "b", "c", "d"], knowledge, torch.arange(4), 4)
     texts = captions.all_texts(6, setting)
     reads = setting not in ("triplets", "none")
@@ -379,39 +277,13 @@ def test_text_only_control_is_the_same_beside_any_model(clip_folder, shards, tmp
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 def test_adapter_comes_back_as_the_same_variant(settings, clip_folder, images, knowledge, tmp_path):
-    config = PromptConfig(bottleneck=4, **settings)
+    config = PromptConfig(**aim_settings(**settings))
     model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     save_adapter(tmp_path / "adapter.safetensors", model)
     back, *_ = amp.create_model_and_transforms(clip_folder, adapter=str(tmp_path / "adapter.safetensors"))
     assert back.config == config
     with torch.no_grad():
         assert torch.equal(back.encode_image(images, knowledge), model.encode_image(images, knowledge))
-
-
-def test_adapter_from_before_these_settings_loads(clip_folder, tmp_path):
-    from safetensors import safe_open
-
-    model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=PromptConfig())
-    save_adapter(tmp_path / "new.safetensors", model)
-    with safe_open(tmp_path / "new.safetensors", "pt") as file:
-        metadata = file.metadata()
-    header = json.loads(metadata["header"])
-    del header["prompt_config"]["interaction"]
-    metadata["header"] = json.dumps(header)
-    save_file(load_file(tmp_path / "new.safetensors"), tmp_path / "old.safetensors", metadata=metadata)
-    assert load_adapter(tmp_path / "old.safetensors", model).prompt_config == PromptConfig()
-
-
-@pytest.mark.parametrize(("key", "value"), [("knowledge", "triplet"), ("interaction", "concat")])
-def test_unknown_variants_are_refused(key, value):
-    known = {"knowledge": "both, triplets, template, states, caption, none", "interaction": "aim, cat, readout"}[key]
-    with pytest.raises(AmpError, match=rf"prompt setting {key} is '{value}', expected one of {known}"):
-        PromptConfig(**{key: value})
-
-
-def test_nothing_to_concatenate_is_refused():
-    with pytest.raises(AmpError, match="interaction is 'cat' and knowledge is 'none', expected 'aim'"):
-        PromptConfig(knowledge="none", interaction="cat")
 
 
 def test_blocks_that_cannot_leave_padding_out_are_refused():
@@ -423,9 +295,3 @@ def test_blocks_that_cannot_leave_padding_out_are_refused():
     with pytest.raises(AmpError, match=r"interaction is 'cat' and the image tower's blocks are not .* choose"):
         ActionAwareCLIP(clip, PromptConfig(interaction="cat"))
     ActionAwareCLIP(clip, PromptConfig())
-
-
-@torch.no_grad()
-def test_heads_of_the_triplet_encoder_do_not_matter_without_triplets(images, knowledge):
-    """7 doesn't divide the text width 40."""
-    assert make_model(knowledge="states", triplet_heads=7).encode_image(images, knowledge).isfinite().all()

@@ -18,7 +18,7 @@ import amp
 from amp.data.shards import ShardManifest
 from amp.files import sha256_of
 
-TINY_PROMPT = {"knowledge": "both", "num_prompts": 2, "triplet_heads": 4, "interaction_layer": 1}
+TINY_PROMPT = {"knowledge": "both", "interaction": "aim", "depth": 0.34, "num_prompts": 2, "enrich": False}
 
 
 @pytest.fixture(scope="module")
@@ -314,17 +314,20 @@ def test_missing_config_file(run, train, refused, tmp_path):
     [
         ({"stages": "[2]"}, ["stages is [2]", "init", "stage1/adapter.safetensors"]),
         ({"stages": "[2, 1]"}, ["stages is [2, 1]"]),
-        ({"conditioning": "none"}, ["conditioning is 'none'", "prompt.knowledge is 'both'"]),
-        ({"prompt.knowledge": "none"}, ["conditioning is 'contrastive'", "prompt.knowledge is 'none'"]),
+        ({"prompt.knowledge": "caption"}, ["knowledge is 'caption' and interaction is 'aim'", "'readout'"]),
+        ({"prompt.interaction": "visual_prompts"}, ["enrich is false", "no knowledge is used"]),
+        ({"prompt.interaction": "sum"}, ["interaction is 'sum'", "readout, aim, cat"]),
         ({"data.cache_images": "true", "data.augment": "crop"}, ["data.cache_images", "data.augment"]),
         ({"data.batch_size": 0}, ["data.batch_size is 0"]),
         ({"gradient_accumulation": 0}, ["gradient_accumulation is 0"]),
         ({"stage2.max_steps": -1}, ["stage2.max_steps is -1"]),
-        ({"prompt.lam": 1.5}, ["lam is 1.5", "0 to 1"]),
-        ({"prompt.interaction_layer": 3}, ["interaction_layer is 3", "0 to 2"]),
-        ({"prompt.triplet_heads": 7}, ["triplet_heads is 7", "40"]),
-        ({"validation.top_k": 0}, ["top_k is 0"]),
-        ({"validation.i2t": "[]"}, ["i2t is []"]),
+        ({"prompt.interaction_options": "{lam: 1.5}"}, ["lam is 1.5", "0 to 1"]),
+        (
+            {"prompt.interaction_options": "{lamda: 1}"},
+            ["holds lamda", "bottleneck, lam, residual"],
+        ),
+        ({"prompt.depth": 3}, ["depth is 3", "from 0, below 1"]),
+        ({"validation_queries": -1}, ["validation_queries is -1"]),
         ({"stage1.epochs": 0}, ["stage1.epochs is 0", "1 or more"]),
         ({"trackers": "[tensorbord]"}, ["tensorbord", "tensorboard"]),
         ({"model.name": "local-dir:/nowhere"}, ["local-dir:/nowhere", "open_clip_config.json"]),
@@ -411,10 +414,10 @@ def test_a_picture_without_adapters_is_refused_before_anything_runs(run, evaluat
 
 def test_weights_that_are_not_finite_give_no_figures(run, evaluate, refused, clip_folder, tmp_path):
     model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(**TINY_PROMPT))
-    model.interaction.gate.data[0] = float("nan")
+    model.interaction.aim.gate.data[0] = float("nan")
     amp.save_adapter(tmp_path / "adapter.safetensors", model)
     line = refused(lambda: run(evaluate, adapters=f"[mine={tmp_path}/adapter.safetensors]"))
-    assert "adapter.safetensors: 1 weights hold NaN or infinite numbers, first 'interaction.gate'" in line
+    assert "adapter.safetensors: 1 weights hold NaN or infinite numbers, first 'interaction.aim.gate'" in line
     assert not (tmp_path / "run" / "out.json").exists()
 
 

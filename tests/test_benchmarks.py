@@ -30,14 +30,14 @@ from benchmarks import (
     tables,
     timing,
 )
-from benchmarks.models import build, drawn_captions
+from benchmarks.models import READ_LAST, build, drawn_captions
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
 from benchmarks.settings import Settings
 
 
 @pytest.fixture
 def base(clip_folder):
-    model, _, _ = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig(triplet_heads=4))
+    model, _, _ = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig())
     return model
 
 
@@ -90,7 +90,7 @@ def test_gflop_by_hand():
 @pytest.mark.parametrize("layer", [0, 1])
 @torch.no_grad()
 def test_the_equations_are_what_the_model_computes(base, layer):
-    model = build(base, layer, triplet_heads=4, max_triplets=3).eval()
+    model = build(base, layer, max_triplets=3).eval()
     images = torch.randn(2, 3, *model.backbone.visual.image_size)
     captions, items = drawn_captions(2, 3)
     naive = NaiveAIM(model)
@@ -99,20 +99,19 @@ def test_the_equations_are_what_the_model_computes(base, layer):
         torch.testing.assert_close(naive.encode_pair(images[n], items[n]), expected[n], rtol=0, atol=2e-5)
     torch.testing.assert_close(naive.encode_text(captions), model.encode_text(model.tokenizer(captions)))
     control = build(base, layer, knowledge="none").eval()
-    features = control(images, None, prompted=True).prompted
+    features = control.image_features(images)
     torch.testing.assert_close(plain_prompt_tuning(control, images), features, rtol=0, atol=2e-5)
 
 
 def test_a_step_of_every_way(base):
     settings = Settings(step_batch=2, model_rounds=1, device="cpu")
-    found = step.at_layer(base, 1, settings, triplet_heads=4, max_triplets=3)
+    found = step.at_layer(base, 1, settings, max_triplets=3)
     assert set(found["rows"]) == {
         step.FROZEN,
         step.PLAIN,
         step.CONTROL,
         step.PAIRED,
         step.AIM,
-        step.SHARE,
         step.READOUT,
         step.NAIVE,
     }
@@ -129,14 +128,14 @@ def test_what_a_pass_keeps_by_hand():
     control = build(base, 10, knowledge="none")
     set_trainable(control, 1)
     images = torch.randn(2, 3, 224, 224)
-    early = control.encode_early(images)
-    _, kept = memory.kept_bytes(control, lambda: control(early, None, prompted=True).prompted)
+    early = control.tower.early(images)
+    _, kept = memory.kept_bytes(control, lambda: control.interaction.image_features(control.tower, early))
     assert step.kept_by_hand(control) == 4 * 384 * (50 + control.config.num_prompts) * 13
     assert kept / 2 == pytest.approx(step.kept_by_hand(control), rel=0.05)
 
 
 def test_sizes_by_hand(base):
-    model = build(base, 1, triplet_heads=4)
+    model = build(base, 1)
     found, header = step.sizes(model), 0.02
     trained = 4e-6 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("backbone."))
     assert found["trained_MB"] == pytest.approx(trained, rel=1e-3)
@@ -148,8 +147,8 @@ def test_loops_of_reranking_agree(base, monkeypatch):
     """In fp32 and, as on processors with instructions for it, in bf16."""
     monkeypatch.setattr(rerank, "multiplies_bf16", lambda device: True)
     settings = Settings(rerank_images=6, top_k=2, naive_queries=2, model_rounds=1, device="cpu")
-    for interaction in ("aim", "readout"):
-        model = build(base, 1, triplet_heads=4, max_triplets=3, interaction=interaction).eval()
+    for interaction, prompt in {"aim": {}, "readout": READ_LAST}.items():
+        model = build(base, 1, max_triplets=3, **prompt).eval()
         loops = rerank.Loops(model, settings)
         assert len(loops.pairs_a_second()[rerank.ENGINE]) == 1
         assert (rerank.EQUATIONS in loops.ways) == (interaction == "aim")
@@ -209,7 +208,7 @@ def test_every_rank_of_a_cluster_reads_its_own_part_of_coco():
 @pytest.mark.slow
 def test_two_ranks_take_their_steps(clip_folder):
     settings = Settings(model=clip_folder, step_batch=2, model_rounds=1, device="cpu")
-    assert scaling.real_ranks(settings, 2, triplet_heads=4)["images_a_second"] > 0
+    assert scaling.real_ranks(settings, 2)["images_a_second"] > 0
 
 
 def test_the_roofline_counts_work():

@@ -4,19 +4,22 @@ import json
 import os
 import resource
 import signal
+from dataclasses import asdict, replace
 
 import pytest
+import reference
 import torch
-from conftest import write_clip_folder
+from conftest import make_model, write_clip_folder
+from helpers import aim_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import amp
 from amp.errors import AmpError
-from amp.model.adapter import FORMAT, load_adapter, read_adapter, save_adapter
+from amp.model.adapter import FORMAT, load_adapter, load_adapter_state, read_adapter, save_adapter
 from amp.model.config import PromptConfig
 
-CONFIG = PromptConfig(interaction_layer=1, num_prompts=2, lam=0.6)
+CONFIG = PromptConfig(**aim_settings(block=1, options={"lam": 0.6}, num_prompts=2))
 TRAINING = {"stage": 2, "step": 138, "config": {"margin": 0.2, "stages": [1, 2], "init": None}}
 
 
@@ -67,16 +70,15 @@ def test_only_the_adapters_weights_are_stored(model, path):
         "logit_scale",
         "visual_prompts",
         "triplet_encoder",
-        "null_state",
-        "state_projection",
-        "adapter",
         "interaction",
     }
     assert path.stat().st_size < 300_000  # the base model has 9 MB
 
 
 def test_the_control_stores_its_two(clip_folder, tmp_path):
-    model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=PromptConfig(knowledge="none"))
+    model, *_ = amp.create_model_and_transforms(
+        clip_folder, prompt_config=PromptConfig(**aim_settings(knowledge="none"))
+    )
     save_adapter(tmp_path / "adapter.safetensors", model)
     assert set(load_file(tmp_path / "adapter.safetensors")) == {"logit_scale", "visual_prompts.prompts"}
     load_adapter(tmp_path / "adapter.safetensors", model)
@@ -183,47 +185,49 @@ def test_other_activation_is_another_base_model(path, clip_folder, tmp_path):
 
 
 def test_other_settings(path, clip_folder):
-    config = PromptConfig(interaction_layer=2, num_prompts=2, lam=0.6)
+    config = replace(CONFIG, depth=2 / 3)
     other, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    with pytest.raises(AmpError, match=r"interaction_layer is 1 in the file and 2 in the model\. Build"):
+    with pytest.raises(AmpError, match=r"depth is 0\.3\d+ in the file and 0\.6\d+ in the model\. Build"):
         load_adapter(path, other)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
 
 
 def test_setting_of_a_newer_version(model, path, tmp_path):
-    file = rewritten(path, tmp_path / "new.safetensors", lambda record: record["prompt_config"].update(depth=3))
-    with pytest.raises(AmpError, match=rf"new\.safetensors: prompt settings \['depth'\] .*{amp.__version__}"):
+    file = rewritten(path, tmp_path / "new.safetensors", lambda record: record["prompt_config"].update(bends=3))
+    with pytest.raises(AmpError, match=rf"new\.safetensors: prompt settings \['bends'\] .*{amp.__version__}"):
         load_adapter(file, model)
 
 
 def test_header_key_of_a_newer_version(model, path, tmp_path):
     file = rewritten(path, tmp_path / "new.safetensors", lambda record: record.update(pruned=True))
-    with pytest.raises(AmpError, match=r"new\.safetensors: header keys \['pruned'\] are unknown"):
+    with pytest.raises(
+        AmpError, match=r"new\.safetensors: format version 2, header keys \['pruned'\]; the file was written by"
+    ):
         load_adapter(file, model)
 
 
 def test_a_setting_that_older_files_lack_takes_its_default(path, tmp_path):
-    file = rewritten(path, tmp_path / "old.safetensors", lambda record: record["prompt_config"].pop("bottleneck"))
+    file = rewritten(path, tmp_path / "old.safetensors", lambda record: record["prompt_config"].pop("max_triplets"))
     assert read_adapter(file)[0].prompt_config == CONFIG
 
 
 def test_senseless_setting(model, path, tmp_path):
-    file = rewritten(path, tmp_path / "odd.safetensors", lambda record: record["prompt_config"].update(lam=7))
-    with pytest.raises(AmpError, match="prompt setting lam is 7"):
+    file = rewritten(path, tmp_path / "odd.safetensors", lambda record: record["prompt_config"].update(depth=7))
+    with pytest.raises(AmpError, match=r"odd\.safetensors: prompt setting depth is 7"):
         load_adapter(file, model)
 
 
 def weights_without(weights):
-    return {name: value for name, value in weights.items() if name != "interaction.gate"}
+    return {name: value for name, value in weights.items() if name != "interaction.aim.gate"}
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (weights_without, "interaction.gate"),
+        (weights_without, "interaction.aim.gate"),
         (lambda weights: {**weights, "extra": torch.zeros(1)}, "extra"),
-        (lambda weights: {**weights, "null_state": torch.zeros(3)}, "null_state"),
+        (lambda weights: {**weights, "triplet_encoder.null": torch.zeros(3)}, "triplet_encoder.null"),
     ],
     ids=["missing", "unknown", "shape"],
 )
@@ -235,3 +239,150 @@ def test_weights_that_do_not_fit(change, said, model, path, tmp_path):
     with pytest.raises(AmpError, match=rf"odd\.safetensors: 1 weights are missing, .*\['{said}'\]"):
         load_adapter(tmp_path / "odd.safetensors", model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# -- files of version 1 -----------------------------------------------------------------------------------------------
+
+# By hand: the start of a weight's name in version 2, then in version 1.
+OLD_NAMES = (
+    ("interaction.readout.", "readout."),
+    ("interaction.aim.", "interaction."),
+    ("interaction.adapter.", "adapter."),
+    ("interaction.state_projection.", "state_projection."),
+    ("interaction.null_state", "null_state"),
+)
+ENRICHED = {"text_enrichment": True, "text_triplets": True, "image_projection": True}
+TEXTS = ["a dog jumps", "a small girl", "nothing", "men chase horses"]
+
+
+def old_name(name: str) -> str:
+    return next((old + name.removeprefix(new) for new, old in OLD_NAMES if name.startswith(new)), name)
+
+
+def write_version_1(path, model, settings, without=()):
+    """A model of version 2 in a file as open-clip-amp 0.1.0 wrote it, with its `settings` and no weight `without`."""
+    weights = {old_name(k): v.clone() for k, v in model.adapter_state().items() if not k.startswith(tuple(without))}
+    if not settings.get("text_triplets") and "text_enrichment.states.weight" in weights:
+        weights["text_enrichment.states.weight"] = weights["text_enrichment.states.weight"][:-1].clone()
+    header = {
+        "base_name": "tiny",
+        "base_pretrained": None,
+        "base_hash": model.backbone.weights_hash(),
+        "quick_gelu": False,
+        "prompt_config": settings,
+        "training": TRAINING,
+        "version": "0.1.0",
+    }
+    save_file(weights, path, metadata={"format": FORMAT, "header": json.dumps(header)})
+
+
+def scores(model, images, knowledge) -> torch.Tensor:
+    """Cosines of images with captions, each pair under the caption's knowledge."""
+    text = model.encode_text(model.tokenizer(TEXTS))
+    found = model.encode_image(images, knowledge, True, text=text)
+    return (found * model.encode_text(model.tokenizer(TEXTS), True, knowledge)).sum(dim=1)
+
+
+def read_back(path, model):
+    """What the file makes of a fresh model of the settings that it says."""
+    header, weights = read_adapter(path)
+    fresh = make_model(**asdict(header.prompt_config))
+    load_adapter_state(fresh, header, weights, where=path)
+    return fresh, header
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        (
+            {"depth": 1 / 3, "interaction_options": {"blocks": 1}, "num_prompts": 4},
+            {"interaction": "readout", "interaction_layer": 1, "readout_blocks": 1, "slot_tokens": 5, **ENRICHED},
+        ),
+        (
+            {"depth": 2 / 3, "interaction_options": {"blocks": 0}, "num_prompts": 4, "knowledge": "none"},
+            {"interaction": "readout", "interaction_layer": 2, "knowledge": "none", **ENRICHED},
+        ),
+        (
+            {"depth": 1 / 3, "interaction": "visual_prompts", "num_prompts": 3},
+            {"condition_images": False, "interaction_layer": 1, "num_prompts": 3, **ENRICHED},
+        ),
+        (
+            {"depth": 1 / 3, "interaction": "learned_query", "interaction_options": {"blocks": 1}, "num_prompts": 4},
+            {
+                "condition_images": False,
+                "interaction": "readout",
+                "readout_blocks": 1,
+                "interaction_layer": 1,
+                **ENRICHED,
+            },
+        ),
+        (
+            aim_settings(options={"lam": 0.6, "residual": False}),
+            {"lam": 0.6, "residual": False, "bottleneck": 4, "triplet_layers": 2, "triplet_heads": 8},
+        ),
+        (aim_settings(block=1, interaction="cat"), {"interaction": "cat", "bottleneck": 4, "interaction_layer": 1}),
+    ],
+    ids=["readout", "its control", "text only", "text only, query", "aim", "cat"],
+)
+@torch.no_grad()
+def test_version_1_comes_back_bit_for_bit(new, old, tmp_path, images, knowledge):
+    model, path = make_model(trained=True, **new), tmp_path / "old.safetensors"
+    write_version_1(path, model, old)
+    fresh, header = read_back(path, model)
+    assert header.prompt_config == replace(model.config, interaction_options=header.prompt_config.interaction_options)
+    assert set(model.config.interaction_options) <= set(header.prompt_config.interaction_options)
+    assert not header.partial and header.version == "0.1.0" and header.training == TRAINING
+    for name, value in model.adapter_state().items():
+        assert torch.equal(fresh.adapter_state()[name], value), name
+    assert torch.equal(scores(fresh, images, knowledge), scores(model, images, knowledge))
+    fresh.base_name, fresh.base_pretrained, fresh.base_hash = "tiny", None, header.base_hash
+    save_adapter(tmp_path / "new.safetensors", fresh)
+    assert read_adapter(tmp_path / "new.safetensors")[0].prompt_config == header.prompt_config
+
+
+@torch.no_grad()
+def test_version_1_with_some_of_the_maps_scores_as_before(tmp_path, images, knowledge):
+    """Text enriched by states alone: T + U T + mean_k(W D_k), written out, with images by the paper's equations."""
+    model, path = make_model(trained=True, **aim_settings(block=1, enrich=True)), tmp_path / "old.safetensors"
+    settings = {"bottleneck": 4, "interaction_layer": 1, "text_enrichment": True}
+    write_version_1(path, model, settings, without=("text_enrichment.triplets.", "image_projection."))
+    fresh, header = read_back(path, model)
+    assert header.partial and header.prompt_config.enrich
+    batch, text = model.prepare_knowledge(knowledge), model.encode_text(model.tokenizer(TEXTS), True)
+    stored = load_file(path)
+    for row, score in enumerate(scores(fresh, images, knowledge)):
+        enriched = text[row] + stored["text_enrichment.adapt.weight"] @ text[row]
+        states = batch.states[row][batch.mask[row]]
+        if len(states):
+            unit = states / states.norm(dim=1, keepdim=True)
+            enriched = enriched + (unit @ stored["text_enrichment.states.weight"].T).mean(dim=0)
+        image = reference.action_aware_feature(model, images[row], batch, row)
+        assert score.item() == pytest.approx(float(image @ enriched / image.norm() / enriched.norm()), abs=1e-5)
+    model.base_name, model.base_hash = "tiny", header.base_hash
+    with pytest.raises(AmpError, match=r"weights are missing"):  # of version 2 nothing may be
+        load_adapter_state(make_model(**asdict(model.config)), replace(header, partial=False), stored, where=path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"slot_tokens": 7}, r"prompt setting slot_tokens is 7, expected 5: other values are retired"),
+        ({"triplet_layers": 1}, r"prompt setting triplet_layers is 1, expected 2"),
+        ({"triplet_heads": 4}, r"prompt setting triplet_heads is 4, expected 8"),
+        ({"bends": 1}, r"prompt settings \['bends'\] are unknown"),
+    ],
+)
+def test_version_1_with_retired_values_is_refused_in_one_line(settings, said, tmp_path):
+    path = tmp_path / "old.safetensors"
+    write_version_1(path, make_model(**aim_settings()), {"bottleneck": 4, **settings})
+    with pytest.raises(AmpError, match=rf"old\.safetensors: {said}") as error:
+        read_adapter(path)
+    assert "\n" not in str(error.value) and "0.1.0" in str(error.value)
+
+
+def test_a_file_of_a_later_version_is_refused(path, tmp_path):
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), "format_version": "3"}
+    save_file(load_file(path), tmp_path / "later.safetensors", metadata=metadata)
+    with pytest.raises(AmpError, match=r"later\.safetensors: format version 3, .*Install that version or a newer one"):
+        read_adapter(tmp_path / "later.safetensors")

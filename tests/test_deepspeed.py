@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, aim_settings
 from safetensors.torch import load_file
 from training_run import TrainingRun
 
 import amp
 from amp.errors import AmpError
-from amp.retrieval.settings import RetrievalSettings
 from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.launch import deepspeed_settings
@@ -30,13 +29,13 @@ def config(shards, clip_folder, tmp_path_factory) -> TrainConfig:
     return TrainConfig(
         out=str(folder / "run"),
         model=ModelSettings(clip_folder, None),
-        prompt=amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1, text_enrichment=True),
+        prompt=amp.PromptConfig(**aim_settings(block=1, num_prompts=2, enrich=True)),
         data=DataSettings(str(shards), batch_size=2, workers=0, augment="none", cache=str(folder / "cache")),
         stages=[1],
         stage1=StageSettings(epochs=2, lr=3e-3, warmup_steps=3),
         trackers=[],
         checkpoint=CheckpointSettings(every_steps=1, keep=20),
-        validation=RetrievalSettings(top_k=3, max_queries=3),
+        validation_queries=3,
     )
 
 
@@ -178,8 +177,3 @@ def test_the_commented_twin_says_the_same(path):
     block = page.partition(f"## {path.name}")[2].partition("```jsonc")[2].partition("```")[0]
     plain = "\n".join(line.partition("//")[0] for line in block.splitlines())
     assert json.loads(plain) == json.loads(path.read_text())
-
-
-def test_zero_3_and_compiled_blocks_are_refused(config):
-    with pytest.raises(AmpError, match="compile_frozen"):
-        deepspeed_settings(str(ROOT / "ds_configs/zero3.json"), replace(config, compile_frozen=True), world=2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_clip
-from helpers import run_ranks
+from helpers import aim_settings, run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import amp
@@ -63,26 +63,17 @@ def exchange():
 
 def make_model(conditioning):
     torch.manual_seed(5)
-    knowledge = "none" if conditioning == "none" else "both"
-    readout = conditioning == "readout"
-    config = amp.PromptConfig(
-        knowledge,
-        "readout" if readout else "aim",
-        interaction_layer=1,
-        num_prompts=2,
-        max_triplets=3,
-        triplet_heads=4,
-        text_enrichment=readout,
-        image_projection=readout,
-        readout_blocks=int(readout),
-        text_triplets=readout,
-    )
-    model = amp.ActionAwareCLIP(make_clip(), config)
-    if readout:
-        model.readout.out.weight.data.normal_()
+    settings = {
+        "none": aim_settings(block=1, knowledge="none"),
+        "readout": {"depth": 1 / 3},
+    }.get(conditioning, aim_settings(block=1))
+    model = amp.ActionAwareCLIP(make_clip(), amp.PromptConfig(**{**settings, "num_prompts": 2, "max_triplets": 3}))
+    # Away from their start at zero, where most gradients are zero too.
+    if conditioning == "readout":
+        model.interaction.readout.out.weight.data.normal_()
         model.text_enrichment.triplets.weight.data.normal_()
-    elif model.knowledge_aware:  # away from its start at zero, where most gradients are zero too
-        model.interaction.gate.data.normal_()
+    elif model.interaction.conditioned:
+        model.interaction.aim.gate.data.normal_()
     return model
 
 
@@ -101,7 +92,7 @@ def global_batch(step, model, stored):
     images = torch.randn(16, 3, 32, 32, generator=generator)[ids]
     base = None
     if stored:
-        frozen = model(images, only_frozen=True)
+        frozen = model(images)
         images, base = frozen.early, frozen.base
     return Batch(images, base, torch.randn(BATCH, 24, generator=generator), knowledge, ids)
 
@@ -119,15 +110,14 @@ def train(conditioning, stage, stored):
     model = make_model(conditioning)
     set_trainable(model, stage)
     optimizer = adamw(model, lr=3e-3, weight_decay=0.01)
-    readout = conditioning == "readout"
     objective = Objective(
         stage,
-        "contrastive" if readout else conditioning,
+        model.interaction,
+        "paired" if conditioning == "paired" else "contrastive",
         negatives=2,
         margin=0.2,
         sampling_scale=5.0,
         seed=1,
-        all_pairs=readout,
         knowledge_dropout=0.3,
     )
     engine = DistributedDataParallel(model) if world_size() > 1 else model

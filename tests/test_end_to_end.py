@@ -56,8 +56,8 @@ def ran(folder) -> dict[str, subprocess.CompletedProcess]:
         *CONFIG,
         "--data.shards",
         shards,
-        "--prompt.interaction_layer",
-        4,
+        "--prompt.depth",
+        0.67,
         "--data.workers",
         1,
         "--stage1.max_steps",
@@ -70,7 +70,7 @@ def ran(folder) -> dict[str, subprocess.CompletedProcess]:
         3e-3,
         "--log_every",
         2,
-        "--validation.max_queries",
+        "--validation_queries",
         6,
         "--validate_every",
         1,
@@ -185,9 +185,9 @@ def test_two_processes_end_with_the_weights_of_one(ran, folder):
 def test_stage_2_trains_the_readout_alone(ran, folder):
     first, second = (adapter(folder, "one", stage) for stage in STAGES)
     moved = {name for name in first if not torch.equal(first[name], second[name])}
-    assert moved and all(name.startswith("readout.") for name in moved)
-    assert first["readout.out.weight"].abs().max() > 1e-3  # it starts at zero
-    assert (first["readout.out.weight"] - second["readout.out.weight"]).abs().max() > 1e-3
+    assert moved and all(name.startswith("interaction.readout.") for name in moved)
+    assert first["interaction.readout.out.weight"].abs().max() > 1e-3  # it starts at zero
+    assert (first["interaction.readout.out.weight"] - second["interaction.readout.out.weight"]).abs().max() > 1e-3
 
 
 def test_json_and_csv_agree(ran, folder):
@@ -251,7 +251,7 @@ def test_the_adapter_loads_into_a_model(ran, folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = str(folder / "two" / "stage2" / "adapter.safetensors")
     model, _, preprocess = amp.create_model_and_transforms(BASE, adapter=path)
-    assert model.config.interaction_layer == 4
+    assert model.tower.first == 4
     image = preprocess(Image.open(folder / "scenes" / "images" / "test_00000.jpg"))[None]
     line = json.loads((folder / "scenes" / "knowledge.jsonl").read_text().splitlines()[-1])
     knowledge = amp.Knowledge(tuple(amp.Triplet(**t) for t in line["triplets"]), tuple(line["states"]))

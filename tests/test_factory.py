@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 from conftest import make_clip, write_clip_folder
+from helpers import aim_settings
 from PIL import Image
 
 import amp
@@ -67,7 +68,7 @@ def test_no_transform_swaps_left_and_right(clip_folder, photo):
 
 
 def test_prompt_settings(clip_folder):
-    config = PromptConfig(interaction_layer=2, num_prompts=1)
+    config = PromptConfig(num_prompts=1)
     model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     assert model.config is config and model.visual_prompts.prompts.shape == (1, 1, 32)
 
@@ -83,16 +84,17 @@ def test_meta_device_builds_shapes_only():
     )
     assert sizes == (1024, 768, 576, 24)
     assert model.backbone.quick_gelu
-    features = model(torch.empty(2, 3, 336, 336, device="meta"), prompted=True)
-    assert features.prompted.shape == (2, 768)
+    assert model.image_features(torch.empty(2, 3, 336, 336, device="meta")).shape == (2, 768)
+    assert model.tower.first == 16
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_casts_the_backbone_alone_and_keeps_its_hash(precision, clip_folder, images, knowledge):
-    model, *_ = amp.create_model_and_transforms(clip_folder, precision=precision)
+    config = PromptConfig(**aim_settings())
+    model, *_ = amp.create_model_and_transforms(clip_folder, precision=precision, prompt_config=config)
     full, *_ = amp.create_model_and_transforms(clip_folder)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    assert model.backbone.dtype == dtype and model.interaction.mlp[0].weight.dtype == torch.float32
+    assert model.backbone.dtype == dtype and model.interaction.aim.mlp[0].weight.dtype == torch.float32
     assert model.base_hash == full.base_hash
     assert model.encode_image(images, knowledge).isfinite().all()
 
@@ -101,7 +103,7 @@ def test_low_precision_casts_the_backbone_alone_and_keeps_its_hash(precision, cl
 
 
 def test_adapter_brings_its_settings_and_weights(clip_folder, tmp_path, images, knowledge):
-    config = PromptConfig(interaction_layer=1, num_prompts=2)
+    config = PromptConfig(**aim_settings(block=1, num_prompts=2))
     trained, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     for parameter in trained.interaction.parameters():
         parameter.data += 0.1

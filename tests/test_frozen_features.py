@@ -21,7 +21,7 @@ LAYER = 2
 @pytest.fixture(scope="module")
 def made(clip_folder):
     """A model and its validation transform."""
-    config = amp.PromptConfig(interaction_layer=LAYER, triplet_heads=4)
+    config = amp.PromptConfig(depth=LAYER / 3)
     model, _, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     return model.eval(), preprocess
 
@@ -57,8 +57,8 @@ def test_stored_tokens_lead_to_the_same_features_as_the_images(split, made):
     features = compute(split, made)
     model, preprocess = made
     images = torch.stack([preprocess(split.image(i)) for i in range(len(split))])
-    from_images = model(images, prompted=True).prompted
-    from_tokens = model(torch.from_numpy(features.early), prompted=True).prompted
+    from_images = model.image_features(images)
+    from_tokens = model.interaction.image_features(model.tower, torch.from_numpy(features.early))
     torch.testing.assert_close(from_tokens, from_images, rtol=0, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
 
     def build(layer=LAYER, seed=0, **transform):
         _, _, other = amp.create_model_and_transforms(clip_folder, prompt_config=model.config, **transform)
-        config = amp.PromptConfig(interaction_layer=layer, triplet_heads=4)
+        config = amp.PromptConfig(depth=layer / 3)
         return amp.ActionAwareCLIP(make_clip(seed=seed), config), other
 
     same = [
@@ -155,7 +155,9 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
         features_folder(
             tmp_path,
             split,
-            amp.ActionAwareCLIP(make_clip(), amp.PromptConfig("none", interaction_layer=LAYER, num_prompts=2)),
+            amp.ActionAwareCLIP(
+                make_clip(), amp.PromptConfig("none", interaction="aim", depth=LAYER / 3, num_prompts=2)
+            ),
             preprocess,
             "float32",
         ),

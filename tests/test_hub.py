@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, write_clip_folder
+from helpers import aim_settings
 from PIL import Image
 
 import amp
@@ -20,7 +21,7 @@ from amp.publish.export import INPUTS, ImageEncoder
 from amp.retrieval.figures import DirectionResult, RetrievalRow, RowKey
 from amp.retrieval.metrics import KS
 
-READOUT = {"interaction_options": {"blocks": 1}, "depth": 1 / 3, "num_prompts": 4}
+READOUT = {"depth": 1 / 3, "num_prompts": 4}
 RECORD = {
     "stage": 2,
     "step": 7,
@@ -305,8 +306,8 @@ def test_clip_benchmark_refuses_other_names(folder):
     "settings",
     [
         pytest.param(READOUT, id="readout"),
-        pytest.param({"interaction": "aim", "depth": 0.0}, id="aim", marks=pytest.mark.slow),  # slow to trace
-        pytest.param({"interaction": "cat", "depth": 0.0}, id="cat", marks=pytest.mark.slow),
+        pytest.param(aim_settings(), id="aim", marks=pytest.mark.slow),  # tracing takes many seconds
+        pytest.param(aim_settings(interaction="cat"), id="cat", marks=pytest.mark.slow),
     ],
 )
 def test_the_exported_encoder_is_the_model_for_any_number_of_images(settings, images, knowledge, tmp_path):

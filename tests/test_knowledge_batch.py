@@ -5,7 +5,7 @@ import torch
 
 from amp.knowledge.schema import Knowledge, Triplet
 from amp.knowledge.tensors import KnowledgeBatch, TripletTokenizer
-from amp.knowledge.text import select, state_text, state_texts
+from amp.knowledge.text import SLOT_TOKENS, select, state_text, state_texts
 
 DOG = Triplet("dog", "jumps", "")
 SMALL = Triplet("girl", "is", "small", "attribute")
@@ -45,7 +45,7 @@ def words(tokenizer, text):
 
 
 def test_triplets_become_clips_own_tokens(tokenizer):
-    tokens, token_mask, mask = TripletTokenizer(tokenizer, 2, 5)([item(DOG, THROWS), item(SMALL), item()])
+    tokens, token_mask, mask = TripletTokenizer(tokenizer, 2)([item(DOG, THROWS), item(SMALL), item()])
     assert tokens.shape == token_mask.shape == (3, 2, 3, 5) and mask.shape == (3, 2)
     assert tokens.dtype == torch.int64 and token_mask.dtype == mask.dtype == torch.bool
     assert mask.tolist() == [[True, True], [True, False], [False, False]]
@@ -59,27 +59,29 @@ def test_triplets_become_clips_own_tokens(tokenizer):
 
 
 def test_long_slots_keep_their_first_tokens(tokenizer):
-    tokens, token_mask, _ = TripletTokenizer(tokenizer, 1, 3)([item(THROWS)])
-    assert tokens[0, 0, 2].tolist() == words(tokenizer, "a big red")
+    tokens, token_mask, _ = TripletTokenizer(tokenizer, 1)(
+        [item(Triplet("boy", "throws", "a very big, round red ball"))]
+    )
+    assert tokens[0, 0, 2].tolist() == words(tokenizer, "a very big, round")
     assert token_mask[0, 0, 2].all()
 
 
 def ids_of(triplets, text):
     """What `slot` keeps, checked to have nothing behind it."""
     ids, count = triplets.slot(text)
-    assert len(ids) == triplets.slot_tokens and not ids[count:].any()
+    assert len(ids) == SLOT_TOKENS and not ids[count:].any()
     return ids[:count].tolist()
 
 
 def test_case_and_spaces_do_not_matter_and_slots_are_cached(tokenizer):
-    triplets = TripletTokenizer(tokenizer, 1, 5)
+    triplets = TripletTokenizer(tokenizer, 1)
     assert ids_of(triplets, "  Big   DOG ") == ids_of(triplets, "big dog") == words(tokenizer, "big dog")
     assert ids_of(triplets, "") == ids_of(triplets, "  ") == []
     assert triplets.slot("big dog") is triplets.slot("big dog")
 
 
 def test_the_tokenizer_keeps_actions_first(tokenizer):
-    tokens, _, _ = TripletTokenizer(tokenizer, 1, 5)([item(SMALL, DOG)])
+    tokens, _, _ = TripletTokenizer(tokenizer, 1)([item(SMALL, DOG)])
     assert tokens[0, 0, 0, 0] == words(tokenizer, "dog")[0]
 
 
@@ -97,11 +99,11 @@ def test_tokenizers_of_hugging_face(tokenizer):
     class Wrapper:
         tokenizer = Inner()
 
-    assert ids_of(TripletTokenizer(Wrapper(), 1, 5), "a big red ball") == [1, 3, 3, 4]
+    assert ids_of(TripletTokenizer(Wrapper(), 1), "a big red ball") == [1, 3, 3, 4]
 
 
 def test_cache_is_bounded(tokenizer):
-    triplets = TripletTokenizer(tokenizer, 1, 5)
+    triplets = TripletTokenizer(tokenizer, 1)
     triplets._cache = {str(i): [] for i in range(100_001)}
     assert ids_of(triplets, "dog") == words(tokenizer, "dog")
     assert len(triplets._cache) == 1

@@ -7,6 +7,7 @@ import reference
 import torch
 from torch.testing import assert_close
 
+from amp.model.similarity import pair_similarity, similarity
 from amp.train import losses
 
 IDS = torch.tensor([7, 3, 7, 5, 3, 9])  # images 0 and 2 are one, and so are 1 and 4
@@ -33,13 +34,13 @@ def no_mask(n):
 def test_similarity_is_the_cosine_in_single_precision(dtype):
     torch.manual_seed(0)
     image, text = (3 * torch.randn(n, 8).to(dtype) for n in (3, 4))
-    found = losses.similarity(image, text)
+    found = similarity(image, text)
     assert found.shape == (3, 4) and found.dtype == torch.float32
     for i in range(3):
         for c in range(4):
             a, b = image[i].double(), text[c].double()
             assert found[i, c].item() == pytest.approx((a @ b / (a.norm() * b.norm())).item(), abs=1e-6)
-    pairs = losses.pair_similarity(image, text[:3])
+    pairs = pair_similarity(image, text[:3])
     assert pairs.dtype == torch.float32
     assert_close(pairs, found[:, :3].diagonal())
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import amp
+from amp.knowledge.text import SLOT_TOKENS
 from amp.plan.memory import Parameters, Zero, estimate, largest_batch, static_memory
 from amp.plan.simulator import (
     Allocations,
@@ -38,10 +39,10 @@ MICRO_CLIP = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"
 
 
 def settings(name: str, interaction: str = "aim", batch_size: int = 8, layer: int = 1, **more) -> TrainConfig:
-    prompt = amp.PromptConfig(interaction=interaction, interaction_layer=layer, triplet_heads=4, bottleneck=4)
-    return TrainConfig(
-        model=ModelSettings(name, None), prompt=prompt, data=DataSettings("none", batch_size=batch_size), **more
-    )
+    own = {} if interaction == "readout" else {"bottleneck": 4}
+    prompt = amp.PromptConfig(interaction=interaction, interaction_options=own, depth=layer / 3, num_prompts=4)
+    data = DataSettings("none", batch_size=batch_size)
+    return TrainConfig(model=ModelSettings(name, None), prompt=prompt, data=data, **more)
 
 
 class RealStep:
@@ -56,13 +57,11 @@ class RealStep:
         self.model, _, _ = amp.create_model_and_transforms(
             config.model.name, None, precision=config.model.precision, prompt_config=config.prompt
         )
-        self.model.activation_checkpointing = config.activation_checkpointing
+        self.model.tower.recompute = config.activation_checkpointing
         self.trained = set_trainable(self.model, stage)
         self.engine, self.optimizer = self.accelerator.prepare(self.model, adamw(self.model, 1e-3, 0.01))
         self.engine.train()
-        self.objective = Objective(
-            stage, config.conditioning, config.negatives, all_pairs=config.prompt.interaction == "readout"
-        )
+        self.objective = Objective.of(config, stage, self.model)
         size = config.data.batch_size
         self.batches = [empty_batch(self.model, config, size) for _ in range(config.gradient_accumulation)]
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -138,7 +137,7 @@ def test_peak_with_fused_attention(clip_folder):
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_peak_of_a_larger_step(precision, recompute):
     """The micro CLIP of this repository with 64 images; `pytest -s` prints the figures of docs/plan.md."""
-    config = settings(MICRO_CLIP, "aim", 64, 2, activation_checkpointing=recompute)
+    config = settings(MICRO_CLIP, "aim", 64, 1, activation_checkpointing=recompute)
     with MATH():
         real, _ = most_allocated(RealStep(config, 1, precision))
         found = StepSimulator(config, precision).step(1, 1, 64)
@@ -196,7 +195,7 @@ def test_what_is_exchanged_grows_with_the_ranks(clip_folder):
     """Of `contrastive` these are all ranks' early tokens, base and text features, ids and knowledge."""
     config = settings(clip_folder)
     simulator, world, size = StepSimulator(config, "no"), 16, 8
-    k, s, d = config.prompt.max_triplets, config.prompt.slot_tokens, 24
+    k, s, d = config.prompt.max_triplets, SLOT_TOKENS, 24
     early, features = 4 * (1 + 16) * 32, 2 * 4 * d
     knowledge = k * (3 * s * (8 + 1) + 4 * d + 1)
     scored = 2 * 4 * d  # stage 1 also scores all pairs without knowledge
@@ -218,7 +217,8 @@ def test_autocast_of_a_gpu_keeps_as_much(clip_folder):
 
 def forward_on(device: str, config: TrainConfig) -> int:
     """Bytes that a forward pass under bf16 autocast of a device keeps, without fused attention."""
-    model, objective = shapes_only(config), SimulatedObjective(1, "contrastive")
+    model = shapes_only(config)
+    objective = SimulatedObjective(1, model.interaction)
     set_trainable(model, 1)
     before = torch.get_autocast_dtype(device)
     with FakeTensorMode(allow_non_fake_inputs=True), MATH(), torch.device(device):
@@ -286,7 +286,7 @@ from amp.train.trained_state import TrainedState
 import amp
 
 name, file, out = sys.argv[1:]
-prompt = amp.PromptConfig(interaction_layer=1, triplet_heads=4, bottleneck=4)
+prompt = amp.PromptConfig("both", "aim", {"bottleneck": 4}, 1 / 3, 4)
 config = TrainConfig(model=ModelSettings(name, None), prompt=prompt, deepspeed=file, stages=[1], out=out, trackers=[],
                      data=DataSettings("none", batch_size=8), mixed_precision="bf16")
 accelerator = make_accelerator(config)
@@ -296,7 +296,7 @@ engine, optimizer = accelerator.prepare(model, adamw(model, 1e-3, 0.01))
 state = TrainedState(model, optimizer)
 held = [*state._held, *(x for s in state._adam.state.values() for x in s.values() if x.ndim)]
 shares = lambda ps: [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in ps]
-print("FOUND", json.dumps({
+print("\\nFOUND", json.dumps({
     "optimizer": bytes_of(held), "trained": bytes_of(shares(trained)),
     "frozen": bytes_of(shares(p for p in model.parameters() if not p.requires_grad)),
     "float32": all(p.dtype == torch.float32 for p in model.parameters()),

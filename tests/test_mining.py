@@ -68,6 +68,8 @@ def test_groups_stay_within_the_window_of_shards(neighbours):
 
 
 def test_ranks_share_the_groups(neighbours):
-    whole = [[s for s, _ in batch] for batch in BatchOrder(SIZES, 8, 0, 1, 1, 4, neighbours, 4)]
-    halves = [[[s for s, _ in batch] for batch in BatchOrder(SIZES, 4, r, 2, 1, 4, neighbours, 4)] for r in range(2)]
+    whole = [[s for s, _ in batch] for batch in BatchOrder(SIZES, 8, 0, 1, 1, neighbours, 4, window=4)]
+    halves = [
+        [[s for s, _ in batch] for batch in BatchOrder(SIZES, 4, r, 2, 1, neighbours, 4, window=4)] for r in range(2)
+    ]
     assert whole == [a + b for a, b in zip(*halves, strict=True)]

@@ -15,7 +15,7 @@ SIZES = [5, 3, 8, 1, 7, 4]  # 28 samples
 
 
 def batches(batch_size, rank=0, world=1, seed=3, epoch=0, window=2, sizes=SIZES):
-    order = BatchOrder(sizes, batch_size, rank, world, seed, window)
+    order = BatchOrder(sizes, batch_size, rank, world, seed, window=window)
     order.set_position(epoch * order.steps)
     return [[sample for sample, _ in batch] for batch in order]
 

@@ -121,8 +121,8 @@ def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
         base,
         "--model.pretrained",
         "null",
-        "--prompt.interaction_layer",
-        "2",
+        "--prompt.depth",
+        "0.34",
         "--stage1.epochs",
         "2",
     )

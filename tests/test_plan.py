@@ -245,7 +245,7 @@ def test_counted():
         ({"trackers": ["tensorbord"]}, {}, "trackers holds ['tensorbord']"),
         ({"model__name": "ViT-B-61"}, {}, "model 'ViT-B-61' is unknown to open_clip"),
         ({"model__name": "hf-hub:no/such"}, {}, "is not on this machine, and a plan downloads nothing"),
-        ({"prompt": amp.PromptConfig(interaction_layer=9)}, {}, "prompts: interaction_layer is 9, expected 0 to 2"),
+        ({"prompt": amp.PromptConfig(interaction="sum")}, {}, "interaction is 'sum', expected one of readout, aim"),
         ({"init": "nowhere.safetensors"}, {}, "init: nowhere.safetensors: no such adapter file"),
         ({}, {"gpu_memory_gb": 1.0}, "GPU memory: stage 1 needs an estimated 1.0"),
     ],
@@ -401,13 +401,6 @@ def test_too_few_open_files(config, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (128, 4096))
     assert "`ulimit -n` allows 128; run `ulimit -n 358` first" in found(change(config, data__workers=2), "error")
     assert "`ulimit -n` allows 128" in found(config, "ok")
-
-
-def test_more_shards_in_a_window_than_open_files(config, monkeypatch):
-    assert found(config, "warning") == ""
-    monkeypatch.setattr(plan_node, "MAX_OPEN", 3)
-    assert "give --data.shuffle_window 3" in found(config, "warning")
-    assert found(change(config, data__shuffle_window=3), "warning") == ""
 
 
 def test_too_few_cores(config, monkeypatch):

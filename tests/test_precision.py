@@ -7,12 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
+from helpers import aim_settings
 from training_run import small_run
 
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
 from amp.evaluate.settings import BaseSettings, EvaluationSettings
+from amp.knowledge.tensors import Captions
 from amp.launch import precision_problems
+from amp.model.config import PromptConfig
 from amp.model.factory import to_precision
 from amp.plan.launch import check_launch
 from amp.plan.plan import PlanSettings, make_plan
@@ -23,14 +26,13 @@ from amp.retrieval.settings import RetrievalSettings
 from amp.train.config import StageSettings
 from amp.train.engine import train
 
-READOUT = {"interaction": "readout", "text_enrichment": True, "text_triplets": True, "image_projection": True}
 PROMPTS = {
-    "aim": {"text_enrichment": True, "text_triplets": True, "image_projection": True},
-    "cat": {"interaction": "cat"},
-    "readout": READOUT,
-    "readout with a block": {**READOUT, "readout_blocks": 1},
-    "control": {"knowledge": "none"},
-    "readout's control": {"interaction": "readout", "knowledge": "none", "readout_blocks": 1},
+    "aim": {**aim_settings(), "enrich": True},
+    "cat": aim_settings(interaction="cat"),
+    "readout": {"interaction_options": {"blocks": 0}},
+    "readout with a block": {},
+    "control": {"interaction": "visual_prompts"},
+    "readout's control": {"knowledge": "none"},
 }
 
 
@@ -40,20 +42,16 @@ def test_a_backbone_in_low_precision_needs_no_autocast(prompt, precision, images
     """Features and gradients, close to those of fp32."""
     found = []
     for kind in ("fp32", precision):
-        model = make_model(trained=True, triplet_heads=4, **prompt).eval()
+        model = make_model(trained=True, **prompt).eval()
         to_precision(model.backbone.clip, kind)
         text = model.encode_text(model.tokenizer(["a dog jumps", "a girl", "nothing", "men chase horses"]))
-        batch = model.prepare_knowledge(knowledge)
-        features = model(images, batch, text=text, prompted=True)
-        parts = [model.encode_image(images), features.prompted, features.text]
-        if model.knowledge_aware:
-            parts.append(features.conditioned)
-            assert all(
-                x.isfinite().all()
-                for x in attention_maps(
-                    model, model.encode_early(images[:1]), model.prepare_knowledge(knowledge[1:2])
-                ).values()
-            )
+        captions = Captions(model.prepare_knowledge(knowledge), text)
+        features = model(images, captions, plain=torch.arange(4))
+        parts = [model.encode_image(images), features.plain, features.captions.text, features.conditioned]
+        maps = attention_maps(model, model.tower.early(images[:1]), model.prepare_knowledge(knowledge[1:2]))
+        assert all(x.isfinite().all() for x in maps.values()) and bool(maps) == (
+            prompt.get("interaction") == "aim" or not {"interaction", "knowledge"} & set(prompt)
+        )
         loss = torch.stack([F.normalize(part.float(), dim=-1).sum() for part in parts[1:]]).sum()
         loss.backward()
         trained = {n: p.grad for n, p in model.named_parameters() if not n.startswith("backbone.") and p.numel()}
@@ -64,14 +62,14 @@ def test_a_backbone_in_low_precision_needs_no_autocast(prompt, precision, images
 
 
 def test_a_backbone_in_low_precision_can_be_exported(images, knowledge):
-    model = make_model(triplet_heads=4, interaction="readout").eval()
+    model = make_model().eval()
     to_precision(model.backbone.clip, "bf16")
     program, batch = export_image_encoder(model), model.prepare_knowledge(knowledge)
     text = model.encode_text(model.tokenizer(["a dog", "a girl", "nothing", "men"]))
     given = (images, batch.triplet_tokens, batch.token_mask, batch.states.float(), batch.mask, text.float())
     with torch.no_grad():
         torch.testing.assert_close(
-            program.module()(*given), model(images, batch, text=text).conditioned, rtol=0, atol=0.02
+            program.module()(*given), model(images, Captions(batch, text)).conditioned, rtol=0, atol=0.02
         )
 
 
@@ -88,7 +86,7 @@ def config(shards, clip_folder, tmp_path, fresh_accelerate):
         stage1=one,
         stage2=one,
     )
-    return replace(config, prompt=replace(config.prompt, **READOUT, readout_blocks=1))
+    return replace(config, prompt=PromptConfig(depth=1 / 3, num_prompts=2))
 
 
 def plan_errors(config) -> list[str]:

@@ -7,27 +7,24 @@ import reference
 import torch
 import torch.nn.functional as F
 from conftest import make_model
-from test_evaluate import World
+from helpers import aim_settings
 
-import amp
+from amp.data.frozen_features import FrozenFeatures
+from amp.data.split_captions import SplitCaptions
+from amp.data.stream import Batch
+from amp.knowledge.tensors import Captions
 from amp.model.layers.readout import KnowledgeReadout
-from amp.train.losses import pair_similarity
+from amp.model.similarity import pair_similarity
+from amp.retrieval.settings import RetrievalSettings
+from amp.retrieval.split_search import SplitSearch
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names
 
 CAPTIONS = ["a dog jumps", "a small girl", "nothing", "men chase horses"]
 
 
-def readout_model(**settings):
-    return make_model(
-        trained=True,
-        interaction="readout",
-        interaction_layer=1,
-        text_enrichment=True,
-        text_triplets=True,
-        image_projection=True,
-        **settings,
-    )
+def readout_model(blocks=0, **settings):
+    return make_model(trained=True, depth=1 / 3, num_prompts=4, interaction_options={"blocks": blocks}, **settings)
 
 
 @pytest.fixture
@@ -74,44 +71,29 @@ def test_the_equation_by_a_naive_loop(width, heads):
         [torch.stack([naive(weights, p, text[c], states[c], triplets[c], mask[c]) for c in range(3)]) for p in patches]
     )
     queries = layer.queries(text, states, triplets, mask)
-    torch.testing.assert_close(layer.all_pairs(patches, *queries), want, rtol=1e-6, atol=1e-6)
+    key, value = layer.keys_and_values(patches)
+    torch.testing.assert_close(layer.all_pairs(key, value, *queries), want, rtol=1e-6, atol=1e-6)
     image, caption = torch.tensor([1, 0, 1, 1]), torch.tensor([2, 1, 0, 2])
-    pairs = layer.pairs(patches, queries[0][caption], queries[1][caption], image)
+    pairs = layer.pairs(key[image], value[image], queries[0][caption], queries[1][caption])
     torch.testing.assert_close(pairs, want[image, caption], rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
 def test_at_step_0_it_is_the_base_clip(images, knowledge, tokenizer):
-    fresh = make_model(
-        interaction="readout", interaction_layer=1, num_prompts=0, text_enrichment=True, image_projection=True
-    )
+    fresh = make_model(num_prompts=0)
     text = fresh.encode_text(tokenizer(CAPTIONS))
-    torch.testing.assert_close(fresh.encode_image(images, knowledge, text=text), fresh.encode_image(images))
+    assert torch.equal(fresh.encode_image(images, knowledge, text=text), fresh.encode_image(images))
     torch.testing.assert_close(
         F.normalize(fresh.encode_text(tokenizer(CAPTIONS), knowledge=knowledge), dim=-1), F.normalize(text, dim=-1)
     )
 
 
-@torch.no_grad()
-def test_all_pairs_are_the_pairs_one_by_one(model, images, knowledge, text):
-    batch = model.prepare_knowledge(knowledge)
-    together = model(images, batch, text=text, all_pairs=True).conditioned
-    assert together.shape == (4, 4, 24)
-    for image in range(4):
-        for caption in range(4):
-            alone = model.encode_image(images[[image]], [knowledge[caption]], text=text[[caption]])[0]
-            torch.testing.assert_close(together[image, caption], alone, rtol=1e-4, atol=1e-5)
-    assert (together[:, 0] - together[:, 1]).abs().max() > 1e-2, "the caption hardly matters: the test can't fail"
-
-
 @pytest.mark.parametrize("stage", [1, 2])
 @torch.no_grad()
 def test_the_loss_scores_every_pair_under_the_texts_own_knowledge(model, images, knowledge, text, stage):
-    from amp.data.stream import Batch
-
     ids = torch.tensor([4, 8, 4, 6])
     batch = Batch(images, None, text, model.prepare_knowledge(knowledge), ids)
-    enriched = model(None, batch.knowledge, text=text).text
+    enriched = model(None, Captions(batch.knowledge, text)).captions.text
     cosines = [
         [
             pair_similarity(model.encode_image(images[[i]], [knowledge[c]], text=text[[c]]), enriched[[c]]).item()
@@ -119,16 +101,16 @@ def test_the_loss_scores_every_pair_under_the_texts_own_knowledge(model, images,
         ]
         for i in range(4)
     ]
-    loss, scale = Objective(stage, "contrastive", margin=0.3, all_pairs=True)(model, batch, step=0)
+    loss, scale = Objective(stage, model.interaction, margin=0.3)(model, batch, step=0)
     want = reference.contrastive(cosines, scale.item(), ids) if stage == 1 else reference.triplet(cosines, 0.3, ids)
     assert loss.item() == pytest.approx(want, rel=1e-4)
 
 
 @torch.no_grad()
-def test_blocks_read_the_patches_before_the_interaction_layer(images, knowledge, tokenizer):
+def test_blocks_read_the_patches_before_the_first_prompted_block(images, knowledge, tokenizer):
     """By torch's own transformer in training mode, whose fused path of inference it never takes."""
-    model = readout_model(readout_blocks=2)
-    layer, early = model.readout, model.encode_early(images)
+    model = readout_model(blocks=2)
+    layer, early = model.interaction.readout, model.tower.early(images)
     first, *blocks, last = layer.blocks
     seen = first(early[:, 1:])
     for block in blocks:
@@ -136,107 +118,76 @@ def test_blocks_read_the_patches_before_the_interaction_layer(images, knowledge,
         attended = block.norm1(seen)
         seen = seen + block.self_attn(attended, attended, attended, need_weights=True)[0]
         seen = seen + block.linear2(F.gelu(block.linear1(block.norm2(seen))))
-    text = model.encode_text(tokenizer(CAPTIONS))
-    queries = layer.queries(text, *model_queries(model, knowledge))
-    want = model._pool(model._prompted_blocks(early))[0] + layer.pairs(last(seen), *queries, torch.arange(4))
+    text, batch = model.encode_text(tokenizer(CAPTIONS)), model.prepare_knowledge(knowledge)
+    queries = layer.queries(text, batch.states, model.encode_triplets(batch), batch.mask)
+    want = model.tower.features(early) + layer.pairs(*layer.keys_and_values(last(seen)), *queries)
     torch.testing.assert_close(model.encode_image(images, knowledge, text=text), want, rtol=1e-4, atol=1e-5)
 
 
-def model_queries(model, knowledge):
-    batch = model.prepare_knowledge(knowledge)
-    return batch.states, model.encode_triplets(batch), batch.mask
-
-
-@pytest.mark.parametrize("knowledge_setting", ["both", "triplets", "states", "template", "caption", "none"])
+@pytest.mark.parametrize(
+    ("knowledge_setting", "blocks"),
+    [("both", 0), ("both", 1), ("triplets", 1), ("states", 0), ("template", 0), ("caption", 0), ("none", 0)],
+)
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("blocks", [0, 1])
 def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setting, blocks, images, knowledge, text):
-    from amp.data.stream import Batch
-
-    model = readout_model(knowledge=knowledge_setting, readout_blocks=blocks)
+    model = readout_model(blocks, knowledge=knowledge_setting)
     names = trainable_names(model, stage)
-    assert {n.partition(".")[0] for n in names} == {"readout"} if stage == 2 else "readout.key.weight" in names
+    assert {n.partition(".")[0] for n in names} == {"interaction"} if stage == 2 else "image_projection.weight" in names
     set_trainable(model, stage)
-    conditioning = "none" if knowledge_setting == "none" else "contrastive"
     batch = Batch(images, None, text, model.prepare_knowledge(knowledge), torch.arange(4))
-    Objective(stage, conditioning, margin=2.0, all_pairs=True)(model, batch, 0)[0].backward()
+    Objective(stage, model.interaction, margin=2.0)(model, batch, 0)[0].backward()
     moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     # A constant added to all keys changes no softmax.
-    rest = {"readout.key.bias", "triplet_encoder.null"}
+    rest = {"interaction.readout.key.bias", "triplet_encoder.null"}
     assert moved - rest == names - rest
 
 
 @torch.no_grad()
-def test_without_knowledge_only_the_control_has_a_query(model, images):
-    plain = model(images, prompted=True).prompted
-    torch.testing.assert_close(plain, model.read_patches(model.encode_early(images))[0])
+def test_only_the_control_has_a_query_of_its_own(model, images):
+    early = model.tower.early(images)
+    torch.testing.assert_close(model.image_features(images), model.tower.features(early))
     control = readout_model(knowledge="none")
-    features, patches = control.read_patches(control.encode_early(images))
-    key, value = control.readout.key(patches), control.readout.value(patches)
-    weights = (key @ control.readout.query / math.sqrt(24)).softmax(dim=-1)
-    want = features + torch.einsum("bm,bmd->bd", weights, value) @ control.readout.out.weight.T
-    torch.testing.assert_close(control(images, prompted=True).prompted, want, rtol=1e-4, atol=1e-5)
+    layer = control.interaction.readout
+    features, patches = control.tower.features_and_patches(control.tower.early(images), all_tokens=True)
+    weights = (layer.key(patches) @ layer.query / math.sqrt(24)).softmax(dim=-1)
+    want = features + torch.einsum("bm,bmd->bd", weights, layer.value(patches)) @ layer.out.weight.T
+    torch.testing.assert_close(control.image_features(images), want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_text_only_control_shows_images_nothing(images, knowledge, tokenizer):
-    model = make_model(trained=True, condition_images=False, text_enrichment=True)
-    assert not model.knowledge_aware and model.text_enrichment.states is not None
-    assert {n.partition(".")[0] for n in model.adapter_state()} == {"logit_scale", "visual_prompts", "text_enrichment"}
-    tokens = tokenizer(CAPTIONS)
-    with torch.no_grad():
-        plain, rich = model.encode_text(tokens, True), model.encode_text(tokens, True, knowledge)
-    assert (plain - rich).abs().amax(dim=1).min() > 1e-3
-    with pytest.raises(amp.AmpError, match="images see no knowledge"):
-        model.encode_image(images, knowledge)
-
-
-def test_search_equals_the_public_calls(clip_folder, shards, tmp_path):
-    """Both directions, pair by pair, and pooled images by a loop over the candidates' queries."""
-    world = World(
-        clip_folder, shards, tmp_path, interaction="readout", text_enrichment=True, text_triplets=True, readout_blocks=1
+@pytest.mark.parametrize("settings", [{"depth": 1 / 3}, aim_settings(block=1, enrich=True)], ids=["readout", "aim"])
+@torch.no_grad()
+def test_search_equals_the_public_calls(settings, images, knowledge, tokenizer):
+    """Both directions against enriched captions, pair by pair, and pooled images by the joined prompts."""
+    model, k = make_model(trained=True, **settings).eval(), 3
+    texts, items = [*CAPTIONS, "a girl studies"], [*knowledge, knowledge[1]]
+    plain, batch = model.encode_text(tokenizer(texts)), model.prepare_knowledge(items)
+    rich = model.encode_text(tokenizer(texts), True, items)
+    frozen = model(images)
+    search = SplitSearch(
+        SplitCaptions(texts, items, torch.tensor([0, 1, 2, 3, 1]), 4),
+        FrozenFeatures(frozen.early.numpy(), frozen.base.numpy()),
+        plain,
+        batch,
+        RetrievalSettings(top_k=k),
+        torch.device("cpu"),
     )
-    torch.manual_seed(5)
-    for weight in (world.model.readout.out.weight, world.model.text_enrichment.triplets.weight):
-        torch.nn.init.normal_(weight, std=0.3)
-    retrieval, captions, model = world.retrieval(), world.captions, world.model
-    rankings = retrieval.rank(model)
-    with torch.no_grad():
-        tokens = model.tokenizer(captions.texts)
-        plain, rich = model.encode_text(tokens), model.encode_text(tokens, True, captions.knowledge)
-        for query in (0, 3):
-            found = rankings["t2i"].first.candidates[query]
-            n = len(found)
-            images = model.encode_image(
-                world.images[found], [captions.knowledge[query]] * n, True, text=plain[[query] * n]
-            )
-            torch.testing.assert_close(rankings["t2i"].scores[query], images @ rich[query], rtol=0, atol=1e-5)
-            found = rankings["i2t pairwise"].first.candidates[query]
-            same = world.images[query].expand(len(found), -1, -1, -1)
-            images = model.encode_image(same, [captions.knowledge[int(c)] for c in found], True, text=plain[found])
-            want = (images * rich[found]).sum(-1)
-            torch.testing.assert_close(rankings["i2t pairwise"].scores[query], want, rtol=0, atol=1e-5)
-            of_found = model.prepare_knowledge([captions.knowledge[int(c)] for c in found])
-            prompts = model.encode_knowledge(of_found, plain[found])
-            rows = prompts.queries[prompts.mask][None]
-            features, patches = model.read_patches(model.encode_early(world.images[[query]]))
-            ones = torch.ones(1, rows.shape[1], dtype=torch.bool)
-            pooled = features + model.readout.pairs(patches, rows, ones, torch.tensor([0]))
-            want = F.cosine_similarity(pooled, rich[found], dim=-1)
-            torch.testing.assert_close(rankings["i2t pooled"].scores[query], want, rtol=0, atol=1e-5)
-
-
-def test_what_cannot_be_built_is_refused_by_name(images, knowledge):
-    with pytest.raises(amp.AmpError, match=r"readout.*class token"):
-        make_model("average_pooled", interaction="readout")
-    with pytest.raises(amp.AmpError, match=r"text is None.*encode_text"):
-        readout_model().encode_image(images, knowledge)
-    with pytest.raises(amp.AmpError, match="knowledge is 'caption' and interaction is 'aim'"):
-        amp.PromptConfig(knowledge="caption")
-    with pytest.raises(amp.AmpError, match=r"condition_images is false.*text_enrichment"):
-        amp.PromptConfig(condition_images=False)
-    for settings in ({"text_enrichment": True}, {"text_triplets": True}):
-        with pytest.raises(amp.AmpError, match="condition_images is false"):
-            amp.PromptConfig("triplets", condition_images=False, **settings)
-    amp.PromptConfig("triplets", condition_images=False, text_enrichment=True, text_triplets=True)
-    with pytest.raises(amp.AmpError, match="readout_blocks is -1"):
-        amp.PromptConfig(readout_blocks=-1)
+    found = search.rank(model)
+    prompts = model(None, Captions(batch, plain)).captions.prompts
+    for query in range(4):
+        chosen = found.t2i.first.candidates[query]
+        seen = model.encode_image(images[chosen], [items[query]] * k, True, text=plain[[query] * k])
+        torch.testing.assert_close(found.t2i.scores[query], seen @ rich[query], rtol=0, atol=1e-5)
+        pairwise, pooled = found.i2t["pairwise"], found.i2t["pooled"]
+        chosen = pairwise.first.candidates[query]
+        same = images[query].expand(k, -1, -1, -1)
+        seen = model.encode_image(same, [items[int(c)] for c in chosen], True, text=plain[chosen])
+        torch.testing.assert_close(pairwise.scores[query], (seen * rich[chosen]).sum(-1), rtol=0, atol=1e-5)
+        there = [prompts.mask[c] for c in chosen]
+        parts = tuple(torch.cat([x[c][m] for c, m in zip(chosen, there, strict=True)])[None] for x in prompts.parts)
+        joined = type(prompts)(parts, torch.ones(1, parts[0].shape[1], dtype=torch.bool))
+        stored = model(frozen.early[[query]]).images
+        one = model.interaction.pairs(model.tower, stored, joined, torch.tensor([0]))
+        want = F.cosine_similarity(one, rich[chosen], dim=-1)
+        torch.testing.assert_close(pooled.scores[query], want, rtol=0, atol=1e-5)
+    for ranking in (found.t2i, pairwise, pooled):
+        assert (ranking.scores - ranking.first.scores).abs().max() > 1e-3

@@ -12,7 +12,6 @@ from amp.retrieval import first_stage as first_stage_module
 from amp.retrieval.first_stage import (
     FirstStage,
     Positives,
-    faiss_first_stage,
     first_stage,
     first_stage_in_folds,
     i2t_positives,
@@ -283,51 +282,11 @@ def test_stages_run_on_a_gpu(gallery):
         assert torch.equal(ranks.cpu(), rerank(expected, scores.cpu(), positives.of(expected.candidates)))
 
 
-@pytest.mark.parametrize("k", [10, 20, 1000])
-def test_faiss_finds_what_the_matrix_product_finds(gallery, k):
-    pytest.importorskip("faiss")
-    for query, items, positives in directions(gallery):
-        exact, found = first_stage(query, items, positives, k), faiss_first_stage(query, items, positives, k)
-        assert torch.equal(found.candidates, exact.candidates)
-        torch.testing.assert_close(found.scores, exact.scores, rtol=0, atol=1e-6)
-        inside = exact.ranks < exact.candidates.shape[1]
-        assert torch.equal(found.ranks[inside], exact.ranks[inside])
-        assert (found.ranks[~inside] == len(items)).all()
-        assert recalls(found.ranks) == recalls(exact.ranks)
-        assert ceilings(found.ranks, k) == ceilings(exact.ranks, k)
-        assert k > 20 or 0 < inside.sum() < len(inside)
-
-
-def test_faiss_orders_ties_by_index():
-    pytest.importorskip("faiss")
-    items = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    labels = Positives(torch.tensor([1]), torch.tensor([0, 0, 0, 0, 1]))
-    found = faiss_first_stage(torch.tensor([[2.0, 0.0]]), items, labels, 10)
-    assert found.candidates.tolist() == [[1, 3, 4, 0, 2]] and found.ranks.tolist() == [2]
-
-
-def test_faiss_refuses_bad_input(gallery):
-    pytest.importorskip("faiss")
-    query, items, positives = next(directions(gallery))
-    with pytest.raises(AmpError, match="top-k is 5 with the first stage 'faiss', expected at least 10"):
-        faiss_first_stage(query, items, positives, 5)
-    items = items.clone()
-    items[3, 1] = float("nan")
-    with pytest.raises(AmpError, match="gallery features: 8 of"):
-        faiss_first_stage(query, items, positives, 10)
-    orphan = Positives(torch.arange(CAPTIONS) % IMAGES, torch.arange(IMAGES).clamp(max=IMAGES - 2))
-    with pytest.raises(AmpError, match="4 of 150 queries have no positive"):
-        faiss_first_stage(query, gallery[0], orphan, 10)
-
-
-@pytest.mark.parametrize("engine", ["exact", "faiss"])
-def test_a_fold_is_a_gallery_of_its_own(gallery, engine):
-    if engine == "faiss":
-        pytest.importorskip("faiss")
+def test_a_fold_is_a_gallery_of_its_own(gallery):
     images, captions, caption_image = gallery
     fold = torch.arange(IMAGES) * 3 // IMAGES
     for query, items, positives in directions(gallery):
-        found = first_stage_in_folds(query, items, positives, 10, fold, engine)
+        found = first_stage_in_folds(query, items, positives, 10, fold)
         for number in range(3):
             rows, kept = (
                 fold[positives.query_image] == number,
@@ -337,8 +296,7 @@ def test_a_fold_is_a_gallery_of_its_own(gallery, engine):
             assert torch.equal(found.candidates[rows], kept[torch.from_numpy(order[:, :10].copy())])
             own = Positives(positives.query_image[rows], positives.gallery_image[kept])
             ranks = np.take_along_axis(own.rows(0, len(scores)).numpy(), order, 1).argmax(1)
-            if engine == "exact":
-                assert found.ranks[rows].tolist() == ranks.tolist()
+            assert found.ranks[rows].tolist() == ranks.tolist()
     assert torch.equal(
         first_stage_in_folds(captions, images, t2i_positives(caption_image, IMAGES), 5, fold * 0).candidates,
         first_stage(captions, images, t2i_positives(caption_image, IMAGES), 5).candidates,

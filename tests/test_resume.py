@@ -361,8 +361,8 @@ def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
             "model": replace(both.model, name=f"local-dir:{tmp_path / 'other'}")
         },
         "no such folder": {"data": replace(both.data, shards=str(tmp_path / "nowhere"))},
-        "triplet_heads is 7": {
-            "prompt": replace(both.prompt, triplet_heads=7),
+        "bottleneck is 0": {
+            "prompt": replace(both.prompt, interaction_options={"bottleneck": 0}),
             "checkpoint": CheckpointSettings(resume=False),
         },
         "fewer than one step": {"gradient_accumulation": 99, "checkpoint": CheckpointSettings(resume=False)},
@@ -376,7 +376,7 @@ def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
 
 def test_a_refused_call_makes_no_folder(short, tmp_path):
     for words, changes in {
-        "triplet_heads": {"prompt": replace(short.prompt, triplet_heads=7)},
+        "bottleneck": {"prompt": replace(short.prompt, interaction_options={"bottleneck": 0})},
         "fewer than one step": {"gradient_accumulation": 99},
     }.items():
         with pytest.raises(AmpError, match=words):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_aim
 
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable
@@ -45,7 +45,7 @@ def test_the_shortest_runs_start_at_the_peak(steps, warmup):
 
 
 def test_matrices_decay_and_nothing_else_does():
-    model = make_model()
+    model = make_aim()
     set_trainable(model, 1)
     decay, *rest = adamw(model, lr=5e-4, weight_decay=0.01).param_groups
     assert [group["weight_decay"] for group in (decay, *rest)] == [0.01, 0.0, 0.0]
@@ -53,31 +53,31 @@ def test_matrices_decay_and_nothing_else_does():
     names = {id(p): name for name, p in model.named_parameters()}
     decays = {names[id(p)] for p in decay["params"]}
     stays = {names[id(p)] for group in rest for p in group["params"]}
-    assert "interaction.mlp.0.weight" in decays and "adapter.down.weight" in decays
+    assert "interaction.aim.mlp.0.weight" in decays and "interaction.adapter.down.weight" in decays
     assert all(model.get_parameter(name).ndim == 2 for name in decays)
     assert {
         "logit_scale",
         "visual_prompts.prompts",
         "triplet_encoder.null",
-        "null_state",
-        "interaction.gate",
-        "interaction.norm.weight",
-        "adapter.norm.bias",
-        "interaction.mlp.0.bias",
+        "interaction.null_state",
+        "interaction.aim.gate",
+        "interaction.aim.norm.weight",
+        "interaction.adapter.norm.bias",
+        "interaction.aim.mlp.0.bias",
     } <= stays
     assert decays | stays == {name for name in names.values() if not name.startswith("backbone.")}
     assert not decays & stays
 
 
 def test_one_prompt_a_block_is_no_matrix():
-    model = make_model(num_prompts=1, interaction_layer=2, knowledge="none")
+    model = make_aim(block=2, num_prompts=1, knowledge="none")
     set_trainable(model, 1)
     (group,) = adamw(model, lr=1.0, weight_decay=0.01).param_groups
     assert group["weight_decay"] == 0 and len(group["params"]) == 2
 
 
 def test_only_what_a_stage_trains_is_optimised():
-    model = make_model()
+    model = make_aim()
     expected = {id(p) for p in set_trainable(model, 2)}
     optimizer = adamw(model, lr=1.0, weight_decay=0.0)
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -85,12 +85,12 @@ def test_only_what_a_stage_trains_is_optimised():
 
 
 def test_prompts_and_temperature_have_a_rate_of_their_own():
-    model = make_model()
+    model = make_aim()
     set_trainable(model, 1)
     names = {id(p): name for name, p in model.named_parameters()}
     peaks = {}
-    for group in adamw(model, lr=1e-3, weight_decay=0.0, prompt_lr=1e-2).param_groups:
+    for group in adamw(model, lr=1e-3, weight_decay=0.0, prompt_lr_factor=10.0).param_groups:
         peaks |= {names[id(p)]: group["peak"] for p in group["params"]}
-    fast = {name for name, peak in peaks.items() if peak == 1e-2}
+    fast = {name for name, peak in peaks.items() if peak == pytest.approx(1e-2)}
     assert fast == {"visual_prompts.prompts", "logit_scale"}
     assert {peak for name, peak in peaks.items() if name not in fast} == {1e-3}

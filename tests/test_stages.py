@@ -5,25 +5,32 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import make_model
+from conftest import make_aim
 
 from amp.data.stream import Batch
+from amp.model.similarity import similarity
 from amp.train import objective
-from amp.train.losses import similarity
 from amp.train.negatives import draw_negatives, gumbel_noise
 from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable, trainable_names
 
-NEW = {"logit_scale", "visual_prompts", "triplet_encoder", "null_state", "state_projection", "adapter", "interaction"}
+NEW = {"logit_scale", "visual_prompts", "triplet_encoder", "interaction"}
+CONTROL = {"knowledge": "none"}
 IDS = torch.tensor([4, 8, 4, 6])  # images 0 and 2 are one
 
 
 @pytest.fixture
 def batch(images, knowledge, tokenizer):
-    model = make_model()
+    model = make_aim()
     text = model.encode_text(tokenizer(["a dog jumps", "a small girl", "nothing", "men chase horses"]))
     return Batch(images, None, text, model.prepare_knowledge(knowledge), IDS)
+
+
+def objective_of(model, stage, conditioning="contrastive", negatives=2, **settings):
+    """Controls have no knowledge to condition on: any word but ``control`` would do."""
+    conditioning = "contrastive" if conditioning == "control" else conditioning
+    return Objective(stage, model.interaction, conditioning, negatives, **settings)
 
 
 def parts(names):
@@ -31,23 +38,19 @@ def parts(names):
 
 
 def test_stage_1_trains_all_that_is_new():
-    model = make_model()
+    model = make_aim()
     names = trainable_names(model, 1)
     assert names == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     assert parts(names) == NEW
 
 
-def test_stage_2_trains_the_interaction_alone():
-    assert parts(trainable_names(make_model(), 2)) == {"interaction"}
-
-
 @pytest.mark.parametrize(("stage", "expected"), [(1, {"logit_scale", "visual_prompts"}), (2, {"visual_prompts"})])
 def test_the_control_trains_what_it_has(stage, expected):
-    assert parts(trainable_names(make_model(knowledge="none"), stage)) == expected
+    assert parts(trainable_names(make_aim(**CONTROL), stage)) == expected
 
 
 def test_set_trainable_goes_back_and_forth():
-    model = make_model()
+    model = make_aim()
     for stage in (1, 2, 1):
         names = trainable_names(model, stage)
         chosen = set_trainable(model, stage)
@@ -55,16 +58,16 @@ def test_set_trainable_goes_back_and_forth():
         assert {id(p) for p in chosen} == {id(model.get_parameter(name)) for name in names}
 
 
-@pytest.mark.parametrize("conditioning", ["none", "paired", "contrastive"])
+@pytest.mark.parametrize("conditioning", ["control", "paired", "contrastive"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_one_step_moves_exactly_the_stages_parameters(stage, conditioning, batch):
-    settings = {"knowledge": "none"} if conditioning == "none" else {}
-    model = make_model(trained=True, **settings).train()
+    model = make_aim(trained=True, **(CONTROL if conditioning == "control" else {})).train()
     set_trainable(model, stage)
     optimizer = adamw(model, lr=1e-2, weight_decay=0.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     # A margin of 2 keeps every hinge of eq. 11 open.
-    loss, scale = Objective(stage, conditioning, margin=2.0, sampling_scale=10.0)(model, batch, step=0)
+    step_loss = objective_of(model, stage, conditioning, margin=2.0, sampling_scale=10.0)
+    loss, scale = step_loss(model, batch, step=0)
     loss.backward()
     assert loss.shape == () and loss.dtype == torch.float32 and scale.shape == (1,)
     assert not model.backbone.training
@@ -76,12 +79,12 @@ def test_one_step_moves_exactly_the_stages_parameters(stage, conditioning, batch
 
 def test_stage_1_moves_only_what_the_gate_lets_through_at_first(batch):
     """At step 0 the gate is closed: it and the visual prompts learn, the rest from step 1 on."""
-    model = make_model()
+    model = make_aim()
     set_trainable(model, 1)
-    loss, _ = Objective(1, "paired")(model, batch, step=0)
+    loss, _ = objective_of(model, 1, "paired")(model, batch, step=0)
     loss.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert moved == {"interaction.gate", "visual_prompts.prompts", "logit_scale"}
+    assert moved == {"interaction.aim.gate", "visual_prompts.prompts", "logit_scale"}
 
 
 # -- the loss of a step -----------------------------------------------------------------------------------------------
@@ -93,37 +96,37 @@ def cosine_of(model, batch, image, caption):
     return similarity(feature, batch.text[caption : caption + 1]).item()
 
 
-@pytest.mark.parametrize("conditioning", ["none", "paired"])
+@pytest.mark.parametrize("conditioning", ["control", "paired"])
 @pytest.mark.parametrize("stage", [1, 2])
 @torch.no_grad()
 def test_one_feature_an_image_is_scored_against_all_texts(stage, conditioning, batch):
-    model = make_model(trained=True, **({"knowledge": "none"} if conditioning == "none" else {}))
-    if conditioning == "none":
-        features = model(batch.images, prompted=True).prompted
+    model = make_aim(trained=True, **(CONTROL if conditioning == "control" else {}))
+    if conditioning == "control":
+        features = model.image_features(batch.images)
     else:
         features = model.encode_image(batch.images, batch.knowledge)
     cosines = similarity(features, batch.text).double().tolist()
-    loss, scale = Objective(stage, conditioning, margin=0.3)(model, batch, step=3)
+    loss, scale = objective_of(model, stage, conditioning, margin=0.3)(model, batch, step=3)
     naive = reference.contrastive(cosines, scale.item(), IDS) if stage == 1 else reference.triplet(cosines, 0.3, IDS)
     assert loss.item() == pytest.approx(naive, rel=1e-4)
 
 
 @torch.no_grad()
 def test_knowledge_dropout_leaves_out_its_share_of_the_triplets(batch):
-    model = make_model(trained=True, interaction_layer=1)
+    model = make_aim(trained=True, block=1)
     everything = Batch(batch.images, None, batch.text, replace(batch.knowledge, mask=torch.ones(4, 6).bool()), IDS)
-    kept = [
-        Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge([everything], s)[0] for s in range(50)
-    ]
+    drop = objective_of(model, 1, "paired", knowledge_dropout=0.3)
+    kept = [drop._without_some_knowledge([everything], s)[0] for s in range(50)]
     assert sum(k.knowledge.mask.double().mean().item() for k in kept) / 50 == pytest.approx(0.7, abs=0.05)
-    given = Objective(1, "paired", knowledge_dropout=0.3)._without_some_knowledge([batch], 0)[0]
+    given = drop._without_some_knowledge([batch], 0)[0]
     assert not (given.knowledge.mask & ~batch.knowledge.mask).any(), "a triplet that doesn't exist came back"
     blank = Batch(batch.images, None, batch.text, batch.knowledge.blank(), IDS)
-    loss = {
-        rate: Objective(1, "paired", knowledge_dropout=rate)(model, batch, 0)[0].item() for rate in (0.0, 1 - 1e-12)
-    }
-    assert loss[1 - 1e-12] == pytest.approx(Objective(1, "paired")(model, blank, 0)[0].item(), rel=1e-5)
-    assert loss[0.0] == pytest.approx(Objective(1, "paired")(model, batch, 0)[0].item(), rel=1e-5)
+
+    def loss(rate, given=batch):
+        return objective_of(model, 1, "paired", knowledge_dropout=rate)(model, given, 0)[0].item()
+
+    assert loss(1 - 1e-12) == pytest.approx(loss(0.0, blank), rel=1e-5)
+    assert loss(1 - 1e-12) != pytest.approx(loss(0.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["images", "early tokens"])
@@ -132,10 +135,11 @@ def test_knowledge_dropout_leaves_out_its_share_of_the_triplets(batch):
 def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage, cached, batch):
     """Every pair encoded by itself, the weighted sums written out."""
     m, margin, sampling, step = 2, 0.3, 10.0, 5
-    model = make_model(trained=True, interaction_layer=1)
-    frozen = model(batch.images, only_frozen=True)
+    model = make_aim(trained=True, block=1)
+    frozen = model(batch.images)
     given = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS) if cached else batch
-    loss, scale = Objective(stage, "contrastive", m, margin, sampling, seed=11)(model, given, step)
+    step_loss = objective_of(model, stage, negatives=m, margin=margin, sampling_scale=sampling, seed=11)
+    loss, scale = step_loss(model, given, step)
 
     base, same = similarity(frozen.base, batch.text), IDS[:, None] == IDS[None, :]
     total = 0.0
@@ -157,7 +161,7 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
                 allowed = [c for c, w in zip(others, drawn.log_weight[i].tolist(), strict=True) if w > -1e30]
                 total += max(0.0, margin + max(allowed) - own) / 8
     if stage == 1:  # and eq. 10 over the whole batch without knowledge
-        plain = similarity(model(frozen.early, prompted=True).prompted, batch.text)
+        plain = similarity(model.image_features(batch.images), batch.text)
         total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)
     assert loss.item() == pytest.approx(total, rel=1e-3)
 
@@ -167,10 +171,10 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
 @torch.no_grad()
 def test_four_ranks_of_one_make_the_loss_of_one_rank_of_four(stage, negatives, batch, monkeypatch):
     """Without processes: gathering is looked up."""
-    model = make_model(trained=True, interaction_layer=1)
-    frozen = model(batch.images, only_frozen=True)
+    model = make_aim(trained=True, block=1)
+    frozen = model(batch.images)
     whole = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS)
-    score = Objective(stage, "contrastive", negatives, sampling_scale=10.0)
+    score = objective_of(model, stage, negatives=negatives, sampling_scale=10.0)
     # The part without knowledge gathers features, not inputs: tests/test_distributed.py runs it in real processes.
     monkeypatch.setattr(objective.losses, "contrastive_loss", lambda *_: 0.0)
     expected, _ = score(model, whole, 2)
@@ -194,41 +198,17 @@ def test_four_ranks_of_one_make_the_loss_of_one_rank_of_four(stage, negatives, b
 
 
 def test_the_draw_depends_on_the_step(batch):
-    model = make_model(trained=True)
+    model = make_aim(trained=True)
     with torch.no_grad():
-        same = [Objective(1, "contrastive", 1, seed=s)(model, batch, 0)[0].item() for s in (0, 0)]
-        steps = {round(Objective(1, "contrastive", 1, seed=0)(model, batch, step)[0].item(), 5) for step in range(8)}
+        step_loss = objective_of(model, 1, negatives=1)
+        same = [step_loss(model, batch, 0)[0].item() for _ in range(2)]
+        steps = {round(step_loss(model, batch, step)[0].item(), 5) for step in range(8)}
     assert same[0] == same[1] and len(steps) > 1
 
 
 @torch.no_grad()
 def test_more_negatives_than_the_batch_has(batch):
-    model = make_model(trained=True)
+    model = make_aim(trained=True)
     for stage in (1, 2):
-        loss, _ = Objective(stage, "contrastive", negatives=50, sampling_scale=10.0)(model, batch, 0)
+        loss, _ = objective_of(model, stage, negatives=50, sampling_scale=10.0)(model, batch, 0)
         assert loss.isfinite()
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["images", "early tokens"])
-@torch.no_grad()
-def test_knowledge_share_conditions_the_first_images_and_all_are_scored_without(cached, batch, monkeypatch):
-    """Half of four images: their pairs stand in the conditioned sums, the negatives come from all four."""
-    model = make_model(trained=True, interaction_layer=1)
-    frozen = model(batch.images, only_frozen=True)
-    given = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS) if cached else batch
-    loss, scale = Objective(1, "contrastive", 2, sampling_scale=10.0, seed=11, knowledge_share=0.5)(model, given, 5)
-    base, same = similarity(frozen.base, batch.text), IDS[:, None] == IDS[None, :]
-    total = 0.0
-    for direction, scores in enumerate((base, base.T)):
-        drawn = draw_negatives(scores, same, gumbel_noise(4, 4, 11, 5, direction), 2, 10.0)
-        for i in range(2):
-            pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.columns[i].tolist()]
-            logits = [scale.item() * cosine_of(model, batch, i, i)]
-            logits += [
-                scale.item() * cosine_of(model, batch, *pair) + w.item()
-                for pair, w in zip(pairs, drawn.log_weight[i], strict=True)
-            ]
-            total -= 0.5 * torch.tensor(logits).log_softmax(0)[0].item() / 4
-    plain = similarity(model(frozen.early, prompted=True).prompted, batch.text)
-    total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)
-    assert loss.item() == pytest.approx(total, rel=1e-3)

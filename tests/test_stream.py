@@ -30,7 +30,7 @@ SEED = 3
 @pytest.fixture(scope="module")
 def world(shards, clip_folder, tmp_path_factory):
     """Model, transforms, split, a collator whose store knows all texts, and the samples read with plain tarfile."""
-    config = amp.PromptConfig(interaction_layer=1, triplet_heads=4, max_triplets=2)
+    config = amp.PromptConfig(depth=1 / 3, max_triplets=2)
     model, train_transform, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     split = ShardSplit(shards, "train")
     collate = knowledge_collator(model, str(tmp_path_factory.mktemp("cache")), "float32")
@@ -142,7 +142,7 @@ def test_stored_features_replace_decoding(world, monkeypatch):
     _, stored = loader_of(world, frozen=frozen)
     with torch.no_grad():
         for batch, expected in zip(stored, decoded, strict=True):
-            features = model(expected.images, only_frozen=True)
+            features = model(expected.images)
             torch.testing.assert_close(batch.images, features.early, rtol=0, atol=1e-5)
             torch.testing.assert_close(batch.base, features.base, rtol=0, atol=1e-5)
             assert torch.equal(batch.text, expected.text) and torch.equal(batch.image_ids, expected.image_ids)

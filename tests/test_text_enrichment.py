@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
-from test_evaluate import World
+from conftest import make_aim, make_model
 
+from amp.knowledge.tensors import Captions
 from amp.model.layers.text_enrichment import TextEnrichment
 from amp.train.stages import trainable_names
 
 
 @pytest.fixture
 def enriched():
-    model = make_model(trained=True, text_enrichment=True, interaction_layer=1)
+    model = make_aim(trained=True, block=1, enrich=True)
     torch.manual_seed(3)
     torch.nn.init.normal_(model.text_enrichment.states.weight, std=0.3)
     return model
@@ -47,7 +47,7 @@ def test_it_takes_the_mean_over_states_without_triplets_and_starts_with_it(tripl
 
 
 def test_at_step_0_captions_keep_their_feature(knowledge, tokenizer):
-    model = make_model(text_enrichment=True)
+    model = make_model()
     tokens = tokenizer(["a dog jumps", "a small girl", "nothing", "men chase horses"])
     with torch.no_grad():
         plain, rich = model.encode_text(tokens, normalize=True), model.encode_text(tokens, True, knowledge)
@@ -56,7 +56,7 @@ def test_at_step_0_captions_keep_their_feature(knowledge, tokenizer):
 
 def test_stage_1_trains_it_and_stage_2_does_not(enriched):
     assert "text_enrichment.states.weight" in trainable_names(enriched, 1) - trainable_names(enriched, 2)
-    control = make_model(knowledge="none", text_enrichment=True).text_enrichment
+    control = make_model(knowledge="none").text_enrichment
     assert control.adapt is not None
     assert control.states is None and control.triplets is None, "the control adapts captions and reads no knowledge"
 
@@ -68,31 +68,7 @@ def test_captions_are_independent_of_each_other_and_of_padding(enriched, knowled
         alone = torch.cat([enriched.encode_text(tokens[i : i + 1], True, knowledge[i : i + 1]) for i in range(4)])
         plain = enriched.encode_text(tokens, True)
     torch.testing.assert_close(together, alone)
-    adapted = F.normalize(enriched(None, enriched.prepare_knowledge(knowledge).blank(), text=plain).text, dim=-1)
+    blank = Captions(enriched.prepare_knowledge(knowledge).blank(), plain)
+    adapted = F.normalize(enriched(None, blank).captions.text, dim=-1)
     changed = (together - adapted).abs().amax(dim=1) > 1e-3
     assert changed.tolist() == [bool(item.triplets) for item in knowledge]
-
-
-def test_search_scores_against_the_enriched_captions(clip_folder, shards, tmp_path):
-    """Both directions by the public calls, pair by pair; pooled images too."""
-    world = World(clip_folder, shards, tmp_path, text_enrichment=True)
-    torch.manual_seed(5)
-    torch.nn.init.normal_(world.model.text_enrichment.states.weight, std=0.3)
-    retrieval, captions = world.retrieval(), world.captions
-    rankings = retrieval.rank(world.model)
-    with torch.no_grad():
-        text = world.model.encode_text(world.model.tokenizer(captions.texts), True, captions.knowledge)
-        for query in (0, 3):
-            found = rankings["t2i"].first.candidates[query]
-            images = world.model.encode_image(world.images[found], [captions.knowledge[query]] * len(found), True)
-            torch.testing.assert_close(rankings["t2i"].scores[query], images @ text[query], rtol=0, atol=1e-5)
-            found = rankings["i2t pairwise"].first.candidates[query]
-            same = world.images[query].expand(len(found), -1, -1, -1)
-            images = world.model.encode_image(same, [captions.knowledge[int(c)] for c in found], True)
-            want = (images * text[found]).sum(-1)
-            torch.testing.assert_close(rankings["i2t pairwise"].scores[query], want, rtol=0, atol=1e-5)
-            pooled = world.model(
-                world.images[query : query + 1], retrieval.knowledge[found], captions_a_pair=len(found)
-            ).conditioned
-            want = F.cosine_similarity(pooled, text[found], dim=-1)
-            torch.testing.assert_close(rankings["i2t pooled"].scores[query], want, rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from conftest import EMBED_DIM, VISION
-from helpers import launcher
+from helpers import aim_settings, launcher
 from test_bad_input import arguments
 from test_evaluate import evaluation_settings
 from timm_towers import (
@@ -27,7 +27,7 @@ from torch.testing import assert_close
 
 import amp
 from amp.data.stream import Batch
-from amp.knowledge.tensors import TripletTokenizer
+from amp.knowledge.tensors import Captions, TripletTokenizer
 from amp.model.adapter import load_adapter, save_adapter
 from amp.model.clip import ActionAwareCLIP
 from amp.model.factory import to_precision
@@ -40,6 +40,7 @@ from amp.train.stages import set_trainable, trainable_names
 
 CAPTIONS = ["A dog jumps", "A small girl studies", "A street", "Men chase horses"]
 INTERACTIONS = ("aim", "cat", "readout")
+ALL = torch.arange(4)
 
 
 def every(*names):
@@ -176,23 +177,22 @@ def encoded(model, images, knowledge):
     return model.encode_image(images, knowledge, text=model.encode_text(model.tokenizer(CAPTIONS)))
 
 
-@pytest.mark.parametrize(("interaction", "interaction_layer"), [("aim", 0), ("aim", 2), ("readout", 1)])
+@pytest.mark.parametrize(
+    "settings", [aim_settings(0), aim_settings(2), {"depth": 1 / 3}], ids=["aim 0", "aim 2", "readout 1"]
+)
 @every()
 @torch.no_grad()
-def test_action_aware_features_start_as_the_base_models(tower, interaction, interaction_layer, images, knowledge):
+def test_action_aware_features_start_as_the_base_models(tower, settings, images, knowledge):
     """Bit for bit, and with gradients but for rounding. `cat` has no gate, here as in native towers.
 
     Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first,
     and AIM's are laid out anew: the sums are rounded in another order.
     """
-    settings = {"interaction": interaction, "interaction_layer": interaction_layer, "num_prompts": 0}
+    settings = {**settings, "num_prompts": 0}
     clip, model = make_timm_clip(tower), make_timm_model(tower, **settings).train()
     want = clip.encode_image(images)
     assert torch.equal(model.encode_image(images), want)
-    apart = 2e-6 if interaction == "aim" and tower == "vit_post_norm" else 0.0
-    print(
-        f"{tower} {interaction}: {(encoded(model, images, knowledge) - want).abs().max():.1e}, {want.abs().max():.1f}"
-    )
+    apart = 2e-6 if "interaction" in settings and tower == "vit_post_norm" else 0.0
     assert_close(encoded(model, images, knowledge), want, atol=apart, rtol=0)
     with torch.enable_grad():
         features = encoded(model, images, knowledge)
@@ -205,12 +205,12 @@ def test_action_aware_features_start_as_the_base_models(tower, interaction, inte
 @every("siglip", "eva02")
 @torch.no_grad()
 def test_visual_prompts_are_all_that_differs_at_step_0(tower, images, knowledge):
-    for interaction in ("aim", "readout"):
-        model = make_timm_model(tower, interaction=interaction)
-        text = model.encode_text(model.tokenizer(CAPTIONS))
-        features = model(images, model.prepare_knowledge(knowledge), prompted=True, text=text)
-        assert torch.equal(features.conditioned, features.prompted)
-        assert (features.prompted - model.encode_image(images)).abs().max() > 1e-4
+    for settings in (aim_settings(), {}):
+        model = make_timm_model(tower, **settings)
+        captions = Captions(model.prepare_knowledge(knowledge), model.encode_text(model.tokenizer(CAPTIONS)))
+        features = model(images, captions, plain=ALL)
+        assert torch.equal(features.conditioned, features.plain)
+        assert (features.plain - model.encode_image(images)).abs().max() > 1e-4
 
 
 # -- the model when trained -------------------------------------------------------------------------------------------
@@ -221,12 +221,12 @@ def test_visual_prompts_are_all_that_differs_at_step_0(tower, images, knowledge)
 @torch.no_grad()
 def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
     """Without knowledge, with one triplet, and with padding that a loop doesn't have."""
-    model = make_timm_model(tower, trained=True, interaction=interaction, interaction_layer=1, num_prompts=3)
+    model = make_timm_model(tower, trained=True, **aim_settings(1, interaction=interaction, num_prompts=3))
     batch = model.prepare_knowledge(knowledge)
-    features = model(images, batch, prompted=True)
+    features = model(images, Captions(batch), plain=ALL)
     for i in (1, 2):
         assert_close(features.conditioned[i], naive_feature(model, images[i], batch, i), atol=5e-5, rtol=1e-4)
-    assert_close(features.prompted[0], naive_feature(model, images[0], batch, 0, False), atol=5e-5, rtol=1e-4)
+    assert_close(features.plain[0], naive_feature(model, images[0], batch, 0, False), atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
@@ -234,44 +234,48 @@ def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
 @torch.no_grad()
 def test_the_readout_asks_the_patches_alone(tower, blocks, images, knowledge):
     """Of the last block, behind the norm that comes before pooling or after it; class token and registers stay out."""
-    model = make_timm_model(tower, trained=True, interaction="readout", readout_blocks=blocks, interaction_layer=1)
+    options = {"blocks": blocks}
+    model = make_timm_model(tower, trained=True, depth=1 / 3, interaction_options=options, enrich=False)
+    readout = model.interaction.readout
     trunk, first = model.backbone.visual.trunk, TOWERS[tower][-1]
     text = model.encode_text(model.tokenizer(CAPTIONS))
     batch = model.prepare_knowledge(knowledge)
-    queries = model.encode_knowledge(batch, text).queries
+    captions = Captions(batch, text)
+    (queries,) = model(None, captions).captions.prompts.parts
     for i in (1, 3):
         tokens = run_block(trunk, 0, embedded(trunk, images[i]))
-        seen = model.readout.blocks(tokens[None, first:])[0] if blocks else None
+        seen = readout.blocks(tokens[None, first:])[0] if blocks else None
         length = len(tokens)
         for depth, index in enumerate((1, 2)):
             tokens = run_block(trunk, index, torch.cat([tokens[:length], model.visual_prompts.prompts[depth]]))
         tokens = tokens[:length]
         seen = trunk.fc_norm(trunk.norm(tokens))[first:] if seen is None else seen
-        key, value = model.readout.key(seen), model.readout.value(seen)
+        key, value = readout.key(seen), readout.value(seen)
         asked = queries[i][: 1 + int(batch.mask[i].sum())]
         answers = (asked @ key.T / math.sqrt(len(key.T))).softmax(dim=1) @ value  # of one head, d is below 64
-        want = pooled_feature(model.backbone.visual, tokens) + model.readout.out(answers.mean(dim=0))
-        got = model(images, batch, text=text).conditioned[i]
-        assert model.readout.heads == 1
+        want = pooled_feature(model.backbone.visual, tokens) + readout.out(answers.mean(dim=0))
+        got = model(images, captions).conditioned[i]
+        assert readout.heads == 1
         assert_close(got, want, atol=5e-5, rtol=1e-4)
-    scores = model(images, batch, text=text, all_pairs=True).conditioned
-    assert_close(scores.diagonal().T, model(images, batch, text=text).conditioned, atol=1e-5, rtol=1e-5)
+    together = model(images, captions, "all").conditioned
+    assert_close(together.diagonal().T, model(images, captions).conditioned, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @every("siglip", "vit_registers", "eva02", "perception")
 def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interaction, images, knowledge):
-    model = make_timm_model(tower, interaction=interaction, interaction_layer=1, num_prompts=2).train()
+    options = {} if interaction == "readout" else {"bottleneck": 4}
+    settings = {"interaction": interaction, "interaction_options": options, "depth": 1 / 3, "num_prompts": 2}
+    model = make_timm_model(tower, **settings).train()
     set_trainable(model, 1)
     before = {name: x.clone() for name, x in model.backbone.state_dict().items()}
     text = model.encode_text(model.tokenizer(CAPTIONS)).detach()
     batch = Batch(images, None, text, model.prepare_knowledge(knowledge), torch.arange(4))
     names, moved, losses = trainable_names(model, 1), set(), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.activation_checkpointing = True
+    model.tower.recompute = True
     for step in range(2):  # behind a gate of zero gradients are zero before the first step
-        objective = Objective(1, "contrastive", margin=0.2, all_pairs=interaction == "readout")
-        loss = objective(model, batch, step)[0]
+        loss = Objective(1, model.interaction)(model, batch, step)[0]
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -280,7 +284,7 @@ def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interacti
     assert all(math.isfinite(loss) for loss in losses)
     still = names - moved
     # A constant added to all keys changes no softmax, and the readout asks nothing for a caption without knowledge.
-    assert still <= {"readout.key.bias", "triplet_encoder.null"} if interaction == "readout" else not still
+    assert still <= {"interaction.readout.key.bias", "triplet_encoder.null"} if interaction == "readout" else not still
     assert moved <= names
     assert not [name for name, p in model.backbone.named_parameters() if p.requires_grad or p.grad is not None]
     assert all(torch.equal(x, before[name]) for name, x in model.backbone.state_dict().items())
@@ -291,7 +295,7 @@ def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interacti
 @torch.no_grad()
 def test_a_backbone_in_low_precision_starts_as_itself(tower, dtype, images, knowledge):
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    clip, model = make_timm_clip(tower), make_timm_model(tower, num_prompts=0, interaction_layer=1)
+    clip, model = make_timm_clip(tower), make_timm_model(tower, **aim_settings(1, num_prompts=0))
     exact = clip.encode_image(images)
     for m in (clip, model.backbone.clip):
         to_precision(m, name)
@@ -309,7 +313,8 @@ def test_a_backbone_in_low_precision_starts_as_itself(tower, dtype, images, know
 def test_attention_maps_are_those_of_the_patches(tower, images, knowledge):
     for interaction in ("aim", "readout"):
         model = make_timm_model(tower, trained=True, interaction=interaction)
-        found = attention_maps(model, model.encode_early(images[1:2]), model.prepare_knowledge(knowledge[1:2]))
+        found = attention_maps(model, model.tower.early(images[1:2]), model.prepare_knowledge(knowledge[1:2]))
+        assert set(found) == {"triplet", "state"}
         for maps in found.values():
             assert maps.shape == (3, 4, 4)
             assert_close(maps.sum(dim=(1, 2)), torch.ones(3))
@@ -319,7 +324,7 @@ def test_attention_maps_are_those_of_the_patches(tower, images, knowledge):
 
 
 def test_adapters_know_their_tower(tmp_path, images, knowledge):
-    config = amp.PromptConfig(bottleneck=4, triplet_heads=4, num_prompts=2)
+    config = amp.PromptConfig(**aim_settings(num_prompts=2))
     name, other = (write_folder(tmp_path / f"seed{i}", tower_config("eva02"), seed=i) for i in (0, 1))
     model, _, _ = amp.create_model_and_transforms(name, prompt_config=config)
     for key, value in model.adapter_state().items():
@@ -355,9 +360,9 @@ def test_shapes_of_real_models_without_their_weights(name):
     assert {p.device.type for p in model.parameters()} == {"meta"} and backbone.dtype == torch.bfloat16
     side = backbone.visual.image_size
     with torch.device("meta"):
-        early = model.encode_early(torch.empty(2, 3, *side))
+        early = model.tower.early(torch.empty(2, 3, *side))
         assert early.shape == (2, prefix + backbone.num_patches, width)
-        assert model.encode_prompted(early).shape == (2, d)
+        assert model.interaction.image_features(model.tower, early).shape == (2, d)
 
 
 # -- Hugging Face text towers -----------------------------------------------------------------------------------------
@@ -382,7 +387,7 @@ def text_folders(tmp_path_factory):
 def test_hugging_face_text_towers(kind, text_folders, images, knowledge):
     name = text_folders(kind)
     clip = open_clip.create_model(name).eval().requires_grad_(False)
-    config = amp.PromptConfig(bottleneck=4, triplet_heads=4, num_prompts=0)
+    config = amp.PromptConfig(**aim_settings(num_prompts=0))
     model, _, _ = amp.create_model_and_transforms(name, prompt_config=config)
     ids = model.tokenizer(CAPTIONS)
     assert ids.shape == (4, 96) and (ids[:, -1] == 1).all()  # padding is token 1
@@ -406,7 +411,7 @@ def test_a_hugging_face_text_tower_behind_a_native_image_tower(text_folders, ima
         EMBED_DIM, open_clip.CLIPVisionCfg(**VISION), {**config["text_cfg"], "hf_model_pretrained": False}
     ).eval()
     model = ActionAwareCLIP(
-        clip, amp.PromptConfig(num_prompts=0, triplet_heads=4), open_clip.get_tokenizer(f"local-dir:{folder}")
+        clip, amp.PromptConfig(**aim_settings(num_prompts=0)), open_clip.get_tokenizer(f"local-dir:{folder}")
     )
     with torch.no_grad():
         assert torch.equal(model.encode_image(images, knowledge), clip.encode_image(images))
@@ -416,7 +421,7 @@ def test_slots_of_sentencepiece(text_folders):
     """Without start and end marks, without marks of words that stand alone, cleaned as the captions are."""
     tokenizer = open_clip.get_tokenizer(text_folders("xlm-roberta"))
     vocabulary = tokenizer.tokenizer.convert_tokens_to_ids
-    slots = TripletTokenizer(tokenizer, 1, 5)
+    slots = TripletTokenizer(tokenizer, 1)
 
     def ids(text):
         found, count = slots.slot(text)
@@ -429,8 +434,8 @@ def test_slots_of_sentencepiece(text_folders):
     assert ids("") == ids("  ") == []
     assert ids("犬") == [vocabulary("<unk>")]
     tokenizer.clean_fn = open_clip.tokenizer.get_clean_fn("canonicalize")  # as SigLIP's
-    assert TripletTokenizer(tokenizer, 1, 5).slot("Red, DOG!")[0].tolist()[:2] == vocabulary(["▁red", "▁dog"])
-    assert TripletTokenizer(tokenizer, 1, 5).slot("...")[1] == 0
+    assert TripletTokenizer(tokenizer, 1).slot("Red, DOG!")[0].tolist()[:2] == vocabulary(["▁red", "▁dog"])
+    assert TripletTokenizer(tokenizer, 1).slot("...")[1] == 0
 
 
 def test_an_unknown_text_configuration_is_one_clear_error(text_folders, monkeypatch):
@@ -458,10 +463,10 @@ def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shar
         "data.batch_size": 4,
         "data.workers": 0,
         "data.augment": "none",
+        "prompt.interaction": "aim",
+        "prompt.depth": 0.34,
         "prompt.num_prompts": 2,
-        "prompt.triplet_heads": 4,
-        "prompt.interaction_layer": 1,
-        "prompt.bottleneck": 4,
+        "prompt.enrich": "false",
     }
     train = {
         **common,
@@ -484,8 +489,5 @@ def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shar
         "logit_scale",
         "visual_prompts",
         "triplet_encoder",
-        "null_state",
-        "state_projection",
-        "adapter",
         "interaction",
     }

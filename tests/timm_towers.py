@@ -172,8 +172,7 @@ def make_timm_model(tower: str, trained: bool = False, **prompt_settings):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = PromptConfig(**{"bottleneck": 4, **prompt_settings})
-        model = ActionAwareCLIP(make_timm_clip(tower), config, clip_tokenizer())
+        model = ActionAwareCLIP(make_timm_clip(tower), PromptConfig(**prompt_settings), clip_tokenizer())
         if trained:
             for name, parameter in model.named_parameters():
                 if not name.startswith("backbone."):
@@ -246,26 +245,20 @@ def pooled_feature(visual, tokens: torch.Tensor) -> torch.Tensor:
 
 def naive_feature(model, image: torch.Tensor, knowledge, row: int, conditioned: bool = True) -> torch.Tensor:
     """Feature (d,) of one image (3, H, W) under row `row` of a KnowledgeBatch, or under visual prompts alone."""
-    visual, config = model.backbone.clip.visual, model.config
+    visual = model.backbone.clip.visual
     trunk, first = visual.trunk, visual.trunk.num_prefix_tokens
     tokens, joined = embedded(trunk, image), torch.zeros(0, 32)
     length = len(tokens)
-    for index in range(config.interaction_layer):
+    for index in range(model.tower.first):
         tokens = run_block(trunk, index, tokens)
     if conditioned:
-        mask = knowledge.mask[row]
-        words = model.backbone.embed_tokens(knowledge.triplet_tokens[row])
-        triplets = reference.triplet_prompts(model.triplet_encoder, words, knowledge.token_mask[row], mask)
-        states = knowledge.states[row][mask] if mask.any() else model.null_state[None]
-        if isinstance(model.state_projection, torch.nn.Linear):
-            states = reference.linear(states, model.state_projection)
-        prompts = [reference.adapt(x, model.adapter) for x in (triplets, states)]
-        if config.interaction == "aim":
-            patches, *_ = reference.interact(model.interaction, tokens[first:], *prompts)
+        prompts = reference.prompts_of(model, knowledge, row)
+        if model.config.interaction == "aim":
+            patches, *_ = reference.interact(model.interaction.aim, tokens[first:], *prompts)
             tokens = torch.cat([tokens[:first], patches])
         else:
             joined = torch.cat(prompts)
-    for depth, index in enumerate(range(config.interaction_layer, len(trunk.blocks))):
+    for depth, index in enumerate(range(model.tower.first, len(trunk.blocks))):
         tokens = run_block(trunk, index, torch.cat([tokens, joined, model.visual_prompts.prompts[depth]]))
         tokens, joined = tokens[:length], tokens[length : length + len(joined)]
     return pooled_feature(visual, tokens)

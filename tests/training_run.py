@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import aim_settings
 
 from amp.model.config import PromptConfig
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
 
 
 def small_run(shards: Path, clip_folder: str, out: Path, cache: str, data: dict[str, Any], **settings) -> TrainConfig:
-    """A training configuration on drawn shards and a tiny CLIP, without validation and trackers.
+    """A training configuration of AIM on drawn shards and a tiny CLIP, without validation and trackers.
 
     Args:
         shards, clip_folder: Of the fixtures with these names.
@@ -28,7 +29,7 @@ def small_run(shards: Path, clip_folder: str, out: Path, cache: str, data: dict[
     return TrainConfig(
         out=str(out),
         model=ModelSettings(clip_folder, None),
-        prompt=PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1),
+        prompt=PromptConfig(**aim_settings(block=1, num_prompts=2)),
         data=DataSettings(str(shards), cache=cache, **{"val_split": None, "workers": 0, "augment": "none", **data}),
         **{"trackers": [], **settings},
     )

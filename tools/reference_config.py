@@ -23,14 +23,9 @@ PAPERS = {
     "model.name": "one of its three backbones",
     "model.pretrained": "its weights",
     "prompt.knowledge": "sec. 3.3",
-    "prompt.interaction": "eq. 7-8",
-    "prompt.interaction_layer": "sec. 3.3",
-    "prompt.lam": "eq. 8",
     "data.kinds": "Table 3",
     "stages": "sec. 3.4",
     "combined": "Table 5",
-    "validation.top_k": "sec. 3.5",
-    "validation.fusion_weight": "sec. 3.5",
 }
 HEAD = """\
 # Every key of a training run, as it is where no file sets it: type, default, whether that is the paper's or ours (this

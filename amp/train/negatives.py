@@ -19,7 +19,12 @@ class Negatives(NamedTuple):
 
 
 def draw_negatives(
-    cosines: torch.Tensor, forbidden: torch.Tensor, noise: torch.Tensor, m: int, scale: float, uniform: float = 0.1
+    cosines: torch.Tensor,
+    forbidden: torch.Tensor,
+    noise: torch.Tensor,
+    m: int,
+    scale: float | torch.Tensor,
+    uniform: float = 0.1,
 ) -> Negatives:
     """Draws m distinct negatives a row with q = (1 - uniform) softmax(scale * cosines) + uniform / N.
 

@@ -37,7 +37,8 @@ class Objective:
         conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours; of no effect on controls.
         negatives: m, sampled negatives per direction for ``contrastive`` (ours).
         margin: alpha of eq. 11 (ours).
-        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives.
+        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives: a number, or a tensor without
+            dimensions, since the weights of a plan have no values.
         seed: Random seed of the run.
         knowledge_dropout: Share of the triplets, each with its state, that a step leaves out.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
@@ -48,7 +49,7 @@ class Objective:
     conditioning: Literal["contrastive", "paired"] = "contrastive"
     negatives: int = 2
     margin: float = 0.2
-    sampling_scale: float = 1.0
+    sampling_scale: float | torch.Tensor = 1.0
     seed: int = 0
     knowledge_dropout: float = 0.0
     combined: bool = False
@@ -62,7 +63,7 @@ class Objective:
             config.conditioning,
             config.negatives,
             config.margin,
-            float(model.backbone.clip.logit_scale.detach().exp()),
+            model.backbone.clip.logit_scale.detach().exp().reshape(()),
             config.seed,
             config.knowledge_dropout,
             config.combined,
