@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 PNG = b"\x89PNG\r\n\x1a\n"
-SMALL_PROMPT = {"knowledge": "both", "num_prompts": 2, "triplet_heads": 4, "interaction_layer": 1}
+SMALL_PROMPT = {"knowledge": "both", "num_prompts": 2, "depth": 0.5}
 
 
 class Canary:

@@ -46,7 +46,7 @@ def guessable(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(clip_folder):
-    settings = amp.PromptConfig(num_prompts=2, triplet_heads=4, interaction_layer=1)
+    settings = amp.PromptConfig(num_prompts=2, depth=0.5)
     return amp.create_model_and_transforms(clip_folder, prompt_config=settings)[0]
 
 

@@ -1,13 +1,14 @@
 """Trains action-aware prompts: stage 1 (contrastive), then stage 2 (triplet loss).
 
 One process:   accelerate launch --config_file launchers/accelerate/one_process.yaml launchers/train.py \
-                   --config launchers/configs/flickr30k_vit_b16.yaml
+                   --config launchers/configs/flickr30k.yaml
 8 GPUs:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py --config ...
 ZeRO-2:        accelerate launch --config_file launchers/accelerate/one_node.yaml launchers/train.py \
-                   --config launchers/configs/coco_vit_l14_336.yaml --deepspeed ds_configs/zero2.json --stages '[1]'
+                   --config launchers/configs/coco.yaml --deepspeed ds_configs/zero2.json --stages '[1]'
 Will it work?  amp train --config ... --plan.nodes 8 --plan.gpus 8 --plan.gpu_memory_gb 80
 Own photos:    amp train --config photos --data.shards SHARDS --out runs/mine
-The control:   ... --conditioning none --prompt.knowledge none --out runs/control
+The paper's:   ... --config paper
+The control:   ... --prompt.knowledge none --out runs/control
 What is set:   amp train --config ... --print_config; amp train --help
 
 OUT/stage1/adapter.safetensors and OUT/stage2/adapter.safetensors hold the new weights only; OUT/config.yaml the

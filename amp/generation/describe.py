@@ -16,9 +16,7 @@ from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.generation.words import stem
 from amp.knowledge.schema import KNOWLEDGE_NAME, Knowledge, Triplet, parse_knowledge, parse_origin
-from amp.knowledge.text import CONTEXT_TOKENS, state_text
-
-SLOT_TOKENS = 5  # PromptConfig.slot_tokens
+from amp.knowledge.text import CONTEXT_TOKENS, SLOT_TOKENS, state_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ class KnowledgeReadout(nn.Module):
     feature and one a triplet: its state's feature and its triplet prompt. W_o starts at zero: at step 0 the readout
     changes nothing.
 
-    The patches are those behind the last block, or with `blocks` those before block `interaction_layer`, read by that
-    many trained transformer blocks: what CLIP was not trained to tell apart its last blocks have forgotten, the
-    early ones not yet (docs/ablations.md).
+    The patches are those after the last block, or with `blocks` those before the first prompted one, read by that many
+    trained transformer blocks: CLIP's last blocks discard detail its training did not need; earlier blocks still
+    contain it (docs/ablations.md).
 
     Args:
         vision_width: Channels of the patches, d_v.
@@ -62,7 +62,7 @@ class KnowledgeReadout(nn.Module):
         self.query = None if conditioned else nn.Parameter(torch.randn(embed_dim))
 
     def patches(self, early: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """What is read: of the patches before block `interaction_layer` and behind the last one, both (B, M, d_v)."""
+        """What is read, of the patches before the first prompted block and after the last one, both (B, M, d_v)."""
         read = in_type_of(self.key.weight, last if self.blocks is None else early)
         return read if self.blocks is None else self.blocks(read)
 

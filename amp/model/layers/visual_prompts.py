@@ -7,7 +7,7 @@ import torch.nn as nn
 
 
 class VisualPrompts(nn.Module):
-    """N prompts for each block from `interaction_layer` on; those of a block replace those of the block before.
+    """N prompts for each block from the first prompted one on; those of a block replace those of the block before.
 
     Args:
         depth: Number of blocks that get prompts.
