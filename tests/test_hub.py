@@ -17,7 +17,7 @@ from amp.commands import publish
 from amp.evaluate.results import ResultFile
 from amp.files import sha256_of
 from amp.publish.export import INPUTS, ImageEncoder
-from amp.retrieval.figures import DirectionResult, RetrievalRow
+from amp.retrieval.figures import DirectionResult, RetrievalRow, RowKey
 from amp.retrieval.metrics import KS
 
 READOUT = {
@@ -141,7 +141,7 @@ def result_file(sha256: str) -> ResultFile:
         recall = {k: first + i for i, k in enumerate(KS)}
         return DirectionResult(recall, {k: 90.0 for k in KS}, {k: 1.0 for k in KS}, 10, 20, 1.0)
 
-    rows = [RetrievalRow("base | <b>CLIP</b>", direction(10.0), direction(20.25))]
+    rows = [RetrievalRow(RowKey("base | <b>CLIP</b>"), direction(10.0), direction(20.25))]
     return ResultFile({"dataset": "dogs", "images": 10, "adapters": {"mine": sha256}}, rows)
 
 
