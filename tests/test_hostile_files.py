@@ -332,7 +332,7 @@ def test_a_file_named_like_a_key_of_another_gets_its_own(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside.png", "a/../../outside.png"])
 def test_a_choice_names_no_photo_outside_the_folder(tmp_path, name):
-    from amp.evaluate.choice import load_choices
+    from amp.evaluate.choice_files import load_choices
 
     path = tmp_path / "swap.json"
     path.write_text(json.dumps({"0": {"filename": name, "caption": "a", "negative_caption": "b"}}))

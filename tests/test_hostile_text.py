@@ -43,7 +43,7 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
     import torch  # noqa: F401, of what is imported below
     from safetensors.numpy import save_file
 
-    from amp.evaluate.choice import load_choices
+    from amp.evaluate.choice_files import load_choices
     from amp.evaluate.results import ResultFile
     from amp.generation.cache import ReplyCache
     from amp.generation.makers import Makers
@@ -195,11 +195,13 @@ def test_csv_with_nul_and_formulas_is_text(tmp_path):
 
 
 def test_no_cell_of_our_tables_is_a_formula(tmp_path):
-    from amp.evaluate.choice import Choices, save_choices
+    from amp.evaluate.choice import Choices
+    from amp.evaluate.choice_results import save_choices
     from amp.evaluate.verbs import VerbCount, save_verbs
+    from amp.retrieval.figures import RowKey
 
     verbs = [VerbCount(verb, 1, 0, 1, 1, 0) for verb in ("=cmd|x", "+1", "-2", "@sum", "\tx", "run")]
-    rows = list(csv.reader(io.StringIO(save_verbs(tmp_path / "v.csv", {"=row": verbs}).read_text())))
+    rows = list(csv.reader(io.StringIO(save_verbs(tmp_path / "v.csv", {RowKey("=row"): verbs}).read_text())))
     assert [row[1] for row in rows[1:]] == ["'=cmd|x", "'+1", "'-2", "'@sum", "'\tx", "run"] and rows[1][0] == "'=row"
     save_choices(tmp_path / "c.csv", {"=test": {"=method": Choices([[1.0, 0.0]], ["=group"], {})}})
     assert not re.search(r"(?m)(^|,)[=+@-]", (tmp_path / "c.csv").read_text())
@@ -435,11 +437,11 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     from amp.evaluate.results import ResultFile
     from amp.report.page import ReportInput, write_report
     from amp.report.plots import dot_plot, results_plot
-    from amp.retrieval.figures import DirectionResult, RetrievalRow
+    from amp.retrieval.figures import BASE, DirectionResult, RetrievalRow, RowKey
 
     figures = {1: 10.0, 5: 20.0, 10: 30.0}
     direction = DirectionResult(figures, figures, figures, 2, 2, 1.0, {k: (0.0, v) for k, v in figures.items()})
-    rows = [RetrievalRow(name, direction, direction, (1.0, 2.0)) for name in ("base CLIP", EVIL_HTML)]
+    rows = [RetrievalRow(key, direction, direction, (1.0, 2.0)) for key in (BASE, RowKey(EVIL_HTML))]
     result = ResultFile(
         {"split": "test", "images": 2, "captions": 2, "model": EVIL_HTML, "top_k": 2, EVIL_HTML: 1}, rows
     )
@@ -453,7 +455,7 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     both = np.array([[0, 1]] * 2, np.int32)
     scores = np.ones((2, 2), np.float32)
     queries = {
-        (row.name, d): QueryResults(two, two, both, scores, scores, two, two) for row in rows for d in ("t2i", "i2t")
+        (row.key, d): QueryResults(two, two, both, scores, scores, two, two) for row in rows for d in ("t2i", "i2t")
     }
     preprocess = {
         "size": 32,
@@ -465,7 +467,7 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
         "fill_color": 0,
     }
     plots = {EVIL_HTML: results_plot(result), "b": dot_plot([("<img>$\\frac{", [(1.0, 0.0, 2.0)] * 3)])}
-    given = ReportInput(result, queries, EVIL_HTML, split, captions, None, None, preprocess, plots, EVIL_HTML)
+    given = ReportInput(result, queries, RowKey(EVIL_HTML), split, captions, None, None, preprocess, plots, EVIL_HTML)
     text = write_report(tmp_path / "report.html", given)[0].read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 2 and "<img src=x" not in text and "<!--" not in text
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
