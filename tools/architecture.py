@@ -29,7 +29,12 @@ BOXES = {
     "triplets": (2.9, -5.4, "trained", "triplet encoder (eq. 4-5)\namp.model.layers"),
     "adapt": (6.6, -4.5, "trained", "the interaction, per caption:\nreadout's queries, or\nprompts of eq. 6"),
     "early": (6.6, -2.6, "frozen", "image blocks 0 to l - 1\namp.model.towers"),
-    "interaction": (10.3, -3.6, "trained", "the interaction, per pair:\nreadout, aim (eq. 7-8), cat\namp.model.interactions"),
+    "interaction": (
+        10.3,
+        -3.6,
+        "trained",
+        "the interaction, per pair:\nreadout, aim (eq. 7-8), cat\namp.model.interactions",
+    ),
     "late": (14.0, -3.6, "frozen", "image blocks l to L - 1\nand visual prompts (readout:\nbefore the interaction)"),
     "score": (17.4, -3.6, "program", "cosine with the caption\namp.retrieval.scorer"),
 }

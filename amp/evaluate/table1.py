@@ -25,7 +25,8 @@ class Row:
 
     Attributes:
         backbone, method: Names as the paper has them.
-        id: Name of its result files; None where open_clip has no such weights.
+        id: Name of its result files; None for methods that can't be run here.
+        base: Name and weights of the base model as open_clip has them; None where it has no such weights.
         figures: By dataset and source (``paper``, ``open_clip``, ``here``), seven each, in the order of `FIGURES`.
         training: By dataset, configuration and options of the training of the rows that are ours.
     """
@@ -33,6 +34,7 @@ class Row:
     backbone: str
     method: str
     id: str | None
+    base: tuple[str, str] | None
     figures: dict[str, dict[str, Figures]]
     training: dict[str, str] = field(default_factory=dict)
 
@@ -68,7 +70,8 @@ def load_published(path: str | os.PathLike) -> tuple[list[Row], dict[str, str]]:
 def _row(entry: dict) -> Row:
     figures = {d: {k: v for k, v in entry[d].items() if k != "train"} for d in DATASETS}
     training = {d: entry[d]["train"] for d in DATASETS if "train" in entry[d]}
-    return Row(entry["backbone"], entry["method"], entry.get("id"), figures, training)
+    base = (entry["model"], entry["pretrained"]) if "model" in entry else None
+    return Row(entry["backbone"], entry["method"], entry.get("id"), base, figures, training)
 
 
 def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
@@ -117,11 +120,10 @@ def commands(rows: list[Row], folder: str) -> list[str]:
                     f"accelerate launch -m amp.commands.evaluate {out} --config {run}/config.yaml "
                     f"--search.i2t pairwise --adapters ours={run}/stage2/adapter.safetensors"
                 )
-            else:
-                found.append(
-                    f"amp evaluate --config {CONFIGS}/table1/{dataset}.yaml --config "
-                    f"{CONFIGS}/table1/{row.id}.yaml {out}"
-                )
+            elif row.base is not None:
+                name, pretrained = row.base
+                model = f"--model.name {name} --model.pretrained {pretrained}"
+                found.append(f"amp evaluate --shards data/{dataset} {model} {out}")
     return found
 
 
