@@ -83,12 +83,8 @@ def write_adapter(path: str | os.PathLike, header: AdapterHeader, weights: dict[
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:  # not `save_file`, whose files nobody else of a group may read
-        file.write(
-            save(
-                weights,
-                metadata={"format": FORMAT, "format_version": str(VERSION), "header": json.dumps(asdict(header))},
-            )
-        )
+        metadata = {"format": FORMAT, "format_version": str(VERSION), "header": json.dumps(asdict(header))}
+        file.write(save(weights, metadata=metadata))
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torch.Tensor]]:
@@ -118,13 +114,15 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
     known = {f.name for f in fields(AdapterHeader)}
     version = metadata.get("format_version", "1")
     try:
-        if version not in ("1", str(VERSION)) or set(record) - known:
-            raise AmpError(f"format version {version}, header keys {sorted(set(record) - known) or 'all known'}")
+        if version not in ("1", str(VERSION)):
+            raise AmpError(f"metadata key 'format_version' is {version!r}, expected '1' or '{VERSION}'")
+        if unknown := sorted(set(record) - known):
+            raise AmpError(f"header keys {unknown} are unknown")
         settings = record["prompt_config"]
         if version == "1":
             record["prompt_config"], weights, record["partial"] = convert(settings, weights)
         elif unknown := sorted(set(settings) - {f.name for f in fields(PromptConfig)}):
-            raise AmpError(f"prompt settings {unknown} are unknown to open-clip-amp {__version__}")
+            raise AmpError(f"prompt settings {unknown} are unknown")
         else:
             record["prompt_config"] = PromptConfig(**settings)
         return AdapterHeader(**record), weights

@@ -56,7 +56,7 @@ def convert(
         AmpError: Unknown settings, or sizes of the triplet encoder that version 2 doesn't have.
     """
     if unknown := sorted(set(settings) - set(_DEFAULTS)):
-        raise AmpError(f"prompt settings {unknown} are unknown to open-clip-amp")
+        raise AmpError(f"prompt settings {unknown} are unknown")
     old = _DEFAULTS | settings
     _refuse_other_sizes(old, weights)
     interaction = old["interaction"]
