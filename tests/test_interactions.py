@@ -177,3 +177,17 @@ def test_a_readout_asks_for_a_class_token(interaction):
 def test_a_readout_asks_for_the_captions_features(images, knowledge):
     with pytest.raises(AmpError, match=r"text is None.*encode_text"):
         make_model().encode_image(images, knowledge)
+
+
+def test_an_interaction_gets_only_what_it_reads():
+    """So that no parameter is unused, and no knowledge is taken for granted that isn't there."""
+
+    class OfStates(VisualPromptsOnly):
+        conditioned, reads_triplets, reads_states = True, False, True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(INTERACTIONS, "of_states", OfStates)
+        assert make_model(interaction="of_states", enrich=False).triplet_encoder is None
+        assert make_model(interaction="of_states", enrich=True).triplet_encoder is not None
+        with pytest.raises(AmpError, match="knowledge is 'triplets' and interaction is 'of_states', which doesn't read"):
+            make_model(interaction="of_states", knowledge="triplets")

@@ -95,7 +95,7 @@ class ActionAwareCLIP(nn.Module):
         self.interaction = make_interaction(config, backbone)
         # What a variant doesn't read doesn't exist: distributed engines fail on parameters that take no part.
         self.triplet_encoder = self.text_enrichment = self.image_projection = None
-        if config.reads_triplets:
+        if config.reads_triplets and (self.interaction.reads_triplets or config.enrich):
             self.triplet_encoder = TripletEncoder(d_t, TRIPLET_LAYERS, math.gcd(d_t, TRIPLET_HEADS))
         if config.enrich:
             self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.reads_triplets else None)

@@ -112,7 +112,7 @@ def make_scenes(
         "knowledge_provenance.json": json.dumps(provenance, indent=2) + "\n",
     }.items():
         write_atomically(out / name, text.encode())
-    print(f"{out}: {len(images)} images, {len(knowledge)} captions with knowledge")
+    print(f"{out}: dataset.json and images/ of {len(images)} scenes, knowledge.jsonl of {len(knowledge)} captions")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,10 @@ def find_reader(format: str, suffix: str) -> Reader | None:
     """
     load_plugins()
     if format not in ("auto", *_READERS):
-        raise AmpError(f"format is {format!r}; expected one of {', '.join(('auto', *_READERS))}")
+        raise AmpError(
+            f"format is {format!r}; expected one of {', '.join(('auto', *_READERS))}; a format of another package is "
+            "found where AMP_PLUGINS names its module"
+        )
     name = _SUFFIXES.get(suffix.lower()) if format == "auto" else format
     return _READERS[name] if name is not None else None
 

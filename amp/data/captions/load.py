@@ -34,7 +34,7 @@ def load_captions(
         names, suffixes = known_formats()
         raise AmpError(
             f"{path}: the suffix {path.suffix!r} doesn't tell the format; expected one of {', '.join(suffixes)}; "
-            f"name it with --format {', '.join(names[:-1])} or {names[-1]}"
+            f"name it with --format {', '.join(names[:-1])} or {names[-1]}, or a plugin in AMP_PLUGINS"
         )
     source = reader(path, splits)
     for image in source.images:

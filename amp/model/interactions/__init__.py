@@ -65,8 +65,13 @@ def interaction_class(config: PromptConfig) -> type[Interaction]:
             )
     elif config.knowledge == "caption" and not found.reads_caption:
         raise AmpError(
-            f"prompt setting knowledge is 'caption' and interaction is {config.interaction!r}, expected 'readout': "
-            "it also reads the caption's own feature"
+            f"prompt setting knowledge is 'caption' and interaction is {config.interaction!r}, expected one that reads "
+            "the caption's own feature (reads_caption), as 'readout'"
+        )
+    elif found.conditioned and config.knowledge != "caption" and not any(_kinds(found, config)):
+        raise AmpError(
+            f"prompt setting knowledge is {config.knowledge!r} and interaction is {config.interaction!r}, which "
+            "doesn't read that, expected knowledge 'both' or another kind"
         )
     elif not (found.conditioned or config.enrich):
         raise AmpError(
@@ -84,7 +89,12 @@ def make_interaction(config: PromptConfig, backbone) -> Interaction:
     """
     found = interaction_class(config)
     options = {key: value for key, value in config.interaction_options.items() if key in _options_of(found)}
-    return found(backbone, config.reads_triplets, config.reads_states, **options)
+    return found(backbone, *_kinds(found, config), **options)
+
+
+def _kinds(interaction: type[Interaction], config: PromptConfig) -> tuple[bool, bool]:
+    """Whether an interaction reads triplets, and states, under a configuration."""
+    return config.reads_triplets and interaction.reads_triplets, config.reads_states and interaction.reads_states
 
 
 def _look_up(name: str) -> type[Interaction]:

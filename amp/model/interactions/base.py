@@ -12,6 +12,9 @@ from amp.model.prompted_tower import PromptedTower
 class Prompts(NamedTuple):
     """What an interaction makes of C captions.
 
+    K is the interaction's own. Pooled scoring joins the rows of several captions along it (`unite`), so `pairs` must
+    take any K and combine the rows that exist.
+
     Attributes:
         parts: Any number of tensors (C, K, ...), the same K in all of them.
         mask: Which of the K exist, bool (C, K).
@@ -40,6 +43,7 @@ class Interaction(nn.Module):
     Attributes:
         conditioned: Whether image features depend on the caption. False in controls, which override `image_features`.
         control: Name of the interaction that takes its place where there is no knowledge; None: it serves itself.
+        reads_triplets, reads_states: Whether it reads these kinds of knowledge where there are any.
         reads_caption: Whether `encode_captions` needs the captions' own features.
         scores_all_pairs: Whether `all_pairs` costs about as much as one feature per image, so that training scores each
             image under each caption of the batch.
@@ -49,6 +53,8 @@ class Interaction(nn.Module):
 
     conditioned: ClassVar[bool] = True
     control: ClassVar[str | None] = "visual_prompts"
+    reads_triplets: ClassVar[bool] = True
+    reads_states: ClassVar[bool] = True
     reads_caption: ClassVar[bool] = False
     scores_all_pairs: ClassVar[bool] = False
     trains: ClassVar[bool] = True
@@ -59,7 +65,8 @@ class Interaction(nn.Module):
 
         Args:
             captions: Their knowledge and, where `reads_caption`, their features.
-            triplets: Triplet prompts (C, K, d_t) of eq. 4-5; None where the model reads no triplets.
+            triplets: Triplet prompts (C, K, d_t) of eq. 4-5; None where the model reads none. They mean something only
+                where `captions.knowledge.mask` is True, and in row 0 of captions without a triplet (the null token).
         """
         raise NotImplementedError
 
@@ -118,6 +125,8 @@ class Unconditioned(Interaction):
 
     conditioned: ClassVar[bool] = False
     control: ClassVar[str | None] = None
+    reads_triplets: ClassVar[bool] = False
+    reads_states: ClassVar[bool] = False
 
     def encode_captions(self, captions: Captions, triplets: torch.Tensor | None) -> Prompts:
         return Prompts((), captions.knowledge.mask)
