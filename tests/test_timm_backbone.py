@@ -124,20 +124,6 @@ def test_recomputing_changes_neither_values_nor_gradients(tower, monkeypatch):
     assert torch.equal(*found) and len(calls) == 3  # once, then once forward and once again backward
 
 
-@every("siglip", "eva02")
-@torch.no_grad()
-def test_compiled_blocks_are_what_runs(tower, monkeypatch, images):
-    """With a compiler that only counts: a real one takes longer than all other tests here."""
-    clip, calls = make_timm_clip(tower), []
-    names, expected, backbone = list(clip.state_dict()), clip.encode_image(images), make_backbone(clip)
-    monkeypatch.setattr(
-        torch, "compile", lambda call, **_: lambda *given, **more: calls.append(1) or call(*given, **more)
-    )
-    backbone.compile_blocks()
-    assert torch.equal(backbone.pool(backbone.blocks(backbone.embed(images), 0, 3)), expected)
-    assert list(clip.state_dict()) == names and len(calls) == 3
-
-
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -125,11 +125,6 @@ class Backbone(nn.Module, ABC):
     def _layers(self) -> Sequence[nn.Module]:
         """The image tower's blocks."""
 
-    def compile_blocks(self) -> None:
-        """Compiles each image block in place with `torch.compile`; names, weights and checkpoints stay as they are."""
-        for block in self._layers:
-            block.compile()
-
     # -- image tower ------------------------------------------------------------------------------------------------
 
     @abstractmethod
