@@ -29,7 +29,7 @@ with exit_on_error():
     from amp.data.conversion.make import make_shards
     from amp.files import write_atomically
     from amp.train.checkpoints import Checkpoints, open_checkpoint
-    from amp.train.engine import STOPPED
+    from amp.train.run import STOPPED
     from benchmarks.machine import processor
 
     psutil = require("psutil", "a soak run")

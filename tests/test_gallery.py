@@ -12,6 +12,7 @@ from amp.report import drawing, fonts, gallery
 from amp.report.choice import choose_queries, outcome_note
 from amp.report.contact_sheet import draw_contact_sheet
 from amp.report.gallery import Result, Retrieval, draw_gallery
+from amp.retrieval.figures import RowKey
 from amp.search.retriever import Found, Hit
 
 
@@ -284,7 +285,7 @@ def test_plots_show_names_in_any_script(machine_fonts):
     config = SimpleNamespace(tables=[SimpleNamespace(rows=rows)], split="test", seeds=[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert draw(config, {row.name: line for row in rows}, line).startswith(b"\x89PNG")
+        assert draw(config, {RowKey(row.name): line for row in rows}, line).startswith(b"\x89PNG")
         assert "犬 🐕" in dot_plot([("犬 🐕", [(1.0, 0.0, 2.0)] * 3)])
 
 
