@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amp
-from amp.evaluate.adapters import adapted
+from amp.evaluate.adapters import adapted, read_adapters
 from amp.files import sha256_of
 from amp.model.adapter import read_adapter
 
@@ -263,7 +263,7 @@ def test_the_adapter_loads_into_a_model(ran, folder, monkeypatch):
     assert (conditioned - plain).abs().max() > 1e-3
     # Evaluation puts several adapters around one base model in turn.
     base, _, _ = amp.create_model_and_transforms(BASE)
-    evaluated = adapted(base, BASE, path)
+    evaluated = adapted(base, BASE, read_adapters([f"two={path}"])["two"])
     assert evaluated.backbone.clip is base.backbone.clip and evaluated.config == model.config
     for name, value in load_file(path).items():
         assert torch.equal(model.state_dict()[name], value) and torch.equal(evaluated.state_dict()[name], value)

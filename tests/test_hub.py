@@ -21,7 +21,7 @@ from amp.publish.export import INPUTS, ImageEncoder
 from amp.retrieval.figures import DirectionResult, RetrievalRow, RowKey
 from amp.retrieval.metrics import KS
 
-READOUT = {"depth": 1 / 3, "num_prompts": 4}
+READOUT = {"interaction_options": {"blocks": 1}, "depth": 1 / 3, "num_prompts": 4}
 RECORD = {
     "stage": 2,
     "step": 7,
@@ -254,7 +254,7 @@ def photos(tmp_path) -> tuple[Path, list[tuple[str, str]]]:
 @pytest.mark.parametrize("pretrained", ["adapter", "base"])
 def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeypatch, pretrained):
     pytest.importorskip("clip_benchmark")
-    from amp.publish import clip_benchmark
+    from amp.commands import clip_benchmark as command
 
     root, rows = photos
     monkeypatch.setattr(sys, "argv", ["clip_benchmark"])
@@ -270,7 +270,7 @@ def test_clip_benchmark_evaluates_through_its_own_loader(folder, photos, monkeyp
         "output": root / "out.json",
     }
     options = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-    clip_benchmark.main(["eval", *options, "--recall_k", "1", "2", "--no_amp"])
+    command.main(["eval", *options, "--recall_k", "1", "2", "--no_amp"])
     metrics = json.loads((root / "out.json").read_text())["metrics"]
 
     model, _, preprocess = amp.from_pretrained(folder)

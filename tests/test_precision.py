@@ -136,5 +136,5 @@ def test_what_is_refused(config, monkeypatch):
         no_gpu = chosen == "fp16" and not gpu and not file
         assert bool(list(precision_problems(run, file, gpu))) == (refused or no_gpu)
         if gpu:
-            said = [text for level, text in check_launch(run, 1, 1, chosen, file) if level == "error"]
+            said = [f.text for f in check_launch(run, 1, 1, chosen, file) if f.level == "error"]
             assert [("model.precision" in text) for text in said] == [True] * refused
