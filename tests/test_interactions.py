@@ -11,6 +11,7 @@ from amp.model.config import PromptConfig
 from amp.model.interactions import INTERACTIONS, interaction_class, register_interaction
 from amp.model.interactions.base import Interaction
 from amp.model.interactions.controls import LearnedQuery, VisualPromptsOnly
+from amp.retrieval.scorer import PairScorer
 from amp.train.stages import trainable_names
 
 TEXTS = ["a dog jumps", "a small girl", "nothing", "men chase horses"]
@@ -191,3 +192,22 @@ def test_an_interaction_gets_only_what_it_reads():
         assert make_model(interaction="of_states", enrich=True).triplet_encoder is not None
         with pytest.raises(AmpError, match="interaction is 'of_states', which doesn't read"):
             make_model(interaction="of_states", knowledge="triplets")
+
+
+@pytest.mark.parametrize("name", ["visual_prompts", "aim"])
+def test_the_scorer_keeps_what_is_small(name, knowledge, tokenizer, monkeypatch):
+    """A control's features are computed once for all pairs; the tokens of `aim` are encoded with each batch."""
+    model = make_model(trained=True, interaction=name, depth=1 / 3, num_prompts=2)
+    with torch.no_grad():
+        captions = Captions(model.prepare_knowledge(knowledge), model.encode_text(tokenizer(TEXTS)))
+    early = torch.randn(5, model.backbone.num_tokens, model.backbone.vision_width)
+    scorer = PairScorer(model, early, captions.knowledge, captions.text, batch_size=2)
+    asked, encode = [], model.interaction.encode_images
+    monkeypatch.setattr(model.interaction, "encode_images", lambda *given: asked.append(1) or encode(*given))
+    images, texts = torch.tensor([4, 0, 4]), torch.tensor([1, 2, 0])
+    scores = scorer(images, texts)
+    assert len(asked) == (name == "aim")
+    with torch.no_grad():
+        found = model(early[images], Captions(captions.knowledge[texts], captions.text[texts]))
+        expected = torch.nn.functional.cosine_similarity(found.conditioned, found.captions.text, dim=-1)
+    assert_close(scores, expected)

@@ -17,10 +17,11 @@ from amp.model.similarity import pair_similarity
 # What the prompts of a block of captions may take: 5,000 captions of ViT-L/14 with both kinds of prompts in fp32.
 PROMPT_BYTES = 256 << 20
 TEXT_ROWS = 8192
+SMALL = 8
 
 
 class PairScorer:
-    """Scores pairs, with each caption encoded once per block of pairs and each image once per call.
+    """Scores pairs, with each caption encoded once per block of pairs, and each image once or once per call.
 
     Args:
         model: `ActionAwareCLIP` in eval mode, or an engine around it, on the device of `text`.
@@ -51,6 +52,7 @@ class PairScorer:
             with torch.no_grad():
                 rows = torch.arange(len(text)).split(TEXT_ROWS)
                 self.text = torch.cat([model(None, self._captions_of(part)).captions.text for part in rows])
+        self._images = self._small_images()
         self._prepared = torch.empty(0, dtype=torch.int64)
         self._prompts: Prompts | None = None
 
@@ -76,7 +78,9 @@ class PairScorer:
         assert self._prompts is not None
         with torch.no_grad(), self.autocast():
             features = self.model(
-                self._early_of(distinct),
+                self._early_of(distinct)
+                if self._images is None
+                else tuple(x[distinct.to(self.device)] for x in self._images),
                 EncodedCaptions(self._prompts, None),
                 (image_index.to(self.device), rows.to(self.device)),
             ).conditioned
@@ -91,6 +95,20 @@ class PairScorer:
             united = EncodedCaptions(encoded.prompts.unite(captions.shape[1]), None)
             features = self.model(self._early_of(images), united).conditioned
         return pair_similarity(features[:, None], self.text[captions.to(self.device)])
+
+    def _small_images(self) -> tuple[Tensor, ...] | None:
+        """What the interaction makes of every image, where that is small next to its tokens, as a feature is; else
+        None, and images are encoded with each batch of pairs."""
+
+        def encode(images: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad(), self.autocast():
+                return self.model(self._early_of(images)).images
+
+        one = torch.zeros(1, dtype=torch.int64)
+        if SMALL * sum(x.nbytes for x in encode(one)) > self._early_of(one).nbytes:
+            return None
+        batches = [encode(part) for part in torch.arange(len(self.early)).split(self.batch_size)]
+        return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
     def _captions_of(self, captions: Tensor) -> Captions:
         return Captions(self.knowledge[captions].to(self.device), self._frozen_text[captions.to(self.device)])
