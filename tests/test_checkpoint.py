@@ -384,5 +384,7 @@ def test_a_file_of_a_later_version_is_refused(path, tmp_path):
     with safe_open(path, "pt") as file:
         metadata = {**file.metadata(), "format_version": "3"}
     save_file(load_file(path), tmp_path / "later.safetensors", metadata=metadata)
-    with pytest.raises(AmpError, match=r"later\.safetensors: metadata key 'format_version' is '3', .*Install that version or a newer one"):
+    with pytest.raises(
+        AmpError, match=r"later\.safetensors: metadata key 'format_version' is '3', .*Install that version"
+    ):
         read_adapter(tmp_path / "later.safetensors")
