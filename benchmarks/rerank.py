@@ -4,7 +4,6 @@ Photos are noise, captions and knowledge are drawn words, candidates are drawn; 
 prompts and knowledge enter at half of the image blocks. All loops score the same pairs, and their scores are compared.
 """
 
-import contextlib
 import multiprocessing
 import tempfile
 from collections.abc import Callable
@@ -67,7 +66,8 @@ class Loops:
         self.captions, self.items = drawn_captions(count, model.config.max_triplets)
         self.candidates = torch.stack([torch.randperm(count)[: settings.top_k] for _ in range(count)])
         self.text, self.knowledge = self.encoded_texts()
-        self.scored_text = self.scorer().text
+        with torch.no_grad():
+            self.scored_text = model(None, Captions(self.knowledge.to(self.device), self.text)).captions.text
         ways = {
             PER_PAIR: partial(self.slow, self.by_calls),
             NO_TEXT: partial(self.slow, self.conditioned),
@@ -134,28 +134,17 @@ class Loops:
         """Texts and early blocks included, which no run before has stored here."""
         low = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
         self.text, self.knowledge = self.encoded_texts()
-        scorer = self.scorer(low)
         with low():
             early = [self.model.tower.early(x.to(self.device)).float().cpu().numpy() for x in self.images.split(32)]
-        scorer.early = np.concatenate(early)
-        return rerank_scores(scorer, self.candidates, self.settings.pairs_a_batch).flatten()
+        batch = self.settings.pairs_a_batch
+        scorer = PairScorer(self.model, np.concatenate(early), self.knowledge, self.text, low, batch)
+        return rerank_scores(scorer, self.candidates, batch).flatten()
 
     @torch.no_grad()
     def encoded_texts(self) -> tuple[torch.Tensor, KnowledgeBatch]:
         tokens = self.model.tokenizer(self.captions).to(self.device)
         text = torch.cat([self.model.encode_text(x) for x in tokens.split(64)])
         return text, self.model.prepare_knowledge(self.items)
-
-    @torch.no_grad()
-    def scorer(self, autocast=contextlib.nullcontext) -> PairScorer:
-        return PairScorer(
-            self.model,
-            np.empty((0,)),
-            self.knowledge,
-            self.text,
-            batch_size=self.settings.pairs_a_batch,
-            autocast=autocast,
-        )
 
 
 def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int) -> torch.Tensor:
