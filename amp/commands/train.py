@@ -19,9 +19,7 @@ import argparse
 
 from amp.command_line import CommandLine
 from amp.errors import exit_on_error
-from amp.plan.plan import PlanSettings, make_plan
-from amp.plan.tables import print_plan
-from amp.terminal import PlainConsole
+from amp.plan.settings import PlanSettings
 from amp.train.command import ConfigFile
 from amp.train.config import TrainConfig
 
@@ -57,6 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
     config = TrainConfig(**settings)
     config.check()
     if planned is not None:
+        from amp.plan.plan import make_plan
+        from amp.plan.tables import print_plan
+        from amp.terminal import PlainConsole
+
         with PlainConsole(stderr=True).progress("checking the run"):
             plan = make_plan(config, planned)
         print_plan(plan, PlainConsole())

@@ -8,7 +8,6 @@ from typing import Literal
 
 from amp.errors import AmpError
 from amp.model.config import PromptConfig
-from amp.model.interactions import interaction_class
 from amp.retrieval.settings import RetrievalSettings
 
 
@@ -210,7 +209,6 @@ class TrainConfig:
             raise AmpError(
                 "stages is [2] and init is empty, expected stage 1's adapter; add --init OUT/stage1/adapter.safetensors"
             )
-        interaction_class(self.prompt)
         if self.data.cache_images and self.data.augment != "none":
             raise AmpError(
                 f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of "
@@ -247,3 +245,6 @@ class TrainConfig:
                 raise AmpError(f"{key} is {value}, expected at least {least}")
         if self.seed >= 2**32:
             raise AmpError(f"seed is {self.seed}, expected at most {2**32 - 1}")
+        from amp.model.interactions import interaction_class  # loads torch, which the checks above do without
+
+        interaction_class(self.prompt)
