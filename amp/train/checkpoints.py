@@ -48,7 +48,7 @@ class Checkpoint:
 
     Attributes:
         folder: Where it lies.
-        state: Content of ``state.json``.
+        state: Content of `state.json`.
     """
 
     folder: Path
@@ -95,7 +95,7 @@ class Checkpoints:
         Args:
             stage, step: What it is called.
             write: Puts the adapter and optimizer files into the folder given.
-            state: Goes to ``state.json`` beside format, stage and step.
+            state: Goes to `state.json` beside format, stage and step.
 
         Raises:
             AmpError: It can't be written; those before are untouched and no part of it is left.

@@ -17,11 +17,11 @@ class ModelSettings:
     """The base CLIP.
 
     Args:
-        name: As open_clip's: a model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
+        name: As open_clip's: a model name, `local-dir:FOLDER` or `hf-hub:ORG/REPO`.
         pretrained: As open_clip's: a tag or a file; null with a schema name.
         precision: Type of the frozen weights. bf16 and fp16 halve their memory and round features; refused where
             autocast (`mixed_precision`) is of the other of the two.
-        resize_mode: How photos are fitted: null is the base model's own way, ``squash`` keeps the borders.
+        resize_mode: How photos are fitted: null is the base model's own way, `squash` keeps the borders.
     """
 
     name: str = "ViT-B-16-quickgelu"
@@ -40,12 +40,12 @@ class DataSettings:
         val_split: Split to validate on; null trains without validation.
         batch_size: Images a process and step.
         workers: Decoding processes a training process; fewer where there are fewer cores.
-        augment: ``none`` uses the validation transform, ``crop`` open_clip's training transform (no flip in either).
-        kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".
+        augment: `none` uses the validation transform, `crop` open_clip's training transform (no flip in either).
+        kinds: Kinds of triplets used; `[action]` is Table 3's "w/o attribute knowledge".
         cache: Folder for text features and frozen image features.
         cache_dtype: Type of cached features; float16 halves the space, float32 is exact.
         cache_images: Store each image's tokens before the first prompted block on disk, (F + M) x d_v numbers per
-            image; needs ``augment: none``.
+            image; needs `augment: none`.
     """
 
     shards: str = ""
@@ -105,35 +105,35 @@ class TrainConfig:
         model: The base CLIP.
         prompt: Architecture of the prompts.
         data: The shards.
-        stages: Which stages run, in order: ``[1, 2]``, ``[1]`` or ``[2]``.
-        combined: Stage 1 minimises eq. 10 + eq. 11 at once, the "combined training" of Table 5; asks for ``[1]``.
+        stages: Which stages run, in order: `[1, 2]`, `[1]` or `[2]`.
+        combined: Stage 1 minimises eq. 10 + eq. 11 at once, the "combined training" of Table 5; asks for `[1]`.
         stage1: Contrastive stage (eq. 10).
         stage2: Triplet stage (eq. 11).
-        init: Adapter file to start from; needed for ``stages: [2]``.
-        conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
-            ``paired`` under its own caption's (literal eq. 10). A control has no knowledge to condition on.
-        negatives: Sampled negatives per direction for ``contrastive`` (ours). Of no effect with interactions that score
-            all pairs, such as ``readout``.
+        init: Adapter file to start from; needed for `stages: [2]`.
+        conditioning: `contrastive` scores an image under the knowledge of the text it is scored against (ours),
+            `paired` under its own caption's (literal eq. 10). A control has no knowledge to condition on.
+        negatives: Sampled negatives per direction for `contrastive` (ours). Of no effect with interactions that score
+            all pairs, such as `readout`.
         mined_group: Images that the frozen CLIP confuses come into one batch, this many together (first-stage mining,
             ours); 1 leaves batches random.
         knowledge_dropout: Share of a caption's triplets, each with its state, that a training step leaves out at random
             (ours); a caption that loses all of them learns the null token.
         prompt_lr_factor: Learning rate of visual prompts and of the temperature, as a multiple of `lr` (ours).
         margin: Margin of the triplet loss (ours).
-        mixed_precision: Autocast type; ``auto`` is bf16 on a GPU and on processors that have instructions for it, else
+        mixed_precision: Autocast type; `auto` is bf16 on a GPU and on processors that have instructions for it, else
             no; null takes what `accelerate launch` says.
-        gradient_accumulation: Batches of a process an optimizer step; as one large batch, but for ``contrastive`` with
-            ``aim`` or ``cat``, whose negatives come from one batch (docs/training.md).
+        gradient_accumulation: Batches of a process an optimizer step; as one large batch, but for `contrastive` with
+            `aim` or `cat`, whose negatives come from one batch (docs/training.md).
         max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
         activation_checkpointing: Recompute the prompted blocks in the backward pass.
-        deepspeed: DeepSpeed file, such as ``ds_configs/zero2.json``; null trains without, or with the file that
+        deepspeed: DeepSpeed file, such as `ds_configs/zero2.json`; null trains without, or with the file that
             `accelerate launch --use_deepspeed` names. One stage a launch.
         checkpoint: When checkpoints are saved, and whether the run goes on from one.
         max_skipped: Steps in a row that may be skipped because their loss or gradient is not finite; one more ends the
             run.
         timeout_minutes: How long a process waits for the others before it gives up.
         seed: Of order, captions, negatives and initial weights.
-        trackers: Accelerate trackers, such as ``[tensorboard]`` or ``[tensorboard, wandb]``.
+        trackers: Accelerate trackers, such as `[tensorboard]` or `[tensorboard, wandb]`.
         log_every: Optimizer steps between two log entries.
         validate_every: Epochs between two validations; 0 for none.
         validation_queries: Queries per direction of a validation, evenly spaced, in the whole gallery; 0 for all.

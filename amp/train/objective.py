@@ -34,8 +34,8 @@ class Objective:
     Args:
         stage: 1 for eq. 10, 2 for eq. 11.
         interaction: How the model's images meet knowledge; says what can be scored.
-        conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours; of no effect on controls.
-        negatives: m, sampled negatives per direction for ``contrastive`` (ours).
+        conditioning: `paired` is the literal eq. 10, `contrastive` ours; of no effect on controls.
+        negatives: m, sampled negatives per direction for `contrastive` (ours).
         margin: alpha of eq. 11 (ours).
         sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives: a number, or a tensor without
             dimensions, since the weights of a plan have no values.

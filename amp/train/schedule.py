@@ -17,7 +17,7 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr_fact
     """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts.
 
     Visual prompts and the temperature learn at `prompt_lr_factor` times the rate of the matrices, at which they hardly
-    move. Each group keeps its peak rate as ``peak``.
+    move. Each group keeps its peak rate as `peak`.
     """
     decay: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []

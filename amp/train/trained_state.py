@@ -53,7 +53,7 @@ class TrainedState:
         return self._collect("")
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """``exp_avg.NAME`` and ``exp_avg_sq.NAME`` on the CPU; every rank calls it, as `weights`."""
+        """`exp_avg.NAME` and `exp_avg_sq.NAME` on the CPU; every rank calls it, as `weights`."""
         return {f"{m}.{name}": value for m in MOMENTS for name, value in self._collect(m).items()}
 
     @property
