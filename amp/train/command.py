@@ -1,4 +1,4 @@
-"""`--config`: a YAML file of a training run, or a recipe by its name."""
+"""The option `--config`: a YAML file of a training run, or the name of a recipe."""
 
 from pathlib import Path
 
