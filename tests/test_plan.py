@@ -367,7 +367,7 @@ def test_checkpoints(config, trained):
     assert "stage 1, step 6 of 6; the run is finished" in found(trained, "ok")
     assert "stage 1, step 6 of 6; the run goes on from there" in found(change(trained, stages=[1, 2]), "ok")
     assert "seed was 0 and is now 1" in found(change(trained, seed=1), "error")
-    assert "is 8 there and 16 here" in found(trained, "error", gpus=2)
+    assert "was 8 and is now 16" in found(trained, "error", gpus=2)
     same = change(trained, gradient_accumulation=1)
     assert "the run is finished" in found(same, "ok", gpus=2)
     again = change(trained, checkpoint__resume=False)
