@@ -290,7 +290,7 @@ def test_unknown_option_of_make_shards(convert, dataset, refused):
         (b"data:\n\tshards: x\n", "Problems parsing config: .* line 2, column 1"),
         (b"\xff\xfes\x00", "can't decode byte 0xff"),
         (b"seed: many\n", 'Parser key "seed": .* many'),
-        (b"data: 3\n", "data is 3, expected its settings"),
+        (b"data: 3\n", "data is 3, expected nested settings"),
     ],
 )
 def test_a_config_file_that_is_no_settings_is_named(train, refused, tmp_path, content, problem):
