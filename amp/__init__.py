@@ -1,6 +1,6 @@
 """open-clip-amp: action-aware multi-modal prompt tuning for open_clip (arXiv 2506.23502).
 
-The heavy imports (torch, open_clip) happen at the first use of a name, so that `import amp` stays instant.
+Heavy imports (torch, open_clip) are deferred until a name is first used, so `import amp` is fast.
 """
 
 from importlib import import_module

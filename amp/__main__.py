@@ -1,34 +1,34 @@
-"""``amp COMMAND``; the scripts of launchers/ and tools/ call the same functions.
+"""The `amp COMMAND` entry point. The scripts in launchers/ and tools/ call the same functions.
 
-On several processes ``accelerate launch ... -m amp.commands.train`` takes the place of ``amp train``.
+To train on several processes, run `accelerate launch ... -m amp.commands.train` instead of `amp train`.
 """
 
 import sys
 from importlib import import_module
 
-import amp.commands  # noqa: F401, sets what torch reads when it is loaded
+import amp.commands  # noqa: F401, sets a variable that torch reads when it is loaded
 from amp.errors import WRONG_INPUT, complain, exit_on_error
 
-# Each command is the module of its name in amp/commands.
+# Each command is the module of the same name in amp/commands.
 GROUPS = {
     "use": {
-        "search": "find photos of a folder by text",
-        "publish": "write an adapter as a folder with a model card, or to the hub",
+        "search": "find photos in a folder by text",
+        "publish": "export an adapter with a model card to a folder or the Hugging Face Hub",
     },
     "train": {
-        "generate_knowledge": "write the knowledge of captions",
+        "generate_knowledge": "generate knowledge for captions",
         "make_shards": "turn photos, captions and knowledge into shards",
-        "rewrite_knowledge": "put new knowledge into shards that exist",
+        "rewrite_knowledge": "replace the knowledge in existing shards",
         "train": "train an adapter on shards",
-        "sweep": "train and evaluate the rows of a table over several seeds",
+        "sweep": "train and evaluate several configurations over several seeds",
     },
     "measure": {
-        "evaluate": "retrieval figures of the base CLIP and of adapters",
-        "compare": "differences of two rows of evaluations, with intervals",
-        "report": "an evaluation as one HTML page",
-        "choose": "which of a photo's captions is right? SugarCrepe, ARO, swapped roles and actions",
-        "table1": "the paper's Table 1 next to our figures",
-        "clip_benchmark": "CLIP_benchmark with adapters as its model type amp",
+        "evaluate": "measure retrieval with the base CLIP and with adapters",
+        "compare": "compare two rows of evaluations, with confidence intervals",
+        "report": "write an evaluation as one HTML page",
+        "choose": "choose the right caption of a photo: SugarCrepe, ARO, swapped roles and actions",
+        "table1": "show the paper's Table 1 next to our results",
+        "clip_benchmark": "run CLIP_benchmark with adapters, as its model type amp",
     },
 }
 COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
@@ -36,7 +36,7 @@ COMMANDS = {name: what for group in GROUPS.values() for name, what in group.item
 
 @exit_on_error()
 def main() -> None:
-    """Runs the command that the first argument names; the others are its own."""
+    """Runs the command named by the first argument with the remaining arguments."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in COMMANDS:
         import_module(f"amp.commands.{name}").main(arguments)
@@ -53,7 +53,7 @@ def main() -> None:
         print(__version__)
         return
     print(f"{usage}\n", file=sys.stderr)
-    sys.argv[1:] = []  # the name of this command is only `amp`
+    sys.argv[1:] = []  # so that the error names the program only as `amp`
     complain(f"error: command is {name!r}, expected one of {', '.join(COMMANDS)}")
     raise SystemExit(WRONG_INPUT)
 

@@ -1,4 +1,4 @@
-"""Command lines: wrong ones are refused in one short error, and no secret of theirs is shown."""
+"""Command-line parsing with short error messages that never show secrets."""
 
 import json
 import sys
@@ -17,18 +17,19 @@ _load = get_loader("yaml")
 
 
 def load_settings(text: str) -> Any:
-    """YAML by jsonargparse's own safe loader, without the key by which a file would choose a class.
+    """Loads YAML with jsonargparse's safe loader, but refuses the key `class_path`.
 
-    No setting of ours takes one; but to say so, jsonargparse would import the module first, and run what it holds.
+    With this key a file could choose a class, which no setting takes. To report that, jsonargparse would first import
+    the class's module and so run its code.
 
     Raises:
-        yaml.YAMLError: Not YAML, or with a key ``class_path``.
+        yaml.YAMLError: The text is not YAML, or contains the key `class_path`.
     """
     value = _load(text)
     parts, seen = [value], set()
     while parts:
         part = parts.pop()
-        if id(part) in seen:  # an alias, which may stand for what it lies in
+        if id(part) in seen:  # a YAML alias, which may refer to its own container
             continue
         seen.add(id(part))
         if isinstance(part, dict):
@@ -44,18 +45,18 @@ set_loader("yaml", load_settings, (yaml.YAMLError,))
 
 
 class CommandLine(ArgumentParser):
-    """`jsonargparse.ArgumentParser` for values that may be hostile; takes the same arguments.
+    """`jsonargparse.ArgumentParser` for untrusted values. It takes the same arguments.
 
-    Its name is the command as it was typed; ``%(prog)s`` stands for it in `usage`. YAML is read by `load_settings`.
-    Options are written out: ``--openai.api_key KEY`` would be a short form of ``--openai.api_key_variable``, and the
-    key be taken for a name and shown. An option that holds a list takes several words, or one list in YAML.
+    `prog` is the command as it was typed, and `usage` refers to it by `%(prog)s`. YAML is read by `load_settings`.
+    Options can't be abbreviated: `--openai.api_key KEY` would be taken for `--openai.api_key_variable`, and the key
+    would be shown as the name of a variable. An option that holds a list takes several words, or one YAML list.
 
     Attributes:
-        translate: Called with the content of each configuration file; returns the settings of it that are read.
+        translate: Called with the content of each configuration file. Returns the settings to parse.
     """
 
     translate: Callable[[dict], dict] | None = None
-    _file = None  # the configuration that is being read, which an error names
+    _file = None  # the configuration file being read, which error messages name
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **{"prog": typed_command(), "allow_abbrev": False, **options})
@@ -66,14 +67,14 @@ class CommandLine(ArgumentParser):
             self.error("config is empty, expected a file; add --config FILE")
         try:
             found = super().parse_args(self._with_lists(words), *arguments, **options)
-        except (RecursionError, TypeError, ValueError) as error:  # lists in lists; a number of thousands of digits
+        except (RecursionError, TypeError, ValueError) as error:  # deeply nested lists, or a huge number
             self.error(f"a value can't be read ({type(error).__name__}: {error})")
-        if found.get("out") == "":  # --out "$FOLDER" without such a variable; as a path it is the current folder
+        if found.get("out") == "":  # --out "$UNSET"; an empty path would mean the current folder
             self.error("out is empty, expected a path; add --out PATH")
         return found
 
     def _with_lists(self, words: list[str]) -> list[str]:
-        """The words with those of each list joined: ``--adapters A B`` as ``--adapters ["A", "B"]``."""
+        """Joins the words of each list option: `--adapters A B` as `--adapters ["A", "B"]`."""
         lists = {
             option
             for action in self._actions
@@ -96,15 +97,13 @@ class CommandLine(ArgumentParser):
 
     def parse_path(self, cfg_path, *arguments, **options):
         self._file = cfg_path
-        with suppress(yaml.YAMLError):  # said below, with its line
+        with suppress(yaml.YAMLError):  # reported below, with its line number
             content = load_settings(Path(cfg_path).read_text("utf-8"))
             if not isinstance(content, dict):
-                self.error(f"holds {shorten(content)}, expected settings, one KEY: VALUE a line")
+                self.error(f"holds {shorten(content)}, expected settings, one KEY: VALUE per line")
             for key in (self.groups or {}).keys() & content:
                 if not isinstance(content[key], dict):
-                    self.error(
-                        f"{key} is {shorten(content[key])}, expected its settings below it, one KEY: VALUE a line"
-                    )
+                    self.error(f"{key} is {shorten(content[key])}, expected nested settings, one KEY: VALUE per line")
             if self.translate is not None:
                 settings = self.parse_string(yaml.safe_dump(self.translate(content)), *arguments, **options)
                 self._file = None
@@ -114,7 +113,7 @@ class CommandLine(ArgumentParser):
         return settings
 
     def _print_message(self, message, file=None):
-        (file or sys.stderr).write(message)  # argparse hides that a disk is full
+        (file or sys.stderr).write(message)  # argparse hides write errors, such as a full disk
 
     def error(self, message, ex=None):
         if not self.exit_on_error:
@@ -128,15 +127,15 @@ class CommandLine(ArgumentParser):
 
 
 def _holds_list(kind: Any) -> bool:
-    """Whether a type is a list, or a list among other types."""
+    """Whether a type is a list, or a union that includes a list."""
     return any(get_origin(part) is list for part in (kind, *get_args(kind)))
 
 
 def check_given(settings: Any, *keys: str) -> None:
-    """Refuses a path that was not given: an empty one would be taken for the current folder.
+    """Refuses empty paths, which would mean the current folder.
 
     Raises:
-        AmpError: Naming the first such key.
+        AmpError: A path is empty. The message names the first such key.
     """
     for key in keys:
         if not getattr(settings, key):

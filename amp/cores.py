@@ -1,4 +1,4 @@
-"""The cores that a process may use, shared out between its threads and its decoding workers."""
+"""Divides the available CPU cores between compute threads and decoding workers."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ PROCESSES = Path("/proc")
 
 @dataclass(frozen=True)
 class CoreShare:
-    """How the processes of a run use the cores of their machine.
+    """How the processes of a run on this machine use its cores.
 
     Attributes:
-        processes: Processes of the run on this machine.
-        threads: Threads that each of them computes with.
-        workers: Decoding processes of each of them.
-        cores: Cores that all of them may use together.
+        processes: Number of processes of the run on this machine.
+        threads: Compute threads per process.
+        workers: Decoding workers per process.
+        cores: Cores that all processes may use together.
     """
 
     processes: int
@@ -36,17 +36,18 @@ class CoreShare:
 
 
 def share_cores(workers: int, gpu: bool) -> CoreShare:
-    """Shares the cores out: processes x (threads + decoding workers) is at most their number, with at least one thread.
+    """Divides the cores between processes, compute threads and decoding workers.
 
-    OMP_NUM_THREADS wins, except the 1 that `accelerate launch` and torchrun set where it is not set.
+    processes x (threads + decoding workers) is at most the number of cores, except that each process has at least one
+    thread. OMP_NUM_THREADS takes precedence, unless it is the 1 that `accelerate launch` and torchrun set by default.
 
     Args:
-        workers: Decoding workers wanted by each process. Without a GPU they get a quarter of the cores at most: the
-            process itself computes on the others, and decodes as well where it has less than four.
-        gpu: Whether the model is on a GPU.
+        workers: Wanted decoding workers per process. Without a GPU, workers get at most a quarter of a process's cores,
+            because the process computes on the others. With fewer than four cores, the process decodes images itself.
+        gpu: Whether the model runs on a GPU.
 
     Raises:
-        AmpError: A negative number of workers.
+        AmpError: `workers` is negative.
     """
     if workers < 0:
         raise AmpError(f"workers is {workers}, expected at least 0")
@@ -59,17 +60,18 @@ def share_cores(workers: int, gpu: bool) -> CoreShare:
 
 
 def decoding_workers(wanted: int, gpu: bool) -> int:
-    """Worker processes by `share_cores`."""
+    """Decoding workers per process, by `share_cores`."""
     return share_cores(wanted, gpu).workers
 
 
 def use_cores(workers: int, gpu: bool, before: int | None = None) -> CoreShare:
-    """Sets torch's number of threads to that of `share_cores`.
+    """Sets torch's number of threads by `share_cores`.
 
     Args:
-        workers, gpu: As for `share_cores`.
-        before: Threads of an interrupted run, which are taken where there are cores for them and OMP_NUM_THREADS
-            doesn't say another number: sums of another number of threads are rounded in another way.
+        workers, gpu: See `share_cores`.
+        before: Threads of the interrupted run that is resumed. They are kept if there are enough cores and
+            OMP_NUM_THREADS doesn't set another number, because sums over another number of threads are rounded
+            differently.
     """
     import torch
 
@@ -81,7 +83,7 @@ def use_cores(workers: int, gpu: bool, before: int | None = None) -> CoreShare:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, and that its container leaves it."""
+    """Number of cores that this process may use, by its CPU affinity and its container's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2 and 1
         try:
@@ -89,18 +91,18 @@ def usable_cores() -> int:
             words += (CGROUPS / period).read_text().split() if period else []
             if int(words[0]) > 0:
                 cores = min(cores, max(1, int(words[0]) // int(words[1])))
-        except (OSError, ValueError, IndexError):  # no such file; "max", which is no limit
+        except (OSError, ValueError, IndexError):  # no such file, or "max", which means no limit
             continue
     return cores
 
 
 def processes_here() -> int:
-    """Processes of this run on this machine, as the launcher says."""
+    """Number of processes of this run on this machine, as set by the launcher."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def wanted_threads() -> int | None:
-    """The user's OMP_NUM_THREADS; None where it is not set, or where the launcher has set it."""
+    """The user's OMP_NUM_THREADS; None if it is not set, or was set by the launcher."""
     value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if not value.isdecimal() or int(value) < 1 or (value == "1" and _set_by_launcher()):
         return None
@@ -108,8 +110,8 @@ def wanted_threads() -> int | None:
 
 
 def _set_by_launcher() -> bool:
-    """Whether OMP_NUM_THREADS is missing in the environment that this process's launcher was started with."""
-    marks = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # of accelerate launch and of torchrun
+    """Whether the launcher, the parent process, set OMP_NUM_THREADS, because it was itself started without it."""
+    marks = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and by torchrun
     ours = [mark for mark in marks if mark in os.environ]
     try:
         entries = (PROCESSES / str(os.getppid()) / "environ").read_bytes().split(b"\0")

@@ -1,9 +1,9 @@
-"""Texts in CSV files that people open in a spreadsheet."""
+"""Escaping of texts in CSV files that people open in a spreadsheet."""
 
 
 def csv_cell(text: str) -> str:
-    """A text that a spreadsheet doesn't take for a formula: "=cmd|..." as a verb would be run when the file is opened.
+    """Puts an apostrophe before a text that a spreadsheet would take for a formula.
 
-    An apostrophe goes before what begins as a formula does.
+    A verb such as "=cmd|..." would otherwise be run when the file is opened.
     """
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

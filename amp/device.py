@@ -1,4 +1,4 @@
-"""Where a model runs."""
+"""The device that a model runs on."""
 
 import torch
 
@@ -6,10 +6,10 @@ from amp.errors import AmpError
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this name, tried out; by default a GPU if there is one, else the CPU.
+    """Returns the named device after testing that it works. The default is a GPU if there is one, else the CPU.
 
     Raises:
-        AmpError: PyTorch doesn't know it, or this machine has none.
+        AmpError: PyTorch doesn't know the device, or this machine doesn't have it.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

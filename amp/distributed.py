@@ -1,4 +1,4 @@
-"""Exchanging features between ranks, with gradients that are those of one process on the whole batch."""
+"""Exchange of features between ranks, with the same gradients as one process on the whole batch."""
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,10 @@ def rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather along dimension 0; the backward pass sums the ranks' gradients of this rank's rows.
+    """All-gather along dimension 0. The backward pass sums, over ranks, the gradients of this rank's rows.
 
-    Each rank computes the loss of the whole batch, so the sum holds every gradient world-size times, which the mean
-    that DDP and DeepSpeed take over ranks divides away: exactly the gradient of one process (open_clip#616).
+    Each rank computes the loss of the whole batch, so the sum is world-size times the gradient. DDP and DeepSpeed
+    average over ranks, which cancels this factor. The result is exactly the gradient of one process (open_clip#616).
     """
 
     @staticmethod
@@ -32,25 +32,28 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks in rank order, (B, ...) -> (W * B, ...), without gradients; every rank gives as many rows."""
+    """Gathers the rows of all ranks in rank order, (B, ...) -> (W * B, ...), without gradients.
+
+    Every rank must pass the same number of rows.
+    """
     if world_size() == 1:
         return x
     x = x.detach().contiguous()
-    # Bytes for booleans: gloo and NCCL have no reduction-free type for them in common.
+    # Booleans are sent as bytes: gloo and NCCL have no common boolean type.
     wire = x.to(torch.uint8) if x.dtype == torch.bool else x
     out = wire.new_empty((world_size() * wire.shape[0], *wire.shape[1:]))
-    # torch 2.14 renames it and warns at the old name.
+    # torch 2.14 renames this function and warns about the old name.
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, wire)
     return out.to(x.dtype)
 
 
 def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
-    """As `all_gather`, with gradients; see `_Gather`."""
+    """Like `all_gather`, with gradients; see `_Gather`."""
     return x if world_size() == 1 else _Gather.apply(x)
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place."""
+    """Sums over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and what installs each of them."""
+"""Optional packages, and the extra that installs each of them."""
 
 INSTALLED_BY = {
     "accelerate": "open-clip-amp[train]",
@@ -21,14 +21,14 @@ INSTALLED_BY = {
 
 
 def missing(error: ImportError, who: str = "this") -> str | None:
-    """What to install after a failed import, on one line.
+    """The message for a failed import, on one line: what is missing and how to install it.
 
     Args:
         error: The error of the import.
-        who: What needs the package, such as ``the rules``.
+        who: What needs the package, such as `the rules`.
 
     Returns:
-        The line; None if the package is not one of `INSTALLED_BY`.
+        The message; None if the package is not one of `INSTALLED_BY`.
     """
     package = (error.name or "").partition(".")[0]
     if package not in INSTALLED_BY:

@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all, and never follow a link that somebody else has planted."""
+"""Output files that appear complete or not at all. Links that somebody else has planted are never followed."""
 
 import errno
 import hashlib
@@ -13,24 +13,24 @@ from typing import Any, BinaryIO
 
 from amp.errors import AmpError
 
-# Windows lacks the first two.
+# Windows lacks these two.
 _NO_LINK, _CLOSE_ON_EXEC = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_CLOEXEC", 0)
-_BYTES = getattr(os, "O_BINARY", 0)  # Windows only, where files are opened as text without it
+_BYTES = getattr(os, "O_BINARY", 0)  # Windows only: without it files are opened in text mode
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike, sync: bool = False) -> Iterator[BinaryIO]:
-    """Yields a new file that takes the name `path` when the block ends, and is removed when it fails.
+    """Yields a new file that is renamed to `path` when the block ends, or removed if it fails.
 
-    A link at `path` is replaced, what it points at stays as it was. The temporary name can't be guessed and must not
-    exist, so no link at it is followed. Who may read the file is decided by the umask.
+    A link at `path` is replaced; its target is unchanged. The temporary name can't be guessed and must not exist, so no
+    planted link is followed. The umask decides who may read the file.
 
     Args:
-        path: Of the file; its folder must be there.
-        sync: Force the content to the disk before it gets its name: no name without its content after a power cut.
+        path: Path of the file. Its folder must exist.
+        sync: Force the content to disk before renaming, so that a power cut never leaves the name without its content.
 
     Raises:
-        OSError: The folder can't be written, the disk is full, or a device has the name.
+        OSError: The folder can't be written, the disk is full, or `path` is a device.
     """
     path = Path(path)
     refuse_device(path)
@@ -43,17 +43,17 @@ def whole_file(path: str | os.PathLike, sync: bool = False) -> Iterator[BinaryIO
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk doesn't say which file it was
+        error.filename = error.filename or str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def refuse_device(path: str | os.PathLike) -> None:
-    """Refuses the name of a device, a pipe or a socket: a file in place of /dev/null breaks the whole machine.
+    """Refuses the path of a device, a pipe or a socket: replacing /dev/null by a file breaks the whole machine.
 
     Raises:
-        OSError: The name belongs to one or to a link to one, or lies in /dev, as /dev/stdout, which leads to anything.
+        OSError: The path is one of these, is a link to one, or lies in /dev, where /dev/stdout can be anything.
     """
     other = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
     if other or os.path.dirname(os.path.abspath(path)) == "/dev":
@@ -61,10 +61,10 @@ def refuse_device(path: str | os.PathLike) -> None:
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Path:
-    """Writes a file under a temporary name beside it, then renames it, so that no reader sees half of it.
+    """Writes a file under a temporary name in the same folder, then renames it, so that no reader sees a partial file.
 
     Raises:
-        AmpError: The folder can't be made or written to.
+        AmpError: The folder can't be created or written to.
     """
     path = Path(path)
     try:
@@ -79,10 +79,10 @@ def write_atomically(path: str | os.PathLike, content: bytes | memoryview) -> Pa
 
 
 def check_writable(*paths: str | os.PathLike) -> None:
-    """Checks before the work that `write_atomically` can write these files after it. Makes their folders.
+    """Checks, before long work, that `write_atomically` can write these files. Creates their folders.
 
     Raises:
-        AmpError: Naming the first that can't be written.
+        AmpError: A file can't be written. The message names the first one.
     """
     for path in map(Path, paths):
         try:
@@ -99,10 +99,10 @@ def check_writable(*paths: str | os.PathLike) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """sha256 of a file, hexadecimal.
+    """SHA-256 of a file, in hexadecimal.
 
     Raises:
-        OSError: Unreadable, or a pipe: its content would be gone for whoever reads it next.
+        OSError: The file can't be read, or is a pipe, whose content can be read only once.
     """
     if Path(path).is_fifo():
         raise OSError(errno.ESPIPE, "a pipe, which can be read only once", str(path))
@@ -114,22 +114,24 @@ def sha256_of(path: str | Path) -> str:
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes JSON as a `whole_file`, forced to the disk.
+    """Writes JSON as a `whole_file` and forces it to disk.
 
     Raises:
-        OSError: As `whole_file`.
+        OSError: See `whole_file`.
     """
     text = json.dumps(content, indent=1, ensure_ascii=False)
     with whole_file(path, sync=True) as file:
-        # A command line may hold bytes that are no text; JSON has an escape for each.
+        # A command line may contain bytes that are not UTF-8, which are written as escapes.
         file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def open_log(path: str | os.PathLike, flags: int = os.O_TRUNC) -> int:
-    """Descriptor of a file that is written over time, made if absent; `flags` says whether anew or at its end.
+    """Opens a file that is written over time, and creates it if it is missing. Returns its descriptor.
+
+    `flags` is `os.O_TRUNC` to start anew, or `os.O_APPEND`.
 
     Raises:
-        OSError: It can't be written, or is a link: what that points at must not be changed.
+        OSError: The file can't be written, or is a link, whose target must not be changed.
     """
     return os.open(path, os.O_RDWR | os.O_CREAT | _CLOSE_ON_EXEC | _NO_LINK | _BYTES | flags, 0o666)
 

@@ -13,18 +13,19 @@ from amp.errors import AmpError
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that takes the name of `folder` when the block ends, and is removed when it fails.
+    """Yields a temporary folder that is renamed to `folder` when the block ends, or removed if it fails.
 
-    Where another process was faster, its folder stays and this one is dropped: equal names hold equal content.
+    If another process creates `folder` first, its folder stays and this one is discarded: equal names mean equal
+    content.
 
     Raises:
-        AmpError: The folder can't be made, or a file in it can't be written, as on a full disk.
+        AmpError: The folder can't be created, or a file in it can't be written because the disk is full.
     """
     temporary = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise AmpError(f"{folder}: can't be made ({error.strerror}), expected a folder that you may write to") from None
+        raise AmpError(f"{folder}: can't be created ({error.strerror}); give a folder that you may write to") from None
     try:
         yield temporary
         try:
@@ -34,7 +35,7 @@ def build_folder(folder: Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error):  # numpy keeps no errno
-            reason = error.strerror or f"no room: {error}"
+            reason = error.strerror or f"no space left: {error}"
             raise AmpError(f"{folder}: can't be written ({reason}); make room and try again") from None
         raise
     finally:

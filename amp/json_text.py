@@ -1,4 +1,4 @@
-"""JSON that others wrote: parsing it, and checks whose messages name the place, the value seen and what is expected."""
+"""Parsing and checks of JSON from other tools. Messages name the place, the value seen and the value expected."""
 
 import json
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from amp.errors import AmpError, shorten
 
 DEEPEST = 100
-"""Maximum nesting of lists and objects that is read. Python's own limit is higher, but differs between its versions
-and between reading and writing."""
+"""Maximum nesting of lists and objects. Python's own limit is higher, but differs between versions and between reading
+and writing."""
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", object: "a value"}
 
@@ -16,7 +16,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parses a JSON text.
 
     Raises:
-        ValueError: Not JSON, nested too deeply, or a number of thousands of digits.
+        ValueError: The text is not JSON, nested too deeply, or contains a number with thousands of digits.
     """
     try:
         value = json.loads(text)
@@ -32,17 +32,17 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def value_of(content: Any, key: str, kind: type, where: str, hint: str) -> Any:
-    """The value of a key, checked to be there and of a type.
+    """Returns the value of a key after checking that it exists and has the right type.
 
     Args:
-        content: What should be an object with that key.
+        content: The object, which may turn out not to be one.
         key: Name of the key.
-        kind: dict, list, str, int (without booleans), or object for any value.
-        where: Start of the message, such as ``"manifest.json: splits.train"``.
+        kind: Expected type: dict, list, str, int (excluding bool), or object for any value.
+        where: Start of the message, such as `"manifest.json: splits.train"`.
         hint: End of the message: the next step.
 
     Raises:
-        AmpError: No object, no such key, or a value of another type.
+        AmpError: `content` is not an object, the key is missing, or the value has another type.
     """
     if not isinstance(content, dict):
         raise AmpError(f"{where}: {shorten(content)}; expected an object; {hint}")
@@ -57,10 +57,10 @@ def value_of(content: Any, key: str, kind: type, where: str, hint: str) -> Any:
 
 
 def check_text(value: Any, where: str, hint: str) -> str:
-    """A string of valid Unicode; arguments as of `value_of`.
+    """Returns the value if it is a string of valid Unicode; arguments as in `value_of`.
 
     Raises:
-        AmpError: Anything else.
+        AmpError: The value is anything else.
     """
     if not isinstance(value, str):
         raise AmpError(f"{where} is {shorten(value)}; expected a string; {hint}")
@@ -72,10 +72,10 @@ def check_text(value: Any, where: str, hint: str) -> str:
 
 
 def check_id(value: Any, where: str, hint: str) -> int | str:
-    """A whole number or a string of valid Unicode; arguments as of `value_of`.
+    """Returns the value if it is a whole number or a string of valid Unicode; arguments as in `value_of`.
 
     Raises:
-        AmpError: Anything else.
+        AmpError: The value is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise AmpError(f"{where} is {shorten(value)}; expected a whole number or a string; {hint}")
@@ -83,7 +83,7 @@ def check_id(value: Any, where: str, hint: str) -> int | str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether `text` can be written as UTF-8. JSON's ``"\\ud800"`` is a string in Python, but no valid Unicode."""
+    """Whether `text` can be written as UTF-8. JSON's `"\\ud800"` is a string in Python, but not valid Unicode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""The processes of a command, however it was launched: `accelerate launch`, torchrun, srun or plain Python.
+"""Processes of a command launched by `accelerate launch`, torchrun, srun or plain Python.
 
-Training and evaluation share this; what only training needs is in `amp.train.launch`.
+Training and evaluation share this module; what only training needs is in `amp.train.launch`.
 """
 
 import os
@@ -20,19 +20,19 @@ class BaseWeights(Protocol):
     """Settings of the base model.
 
     Attributes:
-        precision: Type of the frozen weights, ``fp32``, ``bf16`` or ``fp16``.
+        precision: Type of the frozen weights, `fp32`, `bf16` or `fp16`.
     """
 
     precision: Any
 
 
 class Settings(Protocol):
-    """What a command's settings say about its processes.
+    """The settings of a command that concern its processes.
 
     Attributes:
         model: The base model.
-        mixed_precision: Autocast type, ``auto``, or None for what `accelerate launch` says.
-        timeout_minutes: How long a process waits for the others.
+        mixed_precision: Autocast type, `auto`, or None to use the setting of `accelerate launch`.
+        timeout_minutes: How long a process waits for the others, in minutes.
     """
 
     @property
@@ -43,18 +43,18 @@ class Settings(Protocol):
 
 
 def start_accelerator(settings: Settings, **more) -> Accelerator:
-    """The Accelerator of this process; on machines without an accelerator processes talk over gloo.
+    """Creates the Accelerator of this process. Without a GPU, processes communicate over gloo.
 
     Args:
         settings: Precision and time limit.
         **more: Further arguments of `accelerate.Accelerator`.
 
     Raises:
-        AmpError: Another number of processes than was launched.
+        AmpError: The Accelerator sees a different number of processes than the launcher started.
     """
     cuda, world = torch.cuda.is_available(), world_of_launcher()
     if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
     group = InitProcessGroupKwargs(
         backend=None if cuda else "gloo", timeout=timedelta(minutes=settings.timeout_minutes)
     )
@@ -65,38 +65,40 @@ def start_accelerator(settings: Settings, **more) -> Accelerator:
     )
     if accelerator.num_processes != world:
         raise AmpError(
-            f"this process sees {accelerator.num_processes} processes, the launcher started {world}. Without a GPU "
-            "launch with ACCELERATE_USE_CPU=true, under DeepSpeed with DS_ACCELERATOR=cpu, and always without --cpu"
+            f"this process sees {accelerator.num_processes} processes, but the launcher started {world}. Without "
+            "a GPU, set ACCELERATE_USE_CPU=true, or DS_ACCELERATOR=cpu under DeepSpeed. Don't use --cpu"
         )
     return accelerator
 
 
 def world_of_launcher() -> int:
-    """How many processes the launcher says it has started."""
+    """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank_of_launcher() -> int:
-    """Which of them this one is, also before there is an Accelerator."""
+    """Rank of this process, available before the Accelerator is created."""
     return int(os.environ.get("RANK", "0"))
 
 
 def precision_problems(settings: Settings, deepspeed: str | None, gpu: bool) -> Iterator[str]:
-    """Types of weights and of autocast that don't go together, in training and in evaluation."""
+    """Yields a message for each combination of weight and autocast types that doesn't work."""
     weights, autocast = settings.model.precision, precision_of(settings, gpu)
     if autocast == "fp16" and not gpu and deepspeed is None:
         yield "mixed_precision is 'fp16' and there is no GPU, expected 'bf16' or 'no' on the CPU"
-    casts = deepspeed is not None and autocast == "fp16"  # DeepSpeed's fp16 casts all weights itself
+    casts = deepspeed is not None and autocast == "fp16"  # DeepSpeed's fp16 mode casts all weights itself
     if {weights, autocast} == {"bf16", "fp16"} and not casts:
         yield (
-            f"model.precision is {weights!r} and autocast (mixed_precision) is {autocast!r}, expected one low type at "
-            f"most; give --model.precision fp32, --mixed_precision no or --mixed_precision {weights}"
+            f"model.precision is {weights!r} and autocast (mixed_precision) is {autocast!r}, expected at most "
+            f"one low-precision type; give --model.precision fp32, --mixed_precision no or --mixed_precision {weights}"
         )
 
 
 def precision_of(settings: Settings, gpu: bool | None = None) -> str:
-    """The autocast type: the settings' own, or what `accelerate launch` says. `gpu`: whether it runs on one; None
-    looks."""
+    """The autocast type of the settings, or else of `accelerate launch`.
+
+    `gpu` says whether the run uses a GPU; None detects it.
+    """
     if settings.mixed_precision == "auto":
         gpu = torch.cuda.is_available() if gpu is None else gpu
         return "bf16" if gpu or multiplies_bf16() else "no"
@@ -104,8 +106,10 @@ def precision_of(settings: Settings, gpu: bool | None = None) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for it (Linux). Without them a product takes up to sixty times as long as
-    in fp32 (docs/performance.md names a processor and its rates)."""
+    """Whether the CPU has bf16 instructions (detected on Linux only).
+
+    Without them, a matrix product takes up to sixty times as long in bf16 as in fp32 (measured in docs/performance.md).
+    """
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

@@ -1,4 +1,4 @@
-"""Locks of folders and files that end with the process that holds them, however it ends."""
+"""Locks of folders and files, released when the process that holds them ends for any reason."""
 
 import errno
 import os
@@ -20,18 +20,18 @@ except ImportError:  # Windows
     fcntl, msvcrt = None, import_module("msvcrt")
 
 LOCK = ".writer.lock"
-# A node that died keeps its locks on NFS for 90 seconds; the job that Slurm starts again after it waits that long.
+# A dead node keeps its locks on NFS for 90 seconds. A job that Slurm requeues afterwards waits longer than that.
 REQUEUED_SECONDS = 120.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
-_LOCKED_BYTE = 2**30  # Windows locks a range of bytes, which nobody else can read; this one lies beyond the content
-_held: set[int] = set()  # descriptors of the locks of this process
+_LOCKED_BYTE = 2**30  # on Windows nobody else can read locked bytes, so this one lies beyond the content
+_held: set[int] = set()  # descriptors of this process's locks
 
 
 def try_lock(descriptor: int, shared: bool = False) -> bool:
     """Locks an open file until it is closed, unless another process holds it. The lock is advisory.
 
-    The package filelock has no locks that several processes share, so this is our own code. File systems without locks
-    take none, nor do shared holders on Windows.
+    The package filelock has no shared locks, so this is our own code. On file systems without locks, and for shared
+    locks on Windows, nothing is locked.
 
     Returns:
         False if another process holds the lock.
@@ -51,13 +51,13 @@ def try_lock(descriptor: int, shared: bool = False) -> bool:
 def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) -> Iterator[None]:
     """Keeps other processes out of a folder while the block runs.
 
-    It is on the file ``.writer.lock`` of the folder; see `try_lock`.
+    The lock is on the file `.writer.lock` in the folder; see `try_lock`.
 
     Args:
         folder: An existing folder.
-        busy: What the error says after the folder's name where another process holds the lock: what that one does, and
-            the next step.
-        shared: Only keep out those that want the folder for themselves.
+        busy: Rest of the error message, after the folder's name, if another process holds the lock: what that process
+            does, and the next step.
+        shared: Only keep out processes that want the folder exclusively.
 
     Raises:
         AmpError: Another process holds the lock.
@@ -67,23 +67,23 @@ def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) ->
     descriptor = _lock(path, busy, shared)
     try:
         if not shared:
-            with suppress(OSError):  # a full disk; the lock itself takes no room
+            with suppress(OSError):  # a full disk; the lock itself needs no space
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        if not shared:  # nobody else holds it
-            with suppress(PermissionError):  # Windows keeps open files
+        if not shared:  # no other process holds the lock
+            with suppress(PermissionError):  # Windows doesn't remove open files
                 path.unlink(missing_ok=True)
         _held.discard(descriptor)
         os.close(descriptor)
 
 
 def _lock(path: Path, busy: str, shared: bool) -> int:
-    """Descriptor of the locked file."""
+    """Opens and locks the file. Returns its descriptor."""
     deadline = time.monotonic() + (REQUEUED_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)
     while True:
-        descriptor = open_log(path, os.O_APPEND)  # open for reading and writing, which NFS wants
+        descriptor = open_log(path, os.O_APPEND)  # NFS requires the file to be open for reading and writing
         _held.add(descriptor)
         taken = try_lock(descriptor, shared)
         if taken and _is_at(path, descriptor):
@@ -99,7 +99,7 @@ def _lock(path: Path, busy: str, shared: bool) -> int:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name: a holder that has ended meanwhile removed it, and the lock with it."""
+    """Whether an open file still has its name. A holder that has just ended removed it, and the lock with it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -107,7 +107,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _close_inherited() -> None:
-    """In a forked child, such as a decoding worker: it must not keep the lock when the process that took it is dead."""
+    """Closes the locks in a forked child, such as a decoding worker, which must not keep them when its parent dies."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

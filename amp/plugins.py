@@ -13,10 +13,10 @@ VARIABLE = "AMP_PLUGINS"
 
 @cache
 def load_plugins() -> None:
-    """Imports every plugin once. Call it before a name is looked up in a registry.
+    """Imports every plugin once. Call this before looking up a name in a registry.
 
-    Plugins are the entry points of the group ``open_clip_amp.plugins`` of installed packages, and the modules named in
-    the environment variable ``AMP_PLUGINS``, separated by commas.
+    Plugins are the entry points of the group `open_clip_amp.plugins` of installed packages, and the modules named in
+    the environment variable `AMP_PLUGINS`, separated by commas.
 
     Raises:
         AmpError: A plugin can't be imported.

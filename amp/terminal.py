@@ -1,4 +1,4 @@
-"""What a person or a log file sees of a command: lines, tables, and how far a long phase is."""
+"""Output of commands on a terminal or in a log file: lines, tables and progress."""
 
 import os
 import sys
@@ -15,21 +15,21 @@ from rich.text import Text
 
 from amp.errors import printable
 
-LOG_SECONDS = 10.0  # between two lines of a phase
-_NO_LIMIT = 10_000  # columns of a file, which has no edge
-_LEAST_CELL = 5  # columns of a cell with its edge and spaces
-_REPORT_SECONDS = 0.1  # reports that follow faster are left out, so that the rate is one of more than an instant
+LOG_SECONDS = 10.0  # between two log lines of a phase
+_NO_LIMIT = 10_000  # width of a file, which has no edge
+_LEAST_CELL = 5  # minimum width of a cell with its border and padding
+_REPORT_SECONDS = 0.1  # reports that follow faster are ignored, so that the rate isn't that of an instant
 
 
 class PlainConsole(Console):
-    """A console that shows texts as they are and cuts nothing off.
+    """A console that shows texts unchanged and cuts nothing off.
 
-    "[bold]" in a caption is no markup, and control characters are spelt out. Lines aren't wrapped: a path cut in two
-    can't be copied. A file or a pipe gets tables in their full width, and no colours or bars; on a terminal that is too
-    narrow, cells and headings are folded.
+    "[bold]" in a caption is not markup, and control characters are shown as escapes. Lines aren't wrapped, because a
+    path that is split over two lines can't be copied. Files and pipes get tables in full width, without colours or
+    progress bars. On a terminal that is too narrow, cells and headings are folded.
 
     Args:
-        **options: Of `rich.console.Console`.
+        **options: Arguments of `rich.console.Console`.
     """
 
     def __init__(self, **options):
@@ -39,17 +39,17 @@ class PlainConsole(Console):
         if not watched and "COLUMNS" not in os.environ:
             own["width"] = _NO_LIMIT
         super().__init__(**{**own, **options})
-        self.phases: list[Progress] = []  # that are under way, the innermost last
+        self.phases: list[Progress] = []  # running phases, the innermost last
 
     def render_str(self, text: str, **options):
-        lines = text.split("\n")  # a table's header has two
+        lines = text.split("\n")  # a table's header can have two lines
         return super().render_str("\n".join(printable(line) for line in lines), **options)
 
     def print(self, *objects, **options):
         for table in (thing for thing in objects if isinstance(thing, Table)):
             for column in table.columns:
                 column.overflow = "fold"
-            if self.width < (least := _LEAST_CELL * len(table.columns)):  # rich would leave cells without any text
+            if self.width < (least := _LEAST_CELL * len(table.columns)):  # rich would leave cells empty
                 table.width = least
                 options.setdefault("crop", False)
         if all(isinstance(thing, str | Text) for thing in objects):
@@ -57,10 +57,10 @@ class PlainConsole(Console):
         super().print(*objects, **options)
 
     def on_broken_pipe(self):
-        raise  # `amp.errors.exit_on_error` answers for it; rich would end with status 1
+        raise  # handled by `amp.errors.exit_on_error`; rich would exit with status 1
 
     def say(self, text: str) -> None:
-        """Prints a message; a log file on a full disk loses it, which must not end a run."""
+        """Prints a message. If the disk of a log file is full, the message is lost, but the run continues."""
         try:
             self.print(text)
         except BrokenPipeError:
@@ -69,30 +69,35 @@ class PlainConsole(Console):
             pass
 
     def progress(self, what: str, unit: str = "", keep: bool = False) -> "Progress":
-        """How far a phase is, see `Progress`: ``with console.progress("encoding photos") as report: report(3, 10)``.
+        """Shows the progress of a phase: `with console.progress("encoding photos") as report: report(3, 10)`.
+
+        See `Progress`.
 
         Args:
-            what: The phase.
+            what: Name of the phase.
             unit: What is counted, such as photos.
-            keep: Leave a line about the whole phase when it ends, however short it was.
+            keep: Print a line about the whole phase when it ends, even if it was short.
         """
         return Progress(self, what, unit, keep)
 
 
 class Terminal(PlainConsole):
-    """Standard error of a run.
+    """Console of a run on standard error.
 
     Args:
-        main: Whether this process shows anything.
+        main: Whether this process prints anything.
     """
 
     def __init__(self, main: bool):
         super().__init__(stderr=True, quiet=not main)
 
     @contextmanager
-    def training(self, stage: int, steps: int, images_a_step: int, begin: int = 0) -> Iterator[Callable]:
-        """Yields show(step, loss, temperature), to be called after each step, with only the step where the others
-        aren't known; a resumed stage has taken `begin` steps."""
+    def training(self, stage: int, steps: int, images_per_step: int, begin: int = 0) -> Iterator[Callable]:
+        """Yields `show(step, loss, temperature)`, to be called after each step.
+
+        Loss and temperature may be omitted for steps where they aren't known. A resumed stage starts with `begin`
+        steps.
+        """
         with self.progress(f"stage {stage}", "steps", keep=True) as report:
             report(begin, steps)
 
@@ -100,7 +105,7 @@ class Terminal(PlainConsole):
                 if loss is None:
                     report(step, steps)
                     return
-                rate = f" {report.rate * images_a_step:,.0f} images/s" if report.rate else ""
+                rate = f" {report.rate * images_per_step:,.0f} images/s" if report.rate else ""
                 report(step, steps, f"loss {loss:.3f} tau {temperature:.4f}{rate}")
                 report.log()
 
@@ -108,21 +113,22 @@ class Terminal(PlainConsole):
 
 
 class Progress:
-    """How far a phase is: a bar on a terminal, elsewhere a line every `LOG_SECONDS`.
+    """Progress of a phase: a bar on a terminal, otherwise a line every `LOG_SECONDS`.
 
-    A line says what, done of total, rate, time left. Time left comes from the rate of the last reports, never from the
-    first one, in which things are loaded. Lines come from a thread, so a single long step doesn't stop them.
+    A line contains the name, the done and total counts, the rate and the time left. The time left comes from the rate
+    of the latest reports, never from the first one, which includes loading. A thread writes the lines, so they continue
+    during a single long step.
 
     Args:
-        console: Where it is shown.
-        what, unit, keep: As in `PlainConsole.progress`.
+        console: Console that shows the progress.
+        what, unit, keep: See `PlainConsole.progress`.
     """
 
     def __init__(self, console: PlainConsole, what: str, unit: str, keep: bool):
         self._console, self._keep, self._logs = console, keep, not console.is_interactive
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _State())
-        hidden = self._logs or console.quiet or bool(console.phases)  # rich 13 has one bar at a time
-        # The period is that of the rate's samples; an item may take hours.
+        hidden = self._logs or console.quiet or bool(console.phases)  # rich 13 supports only one bar at a time
+        # rich computes the rate over this period, and a single item may take hours.
         self._bar = Bar(*columns, console=console, transient=True, disable=hidden, speed_estimate_period=1e9)
         self._id = self._bar.add_task(printable(what), total=None, unit=unit, note="")
         self._task = self._bar.tasks[0]
@@ -133,7 +139,7 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Items a second; None before the second report."""
+        """Items per second; None before the second report."""
         return self._task.finished_speed or self._task.speed
 
     def __enter__(self) -> "Progress":
@@ -144,18 +150,18 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int, note: str | None = None) -> None:
-        """Reports.
+        """Reports progress.
 
         Args:
             done: Items done so far.
-            total: Of the phase.
-            note: Further words after the figures, which stay until there are others.
+            total: Items of the phase.
+            note: Text after the counts, kept until another one is given.
         """
         now = time.monotonic()
         goes_on = self._task.total == total and self._task.completed < done < total and note is None
         if goes_on and now - self._reported < _REPORT_SECONDS:
             return
-        if done < self._task.completed:  # the next part begins
+        if done < self._task.completed:  # the next part of the phase begins
             self._bar.reset(self._id)
         self._reported = now
         said = self._task.fields["note"] if note is None else note
@@ -180,11 +186,11 @@ class Progress:
     def _log_now_and_then(self) -> None:
         while not self._end.wait(max(0.0, self._logged + LOG_SECONDS - time.monotonic())):
             if self._console.phases[-1] is not self:
-                self._logged = time.monotonic()  # the inner phase has the word
+                self._logged = time.monotonic()  # the inner phase writes the lines
             elif time.monotonic() - self._logged >= LOG_SECONDS:
                 try:
                     self.log()
-                except OSError:  # nobody reads any more, which the main thread finds out itself
+                except OSError:  # the output is closed, which the main thread detects itself
                     return
 
 
@@ -194,7 +200,7 @@ class _State(ProgressColumn):
 
 
 def state_of(task: Task) -> str:
-    """Done of total, rate, time left or taken, and the note of a task."""
+    """A task's done and total counts, rate, time left or taken, and note."""
     unit = task.fields["unit"]
     parts = []
     if task.total is not None:
@@ -215,7 +221,7 @@ def state_of(task: Task) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 12 s, 3 min 05 s, 2 h 07 min."""
+    """Formats a duration, such as 12 s, 3 min 05 s or 2 h 07 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

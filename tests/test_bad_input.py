@@ -285,12 +285,12 @@ def test_unknown_option_of_make_shards(convert, dataset, refused):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (b"", "holds None, expected settings, one KEY: VALUE a line"),
+        (b"", "holds None, expected settings, one KEY: VALUE per line"),
         (b"- a\n- b\n", r"holds \['a', 'b'\], expected settings"),
         (b"data:\n\tshards: x\n", "Problems parsing config: .* line 2, column 1"),
         (b"\xff\xfes\x00", "can't decode byte 0xff"),
         (b"seed: many\n", 'Parser key "seed": .* many'),
-        (b"data: 3\n", "data is 3, expected its settings"),
+        (b"data: 3\n", "data is 3, expected nested settings"),
     ],
 )
 def test_a_config_file_that_is_no_settings_is_named(train, refused, tmp_path, content, problem):
@@ -326,7 +326,7 @@ def test_missing_config_file(run, train, refused, tmp_path):
             {"prompt.interaction_options": "{lamda: 1}"},
             ["holds lamda", "bottleneck, lam, residual"],
         ),
-        ({"prompt.depth": 3}, ["depth is 3", "from 0, below 1"]),
+        ({"prompt.depth": 3}, ["depth is 3", "from 0 to below 1"]),
         ({"validation_queries": -1}, ["validation_queries is -1"]),
         ({"stage1.epochs": 0}, ["stage1.epochs is 0", "1 or more"]),
         ({"trackers": "[tensorbord]"}, ["tensorbord", "tensorboard"]),

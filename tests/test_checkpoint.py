@@ -366,7 +366,7 @@ def test_version_1_with_some_of_the_maps_scores_as_before(tmp_path, images, know
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"slot_tokens": 7}, r"prompt setting slot_tokens is 7, expected 5: other values are retired"),
+        ({"slot_tokens": 7}, r"prompt setting slot_tokens is 7, expected 5: other values are no longer supported"),
         ({"triplet_layers": 1}, r"prompt setting triplet_layers is 1, expected 2"),
         ({"triplet_heads": 4}, r"prompt setting triplet_heads is 4, expected 8"),
         ({"bends": 1}, r"prompt settings \['bends'\] are unknown"),

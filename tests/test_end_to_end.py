@@ -168,7 +168,7 @@ def test_no_command_warns(ran):
 def test_the_log_tells_what_is_trained(ran):
     for name, processes in (("one", 1), ("two", 2)):
         log = ran[name].stderr
-        assert f"40 training images, 80 captions, 5 steps of {8 // processes} x {processes} an epoch" in log
+        assert f"40 training images, 80 captions, 5 steps of {8 // processes} x {processes} per epoch" in log
         assert "stage 1: 6 of 6 steps" in log and "stage 2: 5 of 5 steps" in log and "images/s" in log
         assert log.count("training images") == 1  # one process speaks
         assert len(re.findall("stage 1 epoch [12] validation R@1: t2i .*base", log)) == 2

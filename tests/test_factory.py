@@ -203,9 +203,9 @@ def test_weights_in_a_file_have_no_tag_to_compare(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"genlip_cfg": {}}, r"the key genlip_cfg: it writes captions"),
-        ({"genlap_cfg": {}}, r"the key genlap_cfg: its input is sound"),
-        ({"audio_cfg": {}}, r"the key audio_cfg: its input is sound"),
+        ({"genlip_cfg": {}}, r"the key genlip_cfg: it generates captions"),
+        ({"genlap_cfg": {}}, r"the key genlap_cfg: its input is audio"),
+        ({"audio_cfg": {}}, r"the key audio_cfg: its input is audio"),
         (
             {"vision_cfg": {"timm_model_name": "naflexvit_base_patch16_gap"}},
             r"vision_cfg.timm_model_name 'naflexvit_base_patch16_gap', expected timm's VisionTransformer or Eva",

@@ -100,7 +100,7 @@ def test_config_json_names_the_base_and_no_place_of_the_machine(folder, adapter,
 def test_config_and_weights_that_disagree_are_refused(folder):
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"num_prompts": 4', '"num_prompts": 5'))
-    with pytest.raises(amp.AmpError, match=r"config\.json: prompt is not what adapter\.safetensors"):
+    with pytest.raises(amp.AmpError, match=r"config\.json: prompt differs from the one in adapter\.safetensors"):
         amp.from_pretrained(folder)
     path.write_text("{")
     with pytest.raises(amp.AmpError, match="not a config"):
@@ -126,7 +126,7 @@ def test_a_config_of_version_1_is_compared_by_what_it_means(folder):
     path.write_text(json.dumps(content | {"prompt": old}))
     amp.from_pretrained(folder)
     path.write_text(json.dumps(content | {"prompt": old | {"num_prompts": 5}}))
-    with pytest.raises(amp.AmpError, match=r"config\.json: prompt is not what adapter\.safetensors"):
+    with pytest.raises(amp.AmpError, match=r"config\.json: prompt differs from the one in adapter\.safetensors"):
         amp.from_pretrained(folder)
 
 

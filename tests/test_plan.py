@@ -338,7 +338,7 @@ def test_the_type_of_the_weights_under_deepspeed(config, tmp_path, precision, we
 
 def test_stages_under_deepspeed(config, tmp_path):
     config = change(deepspeed(config, tmp_path), stages=[1, 2])
-    assert "launch: stages is [1, 2] under DeepSpeed, expected one stage a launch" in found(config, "error")
+    assert "launch: stages is [1, 2] under DeepSpeed, expected one stage per launch" in found(config, "error")
 
 
 def test_known_deepspeed_keys_are_deepspeeds():
@@ -355,7 +355,7 @@ def test_adapters_that_do_not_fit(config, trained):
     adapter = f"{trained.out}/stage1/adapter.safetensors"
     assert "init: " in found(change(config, init=adapter), "ok")
     other = change(config, init=adapter, prompt__num_prompts=3)
-    assert "num_prompts is 2 there and 3 here" in found(other, "error")
+    assert "num_prompts was 2 and is now 3" in found(other, "error")
     wide = change(config, init=adapter, model=ModelSettings("ViT-B-32", None))
     assert "weights have other names or shapes" in found(wide, "error")
     quick = change(config, init=adapter, model=ModelSettings("ViT-B-32-quickgelu", None))
@@ -366,8 +366,8 @@ def test_checkpoints(config, trained):
     assert "the run starts at step 0" in found(config, "ok")
     assert "stage 1, step 6 of 6; the run is finished" in found(trained, "ok")
     assert "stage 1, step 6 of 6; the run goes on from there" in found(change(trained, stages=[1, 2]), "ok")
-    assert "seed is 0 there and 1 here" in found(change(trained, seed=1), "error")
-    assert "is 8 there and 16 here" in found(trained, "error", gpus=2)
+    assert "seed was 0 and is now 1" in found(change(trained, seed=1), "error")
+    assert "was 8 and is now 16" in found(trained, "error", gpus=2)
     same = change(trained, gradient_accumulation=1)
     assert "the run is finished" in found(same, "ok", gpus=2)
     again = change(trained, checkpoint__resume=False)

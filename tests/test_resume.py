@@ -255,10 +255,10 @@ def test_a_removed_adapter_is_written_again_from_the_checkpoint(short):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"stage1": StageSettings(epochs=3, lr=3e-3, warmup_steps=1)}, "stage1.epochs is 2 there and 3 here"),
-        ({"seed": 4}, "seed is 0 there and 4 here"),
-        ({"knowledge_dropout": 0.0}, "knowledge_dropout is 0.2 there and 0.0 here"),
-        ({"batch_size": 5}, "images a step .* is 4 there and 5 here"),
+        ({"stage1": StageSettings(epochs=3, lr=3e-3, warmup_steps=1)}, "stage1.epochs was 2 and is now 3"),
+        ({"seed": 4}, "seed was 0 and is now 4"),
+        ({"knowledge_dropout": 0.0}, "knowledge_dropout was 0.2 and is now 0.0"),
+        ({"batch_size": 5}, "images a step .* was 4 and is now 5"),
     ],
 )
 def test_other_settings_are_refused_by_name(short, change, said):
@@ -354,9 +354,9 @@ def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
     assert recorded(both) == asdict(both)
     write_clip_folder(tmp_path / "other", seed=1)
     named = {
-        "stage1.lr is 0.003 there and 0.1 here": {"stage1": replace(both.stage1, lr=0.1)},
-        "stage2.lr is 0.003 there and 0.1 here": {"stage2": replace(both.stage2, lr=0.1)},
-        "model.precision is 'fp32' there and 'bf16' here": {"model": replace(both.model, precision="bf16")},
+        "stage1.lr was 0.003 and is now 0.1": {"stage1": replace(both.stage1, lr=0.1)},
+        "stage2.lr was 0.003 and is now 0.1": {"stage2": replace(both.stage2, lr=0.1)},
+        "model.precision was 'fp32' and is now 'bf16'": {"model": replace(both.model, precision="bf16")},
         f"trained on base model '{both.model.name}'.*but 'local-dir:{tmp_path}/other' has weights": {
             "model": replace(both.model, name=f"local-dir:{tmp_path / 'other'}")
         },
@@ -388,12 +388,12 @@ def test_a_finished_run_keeps_its_record_and_says_what_has_no_effect(both, tmp_p
     before = content(both.out)
     again(both, log_every=3, data=replace(both.data, workers=1))
     said = " ".join(capfd.readouterr().err.split())
-    assert "the run is finished" in said and "Without effect now: data.workers is 0 there and 1 here, log_every" in said
+    assert "the run is finished" in said and "Without effect now: data.workers was 0 and is now 1, log_every" in said
     shutil.copytree(both.model.name.removeprefix("local-dir:"), tmp_path / "moved")
     moved = f"local-dir:{tmp_path / 'moved'}"
     again(both, model=replace(both.model, name=moved))
     said = " ".join(capfd.readouterr().err.split())
-    assert "the run is finished" in said and f"model.name is {both.model.name!r} there and {moved!r} here" in said
+    assert "the run is finished" in said and f"model.name was {both.model.name!r} and is now {moved!r}" in said
     assert content(both.out) == before
 
 
@@ -402,7 +402,7 @@ def test_a_run_that_goes_on_says_what_differs_and_records_it(short, capfd):
     damage("cut", Path(short.out) / "checkpoints" / folders(short)[-1])
     capfd.readouterr()
     again(short, log_every=3)
-    assert "step00000008; now log_every is 10 there and 3 here" in " ".join(capfd.readouterr().err.split())
+    assert "step00000008; log_every was 10 and is now 3" in " ".join(capfd.readouterr().err.split())
     assert recorded(short) == asdict(replace(short, log_every=3))
 
 
@@ -416,7 +416,7 @@ def test_a_stage_of_its_own_leaves_the_other_one_as_it_was_recorded(short, capfd
     again(second)
     assert recorded(short) == {**asdict(second), "stage1": asdict(short.stage1)}
     said = " ".join(capfd.readouterr().err.split())
-    assert f"the other stage in {short.out} was trained with other settings: seed is 0 there and 5 here" in said
+    assert f"the other stage in {short.out} was trained with other settings: seed was 0 and is now 5" in said
 
 
 def test_adapters_without_checkpoints_are_not_replaced_in_silence(both):

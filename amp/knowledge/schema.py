@@ -1,6 +1,6 @@
-"""Action knowledge of a caption: triplets (eq. 1-2 of arXiv 2506.23502), one state description each (eq. 3).
+"""Action knowledge of a caption: triplets (eq. 1-2 of arXiv 2506.23502) with one state description each (eq. 3).
 
-This module only says what well-formed knowledge is. Its form as text and as tensors is in the modules next to it.
+This module defines well-formed knowledge. The modules next to it turn knowledge into texts and tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from amp.errors import AmpError, shorten
 from amp.json_text import check_text, is_unicode, seen_keys, value_of
 
 KINDS = ("action", "attribute")
-# What a folder of generated knowledge holds for shards.
+# Files in a folder of generated knowledge, from which shards are made.
 KNOWLEDGE_NAME, PROVENANCE_NAME = "knowledge.jsonl", "knowledge_provenance.json"
 
 _SLOTS = ("subject", "action", "object")
@@ -23,13 +23,13 @@ _HINT = "correct that record or generate the knowledge again"
 
 @dataclass(frozen=True, slots=True)
 class Triplet:
-    """One ``(subject, action, object)`` of a caption.
+    """One `(subject, action, object)` triplet of a caption.
 
     Attributes:
-        subject: Who or what; never empty.
+        subject: Who or what acts, or has the attribute; never empty.
         action: Verb phrase, or the copula of an attribute ("is"); never empty.
         object: What is acted upon, or the attribute; empty for an intransitive action ("man jumps").
-        kind: ``"action"`` or ``"attribute"``, so that the attribute ablation (Table 3) is a filter.
+        kind: `"action"` or `"attribute"`. The attribute ablation (Table 3) filters by it.
     """
 
     subject: str
@@ -65,10 +65,10 @@ class Knowledge:
         """The triplets whose kind is in `kinds`, with their states, in the same order.
 
         Raises:
-            AmpError: A kind that doesn't exist, which would silently drop everything.
+            AmpError: A kind doesn't exist, which would silently drop all triplets.
         """
         if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-            raise AmpError(f"kinds is {shorten(kinds)}; expected a collection out of {', '.join(KINDS)}")
+            raise AmpError(f"kinds is {shorten(kinds)}; expected some of {', '.join(KINDS)}")
         if all(t.kind in kinds for t in self.triplets):
             return self
         kept = [(t, s) for t, s in zip(self.triplets, self.states, strict=True) if t.kind in kinds]
@@ -76,15 +76,15 @@ class Knowledge:
 
 
 def parse_knowledge(record: dict[str, Any], where: str) -> Knowledge:
-    """Checks the form of a knowledge record and builds it. White space around texts is dropped.
+    """Checks a knowledge record and builds a `Knowledge` from it. Whitespace around texts is removed.
 
     Args:
-        record: ``{"triplets": [{"subject", "action", "object", "kind"}], "states": [str]}``. ``kind`` may be absent
-            (then ``"action"``). Other keys next to these two are ignored (``sentid``, ``image``).
-        where: Start of the error message, such as ``"knowledge.jsonl line 12"``.
+        record: `{"triplets": [{"subject", "action", "object", "kind"}], "states": [str]}`. `kind` may be missing, which
+            means `"action"`. Other keys of the record, such as `sentid` and `image`, are ignored.
+        where: Start of the error message, such as `"knowledge.jsonl line 12"`.
 
     Raises:
-        AmpError: Naming `where`, the key, the value seen and the value expected.
+        AmpError: The record is malformed. The message names `where`, the key, the value seen and the value expected.
     """
     knowledge = _in_form(record)
     if knowledge is not None:
@@ -101,10 +101,10 @@ def parse_knowledge(record: dict[str, Any], where: str) -> Knowledge:
 
 
 def _in_form(record: Any) -> Knowledge | None:
-    """What `parse_knowledge` returns for a record that is in form; None for others.
+    """Returns the knowledge of a well-formed record; None for other records.
 
-    Takes a quarter of the time of the single checks, which then find what is wrong. Conversion and training call it
-    for every caption.
+    This takes a quarter of the time of the single checks of `parse_knowledge`, which then find what is wrong.
+    Conversion and training call it for every caption.
     """
     try:
         given, described = record["triplets"], record["states"]
@@ -123,15 +123,15 @@ def _in_form(record: Any) -> Knowledge | None:
 
 
 def parse_origin(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """Where a record says that its knowledge comes from. It is for readers and reports; training doesn't use it.
+    """Returns the origin of the knowledge that a record states, for readers and reports. Training doesn't use it.
 
     Args:
-        record: With ``sources``, a list with ``{"triplet": str, "state": str}`` for each triplet (strict, repaired,
-            retry1, retry2, rules), and ``empty``, why there is no triplet. Both may be absent.
+        record: A record with `sources`, a list with one `{"triplet": str, "state": str}` per triplet (strict, repaired,
+            retry1, retry2, rules), and `empty`, the reason why there is no triplet. Both may be missing.
         where: Start of the error message.
 
     Raises:
-        AmpError: As `parse_knowledge`.
+        AmpError: See `parse_knowledge`.
     """
     origin = {}
     if "sources" in record:

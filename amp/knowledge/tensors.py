@@ -1,4 +1,4 @@
-"""Knowledge as tensors: what a worker makes of captions and the model reads."""
+"""Knowledge as tensors, built by data workers and read by the model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import SLOT_TOKENS, select
 
 WORD_START = "\u2581"
-"""SentencePiece's mark of a word's start."""
+"""SentencePiece's mark for the start of a word."""
 
 
 @dataclass
@@ -19,10 +19,10 @@ class KnowledgeBatch:
     """Knowledge of C captions, padded to K triplets.
 
     Attributes:
-        triplet_tokens: Token ids of (subject, action, object), int64 (C, K, 3, S), 0 where there is none.
-        token_mask: Which of those ids exist, bool (C, K, 3, S).
-        states: Features of the state prompts by the frozen text tower, projected, not normalised, float (C, K, d).
-        mask: Which of the K triplets exist, bool (C, K); a row without any is a caption without knowledge.
+        triplet_tokens: Token ids of (subject, action, object), int64 (C, K, 3, S), padded with 0.
+        token_mask: Which of those ids are not padding, bool (C, K, 3, S).
+        states: Features of the state prompts from the frozen text tower, projected but not normalised, float (C, K, d).
+        mask: Which of the K triplets exist, bool (C, K). A row without any True is a caption without knowledge.
     """
 
     triplet_tokens: torch.Tensor
@@ -44,29 +44,30 @@ class KnowledgeBatch:
         return self.map(torch.Tensor.pin_memory)
 
     def __getitem__(self, index) -> "KnowledgeBatch":
-        """Rows of captions: a slice or an int64/bool tensor."""
+        """Selects captions by a slice or an int64 or bool tensor."""
         return self.map(lambda x: x[index])
 
     def blank(self) -> "KnowledgeBatch":
-        """The same captions with all knowledge taken away."""
+        """The same captions with all knowledge masked out."""
         return KnowledgeBatch(self.triplet_tokens, self.token_mask, self.states, torch.zeros_like(self.mask))
 
     def keep(self, kept: torch.Tensor) -> "KnowledgeBatch":
-        """The same captions with only those triplets and states that bool (C, K) `kept` names."""
+        """The same captions with only those triplets and states where `kept`, bool (C, K), is True."""
         return KnowledgeBatch(self.triplet_tokens, self.token_mask, self.states, self.mask & kept)
 
     @staticmethod
     def cat(batches: Sequence["KnowledgeBatch"]) -> "KnowledgeBatch":
-        """Stacks captions of batches that are padded to the same K."""
+        """Concatenates the captions of batches that are padded to the same K."""
         return KnowledgeBatch(*(torch.cat([getattr(b, f.name) for b in batches]) for f in fields(KnowledgeBatch)))
 
 
 class Captions(NamedTuple):
-    """C captions as the model reads them.
+    """C captions as input of the model.
 
     Attributes:
-        knowledge: Their knowledge.
-        text: Their features by the frozen text tower (C, d), not normalised; None for models that read none.
+        knowledge: Knowledge of the captions.
+        text: Features of the captions from the frozen text tower (C, d), not normalised; None for models that don't
+            read them.
     """
 
     knowledge: KnowledgeBatch
@@ -74,23 +75,23 @@ class Captions(NamedTuple):
 
 
 class TripletTokenizer:
-    """Cuts subjects, actions and objects into CLIP's tokens, without start and end marks.
+    """Tokenizes subjects, actions and objects, without start and end tokens.
 
-    Hugging Face tokenizers get words cleaned as captions are. SentencePiece's mark of a word's start is left out where
-    it is a token of its own: it would take one of the S places and say nothing.
+    For Hugging Face tokenizers, words are cleaned in the same way as captions. SentencePiece's mark for the start of a
+    word is dropped if it is a token of its own, because it would take one of the S places without carrying meaning.
 
     Args:
-        tokenizer: What `open_clip.get_tokenizer` returns.
-        max_triplets: K; S is `SLOT_TOKENS`.
+        tokenizer: Return value of `open_clip.get_tokenizer`.
+        max_triplets: Maximum triplets per caption, K. S is `SLOT_TOKENS`.
     """
 
     def __init__(self, tokenizer, max_triplets: int):
         self.tokenizer = tokenizer
         self.max_triplets = max_triplets
-        self._cache: dict[str, tuple[np.ndarray, int]] = {}  # captions share words: some thousand slots make a dataset
+        self._cache: dict[str, tuple[np.ndarray, int]] = {}  # a dataset has only some thousand distinct slots
 
     def slot(self, text: str) -> tuple[np.ndarray, int]:
-        """Ids of one slot, int64 (S,) padded with zeros, and how many there are."""
+        """Token ids of one slot, int64 (S,) padded with zeros, and their number."""
         if text not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()
@@ -111,7 +112,7 @@ class TripletTokenizer:
     def __call__(self, knowledge: Sequence[Knowledge]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns `triplet_tokens`, `token_mask` and `mask` of a `KnowledgeBatch` for C captions."""
         shape = (len(knowledge), self.max_triplets, 3, SLOT_TOKENS)
-        # Filled as arrays: a tensor's element takes ten times as long, and that for every slot of every caption.
+        # Arrays, because assigning single elements of a tensor takes ten times as long.
         tokens, counts = np.zeros(shape, dtype=np.int64), np.zeros(shape[:3], dtype=np.int64)
         mask = np.zeros(shape[:2], dtype=bool)
         for c, item in enumerate(knowledge):

@@ -1,4 +1,4 @@
-"""The texts that knowledge becomes before CLIP's text tower reads it."""
+"""The texts made from knowledge for CLIP's text tower."""
 
 import re
 from html import unescape
@@ -6,19 +6,19 @@ from html import unescape
 from amp.knowledge.schema import Knowledge, Triplet
 
 SLOT_TOKENS = 5
-"""Tokens kept of each subject, action and object, S (our choice)."""
+"""Maximum tokens per subject, action or object, S (our choice)."""
 CONTEXT_TOKENS = 77
-"""Tokens of a text that CLIP reads, with the marks of start and end. Other models have other limits (SigLIP: 64)."""
+"""Maximum tokens of a text in CLIP, including start and end tokens. Other models have other limits (SigLIP: 64)."""
 
-# Each part is one token or more: CLIP's tokenizer divides texts here before it divides words.
+# CLIP's tokenizer first splits texts into these parts, and each part into one or more tokens.
 _PARTS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
 FEW_WORDS = 25
-"""Words of a text that isn't looked at more closely: hardly any of so few is cut."""
+"""Texts with at most this many words are not checked, because hardly any of them is cut."""
 
 STATE_TEMPLATE = "Fine-grained state description of action triplet <{subject}, {action}, {object}> is {state}"
 """The template of the paper, sec. 3.3 "Action State Prompts"."""
 TRIPLET_TEMPLATE = "A photo capturing a {subject} performing {action} in relation to {object}."
-"""The hand-crafted template of the paper's Table 2, which an intransitive action leaves without an object."""
+"""The hand-crafted template of the paper's Table 2. For an intransitive action, the object is empty."""
 
 
 def state_text(triplet: Triplet, state: str) -> str:
@@ -32,15 +32,15 @@ def triplet_text(triplet: Triplet) -> str:
 
 
 def surely_cut(text: str) -> bool:
-    """Whether a text is longer than `CONTEXT_TOKENS`, by its words, so that no tokenizer (and no torch) is loaded.
+    """Whether a text certainly exceeds `CONTEXT_TOKENS`. Counts words, so no tokenizer (and no torch) is loaded.
 
-    Words of several tokens count once, so a text that is cut may not be found; one that is found is cut.
+    A word of several tokens counts once, so some texts that are cut are not found. Every text that is found is cut.
     """
     return text.count(" ") >= FEW_WORDS and len(_PARTS.findall(unescape(unescape(text)))) + 2 > CONTEXT_TOKENS
 
 
 def select(knowledge: Knowledge, max_triplets: int) -> list[tuple[Triplet, str]]:
-    """The (triplet, state) pairs a caption keeps: actions before attributes, `max_triplets` at most."""
+    """The (triplet, state) pairs kept for a caption: actions before attributes, at most `max_triplets`."""
     pairs = list(zip(knowledge.triplets, knowledge.states, strict=True))
     return sorted(pairs, key=lambda pair: pair[0].kind != "action")[:max_triplets]
 
@@ -51,12 +51,12 @@ def state_texts(knowledge: Knowledge, max_triplets: int) -> list[str]:
 
 
 def tower_texts(knowledge: Knowledge, max_triplets: int, setting: str) -> list[str]:
-    """What the frozen text tower reads of a caption's knowledge, one text a kept triplet, in the order of `select`.
+    """The texts of a caption's knowledge for the frozen text tower, one per kept triplet, in the order of `select`.
 
     Args:
-        knowledge: Of the caption.
-        max_triplets: K.
-        setting: `PromptConfig.knowledge`; nothing is read for ``triplets``, ``caption`` and ``none``.
+        knowledge: Knowledge of the caption.
+        max_triplets: Maximum triplets per caption, K.
+        setting: Value of `PromptConfig.knowledge`. There are no texts for `triplets`, `caption` and `none`.
     """
     if setting in ("both", "states"):
         return state_texts(knowledge, max_triplets)

@@ -1,4 +1,4 @@
-"""Adapter checkpoints: what this project trained, in safetensors, and the name of the base model it belongs to."""
+"""Adapter files: the trained weights in safetensors format, with the identity of their base model."""
 
 import json
 import os
@@ -25,17 +25,17 @@ _AGAIN = "Give an adapter.safetensors that amp train wrote"
 
 @dataclass
 class AdapterHeader:
-    """What an adapter file says of itself.
+    """The header of an adapter file.
 
     Attributes:
-        base_name, base_pretrained: How the base model was asked for.
+        base_name, base_pretrained: Name and weights with which the base model was created.
         base_hash: SHA-256 of the base model's weights (`Backbone.weights_hash`).
-        quick_gelu: Whether the base model computes QuickGELU.
+        quick_gelu: Whether the base model uses QuickGELU.
         prompt_config: Architecture of the prompts.
         training: Free-form record of the run: stage, step, resolved configuration.
-        version: Version of open-clip-amp that wrote it.
-        partial: Whether maps that `PromptConfig.enrich` adds are missing because they are zero: only in files that were
-            converted from version 1.
+        version: Version of open-clip-amp that wrote the file.
+        partial: Whether maps of `PromptConfig.enrich` are missing because they are zero. Only in files converted from
+            version 1.
     """
 
     base_name: str
@@ -48,7 +48,7 @@ class AdapterHeader:
     partial: bool = False
 
     def check_base(self, model_name: str, base_hash: str, where: str | os.PathLike) -> None:
-        """Raises AmpError where the weights at hand are not those that the adapter was trained on."""
+        """Raises `AmpError` if the given weights are not those that the adapter was trained on."""
         if base_hash != self.base_hash:
             raise AmpError(
                 f"{where}: was trained on base model {self.base_name!r} (pretrained {self.base_pretrained!r}, "
@@ -66,10 +66,10 @@ def save_adapter(
     """Writes the adapter's weights and header.
 
     Args:
-        path: A file name ending in ``.safetensors``.
-        model: A model of `create_model_and_transforms`.
+        path: File name that ends in `.safetensors`.
+        model: A model from `create_model_and_transforms`.
         training: Record of the run, stored as JSON.
-        state: Weights to store instead of the model's own, for engines that keep them in parts.
+        state: Weights to store instead of the model's own, for engines that shard them.
     """
     header = AdapterHeader(
         model.base_name, model.base_pretrained, model.base_hash, model.backbone.quick_gelu, model.config, training or {}
@@ -78,11 +78,11 @@ def save_adapter(
 
 
 def write_adapter(path: str | os.PathLike, header: AdapterHeader, weights: dict[str, torch.Tensor]) -> None:
-    """Writes header and weights to `path`, under a temporary name first."""
+    """Writes header and weights to a temporary file, then renames it to `path`."""
     weights = {k: v.detach().to("cpu").contiguous() for k, v in weights.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:  # not `save_file`, whose files nobody else of a group may read
+    with whole_file(path) as file:  # not `save_file`, whose files others in the user's group can't read
         metadata = {"format": FORMAT, "format_version": str(VERSION), "header": json.dumps(asdict(header))}
         file.write(save(weights, metadata=metadata))
 
@@ -91,7 +91,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
     """Reads an adapter file.
 
     Raises:
-        AmpError: No such file, a damaged file, or a safetensors file of something else.
+        AmpError: The file doesn't exist, is damaged, or is a safetensors file of something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -131,12 +131,12 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
             f"{path}: {error}; the file was written by open-clip-amp {record['version']}, this is {__version__}. "
             "Install that version or a newer one"
         ) from None
-    except (TypeError, KeyError) as error:  # a key is missing, or compared with a number and is none
+    except (TypeError, KeyError) as error:  # a key is missing, or a value to compare with a number is not one
         raise AmpError(f"{path}: {error}; expected the header of an adapter. {_AGAIN}") from None
 
 
 def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
-    """The header as JSON values of the right types; which keys there are is not checked yet."""
+    """Parses the header and checks its required keys and their types, but not yet unknown keys."""
     try:
         record = parse_json(metadata["header"])
     except (KeyError, ValueError) as error:
@@ -161,10 +161,10 @@ def _header(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]
 
 
 def load_adapter(path: str | os.PathLike, model: ActionAwareCLIP) -> AdapterHeader:
-    """Loads an adapter file into a model of the same base model and the same prompt settings.
+    """Loads an adapter file into a model with the same base model and prompt settings.
 
     Raises:
-        AmpError: Another base model, other settings, or weights that don't fit.
+        AmpError: The base model or the settings differ, or the weights don't fit.
     """
     header, weights = read_adapter(path)
     header.check_base(model.base_name, model.base_hash, where=path)
@@ -180,10 +180,10 @@ def load_adapter(path: str | os.PathLike, model: ActionAwareCLIP) -> AdapterHead
 def load_adapter_state(
     model: ActionAwareCLIP, header: AdapterHeader, weights: dict[str, torch.Tensor], where: str | os.PathLike
 ) -> None:
-    """Puts adapter weights into a model; every name and shape must match.
+    """Copies adapter weights into a model. Every name and shape must match.
 
     Raises:
-        AmpError: Weights that don't fit.
+        AmpError: The weights don't fit.
     """
     expected = model.adapter_state()
     wrong = sorted(expected.keys() ^ weights.keys())

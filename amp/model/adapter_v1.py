@@ -1,4 +1,4 @@
-"""Adapter files of version 1: their settings and names of weights, as version 2 has them."""
+"""Conversion of adapter files of version 1 to the settings and weight names of version 2."""
 
 import math
 from typing import Any
@@ -47,13 +47,13 @@ _NAMES = {
 def convert(
     settings: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> tuple[PromptConfig, dict[str, torch.Tensor], bool]:
-    """Settings and weights as version 2 has them, and whether maps are missing that are zero.
+    """Converts settings and weights to version 2. The third value tells whether maps that are zero are missing.
 
-    Version 1 could add the maps that `PromptConfig.enrich` stands for one by one. What such a file lacks starts, and
-    stays, at zero: the model scores the same.
+    Version 1 could add the maps of `PromptConfig.enrich` one by one. Maps that a file lacks are zero, so the scores are
+    the same.
 
     Raises:
-        AmpError: Unknown settings, or sizes of the triplet encoder that version 2 doesn't have.
+        AmpError: A setting is unknown, or a size of the triplet encoder is not available in version 2.
     """
     if unknown := sorted(set(settings) - set(_DEFAULTS)):
         raise AmpError(f"prompt settings {unknown} are unknown")
@@ -79,7 +79,7 @@ def convert(
         renamed[_NAMES.get(prefix, "") + name.removeprefix(prefix)] = value
     states = "text_enrichment.states.weight"
     if states in renamed and config.reads_triplets and not old["text_triplets"]:
-        # The last row is the logit of a state's weight, which with equal weights is zero.
+        # The last row gives the logit of a state's weight, which is zero for equal weights.
         renamed[states] = torch.cat([renamed[states], torch.zeros_like(renamed[states][:1])])
     return config, renamed, config.enrich and not all(maps)
 
@@ -90,6 +90,6 @@ def _refuse_other_sizes(old: dict[str, Any], weights: dict[str, torch.Tensor]) -
     for key, value in {"slot_tokens": SLOT_TOKENS, "triplet_layers": 2, "triplet_heads": heads}.items():
         if old[key] != value:
             raise AmpError(
-                f"prompt setting {key} is {old[key]}, expected {value}: other values are retired. Load the file with "
-                "open-clip-amp 0.1.0"
+                f"prompt setting {key} is {old[key]}, expected {value}: other values are no longer "
+                "supported. Load the file with open-clip-amp 0.1.0"
             )

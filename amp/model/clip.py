@@ -26,11 +26,11 @@ Images = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class EncodedCaptions(NamedTuple):
-    """What the model makes of C captions, once per caption.
+    """The model's encoding of C captions, computed once per caption.
 
     Attributes:
-        prompts: The interaction's.
-        text: The features that images are scored against (C, d), enriched where the model does that; None without text.
+        prompts: Prompts of the interaction.
+        text: Features that images are scored against (C, d), enriched if the model has `enrich`; None without text.
     """
 
     prompts: Prompts
@@ -38,14 +38,14 @@ class EncodedCaptions(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What one forward pass returns; None where it was not asked for.
+    """Outputs of one forward pass; None for those that were not requested.
 
     Attributes:
         early: Tokens before the first prompted block (B, F + M, d_v).
         base: The frozen CLIP's image features (B, d).
-        images: What the interaction makes of B images, once per image.
-        captions: What the model makes of C captions, once per caption.
-        conditioned: Action-aware image features, one row per pair (P, d), or of all pairs (B, C, d).
+        images: The interaction's encoding of B images.
+        captions: The model's encoding of C captions.
+        conditioned: Action-aware image features of P pairs (P, d), or of all pairs (B, C, d).
         plain: Image features without knowledge (B', d).
         logit_scale: Temperature 1 / tau, fp32 (1,).
     """
@@ -60,24 +60,24 @@ class Features(NamedTuple):
 
 
 class ActionAwareCLIP(nn.Module):
-    """LLM-enhanced action-aware prompt tuning of a frozen CLIP (arXiv 2506.23502, sec. 3.3).
+    """A frozen CLIP with LLM-enhanced action-aware prompt tuning (arXiv 2506.23502, sec. 3.3).
 
-    Without knowledge it is its base CLIP: `encode_image(images)` and `encode_text` return the same bits.
+    Without knowledge it equals its base CLIP: `encode_image(images)` and `encode_text(text)` are bit-identical.
 
     Args:
-        clip: A model of `open_clip.create_model` that `make_backbone` takes.
+        clip: A model from `open_clip.create_model` that `make_backbone` supports.
         config: Settings of the prompts.
-        tokenizer: The base model's tokenizer; needed where knowledge is given as text.
+        tokenizer: The base model's tokenizer; only needed if knowledge is given as text.
 
     Attributes:
-        interaction: How images meet knowledge.
+        interaction: Combines images with knowledge.
         tower: The prompted image tower.
 
     Raises:
-        AmpError: An image tower without plain transformer blocks, or one that lacks what the interaction needs.
+        AmpError: The image tower has no plain transformer blocks, or lacks what the interaction needs.
     """
 
-    # Set by `amp.create_model_and_transforms`: what an adapter file says of its base model.
+    # Set by `amp.create_model_and_transforms`: the identity of the base model, stored in adapter files.
     base_name: str
     base_pretrained: str | None
     base_hash: str
@@ -93,7 +93,7 @@ class ActionAwareCLIP(nn.Module):
             backbone.num_layers - first, config.num_prompts, backbone.vision_width, backbone.patch_size
         )
         self.interaction = make_interaction(config, backbone)
-        # What a variant doesn't read doesn't exist: distributed engines fail on parameters that take no part.
+        # Only the modules that a variant uses are built: distributed engines fail on unused parameters.
         self.triplet_encoder = self.text_enrichment = self.image_projection = None
         if config.reads_triplets and (self.interaction.reads_triplets or config.enrich):
             self.triplet_encoder = TripletEncoder(d_t, TRIPLET_LAYERS, math.gcd(d_t, TRIPLET_HEADS))
@@ -101,11 +101,11 @@ class ActionAwareCLIP(nn.Module):
             self.text_enrichment = TextEnrichment(d, config.reads_states, d_t if config.reads_triplets else None)
             self.image_projection = nn.Linear(backbone.pooled_width, d, bias=False)
             nn.init.zeros_(self.image_projection.weight)
-        # A vector of one, not a scalar: DeepSpeed can't partition parameters without dimensions.
+        # A vector of one element, because DeepSpeed can't partition scalars.
         self.logit_scale = nn.Parameter(backbone.clip.logit_scale.detach().clone().float().reshape(1))
         self.tower = PromptedTower(backbone, self.visual_prompts, first, self.image_projection)
 
-    # -- what open_clip's users call --------------------------------------------------------------------------------
+    # -- interface of open_clip -------------------------------------------------------------------------------------
 
     def encode_image(
         self,
@@ -114,13 +114,13 @@ class ActionAwareCLIP(nn.Module):
         normalize: bool = False,
         text: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Image features (B, d): the base CLIP's, or action-aware ones under `knowledge`, one caption's per image.
+        """Image features (B, d): the base CLIP's, or action-aware ones with the `knowledge` of one caption per image.
 
         Args:
             images: Preprocessed images (B, 3, H, W).
-            knowledge: None for the base CLIP; else knowledge of B captions.
+            knowledge: Knowledge of B captions; None for the base CLIP's features.
             normalize: Scale features to unit length.
-            text: The captions' features `encode_text(tokens)` (B, d), which ``readout`` reads too.
+            text: Features of the captions, `encode_text(tokens)` (B, d), which `readout` also reads.
         """
         if knowledge is None:
             return self.backbone.clip.encode_image(images.to(self.backbone.dtype), normalize=normalize)
@@ -134,8 +134,10 @@ class ActionAwareCLIP(nn.Module):
         normalize: bool = False,
         knowledge: KnowledgeBatch | Sequence[Knowledge] | None = None,
     ) -> torch.Tensor:
-        """Text features (B, d): the base CLIP's own call, or with `knowledge` what action-aware images are scored
-        against, which differs only in models with `enrich`."""
+        """Text features (B, d): the base CLIP's, or with `knowledge` those that action-aware images are scored against.
+
+        The two differ only in models with `enrich`.
+        """
         if knowledge is None:
             return self.backbone.clip.encode_text(text, normalize=normalize)
         knowledge = self._prepared(knowledge, len(text), "texts")
@@ -143,18 +145,20 @@ class ActionAwareCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, d) of images (B, 3, H, W) that depend on no caption: the base CLIP's under visual prompts."""
+        """Features (B, d) of images (B, 3, H, W) without knowledge, with visual prompts."""
         return self.interaction.image_features(self.tower, self.tower.early(images))
 
     @torch.no_grad()
     def prepare_knowledge(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
-        """Turns knowledge of C captions into tensors on the model's device, encoding the texts that the model reads
-        (states, or sentences in their place) with the text tower."""
+        """Converts knowledge of C captions to tensors on the model's device.
+
+        The text tower encodes the texts that the model reads (states or template sentences).
+        """
         if self.tokenizer is None:
             raise AmpError("this model was built without a tokenizer; pass tokenizer=amp.get_tokenizer(model_name)")
         for item in knowledge:
             if not isinstance(item, Knowledge):
-                raise AmpError(f"knowledge holds {item!r}, expected amp.Knowledge; amp.Knowledge() if there is none")
+                raise AmpError(f"knowledge holds {item!r}, expected amp.Knowledge; give amp.Knowledge() if empty")
         device, k = self.logit_scale.device, self.config.max_triplets
         tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k)(knowledge)
         states = torch.zeros(*mask.shape, self.backbone.embed_dim, device=device)
@@ -170,7 +174,7 @@ class ActionAwareCLIP(nn.Module):
             raise AmpError(f"knowledge of {len(knowledge)} captions for {count} {of}, expected one each")
         return knowledge if isinstance(knowledge, KnowledgeBatch) else self.prepare_knowledge(knowledge)
 
-    # -- one entry for engines --------------------------------------------------------------------------------------
+    # -- entry point for engines ------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -179,18 +183,19 @@ class ActionAwareCLIP(nn.Module):
         pairs: tuple[torch.Tensor, torch.Tensor] | Literal["all"] | None = None,
         plain: torch.Tensor | None = None,
     ) -> Features:
-        """All computation of training and re-ranking passes here, where DDP's and ZeRO's hooks can see it.
+        """Runs all computation of training and re-ranking, so that the hooks of DDP and ZeRO see it.
 
-        Images and captions come in any state that an earlier call returned, so nothing is computed twice:
-        ``model(pixels)`` gives what the frozen blocks make of images, `early` and `base`, without gradients;
-        ``model(early)`` gives `images`, ``model(None, captions)`` gives `captions`; with both, `conditioned`.
+        Images and captions can be given in any state that an earlier call returned, so nothing is computed twice.
+        `model(pixels)` returns `early` and `base`, the outputs of the frozen blocks, without gradients. `model(early)`
+        returns `images`, `model(None, captions)` returns `captions`, and both together return `conditioned`.
 
         Args:
-            images: Pixels (B, 3, H, W), tokens `early` (B, F + M, d_v), or `images` of an earlier call.
-            captions: C captions, or `captions` of an earlier call.
-            pairs: Which of them are encoded together: None for image i with caption i, the indices of P images and of
-                P captions, int64 (P,) each, or ``all``.
-            plain: Images whose features without knowledge are returned too, int64 (B',); needs pixels or tokens.
+            images: Pixels (B, 3, H, W), tokens `early` (B, F + M, d_v), or `images` from an earlier call.
+            captions: C captions, or `captions` from an earlier call.
+            pairs: Which images and captions are paired: None for image i with caption i, indices of P images and of P
+                captions, int64 (P,) each, or `all`.
+            plain: Indices of images whose features without knowledge are also returned, int64 (B',); needs pixels or
+                tokens.
         """
         encoded = self._encode_captions(captions) if isinstance(captions, Captions) else captions
         if images is None:
@@ -204,7 +209,7 @@ class ActionAwareCLIP(nn.Module):
                 if captions is None:
                     return Features(early=early, base=self.tower.base(early))
             else:
-                # Stored tokens may have another type than the blocks: float16 on disk, or weights that DeepSpeed cast.
+                # Stored tokens may differ in type from the blocks: float16 on disk, or weights cast by DeepSpeed.
                 early = images.to(self.backbone.dtype)
             parts = self.interaction.encode_images(self.tower, early)
             features = None if plain is None else self.interaction.image_features(self.tower, early[plain])
@@ -215,7 +220,8 @@ class ActionAwareCLIP(nn.Module):
         else:
             prompts = encoded.prompts
             if pairs is None:
-                image_index = torch.arange(parts[0].shape[0], device=parts[0].device)  # `len` would fix an export's B
+                # Not `len`, which would make B constant in exports.
+                image_index = torch.arange(parts[0].shape[0], device=parts[0].device)
             else:
                 image_index, prompts = pairs[0], prompts.take(pairs[1])
             conditioned = self.interaction.pairs(self.tower, parts, prompts, image_index)
@@ -231,12 +237,12 @@ class ActionAwareCLIP(nn.Module):
         return EncodedCaptions(prompts, text)
 
     def encode_triplets(self, knowledge: KnowledgeBatch) -> torch.Tensor | None:
-        """Triplet prompts of C captions (C, K, d_t) (eq. 4-5); None where the model reads none."""
+        """Triplet prompts of C captions (C, K, d_t) (eq. 4-5); None if the model reads none."""
         if self.triplet_encoder is None:
             return None
         embedded = self.backbone.embed_tokens(knowledge.triplet_tokens).to(self.triplet_encoder.null.dtype)
         return self.triplet_encoder(embedded, knowledge.token_mask, knowledge.mask)
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The parameters this project adds, by name; the frozen CLIP's are not among them."""
+        """The parameters that this project adds, by name, without those of the frozen CLIP."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}

@@ -1,4 +1,4 @@
-"""The settings of the action-aware prompts; each is the paper's or marked as ours."""
+"""Settings of the action-aware prompts. Choices that are not from the paper are marked "ours"."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,26 +12,26 @@ KNOWLEDGE = ("both", "triplets", "template", "states", "caption", "none")
 class PromptConfig:
     """Architecture of the action-aware prompts (arXiv 2506.23502, sec. 3.3).
 
-    The defaults are the recommended recipe, which won in docs/ablations.md. The paper's own is the recipe ``paper``.
+    The defaults are the recommended recipe, the best one in docs/ablations.md. The recipe `paper` is the paper's own.
 
     Args:
-        knowledge: What images are conditioned on, one row of the paper's Table 2 each: ``both`` triplets and states;
-            ``triplets`` or ``states`` only; ``template``, the hand-crafted triplet, a sentence in place of the states.
-            ``none`` builds the control: the same training without knowledge. ``caption`` conditions images on the
-            caption only, without an LLM's knowledge (ours; another control of ``readout``).
-        interaction: How images meet knowledge, a name of the registry in `amp.model.interactions`: ``readout`` (ours),
-            ``aim`` (paper, eq. 7-8), ``cat`` (Table 3's "CAT"), ``visual_prompts`` and ``learned_query`` (controls,
-            whose images ignore the knowledge), or one that is registered elsewhere.
-        interaction_options: Keyword arguments of the interaction's class, such as ``{lam: 0.7}`` of ``aim``; its
-            docstring lists them.
+        knowledge: Knowledge that images are conditioned on, as in the rows of the paper's Table 2: `both` (triplets and
+            states), `triplets`, `states`, or `template` (a hand-crafted sentence per triplet instead of its state).
+            `none` builds the control: the same training without knowledge. `caption` conditions images only on the
+            caption, without LLM-generated knowledge (ours; another control of `readout`).
+        interaction: How images are combined with knowledge, a name registered in `amp.model.interactions`: `readout`
+            (ours), `aim` (paper, eq. 7-8), `cat` (Table 3's "CAT"), `visual_prompts` or `learned_query` (controls whose
+            images ignore the knowledge), or a name registered by a plugin.
+        interaction_options: Keyword arguments of the interaction's class, such as `{lam: 0.7}` for `aim`. The docstring
+            of the class lists them.
         depth: Where knowledge and visual prompts enter the image tower, as a fraction of its blocks: 0 is before the
-            first block (paper), 0.667 before block 8 of 12 (ours). The blocks before it run once per image and can be
-            stored.
-        num_prompts: Learnable visual prompts per block, N (ours).
-        max_triplets: Triplets per caption, K; actions are kept before attributes (ours).
-        enrich: Add learned maps, from zero: of the caption's feature, of its states and of its triplets to the feature
-            that images are scored against (`TextEnrichment`), and to CLIP's projection of image features (ours). False
-            scores CLIP's own features (paper).
+            first block (paper), 0.667 before block 8 of 12 (ours). Earlier blocks run once per image, and their output
+            can be cached.
+        num_prompts: Number of learnable visual prompts per block, N (ours).
+        max_triplets: Maximum number of triplets per caption, K. Actions are kept before attributes (ours).
+        enrich: Add learned maps that start at zero (ours): one adds the caption's feature, states and triplets to the
+            text feature that images are scored against (`TextEnrichment`), one is added to CLIP's projection of image
+            features. False scores CLIP's own features (paper).
     """
 
     knowledge: Literal["both", "triplets", "template", "states", "caption", "none"] = "both"
@@ -49,14 +49,14 @@ class PromptConfig:
                 raise AmpError(f"prompt setting {key} is {value}, expected an integer of at least {least}")
         if not 0.0 <= self.depth < 1.0:
             raise AmpError(
-                f"prompt setting depth is {self.depth}, expected a fraction from 0, below 1, of the image tower's "
-                "blocks (paper: 0)"
+                f"prompt setting depth is {self.depth}, expected a fraction of the image tower's blocks, from 0 "
+                "to below 1 (paper: 0)"
             )
         if self.knowledge not in KNOWLEDGE:
             raise AmpError(f"prompt setting knowledge is {self.knowledge!r}, expected one of {', '.join(KNOWLEDGE)}")
 
     def first_block(self, blocks: int) -> int:
-        """The first block of a tower of so many `blocks` that sees prompts."""
+        """Index of the first block with prompts in a tower with this many `blocks`."""
         return min(round(self.depth * blocks), blocks - 1)
 
     @property
@@ -66,5 +66,5 @@ class PromptConfig:
 
     @property
     def reads_states(self) -> bool:
-        """Whether prompts from the frozen text tower exist: of states, or of sentences in their place."""
+        """Whether prompts from the frozen text tower exist, made from states or from template sentences."""
         return self.knowledge in ("both", "states", "template")

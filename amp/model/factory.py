@@ -1,4 +1,4 @@
-"""Building models the way open_clip's users know it."""
+"""Model creation with the interface of open_clip."""
 
 import logging
 from difflib import get_close_matches
@@ -34,7 +34,7 @@ LOADING_ERRORS = (
     SafetensorError,
     UnpicklingError,
 )
-"""What open_clip raises for weights it can't get or read, keys of another version, and packages that are missing."""
+"""Exceptions of open_clip for weights it can't get or read, keys of another version, and missing packages."""
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,25 +47,25 @@ def create_model_and_transforms(
     adapter: str | None = None,
     **open_clip_kwargs,
 ):
-    """Builds an action-aware CLIP; mirrors `open_clip.create_model_and_transforms` and its returned triple.
+    """Builds an action-aware CLIP. Mirrors `open_clip.create_model_and_transforms` and its three return values.
 
     Args:
-        model_name: As open_clip's: a name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
-        pretrained: As open_clip's: a tag or a file, None with a schema name.
-        precision: ``fp32`` (train with autocast on top), or ``bf16``/``fp16`` for frozen weights in low precision.
-        device: Where the model is put; ``meta`` builds shapes only.
-        prompt_config: Settings of the prompts; not with `adapter`, whose file holds its own.
-        adapter: An adapter checkpoint of this project to load.
+        model_name: Model of open_clip: a name, `local-dir:FOLDER` or `hf-hub:ORG/REPO`.
+        pretrained: Weights of open_clip: a tag or a file. None for `local-dir:` and `hf-hub:` models.
+        precision: `fp32` (in training, combined with autocast), or `bf16`/`fp16` for frozen weights in low precision.
+        device: Device of the model; `meta` builds only shapes.
+        prompt_config: Settings of the prompts. Not allowed together with `adapter`, whose file contains them.
+        adapter: Adapter file to load.
         **open_clip_kwargs: Further arguments of `open_clip.create_model_and_transforms`, such as
-            ``image_resize_mode="squash"`` or ``cache_dir``.
+            `image_resize_mode="squash"` or `cache_dir`.
 
     Returns:
-        `ActionAwareCLIP`, the training transform and the validation transform. Neither flips images, since captions say
-        left and right.
+        `ActionAwareCLIP`, the training transform and the validation transform. Neither flips images, because captions
+        mention left and right.
 
     Raises:
-        AmpError: QuickGELU of model and weights differ, an unsupported tower, an adapter of another base model, a
-            device that isn't there, or weights that can't be downloaded or read.
+        AmpError: The QuickGELU settings of model and weights differ, a tower is unsupported, the adapter belongs to
+            another base model, the device doesn't exist, or weights can't be downloaded or read.
     """
     if precision not in ("fp32", *LOW_PRECISION):
         raise AmpError(f"precision is {precision!r}, expected one of fp32, bf16, fp16")
@@ -91,12 +91,14 @@ def create_model_and_transforms(
 
 
 def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False, **open_clip_kwargs):
-    """Any model of open_clip in fp32 on the CPU, or with `meta` its shapes, with its two transforms.
+    """Loads any model of open_clip in fp32 on the CPU, with its two transforms. `meta` builds only shapes.
 
-    Weights are loaded in fp32 whatever the precision wanted: their hash names the base model in adapters and caches.
+    Weights are loaded in fp32 regardless of the wanted precision, because their hash identifies the base model in
+    adapters and caches.
 
     Raises:
-        AmpError: QuickGELU of model and weights differ, no CLIP, or weights that can't be downloaded or read.
+        AmpError: The QuickGELU settings of model and weights differ, the model is not a CLIP, or weights can't be
+            downloaded or read.
     """
     refuse_quick_gelu_mismatch(model_name, pretrained, open_clip_kwargs.get("force_quick_gelu", False))
     refuse_unknown_model(model_name, pretrained)
@@ -108,57 +110,57 @@ def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False
         except LOADING_ERRORS as error:
             raise AmpError(
                 f"model {model_name!r} with pretrained {pretrained!r}: open_clip {open_clip.__version__} can't "
-                f"load it ({reason(error)}). Check the network, or give files that are there: local-dir:FOLDER "
-                "as the model, or a file as its pretrained weights. A model of a newer open_clip needs that version"
+                f"load it ({reason(error)}). Check the network, or give local files: local-dir:FOLDER as the "
+                "model, or a file as its pretrained weights. A newer model may need a newer open_clip"
             ) from error
 
 
 def reason(error: Exception) -> str:
-    """First line of an error of open_clip or of what it calls, or which package to install."""
+    """First line of an error raised in open_clip, or the package to install."""
     text = missing(error, "its text tower") if isinstance(error, ImportError) else None
     return text or (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def to_precision(clip: Model, precision: str) -> Model:
-    """The model with weights in ``fp32``, ``bf16`` or ``fp16``, as open_clip casts them."""
+    """Casts the weights to `fp32`, `bf16` or `fp16`, in the same way as open_clip."""
     if precision in LOW_PRECISION:
         dtype, timm = LOW_PRECISION[precision], isinstance(clip.visual, TimmModel)
         if not timm:
             open_clip.convert_weights_to_lp(clip, dtype)
         for tower in clip.children():
-            # Norms and embeddings from elsewhere don't mix types as open_clip's do, so whole towers are cast: with an
-            # image tower of timm both, as open_clip does, but not the temperature.
+            # Norms and embeddings from other libraries don't mix types as open_clip's do, so whole towers are cast.
+            # With an image tower of timm, both towers are cast, as in open_clip, but not the temperature.
             if timm or isinstance(tower, HFTextEncoder):
                 tower.to(dtype)
     return clip
 
 
 def get_tokenizer(model_name: str):
-    """The base model's tokenizer, `open_clip.get_tokenizer`.
+    """Loads the base model's tokenizer with `open_clip.get_tokenizer`.
 
     Raises:
-        AmpError: Its files can't be downloaded or read, or a package is missing.
+        AmpError: The tokenizer's files can't be downloaded or read, or a package is missing.
     """
     try:
         return open_clip.get_tokenizer(model_name)
     except LOADING_ERRORS as error:
         raise AmpError(
             f"model {model_name!r}: open_clip can't load its tokenizer ({reason(error)}). Check the network, or load "
-            "the model once where there is one"
+            "the model once while connected"
         ) from error
 
 
 def refuse_unsupported_model(model_name: str, prompted: bool) -> None:
-    """Refuses architectures that can't work by their configuration, before weights are downloaded.
+    """Refuses architectures that can't work, judging by their configuration, before weights are downloaded.
 
-    A model of the hub is judged by its towers, once it is loaded.
+    Models of the Hugging Face Hub are checked by their towers, after loading.
 
     Args:
-        model_name: As open_clip's.
-        prompted: Whether prompts enter the model; a baseline needs image and text features only.
+        model_name: Model of open_clip.
+        prompted: Whether the model gets prompts. A baseline needs only image and text features.
 
     Raises:
-        AmpError: With the key of the configuration.
+        AmpError: The architecture can't work. The message names the key of the configuration.
     """
     config: dict = {}
     if model_name.startswith("local-dir:"):
@@ -166,12 +168,12 @@ def refuse_unsupported_model(model_name: str, prompted: bool) -> None:
         try:
             config = parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
         except (OSError, ValueError, TypeError, KeyError):
-            return  # refused where it is loaded
+            return  # refused when it is loaded
     elif ":" not in model_name:
         config = open_clip.get_model_config(model_name.replace("/", "-")) or {}
     for key in ("genlip_cfg", "genlap_cfg", "audio_cfg"):
         if key in config:
-            why = "it writes captions" if key == "genlip_cfg" else "its input is sound"
+            why = "it generates captions" if key == "genlip_cfg" else "its input is audio"
             raise AmpError(f"model {model_name!r} has the key {key}: {why}, expected a CLIP of images. {CHOOSE}")
     timm = str(config.get("vision_cfg", {}).get("timm_model_name"))
     if prompted and timm.startswith("naflexvit"):
@@ -182,16 +184,16 @@ def refuse_unsupported_model(model_name: str, prompted: bool) -> None:
     text = config.get("text_cfg", {}).get("text_arch", "clip")
     if prompted and text != "clip":
         raise AmpError(
-            f"model {model_name!r} has text_cfg.text_arch {text!r}, expected 'clip', or hf_model_name: the words of "
-            f"triplets are read by CLIP's own tokenizer or one of Hugging Face. {CHOOSE}"
+            f"model {model_name!r} has text_cfg.text_arch {text!r}, expected 'clip', or hf_model_name: triplets need "
+            f"CLIP's own tokenizer or one of Hugging Face. {CHOOSE}"
         )
 
 
 def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
-    """Refuses what can't be found, before open_clip lists all it has in a traceback.
+    """Refuses models and weights that don't exist, for which open_clip would raise a list of everything it knows.
 
     Raises:
-        AmpError: With the closest names.
+        AmpError: The model or its weights don't exist. The message lists the closest names.
     """
     if model_name.startswith("local-dir:"):
         folder = Path(model_name.removeprefix("local-dir:"))
@@ -203,7 +205,7 @@ def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
         if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
             raise AmpError(
                 f"model {model_name!r}: no weights in {folder}, expected a file such as open_clip_model.safetensors; "
-                "without one open_clip goes on with random weights. Copy the whole folder"
+                "without one open_clip uses random weights. Copy the whole folder"
             )
     elif ":" not in model_name:
         name = model_name.replace("/", "-")
@@ -219,15 +221,15 @@ def refuse_unknown_model(model_name: str, pretrained: str | None) -> None:
 
 
 def refuse_quick_gelu_mismatch(model_name: str, pretrained: str | None, force_quick_gelu: bool = False) -> None:
-    """Refuses weights trained with one GELU in a model that computes the other; open_clip itself only warns.
+    """Refuses weights trained with one GELU variant in a model that computes the other. open_clip only warns.
 
     Raises:
-        AmpError: With the name of the model to use instead.
+        AmpError: The variants differ. The message names the model to use instead.
     """
     if not pretrained or ":" in model_name:
         return
     name = model_name.replace("/", "-")
-    # A tag may be known under the other name alone: ViT-B-32-quickgelu has no laion2b_s34b_b79k.
+    # A tag may be known only under the other name: ViT-B-32-quickgelu has no laion2b_s34b_b79k.
     other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
     tag = open_clip.get_pretrained_cfg(name, pretrained) or open_clip.get_pretrained_cfg(other, pretrained)
     config = open_clip.get_model_config(name)
@@ -243,5 +245,5 @@ def refuse_quick_gelu_mismatch(model_name: str, pretrained: str | None, force_qu
 
 
 def quiet_open_clip() -> None:
-    """Keeps open_clip's step-by-step notes out of a launcher's output; its warnings stay."""
+    """Hides open_clip's info messages; its warnings stay visible."""
     logging.getLogger().setLevel(logging.WARNING)

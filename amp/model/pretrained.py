@@ -1,4 +1,4 @@
-"""Loading a shared adapter: from a folder, from a file, or from a repository of the Hugging Face hub."""
+"""Loading of a shared adapter from a folder, a file, or a repository of the Hugging Face Hub."""
 
 import json
 import os
@@ -24,21 +24,23 @@ def from_pretrained(
     precision: str = "fp32",
     **download,
 ):
-    """Builds the base model and puts an adapter around it.
+    """Builds the base model and loads an adapter into it.
 
     Args:
-        source: A folder of `save_pretrained`, an ``adapter.safetensors``, or ``hf-hub:ORG/REPO``, which needs the
-            network. A base model whose weights are not on this machine needs it too.
-        base, base_pretrained: Name and weights of the base model on this machine; None takes those in the adapter.
-        device, precision: As in `create_model_and_transforms`.
-        **download: Arguments of `huggingface_hub.hf_hub_download`: ``revision``, ``cache_dir``, ``token``,
-            ``local_files_only``.
+        source: A folder written by `save_pretrained`, an `adapter.safetensors` file, or `hf-hub:ORG/REPO`, which needs
+            network access. So does a base model whose weights are not on this machine.
+        base, base_pretrained: Name and weights of the base model on this machine. None uses those named in the adapter.
+        device, precision: See `create_model_and_transforms`.
+        **download: Arguments of `huggingface_hub.hf_hub_download`: `revision`, `cache_dir`, `token`,
+            `local_files_only`.
 
     Returns:
-        `ActionAwareCLIP` in eval mode, the training transform, and the validation transform that it was trained with.
+        `ActionAwareCLIP` in eval mode, the training transform and the validation transform, both with the resize mode
+        that the adapter was trained with.
 
     Raises:
-        AmpError: No such folder or repository, ``config.json`` and weights that disagree, or another base model.
+        AmpError: The folder or repository doesn't exist, `config.json` and the weights disagree, or the base model is
+            another one.
     """
     file = adapter_file(source, **download)
     header, weights = read_adapter(file)
@@ -55,10 +57,10 @@ def from_pretrained(
 
 
 def adapter_file(source: str | os.PathLike, **download) -> Path:
-    """The ``adapter.safetensors`` that `source` of `from_pretrained` names; a repository's file is downloaded.
+    """Path of the `adapter.safetensors` of a `source` of `from_pretrained`, downloaded if it is in a repository.
 
     Raises:
-        AmpError: A repository can't be downloaded. That a local file is missing shows when it is read.
+        AmpError: A repository can't be downloaded. A missing local file is only detected when it is read.
     """
     if not str(source).startswith(HUB):
         path = Path(source)
@@ -78,7 +80,7 @@ def adapter_file(source: str | os.PathLike, **download) -> Path:
 
 
 def config_of(header: AdapterHeader) -> dict[str, Any]:
-    """Content of ``config.json``: what the header of the weights says."""
+    """Content of `config.json`, taken from the header of the weights."""
     return {
         "library_name": "open-clip-amp",
         "version": header.version,
@@ -97,14 +99,14 @@ def _check_config(path: Path, header: AdapterHeader, weights: dict[str, torch.Te
     try:
         seen = json.loads(path.read_text(encoding="utf-8"))
         compared = {key: seen[key] for key in ("base_model", "prompt")}
-        if "interaction_layer" in compared["prompt"]:  # next to an adapter file of version 1
+        if "interaction_layer" in compared["prompt"]:  # written with an adapter file of version 1
             compared["prompt"] = vars(convert(compared["prompt"], weights)[0])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AmpError(f"{path}: not a config of save_pretrained ({error!r}); write the folder again") from None
+        raise AmpError(f"{path}: not a config that save_pretrained wrote ({error!r}); write the folder again") from None
     expected = json.loads(json.dumps(config_of(header)))
     for key, value in compared.items():
         if value != expected[key]:
             raise AmpError(
-                f"{path}: {key} is not what {WEIGHTS} was saved with; one of the two was changed. Download or save "
-                "both again"
+                f"{path}: {key} differs from the one in {WEIGHTS}; one of the two files was changed. Download or "
+                "save both again"
             )

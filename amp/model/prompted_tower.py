@@ -1,4 +1,4 @@
-"""The image tower with visual prompts: what runs before the first prompted block, and what runs from it on."""
+"""The image tower with visual prompts, split before the first prompted block."""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,16 @@ from amp.model.towers.base import Backbone
 
 
 class PromptedTower:
-    """The blocks of a frozen image tower, prompted from block `first` on. It owns no parameters: the model does.
+    """The blocks of a frozen image tower, prompted from block `first` on. The parameters belong to the model.
 
     Args:
-        backbone: The frozen tower.
-        visual_prompts: Prompts of the blocks from `first` on.
-        first: The first block that sees prompts or knowledge.
+        backbone: The frozen CLIP.
+        visual_prompts: Prompts for the blocks from `first` on.
+        first: Index of the first block that sees prompts or knowledge.
         projection: Learned map that is added to CLIP's projection, or None.
 
     Attributes:
-        recompute: Recompute the prompted blocks in the backward pass, to save memory.
+        recompute: Whether to recompute the prompted blocks in the backward pass, to save memory.
     """
 
     def __init__(self, backbone: Backbone, visual_prompts: VisualPrompts, first: int, projection: nn.Linear | None):
@@ -28,23 +28,23 @@ class PromptedTower:
 
     @torch.no_grad()
     def early(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to tokens before block `first` (B, F + M, d_v), whatever the caption."""
+        """Images (B, 3, H, W) to tokens before block `first` (B, F + M, d_v), which don't depend on captions."""
         return self.backbone.blocks(self.backbone.embed(images), 0, self.first)
 
     @torch.no_grad()
     def base(self, early: torch.Tensor) -> torch.Tensor:
-        """Those tokens to the frozen CLIP's own features (B, d)."""
+        """Tokens before block `first` to the frozen CLIP's own features (B, d)."""
         return self.backbone.pool(self.backbone.blocks(early, self.first, self.backbone.num_layers))
 
     def features(
         self, tokens: torch.Tensor, joined: torch.Tensor | None = None, absent: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tokens before block `first` (B, F + M, d_v) to image features (B, d), under visual prompts.
+        """Tokens before block `first` (B, F + M, d_v) to image features (B, d), with visual prompts.
 
         Args:
-            tokens: What enters the block.
-            joined: Further tokens (B, E, d_v) that stand after the patches in all blocks.
-            absent: Which of those nobody attends to, bool (B, E).
+            tokens: Input of the block.
+            joined: Further tokens (B, E, d_v), placed after the patches in all blocks.
+            absent: Which of the joined tokens are masked out of the attention, bool (B, E).
         """
         return self.features_and_patches(tokens, joined, absent)[0]
 
@@ -55,8 +55,10 @@ class PromptedTower:
         absent: torch.Tensor | None = None,
         all_tokens: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `features`, with the patches after the last block (B, M, d_v), which mean something only with
-        `all_tokens`: without it the last block may compute the class token only."""
+        """Returns `features`, and the patches after the last block (B, M, d_v).
+
+        The patches are only valid with `all_tokens`. Without it, the last block may compute only the class token.
+        """
         pooled, patches = self.backbone.pooled(self._blocks(tokens, joined, absent, all_tokens))
         features = self.backbone.project(pooled)
         if self.projection is not None:
@@ -65,12 +67,12 @@ class PromptedTower:
 
     def _blocks(self, tokens, joined, absent, all_tokens: bool) -> torch.Tensor:
         backbone = self.backbone
-        if self.visual_prompts.num_prompts == 0 and joined is None:  # the base CLIP's own calls, bit for bit
+        if self.visual_prompts.num_prompts == 0 and joined is None:  # bit-identical to the base CLIP
             return backbone.blocks(tokens, self.first, backbone.num_layers, self.recompute)
         if joined is not None:
             absent = F.pad(absent, (tokens.shape[1], self.visual_prompts.num_prompts))
             tokens = torch.cat([tokens, joined], dim=1)
-        length = tokens.shape[1]  # visual prompts after it are replaced at each block
+        length = tokens.shape[1]  # the visual prompts after it are replaced at each block
         for index in range(self.first, backbone.num_layers):
             tokens = self.visual_prompts(tokens, index - self.first, length)
             tokens = backbone.prompted_block(index, tokens, self.recompute, absent, all_tokens)

@@ -1,4 +1,4 @@
-"""Cosines of image and caption features, in fp32 whatever the precision of the features."""
+"""Cosines of image and caption features, in fp32 regardless of the features' precision."""
 
 import torch
 import torch.nn.functional as F
@@ -10,5 +10,5 @@ def similarity(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def pair_similarity(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Cosines row by row, fp32: (P, d) and (P, d) -> (P,), or any shapes that broadcast, as (B, C, d) and (C, d)."""
+    """Cosines row by row, fp32: (P, d) and (P, d) -> (P,), or shapes that broadcast, such as (B, C, d) and (C, d)."""
     return F.cosine_similarity(image.float(), text.float(), dim=-1)

@@ -1,11 +1,11 @@
-"""Checkpoints: folders that appear whole or not at all, the newest K of a stage, each checked before it is used.
+"""Checkpoints: folders that appear complete or not at all. The newest K per stage are kept, and checked before use.
 
     OUT/checkpoints/stage1-step00000120/adapter.safetensors     adapter weights in fp32, for `load_adapter`
                                         optimizer.safetensors   AdamW's moments by parameter name
                                         state.json              position, settings, and the sha256 of the two files
 
-The frozen CLIP is not among them. Nothing depends on the engine or on the number of processes, and no generator's state
-is needed: order, captions, crops, negatives and what a step draws are functions of (seed, epoch, step).
+The frozen CLIP is not included. A checkpoint doesn't depend on the engine or the number of processes, and it needs no
+state of random generators: order, captions, crops, negatives and random draws are functions of (seed, epoch, step).
 """
 
 import json
@@ -44,11 +44,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint.
+    """A complete checkpoint.
 
     Attributes:
-        folder: Where it lies.
-        state: Content of ``state.json``.
+        folder: Folder of the checkpoint.
+        state: Content of `state.json`.
     """
 
     folder: Path
@@ -60,12 +60,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps of the stage that were taken."""
+        """Number of optimizer steps taken in the stage."""
         return self.state["step"]
 
     @property
     def finished(self) -> bool:
-        """Whether it is the end of its stage."""
+        """Whether the stage is complete."""
         return self.step >= self.state["steps"]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -83,22 +83,22 @@ class Checkpoints:
 
     Args:
         out: Folder of the run.
-        keep: How many of each stage are kept.
+        keep: Number of checkpoints kept per stage.
     """
 
     def __init__(self, out: str | os.PathLike, keep: int = 2):
         self.folder, self.keep = Path(out) / "checkpoints", keep
 
     def save(self, stage: int, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Writes a checkpoint under a temporary name, renames it, then removes the stage's oldest.
+        """Writes a checkpoint under a temporary name, renames it, then removes the stage's oldest ones.
 
         Args:
-            stage, step: What it is called.
-            write: Puts the adapter and optimizer files into the folder given.
-            state: Goes to ``state.json`` beside format, stage and step.
+            stage, step: Position of the checkpoint, which becomes its name.
+            write: Writes the adapter and optimizer files into the given folder.
+            state: Content of `state.json` in addition to format, stage and step.
 
         Raises:
-            AmpError: It can't be written; those before are untouched and no part of it is left.
+            AmpError: The checkpoint can't be written. Earlier ones are untouched, and no part of it is left.
         """
         target = self.folder / f"stage{stage}-step{step:08d}"
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
@@ -118,15 +118,15 @@ class Checkpoints:
             (temporary / STATE).write_text(json.dumps(record, indent=1))
             for name in (ADAPTER, OPTIMIZER, STATE):
                 sync(temporary / name)
-            if target.exists():  # a run that went back to an older one comes by here again
+            if target.exists():  # a run that resumed from an older checkpoint gets here again
                 shutil.rmtree(target)
             os.rename(temporary, target)
             sync(self.folder)
-        except Exception as error:  # safetensors has its own class for a full disk
+        except Exception as error:  # safetensors has its own exception for a full disk
             free = shutil.disk_usage(self.folder if self.folder.is_dir() else ".").free
             raise AmpError(
-                f"{target}: can't be written ({error}), {free / 1e9:.2f} GB are free there. Make room; checkpoints "
-                "before it are whole"
+                f"{target}: can't be written ({error}), {free / 1e9:.2f} GB are free there. Make room; earlier "
+                "checkpoints are intact"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,11 +135,11 @@ class Checkpoints:
         return target
 
     def names(self, *stages: int) -> list[str]:
-        """Folders with a checkpoint's name, oldest first."""
+        """Names of the stages' checkpoint folders, oldest first."""
         return sorted(path.name for stage in stages for path in self.folder.glob(f"stage{stage}-step[0-9]*"))
 
     def newest(self, stages: list[int], say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-        """The newest whole checkpoint of some stages; damaged ones are named through `say` and passed over."""
+        """The newest complete checkpoint of some stages. Damaged ones are reported through `say` and skipped."""
         for name in reversed(self.names(*stages)):
             try:
                 return open_checkpoint(self.folder / name)
@@ -148,21 +148,21 @@ class Checkpoints:
         return None
 
     def remove_unfinished(self) -> None:
-        """Removes what a killed process left under a temporary name."""
+        """Removes temporary folders that a killed process left behind."""
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def remove(self, stage: int) -> None:
-        """Removes all of a stage."""
+        """Removes all checkpoints of a stage."""
         for name in self.names(stage):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose files are those that were written.
+    """Opens a checkpoint after checking that its files are unchanged.
 
     Raises:
-        AmpError: A file is missing, cut short or changed, or it is of another format version.
+        AmpError: A file is missing, truncated or changed, or the format version differs.
     """
     path = folder / STATE
     try:
@@ -179,7 +179,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise AmpError(f"{path}: 'files' names {shorten(sorted(state['files']))}, expected {ADAPTER}, {OPTIMIZER}")
         for name, digest in state["files"].items():
             if sha256_of(folder / name) != digest:
-                raise AmpError(f"{folder / name}: damaged, its sha256 is not the one that {STATE} states")
+                raise AmpError(f"{folder / name}: damaged: its sha256 differs from the one in {STATE}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, AmpError):
             raise
@@ -188,7 +188,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def sync(path: Path) -> None:
-    """Forces a file, or a folder's entries, to the disk: no name without its content after a power cut."""
+    """Forces a file, or a folder's entries, to disk, so that a power cut leaves no name without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

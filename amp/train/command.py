@@ -1,4 +1,4 @@
-"""``--config``: a YAML file of a training run, or a recipe by its name."""
+"""The option `--config`: a YAML file of a training run, or the name of a recipe."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config FILE``, or the name of a recipe that is installed with the package, such as ``photos``."""
+    """`--config FILE`, or the name of a recipe that is installed with the package, such as `photos`."""
 
     def __call__(self, parser, cfg, values, option_string=None):
         recipe = RECIPES / f"{values}.yaml"

@@ -1,6 +1,6 @@
-"""Settings of a training run; every key can be set in YAML and on the command line.
+"""Settings of a training run. Every key can be set in YAML and on the command line.
 
-Numbers marked ours are this project's: the paper's supplement with its hyper-parameters is not public.
+Values marked "ours" are this project's choice: the paper's supplement with its hyper-parameters is not public.
 """
 
 from dataclasses import dataclass, field
@@ -16,11 +16,12 @@ class ModelSettings:
     """The base CLIP.
 
     Args:
-        name: As open_clip's: a model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``.
-        pretrained: As open_clip's: a tag or a file; null with a schema name.
-        precision: Type of the frozen weights. bf16 and fp16 halve their memory and round features; refused where
-            autocast (`mixed_precision`) is of the other of the two.
-        resize_mode: How photos are fitted: null is the base model's own way, ``squash`` keeps the borders.
+        name: Model of open_clip: a name, `local-dir:FOLDER` or `hf-hub:ORG/REPO`.
+        pretrained: Weights of open_clip: a tag or a file; null for `local-dir:` and `hf-hub:` models.
+        precision: Type of the frozen weights. bf16 and fp16 halve their memory but round features. They can't be
+            combined with autocast (`mixed_precision`) in the other low-precision type.
+        resize_mode: How photos are resized: null uses the base model's own mode, `squash` changes the aspect ratio
+            instead of cropping the borders.
     """
 
     name: str = "ViT-B-16-quickgelu"
@@ -34,17 +35,17 @@ class DataSettings:
     """The shards and how they are read.
 
     Args:
-        shards: Folder that amp make_shards wrote.
+        shards: Folder written by amp make_shards.
         train_split: Split to train on.
-        val_split: Split to validate on; null trains without validation.
-        batch_size: Images a process and step.
-        workers: Decoding processes a training process; fewer where there are fewer cores.
-        augment: ``none`` uses the validation transform, ``crop`` open_clip's training transform (no flip in either).
-        kinds: Kinds of triplets used; ``[action]`` is Table 3's "w/o attribute knowledge".
-        cache: Folder for text features and frozen image features.
-        cache_dtype: Type of cached features; float16 halves the space, float32 is exact.
-        cache_images: Store each image's tokens before the first prompted block on disk, (F + M) x d_v numbers per
-            image; needs ``augment: none``.
+        val_split: Split to validate on; null disables validation.
+        batch_size: Images per process and batch; an optimizer step takes `gradient_accumulation` batches.
+        workers: Image-decoding workers per training process; fewer are started if there are too few cores.
+        augment: `none` uses the validation transform, `crop` open_clip's training transform. Neither flips images.
+        kinds: Kinds of triplets to use; `[action]` is Table 3's "w/o attribute knowledge".
+        cache: Folder for cached text features and frozen image features.
+        cache_dtype: Type of cached features; float16 halves the disk space, float32 is exact.
+        cache_images: Cache each image's tokens before the first prompted block on disk, (F + M) x d_v numbers per
+            image. Needs `augment: none`.
     """
 
     shards: str = ""
@@ -65,10 +66,10 @@ class StageSettings:
 
     Args:
         epochs: Passes over the training images.
-        lr: Peak learning rate (ours); warm-up is linear, then it falls to zero on a cosine.
-        warmup_steps: Optimizer steps of warm-up (ours).
-        weight_decay: Of AdamW, on matrices only (ours).
-        max_steps: Optimizer steps at most; 0 sets no limit.
+        lr: Peak learning rate (ours). After linear warm-up it falls to zero on a cosine.
+        warmup_steps: Number of optimizer steps of warm-up (ours).
+        weight_decay: Weight decay of AdamW, applied only to matrices (ours).
+        max_steps: Maximum number of optimizer steps; 0 means no limit.
     """
 
     epochs: int = 10
@@ -80,14 +81,14 @@ class StageSettings:
 
 @dataclass
 class CheckpointSettings:
-    """Checkpoints of a run, from which the same command goes on.
+    """Checkpoints of a run, from which the same command resumes.
 
     Args:
-        every_steps: Optimizer steps between two checkpoints; 0 saves them at the end of each epoch and stage alone, and
-            when the run is asked to stop.
-        keep: How many of each stage are kept.
-        resume: Go on from the newest whole checkpoint in `out`; false removes checkpoints and adapters of the stages
-            that start anew.
+        every_steps: Optimizer steps between two checkpoints. 0 saves them only at the end of each epoch and stage, and
+            when a signal stops the run.
+        keep: Number of checkpoints kept per stage.
+        resume: Resume from the newest complete checkpoint in `out`. False starts anew and removes the checkpoints and
+            adapters of the run's stages and of later ones.
     """
 
     every_steps: int = 0
@@ -100,42 +101,42 @@ class TrainConfig:
     """A training run.
 
     Args:
-        out: Folder of the run.
+        out: Output folder of the run.
         model: The base CLIP.
         prompt: Architecture of the prompts.
-        data: The shards.
-        stages: Which stages run, in order: ``[1, 2]``, ``[1]`` or ``[2]``.
-        combined: Stage 1 minimises eq. 10 + eq. 11 at once, the "combined training" of Table 5; asks for ``[1]``.
-        stage1: Contrastive stage (eq. 10).
-        stage2: Triplet stage (eq. 11).
-        init: Adapter file to start from; needed for ``stages: [2]``.
-        conditioning: ``contrastive`` scores an image under the knowledge of the text it is scored against (ours),
-            ``paired`` under its own caption's (literal eq. 10). A control has no knowledge to condition on.
-        negatives: Sampled negatives per direction for ``contrastive`` (ours). Of no effect with interactions that score
-            all pairs, such as ``readout``.
-        mined_group: Images that the frozen CLIP confuses come into one batch, this many together (first-stage mining,
-            ours); 1 leaves batches random.
-        knowledge_dropout: Share of a caption's triplets, each with its state, that a training step leaves out at random
-            (ours); a caption that loses all of them learns the null token.
-        prompt_lr_factor: Learning rate of visual prompts and of the temperature, as a multiple of `lr` (ours).
+        data: The shards and how they are read.
+        stages: Stages to run, in order: `[1, 2]`, `[1]` or `[2]`.
+        combined: Minimise eq. 10 + eq. 11 together in stage 1, the "combined training" of Table 5. Needs `stages: [1]`.
+        stage1: Settings of the contrastive stage (eq. 10).
+        stage2: Settings of the triplet stage (eq. 11).
+        init: Adapter file to start from; required for `stages: [2]`.
+        conditioning: `contrastive` scores an image with the knowledge of the text it is scored against (ours), `paired`
+            with its own caption's knowledge (literal eq. 10). No effect on controls, which have no knowledge.
+        negatives: Sampled negatives per direction for `contrastive` (ours). No effect with interactions that score all
+            pairs, such as `readout`.
+        mined_group: Number of images in a group that the frozen CLIP confuses and that is put into one batch
+            (first-stage mining, ours); 1 makes batches random.
+        knowledge_dropout: Probability with which a training step drops a triplet and its state (ours). A caption that
+            loses all triplets uses the learned null token.
+        prompt_lr_factor: Learning rate of visual prompts and temperature, as a multiple of `lr` (ours).
         margin: Margin of the triplet loss (ours).
-        mixed_precision: Autocast type; ``auto`` is bf16 on a GPU and on processors that have instructions for it, else
-            no; null takes what `accelerate launch` says.
-        gradient_accumulation: Batches of a process an optimizer step; as one large batch, but for ``contrastive`` with
-            ``aim`` or ``cat``, whose negatives come from one batch (docs/training.md).
-        max_grad_norm: Gradients are scaled down to this norm (ours); 0 leaves them.
-        activation_checkpointing: Recompute the prompted blocks in the backward pass.
-        deepspeed: DeepSpeed file, such as ``ds_configs/zero2.json``; null trains without, or with the file that
-            `accelerate launch --use_deepspeed` names. One stage a launch.
-        checkpoint: When checkpoints are saved, and whether the run goes on from one.
-        max_skipped: Steps in a row that may be skipped because their loss or gradient is not finite; one more ends the
-            run.
-        timeout_minutes: How long a process waits for the others before it gives up.
-        seed: Of order, captions, negatives and initial weights.
-        trackers: Accelerate trackers, such as ``[tensorboard]`` or ``[tensorboard, wandb]``.
+        mixed_precision: Autocast type. `auto` is bf16 on a GPU or a CPU with bf16 instructions, otherwise no; null uses
+            the setting of `accelerate launch`.
+        gradient_accumulation: Batches per process and optimizer step. The result is that of one large batch, except for
+            `contrastive` with `aim` or `cat`, whose negatives come from a single batch (docs/training.md).
+        max_grad_norm: Maximum norm of the gradients, to which larger ones are scaled down (ours); 0 disables clipping.
+        activation_checkpointing: Recompute the prompted blocks in the backward pass to save memory.
+        deepspeed: DeepSpeed file, such as `ds_configs/zero2.json`. null trains without DeepSpeed, or with the file that
+            `accelerate launch --use_deepspeed` names. DeepSpeed trains one stage per launch.
+        checkpoint: When checkpoints are saved, and whether the run resumes from one.
+        max_skipped: Maximum number of consecutive steps that may be skipped because their loss or gradient is not
+            finite. One more ends the run.
+        timeout_minutes: Minutes that a process waits for the others before it gives up.
+        seed: Random seed of the order, captions, negatives and initial weights.
+        trackers: Experiment trackers of Accelerate, such as `[tensorboard]` or `[tensorboard, wandb]`.
         log_every: Optimizer steps between two log entries.
-        validate_every: Epochs between two validations; 0 for none.
-        validation_queries: Queries per direction of a validation, evenly spaced, in the whole gallery; 0 for all.
+        validate_every: Epochs between two validations; 0 disables validation.
+        validation_queries: Queries per direction of a validation, evenly spaced, against the whole gallery; 0 uses all.
     """
 
     out: str = "runs/train"
@@ -171,7 +172,7 @@ class TrainConfig:
 
     @property
     def validation(self) -> RetrievalSettings:
-        """How the validation split is searched: for recalls, with as little work as they need."""
+        """Search settings of the validation split, which compute only what recalls need."""
         return RetrievalSettings(i2t=["pairwise"], max_queries=self.validation_queries, skip_decided=True)
 
     def stage(self, number: int) -> StageSettings:
@@ -182,18 +183,16 @@ class TrainConfig:
         """Optimizer steps of a stage.
 
         Raises:
-            AmpError: It has no epoch.
+            AmpError: The stage has no epochs.
         """
         settings = self.stage(stage)
         if settings.epochs < 1:
-            raise AmpError(
-                f"stage{stage}.epochs is {settings.epochs}, expected 1 or more; leave the stage out with stages"
-            )
+            raise AmpError(f"stage{stage}.epochs is {settings.epochs}, expected 1 or more; to skip it, change stages")
         steps = settings.epochs * steps_an_epoch
         return min(steps, settings.max_steps) if settings.max_steps else steps
 
     def check(self) -> None:
-        """Raises AmpError where a key is out of its range or contradicts another."""
+        """Raises `AmpError` if a key is out of range or contradicts another."""
         if not self.out:
             raise AmpError("out is empty, expected a folder; add --out FOLDER")
         if not self.data.shards:
@@ -215,7 +214,7 @@ class TrainConfig:
                 "random crops can't be stored; add --data.augment none"
             )
         if not 0.0 <= self.knowledge_dropout < 1.0:
-            raise AmpError(f"knowledge_dropout is {self.knowledge_dropout}, expected a number from 0, below 1")
+            raise AmpError(f"knowledge_dropout is {self.knowledge_dropout}, expected a number from 0 to below 1")
         low = {
             "data.batch_size": (self.data.batch_size, 1),
             "data.workers": (self.data.workers, 0),

@@ -1,4 +1,4 @@
-"""A training run: data once, then one loop per stage, from the beginning or from a checkpoint."""
+"""A training run: prepares the data once, then runs one loop per stage, from the start or from a checkpoint."""
 
 import gc
 from collections.abc import Iterator
@@ -24,14 +24,15 @@ from amp.train.stopping import StopRequest
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the stages of a configuration, or what a checkpoint in `config.out` leaves of them.
+    """Runs the stages of a configuration, or resumes them from a checkpoint in `config.out`.
 
     Returns:
         The adapter file of the last stage.
 
     Raises:
-        AmpError: Wrong input, before anything is trained; a lost process, a full disk, a loss that stays infinite.
-        Stopped: A signal asked the run to stop, and its state is saved.
+        AmpError: Invalid input, before anything is trained; a lost process, a full disk, or a loss that stays
+            non-finite.
+        Stopped: A signal stopped the run, after its state was saved.
     """
     config.check()
     with StopRequest() as request:
@@ -44,7 +45,7 @@ def train(config: TrainConfig) -> Path:
 
 def _train(run: Run) -> Path:
     config, accelerator = run.config, run.accelerator
-    # Opened before the model is built, which may mean a download: a wrong folder shows at once.
+    # Open the data before building the model, which may download weights, so that a wrong folder fails at once.
     run.split, val_split = open_splits(config)
     found, differing = run.find_checkpoint()
     left = stages_left(config.stages, found)
@@ -69,7 +70,7 @@ def _train(run: Run) -> Path:
         )
     start = config.init if found is None else found.folder / ADAPTER
     if start is not None:
-        load_adapter(start, run.model)  # which compares the base model's weights
+        load_adapter(start, run.model)  # also checks the base model's weights
     if finished:
         return run.say_finished(last, differing)
     run.model.tower.recompute = config.activation_checkpointing
@@ -93,14 +94,14 @@ def _train(run: Run) -> Path:
 def frozen_heap() -> Iterator[None]:
     """Excludes existing objects from garbage collection while the block runs.
 
-    Imported packages alone are half a million objects. Python looks at all of them when a quarter as many are new, a
-    pause of a third of a second, and until then keeps the cycles that each checkpoint leaves behind: memory would grow
-    for hours. Without the old objects it collects often, looks at new ones only, and doesn't write to pages that
-    decoding workers share with the process they were forked from.
+    Imported packages alone are half a million objects. Python scans all of them once there are a quarter as many new
+    ones, which pauses for a third of a second. Until then it keeps the reference cycles that each checkpoint leaves, so
+    memory would grow for hours. Without the old objects it collects often, scans only new ones, and doesn't write to
+    memory pages that decoding workers share with this process.
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # of nothing; or else the number of old objects would still decide when to collect
+    gc.collect()  # resets the count of old objects, which decides when to collect
     try:
         yield
     finally:

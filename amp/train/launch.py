@@ -16,21 +16,21 @@ from amp.train.config import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The Accelerator of a training run.
+    """Creates the Accelerator of a training run.
 
     Args:
-        config: Of it the precision, accumulation, trackers, time limit and DeepSpeed file are read.
+        config: Settings of the run.
 
     Raises:
-        AmpError: What `launch_problems` and `precision_problems` tell, a wrong DeepSpeed file, or another number of
-            processes than was launched.
+        AmpError: `launch_problems` or `precision_problems` found a problem, the DeepSpeed file is wrong, or the number
+            of processes differs from the launcher's.
     """
     cuda, world, file = torch.cuda.is_available(), world_of_launcher(), deepspeed_file(config)
     for problem in (*launch_problems(config, world, file), *precision_problems(config, file, cuda)):
         raise AmpError(problem)
     if not cuda and file is not None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate leaves DeepSpeed out without a word
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate silently ignores DeepSpeed
         leave_inference_out()
         if precision_of(config) == "fp16" and not computes_fp16():
             raise AmpError(
@@ -52,22 +52,24 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def leave_inference_out() -> None:
-    """Keeps DeepSpeed from compiling, which takes a minute and a compiler, an exchange between CPU processes that its
-    tensor-parallel inference alone uses: training goes through gloo with and without it."""
+    """Stops DeepSpeed from JIT-compiling its CPU all-reduce kernel, which only tensor-parallel inference uses.
+
+    Compiling takes a minute and needs a compiler. Training communicates over gloo either way.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def computes_fp16() -> bool:
-    """Whether DeepSpeed's CPU backend takes fp16 on this processor."""
+    """Whether DeepSpeed's CPU backend supports fp16 on this processor."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().is_fp16_supported()
 
 
 def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> Iterator[str]:
-    """What `world` processes can't train: a start stops at the first, a plan tells all."""
+    """Yields reasons why `world` processes can't run this training. A launch stops at the first; a plan lists all."""
     known = sorted(tracker.value for tracker in LoggerType)
     unknown = sorted(set(config.trackers) - set(known))
     if unknown:
@@ -77,7 +79,7 @@ def launch_problems(config: TrainConfig, world: int, deepspeed: str | None) -> I
         )
     if deepspeed and len(config.stages) > 1:
         yield (
-            "stages is [1, 2] under DeepSpeed, expected one stage a launch: an engine can't change what it trains. "
+            "stages is [1, 2] under DeepSpeed, expected one stage per launch: an engine can't change what it trains. "
             "Launch --stages '[1]', then --stages '[2]' --init OUT/stage1/adapter.safetensors"
         )
     if world * config.data.batch_size < 2:
@@ -103,11 +105,13 @@ def deepspeed_file(config: TrainConfig) -> str | None:
 
 
 def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
-    """DeepSpeed's settings with our integers filled in: its "auto" can't read a stream that Accelerate doesn't own.
+    """Reads DeepSpeed's settings and fills in the run's own values.
+
+    DeepSpeed's "auto" can't read them from a data stream that Accelerate doesn't own.
 
     Raises:
-        AmpError: No JSON object, a ZeRO stage other than 1 to 3, or a key that the run
-            fills in with another value.
+        AmpError: The file is not a JSON object, its ZeRO stage is not 1 to 3, or it sets a key that the run fills in to
+            another value.
     """
     try:
         settings = parse_json(Path(path).read_text())
@@ -119,7 +123,7 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
         ) from None
     if stage not in (1, 2, 3):
         raise AmpError(
-            f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3; without ZeRO leave the file out"
+            f"{path}: zero_optimization.stage is {stage!r}, expected 1, 2 or 3; without ZeRO, leave out the file"
         )
     precision = precision_of(config)
     filled = {
@@ -127,16 +131,16 @@ def deepspeed_settings(path: str, config: TrainConfig, world: int) -> dict:
         "gradient_accumulation_steps": config.gradient_accumulation,
         "train_batch_size": config.data.batch_size * config.gradient_accumulation * world,
         "gradient_clipping": config.max_grad_norm,
-        # Autocast leaves the weights in fp32, as without DeepSpeed: its bf16 block would round the temperature, the
-        # gates and all that stage 2 keeps. No module's gradients are sent in bf16 either.
+        # Autocast leaves the weights in fp32, as without DeepSpeed. DeepSpeed's bf16 mode would round the temperature,
+        # the gates and everything that stage 2 keeps. Gradients are not sent in bf16 either.
         "torch_autocast": {
             "enabled": precision == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },
         "bf16": {"enabled": False},
-        # Loss scaling under autocast clips before it unscales (DeepSpeed 0.19), so fp16 takes the block, with fp32
-        # master weights.
+        # Under autocast, DeepSpeed 0.19 clips before it unscales the loss, so fp16 uses the fp16 mode, with fp32 master
+        # weights.
         "fp16": {"enabled": precision == "fp16"},
     }
     for key, value in filled.items():

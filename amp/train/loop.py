@@ -1,4 +1,4 @@
-"""One stage: its engine and optimizer, the loop of optimizer steps, and what happens between two of them."""
+"""One stage: its engine and optimizer, the loop over optimizer steps, and what happens between steps."""
 
 import json
 import os
@@ -34,17 +34,17 @@ class StageLoop:
     """The optimizer steps of one stage.
 
     Args:
-        run: What the stages share.
+        run: State shared by the stages.
         stage: 1 or 2.
         done: Optimizer steps of the stages before it, for the trackers.
 
     Attributes:
         steps: Optimizer steps of the whole stage.
-        step: How many of them are taken.
-        skipped: How many of these changed nothing because the loss or a gradient was not finite.
+        step: Number of steps taken.
+        skipped: Number of steps that changed nothing because the loss or a gradient was not finite.
 
     Raises:
-        AmpError: The stage has no step.
+        AmpError: The stage has no epochs.
     """
 
     def __init__(self, run: Run, stage: int, done: int):
@@ -58,11 +58,11 @@ class StageLoop:
         self.step = self.skipped = self.skipped_in_a_row = 0
 
     def take_steps(self, found: Checkpoint | None) -> None:
-        """Trains from the beginning, or from `found`, whose weights the model holds already, to the end of the stage.
+        """Trains to the end of the stage, from the start or from `found`, whose weights the model already has.
 
         Raises:
-            Stopped: A signal asked for it; a checkpoint is saved.
-            AmpError: The loss or gradients stay infinite, or the adapter can't be written.
+            Stopped: A signal stopped the run, after a checkpoint was saved.
+            AmpError: The loss or gradients stay non-finite, or the adapter can't be written.
         """
         self.prepare(found)
         run, total = self.run, self.steps
@@ -89,17 +89,17 @@ class StageLoop:
                     run.stop(number, self.stage, self.step)
                 if epoch_ends and run.retrieval is not None and (last or epoch % self.config.validate_every == 0):
                     self.validate(run.retrieval, epoch)
-        if found is not None and found.finished:  # of whose adapter somebody has removed the file
+        if found is not None and found.finished:  # its adapter file has been removed
             self.save(adapter_too=True, must=True)
-        self.accelerator.wait_for_everyone()  # where rank 0 found no room, no other may end as if all were well
+        self.accelerator.wait_for_everyone()  # if rank 0 couldn't write, no other rank may end successfully
         self.accelerator.free_memory(self.engine, self.optimizer)
         run.model = self.accelerator.unwrap_model(self.engine)
 
     def prepare(self, found: Checkpoint | None) -> None:
-        """Wraps the model for this stage and puts the optimizer where `found` left it."""
+        """Wraps the model for this stage and restores the optimizer from `found`."""
         config, model, settings = self.config, self.run.model, self.settings
         set_trainable(model, self.stage)
-        # In fp32 whatever the engine makes of them: what this stage doesn't train goes into its adapter as it came.
+        # fp32 copies of what this stage doesn't train, saved unchanged in its adapter even if the engine casts weights.
         self.fixed = {
             name: value.detach().float().cpu().clone()
             for name, value in model.adapter_state().items()
@@ -116,12 +116,13 @@ class StageLoop:
             self.state.load_loss_scale(found.state["loss_scale"])
 
     def seed_of_step(self) -> int:
-        """What a step draws at random on a rank is a function of (seed, stage, step, rank): no generator is resumed."""
+        """Random seed of a step on this rank. It depends only on (seed, stage, step, rank), so no generator is
+        restored."""
         sequence = np.random.SeedSequence([self.config.seed, self.stage, self.step, rank()])
         return int(sequence.generate_state(1)[0])
 
     def batches(self) -> Iterator[Batch]:
-        """Batches of this rank, from the step at hand on."""
+        """Batches of this rank, starting at the current step."""
         number, order = self.step * self.accumulation, self.run.order
         while True:
             order.set_position(number)
@@ -130,7 +131,8 @@ class StageLoop:
                 number += 1
 
     def optimizer_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step over `gradient_accumulation` batches: this rank's mean loss and the logit scale, (1,) each."""
+        """Takes one step over `gradient_accumulation` batches. Returns this rank's mean loss and the logit scale,
+        (1,)."""
         accelerator = self.accelerator
         # On the CPU the backward pass of fused attention leaves the processor's bf16 units idle.
         unfused = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
@@ -156,9 +158,9 @@ class StageLoop:
         return mean, scale.detach()
 
     def update(self) -> bool:
-        """Clips and applies the gradients; True where they are not finite and were dropped, on all ranks alike."""
+        """Clips and applies the gradients. Returns True, on all ranks, if they were not finite and were dropped."""
         accelerator = self.accelerator
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # has done it all in `backward`
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:  # already done in `backward`
             return self.optimizer.step_was_skipped
         norm = accelerator.clip_grad_norm_(self.state.parameters.values(), self.config.max_grad_norm or float("inf"))
         drop = accelerator.scaler is None and not torch.isfinite(norm)
@@ -172,12 +174,12 @@ class StageLoop:
         """Counts a skipped step and lists its samples in OUT/skipped.jsonl.
 
         Raises:
-            AmpError: It is one too many in a row.
+            AmpError: More than `max_skipped` steps in a row were skipped.
         """
         config, run = self.config, self.run
         mean = float(self.accelerator.reduce(loss, "mean"))
         if np.isfinite(mean) and self.accelerator.mixed_precision == "fp16":
-            return  # the loss scale was too high, as it is now and then; it has been lowered
+            return  # the loss scale was too high, which is normal, and has been lowered
         self.skipped += 1
         self.skipped_in_a_row += 1
         indices = all_gather(samples).tolist()
@@ -199,14 +201,15 @@ class StageLoop:
             )
 
     def log_step(self, loss: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
-        """Hands loss, temperature and rate to the trackers; returns the first two, the loss over all ranks."""
+        """Sends loss, temperature and learning rate to the trackers. Returns the loss over all ranks and the
+        temperature."""
         mean, temperature = float(self.accelerator.reduce(loss, "mean")), 1.0 / float(scale)
         values = {"loss": mean, "temperature": temperature, "lr": self.optimizer.param_groups[0]["lr"]}
         self.track({f"stage{self.stage}/{key}": value for key, value in values.items()})
         return mean, temperature
 
     def validate(self, retrieval: SplitSearch, epoch: int) -> None:
-        """Searches the validation split and logs R@1 beside the base model's."""
+        """Searches the validation split and logs R@1 next to the base model's."""
         self.engine.eval()
         with self.run.request.validating(), self.terminal.progress("validating", "pairs") as report:
             rankings = retrieval.rank(self.engine, self.accelerator.autocast, report)
@@ -224,9 +227,9 @@ class StageLoop:
         self.accelerator.log(values, step=self.done + self.step)
 
     def save(self, adapter_too: bool, must: bool) -> None:
-        """Saves a checkpoint, and with `adapter_too` the stage's adapter; every rank takes part in collecting both.
+        """Saves a checkpoint and, with `adapter_too`, the stage's adapter. Every rank must call it.
 
-        A failure ends the run where it `must` be saved; else training goes on, which is worth more than the checkpoint.
+        With `must`, a failure ends the run. Otherwise training continues without the checkpoint.
         """
         weights, moments = self.state.weights(), self.state.moments()
         if not self.accelerator.is_main_process:

@@ -1,11 +1,11 @@
-"""The two training objectives (paper, eq. 10 and 11). All in fp32, whatever the precision of the features."""
+"""The two training objectives (paper, eq. 10 and 11). Computed in fp32 regardless of the features' precision."""
 
 import torch
 import torch.nn.functional as F
 
 
 def same_image_mask(image_ids: torch.Tensor) -> torch.Tensor:
-    """Pairs off the diagonal that show the same image, bool (N, N): neither positives nor negatives of each other."""
+    """Off-diagonal pairs that show the same image, bool (N, N). They are neither positives nor negatives."""
     same = image_ids[:, None] == image_ids[None, :]
     return same & ~torch.eye(len(image_ids), dtype=torch.bool, device=image_ids.device)
 
@@ -14,7 +14,7 @@ def contrastive_loss(cosines: torch.Tensor, logit_scale: torch.Tensor, ignore: t
     """Symmetric contrastive loss, eq. 10 averaged over both directions.
 
     Args:
-        cosines: (N, N), row i and column i belong together.
+        cosines: Cosines (N, N); row i and column i belong together.
         logit_scale: 1 / tau, (1,).
         ignore: Pairs left out of the sums, bool (N, N).
     """
@@ -27,9 +27,9 @@ def triplet_loss(cosines: torch.Tensor, margin: float, ignore: torch.Tensor) -> 
     """Triplet loss with d = 1 - cos and the hardest negative in the batch, eq. 11 averaged over both directions.
 
     Args:
-        cosines: (N, N), row i and column i belong together.
-        margin: alpha.
-        ignore: Pairs that are no negatives, bool (N, N).
+        cosines: Cosines (N, N); row i and column i belong together.
+        margin: Margin, alpha.
+        ignore: Pairs that are not negatives, bool (N, N).
     """
     positive = cosines.diagonal()
     own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
@@ -43,8 +43,8 @@ def candidate_contrastive_loss(
 ) -> torch.Tensor:
     """One direction of eq. 10 with the sum over the batch estimated from m sampled negatives.
 
-    log(exp(s+) + sum_j w_j exp(s_j)), where w_j undoes that some negatives are drawn more often than others: the
-    expectation of the inner sum is that over all negatives (`draw_negatives`).
+    log(exp(s+) + sum_j w_j exp(s_j)), where w_j corrects for some negatives being drawn more often than others: the
+    expectation of the inner sum is the sum over all negatives (`draw_negatives`).
 
     Args:
         positive: Cosines of the true pairs (B,).
@@ -59,6 +59,6 @@ def candidate_contrastive_loss(
 def candidate_triplet_loss(
     positive: torch.Tensor, negative: torch.Tensor, log_weight: torch.Tensor, margin: float
 ) -> torch.Tensor:
-    """One direction of eq. 11 over m sampled negatives; arguments as `candidate_contrastive_loss`."""
+    """One direction of eq. 11 over m sampled negatives; arguments as in `candidate_contrastive_loss`."""
     hardest = negative.masked_fill(log_weight == float("-inf"), float("-inf")).amax(dim=1)
     return (margin + hardest - positive).relu().mean()

@@ -1,4 +1,4 @@
-"""First-stage mining: which training images the frozen CLIP confuses, the distribution that re-ranking sees."""
+"""First-stage mining: finds training images that the frozen CLIP confuses, as re-ranking will see them."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,19 @@ CHUNK = 4_096
 
 @torch.no_grad()
 def confusable(base: torch.Tensor, text: torch.Tensor, owner: torch.Tensor, k: int) -> torch.Tensor:
-    """For each image the k others that the frozen CLIP takes most easily for it, best first.
+    """For each image, the k other images that the frozen CLIP most easily confuses with it, most similar first.
 
-    Images i and j are as close as the mean of what retrieval would compare: image i with j's captions and image j with
-    i's captions. Memory grows with I x `CHUNK`.
+    Similarity is what retrieval would compare: image i with the mean of j's captions, plus image j with the mean of i's
+    captions. Memory grows with I x `CHUNK`.
 
     Args:
         base: The frozen CLIP's image features (I, d).
-        text: Its caption features (C, d).
-        owner: The image of each caption, int64 (C,).
-        k: Neighbours to keep; all others where there are fewer.
+        text: The frozen CLIP's caption features (C, d).
+        owner: Index of each caption's image, int64 (C,).
+        k: Neighbours to keep; all others if there are fewer.
 
     Returns:
-        int64 (I, min(k, I - 1)).
+        Indices of images, int64 (I, min(k, I - 1)).
     """
     base = F.normalize(base.float(), dim=-1)
     captions = torch.zeros_like(base).index_add_(0, owner, F.normalize(text.float(), dim=-1))

@@ -1,10 +1,10 @@
 """The loss of one step: which features are computed, which pairs are scored, and the stage's loss over them.
 
-`paired`, and controls, score all N x N pairs of the global batch with one feature per image. `contrastive` scores an
-image conditioned on the knowledge of the very text it is scored against, so that no image has seen the answer: all
-N x N pairs where the interaction can, as `readout`; else each image's own pair and sampled negatives. In addition to
-these few pairs, stage 1 then scores all N x N pairs without knowledge: that costs one feature per image and keeps the
-coarse ranking, which a few hard negatives unlearn.
+`paired` and controls score all N x N pairs of the global batch with one feature per image. `contrastive` scores an
+image conditioned on the knowledge of the text that it is scored against, so that a match doesn't give itself away. It
+scores all N x N pairs if the interaction can, such as `readout`, and otherwise each image's own pair and sampled
+negatives. With sampled negatives, stage 1 also scores all N x N pairs without knowledge. This costs one feature per
+image and keeps the coarse ranking, which a few hard negatives would unlearn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,14 +33,14 @@ class Objective:
 
     Args:
         stage: 1 for eq. 10, 2 for eq. 11.
-        interaction: How the model's images meet knowledge; says what can be scored.
-        conditioning: ``paired`` is the literal eq. 10, ``contrastive`` ours; of no effect on controls.
-        negatives: m, sampled negatives per direction for ``contrastive`` (ours).
-        margin: alpha of eq. 11 (ours).
-        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives: a number, or a tensor without
-            dimensions, since the weights of a plan have no values.
+        interaction: The model's interaction, which determines the pairs that can be scored.
+        conditioning: `paired` is the literal eq. 10, `contrastive` is ours; no effect on controls.
+        negatives: Sampled negatives per direction for `contrastive`, m (ours).
+        margin: Margin of eq. 11, alpha (ours).
+        sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives: a number, or a 0-d tensor,
+            because the weights of a plan have no values.
         seed: Random seed of the run.
-        knowledge_dropout: Share of the triplets, each with its state, that a step leaves out.
+        knowledge_dropout: Probability with which a step drops a triplet and its state.
         combined: Stage 1 minimises the sum of eq. 10 and eq. 11 (Table 5, "combined training").
     """
 
@@ -56,7 +56,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: "TrainConfig", stage: int, model: ActionAwareCLIP) -> "Objective":
-        """What a run minimises in a stage."""
+        """The objective of a stage of a run."""
         return cls(
             stage,
             model.interaction,
@@ -84,19 +84,19 @@ class Objective:
         return next(self.parts(model, [batch], step))
 
     def parts(self, model, batches: Sequence[Batch], step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The losses of one optimizer step, to be backpropagated one by one: their mean gradient is the step's.
+        """Yields the losses of one optimizer step, to be backpropagated one by one. Their mean gradient is the step's.
 
-        With several batches, each is scored against the whole global batch, but its loss backpropagates only through
-        its own part; the rows of the others come from a pass without gradients. Where negatives are sampled, each
-        batch has a loss of its own, since negatives are drawn within it.
+        With gradient accumulation, every micro-batch is scored against the whole global batch, but its loss
+        backpropagates only through its own micro-batch. The rows of the others come from a pass without gradients. With
+        sampled negatives, each batch has a loss of its own, because negatives are drawn within it.
 
         Args:
-            model: `ActionAwareCLIP`, or the engine around it; only called, never reached into.
-            batches: Of this rank, on the model's device; every rank gives as many, of as many samples.
-            step: Of the stage; seeds the draw of negatives and of triplets that are left out.
+            model: `ActionAwareCLIP`, or the engine around it. It is only called; its attributes are not used.
+            batches: Batches of this rank, on the model's device. Their number and size must be the same on every rank.
+            step: Step of the stage, which seeds the draw of negatives and the knowledge dropout.
 
         Yields:
-            Loss (a scalar, the same on every rank up to sampling) and logit scale (1,).
+            Loss (a scalar, the same on every rank except for sampling) and logit scale (1,).
         """
         if self.knowledge_dropout:
             batches = self._without_some_knowledge(batches, step)
@@ -110,7 +110,7 @@ class Objective:
                 KnowledgeBatch.cat([batch.knowledge.map(all_gather) for batch in batches]),
                 torch.cat([all_gather(batch.text) for batch in batches]),
             )
-        kept: list[tuple[torch.Tensor, ...]] = [()]  # the place of the part that is at hand, if it is the only one
+        kept: list[tuple[torch.Tensor, ...]] = [()]  # a placeholder for the only batch
         if len(batches) > 1:
             with torch.no_grad():
                 kept = [tuple(map(all_gather, self._rows(model, batch, everyone)[:-1])) for batch in batches]
@@ -118,14 +118,17 @@ class Objective:
         for number, batch in enumerate(batches):
             *rows, scale = self._rows(model, batch, everyone)
             parts = list(kept)
-            # The gradient of a part passes through one of the losses only, whose mean divides by their number.
+            # The gradient of a batch passes through only one of the losses, and their mean divides by their number.
             parts[number] = tuple(all_gather_with_grad(scale_gradient(x, len(batches))) for x in rows)
             image, *text = (torch.cat(kind) for kind in zip(*parts, strict=True))
             yield self._loss(similarity(image, *text) if text else image, scale, ignore), scale
 
     def _rows(self, model, batch: Batch, everyone: Captions | None):
-        """What this rank's images add to the matrix of cosines, and the logit scale: their rows of it where they are
-        conditioned on `everyone`, else their features and those of their captions."""
+        """This rank's rows of the cosine matrix if images are conditioned on `everyone`, else its image and caption
+        features.
+
+        The last value is the logit scale.
+        """
         if everyone is not None:
             features = model(batch.images, everyone, "all")
             return pair_similarity(features.conditioned, features.captions.text), features.logit_scale
@@ -139,7 +142,8 @@ class Objective:
         return loss + losses.triplet_loss(cosines, self.margin, ignore) if self.combined else loss
 
     def _without_some_knowledge(self, batches: Sequence[Batch], step: int) -> list[Batch]:
-        """Drawn for the global batch, of which a rank takes its rows: the same for any processes and parts."""
+        """Applies knowledge dropout, drawn for the global batch so that the number of processes and batches doesn't
+        matter."""
         size, k = batches[0].knowledge.mask.shape
         drawn = np.random.default_rng([self.seed, step, 2]).random((len(batches), world_size(), size, k))
         out = []
@@ -153,7 +157,7 @@ class Objective:
         if base is None:
             frozen = model(early)
             early, base = frozen.early, frozen.base
-        # The frozen tokens of all ranks: negatives for texts are images of the global batch.
+        # Gather the frozen tokens of all ranks, because negatives for texts are images of the global batch.
         early, base = all_gather(early), all_gather(base)
         text, ids = all_gather(batch.text), all_gather(batch.image_ids)
         knowledge = batch.knowledge.map(all_gather)
@@ -163,14 +167,14 @@ class Objective:
         cosines, forbidden = similarity(base, text), ids[:, None] == ids[None, :]
         texts_of_image = self._draw(cosines, forbidden, own, m, step, direction=0)
         images_of_text = self._draw(cosines.T, forbidden, own, m, step, direction=1)
-        # Rows of the batch this rank needs: all of them, or over many ranks its own and those it has drawn.
+        # Rows that this rank encodes: all of them or, with many ranks, its own and those it has drawn.
         images = texts = torch.arange(total, device=text.device)
         mine, drawn_texts, drawn_images = own, texts_of_image.columns.flatten(), images_of_text.columns.flatten()
         if total > size + size * m:
             images, texts = torch.cat([mine, drawn_images]), torch.cat([mine, drawn_texts])
             mine = torch.arange(size, device=text.device)
             drawn_texts = drawn_images = size + torch.arange(size * m, device=text.device)
-        # Pairs in three runs: (own image, own caption), (own image, drawn captions), (drawn images, own caption).
+        # Pairs in three groups: (own image, own caption), (own image, drawn captions), (drawn images, own caption).
         repeated = mine.repeat_interleave(m)
         image_index = torch.cat([mine, repeated, drawn_images])
         text_index = torch.cat([mine, drawn_texts, repeated])
@@ -202,5 +206,5 @@ class Objective:
 
 
 def scale_gradient(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """The same values, whose gradient is `factor` times as large."""
+    """Returns the same values with a gradient `factor` times as large."""
     return x if factor == 1 else x.detach() + factor * (x - x.detach())

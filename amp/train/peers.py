@@ -1,8 +1,8 @@
-"""When a process of a run is lost, the others say which and why, instead of waiting or printing a traceback of sockets.
+"""Reports which process of a run was lost and why, instead of waiting or printing a traceback of sockets.
 
 A process that fails leaves its reason in the store through which the group was formed. The others fail in their next
-exchange, at once where the connection breaks, else after the run's time limit; then they read that reason, or find out
-who no longer answers.
+collective: at once if the connection breaks, otherwise after the run's time limit. They then read that reason, or find
+out which ranks no longer answer.
 """
 
 import time
@@ -14,16 +14,16 @@ import torch.distributed as dist
 from amp.distributed import rank, world_size
 from amp.errors import AmpError
 
-PATIENCE = 5.0  # seconds that the others get to say that they are there, or why not
+PATIENCE = 5.0  # seconds for the others to report that they are alive, or why not
 
 
 class PeerLost(AmpError):
-    """Another process of the run is gone or hangs."""
+    """Another process of the run has died or hangs."""
 
 
 @contextmanager
 def watching_peers() -> Iterator[None]:
-    """Tells the other ranks why this one fails inside the block, and turns their failed exchanges into `PeerLost`."""
+    """Tells the other ranks why this one fails inside the block, and turns failed collectives into `PeerLost`."""
     try:
         yield
     except Exception as error:
@@ -46,13 +46,13 @@ def is_exchange_error(error: Exception) -> bool:
 
 
 def leave_reason(error: Exception) -> None:
-    """Puts this rank's failure where the others look."""
-    with suppress(RuntimeError):  # the store may be gone with its host; the error itself is what counts
+    """Stores this rank's failure for the other ranks."""
+    with suppress(RuntimeError):  # the store may have died with its host; the error is raised anyway
         store().set(failure_key(rank()), f"{type(error).__name__}: {first_line(error)}")
 
 
 def diagnosis() -> str:
-    """Which ranks are lost and what they said, found out through the store."""
+    """Describes which ranks are lost and why, according to the store."""
     ranks = range(world_size())
     try:
         shared = store()
@@ -67,15 +67,15 @@ def diagnosis() -> str:
                 break
             time.sleep(0.1)
     except RuntimeError:
-        return "the process that keeps the addresses of all ranks is gone, with rank 0 or its launcher"
+        return "the process that hosts the ranks' store is gone: rank 0 or its launcher"
     if not silent:
-        return "an exchange between the ranks failed although all of them are there"
+        return "a collective between the ranks failed although all of them answer"
     lost = f"rank {', '.join(silent)} of {len(ranks)}"
     return f"{lost} no longer answers: killed, out of memory, hung, or its machine is lost"
 
 
 def store() -> dist.Store:
-    """Where the ranks met; torch has no public name for it."""
+    """The store of the process group; torch has no public name for it."""
     return dist.distributed_c10d._get_default_store()
 
 

@@ -1,4 +1,4 @@
-"""Whether a run may go on from what its folder holds, with which stages, and what the folder says of it afterwards."""
+"""Decides whether a run may resume from its folder and with which stages, and records its settings there."""
 
 import os
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from amp.model.adapter import read_adapter
 from amp.train.checkpoints import ADAPTER, Checkpoint, Checkpoints
 from amp.train.config import TrainConfig
 
-# Settings that don't touch the result, or that are compared by their effect: batch size, accumulation and processes by
-# images a step, shards by their content, the base model by the hash in the adapter file.
+# Settings that may differ when resuming. They don't affect the result, or are compared by their effect: batch size,
+# accumulation and processes by images per step, shards by content, the base model by the hash in the adapter file.
 FREE = (
     "out",
     "trackers",
@@ -37,13 +37,13 @@ FREE = (
     "model.name",
     "model.pretrained",
 )
-UNSAID = ("out", "checkpoint")  # of these nothing is worth saying where they differ
+UNSAID = ("out", "checkpoint")  # differences in these are not reported
 ANEW = "Give another --out, or --checkpoint.resume false, which removes the checkpoints and starts anew"
 Differing = dict[str, tuple[Any, Any]]
 
 
 def stages_left(stages: list[int], found: Checkpoint | None) -> list[int]:
-    """The stages that `found`, the newest checkpoint, leaves to do."""
+    """The stages left to train after `found`, the newest checkpoint."""
     if found is None:
         return stages
     return [stage for stage in stages if stage > found.stage or (stage == found.stage and not found.finished)]
@@ -59,14 +59,14 @@ def identity(config: TrainConfig, split: ShardSplit, images_a_step: int) -> dict
 
 
 def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of the run's stages in its folder; None where the run starts at its first step.
+    """The newest complete checkpoint of the run's stages in its folder; None if the run starts at its first step.
 
     Args:
-        config: Of the run.
-        say: Called with the name of each damaged checkpoint.
+        config: Settings of the run.
+        say: Called with a message for each damaged checkpoint.
 
     Raises:
-        AmpError: A stage that would start at its first step has left an adapter there, which it would replace.
+        AmpError: A stage would start at its first step and replace the adapter of an earlier run.
     """
     if not config.checkpoint.resume:
         return None
@@ -82,12 +82,12 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpoi
 
 
 def adapter_path(out: str | os.PathLike, stage: int) -> Path:
-    """Where a stage leaves its adapter."""
+    """Path of a stage's adapter."""
     return Path(out) / f"stage{stage}" / ADAPTER
 
 
 def settings_of(adapter: Path) -> dict[str, Any] | None:
-    """The settings that an adapter file was trained with; None where there is no such file, or it holds none."""
+    """The settings that an adapter file was trained with; None if there is no such file, or it contains none."""
     try:
         settings = read_adapter(adapter)[0].training.get("config")
     except AmpError:
@@ -96,13 +96,13 @@ def settings_of(adapter: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_run(found: Checkpoint, config: TrainConfig, split: ShardSplit, images_a_step: int) -> Differing:
-    """Refuses to go on with settings under which the result would be neither run's.
+    """Refuses to resume with settings that would mix two different runs.
 
     Returns:
-        The keys of `FREE` that differ, with their values there and here.
+        The keys of `FREE` that differ, with their values in the checkpoint and now.
 
     Raises:
-        AmpError: With each other key that differs.
+        AmpError: Other keys differ. The message lists all of them.
     """
     theirs, ours = found.state["run"], identity(config, split, images_a_step)
     other = 3 - found.stage
@@ -114,7 +114,7 @@ def refuse_other_run(found: Checkpoint, config: TrainConfig, split: ShardSplit, 
             images_a_step,
         )
     if theirs["shards"] != ours["shards"]:
-        refused["content of the training shards"] = (f"{len(theirs['shards'])} shards", "others")
+        refused["content of the training shards"] = (f"{len(theirs['shards'])} shards", "other shards")
     if refused:
         raise AmpError(
             f"{found.folder}: was saved by a run with other settings: {in_words(refused)}. Give another --out, the old "
@@ -124,8 +124,10 @@ def refuse_other_run(found: Checkpoint, config: TrainConfig, split: ShardSplit, 
 
 
 def compare(theirs: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...] = ()) -> tuple[Differing, Differing]:
-    """The differing keys of two nested settings, without those that one of them lacks and those of `UNSAID`; the second
-    part holds the keys in `free`."""
+    """The keys that differ between two nested settings: first those not in `free`, then those in `free`.
+
+    Keys that one of them lacks and keys in `UNSAID` are ignored.
+    """
     before, now = flat(theirs), flat(ours)
     parts: tuple[Differing, Differing] = ({}, {})
     for key in sorted(before.keys() & now.keys()):
@@ -139,16 +141,17 @@ def _within(key: str, groups: tuple[str, ...]) -> bool:
 
 
 def in_words(differing: Differing) -> str:
-    """Such as "seed is 0 there and 1 here"."""
-    return ", ".join(f"{key} is {there!r} there and {here!r} here" for key, (there, here) in differing.items())
+    """Describes differences, such as "seed was 0 and is now 1"."""
+    return ", ".join(f"{key} was {there!r} and is now {here!r}" for key, (there, here) in differing.items())
 
 
 def record(config: TrainConfig) -> tuple[bytes, Differing]:
-    """Content of OUT/config.yaml: the settings of the run, and for a stage that it leaves out those that the adapter of
-    this stage in its folder was trained with.
+    """Content of OUT/config.yaml: the settings of the run.
+
+    For a stage that the run leaves out, they are the settings of that stage's adapter in the folder.
 
     Returns:
-        YAML, and what else that adapter was trained with other settings of.
+        The YAML, and the other settings in which that adapter's training differed.
     """
     settings, differing = asdict(config), {}
     for stage in {1, 2}.difference(config.stages):
@@ -161,7 +164,7 @@ def record(config: TrainConfig) -> tuple[bytes, Differing]:
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested settings as one level of scalars, which is what trackers store."""
+    """Flattens nested settings to one level of scalars, as trackers store them."""
     out: dict[str, str | int | float | bool] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What the stages of a training run share: its folder, its data, and where it goes on."""
+"""State shared by the stages of a training run: its folder, its data and where it resumes."""
 
 import json
 import signal
@@ -41,21 +41,21 @@ from amp.train.stopping import Stopped, StopRequest, prepare_worker
 
 STOPPED, RECORD, SKIPPED = "stopped.json", "config.yaml", "skipped.jsonl"
 BUSY = "another run is training here; wait for it to end, or give another --out"
-NEIGHBOURS = 20  # as many as the first stage hands to re-ranking
+NEIGHBOURS = 20  # as many as the first stage passes to re-ranking
 
 
 class Run:
-    """What the stages of a run share.
+    """State shared by the stages of a run.
 
     Attributes:
-        config, accelerator, request: As given.
-        terminal: What the run shows.
-        out: Its folder.
-        checkpoints: In that folder.
-        model: The base CLIP with its prompts.
-        split: The training images.
+        config, accelerator, request: Arguments of the constructor.
+        terminal: Console of the run.
+        out: Folder of the run.
+        checkpoints: Checkpoints in that folder.
+        model: The action-aware CLIP.
+        split: The training split.
         order, loader: The batches of this rank.
-        retrieval: Searches the validation split; None where the run doesn't validate.
+        retrieval: Search of the validation split; None without validation.
     """
 
     model: ActionAwareCLIP
@@ -77,7 +77,7 @@ class Run:
         return config.data.batch_size * self.accelerator.num_processes * config.gradient_accumulation
 
     def find_checkpoint(self) -> tuple[Checkpoint | None, Differing]:
-        """The checkpoint that this run goes on from, and the settings that differ from its; rank 0 looks for all.
+        """The checkpoint to resume from, and the settings that differ from its own. Rank 0 searches for all ranks.
 
         Nothing is changed in the folder: the run may still be refused.
         """
@@ -98,11 +98,11 @@ class Run:
         return found, differing
 
     def hold_folder(self, make: bool = False) -> None:
-        """Keeps other runs out of the folder until this one ends; where there is none, only `make` makes it."""
+        """Keeps other runs out of the folder until this one ends. A missing folder is only created with `make`."""
         if self.holds:
             return
         try:
-            if make:  # another run that began together with this one may have made it meanwhile
+            if make:  # fails if another run has just created it
                 self.out.mkdir(parents=True)
             if self.out.is_dir():
                 self.held.enter_context(locked_folder(self.out, BUSY))
@@ -120,10 +120,10 @@ class Run:
         return adapter
 
     def accept(self, found: Checkpoint | None, differing: Differing, earlier: int) -> None:
-        """Begins what nothing refuses any more: trackers, and the folder's record of the run.
+        """Starts the trackers and records the run in its folder, after all checks have passed.
 
         Args:
-            found: The checkpoint that the run goes on from.
+            found: The checkpoint that the run resumes from.
             differing: Settings that differ from the checkpoint's.
             earlier: Optimizer steps of the stages before the checkpoint's.
         """
@@ -139,13 +139,13 @@ class Run:
         content, others = record(config)
         write_atomically(self.out / RECORD, content)
         if found is not None:
-            now = f"; now {in_words(differing)}" if differing else ""
+            now = f"; {in_words(differing)}" if differing else ""
             self.terminal.say(f"going on from {found.folder}{now}")
         if others:
             self.terminal.say(f"the other stage in {self.out} was trained with other settings: {in_words(others)}")
 
     def remove_earlier_run(self) -> None:
-        """Removes checkpoints and adapters of the stages that start anew and of those that were built on them."""
+        """Removes checkpoints and adapters of the stages that start anew and of stages built on them."""
         for stage in range(self.config.stages[0], 3):
             self.checkpoints.remove(stage)
             adapter = adapter_path(self.out, stage)
@@ -155,15 +155,15 @@ class Run:
         (self.out / SKIPPED).unlink(missing_ok=True)
 
     def start_trackers(self, found: Checkpoint | None, earlier: int) -> None:
-        """On the main process."""
+        """Starts the trackers, on the main process only."""
         options = {}
         if found is not None and "tensorboard" in self.config.trackers:
-            # Steps that are taken again replace their curves.
+            # Steps that are taken again replace their old points.
             options = {"tensorboard": {"purge_step": earlier + found.step + 1}}
         self.accelerator.init_trackers("open-clip-amp", config=flat(asdict(self.config)), init_kwargs=options)
 
     def stop(self, number: int, stage: int, step: int) -> None:
-        """Ends a run that was asked to stop, after it was saved; leaves word of it for the job script."""
+        """Ends a run after a signal, once it is saved. Writes OUT/stopped.json for the job script."""
         name = signal.Signals(number).name
         if self.accelerator.is_main_process:
             word = json.dumps({"signal": name, "stage": stage, "step": step})
@@ -174,7 +174,7 @@ class Run:
         raise Stopped(number)
 
     def prepare_data(self, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
-        """Encodes the texts of both splits once, and stores frozen image features where asked."""
+        """Encodes the texts of both splits once, and caches frozen image features if requested."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
         self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
         with self.terminal.progress("reading captions"):
@@ -227,7 +227,7 @@ class Run:
                 )
         self.terminal.say(
             f"{len(self.split):,} training images, {len(captions.texts):,} captions, {self.order.steps:,} steps of "
-            f"{data.batch_size} x {accelerator.num_processes} an epoch"
+            f"{data.batch_size} x {accelerator.num_processes} per epoch"
         )
         if prompt.reads_triplets or prompt.reads_states:
             captions.say_without_knowledge(self.terminal)

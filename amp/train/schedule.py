@@ -14,10 +14,10 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float, prompt_lr_factor: float = 1.0) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients; only matrices decay, not norms, biases, gates and prompts.
+    """AdamW over the parameters that require gradients. Only matrices decay, not norms, biases, gates and prompts.
 
-    Visual prompts and the temperature learn at `prompt_lr_factor` times the rate of the matrices, at which they hardly
-    move. Each group keeps its peak rate as ``peak``.
+    Visual prompts and the temperature learn at `prompt_lr_factor` times the rate of the matrices, at which they would
+    hardly move. Each group stores its peak rate as `peak`.
     """
     decay: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []

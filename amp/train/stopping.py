@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: a scheduler's warning before the time limit, preemption, or Ctrl-C."""
+"""Signals that stop a run: a scheduler's warning before the time limit, preemption, or Ctrl-C."""
 
 import ctypes
 import os
@@ -18,14 +18,14 @@ from amp.errors import INTERRUPTED
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))  # Windows lacks one
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the run
 
 
 class Stopped(SystemExit):
-    """Raised after the checkpoint of a run that was asked to stop; ends the process.
+    """Raised when a run was stopped and its checkpoint saved; ends the process.
 
     Args:
-        number: The signal. After Ctrl-C the exit status is 130, else `EXIT_STATUS`, after which a job starts again.
+        number: The signal. The exit status is 130 after Ctrl-C, else `EXIT_STATUS`, after which a job can restart.
     """
 
     def __init__(self, number: int):
@@ -33,10 +33,10 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Notes a signal of `SIGNALS` instead of dying of it; a context manager that puts the old handlers back.
+    """Records a signal of `SIGNALS` instead of dying from it. A context manager that restores the old handlers.
 
-    Ctrl-C is noted in the block of `taking_steps` only: elsewhere there is nothing to save. Only the main thread of a
-    process gets signals, so this does nothing elsewhere.
+    Ctrl-C is recorded only inside `taking_steps`, because elsewhere there is nothing to save. Only the main thread of a
+    process receives signals, so this does nothing in other threads.
     """
 
     def __init__(self) -> None:
@@ -56,18 +56,19 @@ class StopRequest:
             signal.signal(number, handler)
 
     def taking_steps(self) -> AbstractContextManager[None]:
-        """Within this block the first Ctrl-C is noted, so that the steps so far are saved. A second one interrupts."""
+        """Inside this block, the first Ctrl-C is recorded, so that the steps so far are saved. A second one
+        interrupts."""
         return self._on_interrupt(self._note_first)
 
     def validating(self) -> AbstractContextManager[None]:
-        """Within this block, in one of `taking_steps`, Ctrl-C interrupts: a checkpoint was saved before it."""
+        """Inside this block, within `taking_steps`, Ctrl-C interrupts at once: a checkpoint has just been saved."""
         return self._on_interrupt(signal.default_int_handler)
 
     @contextmanager
     def _on_interrupt(self, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
         try:
             before = signal.getsignal(signal.SIGINT)
-            if before is not signal.SIG_IGN:  # as in a shell's background
+            if before is not signal.SIG_IGN:  # as for background jobs of a shell
                 signal.signal(signal.SIGINT, handler)
         except ValueError:  # not the main thread
             yield
@@ -87,7 +88,7 @@ class StopRequest:
             os.write(2, b"\ninterrupted; a checkpoint is saved after this step; Ctrl-C again ends at once\n")
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that any rank has received, or 0; the same on every rank, since all of them ask at once."""
+        """The signal that any rank has received, or 0. A collective: all ranks must call it."""
         if world_size() == 1:
             return self.received
         flag = torch.tensor([self.received], device=device)
@@ -96,10 +97,13 @@ class StopRequest:
 
 
 def prepare_worker(worker: int) -> None:
-    """For decoding workers: a signal to the whole job must not kill them before the checkpoint is saved. SIGTERM from
-    their own process still ends them, and where that is killed they go with it instead of waiting for it."""
+    """Prepares a decoding worker for signals.
+
+    A signal to the whole job must not kill workers before the checkpoint is saved. SIGTERM from their own process still
+    ends them. If that process is killed, they end with it instead of waiting for it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows, where a job is no group of processes of a scheduler
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows, which have no schedulers that signal a whole job
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

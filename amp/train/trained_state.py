@@ -1,7 +1,7 @@
-"""Trained weights and AdamW's moments by parameter name, whatever engine holds them.
+"""Trained weights and AdamW's moments by parameter name, for any engine.
 
-DDP holds them whole on each rank, ZeRO holds a slice a rank. By name and whole they make one checkpoint format, which
-any engine reads on any number of ranks.
+DDP holds them whole on each rank, ZeRO holds one slice per rank. Stored whole and by name, they form one checkpoint
+format that any engine reads on any number of ranks.
 """
 
 from collections.abc import Iterable
@@ -19,15 +19,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainedState:
-    """What a stage trains, behind `Accelerator.prepare`.
+    """The weights and moments of a stage, after `Accelerator.prepare`.
 
-    AdamW's moments exist from the start, at zero as AdamW itself would make them: ZeRO has no place to load them to
-    before.
+    AdamW's moments are created at the start, as the zeros that AdamW itself would create. Otherwise ZeRO has no place
+    to load them to.
 
     Args:
         model: The unwrapped model.
-        optimizer: As `prepare` returned it.
-        scaler: Accelerate's gradient scaler of fp16 runs, or None.
+        optimizer: The optimizer that `prepare` returned.
+        scaler: Accelerate's gradient scaler in fp16 runs, or None.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TrainedState:
         self._zero: Any = inner if hasattr(inner, "loss_scaler") else None
         self._adam = inner if self._zero is None else inner.optimizer
         held: Iterable[torch.Tensor] = self.parameters.values()
-        if self._zero is not None:  # ZeRO 1 and 2 hold one flat slice a parameter group, 3 one a sub-group
+        if self._zero is not None:  # ZeRO 1 and 2 hold one flat slice per parameter group, 3 one per sub-group
             slices = getattr(inner, "single_partition_of_fp32_groups", None)
             held = inner.fp32_partitioned_groups_flat if slices is None else slices
         self._held = list(held)
@@ -49,25 +49,25 @@ class TrainedState:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """fp32 weights on the CPU; every rank calls it, rank 0 gets them, the others an empty dict."""
+        """fp32 weights on the CPU. Every rank must call this; rank 0 gets the weights, the others an empty dict."""
         return self._collect("")
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """``exp_avg.NAME`` and ``exp_avg_sq.NAME`` on the CPU; every rank calls it, as `weights`."""
+        """`exp_avg.NAME` and `exp_avg_sq.NAME` on the CPU; called like `weights`."""
         return {f"{m}.{name}": value for m in MOMENTS for name, value in self._collect(m).items()}
 
     @property
     def updates(self) -> int:
-        """Updates that AdamW has made; steps skipped for their gradients don't count."""
+        """Number of updates that AdamW has made, without skipped steps."""
         return int(self._adam.state[self._held[0]]["step"])
 
     def load(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], updates: int) -> None:
-        """Puts back what `weights`, `moments` and `updates` returned, on every rank, before the next step.
+        """Restores what `weights`, `moments` and `updates` returned, on every rank, before the next step.
+
+        The model must already hold the weights when it is given to `prepare`, because ZeRO keeps a second copy of them.
 
         Raises:
-            AmpError: One is missing or of another shape.
-
-        The model must hold the weights already when it is given to `prepare`: ZeRO keeps a second copy of them.
+            AmpError: A tensor is missing or has another shape.
         """
         for name in self.parameters:
             shape = self._shape(name)
@@ -88,7 +88,7 @@ class TrainedState:
 
     def _collect(self, moment: str) -> dict[str, torch.Tensor]:
         out = {}
-        for name, parameter in self.parameters.items():  # a collective each: all ranks in the same order
+        for name, parameter in self.parameters.items():  # one collective each, in the same order on all ranks
             value = self._whole(parameter, moment)
             if rank() == 0:
                 out[name] = value.detach().float().cpu().clone()
@@ -109,7 +109,7 @@ class TrainedState:
             return
         from deepspeed import utils
 
-        if hasattr(parameter, "ds_tensor"):  # ZeRO-3; its call for whole values fails where ranks don't divide them
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3, whose call for whole values fails if the ranks don't divide them
             size = parameter.ds_tensor.numel()
             value = F.pad(value.flatten(), (0, size * world_size() - value.numel()))[rank() * size :][:size]
             if moment:
@@ -133,7 +133,7 @@ class TrainedState:
         return {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
 
     def load_loss_scale(self, state: dict[str, float]) -> None:
-        """Puts back what `loss_scale` returned."""
+        """Restores what `loss_scale` returned."""
         if state and self._scaler is not None:
             self._scaler.load_state_dict(state)
         elif state:

@@ -1,5 +1,7 @@
-"""The ways in which an image meets the knowledge of a caption. A new one is a file and a line of `INTERACTIONS`, or a
-call of `register_interaction` from anywhere (docs/extending.md)."""
+"""Interactions, which combine images with the knowledge of captions.
+
+To add one, add a file and a line in `INTERACTIONS`, or call `register_interaction` from anywhere (docs/extending.md).
+"""
 
 import inspect
 from importlib import import_module
@@ -19,7 +21,7 @@ __all__ = [
     "register_interaction",
 ]
 
-# By name: the class, or "module:class", which is imported when it is asked for.
+# By name: the class, or "module:class", which is imported when it is used.
 INTERACTIONS: dict[str, type[Interaction] | str] = {
     "readout": "amp.model.interactions.readout:Readout",
     "aim": "amp.model.interactions.aim:Aim",
@@ -30,11 +32,11 @@ INTERACTIONS: dict[str, type[Interaction] | str] = {
 
 
 def register_interaction(name: str, interaction: type[Interaction]) -> None:
-    """Makes an interaction known as `PromptConfig.interaction`.
+    """Registers an interaction for `PromptConfig.interaction`.
 
     Args:
-        name: What configurations and adapter files call it.
-        interaction: Its class.
+        name: Name of the interaction in configurations and adapter files.
+        interaction: Class of the interaction.
 
     Raises:
         AmpError: The name is taken.
@@ -44,10 +46,10 @@ def register_interaction(name: str, interaction: type[Interaction]) -> None:
 
 
 def interaction_class(config: PromptConfig) -> type[Interaction]:
-    """The class that a configuration asks for; without knowledge, the control of that class.
+    """The class that a configuration selects or, without knowledge, the control of that class.
 
     Raises:
-        AmpError: An unknown name, options that the class doesn't have, or settings that leave knowledge unused.
+        AmpError: The name is unknown, the class doesn't have an option, or the settings leave knowledge unused.
     """
     found = _look_up(config.interaction)
     known = _options_of(found)
@@ -82,10 +84,10 @@ def interaction_class(config: PromptConfig) -> type[Interaction]:
 
 
 def make_interaction(config: PromptConfig, backbone) -> Interaction:
-    """The interaction of a configuration, for a tower (`amp.model.towers.base.Backbone`).
+    """Builds the interaction of a configuration for a frozen CLIP (`amp.model.towers.base.Backbone`).
 
     Raises:
-        AmpError: As `interaction_class`, or the tower lacks what the interaction needs.
+        AmpError: See `interaction_class`, or the tower lacks what the interaction needs.
     """
     found = interaction_class(config)
     options = {key: value for key, value in config.interaction_options.items() if key in _options_of(found)}
@@ -101,8 +103,8 @@ def _look_up(name: str) -> type[Interaction]:
     load_plugins()
     if name not in INTERACTIONS:
         raise AmpError(
-            f"prompt setting interaction is {name!r}, expected one of {', '.join(INTERACTIONS)}; an interaction of "
-            "another package is found where AMP_PLUGINS names its module"
+            f"prompt setting interaction is {name!r}, expected one of {', '.join(INTERACTIONS)}; for an "
+            "interaction of another package, add its module to AMP_PLUGINS"
         )
     found = INTERACTIONS[name]
     if isinstance(found, str):

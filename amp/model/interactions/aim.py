@@ -13,11 +13,11 @@ from amp.model.prompted_tower import PromptedTower
 
 
 class AdaptedPrompts(Interaction):
-    """Interactions whose prompts are those of eq. 6, in the width of the image tower.
+    """Base class of interactions with the prompts of eq. 6, in the width of the image tower.
 
     Args:
-        backbone: The tower.
-        triplets, states: Which kinds of knowledge there are.
+        backbone: The frozen CLIP.
+        triplets, states: Whether the model reads triplets and states.
         bottleneck: The adapter's hidden width is its input width divided by this (ours).
     """
 
@@ -43,15 +43,15 @@ class AdaptedPrompts(Interaction):
 
 
 class Aim(AdaptedPrompts):
-    """Action-aware adaptive interaction (eq. 7-8); the prompted blocks run once per pair.
+    """Action-aware adaptive interaction (eq. 7-8). The prompted blocks run once per pair.
 
     Args:
-        backbone: The tower.
-        triplets, states: Which kinds of knowledge there are.
-        bottleneck: As of `AdaptedPrompts`.
-        lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7); of no effect where
-            only one kind exists.
-        residual: True adds the interaction to the patches through a gate that starts at zero (ours); False replaces the
+        backbone: The frozen CLIP.
+        triplets, states: Whether the model reads triplets and states.
+        bottleneck: See `AdaptedPrompts`.
+        lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7). No effect if only
+            one kind exists.
+        residual: True adds the interaction to the patches through a gate that starts at zero (ours). False replaces the
             patches by it, the literal eq. 8.
     """
 
@@ -76,7 +76,7 @@ class Aim(AdaptedPrompts):
         self, tower: PromptedTower, images: tuple[torch.Tensor, ...], prompts: Prompts, image_index: torch.Tensor
     ) -> torch.Tensor:
         (early,) = images
-        front = tower.backbone.num_prefix  # class token and registers see the knowledge in the blocks
+        front = tower.backbone.num_prefix  # class token and registers only see the knowledge in the blocks
         patches = self._attend(early[:, front:], prompts, image_index)
         return tower.features(torch.cat([early[image_index, :front], patches.to(early.dtype)], dim=1))
 
@@ -87,7 +87,7 @@ class Aim(AdaptedPrompts):
         return self.aim(patches, triplets, states, prompts.mask, image_index, return_maps)
 
     def attention(self, tower, early, captions, triplets):
-        """A^t and A^s of eq. 7: how much all patches attend to each, as the mean over their rows."""
+        """A^t and A^s of eq. 7, averaged over the attending patches."""
         prompts = self.encode_captions(captions, triplets)
         places = captions.knowledge.mask[0].nonzero()[:, 0]
         first = torch.zeros_like(places)

@@ -1,4 +1,4 @@
-"""The interface between a model and the way in which its images meet knowledge."""
+"""The interface of interactions, which combine images with knowledge."""
 
 from typing import ClassVar, NamedTuple
 
@@ -10,10 +10,10 @@ from amp.model.prompted_tower import PromptedTower
 
 
 class Prompts(NamedTuple):
-    """What an interaction makes of C captions.
+    """An interaction's encoding of C captions.
 
-    K is the interaction's own. Pooled scoring joins the rows of several captions along it (`unite`), so `pairs` must
-    take any K and combine the rows that exist.
+    Each interaction has its own K. Pooled scoring concatenates the rows of several captions along K (`unite`), so
+    `pairs` must accept any K and combine the rows that exist.
 
     Attributes:
         parts: Any number of tensors (C, K, ...), the same K in all of them.
@@ -24,7 +24,7 @@ class Prompts(NamedTuple):
     mask: torch.Tensor
 
     def take(self, index: torch.Tensor) -> "Prompts":
-        """Rows of captions, index int64 (P,)."""
+        """Selects captions by an index, int64 (P,)."""
         return Prompts(tuple(part[index] for part in self.parts), self.mask[index])
 
     def unite(self, captions: int) -> "Prompts":
@@ -36,19 +36,20 @@ class Prompts(NamedTuple):
 
 
 class Interaction(nn.Module):
-    """How images meet knowledge. All that differs between interactions is behind these methods.
+    """Combines images with knowledge. Everything that differs between interactions is in these methods.
 
-    Subclasses take ``(backbone, triplets, states, **options)``: the tower, and which kinds of knowledge there are.
+    Subclasses take `(backbone, triplets, states, **options)`: the frozen CLIP, and whether there are triplets and
+    states.
 
     Attributes:
         conditioned: Whether image features depend on the caption. False in controls, which override `image_features`.
-        control: Name of the interaction that takes its place where there is no knowledge; None: it serves itself.
-        reads_triplets, reads_states: Whether it reads these kinds of knowledge where there are any.
+        control: Name of the interaction that replaces it if there is no knowledge; None keeps it.
+        reads_triplets, reads_states: Whether it reads these kinds of knowledge if there are any.
         reads_caption: Whether `encode_captions` needs the captions' own features.
         scores_all_pairs: Whether `all_pairs` costs about as much as one feature per image, so that training scores each
             image under each caption of the batch.
-        trains: Whether it has parameters.
-        stage2: Prefix of the parameters that the second training stage trains, within the model.
+        trains: Whether it has trainable parameters.
+        stage2: Prefix of the model's parameters that the second training stage trains.
     """
 
     conditioned: ClassVar[bool] = True
@@ -61,21 +62,21 @@ class Interaction(nn.Module):
     stage2: ClassVar[str] = "interaction."
 
     def encode_captions(self, captions: Captions, triplets: torch.Tensor | None) -> Prompts:
-        """What it makes of C captions, once per caption.
+        """Encodes C captions, once per caption.
 
         Args:
-            captions: Their knowledge and, where `reads_caption`, their features.
-            triplets: Triplet prompts (C, K, d_t) of eq. 4-5; None where the model reads none. They mean something only
-                where `captions.knowledge.mask` is True, and in row 0 of captions without a triplet (the null token).
+            captions: Knowledge of the captions and, with `reads_caption`, their features.
+            triplets: Triplet prompts (C, K, d_t) of eq. 4-5; None if the model reads none. They are defined only where
+                `captions.knowledge.mask` is True, and in row 0 of captions without a triplet (the null token).
         """
         raise NotImplementedError
 
     def encode_images(self, tower: PromptedTower, early: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What it makes of B images, once per image: tensors of B rows, which can be stored.
+        """Encodes B images, once per image. Returns tensors with B rows, which can be stored.
 
         Args:
             tower: The image tower from the first prompted block on.
-            early: Tokens that enter that block (B, F + M, d_v).
+            early: Input tokens of that block (B, F + M, d_v).
         """
         return (early,)
 
@@ -85,36 +86,36 @@ class Interaction(nn.Module):
         """Image features of P pairs (P, d), not normalised.
 
         Args:
-            tower: As for `encode_images`.
-            images: What that returned for B images.
-            prompts: Of the pairs' captions, P rows.
+            tower: See `encode_images`.
+            images: Return value of `encode_images` for B images.
+            prompts: Prompts of the pairs' captions, P rows.
             image_index: The image of each pair, int64 (P,) with values below B.
         """
         raise NotImplementedError
 
     def all_pairs(self, tower: PromptedTower, images: tuple[torch.Tensor, ...], prompts: Prompts) -> torch.Tensor:
-        """Image features of each of B images with each of C captions, (B, C, d)."""
+        """Image features of all pairs of B images and C captions, (B, C, d)."""
         count, captions = len(images[0]), len(prompts.mask)
         image_index = torch.arange(count, device=prompts.mask.device).repeat_interleave(captions)
         repeated = prompts.take(torch.arange(captions, device=prompts.mask.device).repeat(count))
         return self.pairs(tower, images, repeated, image_index).unflatten(0, (count, captions))
 
     def image_features(self, tower: PromptedTower, early: torch.Tensor) -> torch.Tensor:
-        """Image features without knowledge (B, d): those under visual prompts only."""
+        """Image features without knowledge (B, d), with visual prompts only."""
         return tower.features(early)
 
     def attention(
         self, tower: PromptedTower, early: torch.Tensor, captions: Captions, triplets: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Where one image is looked at for each triplet of one caption, taken by itself.
+        """Attention maps over the patches of one image, for each triplet of one caption separately.
 
         Args:
-            tower, triplets: As above.
+            tower, triplets: See `encode_images` and `encode_captions`.
             early: Tokens of one image (1, F + M, d_v).
             captions: One caption.
 
         Returns:
-            ``triplet`` and ``state``, each (K', M) for the K' triplets that exist, with rows that sum to one; empty for
+            `triplet` and `state`, each (K', M) for the K' triplets that exist, with rows that sum to one. Empty for
             interactions without such maps.
         """
         return {}

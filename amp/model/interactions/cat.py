@@ -1,4 +1,4 @@
-"""Concatenation, the "CAT" of the paper's Table 3: prompts join the patches and pass through all later blocks."""
+"""Concatenation, the "CAT" of Table 3: prompts are appended to the patches and pass through all later blocks."""
 
 import torch
 
@@ -9,26 +9,26 @@ from amp.model.prompted_tower import PromptedTower
 
 
 class Concatenation(AdaptedPrompts):
-    """Prompts as tokens after the patches (where they join is ours).
+    """Prompts as tokens after the patches (the block at which they join is ours).
 
-    There is no gate, so at step 0 the model is not equal to its base CLIP.
+    There is no gate, so at step 0 the model differs from its base CLIP.
 
     Args:
-        backbone: The tower; its blocks must be able to leave single tokens out of attention.
-        triplets, states: Which kinds of knowledge there are.
-        bottleneck: As of `AdaptedPrompts`.
+        backbone: The frozen CLIP; needs `masks_tokens`.
+        triplets, states: Whether the model reads triplets and states.
+        bottleneck: See `AdaptedPrompts`.
 
     Raises:
-        AmpError: The tower's blocks can't leave tokens out.
+        AmpError: `masks_tokens` of the tower is False.
     """
 
-    stage2 = "interaction.adapter."  # all that lies between prompts and tokens (ours)
+    stage2 = "interaction.adapter."  # everything between prompts and tokens (ours)
 
     def __init__(self, backbone, triplets: bool, states: bool, bottleneck: int = 16):
         if not backbone.masks_tokens:
             raise AmpError(
                 "interaction is 'cat' and the image tower's blocks are not open_clip's ResidualAttentionBlock, "
-                "expected that class, which can leave padding prompts out; choose interaction 'aim'"
+                "expected that class, which can mask padding prompts; choose interaction 'aim'"
             )
         super().__init__(backbone, triplets, states, bottleneck)
 

@@ -1,4 +1,4 @@
-"""The controls: the same training, images that ignore the knowledge."""
+"""The controls: the same training, with images that ignore the knowledge."""
 
 import torch
 
@@ -8,22 +8,22 @@ from amp.model.prompted_tower import PromptedTower
 
 
 class VisualPromptsOnly(Unconditioned):
-    """Deep visual prompt tuning (arXiv 2203.12119), Table 3's "w/o action knowledge": control of ``aim``, ``cat``."""
+    """Deep visual prompt tuning (arXiv 2203.12119), Table 3's "w/o action knowledge"; control of `aim` and `cat`."""
 
     trains = False
-    stage2 = "visual_prompts."  # they go on, to give the control the same number of steps (ours)
+    stage2 = "visual_prompts."  # trained further, so that the control takes as many steps (ours)
 
     def __init__(self, backbone, triplets: bool, states: bool):
         super().__init__()
 
 
 class LearnedQuery(Unconditioned):
-    """The control of ``readout``: one learned query, the same for all captions, asks the patches.
+    """The control of `readout`: one learned query, the same for all captions, attends to the patches.
 
     Args:
-        backbone: The tower.
-        triplets, states: Not used.
-        blocks: As of `Readout`.
+        backbone: The frozen CLIP.
+        triplets, states: Unused.
+        blocks: See `Readout`.
     """
 
     def __init__(self, backbone, triplets: bool, states: bool, blocks: int = 1):

@@ -1,4 +1,4 @@
-"""The readout (ours, recommended): knowledge asks and the patches answer."""
+"""The readout (ours, recommended): queries made from knowledge attend to the patches."""
 
 import torch
 
@@ -10,16 +10,16 @@ from amp.model.prompted_tower import PromptedTower
 
 
 class Readout(Interaction):
-    """`KnowledgeReadout` on top of the prompted tower: blocks run once per image, a pair costs one small attention.
+    """`KnowledgeReadout` on top of the prompted tower. Blocks run once per image; a pair costs one small attention.
 
     Args:
-        backbone: The tower; it must pool by its class token.
-        triplets, states: Which kinds of knowledge there are.
-        blocks: Trained transformer blocks that read the patches before the first prompted block, where CLIP still keeps
-            who does what; 0 reads those after the last block (ours).
+        backbone: The frozen CLIP; needs `keeps_patches`.
+        triplets, states: Whether the model reads triplets and states.
+        blocks: Number of trained transformer blocks that read the patches before the first prompted block, where CLIP
+            still represents who does what. 0 reads the patches after the last block (ours).
 
     Raises:
-        AmpError: The tower doesn't leave its patches as they are.
+        AmpError: `keeps_patches` of the tower is False.
     """
 
     control = "learned_query"
@@ -58,7 +58,7 @@ class Readout(Interaction):
         return features[:, None] + self.readout.all_pairs(key, value, prompts.parts[0], prompts.mask)
 
     def attention(self, tower, early, captions, triplets):
-        """Attention of the triplet's and of its state's part of each query, averaged over heads."""
+        """Attention of the triplet part and the state part of each query, averaged over heads."""
         _, patches = read_patches(self.readout, tower, early)
         places = captions.knowledge.mask[0].nonzero()[:, 0]
         states = captions.knowledge.states[:, places] if self.states else None
@@ -66,10 +66,10 @@ class Readout(Interaction):
 
 
 def make_readout(backbone, triplets: bool, blocks: int, conditioned: bool = True) -> KnowledgeReadout:
-    """The layer for a tower.
+    """Builds the layer for a tower.
 
     Raises:
-        AmpError: The tower doesn't leave its patches as they are.
+        AmpError: `blocks` is negative, or `keeps_patches` of the tower is False.
     """
     if blocks < 0:
         raise AmpError(f"prompt.interaction_options.blocks is {blocks}, expected at least 0")

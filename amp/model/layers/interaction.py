@@ -10,7 +10,7 @@ import torch.nn.functional as F
 class CrossAttention(nn.Module):
     """Cross-Attn of eq. 7: patches are queries, prompts are keys and values.
 
-    The reading under which eq. 8 type-checks, where A is M x M: the output has one row a patch.
+    This is the reading under which the shapes of eq. 8 fit, where A is M x M: the output has one row per patch.
     """
 
     def __init__(self, width: int, heads: int):
@@ -21,14 +21,16 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, queries: torch.Tensor, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Args:
-            queries: Projected patches (P, M, d_v), i.e. `self.query(patches)`; they don't depend on the knowledge, so a
-                caller with many captions an image projects each image once.
-            prompts: (P, K, d_v).
-            mask: bool (P, K), at least one True a row.
+        """Attends from the patches to the prompts.
+
+        Args:
+            queries: Projected patches (P, M, d_v), i.e. `self.query(patches)`. They don't depend on the knowledge, so a
+                caller with many captions per image projects each image only once.
+            prompts: Prompts (P, K, d_v).
+            mask: Which prompts exist, bool (P, K), at least one True per row.
 
         Returns:
-            (P, M, d_v).
+            Attended prompts (P, M, d_v).
         """
         k, v = self.key_value(prompts).chunk(2, dim=-1)
         q, k, v = (split_heads(x, self.heads) for x in (queries, k, v))
@@ -38,9 +40,9 @@ class CrossAttention(nn.Module):
 class SelfAttentionWithMap(nn.Module):
     """Self-Attn of eq. 7: returns the attended values and the attention map averaged over heads.
 
-    The map is materialised, M x M a head. The alternative, the mean over heads of SDPA(q_h, k_h, V), needs no map but
-    multiplies d_v channels once a head: 16 times the work of eq. 8's product for ViT-L/14-336 (by count, 10.9 against
-    0.68 GFLOP an image), to save 21 MB of activations an image in bf16, about what one frozen block keeps.
+    The M x M map of each head is materialised. The alternative, the mean over heads of SDPA(q_h, k_h, V), needs no map
+    but multiplies d_v channels per head: 16 times the work of eq. 8's product for ViT-L/14-336 (counted, 10.9 against
+    0.68 GFLOP per image). It would save 21 MB of bf16 activations per image, about what one frozen block keeps.
     """
 
     def __init__(self, width: int, heads: int):
@@ -53,8 +55,8 @@ class SelfAttentionWithMap(nn.Module):
         """(P, M, d_v) -> values V_cs (P, M, d_v) and map A_cs (P, M, M), whose rows sum to one."""
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, dim=-1))
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-        # The maps are the largest tensors here. Autocast would keep them in fp32, though softmax and sum have fp32
-        # inside anyway; and `mean` of bf16 takes nine times as long as `sum` on the CPU.
+        # The maps are the largest tensors here. Autocast would keep them in fp32, although softmax and sum accumulate
+        # in fp32 anyway. On the CPU, `mean` of bf16 takes nine times as long as `sum`.
         with as_they_are(scores.device.type):
             attention = scores.softmax(dim=-1)
             average = attention.sum(dim=1) / self.heads
@@ -62,7 +64,7 @@ class SelfAttentionWithMap(nn.Module):
 
 
 def as_they_are(device_type: str) -> contextlib.AbstractContextManager:
-    """No autocast; tensors on the meta device know none anyway."""
+    """Disables autocast, which doesn't exist for tensors on the meta device."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -71,22 +73,24 @@ def as_they_are(device_type: str) -> contextlib.AbstractContextManager:
 class ActionAwareInteraction(nn.Module):
     """AIM: V = MLP([V^t; V^s]), V~ = (lam A^t + (1 - lam) A^s) V (eq. 7-8).
 
-    With `residual` (ours, default) P~ = LN(E) + CrossAttn(E, p): without the sum P~ holds nothing but knowledge, one
-    and the same row for all patches where a caption has a single triplet, and A is uniform. With it the maps compare
-    patches in the light of the knowledge. And patches become E + gate * rms(E) * LN(V~), where the gate, one number a
-    channel, starts at zero: at step 0 patches pass through unchanged and CLIP's features are what training starts from.
-    The normalisation gives the gate a gradient worth its name: V~ has passed seven linear maps and two averages, and
-    the scale of patches differs tenfold between towers. Without `residual` patches become V~ of
-    P~ = CrossAttn(E, p), the literal equations.
-    Patches are normalised before they ask (ours): deep in the tower their scale is far from the prompts'.
-    With one kind of prompts alone (Table 2) V~ = A V with V = MLP of that kind's values, and `lam` has no effect.
+    With `residual` (ours, default), P~ = LN(E) + CrossAttn(E, p), and patches become E + gate * rms(E) * LN(V~).
+    Without the sum, P~ would contain only knowledge: for a caption with a single triplet, all patches would get the
+    same row, and A would be uniform. With it, the maps compare patches given the knowledge. The gate, one number per
+    channel, starts at zero: at step 0 patches pass through unchanged, and training starts from CLIP's features. The
+    normalisation gives the gate a useful gradient: V~ has passed seven linear maps and two averages, and the scale of
+    patches differs tenfold between towers.
+
+    Without `residual`, patches become V~ of P~ = CrossAttn(E, p), the literal equations.
+
+    Patches are normalised before the attention (ours), because deep in the tower their scale is far from the prompts'.
+    With only one kind of prompts (Table 2), V~ = A V with V = MLP of that kind's values, and `lam` has no effect.
 
     Args:
         width: Channels of the vision tower, d_v.
-        heads: Attention heads, as many as a vision block has (ours).
+        heads: Attention heads, as many as in a vision block (ours).
         lam: Weight of the triplets' map (paper: 0.7).
         residual: See above.
-        triplets, states: Which kinds of prompts there are, at least one.
+        triplets, states: Whether there are triplet prompts and state prompts, at least one of them.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class ActionAwareInteraction(nn.Module):
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False) if residual else None
         self.gate = nn.Parameter(torch.zeros(width)) if residual else None
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # keeps the scale of what passes; the default shrinks it by 1.7 a layer
+            if isinstance(module, nn.Linear):  # preserves the scale; the default shrinks it by 1.7 per layer
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
@@ -123,15 +127,15 @@ class ActionAwareInteraction(nn.Module):
         image_index: torch.Tensor,
         return_maps: bool = False,
     ):
-        """Conditions patches on knowledge, a row a pair of an image and a caption.
+        """Conditions patches on knowledge, one row per pair of an image and a caption.
 
         Args:
-            patches: E, (B, M, d_v), a row an image.
-            triplet_prompts: p_0^t of the pairs' captions (P, K, d_v), or None where there are none.
-            state_prompts: p_0^s likewise (P, K, d_v), or None.
-            mask: Which prompts exist, bool (P, K), at least one True a row.
+            patches: E, (B, M, d_v), one row per image.
+            triplet_prompts: p_0^t of the pairs' captions (P, K, d_v), or None without triplets.
+            state_prompts: p_0^s of the pairs' captions (P, K, d_v), or None without states.
+            mask: Which prompts exist, bool (P, K), at least one True per row.
             image_index: The image of each pair, int64 (P,) with values below B.
-            return_maps: Also return A^t and A^s, for pictures.
+            return_maps: Also return A^t and A^s, for visualisation.
 
         Returns:
             Conditioned patches (P, M, d_v); with `return_maps` also A^t and A^s, each (P, M, M) or None.

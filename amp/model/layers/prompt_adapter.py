@@ -1,4 +1,4 @@
-"""The adapter that turns prompt features into keys and values for the image's patches (paper, eq. 6)."""
+"""The adapter that maps prompt features to the width of the image tower (paper, eq. 6)."""
 
 import torch
 import torch.nn as nn
@@ -8,8 +8,8 @@ class PromptAdapter(nn.Module):
     """p_0 = ReLU(LN(p) W_down) W_up, the bottleneck of eq. 6.
 
     Args:
-        width: Channels of the prompts that come in.
-        hidden: Channels of the bottleneck, t in the paper with t much smaller than `width`.
+        width: Channels of the input prompts.
+        hidden: Channels of the bottleneck, t in the paper, much smaller than `width`.
         out_width: Channels of the vision tower, d_v.
     """
 

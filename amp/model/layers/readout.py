@@ -1,4 +1,4 @@
-"""Knowledge-conditioned readout (ours): knowledge asks and the patches answer."""
+"""Knowledge-conditioned readout (ours): queries made from knowledge attend to the patches."""
 
 import math
 
@@ -13,25 +13,25 @@ HEAD_WIDTH = 64
 
 
 class KnowledgeReadout(nn.Module):
-    """What the patches say about a caption: f(I, K) = f(I) + W_o mean_q Attn(query q, patches).
+    """Adds to the image feature what the patches show of a caption: f(I, K) = f(I) + W_o mean_q Attn(query q, patches).
 
-    The other reading of eq. 7, where prompts are queries and patches are keys and values. The frozen blocks run once
-    an image, so that all N x N pairs of a batch can be conditioned in training, each image on the knowledge of the
-    text it is scored against, and a pair costs one small attention in re-ranking. Queries are the caption's own
-    feature and one a triplet: its state's feature and its triplet prompt. W_o starts at zero: at step 0 the readout
-    changes nothing.
+    This is the other reading of eq. 7: prompts are queries, and patches are keys and values. The frozen blocks run once
+    per image. Training can therefore condition all N x N pairs of a batch, each image on the knowledge of the text it
+    is scored against, and re-ranking costs one small attention per pair. The queries are the caption's own feature and
+    one query per triplet, made from its state's feature and its triplet prompt. W_o starts at zero, so at step 0 the
+    readout changes nothing.
 
-    The patches are those after the last block, or with `blocks` those before the first prompted one, read by that many
-    trained transformer blocks: CLIP's last blocks discard detail its training did not need; earlier blocks still
-    contain it (docs/ablations.md).
+    The patches are those after the last block. With `blocks`, they are those before the first prompted block, read by
+    that many trained transformer blocks: CLIP's last blocks discard detail its training did not need; earlier blocks
+    still contain it (docs/ablations.md).
 
     Args:
         vision_width: Channels of the patches, d_v.
-        embed_dim: Joint width, d, of features and queries.
-        triplet_width: Channels of the triplet prompts, d_t; None where the model reads no triplets.
-        conditioned: False builds the control, whose one learned query is the same for all captions.
-        blocks: Trained transformer blocks in front of the readout.
-        vision_heads: Their attention heads.
+        embed_dim: Width of the joint embedding, d, of features and queries.
+        triplet_width: Channels of the triplet prompts, d_t; None if the model reads no triplets.
+        conditioned: False builds the control, with one learned query for all captions.
+        blocks: Number of trained transformer blocks before the readout.
+        vision_heads: Attention heads of these blocks.
     """
 
     def __init__(
@@ -62,7 +62,10 @@ class KnowledgeReadout(nn.Module):
         self.query = None if conditioned else nn.Parameter(torch.randn(embed_dim))
 
     def patches(self, early: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """What is read, of the patches before the first prompted block and after the last one, both (B, M, d_v)."""
+        """Chooses the patches to read and runs the trained blocks on them.
+
+        `early` are the patches before the first prompted block, `last` those after the last one, both (B, M, d_v).
+        """
         read = in_type_of(self.key.weight, last if self.blocks is None else early)
         return read if self.blocks is None else self.blocks(read)
 
@@ -78,9 +81,9 @@ class KnowledgeReadout(nn.Module):
             mask: Which of the K exist, bool (C, K).
 
         Returns:
-            (C, 1 + K, d), the caption's own first, and which exist, bool (C, 1 + K).
+            Queries (C, 1 + K, d), the caption's own first, and which of them exist, bool (C, 1 + K).
         """
-        assert self.query_text is not None, "the control has one query of its own"
+        assert self.query_text is not None, "the control has only its learned query"
         own = self.query_text(unit(text, self.query_text.weight))[:, None]
         parts = [] if states is None else [self.query_text(unit(states, self.query_text.weight))]
         if triplets is not None:
@@ -98,27 +101,27 @@ class KnowledgeReadout(nn.Module):
         """Additions to the image features of P pairs, (P, d).
 
         Args:
-            key, value: Of the pairs' images, each (P, heads, M, d / heads).
-            queries: Of the pairs' captions (P, Q, d).
+            key, value: Keys and values of the pairs' images, each (P, heads, M, d / heads).
+            queries: Queries of the pairs' captions (P, Q, d).
             mask: Which queries exist, bool (P, Q).
         """
-        answers = merge_heads(F.scaled_dot_product_attention(split_heads(queries, self.heads), key, value))
-        return self.out(masked_mean(answers, mask))
+        attended = merge_heads(F.scaled_dot_product_attention(split_heads(queries, self.heads), key, value))
+        return self.out(masked_mean(attended, mask))
 
     def all_pairs(
         self, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """The same for each of B images with each of C captions: queries (C, Q, d) and their mask to (B, C, d).
+        """Additions for all pairs of B images and C captions: queries (C, Q, d) and their mask (C, Q) to (B, C, d).
 
-        One attention per image, with the queries of all captions side by side.
+        Each image needs one attention, over the concatenated queries of all captions.
         """
         captions, count, width = queries.shape
-        asked = split_heads(queries.reshape(1, captions * count, width), self.heads).expand(len(key), -1, -1, -1)
-        answers = merge_heads(F.scaled_dot_product_attention(asked, key, value))
-        return self.out(masked_mean(answers.unflatten(1, (captions, count)), mask))
+        joined = split_heads(queries.reshape(1, captions * count, width), self.heads).expand(len(key), -1, -1, -1)
+        attended = merge_heads(F.scaled_dot_product_attention(joined, key, value))
+        return self.out(masked_mean(attended.unflatten(1, (captions, count)), mask))
 
     def unconditioned(self, patches: torch.Tensor) -> torch.Tensor:
-        """The control's addition (B, d), by the learned query."""
+        """The control's addition (B, d), from its learned query."""
         assert self.query is not None, "only the control has a learned query"
         queries = self.query.to(patches.dtype).expand(len(patches), 1, -1)
         ones = torch.ones(len(patches), 1, dtype=torch.bool, device=patches.device)
@@ -127,7 +130,9 @@ class KnowledgeReadout(nn.Module):
     def attention(
         self, patches: torch.Tensor, states: torch.Tensor | None, triplets: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Attention maps, averaged over heads, of the two parts of K queries to the patches of one image.
+        """Attention maps of K queries over the patches of one image, averaged over heads.
+
+        The triplet part and the state part of each query have separate maps.
 
         Args:
             patches: (1, M, d_v).
@@ -135,9 +140,9 @@ class KnowledgeReadout(nn.Module):
             triplets: Triplet prompts (1, K, d_t), or None.
 
         Returns:
-            ``triplet`` and ``state``, each (K, M), without the parts that are None.
+            `triplet` and `state`, each (K, M). Parts that are None are left out.
         """
-        assert self.query_text is not None, "the control has one query of its own"
+        assert self.query_text is not None, "the control has only its learned query"
         queries = {}
         if triplets is not None and self.query_triplet is not None:
             queries["triplet"] = self.query_triplet(triplets)
@@ -159,8 +164,10 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def in_type_of(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`x` in the type of a trained weight, since the frozen tower may be in low precision; under autocast, which
-    chooses the type of each product itself, `x` as it is."""
+    """Casts `x` to the type of a trained weight, because the frozen tower may be in low precision.
+
+    Under autocast, which chooses the type of each product itself, `x` is unchanged.
+    """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x
@@ -168,5 +175,5 @@ def in_type_of(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def unit(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Scaled to unit length in fp32, in the type of `like`."""
+    """Scales to unit length in fp32 and casts to the type of `like`."""
     return F.normalize(x.float(), dim=-1).to(like.dtype)

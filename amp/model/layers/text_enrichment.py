@@ -1,4 +1,4 @@
-"""Caption features adapted, and enriched by their knowledge (ours): the text side of action knowledge."""
+"""Caption features, adapted and enriched by their knowledge (ours)."""
 
 import torch
 import torch.nn as nn
@@ -9,15 +9,15 @@ class TextEnrichment(nn.Module):
     """T' = T + U T + mean_k(W D_k), or with triplets T + U T + sum_k a_k (W D_k + V p_k), a = softmax_k(w D_k + v p_k).
 
     T and D_k are the frozen text tower's features of the caption and its states at unit length, p_k the triplet
-    prompts. The paper (sec. 3.5) scores "enhanced text features" without a formula; these are ours. U reads no
-    knowledge and is all that the control has. The weights a learn which of a caption's triplets tell images apart: the
-    plain mean drowns one action in its attributes (docs/ablations.md). All maps start at zero, so that training starts
-    from the base CLIP, and with the mean.
+    prompts. The paper (sec. 3.5) scores "enhanced text features" without giving a formula; these are ours. U reads no
+    knowledge and is the only map of the control. The weights a learn which of a caption's triplets distinguish images:
+    in a plain mean, attributes outweigh a single action (docs/ablations.md). All maps start at zero, so training starts
+    from the base CLIP and with the mean.
 
     Args:
-        width: Of the joint embedding, d.
-        states: Whether there is W.
-        triplet_width: Channels of the triplet prompts, d_t; None leaves V, v and w out.
+        width: Width of the joint embedding, d.
+        states: Whether W exists.
+        triplet_width: Channels of the triplet prompts, d_t; None leaves out V, v and w.
     """
 
     def __init__(self, width: int, states: bool = True, triplet_width: int | None = None):
@@ -33,10 +33,12 @@ class TextEnrichment(nn.Module):
     def forward(
         self, text: torch.Tensor, states: torch.Tensor, triplets: torch.Tensor | None, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Args:
+        """Enriches the features of C captions.
+
+        Args:
             text: Caption features (C, d).
-            states: State features (C, K, d); not read where there is no W.
-            triplets: Triplet prompts (C, K, d_t); not read where there is no V.
+            states: State features (C, K, d); not read without W.
+            triplets: Triplet prompts (C, K, d_t); not read without V.
             mask: Which of the K exist, bool (C, K).
 
         Returns:
@@ -55,6 +57,6 @@ class TextEnrichment(nn.Module):
         logits = values.new_zeros(mask.shape)
         if self.triplets is not None:
             values, logits = values[..., :-1], values[..., -1]
-        # A caption without knowledge has only weights of zero, not NaN.
+        # A caption without knowledge has weights of zero, not NaN.
         weights = logits.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=1) * mask
         return enriched + (weights.unsqueeze(-1) * values).sum(dim=1)

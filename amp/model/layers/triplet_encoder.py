@@ -1,4 +1,4 @@
-"""Action triplet prompts: triplets of words to K prompt features (paper, eq. 4-5)."""
+"""Action triplet prompts: encodes the words of K triplets as K prompt features (paper, eq. 4-5)."""
 
 import torch
 import torch.nn as nn
@@ -20,7 +20,7 @@ class TripletEncoder(nn.Module):
 
     def __init__(self, width: int, layers: int = 2, heads: int = 8):
         super().__init__()
-        # Ours: token embeddings of a trained CLIP have a scale of about 0.01, and the bias would drown them.
+        # Our addition: token embeddings of a trained CLIP have a scale of about 0.01, so the bias would dominate them.
         self.norm = nn.LayerNorm(3 * width)
         self.project = nn.Linear(3 * width, width)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(layers))
@@ -31,11 +31,12 @@ class TripletEncoder(nn.Module):
 
         Args:
             embedded: Token embeddings (C, K, 3, S, d_t).
-            token_mask: Which of the S tokens of a slot exist, bool (C, K, 3, S). A slot without any is a zero vector.
-            mask: Which of the K triplets exist, bool (C, K); a caption without any attends to the learned null token.
+            token_mask: Which of the S tokens of a slot exist, bool (C, K, 3, S). A slot without tokens becomes a zero
+                vector.
+            mask: Which of the K triplets exist, bool (C, K). A caption without triplets gets the learned null token.
 
         Returns:
-            Prompt features p_t (C, K, d_t); rows outside `mask` (and outside a null token in row 0) mean nothing.
+            Prompt features p_t (C, K, d_t). Rows where `mask` is False are undefined, except row 0 with a null token.
         """
         present = token_mask.unsqueeze(-1).to(embedded.dtype)
         slots = (embedded * present).sum(dim=-2) / present.sum(dim=-2).clamp(min=1)
@@ -47,18 +48,18 @@ class TripletEncoder(nn.Module):
 
 
 def with_null(prompts: torch.Tensor, mask: torch.Tensor, null: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puts a learned null token into row 0 of captions that have no prompt at all.
+    """Puts a learned null token into row 0 of captions that have no prompt.
 
-    So no softmax ever sees only masked keys, and the null token takes part in each graph (with a zero gradient where no
-    caption is empty), which keeps distributed training free of unused parameters.
+    This way no softmax sees only masked keys. The null token is also part of every graph (with a zero gradient if no
+    caption is empty), so distributed training has no unused parameters.
 
     Args:
-        prompts: (C, K, D).
-        mask: bool (C, K).
-        null: (D,).
+        prompts: Prompts of C captions (C, K, D).
+        mask: Which prompts exist, bool (C, K).
+        null: The null token (D,).
 
     Returns:
-        prompts (C, K, D) and mask (C, K), every row of which holds at least one True.
+        Prompts (C, K, D), and mask (C, K) with at least one True per row.
     """
     first = null_rows(mask)
     return torch.where(first.unsqueeze(-1), null.to(prompts.dtype), prompts), mask | first

@@ -7,13 +7,13 @@ import torch.nn as nn
 
 
 class VisualPrompts(nn.Module):
-    """N prompts for each block from the first prompted one on; those of a block replace those of the block before.
+    """N prompts for each block from the first prompted one on. They replace those of the block before.
 
     Args:
         depth: Number of blocks that get prompts.
-        num_prompts: N; 0 leaves the sequence untouched.
+        num_prompts: Prompts per block, N; 0 leaves the sequence unchanged.
         width: Channels of the vision tower, d_v.
-        patch_size: Patch height and width in pixels, which set VPT's initial range.
+        patch_size: Patch height and width in pixels, which determine VPT's initialisation range.
     """
 
     def __init__(self, depth: int, num_prompts: int, width: int, patch_size: tuple[int, int]):

@@ -1,4 +1,7 @@
-"""Frozen CLIP models by their image tower. A new tower is a file and a line of `TOWERS`, or `register_tower`."""
+"""Frozen CLIP models by their image tower.
+
+To add a tower, add a file and a line in `TOWERS`, or call `register_tower`.
+"""
 
 import torch.nn as nn
 from open_clip.timm_model import TimmModel
@@ -14,11 +17,11 @@ TOWERS: dict[type[nn.Module], type[Backbone]] = {VisionTransformer: OpenClipBack
 
 
 def register_tower(visual: type[nn.Module], backbone: type[Backbone]) -> None:
-    """Makes CLIP models known whose image tower has the class `visual`.
+    """Registers a backbone for CLIP models whose image tower has the class `visual`.
 
     Args:
         visual: Class of `clip.visual`.
-        backbone: What stands for such a model.
+        backbone: `Backbone` class for such models.
     """
     TOWERS[visual] = backbone
 
@@ -27,7 +30,7 @@ def make_backbone(clip: nn.Module) -> Backbone:
     """The `Backbone` of any CLIP whose image tower is a plain transformer.
 
     Raises:
-        AmpError: Another image tower (ResNet, ConvNeXt, Swin, a hybrid), or an unknown text tower.
+        AmpError: The image tower is not supported (ResNet, ConvNeXt, Swin, a hybrid), or the text tower is unknown.
     """
     load_plugins()
     visual = getattr(clip, "visual", None)

@@ -1,7 +1,7 @@
-"""The interface of a frozen CLIP: the few calls that prompting needs, and the text tower.
+"""The interface of a frozen CLIP: the calls that prompting needs, and the text tower.
 
-The files of this folder are the only ones that touch open_clip's internals (here `token_embedding` and the text tower's
-tables) and timm's, so a change upstream is fixed here.
+Only the files in this folder use internals of open_clip (here `token_embedding` and the attributes of the text tower)
+and of timm, so changes upstream are handled here.
 """
 
 import hashlib
@@ -26,24 +26,26 @@ CHOOSE = "Choose another model, for example ViT-B-16, ViT-B-16-SigLIP or EVA02-B
 
 
 class Backbone(nn.Module, ABC):
-    """A frozen CLIP, always in eval mode: the text tower, and the interface of the image tower; `make_backbone` builds
-    the class that fits. The model given is kept, frozen, and its temperature made a vector of one.
+    """A frozen CLIP, always in eval mode: the text tower and the interface of the image tower.
+
+    `make_backbone` builds the class that fits a model. The given model is kept and frozen, and its temperature is
+    reshaped to a vector of one element.
 
     Args:
-        clip: A model of `open_clip.create_model` with a native text transformer or a Hugging Face text tower; the three
-            widths (vision, text, joint) may all differ.
+        clip: A model from `open_clip.create_model` with a native text transformer or a Hugging Face text tower. The
+            three widths (vision, text, joint) may all differ.
 
     Attributes:
         vision_width, vision_heads, num_layers: Channels d_v, attention heads and blocks L of the image tower.
-        grid_size, patch_size: Patches down and across an image, and pixels down and across a patch.
-        num_patches: M.
-        num_prefix: Tokens in front of the patches, F: the class token and registers; none in SigLIP.
+        grid_size, patch_size: Rows and columns of patches in an image; height and width of a patch in pixels.
+        num_patches: Number of patches, M.
+        num_prefix: Number of tokens before the patches, F: the class token and registers; 0 in SigLIP.
         text_width: Channels of the token embedding, d_t.
-        embed_dim: Joint width, d.
-        context_length: Of the text tower's positions.
+        embed_dim: Width of the joint embedding, d.
+        context_length: Number of positions of the text tower.
 
     Raises:
-        AmpError: The text tower has no token embedding that this project knows.
+        AmpError: The text tower is of an unknown class, whose token embedding can't be read.
     """
 
     clip: CLIP | CustomTextCLIP
@@ -69,13 +71,13 @@ class Backbone(nn.Module, ABC):
         for name in ("logit_scale", "logit_bias"):
             value = getattr(clip, name, None)
             if isinstance(value, nn.Parameter) and value.ndim == 0:
-                # DeepSpeed can't send parameters without dimensions; open_clip loads and multiplies either shape.
+                # DeepSpeed can't send scalar parameters; open_clip loads and multiplies either shape.
                 setattr(clip, name, nn.Parameter(value.detach().reshape(1)))
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode: CLIP is frozen in both stages (paper, sec. 3.4)."""
+        """Does nothing: CLIP stays frozen, in eval mode, in both stages (paper, sec. 3.4)."""
         return super().train(False)
 
     @property
@@ -84,7 +86,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image without visual prompts, F + M."""
+        """Number of tokens per image without visual prompts, F + M."""
         return self.num_prefix + self.num_patches
 
     @property
@@ -98,7 +100,7 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Type of the vision blocks' weights, in which tokens enter them."""
+        """Type of the vision blocks' weights and of their input."""
 
     @property
     @abstractmethod
@@ -108,17 +110,17 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def masks_tokens(self) -> bool:
-        """Whether single tokens can be taken out of the image blocks' attention."""
+        """Whether single tokens can be masked out of the attention of the image blocks."""
 
     @property
     @abstractmethod
     def keeps_patches(self) -> bool:
-        """Whether `pooled` returns the patches as the last block left them, but for a norm; the readout asks them."""
+        """Whether `pooled` returns the patches of the last block, changed only by a norm, as the readout needs."""
 
     @property
     @abstractmethod
     def pooled_width(self) -> int:
-        """Channels of what `project` takes."""
+        """Channels of the input of `project`."""
 
     @property
     @abstractmethod
@@ -129,11 +131,12 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) to what enters block 0, class token and the like before the patches, (B, F + M, d_v)."""
+        """Images (B, 3, H, W) to the input of block 0, prefix tokens first and then patches, (B, F + M, d_v)."""
 
     @abstractmethod
     def blocks(self, tokens: torch.Tensor, start: int, stop: int, recompute: bool = False) -> torch.Tensor:
-        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v); `recompute` trades memory for a second forward."""
+        """Runs blocks `start` to `stop - 1` on tokens (B, T, d_v). `recompute` saves memory by a second forward
+        pass."""
 
     @abstractmethod
     def prompted_block(
@@ -144,14 +147,14 @@ class Backbone(nn.Module, ABC):
         absent: torch.Tensor | None = None,
         all_tokens: bool = False,
     ) -> torch.Tensor:
-        """Runs one block on tokens (B, T, d_v); the last one may return the class token alone, (B, 1, d_v).
+        """Runs one block on tokens (B, T, d_v). The last one may return only the class token, (B, 1, d_v).
 
         Args:
-            index: Of the block.
-            tokens: What enters it: the F + M tokens of an image, then any number of prompts.
-            recompute: Trades memory for a second forward.
-            absent: Which tokens nobody attends to, bool (B, T); needs `masks_tokens`.
-            all_tokens: The last block returns them all.
+            index: Index of the block.
+            tokens: Input of the block: the F + M tokens of an image, then any number of prompts.
+            recompute: Save memory by a second forward pass.
+            absent: Tokens that are masked out of the attention, bool (B, T). Needs `masks_tokens`.
+            all_tokens: Make the last block return all tokens.
         """
 
     @staticmethod
@@ -163,13 +166,14 @@ class Backbone(nn.Module, ABC):
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens after the last block (B, T, d_v) to features (B, d), not normalised.
 
-        Tokens behind the M patches (visual prompts) are cut off first: average and attention pooling must not see them.
+        Tokens after the M patches (visual prompts) are removed first, because average and attention pooling must not
+        see them.
         """
         return self.project(self.pooled(tokens)[0])
 
     @abstractmethod
     def pooled(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens after the last block (B, T, d_v) to what CLIP projects (B, d_v), and the patches (B, M, d_v)."""
+        """Tokens after the last block (B, T, d_v) to the input of `project` (B, d_v), and the patches (B, M, d_v)."""
 
     @abstractmethod
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -189,7 +193,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def causal_text(self) -> bool:
-        """Whether a text token sees only those before it, so that padding after the end changes nothing."""
+        """Whether a text token attends only to earlier ones, so that padding after the end changes nothing."""
         return getattr(self._text, "attn_mask", None) is not None and getattr(self._text, "cls_emb", None) is None
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
@@ -197,10 +201,10 @@ class Backbone(nn.Module, ABC):
         return self._token_embedding(ids)
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, context_length) to features (B, d), not normalised, as `clip.encode_text`, at less cost.
+        """Token ids (B, context_length) to features (B, d), not normalised. Like `clip.encode_text`, at lower cost.
 
-        Padding is cut to the longest text of the batch where the tower is causal: no token up to the end-of-text token,
-        where the feature is read, ever attends to padding, so the result is exact.
+        If the tower is causal, padding is cut to the longest text of the batch. No token up to the end-of-text token,
+        where the feature is read, attends to padding, so the result is exact.
         """
         text = self._text
         if not (isinstance(self.clip, CLIP) and self.causal_text and text.text_pool_type in ("argmax", "eos")):
@@ -220,21 +224,21 @@ class Backbone(nn.Module, ABC):
     # -- identity ---------------------------------------------------------------------------------------------------
 
     def weights_hash(self, tower: str = "both") -> str:
-        """`weights_hash` of the CLIP."""
+        """The function `weights_hash`, for this CLIP."""
         return weights_hash(self.clip, self.quick_gelu, tower)
 
 
 def unsupported_tower(seen: str) -> AmpError:
-    """The error of an image tower, described by `seen`, that can't be prompted."""
+    """The error for an image tower, described by `seen`, that can't be prompted."""
     return AmpError(
         f"image tower is {seen}, expected open_clip's native VisionTransformer, or timm's VisionTransformer or Eva, "
-        "pooled and with patches straight from the pixels: prompts are put between the blocks of a plain transformer. "
+        "with pooling and a plain patch embedding: prompts are inserted between the blocks of a plain transformer. "
         f"{CHOOSE}"
     )
 
 
 def weights_hash(clip: nn.Module, quick_gelu: bool, tower: str = "both") -> str:
-    """SHA-256 over names, shapes and bytes of the weights of ``vision``, ``text`` or ``both`` towers of any CLIP.
+    """SHA-256 over names, shapes and bytes of the weights of `vision`, `text` or `both` towers of any CLIP.
 
     The temperature is left out: open_clip stores it as a scalar or as a vector of one.
     """

@@ -1,6 +1,6 @@
 """A frozen CLIP whose image tower is open_clip's own VisionTransformer.
 
-It touches `visual._embeds`, `visual.transformer.resblocks`, `visual._pool` and `visual.proj`.
+It uses `visual._embeds`, `visual.transformer.resblocks`, `visual._pool` and `visual.proj`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ class OpenClipBackbone(Backbone):
     """`Backbone` of a CLIP with open_clip's own VisionTransformer.
 
     Raises:
-        AmpError: The image tower's tokens don't come batch first.
+        AmpError: The image tower's tokens are not batch-first.
     """
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__(clip)
         visual: VisionTransformer = self.visual
-        # From open_clip 4 on, the attribute is gone and tokens always come batch first.
+        # Since open_clip 4 this attribute doesn't exist and tokens are always batch-first.
         if not getattr(visual.transformer, "batch_first", True):
             raise AmpError("image tower has batch_first=False, expected True, the default of open_clip")
         self.vision_width = visual.conv1.out_channels
@@ -74,12 +74,12 @@ class OpenClipBackbone(Backbone):
 
     @property
     def _reads_only_class_token(self) -> bool:
-        """Whether features come from the class token of the last block and from nothing else."""
+        """Whether features come only from the class token of the last block."""
         return type(self._layers[-1]) is ResidualAttentionBlock and self.keeps_patches
 
     @property
     def keeps_patches(self) -> bool:
-        # The other ways of pooling return other tokens.
+        # Other pooling types return other tokens.
         return self.visual.attn_pool is None and self.visual.pool_type == "tok"
 
     @property
@@ -87,10 +87,11 @@ class OpenClipBackbone(Backbone):
         return all(type(block) is ResidualAttentionBlock for block in self._layers)
 
     def _last_block(self, tokens: torch.Tensor, absent: torch.Tensor | None = None) -> torch.Tensor:
-        """The last block for the class token alone, (B, T, d_v) -> (B, 1, d_v).
+        """Computes the last block only for the class token, (B, T, d_v) -> (B, 1, d_v).
 
-        Every token is a key and a value, only the class token asks and passes through the MLP: about a fifth of a
-        block's work, which counts where few blocks run a pair. Equal to the whole block but for rounding.
+        All tokens are keys and values, but only the class token is a query and passes through the MLP. This costs about
+        a fifth of a block, which matters if few blocks run per pair. The result equals that of the whole block, except
+        for rounding.
         """
         return self._plain_block(self._layers[-1], tokens, 1, absent)
 
@@ -101,12 +102,14 @@ class OpenClipBackbone(Backbone):
         queries: int | None = None,
         absent: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A block for the first `queries` tokens or all, (B, T, d_v) -> (B, queries, d_v); nobody attends to `absent`
-        ones, bool (B, T)."""
+        """Computes a block for the first `queries` tokens, or for all, (B, T, d_v) -> (B, queries, d_v).
+
+        No token attends to `absent` ones, bool (B, T).
+        """
         attention = block.attn
         normed = block.ln_1(tokens)
-        # nn.MultiheadAttention with fewer queries than keys copies its weights once a token on the CPU (a third of the
-        # time of a pair), so its projections are applied here.
+        # With fewer queries than keys, nn.MultiheadAttention copies its weights once per token on the CPU (a third of
+        # the time of a pair), so its projections are applied here.
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
         width, heads = normed.shape[-1], attention.num_heads
         query = F.linear(normed[:, :queries], weight[:width], bias[:width])

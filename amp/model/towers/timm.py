@@ -1,7 +1,7 @@
-"""A frozen CLIP whose image tower is a Vision Transformer or an Eva of timm: SigLIP, EVA-02, Perception Encoder.
+"""A frozen CLIP whose image tower is timm's VisionTransformer or Eva: SigLIP, EVA-02, Perception Encoder.
 
-It touches timm's `patch_embed`, `_pos_embed`, `norm_pre`, `blocks`,
-`rope`, `norm`, `forward_head`, `fc_norm` and `head`, and `trunk` and `head` of open_clip's TimmModel.
+It uses timm's `patch_embed`, `_pos_embed`, `norm_pre`, `blocks`, `rope`, `norm`, `forward_head`, `fc_norm` and `head`,
+and `trunk` and `head` of open_clip's TimmModel.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from amp.model.towers.base import Backbone, unsupported_tower
 
 BLOCKS = {VisionTransformer: (Block, ResPostBlock), Eva: (EvaBlock, EvaBlockPostNorm)}
-"""The supported towers, and their blocks that take a mask of tokens. Subclasses may do other things: not supported."""
+"""The supported towers, and their blocks that take a token mask. Subclasses may differ and are not supported."""
 
 
 class TimmBackbone(Backbone):
-    """`Backbone` of a CLIP with a `VisionTransformer` or `Eva` of timm, whatever its pooling and its prefix tokens.
+    """`Backbone` of a CLIP with timm's `VisionTransformer` or `Eva`, with any pooling and prefix tokens.
 
-    Rotary position embedding belongs to patches. Prompts behind them are turned by the angle zero, as the class token
-    is: they have no place in the picture.
+    Rotary position embedding applies to patches. Prompts after them are rotated by zero, like the class token, because
+    they have no position in the image.
 
     Raises:
-        AmpError: Another tower of timm, a stem of convolutions, unusual blocks, or no pooling.
+        AmpError: The tower is of another class, has a convolutional stem, unusual blocks, or no pooling.
     """
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
@@ -75,7 +75,7 @@ class TimmBackbone(Backbone):
         trunk = self._trunk
         tokens = trunk._pos_embed(trunk.patch_embed(images.to(self.dtype)))
         if isinstance(trunk, Eva):
-            tokens, _ = tokens  # the rotary embedding, which `_rope` asks for where blocks need it
+            tokens, _ = tokens  # drops the rotary embedding, which `_rope` computes for the blocks
         return trunk.norm_pre(tokens)  # dropout of patches and positions is off in eval mode
 
     def blocks(self, tokens: torch.Tensor, start: int, stop: int, recompute: bool = False) -> torch.Tensor:
@@ -92,7 +92,7 @@ class TimmBackbone(Backbone):
         absent: torch.Tensor | None = None,
         all_tokens: bool = False,
     ) -> torch.Tensor:
-        # Never the class token alone: timm's blocks differ too much to be taken apart here.
+        # Always computes all tokens: timm's blocks differ too much to compute only the class token here.
         return self._run(self._block(index, self._rope(tokens.shape[1]), absent), tokens, recompute)
 
     def _block(self, index: int, rope: torch.Tensor | None, absent: torch.Tensor | None = None):
@@ -104,9 +104,9 @@ class TimmBackbone(Backbone):
         return partial(self._layers[index], **given)
 
     def _rope(self, length: int) -> torch.Tensor | None:
-        """Sines, then cosines, of a row a patch and of each prompt behind them, (..., length - F, 2 d_head).
+        """Sines, then cosines, one row per patch and per prompt after the patches, (..., length - F, 2 d_head).
 
-        None where the tower has no rotary embedding; with a leading axis of blocks where each has its own.
+        None if the tower has no rotary embedding. Has a leading axis of blocks if each block has its own embedding.
         """
         rope = getattr(self._trunk, "rope", None)
         if rope is None:
@@ -124,8 +124,8 @@ class TimmBackbone(Backbone):
     def pooled(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         trunk = self._trunk
         tokens = trunk.norm(tokens[:, : self.num_tokens])
-        # With average pooling the norm comes after it; the patches deserve it too, since the scale of a residual stream
-        # is not that of features.
+        # With average pooling the norm comes after it. Apply the same norm to the patches, since the scale of a
+        # residual stream is not that of features.
         return trunk.forward_head(tokens, pre_logits=True), trunk.fc_norm(tokens[:, self.num_prefix :])
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -133,12 +133,12 @@ class TimmBackbone(Backbone):
 
 
 def refuse_unsupported(trunk: VisionTransformer | Eva) -> None:
-    """Raises AmpError where prompts can't stand between the blocks of a tower of timm."""
+    """Raises `AmpError` if prompts can't be inserted between the blocks of a tower of timm."""
     name = f"timm's {type(trunk).__name__}"
     if type(trunk) not in BLOCKS:
         raise unsupported_tower(name)
     if type(trunk.patch_embed) is not PatchEmbed:
-        raise unsupported_tower(f"{name} behind {type(trunk.patch_embed).__name__}")
+        raise unsupported_tower(f"{name} with patches from {type(trunk.patch_embed).__name__}")
     unusual = {type(block).__name__ for block in trunk.blocks if type(block) not in BLOCKS[type(trunk)]}
     if unusual:
         raise unsupported_tower(f"{name} with blocks of {', '.join(sorted(unusual))}")
