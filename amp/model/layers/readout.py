@@ -106,19 +106,29 @@ class KnowledgeReadout(nn.Module):
             mask: Which queries exist, bool (P, Q).
         """
         attended = merge_heads(F.scaled_dot_product_attention(split_heads(queries, self.heads), key, value))
-        return self.out(masked_mean(attended, mask))
+        return self.out((attended * query_weights(mask, attended.dtype)[..., None]).sum(dim=-2))
 
     def all_pairs(
         self, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Additions for all pairs of B images and C captions: queries (C, Q, d) and their mask (C, Q) to (B, C, d).
 
-        Each image needs one attention, over the concatenated queries of all captions.
+        Each image needs one attention, over the concatenated queries of all captions. The mean over a caption's queries
+        and the product with the values commute, so the mean is taken of whichever is smaller: the attention weights or
+        the values that they attend to.
         """
         captions, count, width = queries.shape
-        joined = split_heads(queries.reshape(1, captions * count, width), self.heads).expand(len(key), -1, -1, -1)
-        attended = merge_heads(F.scaled_dot_product_attention(joined, key, value))
-        return self.out(masked_mean(attended.unflatten(1, (captions, count)), mask))
+        # Query by query, so that the mean over a caption's queries adds contiguous blocks.
+        joined = split_heads(queries.transpose(0, 1).reshape(1, count * captions, width), self.heads)
+        weight = query_weights(mask, joined.dtype).T[..., None]
+        patches, channels = key.shape[-2:]
+        if patches <= channels:
+            attention = (joined * channels**-0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+            mean = (attention.unflatten(2, (count, captions)) * weight).sum(dim=2) @ value
+        else:
+            attended = F.scaled_dot_product_attention(joined.expand(len(key), -1, -1, -1), key, value)
+            mean = (attended.unflatten(2, (count, captions)) * weight).sum(dim=2)
+        return self.out(merge_heads(mean))
 
     def unconditioned(self, patches: torch.Tensor) -> torch.Tensor:
         """The control's addition (B, d), from its learned query."""
@@ -157,10 +167,9 @@ class KnowledgeReadout(nn.Module):
         return found
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the Q rows that exist: (..., C, Q, d) and bool (C, Q) to (..., C, d)."""
-    weight = mask.to(x.dtype) / mask.sum(dim=-1, keepdim=True).to(x.dtype)
-    return (weight.unsqueeze(-2) @ x).squeeze(-2)
+def query_weights(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights (C, Q) of a mean over the queries that exist, bool (C, Q)."""
+    return mask.to(dtype) / mask.sum(dim=-1, keepdim=True).to(dtype)
 
 
 def in_type_of(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
