@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from amp.data.order import BatchOrder
-from amp.errors import AmpError
 from amp.launch import precision_of
 from amp.plan.data import Dataset, check_shards
 from amp.plan.disk import check_disk
