@@ -258,7 +258,7 @@ def test_parts_share_a_folder_and_a_run_without_parts_does_not(drawn):
 def test_a_part_refuses_a_folder_that_the_final_run_would_refuse(drawn):
     drawn.make()
     before = drawn.tars()
-    with pytest.raises(AmpError, match="holds shards of split 'train'"):
+    with pytest.raises(AmpError, match="contains shards of split 'train'"):
         drawn.make("0/3", splits=["test"])
     assert drawn.tars() == before
     assert drawn.has_what_the_plain_run_has()

@@ -354,7 +354,7 @@ def spoil(path, how):
         ("flipped", "png", "damaged"),
         ("checksum", "png", "checksum"),
         ("empty", "jpg", "0 bytes, not an image"),
-        ("text", "jpg", "16 bytes, not an image of JPEG"),
+        ("text", "jpg", "16 bytes, not an image in one of the formats JPEG"),
         ("postscript", "jpg", "not an image"),
     ],
 )
@@ -561,7 +561,7 @@ def test_only_what_is_missing_or_changed_is_written_again(ten, change, capsys):
     capsys.readouterr()
     manifest = ten.make()
     manifest.verify()
-    said = f"{ten.out}: shards there that differ from what these options give, replaced: 1\n"
+    said = f"{ten.out}: replacing 1 existing shards that differ from what these options give\n"
     assert (said in capsys.readouterr().err) == (change is not touch_nothing)
     after = ten.tars()
     assert set(after) == set(before)
@@ -656,7 +656,7 @@ def test_larger_shards_replace_smaller_ones(ten):
 def test_shards_of_another_split_are_not_deleted(ten):
     ten.make()
     before = ten.tars()
-    with pytest.raises(AmpError, match=r"holds shards of split 'train' .*isn't among test"):
+    with pytest.raises(AmpError, match=r"contains shards of split 'train' .*expected only test"):
         ten.make(splits=["test"])
     assert ten.tars() == before
     ShardManifest.load(ten.out).verify()
@@ -665,7 +665,7 @@ def test_shards_of_another_split_are_not_deleted(ten):
 def test_foreign_tars_are_not_overwritten(ten):
     ten.out.mkdir()
     (ten.out / "train-000000.tar").write_bytes(b"mine")
-    with pytest.raises(AmpError, match="holds tar files that this tool didn't make"):
+    with pytest.raises(AmpError, match="contains tar files that this tool didn't make"):
         ten.make()
     assert (ten.out / "train-000000.tar").read_bytes() == b"mine"
 
@@ -1059,7 +1059,9 @@ def test_splits_that_training_would_miss_are_told_at_conversion(data):
     manifest, shown = told(data)
     assert list(manifest.splits) == ["val", "fold1", "test"]
     assert "splits stored: 'Validation' as 'val', 'TEST' as 'test'\n" in shown
-    assert "no split 'train' in it; splits seen: val, fold1, test; that is enough for an evaluation; to train" in shown
+    assert (
+        "no split 'train' in it; splits seen: val, fold1, test; these are enough for an evaluation; to train" in shown
+    )
     data.out = data.root / "some"
     assert list(told(data, splits=["Testing", "dev"])[0].splits) == ["val", "test"]
     data.add("3.jpg", "training")

@@ -556,7 +556,7 @@ def test_image_list(tmp_path):
     path.write_text("a.jpg\n\n s/b.jpg \r\n")
     assert load_image_list(path) == ["a.jpg", "s/b.jpg"]
     path.write_text("\n")
-    with pytest.raises(AmpError, match="no image named"):
+    with pytest.raises(AmpError, match="no file name in it"):
         load_image_list(path)
 
 

@@ -22,7 +22,7 @@ class ShardSplit:
     """The samples of one split, addressed by their position in the concatenated shards.
 
     Args:
-        root: Folder with a ``manifest.json``.
+        root: Folder with a `manifest.json`.
         split: Its name in the manifest.
 
     Raises:

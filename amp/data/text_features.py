@@ -24,7 +24,7 @@ class TextFeatureStore:
         root: Cache folder; the store is a sub-folder named after `key`.
         key: Hash of the text tower's weights and of how texts are tokenised.
         dim: Width d of a feature.
-        dtype: Type on disk: ``float32`` is exact, ``float16`` takes half the space.
+        dtype: Type on disk: `float32` is exact, `float16` takes half the space.
     """
 
     def __init__(self, root: str | os.PathLike, key: str, dim: int, dtype: str = "float32"):

@@ -89,7 +89,7 @@ class RowKey(NamedTuple):
 
     Attributes:
         method: Name of an adapter or control, or `BASE`.
-        mode: How image queries were conditioned, ``pairwise`` or ``pooled``; empty where they were not.
+        mode: How image queries were conditioned, `pairwise` or `pooled`; empty where they were not.
         probe: The input that was spoilt; empty for none.
     """
 

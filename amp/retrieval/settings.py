@@ -12,7 +12,7 @@ class RetrievalSettings:
 
     Args:
         top_k: Candidates that the frozen CLIP pre-selects (paper: 20).
-        i2t: How image queries are conditioned: ``pairwise`` on each candidate's knowledge, ``pooled`` on the union of
+        i2t: How image queries are conditioned: `pairwise` on each candidate's knowledge, `pooled` on the union of
             all candidates' knowledge; the paper's text fits pooled.
         fusion_weight: Weight of the first stage's score beside the new one (paper: 0).
         batch_size: Pairs a forward pass.

@@ -54,7 +54,7 @@ class Rankings(NamedTuple):
 
     Attributes:
         t2i: Caption queries.
-        i2t: Image queries by how they are conditioned, ``pairwise`` and ``pooled``; "" for methods without knowledge.
+        i2t: Image queries by how they are conditioned, `pairwise` and `pooled`; "" for methods without knowledge.
     """
 
     t2i: Ranking
@@ -203,7 +203,7 @@ class SplitSearch:
         """A ranking by new scores.
 
         Args:
-            direction: ``t2i`` or ``i2t``.
+            direction: `t2i` or `i2t`.
             score: Maps rows of queries (Q',) and their candidates (Q', k) to this rank's part of their scores.
             stored: Folder of scores that an earlier run has left.
         """

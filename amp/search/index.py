@@ -30,7 +30,7 @@ class PhotoIndex:
     """Names and features of N photos, read from the folder of an index.
 
     Attributes:
-        file: The index's ``index.json``, which names its photos.
+        file: The index's `index.json`, which names its photos.
         root: Folder of the photos.
         names: Their paths below `root`.
         stamps: `Stamp` of each photo when it was encoded, by name.

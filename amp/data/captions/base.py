@@ -29,9 +29,9 @@ class Caption:
     """A caption.
 
     Attributes:
-        id: ``sentid`` of a Karpathy file; else the number of the data row, 0-based.
+        id: `sentid` of a Karpathy file; else the number of the data row, 0-based.
         text: Text of any length, without surrounding white space.
-        knowledge: Its checked record as JSON text ``{"triplets": ..., "states": ...}``, which takes a third of the
+        knowledge: Its checked record as JSON text `{"triplets": ..., "states": ...}`, which takes a third of the
             memory of the objects. None without a record.
     """
 
@@ -45,10 +45,10 @@ class CaptionedImage:
     """An image with all its captions.
 
     Attributes:
-        path: Path of the file relative to the images folder, with ``/`` as separator and without parent parts.
-        name: The file's name as the captions file spells it (COCO: without its ``filepath`` folder).
-        id: ``cocoid`` or ``imgid`` of a Karpathy file; else `path`.
-        split: Name of its split, such as ``"train"``.
+        path: Path of the file relative to the images folder, with `/` as separator and without parent parts.
+        name: The file's name as the captions file spells it (COCO: without its `filepath` folder).
+        id: `cocoid` or `imgid` of a Karpathy file; else `path`.
+        split: Name of its split, such as `"train"`.
         captions: In the order of the file; may be empty.
     """
 
@@ -108,8 +108,8 @@ def register_captions_format(name: str, suffixes: Sequence[str], reader: Reader)
     """Adds a captions format.
 
     Args:
-        name: What ``--format`` calls it.
-        suffixes: Suffixes of files that are read with it unless ``--format`` names another, in lower case with the
+        name: What `--format` calls it.
+        suffixes: Suffixes of files that are read with it unless `--format` names another, in lower case with the
             dot. A suffix that another format has goes over to this one.
         reader: Function that reads a file.
 
@@ -123,7 +123,7 @@ def register_captions_format(name: str, suffixes: Sequence[str], reader: Reader)
 
 
 def find_reader(format: str, suffix: str) -> Reader | None:
-    """The reader of a format, or with ``auto`` of a file's suffix; None where no format has the suffix.
+    """The reader of a format, or with `auto` of a file's suffix; None where no format has the suffix.
 
     Raises:
         AmpError: No such format.

@@ -22,7 +22,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'"}
 
 
 def read_csv(path: Path, splits: SplitNames) -> CaptionSource:
-    """See `amp.data.captions.base.Reader`. A first line ``sep=;`` (Excel's) names the separator."""
+    """See `amp.data.captions.base.Reader`. A first line `sep=;` (Excel's) names the separator."""
     notes: list[str] = []
     return read_rows(path, _rows(path, notes), splits, notes)
 

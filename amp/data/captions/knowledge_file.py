@@ -39,9 +39,9 @@ class KnowledgeReport:
 def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> KnowledgeReport:
     """Gives each caption its knowledge, in place, from a JSONL file of checked records.
 
-    A record is ``{"sentid": 12, "triplets": [...], "states": [...]}`` or ``{"image": "a.jpg", "caption": "A man ...",
-    "triplets": [...], "states": [...]}``, with ``sources`` and ``empty`` where known. With a ``sentid``, ``image`` and
-    ``caption`` are optional. They are compared with the captions file if present, since the numbers of another data
+    A record is `{"sentid": 12, "triplets": [...], "states": [...]}` or ``{"image": "a.jpg", "caption": "A man ...",
+    "triplets": [...], "states": [...]}`, with `sources` and `empty` where known. With a `sentid`, `image`` and
+    `caption` are optional. They are compared with the captions file if present, since the numbers of another data
     set's knowledge would fit too.
 
     Raises:
@@ -101,7 +101,7 @@ def cut_note(images: Iterable[CaptionedImage], report: KnowledgeReport | None) -
 
 
 class _Captions:
-    """Captions by ``sentid``, and by image and text."""
+    """Captions by `sentid`, and by image and text."""
 
     def __init__(self, images: list[CaptionedImage]) -> None:
         self._by_id: dict[str, tuple[CaptionedImage, Caption]] = {}

@@ -16,12 +16,12 @@ def load_captions(
     """Reads a captions file.
 
     Args:
-        path: A Karpathy JSON (``dataset_coco.json``, ``dataset_flickr30k.json``), a CSV with a header, a JSONL, or a
+        path: A Karpathy JSON (`dataset_coco.json`, `dataset_flickr30k.json`), a CSV with a header, a JSONL, or a
             file of a format that a plugin registers.
-        format: Name of the format; ``auto`` goes by the file's suffix.
+        format: Name of the format; `auto` goes by the file's suffix.
         default_split: Split of rows that name none.
-        keep_restval: Leave Karpathy's ``restval`` (COCO's other validation images) a split of its own. By default it
-            is part of ``train``, as in every published COCO result.
+        keep_restval: Leave Karpathy's `restval` (COCO's other validation images) a split of its own. By default it
+            is part of `train`, as in every published COCO result.
 
     Raises:
         AmpError: Naming the file, the line or entry, the key, the value seen, the value expected.

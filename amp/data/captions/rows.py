@@ -28,7 +28,7 @@ def read_rows(
 
     Args:
         path: The file, for messages.
-        rows: Line number and the row's ``image``, ``caption`` and, if wanted, ``split``.
+        rows: Line number and the row's `image`, `caption` and, if wanted, `split`.
         splits: Names of the splits.
         notes: Lines for the user. The reader may add to it while rows are read.
 
@@ -67,7 +67,7 @@ def read_rows(
 
 @lru_cache(maxsize=1024)
 def find_columns(names: tuple[str, ...], word: str = "column") -> dict[str, int]:
-    """Positions of the columns ``image``, ``caption`` and, where there is one, ``split``.
+    """Positions of the columns `image`, `caption` and, where there is one, `split`.
 
     Args:
         names: Names of all columns.
@@ -102,5 +102,5 @@ def find_columns(names: tuple[str, ...], word: str = "column") -> dict[str, int]
 
 
 def renamed_columns(names: tuple[str, ...], columns: dict[str, int]) -> list[str]:
-    """``caption from 'title'`` for each column that has another name, for the user."""
+    """`caption from 'title'` for each column that has another name, for the user."""
     return [f"{column} from {names[i]!r}" for column, i in columns.items() if names[i].casefold() != column]

@@ -28,7 +28,7 @@ def normal_split(value: Any, where: str, known: Iterable[str] = ()) -> str:
         known: Names that are kept as they are, such as those of existing shards.
 
     Raises:
-        AmpError: Anything but ASCII letters, digits, ``_`` and ``-``, of which names of shards' files are made.
+        AmpError: Anything but ASCII letters, digits, `_` and `-`, of which names of shards' files are made.
     """
     if not isinstance(value, str) or not value.isascii() or not value.replace("_", "a").replace("-", "a").isalnum():
         raise AmpError(
@@ -43,7 +43,7 @@ class SplitNames:
 
     Args:
         default: Split of what names none.
-        keep_restval: Whether Karpathy's ``restval`` stays a split of its own instead of a part of train.
+        keep_restval: Whether Karpathy's `restval` stays a split of its own instead of a part of train.
 
     Raises:
         AmpError: As `normal_split`.

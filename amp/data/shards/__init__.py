@@ -1,7 +1,7 @@
 """Folders of shards: what they look like, and how to read them.
 
-A folder holds WebDataset tars, ``train-000000.tar`` and so on, and ``manifest.json``. A sample is two members of a tar:
-``KEY.jpg`` (or another image extension in lower case) and its record ``KEY.json`` (`amp.data.shards.record`).
+A folder holds WebDataset tars, `train-000000.tar` and so on, and `manifest.json`. A sample is two members of a tar:
+`KEY.jpg` (or another image extension in lower case) and its record `KEY.json` (`amp.data.shards.record`).
 
 Any WebDataset reader reads these tars. Training needs more than a sequential reader gives: an order that is a pure
 function of (seed, epoch) and a resume that skips without decoding. So the headers of a shard are indexed once, after

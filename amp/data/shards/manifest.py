@@ -50,13 +50,13 @@ class ShardInfo:
 
 @dataclass(slots=True)
 class ShardManifest:
-    """``manifest.json``: the shards of each split, what was left out, and where everything came from.
+    """`manifest.json`: the shards of each split, what was left out, and where everything came from.
 
     Attributes:
         root: The folder.
         splits: Split name -> its shards, in order.
         captions_without_knowledge: Split name -> number of captions that no knowledge record belongs to.
-        skipped: Kind of problem -> entries ``{"file" or "key", "reason", ...}``.
+        skipped: Kind of problem -> entries `{"file" or "key", "reason", ...}`.
         excluded: Split name -> number of images left out on request.
         provenance: Source files with their sha256, resize, command.
         created_by: Program and version.
@@ -179,7 +179,7 @@ class ShardManifest:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``manifest.json``."""
+        """The content of `manifest.json`."""
         return {
             "format": MANIFEST_FORMAT,
             "version": MANIFEST_VERSION,
@@ -199,7 +199,7 @@ class ShardManifest:
         }
 
     def save(self) -> Path:
-        """Writes ``manifest.json``, which appears complete or not at all.
+        """Writes `manifest.json`, which appears complete or not at all.
 
         Raises:
             AmpError: The folder can't be written.

@@ -23,7 +23,7 @@ MAX_MEMBER_BYTES = MAX_FILE_BYTES
 class ShardReader:
     """Random access to the samples of one shard.
 
-    The headers are read once, on construction. `read` uses ``os.pread``, which has no file position, so one reader can
+    The headers are read once, on construction. `read` uses `os.pread`, which has no file position, so one reader can
     be used by several threads and after a fork. Unpickling it (in a spawned worker) opens the file again.
 
     Args:
@@ -76,7 +76,7 @@ class ShardReader:
         """Sample number `index`, 0-based: the image file's bytes, undecoded, and the record.
 
         Raises:
-            IndexError: `index` is outside ``range(len(self))``.
+            IndexError: `index` is outside `range(len(self))`.
             AmpError: The record isn't JSON, or of another schema or key.
         """
         return self.photo(index), self.record(index)

@@ -1,10 +1,10 @@
-"""The record of a sample, ``KEY.json``::
+"""The record of a sample, `KEY.json`::
 
     {"schema": 1, "key": KEY, "image_id": int | str, "filename": path under the images folder, "split": "train",
      "captions": [{"id": int | str, "text": str,
                    "triplets": [{"subject", "action", "object", "kind"}], "states": [str]}]}
 
-and where known ``sources`` or ``empty`` of a caption (`amp.knowledge.schema.parse_origin`).
+and where known `sources` or `empty` of a caption (`amp.knowledge.schema.parse_origin`).
 """
 
 from __future__ import annotations
