@@ -282,7 +282,7 @@ def test_grey_is_scaled_from_black_to_white(kind):
         (grey_tiff([0, 100, -100], "<i1"), "signed"),
         (grey_tiff([0, 100, -100], "<i2"), "signed"),
         (grey_tiff([0, 100, 70_000], "<i4"), "signed"),
-        (grey_tiff([0, 100, 255], "<u2"), "values up to 255, would all be black because white is 65535"),
+        (grey_tiff([0, 100, 255], "<u2"), "values up to 255, which would all be black because white is 65535"),
         (grey_png([0, 100, 255]), "values up to 255, which would all be black because white is"),
         (grey_tiff([0, 65_535], "<u4"), "which would all be black because white is"),
         (grey_tiff([0, 0.001], "<f4"), "which would all be black because white is"),

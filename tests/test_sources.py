@@ -318,7 +318,7 @@ def test_one_image_may_name_its_split_in_two_cases_but_not_by_two_names(tmp_path
     assert load_captions(write_jsonl(tmp_path, rows)).images[0].split == "train"
     rows[1] = {"image": "b.jpg", "caption": "B", "split": "val"}
     rows[0]["split"] = "dev"
-    with pytest.raises(AmpError, match="line 2: 'split' is 'val', and above it is 'dev'; both would be"):
+    with pytest.raises(AmpError, match="line 2: 'split' is 'val', but 'dev' was used above; both would be"):
         load_captions(write_jsonl(tmp_path, rows))
 
 
@@ -526,10 +526,10 @@ def test_knowledge_said_twice_is_fine_if_it_is_the_same(tmp_path, images):
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (TRIPLETS, "line 2: no key says which caption this is; .* keys seen: 'triplets, states'"),
-        ({"image": "1.jpg", **TRIPLETS}, "line 2: no key says which caption"),
+        (TRIPLETS, "line 2: no key identifies the caption; keys seen: 'triplets, states'"),
+        ({"image": "1.jpg", **TRIPLETS}, "line 2: no key identifies the caption"),
         ({"sentid": None, **TRIPLETS}, "line 2: 'sentid' is None"),
-        ({"sentid": 10, "triplets": [], "states": []}, "line 2: line 1 has other knowledge of the same caption"),
+        ({"sentid": 10, "triplets": [], "states": []}, "line 2: line 1 has different knowledge for the same caption"),
         ({"sentid": 11, "image": "9.jpg", **TRIPLETS}, "line 2: 'image' is '9.jpg' but sentid 11 .* has '1.jpg'"),
         ({"sentid": 11, "caption": "A dog", **TRIPLETS}, "line 2: 'caption' is 'A dog' but sentid 11"),
         ({"sentid": 11, "image": 9, **TRIPLETS}, "line 2: 'image' is 9; expected a string"),
@@ -545,7 +545,7 @@ def test_knowledge_malformed(tmp_path, images, record, words):
 
 
 def test_knowledge_of_another_data_set_is_refused(tmp_path, images):
-    with pytest.raises(AmpError, match="none of its 2 records belongs to a caption"):
+    with pytest.raises(AmpError, match="none of its 2 records matches a caption"):
         attach(tmp_path, images, {"sentid": 500, **TRIPLETS}, {"sentid": 501, **TRIPLETS})
     with pytest.raises(AmpError, match="no record in it"):
         attach(tmp_path, images)

@@ -1,4 +1,4 @@
-"""Converts a captions file and a folder of photos into shards. Only missing shards are written; the manifest is last."""
+"""Converts a captions file and a folder of photos into shards: writes missing shards, then the manifest."""
 
 from __future__ import annotations
 

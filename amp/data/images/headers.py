@@ -59,7 +59,7 @@ UPRIGHT = {
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of a decoded image, 1 to 8, as `PIL.ImageOps.exif_transpose` reads it; 1 if it is damaged."""
+    """The orientation of a decoded image, 1 to 8, as `PIL.ImageOps.exif_transpose` reads it; 1 if it is damaged."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # decoders raise almost any exception on damaged data; the pixels are not affected
