@@ -852,7 +852,7 @@ def test_reader_refuses(tmp_path, members, words):
         (("a.json", b"[]"), "expected an object"),
         (("a.json", b"{}"), "key 'schema' is missing"),
         (record("a", schema=2), "'schema' is 2; this release reads schema 1"),
-        (record("a", key="b"), "'key' is 'b'; expected the member's name"),
+        (record("a", key="b"), "'key' is 'b'; expected 'a'"),
         (record("a", captions=[]), "'captions' is empty"),
         (record("a", captions="x"), "'captions' is 'x'; expected a list"),
     ],
@@ -883,7 +883,7 @@ def test_reader_notices_a_damaged_header(tmp_path):
     content = bytearray(path.read_bytes())
     content[2048 + 3] ^= 0xFF  # the name in the third header
     path.write_bytes(content)
-    with pytest.raises(AmpError, match="damaged or cut short after 1 samples"):
+    with pytest.raises(AmpError, match="damaged or truncated after 1 samples"):
         ShardReader(path)
 
 
