@@ -315,13 +315,13 @@ def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_p
     update = amp.Retriever(model, preprocess, tmp_path / "index").update(photos, workers=0)
     assert (update.photos, update.hidden, update.others) == (PHOTOS + 1, 2, 1)
     assert "a link/deep/linked.png" in PhotoIndex(tmp_path / "index").names
-    twice = "a folder that is read already under another name"
+    twice = "a folder that was already read under another name"
     assert update.skipped.pop("phone.heic", "pillow-heif") and "JPEG 2000" in update.skipped.pop("scan.JP2")
     assert update.skipped == {
         "again": twice,
         "a link/back": twice,
-        "up": "a link to a folder that holds this one",
-        "disk": "a link whose target is not there",
+        "up": "a link to a folder that contains this one",
+        "disk": "a link whose target is missing",
     }
 
 
@@ -374,9 +374,9 @@ def test_refusals(clip_folder, photos, tmp_path):
     with pytest.raises(AmpError, match=f"holds {PHOTOS} photos of {photos}, of which 0 are in {tmp_path}/empty"):
         search.update(tmp_path / "empty", workers=0)
     model.backbone.clip.visual.proj.data += 1
-    with pytest.raises(AmpError, match="as another model or transform sees it"):
+    with pytest.raises(AmpError, match="was made with another model or transform"):
         search.update(photos, workers=0)
-    with pytest.raises(AmpError, match="was made by a model of weights"):
+    with pytest.raises(AmpError, match="was made by a model with weights"):
         amp.Retriever(model, preprocess, index).search(QUERY)
     content = json.loads((index / "index.json").read_text())
     for change in ({"photos": content["photos"][:-1]}, {"features": 3}, {"version": 9}):
