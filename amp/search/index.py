@@ -35,7 +35,7 @@ class PhotoIndex:
         names: Paths of the photos relative to `root`.
         stamps: `Stamp` of each photo when it was encoded, by name.
         pending: Number of photos that an interrupted update has not encoded.
-        features: The frozen CLIP's features, float32 (N, d), not normalised, memory-mapped.
+        features: The frozen CLIP's features, float32 (N, d), not normalized, memory-mapped.
         base_hash: SHA-256 of the CLIP's weights.
         transform: Image transform of the CLIP, as text.
         version: Version of the index's format.

@@ -158,32 +158,32 @@ class Retriever:
         index, model = self.index, self.model
         text = model.encode_text(model.tokenizer([query]).to(model.logit_scale.device))
         images: list[torch.Tensor] = []
-        there: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
+        present: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
         skipped: dict[Path, str] = {}
         scores, numbers = _scores(index, text).sort(descending=True, stable=True)
         for score, number in zip(scores.tolist(), numbers.tolist(), strict=True):
             try:
-                if len(there) < self.top_k:
+                if len(present) < self.top_k:
                     images.append(self.preprocess(index.image(number)))
                 else:
                     index.check_there(number)
-                there.append((index.path(number), score))
+                present.append((index.path(number), score))
             except UnreadableImageError as error:  # the next one takes its place
                 skipped[index.path(number)] = str(error)
-            if len(there) == max(count, self.top_k):
+            if len(present) == max(count, self.top_k):
                 break
-        if not there:
+        if not present:
             raise AmpError(
                 f"{index.root}: holds none of the {len(index):,} photos of the index {self.folder}, expected all of "
                 "them; if they were moved, add --photos FOLDER; moved photos are not encoded again"
             )
         knowledge = self._knowledge_of(query, knowledge)
-        first = torch.tensor([score for _, score in there[: len(images)]])
+        first = torch.tensor([score for _, score in present[: len(images)]])
         new = self._new_scores(images, text, knowledge) + self.fusion_weight * first
         order = new.sort(descending=True, stable=True)
         ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
-        ranked += [(place, there[place][1]) for place in range(len(images), len(there))]
-        hits = [Hit(there[place][0], score, there[place][1], place) for place, score in ranked[:count]]
+        ranked += [(place, present[place][1]) for place in range(len(images), len(present))]
+        hits = [Hit(present[place][0], score, present[place][1], place) for place, score in ranked[:count]]
         return Found(query, knowledge, hits, skipped)
 
     def _knowledge_of(self, query: str, knowledge: Knowledge | None) -> Knowledge:

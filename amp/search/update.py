@@ -182,8 +182,8 @@ def _update(
 
 def _check_moved(folder: Path, old: PhotoIndex, walk: Walk) -> None:
     """Raises AmpError unless `walk` contains most of the index's photos, as a moved folder does."""
-    there = {(os.path.basename(name), stamp.size) for name, stamp in walk.stamps.items()}
-    found = sum((os.path.basename(name), stamp.size) in there for name, stamp in old.stamps.items())
+    present = {(os.path.basename(name), stamp.size) for name, stamp in walk.stamps.items()}
+    found = sum((os.path.basename(name), stamp.size) in present for name, stamp in old.stamps.items())
     if 2 * found < len(old):
         raise AmpError(
             f"{folder}: only {found:,} of the {len(old):,} indexed photos of {old.root} are in {walk.root}, expected "

@@ -64,8 +64,8 @@ class SplitNames:
         if isinstance(name, str) and name in self._stored:
             return self._stored[name]
         stored = normal_split(name, where)
-        for other, its in self._stored.items():
-            if its == stored and other.lower() != name.lower():
+        for other, other_stored in self._stored.items():
+            if other_stored == stored and other.lower() != name.lower():
                 raise AmpError(
                     f"{where}: 'split' is {name!r}, but {other!r} was used above; both would be stored as {stored!r}; "
                     "expected one name per split; rename one of them"

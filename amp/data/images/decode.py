@@ -95,13 +95,13 @@ def _turned(image: Image.Image, orientation: int) -> np.ndarray:
 
 def _refuse_bomb(image: Image.Image) -> None:
     """Raises DecompressionBombError above `MAX_IMAGE_PIXELS`. Pillow only warns there, and raises at twice as many."""
-    (width, height), most = image.size, Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:
+    (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
         raise _bomb(f"{width} x {height}")
 
 
 def _bomb(pixels: str) -> Image.DecompressionBombError:
-    most = Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
     return Image.DecompressionBombError(
-        f"{pixels} pixels, expected at most {most:,}: a decompression bomb, or a photo that must be resized first"
+        f"{pixels} pixels, expected at most {limit:,}: a decompression bomb, or a photo that must be resized first"
     )

@@ -27,8 +27,8 @@ def jpeg_header(content: bytes) -> tuple[int, int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    most = Image.MAX_IMAGE_PIXELS
-    known = colorspace in ("YCbCr", "Gray") and (most is None or height * width <= most)
+    limit = Image.MAX_IMAGE_PIXELS
+    known = colorspace in ("YCbCr", "Gray") and (limit is None or height * width <= limit)
     return (height, width, _jpeg_orientation(content)) if known else None
 
 
