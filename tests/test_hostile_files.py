@@ -117,7 +117,7 @@ def test_a_member_of_gigabytes_is_refused_before_it_is_read(tmp_path):
     with open(path, "wb") as file:
         file.write(header("b.jpg", 2**36))
         file.truncate(2**36 + 4096)
-    with pytest.raises(AmpError, match=rf"of 68719476736 bytes; expected at most {MAX_MEMBER_BYTES}"):
+    with pytest.raises(AmpError, match=rf"has 68719476736 bytes; expected at most {MAX_MEMBER_BYTES}"):
         ShardReader(path)
 
 

@@ -502,7 +502,7 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
     assert before == {path: path.stat().st_mtime_ns for path in (index, *index.iterdir())}
     with pytest.raises(SystemExit):
         command.main([*options, "--photos", str(photos)])
-    assert f"{index}: can't be written (Read-only file system), expected a folder" in capsys.readouterr().err
+    assert f"{index}: can't be written (Read-only file system), expected a writable folder" in capsys.readouterr().err
 
 
 def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys):

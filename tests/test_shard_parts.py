@@ -278,7 +278,7 @@ def test_command_line(drawn):
 
     done = run("--part", "1/3")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert "part 1/3: 2 of its 2 shards are whole, 0 images unreadable" in done.stderr
+    assert "part 1/3: 2 of its 2 shards are complete, 0 images are unreadable" in done.stderr
     assert set(drawn.tars()) == OF_PART["1/3"]
     done = run("--part", "3/3")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)

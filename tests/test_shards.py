@@ -490,7 +490,7 @@ def test_a_split_that_loses_all_its_images_is_no_silence(ten):
     assert [skip["split"] for skip in ten.make(max_skipped=0.5).skipped["image_without_caption"]] == ["val"]
     assert not ten.make(splits=["train", "test"]).skipped["image_without_caption"]
     (ten.images / "test.png").unlink()
-    words = "left in split 'test' .excluded: 0.; 1 can't be used, the first is test.png: No such file.*check --images"
+    words = "left in split 'test' .excluded: 0.; 1 can't be used, first: test.png: No such file.*check --images"
     with pytest.raises(AmpError, match=words):
         ten.make(max_skipped=0.5)
 
@@ -680,7 +680,7 @@ def test_two_runs_into_one_folder_are_refused(ten):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"splits": ["val"]}, "--splits names 'val', which no image is in; expected some of train, test"),
+        ({"splits": ["val"]}, "--splits names 'val', but no image is in it; expected splits out of train, test"),
         ({"limit": 0}, "limit is 0; expected 1 or more"),
         ({"samples_per_shard": 0}, "samples_per_shard is 0"),
         ({"workers": 0}, "workers is 0"),
@@ -707,7 +707,7 @@ def test_wrong_folders_and_lists(ten):
     with pytest.raises(AmpError, match=r"no image is left in split 'test' .excluded: 1."):
         ten.make(exclude_images=str(names), exclude_split="test")
     ten.out.write_text("a file")
-    with pytest.raises(AmpError, match="can't be made or written"):
+    with pytest.raises(AmpError, match="can't be created or written"):
         ten.make()
     ten.images = ten.root / "nowhere"
     with pytest.raises(AmpError, match="nowhere: no such folder; expected the folder of image files"):
@@ -990,7 +990,7 @@ def test_split_of_a_manifest(ten):
     assert shards == manifest.splits["train"]
     assert isinstance(shards[0], ShardInfo)
     assert shards[0].name == "train-000000.tar"
-    with pytest.raises(AmpError, match="split 'val' isn't there; splits present: train, test"):
+    with pytest.raises(AmpError, match="split 'val' doesn't exist; splits present: train, test"):
         manifest.split("val")
     with pytest.raises(AmpError, match="split 'none' holds no sample"):
         ShardManifest(ten.out, {"none": []}).split("none")

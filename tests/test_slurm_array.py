@@ -41,7 +41,7 @@ def test_job_array(slurm, tmp_path):
     # A task that is requeued finds its shards and adds to its log.
     slurm.run("scontrol", "requeue", f"{array}_0")
     slurm.wait(f"{array}_0", {"COMPLETED"})
-    assert log(f"{array}_0").count(f"part 0/{TASKS}: 4 of its 4 shards are whole") == 2
+    assert log(f"{array}_0").count(f"part 0/{TASKS}: 4 of its 4 shards are complete") == 2
 
     # Mended and typed again; but now task 2 is cancelled before it starts, so that its shard is left to the last job.
     image.write_bytes(content)

@@ -79,8 +79,8 @@ def _parse(path: Path) -> Any:
     if isinstance(content, list):
         keys = ", ".join(content[0]) if content and isinstance(content[0], dict) else ""
         raise AmpError(
-            f"{path}: a list of objects with the keys {shorten(keys)}; expected a Karpathy JSON, an object with the "
-            "key 'images'; or write one object per caption and line with the keys image and caption (JSONL)"
+            f"{path}: a list of objects with the keys {shorten(keys)}; expected a JSON object with the key 'images' "
+            "(Karpathy); or write one object per caption and line with the keys image and caption (JSONL)"
         )
     if isinstance(content, dict) and "annotations" in content:
         raise AmpError(
