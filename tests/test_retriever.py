@@ -371,7 +371,7 @@ def test_refusals(clip_folder, photos, tmp_path):
     with pytest.raises(AmpError, match="count is 0"):
         search.search(QUERY, count=0)
     (tmp_path / "empty" / "photo 01.png").write_bytes(b"another file of the same name")
-    with pytest.raises(AmpError, match=f"holds {PHOTOS} photos of {photos}, of which 0 are in {tmp_path}/empty"):
+    with pytest.raises(AmpError, match=f"only 0 of the {PHOTOS} indexed photos of {photos} are in {tmp_path}/empty"):
         search.update(tmp_path / "empty", workers=0)
     model.backbone.clip.visual.proj.data += 1
     with pytest.raises(AmpError, match="was made with another model or transform"):
@@ -407,7 +407,7 @@ def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, 
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
         monkeypatch.setattr(np, "load", refuse)
-        message = rf"{features.name}: can't be read \(Permission denied\), .*; allow it, or give another folder"
+        message = rf"{features.name}: can't be read \(Permission denied\), .*; make it readable, or give another folder"
     for call in (lambda: search.search(QUERY), lambda: search.update(photos, workers=0)):
         search._index = None
         with pytest.raises(AmpError, match=message):
