@@ -106,7 +106,7 @@ def test_workers_get_the_folder_not_the_content(store):
 
 def test_a_segment_of_another_width_is_refused_by_name(store, tmp_path):
     store.add(TEXTS, features_of(TEXTS))
-    with pytest.raises(AmpError, match=r"segment-.*\(6, 6\), expected \(6, 7\).*Remove"):
+    with pytest.raises(AmpError, match=r"segment-.*\(6, 6\); expected \(6, 7\).*remove"):
         TextFeatureStore(tmp_path, "0123456789abcdef0123", dim=7)
 
 
