@@ -561,7 +561,7 @@ def test_only_what_is_missing_or_changed_is_written_again(ten, change, capsys):
     capsys.readouterr()
     manifest = ten.make()
     manifest.verify()
-    said = f"{ten.out}: replacing 1 existing shards that differ from what these options give\n"
+    said = f"{ten.out}: existing shards to be replaced, because they differ from what these options give: 1\n"
     assert (said in capsys.readouterr().err) == (change is not touch_nothing)
     after = ten.tars()
     assert set(after) == set(before)

@@ -84,7 +84,7 @@ class Walk:
         path = Path(error.filename)
         if path == self.root:
             raise AmpError(f"{path}: can't be opened ({error.strerror}), expected a folder of photos") from error
-        if not isinstance(error, FileNotFoundError):  # a folder that was removed in the meantime
+        if not isinstance(error, FileNotFoundError):  # ignore folders removed in the meantime
             self._skip(path, f"a folder that can't be opened ({error.strerror})", closed=True)
 
     def _add_below(self, top: Path) -> None:

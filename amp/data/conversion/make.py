@@ -221,7 +221,9 @@ def _write_missing(
     to_write = [plan for plan in mine if plan.must_be_written()]
     others = sum(plan.path.exists() for plan in to_write) + (len(surplus) if whole else 0)
     if others:
-        console.print(f"{out}: replacing {others} existing shards that differ from what these options give")
+        console.print(
+            f"{out}: existing shards to be replaced, because they differ from what these options give: {others}"
+        )
     if to_write or surplus:
         # The old manifest describes files that are about to change.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
