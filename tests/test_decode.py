@@ -282,10 +282,10 @@ def test_grey_is_scaled_from_black_to_white(kind):
         (grey_tiff([0, 100, -100], "<i1"), "signed"),
         (grey_tiff([0, 100, -100], "<i2"), "signed"),
         (grey_tiff([0, 100, 70_000], "<i4"), "signed"),
-        (grey_tiff([0, 100, 255], "<u2"), "values up to 255, all of which are black where white is 65535"),
-        (grey_png([0, 100, 255]), "values up to 255, all of which are black"),
-        (grey_tiff([0, 65_535], "<u4"), "all of which are black"),
-        (grey_tiff([0, 0.001], "<f4"), "all of which are black"),
+        (grey_tiff([0, 100, 255], "<u2"), "values up to 255, which would all be black because white is 65535"),
+        (grey_png([0, 100, 255]), "values up to 255, which would all be black because white is"),
+        (grey_tiff([0, 65_535], "<u4"), "which would all be black because white is"),
+        (grey_tiff([0, 0.001], "<f4"), "which would all be black because white is"),
         (grey_tiff([0, 255], "<f4"), r"from 0 to 255, expected 0 \(black\) to 1 \(white\)"),
         (grey_tiff([-0.5, 0.5], "<f4"), "from -0.5 to 0.5"),
         (grey_tiff([0, np.nan], "<f4"), "from nan to nan"),
@@ -392,7 +392,7 @@ def test_transparent_palettes_and_key_colours():
     rgb = bytearray(saved(Image.new("RGB", (1, 1)), "PNG", transparency=(0, 0, 5)))
     header = b"IHDR" + rgb[16:24] + b"\x10" + rgb[25:29]  # the same with 16 bits
     rgb[12:29], rgb[29:33] = header, struct.pack(">I", zlib.crc32(header))
-    with pytest.raises(UnreadableImageError, match="16 bits with a transparent colour"):
+    with pytest.raises(UnreadableImageError, match="16 bits per channel with a transparent colour"):
         decode_rgb(bytes(rgb))
 
 
@@ -403,7 +403,7 @@ def test_suffixes():
     assert {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".tif", ".gif", ".bmp"} <= set(PHOTO_SUFFIXES)
     assert all(unreadable_reason(suffix) is None for suffix in PHOTO_SUFFIXES)
     assert all(suffix in PHOTO_SUFFIXES or unreadable_reason(suffix) for suffix in DECODER_OF)
-    assert "JPEG 2000 is not read" in unreadable_reason(".JP2") and "raw" in unreadable_reason(".nef")
+    assert "JPEG 2000 is not supported" in unreadable_reason(".JP2") and "raw" in unreadable_reason(".nef")
     assert unreadable_reason(".txt") is unreadable_reason("") is None
 
 
@@ -430,10 +430,10 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 def test_formats_that_are_not_read_are_named_by_their_content(monkeypatch):
     """A file may have any name: an iPhone's photo is often called a.jpg."""
     for content, words in (
-        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60), "JPEG 2000 is not read"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60), "JPEG 2000 is not supported"),
         (b"8BPS" + bytes(60), "a drawing program's format"),
-        (b"", "0 bytes, not an image of JPEG"),
-        (b"<html>404</html>", "16 bytes, not an image of JPEG, PNG, WEBP"),
+        (b"", "0 bytes, not an image in one of the formats JPEG"),
+        (b"<html>404</html>", "16 bytes, not an image in one of the formats JPEG, PNG, WEBP"),
     ):
         with pytest.raises(UnreadableImageError, match=words):
             decode_rgb(content)

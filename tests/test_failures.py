@@ -74,7 +74,7 @@ def break_data(rank: int, at: int = 5) -> None:
 
     def call(self, model, batches, step):
         if rank == 1 and step == at:
-            raise AmpError("train-000003.tar: cut short while in use")
+            raise AmpError("train-000003.tar: truncated while in use")
         return parts(self, model, batches, step)
 
     loop.Objective.parts = call
@@ -83,9 +83,9 @@ def break_data(rank: int, at: int = 5) -> None:
 def test_the_reason_of_a_failed_rank_reaches_the_others(config, tmp_path):
     run = TrainingRun(config, 2, tmp_path / "audit", before=break_data)
     assert run.wait() == [2, 2]
-    assert run.said(1).strip().splitlines()[-1].endswith(": error: train-000003.tar: cut short while in use")
+    assert run.said(1).strip().splitlines()[-1].endswith(": error: train-000003.tar: truncated while in use")
     last = run.said(0).strip().splitlines()[-1]
-    assert "error: rank 1 stopped: AmpError: train-000003.tar: cut short while in use" in last
+    assert "error: rank 1 stopped: AmpError: train-000003.tar: truncated while in use" in last
 
 
 # -- the disk -------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_shard_that_is_cut_short_while_training_reads_it(config, own_shards, t
     os.truncate(shard, 1500)
     assert run.wait() == [2, 2]
     lasts = [run.said(rank).strip().splitlines()[-1] for rank in range(2)]
-    assert any("train-000002.tar" in last and "was cut short while in use" in last for last in lasts)
+    assert any("train-000002.tar" in last and "was truncated while in use" in last for last in lasts)
     assert all("train-000002.tar" in last for last in lasts), lasts  # the other one names it too
     again = TrainingRun(config, 2)
     assert again.wait() == [2, 2]

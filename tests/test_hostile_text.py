@@ -176,7 +176,7 @@ def test_an_error_that_names_what_is_no_text_can_be_printed(tmp_path):
     ("rows", "words"),
     [
         ('image,caption\na.jpg,"' + "x" * 200_000 + '"\n', "field larger than field limit"),
-        ("image,caption\na\0.jpg,A man\n", "is refused; expected a path inside"),
+        ("image,caption\na\0.jpg,A man\n", "is not allowed; expected a path inside"),
         ('image,caption\na.jpg,"A man\n' + "b.jpg,A cat\n" * 5, "not valid CSV"),
         ("image,caption," + "x," * 5000 + "y\na.jpg\n", "'caption' is empty"),
     ],

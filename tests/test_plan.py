@@ -233,7 +233,7 @@ def test_counted():
     "keys, settings, words",
     [
         ({"data__shards": "nowhere"}, {}, "shards: nowhere: no such folder"),
-        ({"data__train_split": "trian"}, {}, "split 'trian' isn't there"),
+        ({"data__train_split": "trian"}, {}, "split 'trian' doesn't exist"),
         (
             {},
             {"nodes": 2, "gpus": 3},
@@ -284,7 +284,7 @@ def test_damaged_shards(config, shards, tmp_path):
     entry["shards"][1]["samples"] -= 1
     entry["samples"] -= 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert f"{path}: holds 5 samples, the manifest says 4" in found(config, "error")
+    assert f"{path}: holds 5 samples; expected 4 (from the manifest)" in found(config, "error")
 
 
 def deepspeed(config: TrainConfig, folder: Path, **keys) -> TrainConfig:

@@ -115,8 +115,8 @@ def test_first_stage_refuses_bad_input(gallery):
     [
         ([], 3, "3 images and 0 captions"),
         ([0], 0, "0 images and 1 captions"),
-        ([0, 1, 3], 3, "captions name images 0 to 3, expected indices from 0 to 2"),
-        ([0, -1], 2, "captions name images -1 to 0"),
+        ([0, 1, 3], 3, "captions have image indices 0 to 3; expected indices from 0 to 2"),
+        ([0, -1], 2, "captions have image indices -1 to 0"),
     ],
 )
 def test_positives_refuse_bad_input(caption_image, images, message):

@@ -315,13 +315,13 @@ def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_p
     update = amp.Retriever(model, preprocess, tmp_path / "index").update(photos, workers=0)
     assert (update.photos, update.hidden, update.others) == (PHOTOS + 1, 2, 1)
     assert "a link/deep/linked.png" in PhotoIndex(tmp_path / "index").names
-    twice = "a folder that is read already under another name"
+    twice = "a folder that was already read under another name"
     assert update.skipped.pop("phone.heic", "pillow-heif") and "JPEG 2000" in update.skipped.pop("scan.JP2")
     assert update.skipped == {
         "again": twice,
         "a link/back": twice,
-        "up": "a link to a folder that holds this one",
-        "disk": "a link whose target is not there",
+        "up": "a link to a folder that contains this one",
+        "disk": "a link whose target is missing",
     }
 
 
@@ -371,12 +371,12 @@ def test_refusals(clip_folder, photos, tmp_path):
     with pytest.raises(AmpError, match="count is 0"):
         search.search(QUERY, count=0)
     (tmp_path / "empty" / "photo 01.png").write_bytes(b"another file of the same name")
-    with pytest.raises(AmpError, match=f"holds {PHOTOS} photos of {photos}, of which 0 are in {tmp_path}/empty"):
+    with pytest.raises(AmpError, match=f"only 0 of the {PHOTOS} indexed photos of {photos} are in {tmp_path}/empty"):
         search.update(tmp_path / "empty", workers=0)
     model.backbone.clip.visual.proj.data += 1
-    with pytest.raises(AmpError, match="as another model or transform sees it"):
+    with pytest.raises(AmpError, match="was made with another model or transform"):
         search.update(photos, workers=0)
-    with pytest.raises(AmpError, match="was made by a model of weights"):
+    with pytest.raises(AmpError, match="was made by a model with weights"):
         amp.Retriever(model, preprocess, index).search(QUERY)
     content = json.loads((index / "index.json").read_text())
     for change in ({"photos": content["photos"][:-1]}, {"features": 3}, {"version": 9}):
@@ -407,7 +407,7 @@ def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, 
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
         monkeypatch.setattr(np, "load", refuse)
-        message = rf"{features.name}: can't be read \(Permission denied\), .*; allow it, or give another folder"
+        message = rf"{features.name}: can't be read \(Permission denied\), .*; make it readable, or give another folder"
     for call in (lambda: search.search(QUERY), lambda: search.update(photos, workers=0)):
         search._index = None
         with pytest.raises(AmpError, match=message):
@@ -502,7 +502,7 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
     assert before == {path: path.stat().st_mtime_ns for path in (index, *index.iterdir())}
     with pytest.raises(SystemExit):
         command.main([*options, "--photos", str(photos)])
-    assert f"{index}: can't be written (Read-only file system), expected a folder" in capsys.readouterr().err
+    assert f"{index}: can't be written (Read-only file system), expected a writable folder" in capsys.readouterr().err
 
 
 def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys):

@@ -258,7 +258,7 @@ def test_parts_share_a_folder_and_a_run_without_parts_does_not(drawn):
 def test_a_part_refuses_a_folder_that_the_final_run_would_refuse(drawn):
     drawn.make()
     before = drawn.tars()
-    with pytest.raises(AmpError, match="holds shards of split 'train'"):
+    with pytest.raises(AmpError, match="contains shards of split 'train'"):
         drawn.make("0/3", splits=["test"])
     assert drawn.tars() == before
     assert drawn.has_what_the_plain_run_has()
@@ -278,7 +278,7 @@ def test_command_line(drawn):
 
     done = run("--part", "1/3")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert "part 1/3: 2 of its 2 shards are whole, 0 images unreadable" in done.stderr
+    assert "part 1/3: 2 of its 2 shards are complete, 0 images are unreadable" in done.stderr
     assert set(drawn.tars()) == OF_PART["1/3"]
     done = run("--part", "3/3")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)

@@ -41,7 +41,7 @@ def test_job_array(slurm, tmp_path):
     # A task that is requeued finds its shards and adds to its log.
     slurm.run("scontrol", "requeue", f"{array}_0")
     slurm.wait(f"{array}_0", {"COMPLETED"})
-    assert log(f"{array}_0").count(f"part 0/{TASKS}: 4 of its 4 shards are whole") == 2
+    assert log(f"{array}_0").count(f"part 0/{TASKS}: 4 of its 4 shards are complete") == 2
 
     # Mended and typed again; but now task 2 is cancelled before it starts, so that its shard is left to the last job.
     image.write_bytes(content)
@@ -51,7 +51,7 @@ def test_job_array(slurm, tmp_path):
     slurm.run("scontrol", "release", array)
     slurm.wait(last, {"COMPLETED"})
     assert not (tmp_path / f"{array}_2.log").exists()
-    assert "14 of 15 shards are there already and stay" in " ".join(log(last).split())
+    assert "keeping 14 of 15 shards that are already complete" in " ".join(log(last).split())
     assert {name for name, time in times.items() if (out / name).stat().st_mtime_ns != time} == {"train-000002.tar"}
     for shard in (shard for shards in plain.splits.values() for shard in shards):
         assert (out / shard.name).read_bytes() == shard.path.read_bytes()

@@ -1,7 +1,7 @@
-"""Output of the frozen blocks for each image of a split, computed once: early tokens and base features.
+"""Outputs of the frozen image tower for each image of a split, computed once: early tokens and base features.
 
-The blocks before the first prompted one see no knowledge and no prompts, and without random augmentation their output
-never changes: (F + M) x d_v numbers per image, memory-mapped.
+The blocks before the first prompted block see neither knowledge nor prompts. Without random augmentation their output
+never changes, so it is stored: (F + M) x d_v numbers per image, memory-mapped.
 """
 
 import hashlib
@@ -22,7 +22,12 @@ from amp.model.clip import ActionAwareCLIP
 
 
 class FrozenFeatures:
-    """Early tokens (I, F + M, d_v), or None, and base features (I, d) of the I images of a split, as arrays."""
+    """Frozen features of the I images of a split.
+
+    Args:
+        early: Tokens before the first prompted block (I, F + M, d_v); None if only base features are loaded.
+        base: The frozen CLIP's image features (I, d).
+    """
 
     def __init__(self, early: np.ndarray | None, base: np.ndarray):
         self.early, self.base = early, base
@@ -32,26 +37,26 @@ class FrozenFeatures:
 
     @property
     def tokens(self) -> np.ndarray:
-        """`early`, for those who read images by them."""
+        """`early`, which must have been loaded."""
         assert self.early is not None, "these features were loaded without their tokens"
         return self.early
 
     @classmethod
     def load(cls, folder: str | os.PathLike, tokens: bool = True) -> "FrozenFeatures":
-        """Maps what `compute_frozen_features` left in a folder.
+        """Memory-maps the files that `compute_frozen_features` wrote to a folder; `early` only if `tokens`.
 
         Raises:
-            AmpError: A file is missing or cut short.
+            AmpError: A file is missing or truncated.
         """
         try:
             early = np.load(Path(folder) / "early.npy", mmap_mode="r", allow_pickle=False) if tokens else None
             return cls(early, np.load(Path(folder) / "base.npy", mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise AmpError(f"{folder}: can't be read ({error}). Remove the folder; it is made again") from error
+            raise AmpError(f"{folder}: can't be read ({error}); remove the folder; it will be made again") from error
 
 
 class SplitImages(Dataset):
-    """The images of a split as a model wants them."""
+    """The preprocessed images of a split."""
 
     def __init__(self, split: ShardSplit, preprocess):
         self.split, self.preprocess = split, preprocess
@@ -64,7 +69,7 @@ class SplitImages(Dataset):
 
 
 def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str) -> Path:
-    """Where a split's features lie: the name depends on all that they depend on."""
+    """Folder of a split's features. Its name depends on everything that determines the features."""
     parts = [model.backbone.weights_hash("vision"), str(model.tower.first), repr(preprocess), dtype]
     parts += [f"pixels {DECODING_VERSION}"]
     parts += [shard.sha256 for shard in split.shards]
@@ -83,20 +88,20 @@ def compute_frozen_features(
     progress: Callable[[int, int], None] | None = None,
     tokens: bool = True,
 ) -> FrozenFeatures:
-    """Runs the frozen blocks over a split, or opens what an earlier call has left in `folder`.
+    """Computes the frozen features of a split, or opens the stored ones if `folder` exists.
 
-    In the weights' own precision, never under autocast: runs of any mixed precision share a folder.
+    The computation uses the weights' own precision, never autocast, so that runs of any mixed precision share a folder.
 
     Args:
-        split: The images.
-        model: On its device.
+        split: Split with the images.
+        model: Model on its device.
         preprocess: The validation transform; it must not be random.
-        batch_size: Images a forward pass.
-        workers: Processes that decode.
-        folder: Where to keep the arrays; None keeps them in memory.
-        dtype: Of the early tokens; base features are always float32.
+        batch_size: Images per forward pass.
+        workers: Number of decoding processes.
+        folder: Folder to store the arrays in; None keeps them in memory.
+        dtype: Type of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
-        tokens: False keeps only the base features.
+        tokens: Whether to keep the early tokens in addition to the base features.
     """
     if folder is not None and folder.is_dir():
         return FrozenFeatures.load(folder, tokens)
@@ -127,7 +132,7 @@ def compute_frozen_features(
         early = None
         if tokens:
             early = np.lib.format.open_memmap(temporary / "early.npy", mode="w+", dtype=dtype, shape=shape)
-            with open(temporary / "early.npy", "r+b") as file:  # a disk that fills up later would end it by SIGBUS
+            with open(temporary / "early.npy", "r+b") as file:  # writing to a full disk later would raise SIGBUS
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         np.save(temporary / "base.npy", fill(early))
         if early is not None:

@@ -1,7 +1,8 @@
-"""Which sample comes when: a pure function of (seed, epoch), regardless of the number of workers.
+"""The order of samples: a pure function of (seed, epoch), regardless of the number of workers.
 
-The global order of an epoch is cut into global batches, and each rank takes its slice of each. So every rank runs the
-same number of steps, the same global batch is seen by 1, 2 or 64 ranks, and a run continues at any step by counting.
+The global order of an epoch is cut into global batches, and each rank takes a slice of each batch. So every rank runs
+the same number of steps, the global batches are the same on 1, 2 or 64 ranks, and a run can resume at any step without
+stored state.
 """
 
 import hashlib
@@ -11,27 +12,27 @@ import numpy as np
 
 from amp.errors import AmpError
 
-WINDOW = 64  # shards mixed at a time: reads stay within so many files
+WINDOW = 64  # shards that are mixed with each other, and thus files that are read at a time
 
 
 def epoch_order(
     shard_sizes: Sequence[int], seed: int, epoch: int, window: int, neighbours: np.ndarray | None = None, group: int = 1
 ) -> np.ndarray:
-    """Shuffled sample indices of a split, one an image.
+    """Shuffled sample indices of a split, one per image.
 
-    Shards are shuffled, then samples within windows of `window` shards: a batch mixes that many shards, and reads stay
-    within as many open files.
+    Shards are shuffled, then the samples within each window of `window` shards, so that a batch mixes that many shards
+    and reads from as many open files.
 
     Args:
-        shard_sizes: Samples of each shard.
-        seed: Of the run.
-        epoch: 0-based.
-        window: Shards mixed at a time.
-        neighbours: Samples that belong next to each sample, best first (I, k); those of other windows are left out.
-        group: Samples that `neighbours` bring together.
+        shard_sizes: Number of samples in each shard.
+        seed: Random seed of the run.
+        epoch: 0-based epoch.
+        window: Number of shards that are mixed with each other.
+        neighbours: Samples to be placed next to each sample, best first (I, k). Samples of other windows are ignored.
+        group: Maximum number of samples that are placed next to each other because of `neighbours`.
 
     Returns:
-        int64 (sum of sizes,): sample i of the split is at position i of the concatenated shards.
+        Indices int64 (sum of sizes,) into the concatenated shards.
     """
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
@@ -45,9 +46,9 @@ def epoch_order(
 
 
 def in_groups(samples: np.ndarray, neighbours: np.ndarray, group: int, rng: np.random.Generator) -> np.ndarray:
-    """The same samples, each followed by up to `group` - 1 of its neighbours, drawn from those that are still free.
+    """Reorders samples into groups: a sample and up to `group` - 1 random neighbours that are in no group yet.
 
-    The groups come in random order, so that a batch holds easy and hard negatives.
+    The groups are in random order, so that a batch contains easy and hard negatives.
     """
     free = set(samples.tolist())
     groups = []
@@ -62,26 +63,28 @@ def in_groups(samples: np.ndarray, neighbours: np.ndarray, group: int, rng: np.r
 
 
 def caption_of_epoch(seed: int, epoch: int, sample: int, captions: int) -> int:
-    """The one caption a sample shows in an epoch; in `captions` epochs each is shown once, in an order of its own."""
+    """Index of the caption that is used for a sample in an epoch. In each cycle of `captions` epochs, every caption is
+    used once, in a random order."""
     cycle, turn = divmod(epoch, captions)
-    # Sorted by a hash. This runs once per image, and just seeding a generator takes several times as long.
+    # Sort by a hash. This runs once per image, and seeding a random generator would take several times as long.
     drawn = hashlib.shake_128(f"{seed}/{sample}/{cycle}".encode()).digest(8 * captions)
     return sorted(range(captions), key=lambda number: drawn[8 * number : 8 * number + 8])[turn]
 
 
 class BatchOrder:
-    """Batch sampler of one rank: lists of (sample, epoch), `len(self)` of them, the same number on every rank.
-
-    `steps` is their number in a whole epoch.
+    """Batch sampler of one rank. It yields lists of (sample, epoch), the same number of lists on every rank.
 
     Args:
-        shard_sizes: Samples of each shard of the split.
-        batch_size: Samples a rank and step.
-        rank, world: This process and how many there are.
-        seed: Of the run.
+        shard_sizes: Number of samples in each shard of the split.
+        batch_size: Number of samples per rank and batch.
+        rank, world: Rank of this process, and number of processes.
+        seed: Random seed of the run.
         neighbours, group, window: See `epoch_order`.
-        accumulation: Batches per step. An epoch is cut into whole steps, so that one of 16 samples is the same as
-            1 x 16, 2 x 8 or 4 x 4.
+        accumulation: Batches per step. An epoch is cut into whole steps, so that a step of 16 samples has the same
+            samples as 1 x 16, 2 x 8 or 4 x 4.
+
+    Attributes:
+        steps: Number of batches in a whole epoch.
 
     Raises:
         AmpError: The split is smaller than one step.
@@ -108,12 +111,15 @@ class BatchOrder:
             parts = f"{batch_size} x {world} processes x {accumulation} batches"
             raise AmpError(
                 f"the training split holds {samples} images, fewer than one step of {parts} = "
-                f"{batch_size * world * accumulation}. Lower data.batch_size or gradient_accumulation, or add images"
+                f"{batch_size * world * accumulation}; lower data.batch_size or gradient_accumulation, or add images"
             )
 
     def set_position(self, batch: int) -> None:
-        """Chooses where the next iteration begins, counted in batches of a rank since the run began. It ends with the
-        epoch; what lies before is neither read nor decoded."""
+        """Sets the start of the next iteration, which ends with the epoch. Skipped samples are not read.
+
+        Args:
+            batch: Number of batches per rank since the start of the run.
+        """
         self.epoch, self.start = divmod(batch, self.steps)
 
     def __len__(self) -> int:

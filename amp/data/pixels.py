@@ -1,4 +1,4 @@
-"""Random crops of photos as a model's input, in half of the time of Pillow and torchvision's transform."""
+"""Random crops of photos as model input, in half the time of the transform by Pillow and torchvision."""
 
 import math
 from random import Random
@@ -10,21 +10,22 @@ from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTens
 from amp.data.images.decode import decode_rgb
 from amp.data.images.headers import jpeg_size
 
-TO_RGB = ("MaybeConvertMode", "_convert_to_rgb")  # open_clip's step, by the names that releases gave it
+TO_RGB = ("MaybeConvertMode", "_convert_to_rgb")  # names of open_clip's conversion step in different releases
 
 
 class RandomCrop:
-    """What open_clip's training transform does, from a photo's bytes and with uint8 tensors instead of Pillow's images.
+    """open_clip's training transform, computed from a photo's bytes and with uint8 tensors instead of Pillow images.
 
-    The resized crop differs from Pillow's by one level of 255 at most, because of rounding. Boxes have the distribution
-    of `torchvision.transforms.RandomResizedCrop`, from a generator that takes microseconds to seed.
+    The resized crop differs from that of Pillow by at most one of 255 levels (rounding). Boxes have the distribution
+    of `torchvision.transforms.RandomResizedCrop`, but come from a generator that can be seeded in microseconds.
 
     Args:
         crop: The random crop.
-        normalize: Mean and deviation.
-        scaled: Decode a photo at a half, quarter or eighth of its size where its crop is still as large as the model's
-            input; the crop is then cut at multiples of 2, 4 or 8 pixels. Other pixels by 2 levels of 255 on average
-            (docs/performance.md, "Stream"), a tenth of what the next random crop changes.
+        normalize: Mean and standard deviation.
+        scaled: Whether to decode a photo at a half, quarter or eighth of its size if its crop is then still as large as
+            the model's input. The box of the crop is rounded down to multiples of 2, 4 or 8 pixels. Pixels differ by 2
+            of 255 levels on average (docs/performance.md, "Stream"), a tenth of the difference between two random
+            crops.
     """
 
     def __init__(self, crop: RandomResizedCrop, normalize: Normalize, scaled: bool):
@@ -33,7 +34,7 @@ class RandomCrop:
 
     @classmethod
     def of(cls, transform, scaled: bool = False) -> "RandomCrop | None":
-        """The same as `transform`, or None where it is anything but a random crop, scaled to mean and deviation."""
+        """The equivalent of `transform`; None unless it is a random crop with normalization, as open_clip makes it."""
         steps = transform.transforms if isinstance(transform, Compose) else []
         if len(steps) != 4:
             return None
@@ -46,10 +47,13 @@ class RandomCrop:
         return cls(crop, normalize, scaled)
 
     def __call__(self, content: bytes, random: Random) -> torch.Tensor:
-        """A photo to (3, S, S), still uint8: a quarter of the bytes on their way to the device.
+        """Crops and resizes a photo.
+
+        Returns:
+            Pixels uint8 (3, S, S), not normalized: a quarter of the bytes to be copied to the device.
 
         Raises:
-            OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: see `decode_rgb`.
+            OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: See `decode_rgb`.
         """
         crop, shrink = self.crop, 1
         size, pixels = jpeg_size(content) if self.scaled else None, None
@@ -62,17 +66,17 @@ class RandomCrop:
             shrink = max(n for n in (1, 2, 4, 8) if n <= max(1, most))
             pixels = decode_rgb(content, shrink)
         top, left, height, width = (x // shrink for x in box)
-        # Cut out before torch sees it, which takes twice as long for a part of a larger image, and warns of Pillow's
-        # arrays, which are read-only.
+        # Copy the crop in NumPy: torch would take twice as long for a part of a larger image, and it warns about
+        # Pillow's read-only arrays.
         part = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
         return F.interpolate(part[None], crop.size, mode=crop.interpolation.value, antialias=True)[0]
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, S, S) on any device to a model's input, float32, as ToTensor and Normalize do it."""
+        """Converts uint8 images (B, 3, S, S) on any device to float32 model input, like ToTensor and Normalize."""
         scale, shift = 1 / (255 * self.std), self.mean / self.std
         scale, shift = (x.to(images.device, non_blocking=True) for x in (scale, shift))
         result = torch.empty(images.shape, device=images.device)
-        few = 4 if images.device.type == "cpu" else len(images)  # as many as stay in the processor's cache
+        few = 4 if images.device.type == "cpu" else len(images)  # as many images as fit into the CPU's cache
         for source, target in zip(images.split(few), result.split(few), strict=True):
             target.copy_(source).mul_(scale).sub_(shift)
         return result
@@ -81,10 +85,18 @@ class RandomCrop:
 def random_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], random: Random
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a crop that takes a share of the area from `scale`, of an aspect from `ratio`
-    (arXiv 1409.4842, sec. 6).
+    """A random crop box as in arXiv 1409.4842, sec. 6.
 
-    Where ten draws don't fit into the photo, the largest crop of its centre that has an allowed ratio.
+    If ten draws don't fit into the photo, the box is the largest centre crop with an allowed aspect ratio.
+
+    Args:
+        height, width: Size of the photo.
+        scale: Range of the crop's fraction of the area.
+        ratio: Range of the crop's aspect ratio, width / height.
+        random: Random generator.
+
+    Returns:
+        Top, left, height and width.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):

@@ -1,6 +1,6 @@
-"""What a run computes once before it starts: features of texts and of the frozen image blocks, over all ranks.
+"""Computes the text features and the frozen image features of a run before it starts, over all ranks.
 
-Both are computed without autocast: they are the base model's row of the table, and runs of any precision share them.
+Both are computed without autocast, since runs of any precision share them and they give the base model's results.
 """
 
 from collections.abc import Iterable
@@ -17,9 +17,13 @@ from amp.terminal import Terminal
 
 
 def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str, setting: str | None = None) -> KnowledgeCollator:
-    """Tokenizer and text store that belong to a model: its tokenizer and the weights of its text tower.
+    """A collator with a model's tokenizer and the store of its text tower's features.
 
-    The texts are those of the model's `knowledge`, or of another `setting` of it.
+    Args:
+        model: The model.
+        cache: Folder of the text feature stores.
+        dtype: Type of stored features.
+        setting: Value for `PromptConfig.knowledge`; None for the model's.
     """
     store = TextFeatureStore(cache, model.backbone.weights_hash("text"), model.backbone.embed_dim, dtype)
     tokenizer = TripletTokenizer(model.tokenizer, model.config.max_triplets)
@@ -29,13 +33,12 @@ def knowledge_collator(model: ActionAwareCLIP, cache: str, dtype: str, setting: 
 def prepare_texts(
     accelerator: Accelerator, terminal: Terminal, store: TextFeatureStore, model: ActionAwareCLIP, texts: Iterable[str]
 ) -> None:
-    """Fills the store with the texts that it lacks, one share per rank."""
-    accelerator.wait_for_everyone()  # no rank may add texts while another still counts them
+    """Adds the features of missing texts to the store; each rank encodes a share."""
+    accelerator.wait_for_everyone()  # no rank may add texts while another rank looks for missing ones
     missing = store.missing(texts)
     accelerator.wait_for_everyone()
     if missing:
         with terminal.progress("encoding texts", "texts") as report:
-            # Not under autocast: runs of any precision share the store.
             encode_texts(
                 store,
                 missing,
@@ -61,7 +64,7 @@ def prepare_images(
     workers: int,
     tokens: bool = True,
 ) -> FrozenFeatures:
-    """Frozen features of a split: the main process computes and stores them, the others wait and open them."""
+    """Frozen features of a split. The main process computes and stores them; the others wait and open them."""
     folder = features_folder(cache, split, model, preprocess, dtype if tokens else "base")
     with accelerator.main_process_first(), terminal.progress(f"encoding {split.name} images", "images") as report:
         return compute_frozen_features(

@@ -1,8 +1,8 @@
-"""The way of a batch's images from the worker that decoded them, through memory that is used again.
+"""Passes decoded images from DataLoader workers to the main process through a reusable shared-memory buffer.
 
-A DataLoader gives each batch shared memory of its own, which the kernel clears and maps page by page: a tenth of the
-time that decoding takes. Here each page is mapped once in a run, and written and read at the pace of a copy; no file is
-passed to the other process either.
+A DataLoader allocates new shared memory for each batch. The kernel clears and maps it page by page, which takes a tenth
+as long as decoding, and a file descriptor is passed between the processes. Here each page is mapped once per run, and
+images are only copied.
 """
 
 import itertools
@@ -19,19 +19,20 @@ _known: "WeakValueDictionary[int, SharedImages]" = WeakValueDictionary()
 
 
 class SharedImages:
-    """Places for the images of batches, the same number for each worker of a loader.
+    """Buffer with places for batches of images, the same number of places for each worker of a loader.
 
     Args:
-        shape: Of a batch's images, (B, ...).
-        dtype: Theirs.
-        workers: Of the loader.
-        places: Batches that a worker may be ahead; those beyond go the loader's own way.
-        pin: Whether images arrive in page-locked memory.
+        shape: Shape of a batch's images, (B, ...).
+        dtype: Type of the images.
+        workers: Number of workers of the loader.
+        places: Number of batches per worker. If all places of a worker are in use, the batch goes through the loader's
+            own shared memory.
+        pin: Whether images are copied to page-locked memory in the main process.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, workers: int, places: int, pin: bool):
         shape = (workers, places, *shape)
-        # As default_collate does it; share_memory_() would write to all of it first.
+        # Allocate as default_collate does; share_memory_() would first write to all of the memory.
         memory = torch.UntypedStorage._new_shared(torch.Size(shape).numel() * dtype.itemsize)
         self._places = torch.empty(0, dtype=dtype).set_(memory).view(shape)
         self._free = [Semaphore(places) for _ in range(workers)]
@@ -41,10 +42,15 @@ class SharedImages:
         _known[self._number] = self
 
     def put(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """In a worker: images of a batch, stacked, as what becomes a tensor of its own when another process unpickles
-        it. Takes the worker's places in turn, for its batches arrive in order."""
+        """Stacks the images of a batch into a free place. Called in a worker.
+
+        Places are used in turn, because the batches of a worker are taken in order.
+
+        Returns:
+            An object that is unpickled in the main process as the tensor of images.
+        """
         info = get_worker_info()
-        assert info is not None, "images are put by a loader's worker"
+        assert info is not None, "`put` is called in a loader's worker"
         worker = info.id
         if not self._free[worker].acquire(block=False):
             return default_collate(list(images))
@@ -53,7 +59,7 @@ class SharedImages:
         return cast(torch.Tensor, _Placed(self._number, worker, place))
 
     def take(self, worker: int, place: int) -> torch.Tensor:
-        """In the loader's process: a copy of what a worker has put there; the place is free again."""
+        """Copies the images that a worker put into a place, and frees the place. Called in the main process."""
         source = self._places[worker, place]
         images = torch.empty(source.shape, dtype=source.dtype, pin_memory=self._pin).copy_(source)
         self._free[worker].release()

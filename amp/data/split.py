@@ -19,14 +19,14 @@ Decoded = TypeVar("Decoded")
 
 
 class ShardSplit:
-    """The samples of one split, addressed by their position in the concatenated shards.
+    """The samples of one split, indexed by their position in the concatenated shards.
 
     Args:
-        root: Folder with a ``manifest.json``.
-        split: Its name in the manifest.
+        root: Folder with a `manifest.json`.
+        split: Name of the split in the manifest.
 
     Raises:
-        AmpError: No such folder or split, or an empty shard.
+        AmpError: The folder or split doesn't exist, or the split can't be used.
     """
 
     def __init__(self, root: str | Path, split: str):
@@ -50,8 +50,8 @@ class ShardSplit:
             reader = ShardReader(self.shards[shard].path)
             if len(reader) != self.sizes[shard]:
                 raise AmpError(
-                    f"{reader.path}: holds {len(reader)} samples, the manifest says {self.sizes[shard]}. Run "
-                    "amp make_shards again"
+                    f"{reader.path}: holds {len(reader)} samples; expected {self.sizes[shard]} (from the manifest); "
+                    "run amp make_shards again"
                 )
             self._readers[shard] = reader
         self._readers.move_to_end(shard)
@@ -63,33 +63,33 @@ class ShardSplit:
         return reader.record(row)
 
     def decoded(self, index: int, decode: Callable[[bytes], Decoded]) -> Decoded:
-        """What `decode` makes of the photo of a sample, of the bytes of its file.
+        """Applies `decode` to the bytes of a sample's photo.
 
         Raises:
-            AmpError: It can't be decoded.
+            AmpError: The photo can't be decoded.
         """
         reader, row = self._locate(index)
         try:
             return decode(reader.photo(row))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(
-                f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}). Run "
-                "amp make_shards again with --check decode, which leaves out and lists such images"
+                f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}); run "
+                "amp make_shards again with --check decode, which skips and lists such images"
             ) from error
 
     def image(self, index: int) -> Image.Image:
-        """The photo of a sample in RGB; raises as `decoded`."""
+        """The photo of a sample in RGB; raises like `decoded`."""
         return Image.fromarray(self.decoded(index, decode_rgb))
 
     def caption(
         self, record: dict, number: int, keep: Sequence[str] = ("action", "attribute")
     ) -> tuple[str, Knowledge]:
-        """Text of one of a record's captions and its knowledge, of the triplet kinds in `keep`."""
+        """Text and knowledge of one caption of a record; only triplets of the kinds in `keep`."""
         caption = record["captions"][number]
         return caption["text"], parse_knowledge(caption, f"{self.root}/{record['key']}.json").only(keep)
 
     def captions(self, record: dict, keep: Sequence[str] = ("action", "attribute")) -> list[tuple[str, Knowledge]]:
-        """All of them."""
+        """Text and knowledge of all captions of a record; see `caption`."""
         return [self.caption(record, number, keep) for number in range(len(record["captions"]))]
 
     def records(self) -> Iterator[dict]:

@@ -1,4 +1,4 @@
-"""The captions of a split, with the image of each."""
+"""All captions of a split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from amp.terminal import Terminal
 
 @dataclass
 class SplitCaptions:
-    """The captions of a split in order, with the image of each.
+    """The C captions of a split, in order.
 
     Attributes:
-        texts: C captions.
-        knowledge: Of the captions.
+        texts: Text of each caption.
+        knowledge: Knowledge of each caption.
         image: Index of each caption's image, int64 (C,).
-        images: Number of images I.
+        images: Number of images.
     """
 
     texts: list[str]
@@ -29,7 +29,7 @@ class SplitCaptions:
 
     @classmethod
     def read(cls, split: ShardSplit, keep: Sequence[str], captions_per_image: int = 0) -> "SplitCaptions":
-        """Reads the records of a split; `captions_per_image` 0 keeps all."""
+        """Reads the captions of a split: the first `captions_per_image` of each image, or all for 0."""
         texts, knowledge, image = [], [], []
         for index, record in enumerate(split.records()):
             for text, item in split.captions(record, keep)[: captions_per_image or None]:
@@ -39,10 +39,10 @@ class SplitCaptions:
         return cls(texts, knowledge, torch.tensor(image), len(split))
 
     def say_without_knowledge(self, terminal: Terminal) -> None:
-        """Says how many captions have no triplet, if any."""
+        """Prints how many captions have no triplet, if there are any."""
         if lacking := sum(not item.triplets for item in self.knowledge):
             terminal.say(f"{lacking:,} of {len(self.texts):,} captions without knowledge")
 
     def all_texts(self, max_triplets: int, setting: str = "both") -> list[str]:
-        """Every text that needs a feature: captions, and what `PromptConfig.knowledge` asks for beside them."""
+        """All texts that need a feature: captions, and the knowledge texts for `PromptConfig.knowledge`."""
         return self.texts + [text for item in self.knowledge for text in tower_texts(item, max_triplets, setting)]

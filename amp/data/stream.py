@@ -1,4 +1,4 @@
-"""The training stream: shards to batches, decoded and tokenised in workers."""
+"""The training stream: batches from shards, decoded and tokenized in worker processes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -27,14 +27,13 @@ class Batch:
     """B images with one caption each.
 
     Attributes:
-        images: Images (B, 3, H, W), or their early tokens (B, F + M, d_v); uint8 images until `to`, where there is a
-            `crop`.
-        base: The frozen CLIP's image features (B, d), or None where they are not stored.
-        text: The frozen CLIP's caption features (B, d), not normalised.
-        knowledge: Of the captions.
-        image_ids: Int64 (B,); equal numbers are the same image.
-        samples: Position of each image in its split, int64 (B,); None where nobody asks.
-        crop: What normalises uint8 images on the device.
+        images: Images (B, 3, H, W), or their early tokens (B, F + M, d_v). With a `crop`, images are uint8 until `to`.
+        base: The frozen CLIP's image features (B, d); None if they are not stored.
+        text: The frozen CLIP's caption features (B, d), not normalized.
+        knowledge: Knowledge of the captions.
+        image_ids: Image ids int64 (B,); equal ids are the same image.
+        samples: Position of each image in its split, int64 (B,); None if it is not needed.
+        crop: Crop that normalizes uint8 images on the device.
     """
 
     images: torch.Tensor
@@ -55,8 +54,8 @@ class Batch:
         return self._map(lambda x: x.pin_memory())
 
     def __reduce__(self):
-        # A worker hands each tensor over by a file and a socket of its own, a millisecond each: as bytes, all but the
-        # images come sooner.
+        # torch passes each tensor between processes by a separate file and socket, which takes a millisecond. Small
+        # tensors are faster as bytes.
         small = {key: value.numpy() for key, value in vars(self).items() if key != "images" and torch.is_tensor(value)}
         knowledge = {key: value.numpy() for key, value in vars(self.knowledge).items()}
         return _unpacked, (self.images, small, knowledge, self.crop)
@@ -72,12 +71,12 @@ def _unpacked(images: torch.Tensor, small: dict, knowledge: dict, crop: RandomCr
 
 
 class KnowledgeCollator:
-    """Knowledge of captions to a `KnowledgeBatch`, state features read from the store.
+    """Collates knowledge of captions into a `KnowledgeBatch`, with state features from a store.
 
     Args:
-        tokenizer: Cuts triplets into tokens.
-        store: Holds the features of the texts that `setting` asks for.
-        setting: `PromptConfig.knowledge`; where it asks for no text, `states` are zeros.
+        tokenizer: Tokenizer of triplets.
+        store: Store with the features of the texts that `setting` needs.
+        setting: Value of `PromptConfig.knowledge`. If it needs no texts, `states` are zeros.
     """
 
     def __init__(self, tokenizer: TripletTokenizer, store: TextFeatureStore, setting: str = "both"):
@@ -94,15 +93,15 @@ class KnowledgeCollator:
 
 
 class TrainingSamples(Dataset):
-    """(sample, epoch) -> image, caption, knowledge and image id.
+    """Dataset of training samples, indexed by (sample, epoch): image, caption, knowledge and image id.
 
     Args:
-        split: The shards.
-        preprocess: Image transform; open_clip's random crop is replaced by ours, which differs only in rounding.
-            Without one, pixels are Pillow's, as in evaluation and stored features. Not used with `frozen`.
-        seed: Chooses the caption of an epoch and the random crop, regardless of the worker.
+        split: Split to read.
+        preprocess: Image transform. open_clip's random crop is replaced by the faster `RandomCrop`; other transforms
+            are applied unchanged. Not used with `frozen`.
+        seed: Random seed of the caption of an epoch and of the random crop, regardless of the worker.
         keep: Kinds of triplets that are used.
-        frozen: Stored features of the split, which replace decoding.
+        frozen: Stored features of the split, used instead of decoded images.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class TrainingSamples(Dataset):
         self.crop = RandomCrop.of(preprocess, scaled=True)
 
     def image_type(self) -> tuple[tuple[int, ...], torch.dtype] | None:
-        """Shape and type of each image; None if only `preprocess` knows."""
+        """Shape and type of each image; None if they depend on `preprocess`."""
         if self.frozen is not None:
             return self.frozen.tokens.shape[1:], torch.from_numpy(self.frozen.tokens[:0].copy()).dtype
         return None if self.crop is None else ((3, *self.crop.crop.size), torch.uint8)
@@ -159,7 +158,7 @@ class _Collate:
 
 
 def stable_id(image_id: int | str) -> int:
-    """A 63-bit number for an image id, equal on every rank and in every run."""
+    """A 63-bit hash of an image id, the same on every rank and in every run."""
     return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -171,10 +170,17 @@ def training_loader(
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader:
-    """Batches of one rank in the order of `order`, regardless of the number of workers.
+    """Makes a loader of one rank's batches, in the order given by `order`, regardless of the number of workers.
 
-    The loader is not given to `accelerator.prepare`: splitting over ranks is done here, by `BatchOrder`.
-    `worker_init` is called in each worker with its number.
+    Don't pass the loader to `accelerator.prepare`: `BatchOrder` already splits batches over ranks.
+
+    Args:
+        samples: The training samples.
+        order: Batch sampler of this rank.
+        knowledge: Collator of the captions' knowledge.
+        workers: Number of decoding processes.
+        pin_memory: Whether batches are copied to page-locked memory.
+        worker_init: Called in each worker with the worker's number.
     """
     workers, ahead = decoding_workers(workers, gpu=pin_memory), 4
     image, shared = samples.image_type(), None
@@ -189,6 +195,6 @@ def training_loader(
         collate_fn=_Collate(knowledge, samples.crop, shared),
         pin_memory=pin_memory,
         worker_init_fn=worker_init,
-        persistent_workers=workers > 0,  # the order, and with it the epoch, is read in this process
+        persistent_workers=workers > 0,  # safe, because the order and the epoch are read in the main process
         prefetch_factor=ahead if workers else None,
     )

@@ -1,7 +1,7 @@
-"""Features of the frozen text tower, computed once a text and kept on disk.
+"""Features of the frozen text tower, computed once per text and stored on disk.
 
-The text tower never runs in a training step: captions and state prompts are encoded before, each distinct text once. A
-store belongs to the weights that made it, so a folder can be shared by runs, splits and datasets.
+The text tower never runs in a training step: captions and state prompts are encoded before training, each distinct text
+once. A store is named after the weights that made it, so runs, splits and datasets can share a folder.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from amp.model.towers.base import Backbone
 
 
 class TextFeatureStore:
-    """Features (d,) by text, in memory-mapped segments that are only ever added.
+    """Maps texts to features (d,), stored in memory-mapped segments. Segments are added, but never changed.
 
     Args:
         root: Cache folder; the store is a sub-folder named after `key`.
-        key: Hash of the text tower's weights and of how texts are tokenised.
+        key: Hash of the text tower's weights and of how texts are tokenized.
         dim: Width d of a feature.
-        dtype: Type on disk: ``float32`` is exact, ``float16`` takes half the space.
+        dtype: Type on disk: `float32` is exact, `float16` takes half the space.
     """
 
     def __init__(self, root: str | os.PathLike, key: str, dim: int, dtype: str = "float32"):
@@ -34,7 +34,7 @@ class TextFeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Maps the segments that other processes have added since."""
+        """Maps segments that other processes have added."""
         for path in sorted(self.folder.glob("segment-*")):
             if path.name not in self._segments:
                 try:
@@ -43,11 +43,13 @@ class TextFeatureStore:
                         for name in ("keys", "features")
                     )
                 except (OSError, ValueError, EOFError) as error:
-                    raise AmpError(f"{path}: can't be read ({error}). Remove the folder; it is made again") from error
+                    raise AmpError(
+                        f"{path}: can't be read ({error}); remove the folder; it will be made again"
+                    ) from error
                 if features.shape != (len(keys), self.dim):
                     raise AmpError(
-                        f"{path}: features of shape {features.shape}, expected {(len(keys), self.dim)}. Remove the "
-                        "folder; it is made again"
+                        f"{path}: features of shape {features.shape}; expected {(len(keys), self.dim)}; remove the "
+                        "folder; it will be made again"
                     )
                 self._segments[path.name] = (keys, features)
 
@@ -55,12 +57,12 @@ class TextFeatureStore:
         return sum(len(keys) for keys, _ in self._segments.values())
 
     def __reduce__(self):
-        # Workers map the files anew instead of receiving their content.
+        # Workers map the files themselves instead of receiving the content.
         root, key = self.folder.parent, self.folder.name.split("-")[1]
         return TextFeatureStore, (root, key, self.dim, self.dtype.name)
 
     def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Segment number and row of each key, -1 where it is in none."""
+        """Segment number and row of each key; -1 if it is in no segment."""
         where, row = np.full(len(keys), -1), np.full(len(keys), -1)
         for number, (known, _) in enumerate(self._segments.values()):
             place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
@@ -69,17 +71,17 @@ class TextFeatureStore:
         return where, row
 
     def missing(self, texts: Iterable[str]) -> list[str]:
-        """The distinct texts that have no feature yet, shortest first, so that batches of neighbours pad little."""
+        """The distinct texts without a feature, shortest first, so that texts of similar length share a batch."""
         distinct = list(dict.fromkeys(texts))
         where, _ = self._find(text_keys(distinct))
         return sorted((t for t, w in zip(distinct, where, strict=True) if w < 0), key=lambda t: (len(t), t))
 
     def add(self, texts: Sequence[str], features: np.ndarray) -> None:
-        """Stores features (n, d) of n distinct texts as one segment; readers see all of it or nothing."""
+        """Stores features (n, d) of n distinct texts as one segment, atomically."""
         keys = text_keys(texts)
         order = np.argsort(keys)
         if len(keys) and (np.diff(keys[order]) == 0).any():
-            raise AmpError("two texts share a 64-bit hash or a text is given twice; expected distinct texts")
+            raise AmpError("two texts have the same 64-bit hash, or a text is given twice; expected distinct texts")
         name = f"segment-{hashlib.blake2b(keys[order].tobytes(), digest_size=8).hexdigest()}"
         with build_folder(self.folder / name) as temporary:
             np.save(temporary / "keys.npy", keys[order])
@@ -90,7 +92,7 @@ class TextFeatureStore:
         """Features float32 (n, d) of n texts.
 
         Raises:
-            AmpError: A text was never encoded.
+            AmpError: A text has no stored feature.
         """
         where, row = self._find(text_keys(texts))
         if (where < 0).any():
@@ -110,22 +112,22 @@ def text_keys(texts: Sequence[str]) -> np.ndarray:
 
 
 def cut_texts(texts: Sequence[str], tokenizer, length: int) -> int:
-    """How many texts a tokenizer cuts.
+    """Counts the texts that a tokenizer truncates.
 
     Args:
         texts: Any texts.
-        tokenizer: Of the base model.
-        length: Its context length.
+        tokenizer: Tokenizer of the base model.
+        length: Context length of the base model.
 
     Raises:
-        AmpError: A tokenizer that fills all places, whose cuts can't be seen.
+        AmpError: The tokenizer uses all positions even for an empty text, so truncation can't be detected.
     """
-    # With room for one more token a text that fits stays as it is; of one that is cut another token comes before the
-    # mark of the end.
+    # With a context one token longer, the tokens of a text that fits stay the same. In a truncated text, the end token
+    # moves.
     rows, longer = (tokenizer(["", *texts], context_length=places) for places in (length, length + 1))
     cut = (rows != longer[:, :length]).any(dim=1)
     if cut[0]:
-        raise AmpError("the model's tokenizer fills all places, so cut texts can't be counted")
+        raise AmpError("the model's tokenizer fills the whole context, so cut texts can't be counted")
     return int(cut.sum())
 
 
@@ -141,17 +143,19 @@ def encode_texts(
     progress: Callable[[int, int], None] | None = None,
     segment: int = 200_000,
 ) -> None:
-    """Encodes the texts that the store lacks; each rank takes its share and adds it.
+    """Encodes the texts that are missing in the store. Each rank encodes and adds a share.
+
+    Afterwards, wait for all ranks and call `store.refresh()`.
 
     Args:
-        store: Where features go.
-        texts: Any texts, repeated ones too.
+        store: Store that features are added to.
+        texts: Any texts; they may repeat.
         backbone: The frozen CLIP on its device.
-        tokenizer: Of the base model; longer texts are cut at its context length, as open_clip does.
-        batch_size: Texts a forward pass.
-        rank, world: This process and how many there are; call a barrier and `store.refresh()` after.
+        tokenizer: Tokenizer of the base model. It truncates longer texts to its context length, as in open_clip.
+        batch_size: Texts per forward pass.
+        rank, world: Rank of this process, and number of processes.
         progress: Called as progress(done, total) after each batch.
-        segment: Texts a segment at most, which bounds memory.
+        segment: Maximum number of texts per segment, which bounds memory.
     """
     mine = store.missing(texts)[rank::world]
     device = backbone.device

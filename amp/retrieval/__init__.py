@@ -1,1 +1,1 @@
-"""Two-stage retrieval: frozen-CLIP pre-selection, action-aware re-ranking, recall beside its ceiling and its chance."""
+"""Two-stage retrieval: pre-selection by the frozen CLIP, action-aware re-ranking, and recall."""

@@ -1,4 +1,4 @@
-"""Figures of retrieval: recall in both directions, beside what the pre-selection allows."""
+"""Retrieval results: recall in both directions, with the ceiling and the chance level after pre-selection."""
 
 import math
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class DirectionResult:
-    """Retrieval in one direction, in percent for each K of `KS`.
+    """Results of retrieval in one direction, in percent for each K in `KS`.
 
     Args:
         recall: R@K.
-        ceiling: R@K that a perfect re-ranking of the pre-selected candidates would reach.
+        ceiling: R@K of a perfect re-ranking of the pre-selected candidates.
         chance: Expected R@K of a random order of the pre-selected candidates.
         queries: Number of queries.
-        top_k: Candidates pre-selected a query.
-        seconds: Time that ranking took: first stage and re-ranking, for the base model the first stage alone.
+        top_k: Number of candidates pre-selected per query.
+        seconds: Duration of the ranking: first stage and re-ranking; for the base model only the first stage.
         interval: 95 % interval of R@K by bootstrap over images (`amp.evaluate.bootstrap`); None if not computed.
 
     Raises:
-        AmpError: A figure that no evaluation can give, such as a recall above its ceiling.
+        AmpError: A value is impossible, such as a recall above its ceiling.
     """
 
     recall: dict[int, float]
@@ -46,7 +46,7 @@ class DirectionResult:
         for k in KS:
             for name in ("recall", "chance"):
                 value, ceiling = getattr(self, name)[k], self.ceiling[k]
-                # Written so that NaN fails too.
+                # Written so that NaN also fails.
                 if not (0.0 <= value <= ceiling + _ROUNDING and ceiling <= 100.0 + _ROUNDING):
                     raise AmpError(f"{name}@{k} is {value}, expected 0 <= {name} <= ceiling ({ceiling}) <= 100")
         if self.queries < 1 or self.top_k < 1:
@@ -56,21 +56,21 @@ class DirectionResult:
 
     @property
     def queries_per_second(self) -> float:
-        """Queries ranked a second."""
+        """Queries ranked per second."""
         return self.queries / self.seconds
 
     @classmethod
     def measure(
         cls, ranks: Tensor, first_ranks: Tensor, positive_mask: Tensor, seconds: float, fold: Tensor | None = None
     ) -> "DirectionResult":
-        """Computes every figure of a direction.
+        """Computes the results of a direction.
 
         Args:
             ranks: (Q,) 0-based final rank of each query's best positive; `first_ranks` for the base model.
-            first_ranks: (Q,) the same after the first stage.
-            positive_mask: (Q, k) bool, which pre-selected candidates answer the query.
-            seconds: Time of the ranking.
-            fold: (Q,) int64; figures are then means over the folds' figures, each of its own gallery.
+            first_ranks: (Q,) 0-based rank of each query's best positive after the first stage.
+            positive_mask: (Q, k) bool, which pre-selected candidates are positives of the query.
+            seconds: Duration of the ranking.
+            fold: (Q,) int64 fold of each query; results are averaged over the folds. None for a single gallery.
         """
         top_k = positive_mask.shape[1]
         parts = [slice(None)] if fold is None else [fold == number for number in fold.unique()]
@@ -85,12 +85,12 @@ class DirectionResult:
 
 
 class RowKey(NamedTuple):
-    """What a row of figures belongs to.
+    """Identifies a row of results.
 
     Attributes:
         method: Name of an adapter or control, or `BASE`.
-        mode: How image queries were conditioned, ``pairwise`` or ``pooled``; empty where they were not.
-        probe: The input that was spoilt; empty for none.
+        mode: How image queries were conditioned, `pairwise` or `pooled`; empty if they were not.
+        probe: Name of the probe that manipulated an input; empty for none.
     """
 
     method: str
@@ -98,7 +98,7 @@ class RowKey(NamedTuple):
     probe: str = ""
 
     def __str__(self) -> str:
-        """What tables and options call it, as "ours, shuffled (pairwise)"."""
+        """Name in tables and options, such as "ours, shuffled (pairwise)"."""
         return self.method + (f", {self.probe}" if self.probe else "") + (f" ({self.mode})" if self.mode else "")
 
 
@@ -107,13 +107,13 @@ BASE = RowKey("base CLIP")
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """One method in both directions.
+    """Results of one method in both directions.
 
     Args:
-        key: What the row belongs to.
-        i2t: Image query, captions ranked.
-        t2i: Caption query, images ranked.
-        rsum_interval: 95 % interval of Rsum, both directions resampled together; None if not computed.
+        key: Identifies the row.
+        i2t: Image-to-text: image queries, ranked captions.
+        t2i: Text-to-image: caption queries, ranked images.
+        rsum_interval: 95 % interval of Rsum, with both directions resampled together; None if not computed.
     """
 
     key: RowKey
@@ -123,10 +123,10 @@ class RetrievalRow:
 
     @property
     def name(self) -> str:
-        """The key in words."""
+        """Name of the row; see `RowKey`."""
         return str(self.key)
 
     @property
     def rsum(self) -> float:
-        """Sum of the six recalls, 600 at best."""
+        """Sum of the six recalls, at most 600."""
         return rsum(self.i2t.recall, self.t2i.recall)

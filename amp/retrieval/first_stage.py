@@ -1,4 +1,4 @@
-"""Pre-selection by the frozen CLIP: the top-k candidates of each query, and where its best positive stands."""
+"""Pre-selection by the frozen CLIP: the top-k candidates of each query, and the rank of its best positive."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,15 @@ from torch import Tensor
 from amp.errors import AmpError
 from amp.retrieval.metrics import rank_of_best_positive, require_finite, stable_topk
 
-# Scores held at once: 2^22 float32 are 16 MB, some 150 MB with the masks and sums of ranking.
+# Scores in memory at once: 2^22 float32 are 16 MB, or about 150 MB with the masks and sums of the ranking.
 CHUNK_SCORES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Positives:
-    """Which gallery items answer which query: those of the query's image, kept as labels so that no Q x G mask exists.
+    """The positives of each query: the gallery items of the query's image.
+
+    Stored as image labels, which avoids a mask of Q x G.
 
     Args:
         query_image: (Q,) int64, the image index of each query.
@@ -26,11 +28,11 @@ class Positives:
     gallery_image: Tensor
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """(stop - start, G) bool mask of the queries from start to stop."""
+        """Mask of the positives of queries start to stop, bool (stop - start, G)."""
         return self.query_image[start:stop, None] == self.gallery_image
 
     def of(self, candidates: Tensor) -> Tensor:
-        """(Q, k) bool mask of candidates given as (Q, k) gallery indices."""
+        """Mask of the positives among candidates, bool (Q, k); `candidates` are gallery indices (Q, k)."""
         gallery_image = self.gallery_image.to(candidates.device)
         return gallery_image[candidates] == self.query_image.to(candidates.device)[:, None]
 
@@ -40,14 +42,14 @@ class Positives:
 
 
 def t2i_positives(caption_image: Tensor, images: int) -> Positives:
-    """Positives of text-to-image retrieval: every caption has one, its image.
+    """Positives of text-to-image retrieval: the image of each caption.
 
     Args:
         caption_image: (C,) int64, the image index of each caption.
         images: Number of images in the gallery, I.
 
     Raises:
-        AmpError: A caption names an image outside the gallery.
+        AmpError: There is no caption or image, or a caption's image index is out of range.
     """
     _check_caption_image(caption_image, images)
     return Positives(caption_image, torch.arange(images, device=caption_image.device))
@@ -61,15 +63,15 @@ def i2t_positives(caption_image: Tensor, images: int) -> Positives:
         images: Number of query images, I.
 
     Raises:
-        AmpError: A caption names an image outside the queries, or an image has no caption and could never be a hit.
+        AmpError: There is no caption or image, a caption's image index is out of range, or an image has no caption.
     """
     _check_caption_image(caption_image, images)
     captions = torch.bincount(caption_image, minlength=images)
     if (captions == 0).any():
         bare = (captions == 0).nonzero()[:, 0].tolist()
         raise AmpError(
-            f"{len(bare):,} of {images:,} images have no caption (first: image {bare[0]}), expected at least one each: "
-            "without captions an image can't be a query of image-to-text retrieval. Leave these images out"
+            f"{len(bare):,} of {images:,} images have no caption (first: image {bare[0]}); expected at least one per "
+            "image, because an image without captions can't be a query; leave these images out"
         )
     return Positives(torch.arange(images, device=caption_image.device), caption_image)
 
@@ -77,23 +79,23 @@ def i2t_positives(caption_image: Tensor, images: int) -> Positives:
 def _check_caption_image(caption_image: Tensor, images: int) -> None:
     if len(caption_image) == 0 or images == 0:
         raise AmpError(
-            f"gallery of {images:,} images and {len(caption_image):,} captions, expected at least one of each. "
-            "Look whether the split's name is right"
+            f"gallery of {images:,} images and {len(caption_image):,} captions; expected at least one of each; "
+            "check the name of the split"
         )
     low, high = int(caption_image.min()), int(caption_image.max())
     if low < 0 or high >= images:
-        raise AmpError(f"captions name images {low} to {high}, expected indices from 0 to {images - 1}")
+        raise AmpError(f"captions have image indices {low} to {high}; expected indices from 0 to {images - 1}")
 
 
 @dataclass(frozen=True)
 class FirstStage:
-    """The frozen CLIP's answer to Q queries.
+    """The frozen CLIP's ranking for Q queries.
 
     Args:
         candidates: (Q, k) int64 gallery indices, best first, ties by gallery index.
         scores: (Q, k) float32 cosine similarities of the candidates.
-        ranks: (Q,) int64, 0-based rank of the best positive in the WHOLE gallery, so k or more for a query without
-            a positive among its candidates.
+        ranks: (Q,) int64, 0-based rank of the best positive in the whole gallery: k or more if no candidate is a
+            positive.
     """
 
     candidates: Tensor
@@ -103,22 +105,23 @@ class FirstStage:
 
 @torch.no_grad()
 def first_stage(query_features: Tensor, gallery_features: Tensor, positives: Positives, k: int) -> FirstStage:
-    """Top-k of a full cosine ranking, in chunks of queries: memory grows with Q*k and G, never with Q*G.
+    """Ranks the gallery by cosine similarity and keeps the top k.
 
-    Scores are float32 whatever the features' type and any autocast around: bfloat16 scores tie in the hundreds.
+    Queries are processed in chunks, so memory grows with Q * k and G, but not with Q * G. Scores are always float32,
+    even under autocast, because hundreds of bfloat16 scores would tie.
 
     Args:
-        query_features: (Q, d) features; they are L2-normalised here.
-        gallery_features: (G, d) features on the same device; they are L2-normalised here.
-        positives: The answers of the Q queries within the G items.
-        k: Candidates to keep a query; the whole gallery if it holds fewer (`candidates.shape[1]` tells).
+        query_features: (Q, d) features, L2-normalized here.
+        gallery_features: (G, d) features on the same device, L2-normalized here.
+        positives: The positives of the Q queries among the G items.
+        k: Number of candidates per query; limited to G.
 
     Returns:
         FirstStage on the features' device.
 
     Raises:
-        AmpError: k below 1, features that are not finite, or a query without any positive in the gallery.
-        ValueError: Shapes don't fit.
+        AmpError: k is below 1, a feature is not finite, or a query has no positive in the gallery.
+        ValueError: The shapes don't match.
     """
     if k < 1:
         raise AmpError(f"top-k of the first stage is {k}, expected at least 1 (paper: 20)")
@@ -135,7 +138,7 @@ def first_stage(query_features: Tensor, gallery_features: Tensor, positives: Pos
         gallery = len(gallery_features)
         k = min(k, gallery)
         chunk = max(1, CHUNK_SCORES // gallery)
-        # Filled in place: small results kept between the chunks would scatter the heap (GB at COCO size).
+        # Filled in place. Keeping a small result per chunk would fragment the heap (by gigabytes for COCO).
         queries = len(query_features)
         candidates = torch.empty(queries, k, dtype=torch.int64, device=device)
         best = torch.empty(queries, k, device=device)
@@ -148,7 +151,7 @@ def first_stage(query_features: Tensor, gallery_features: Tensor, positives: Pos
     if (ranks == gallery).any():
         raise AmpError(
             f"{int((ranks == gallery).sum()):,} of {len(ranks):,} queries have no positive in the gallery (first: "
-            f"query {int((ranks == gallery).nonzero()[0])}), expected at least one each: they could never be a hit"
+            f"query {int((ranks == gallery).nonzero()[0])}); expected at least one per query"
         )
     return FirstStage(candidates, best, ranks)
 
@@ -160,25 +163,25 @@ def first_stage_in_folds(
     k: int,
     fold: Tensor,
 ) -> FirstStage:
-    """The first stage of each query within its own fold of the images, as COCO's five folds of 1,000 images.
+    """Like `first_stage`, but each query searches only its own fold of the images, such as COCO's five folds of 1,000.
 
     Args:
-        query_features, gallery_features, positives, k: As for `first_stage`.
-        fold: Of each image, int64 (I,).
+        query_features, gallery_features, positives, k: See `first_stage`.
+        fold: Fold of each image, int64 (I,).
 
     Returns:
-        Candidates are indices of the whole gallery, ranks are those within the fold.
+        FirstStage with candidates as indices of the whole gallery and ranks within the fold.
 
     Raises:
-        AmpError: As `first_stage`, or a fold is empty.
+        AmpError: See `first_stage`; or a fold is empty.
     """
     gallery_fold, query_fold = fold[positives.gallery_image], fold[positives.query_image]
     sizes = torch.bincount(gallery_fold)
     if (sizes == 0).any():
-        raise AmpError(f"{len(sizes)} folds of {len(fold)} images leave one empty; ask for fewer folds")
+        raise AmpError(f"{len(sizes)} folds of {len(fold)} images, of which one is empty; use fewer folds")
     if len(sizes) == 1:
         return first_stage(query_features, gallery_features, positives, k)
-    k = min(k, int(sizes.min()))  # candidates are a rectangle
+    k = min(k, int(sizes.min()))  # all queries need the same number of candidates
     queries = len(query_features)
     candidates = torch.empty(queries, k, dtype=torch.int64, device=query_features.device)
     scores = torch.empty(queries, k, device=query_features.device)

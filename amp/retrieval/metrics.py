@@ -1,8 +1,8 @@
-"""Recall of image-text retrieval as pure functions of scores and ranks.
+"""Recall of image-text retrieval, as pure functions of scores and ranks.
 
-The field's rule for several captions an image: a query is a hit at K if ANY of its positives is among the first K
-(the rule of clip_benchmark). The order of a gallery is fixed even when scores tie: by descending score, and equal
-scores by gallery index, as a stable sort gives it. Every rank here is 0-based; every recall is in percent.
+If a query has several positives, it is a hit at K if any of them is among the first K, as is usual (for example in
+clip_benchmark). A gallery is ordered by descending score, and equal scores by gallery index, as in a stable sort. All
+ranks are 0-based; all recalls are in percent.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ KS = (1, 5, 10)
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Refuses NaN and infinity, which would otherwise count as perfect ranks: no score compares greater than NaN.
+    """Checks for NaN and infinity. NaN would otherwise count as a perfect rank, because no score is greater than NaN.
 
     Args:
         values: A float tensor of any shape.
-        what: Name of the values in the message.
+        what: Name of the values in the error message.
 
     Raises:
         AmpError: A value is not finite.
@@ -29,19 +29,19 @@ def require_finite(values: Tensor, what: str) -> None:
     finite = torch.isfinite(values)
     if not finite.all():
         raise AmpError(
-            f"{what}: {int((~finite).sum()):,} of {values.numel():,} values are NaN or infinite, expected finite ones. "
-            "Evaluate with precision 'no', and look for NaN in the checkpoint's weights"
+            f"{what}: {int((~finite).sum()):,} of {values.numel():,} values are NaN or infinite; expected finite "
+            "values; evaluate with precision 'no', and look for NaN in the checkpoint's weights"
         )
 
 
 def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best columns a row, ties to the lower column, at the price of a top-k instead of a full stable sort.
+    """The k best columns per row; ties go to the lower column. Costs a top-k instead of a full stable sort.
 
-    `torch.topk` alone leaves the choice and the order of tied columns to the device.
+    With `torch.topk`, the choice and the order of tied columns depend on the device.
 
     Args:
         scores: (Q, G) finite scores.
-        k: How many columns to keep, 1 <= k <= G.
+        k: Number of columns to keep, 1 <= k <= G.
 
     Returns:
         Values (Q, k) and int64 columns (Q, k), equal to the first k of a stable descending sort.
@@ -49,7 +49,7 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     kth = scores.topk(k, dim=1).values[:, -1:]
     above = scores > kth
     tied = scores == kth
-    # Columns above the k-th value are all kept; the places that remain go to the tied columns from the left.
+    # Keep all columns above the k-th value, and fill the remaining places with tied columns from the left.
     kept = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
     columns = kept.nonzero()[:, 1].view(len(scores), k)
     values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
@@ -57,11 +57,11 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_of_best_positive(scores: Tensor, positive: Tensor) -> Tensor:
-    """0-based place of each query's best positive in its ordered gallery.
+    """0-based rank of each query's best positive in its ordered gallery.
 
     Args:
         scores: (Q, G) finite scores, larger is better.
-        positive: (Q, G) bool, which gallery items answer the query; several may.
+        positive: (Q, G) bool, which gallery items are positives of the query.
 
     Returns:
         (Q,) int64 ranks; G for a query without any positive.
@@ -84,23 +84,23 @@ def recalls(ranks: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
         AmpError: There is no query.
     """
     if len(ranks) == 0:
-        raise AmpError("recall of 0 queries is undefined, expected at least 1; look for an empty test split")
+        raise AmpError("recall of 0 queries is undefined; expected at least 1; check whether the test split is empty")
     return {k: 100.0 * int((ranks < k).sum()) / len(ranks) for k in ks}
 
 
 def rsum(*directions: dict[int, float]) -> float:
-    """Sum of all recalls of all directions, 600 at best for R@1, R@5, R@10 both ways."""
+    """Sum of all recalls of all directions, at most 600 for R@1, R@5 and R@10 in both directions."""
     return sum(sum(direction.values()) for direction in directions)
 
 
 def ceilings(first_ranks: Tensor, top_k: int, ks: Sequence[int] = KS) -> dict[int, float]:
-    """The recalls that a perfect re-ranking of the first `top_k` candidates would reach.
+    """The recalls of a perfect re-ranking of the first `top_k` candidates.
 
-    A positive within the first k can rise to the top, one outside stays where it is: R@K <= first-stage R@max(K, k).
+    A positive among the first k can rise to the top; any other stays where it is. So R@K <= first-stage R@max(K, k).
 
     Args:
         first_ranks: (Q,) 0-based first-stage rank of each query's best positive.
-        top_k: Candidates re-ranked a query, k.
+        top_k: Number of candidates re-ranked per query, k.
         ks: The cut-offs K.
     """
     reachable = recalls(first_ranks, [max(k, top_k) for k in ks])
@@ -108,14 +108,14 @@ def ceilings(first_ranks: Tensor, top_k: int, ks: Sequence[int] = KS) -> dict[in
 
 
 def chance(positive_mask: Tensor, first_ranks: Tensor, ks: Sequence[int] = KS) -> dict[int, float]:
-    """Expected recalls when the pre-selected candidates are put in a uniformly random order.
+    """Expected recalls of a uniformly random order of the pre-selected candidates.
 
-    Pre-selection has already seen the image, so chance is far above K/G. With m positives among k candidates, the first
-    K of a random order miss all of them with the hypergeometric probability C(k - m, K) / C(k, K). Positives outside
-    the candidates keep their first-stage rank, which matters only for K > k.
+    Because of the pre-selection, chance is far above K/G. With m positives among k candidates, the first K of a random
+    order contain none of them with the hypergeometric probability C(k - m, K) / C(k, K). Positives outside the
+    candidates keep their first-stage rank, which matters only for K > k.
 
     Args:
-        positive_mask: (Q, k) bool, which candidates answer the query.
+        positive_mask: (Q, k) bool, which candidates are positives of the query.
         first_ranks: (Q,) 0-based first-stage rank of each query's best positive.
         ks: The cut-offs K.
 
@@ -124,7 +124,7 @@ def chance(positive_mask: Tensor, first_ranks: Tensor, ks: Sequence[int] = KS) -
     """
     top_k = positive_mask.shape[1]
     if len(positive_mask) == 0:
-        raise AmpError("chance of 0 queries is undefined, expected at least 1; look for an empty test split")
+        raise AmpError("chance of 0 queries is undefined; expected at least 1; check whether the test split is empty")
     queries_with = torch.bincount(positive_mask.sum(1).cpu(), minlength=top_k + 1).tolist()
     expected = {}
     for k in ks:

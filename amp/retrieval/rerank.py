@@ -1,4 +1,4 @@
-"""Re-ranking of the pre-selected candidates by the action-aware similarity (METHOD: sec. 3.5 of arXiv 2506.23502)."""
+"""Re-ranking of the pre-selected candidates by the action-aware similarity (sec. 3.5 of arXiv 2506.23502)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -20,14 +20,14 @@ def fuse(first: FirstStage, scores: Tensor, fusion_weight: float = 0.0) -> Tenso
     Args:
         first: The pre-selection of Q queries.
         scores: (Q, k) new scores of `first.candidates`.
-        fusion_weight: Weight of the first-stage cosine; 0 is the paper's re-ranking by the new similarity alone.
+        fusion_weight: Weight of the first-stage cosine; 0 re-ranks only by the new similarity, as in the paper.
 
     Returns:
         (Q, k) float32 on the device of `first`, in the order of `first.candidates`.
 
     Raises:
         AmpError: A score is not finite.
-        ValueError: `scores` has another shape than the candidates.
+        ValueError: `scores` doesn't have the shape of the candidates.
     """
     if scores.shape != first.scores.shape:
         raise ValueError(f"scores of shape {tuple(scores.shape)} for candidates of shape {tuple(first.scores.shape)}")
@@ -37,11 +37,13 @@ def fuse(first: FirstStage, scores: Tensor, fusion_weight: float = 0.0) -> Tenso
 
 
 def rerank_order(first: FirstStage, scores: Tensor, fusion_weight: float = 0.0) -> Tensor:
-    """How re-ranking permutes the candidates: position j of the new order holds candidate `order[:, j]` of the old.
+    """Positions of the candidates in descending order of the final score. Equal scores stay in first-stage order.
+
+    Args:
+        first, scores, fusion_weight: See `fuse`.
 
     Returns:
-        (Q, k) int64 positions; `first.candidates.gather(1, order)` are the re-ranked gallery indices. Equal scores stay
-        in first-stage order.
+        (Q, k) int64 positions; `first.candidates.gather(1, order)` are the re-ranked gallery indices.
     """
     return fuse(first, scores, fusion_weight).sort(dim=1, descending=True, stable=True).indices
 
@@ -52,28 +54,28 @@ def rerank(first: FirstStage, scores: Tensor, positive_mask: Tensor, fusion_weig
     Args:
         first: The pre-selection of Q queries.
         scores: (Q, k) new scores of `first.candidates`.
-        positive_mask: (Q, k) bool, which candidates answer the query (`Positives.of(first.candidates)`).
-        fusion_weight: Weight of the first-stage score beside the new one.
+        positive_mask: (Q, k) bool, which candidates are positives of the query (`Positives.of(first.candidates)`).
+        fusion_weight: Weight of the first-stage score, which is added to the new one.
 
     Returns:
-        (Q,) int64, 0-based: below k for a positive among the candidates; the first-stage rank, unchanged, otherwise.
+        (Q,) int64 0-based ranks: below k if a candidate is a positive, else the unchanged first-stage rank.
 
     Raises:
         AmpError: A score is not finite.
-        ValueError: Shapes don't fit, or the mask belongs to another first stage.
+        ValueError: The shapes don't match, or the mask belongs to another first stage.
     """
     if positive_mask.shape != first.candidates.shape:
         raise ValueError(f"mask of shape {tuple(positive_mask.shape)}, candidates {tuple(first.candidates.shape)}")
     positive_mask = positive_mask.to(first.candidates.device)
     selected = positive_mask.any(1)
     if not torch.equal(selected, first.ranks < first.candidates.shape[1]):
-        raise ValueError("positive_mask disagrees with the first stage's ranks: it was made for other candidates")
+        raise ValueError("positive_mask contradicts the first stage's ranks: it was made for other candidates")
     ranks = rank_of_best_positive(fuse(first, scores, fusion_weight), positive_mask)
     return torch.where(selected, ranks, first.ranks)
 
 
 def shard_bounds(total: int, rank: int, world: int) -> tuple[int, int]:
-    """Start and stop of a rank's contiguous share of `total` items; shares differ by one item at most."""
+    """Start and stop of a rank's contiguous share of `total` items; shares differ by at most one item."""
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of a world of {world}, expected 0 <= rank < world")
     return total * rank // world, total * (rank + 1) // world
@@ -91,32 +93,32 @@ def score_candidates(
     block_pairs: int = 0,
     store: ScoreStore | None = None,
 ) -> Tensor:
-    """Scores every (query, candidate) pair in full batches.
+    """Scores all (query, candidate) pairs in full batches.
 
-    Pairs are cut into blocks of whole stretches of queries, whose shared inputs `prepare` encodes once. Within a block
-    pairs of one group follow each other, because the scorer runs the blocks that see no knowledge once an image of a
-    batch: group by the side that is the image (`candidate` for text-to-image, `query` for image-to-text).
+    Pairs are split into blocks. `prepare` encodes the inputs of a block once. Within a block, pairs with the same image
+    are placed next to each other, because the scorer encodes each distinct image once per batch. So `group_by` should
+    be the image side: `candidate` for text-to-image, `query` for image-to-text.
 
     Args:
         candidates: (Q, k) int64 gallery indices.
-        score_pairs: Maps query indices (P,) and gallery indices (P,), both int64, to scores (P,); called without
-            gradients, with P = batch_size but for the last batch of a block.
-        batch_size: Pairs a call.
-        group_by: Side whose equal indices are put next to each other.
-        shard: (rank, world): scores only this rank's contiguous share of the pairs. The sum of the ranks' results
-            (an all-reduce) is the whole, because pairs of other ranks are 0 here.
+        score_pairs: Maps query indices (P,) and gallery indices (P,), both int64, to scores (P,). Called without
+            gradients; P is `batch_size`, or less in the last batch of a block.
+        batch_size: Pairs per call.
+        group_by: Side whose equal indices are placed next to each other.
+        shard: (rank, world): only this rank's contiguous share of the pairs is scored. Pairs of other ranks are 0, so
+            the sum over ranks (an all-reduce) gives all scores.
         progress: Called after each batch as progress(pairs done, pairs of this rank).
         prepare: Called with the query and gallery indices of a block before its pairs are scored.
-        block_pairs: Pairs a block at most; 0 for one block. What `prepare` holds grows with it.
-        store: Pairs that it holds are not scored again (they count for rank 0), the ranks share the others evenly, and
-            new scores are added to it.
+        block_pairs: Maximum number of pairs per block, which bounds the memory of `prepare`; 0 for one block.
+        store: Store of scores. Its pairs are not scored again (rank 0 returns them), the other pairs are shared evenly
+            by the ranks, and new scores are added to it.
 
     Returns:
-        (Q, k) float32 on the device of `candidates`, in the order of `candidates`.
+        (Q, k) float32 scores in the order of `candidates` and on their device.
 
     Raises:
         AmpError: A score is not finite.
-        ValueError: A bad argument, or `score_pairs` returned another shape.
+        ValueError: An argument is invalid, or `score_pairs` returned another shape.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -151,7 +153,7 @@ def score_candidates(
                     store.add(pairs, scores[pairs])
                 if progress is not None:
                     progress(scored, len(mine))
-    finally:  # an interrupted search goes on with what it has
+    finally:  # keep the scores so far if the search is interrupted
         if store is not None:
             store.flush()
     return scores.view(queries, k)

@@ -1,4 +1,4 @@
-"""Scores of pairs on disk while an evaluation runs, so that one that was stopped goes on where it was."""
+"""Stores scores of pairs on disk during an evaluation, so that an interrupted evaluation can resume."""
 
 import hashlib
 import io
@@ -20,20 +20,20 @@ SAVE_SECONDS = 20.0
 
 
 class ScoreStore:
-    """Scores of a direction's pairs that this run or one before it has computed.
+    """Scores of the pairs of one direction from this run and earlier runs.
 
-    Each process adds files of its own, complete or not at all; the next run reads them whatever its number of
-    processes. Files that can't be read are as if they had never been written.
+    Each process writes its own files, atomically. The next run reads all files, with any number of processes.
+    Unreadable files are ignored.
 
     Args:
-        folder: Where files lie; its name must depend on all that the scores depend on (`content_key`).
+        folder: Folder of the files. Its name must depend on everything that the scores depend on (`content_key`).
         pairs: Number of pairs, Q * k.
-        device: For the exchange between processes.
+        device: Device for the exchange between processes.
 
     Attributes:
-        done: Which pairs an earlier run has scored, bool (Q * k,), the same on all ranks.
-        scores: Their scores, float32 (Q * k,); only the main process has them, elsewhere they are 0.
-        seconds: What they took, summed over the processes; 0 but on the main process.
+        done: Which pairs earlier runs have scored, bool (Q * k,), the same on all ranks.
+        scores: Scores from earlier runs, float32 (Q * k,); 0 except on the main process.
+        seconds: Time that these scores took, summed over the processes; 0 except on the main process.
     """
 
     def __init__(self, folder: str | os.PathLike, pairs: int, device: torch.device | str = "cpu"):
@@ -41,7 +41,7 @@ class ScoreStore:
         self.done = torch.zeros(pairs, dtype=torch.bool)
         self.scores = torch.zeros(pairs)
         self.seconds = 0.0
-        if rank() == 0:  # one process decides: a shared file system may show the others less
+        if rank() == 0:  # only one process reads, because others may see fewer files on a shared file system
             for path in sorted(self.folder.glob("scores-*.npz")):
                 self._read(path)
         self.done = all_reduce_sum(self.done.to(device, torch.int32)).bool().cpu()
@@ -65,14 +65,14 @@ class ScoreStore:
             self.seconds += seconds
 
     def add(self, pairs: Tensor, scores: Tensor) -> None:
-        """Keeps scores (P,) of pairs (P,), and writes what has come together every `SAVE_SECONDS`."""
+        """Adds scores (P,) of pairs (P,). Writes the new scores to disk every `SAVE_SECONDS`."""
         self._pairs.append(pairs.cpu())
         self._values.append(scores.cpu())
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has not been written yet."""
+        """Writes the scores that are not on disk yet."""
         if self._pairs:
             content = io.BytesIO()
             np.savez(
@@ -86,7 +86,7 @@ class ScoreStore:
 
 
 def content_key(parts: Iterable[Tensor | np.ndarray | str]) -> str:
-    """Name for what depends on these tensors and strings: 16 hexadecimal digits."""
+    """Hash of tensors and strings: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):

@@ -1,6 +1,6 @@
-"""The scorer of (image, caption) pairs: each image conditioned on its caption's knowledge (paper, sec. 3.5).
+"""Scores (image, caption) pairs, with each image conditioned on the caption's knowledge (paper, sec. 3.5).
 
-Validation, evaluation, search and caption choice all score with it, adapters and controls alike.
+Validation, evaluation, search and caption choice all use it, for adapters and controls.
 """
 
 import contextlib
@@ -14,26 +14,26 @@ from amp.model.clip import EncodedCaptions
 from amp.model.interactions.base import Prompts
 from amp.model.similarity import pair_similarity
 
-# What the prompts of a block of captions may take: 5,000 captions of ViT-L/14 with both kinds of prompts in fp32.
+# Maximum size of a block of prompts: 5,000 captions for ViT-L/14 with both kinds of prompts in fp32.
 PROMPT_BYTES = 256 << 20
 TEXT_ROWS = 8192
 SMALL = 8
 
 
 class PairScorer:
-    """Scores pairs, with each caption encoded once per block of pairs, and each image once or once per call.
+    """Scores pairs. Each caption is encoded once per block of pairs, and each image once per call or only once.
 
     Args:
         model: `ActionAwareCLIP` in eval mode, or an engine around it, on the device of `text`.
         early: Tokens of I images before the first prompted block (I, F + M, d_v): a tensor, or an array that may be
             memory-mapped.
-        knowledge: Of C captions.
+        knowledge: Knowledge of the C captions.
         text: The frozen caption features (C, d).
-        autocast: Makes the context of a forward pass.
+        autocast: Returns the context manager of a forward pass.
         batch_size: Captions per forward pass.
 
     Attributes:
-        text: What images are scored against (C, d): the caption features, enriched where the model does that.
+        text: Caption features (C, d) that images are scored against, enriched if the model enriches text.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class PairScorer:
         self._prompts: Prompts | None = None
 
     def captions_per_block(self) -> int:
-        """Captions whose prompts fit into `PROMPT_BYTES`."""
+        """Number of captions whose prompts fit into `PROMPT_BYTES`."""
         one = self._encode(torch.zeros(1, dtype=torch.int64))
         return max(1, PROMPT_BYTES // sum(x.nbytes for x in (*one.parts, one.mask)))
 
     def prepare(self, captions: Tensor) -> None:
-        """Encodes captions, int64 with repeats, in place of those of earlier calls."""
+        """Encodes captions, given as int64 indices that may repeat. Discards the captions of earlier calls."""
         self._prepared = captions.unique()
         blocks = [self._encode(part) for part in self._prepared.split(self.batch_size)]
         parts = tuple(torch.cat(part) for part in zip(*(block.parts for block in blocks), strict=True))
         self._prompts = Prompts(parts, torch.cat([block.mask for block in blocks]))
 
     def __call__(self, images: Tensor, captions: Tensor) -> Tensor:
-        """Scores (P,) of images with captions, int64 indices (P,) each; captions that are not prepared are."""
+        """Scores (P,) of P pairs, given as image and caption indices, int64 (P,). Prepares the captions if needed."""
         rows = torch.searchsorted(self._prepared, captions)
         if not len(self._prepared) or (self._prepared[rows.clamp(max=len(self._prepared) - 1)] != captions).any():
             self.prepare(captions)
@@ -87,8 +87,10 @@ class PairScorer:
         return pair_similarity(features, self.text[captions.to(self.device)])
 
     def pooled(self, images: Tensor, captions: Tensor) -> Tensor:
-        """Scores (B, k) of B images with k captions each, int64 (B,) and (B, k): an image is encoded once, conditioned
-        on the union of its captions' knowledge."""
+        """Scores (B, k) of B images with k captions each, given as indices int64 (B,) and (B, k).
+
+        Each image is encoded once, conditioned on the union of its captions' knowledge.
+        """
         flat = captions.flatten()
         with torch.no_grad(), self.autocast():
             encoded = self.model(None, self._captions_of(flat)).captions
@@ -97,8 +99,8 @@ class PairScorer:
         return pair_similarity(features[:, None], self.text[captions.to(self.device)])
 
     def _small_images(self) -> tuple[Tensor, ...] | None:
-        """What the interaction makes of every image, where that is small next to its tokens, as a feature is; else
-        None, and images are encoded with each batch of pairs."""
+        """The interaction's encoding of all images, if an image's encoding is small (such as a feature) compared with
+        its tokens. Otherwise None, and images are encoded with each batch of pairs."""
 
         def encode(images: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad(), self.autocast():
@@ -118,7 +120,7 @@ class PairScorer:
             return self.model(None, self._captions_of(captions)).captions.prompts
 
     def _early_of(self, images: Tensor) -> Tensor:
-        """Tokens of images on the device, float32."""
+        """Early tokens of images on the device, float32."""
         if isinstance(self.early, Tensor):
             return self.early[images.to(self.early.device)].to(self.device, torch.float32)
         return torch.from_numpy(np.asarray(self.early[images.numpy()], dtype=np.float32)).to(self.device)

@@ -1,4 +1,4 @@
-"""How a split is searched."""
+"""Settings of retrieval on a split."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,19 +8,21 @@ from amp.errors import AmpError
 
 @dataclass
 class RetrievalSettings:
-    """How a split is searched.
+    """Settings of retrieval on a split.
 
     Args:
-        top_k: Candidates that the frozen CLIP pre-selects (paper: 20).
-        i2t: How image queries are conditioned: ``pairwise`` on each candidate's knowledge, ``pooled`` on the union of
-            all candidates' knowledge; the paper's text fits pooled.
-        fusion_weight: Weight of the first stage's score beside the new one (paper: 0).
-        batch_size: Pairs a forward pass.
-        captions_per_image: Keep only the first n captions of an image; 0 keeps all (COCO 5K: 25,010).
-        max_queries: Search for this many queries a direction, evenly spaced, in the whole gallery; 0 for all.
-        skip_decided: Score only queries with an answer among their candidates. The others keep their first-stage rank
-            whatever they score, so the recalls are the same for a fraction of the work.
-        folds: Galleries that the images are cut into, in order, with figures averaged over them; COCO's "1K" is 5.
+        top_k: Number of candidates per query that the frozen CLIP pre-selects (paper: 20).
+        i2t: How image queries are conditioned: `pairwise` on each candidate's knowledge in turn, `pooled` on the union
+            of all candidates' knowledge. The paper's text suggests pooled.
+        fusion_weight: Weight of the first stage's score, which is added to the new score (paper: 0).
+        batch_size: Pairs per forward pass.
+        captions_per_image: Number of captions used per image, the first ones; 0 uses all (COCO 5K: 25,010 in total).
+        max_queries: Number of queries per direction, evenly spaced over the split and searched in the whole gallery; 0
+            uses all.
+        skip_decided: Score only queries that have a positive among their candidates. Re-ranking can't change the rank
+            of other queries, so the recalls are the same for a fraction of the work.
+        folds: Number of separate galleries that the images are split into, in order; results are averaged over them.
+            COCO "1K" is 5 folds.
     """
 
     top_k: int = 20
@@ -41,6 +43,6 @@ class RetrievalSettings:
             raise AmpError("search setting i2t is [], expected pairwise, pooled or both")
 
     def check(self, images: int) -> None:
-        """Raises AmpError where a split of so many images can't be searched like this."""
+        """Raises AmpError if a split with this number of images can't be searched with these settings."""
         if self.folds > images:
-            raise AmpError(f"search setting folds is {self.folds}, expected at most {images}, the images")
+            raise AmpError(f"search setting folds is {self.folds}, expected at most {images}, the number of images")

@@ -1,4 +1,4 @@
-"""Search of a split: the frozen CLIP pre-selects, a model re-ranks, in both directions (paper, sec. 3.5)."""
+"""Retrieval on a split: the frozen CLIP pre-selects, a model re-ranks, in both directions (paper, sec. 3.5)."""
 
 import contextlib
 import functools
@@ -30,15 +30,15 @@ Score = Callable[[torch.Tensor, torch.Tensor, ScoreStore | None], torch.Tensor]
 
 @dataclass
 class Ranking:
-    """One direction of one method, with what a picture needs.
+    """Ranking by one method in one direction.
 
     Attributes:
         queries: Indices of the queries among images or captions, int64 (Q,).
-        first: The frozen CLIP's answer.
-        scores: New scores of its candidates (Q, k); zeros for queries that `skip_decided` left out.
+        first: The first stage of the frozen CLIP.
+        scores: New scores of the first stage's candidates (Q, k); zeros for queries that `skip_decided` left out.
         ranks: 0-based rank of the best positive after re-ranking (Q,).
         fusion_weight: Weight of the first stage's score in `ranks`.
-        result: The figures.
+        result: Recalls and other results.
     """
 
     queries: torch.Tensor
@@ -50,11 +50,12 @@ class Ranking:
 
 
 class Rankings(NamedTuple):
-    """Both directions of one method.
+    """Rankings by one method in both directions.
 
     Attributes:
-        t2i: Caption queries.
-        i2t: Image queries by how they are conditioned, ``pairwise`` and ``pooled``; "" for methods without knowledge.
+        t2i: Ranking of images for caption queries.
+        i2t: Rankings of captions for image queries, by mode of conditioning (`pairwise`, `pooled`); the mode is "" for
+            methods without knowledge.
     """
 
     t2i: Ranking
@@ -62,17 +63,17 @@ class Rankings(NamedTuple):
 
 
 class SplitSearch:
-    """The queries of one split, and their candidates, for models that share a base CLIP.
+    """The queries of a split and their pre-selected candidates, for all models with the same base CLIP.
 
-    Every rank holds the first stage and scores its share of the pairs.
+    Every rank holds the whole first stage and scores its share of the pairs.
 
     Args:
         captions: Captions of the split.
-        frozen: Stored image features of the split; early tokens are for models.
+        frozen: Frozen image features of the split; early tokens are needed only by `rank` and `scorer`.
         text: The frozen caption features (C, d).
-        knowledge: Knowledge of the captions; None for the base model only.
+        knowledge: Knowledge of the captions; None if no model is used.
         settings: See `RetrievalSettings`.
-        device: Where scores are computed.
+        device: Device on which scores are computed.
     """
 
     def __init__(
@@ -115,12 +116,12 @@ class SplitSearch:
         settings: RetrievalSettings,
         device: torch.device,
     ) -> "SplitSearch":
-        """With caption features and knowledge from a store of text features."""
+        """Builds a search with caption features and knowledge from a collator's store of text features."""
         text = torch.from_numpy(collate.store.lookup(captions.texts))
         return cls(captions, frozen, text, collate(captions.knowledge), settings, device)
 
     def base(self) -> Rankings:
-        """The frozen CLIP by itself."""
+        """Rankings by the frozen CLIP."""
         t2i, i2t = (
             self._ranking(direction, first.scores, first.ranks, 0.0, 0.0)
             for direction, first in ((d, self.first[d]) for d in ("t2i", "i2t"))
@@ -128,7 +129,8 @@ class SplitSearch:
         return Rankings(t2i, {"": i2t})
 
     def rank_text(self, text: torch.Tensor) -> Rankings:
-        """Re-ranks with other caption features (C, d) against the frozen CLIP's image features, without any model."""
+        """Re-ranks by the cosine of other caption features (C, d) and the frozen CLIP's image features, without a
+        model."""
         base = torch.from_numpy(np.array(self.frozen.base)).to(self.device)
 
         def cosines(images: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
@@ -152,14 +154,14 @@ class SplitSearch:
 
         Args:
             model: `ActionAwareCLIP` in eval mode, or an engine around it, on `device`.
-            autocast: Makes the context of a forward pass.
-            progress: Called as progress(done, total), anew for each direction.
-            partial: Folder where scores of pairs are kept while this runs, and from which it goes on with what an
-                earlier call left, on any number of ranks.
-            precision: What `autocast` does; scores of another precision are not taken up.
+            autocast: Returns the context manager of a forward pass.
+            progress: Called as progress(done, total), starting again for each direction.
+            partial: Folder in which scores of pairs are kept, so that a later call can resume on any number of ranks.
+            precision: Name of the precision of `autocast`. Stored scores of another precision are not used.
 
         Returns:
-            Image queries by each mode of `RetrievalSettings.i2t`; of a control, whose scores don't depend on it, as "".
+            Rankings with each mode of `RetrievalSettings.i2t`; with the mode "" for a control, whose scores don't
+            depend on the mode.
         """
         scorer = self.scorer(model, autocast)
         stored = None if partial is None else partial / self._content_key(model, precision)
@@ -181,31 +183,31 @@ class SplitSearch:
         return Rankings(t2i, found)
 
     def scorer(self, model, autocast=contextlib.nullcontext) -> PairScorer:
-        """The scorer of any pairs of this split's images and captions."""
-        assert self.knowledge is not None, "the base model needs none"
+        """A scorer of pairs of this split's images and captions."""
+        assert self.knowledge is not None, "a model needs the captions' knowledge"
         tokens = self.frozen.tokens
         return PairScorer(model, tokens, self.knowledge, self.text, autocast, self.settings.batch_size)
 
     def rows(self, method: str, rankings: Rankings, probe: str = "") -> list[RetrievalRow]:
-        """The figures of rankings, one row per mode."""
+        """The results of rankings, one row per mode."""
         return [
             RetrievalRow(RowKey(method, mode, probe), i2t.result, rankings.t2i.result)
             for mode, i2t in rankings.i2t.items()
         ]
 
     def base_row(self) -> RetrievalRow:
-        """The figures of `base`."""
+        """The results of `base`."""
         return self.rows(BASE.method, self.base())[0]
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
     def _rerank(self, direction: str, score: Score, stored: Path | None = None) -> Ranking:
-        """A ranking by new scores.
+        """Ranks by new scores.
 
         Args:
-            direction: ``t2i`` or ``i2t``.
-            score: Maps rows of queries (Q',) and their candidates (Q', k) to this rank's part of their scores.
-            stored: Folder of scores that an earlier run has left.
+            direction: `t2i` or `i2t`.
+            score: Maps rows of queries (Q',) and their candidates (Q', k) to this rank's part of the scores.
+            stored: Folder of stored scores; None stores none.
         """
         start, first, weight = time.perf_counter(), self.first[direction], self.settings.fusion_weight
         mask = self.positives[direction].of(first.candidates)
@@ -217,7 +219,7 @@ class SplitSearch:
         part = score(rows, candidates, store)
         scores = torch.zeros_like(first.scores)
         scores[rows] = all_reduce_sum(part.to(self.device)).cpu()
-        # Time of the queries left out is counted as that of the others.
+        # Count the queries that were left out as if they had taken as long as the others.
         seconds = (before + time.perf_counter() - start) * len(mask) / max(1, len(rows))
         return self._ranking(direction, scores, rerank(first, scores, mask, weight), weight, seconds)
 
@@ -241,7 +243,7 @@ class SplitSearch:
         progress=None,
         store: ScoreStore | None = None,
     ) -> torch.Tensor:
-        """Scores of candidates (Q', k) of the queries `rows`; 0 for pairs of other ranks."""
+        """Scores (Q', k) of the candidates (Q', k) of the queries `rows`; 0 for pairs of other ranks."""
         queries, to_text = self.queries[direction][rows], direction == "i2t"
         block, prepare = 0, None
         if isinstance(scorer, PairScorer):
@@ -263,7 +265,10 @@ class SplitSearch:
         )
 
     def _score_pooled(self, scorer: PairScorer, rows: torch.Tensor, candidates: torch.Tensor, progress) -> torch.Tensor:
-        """Scores of candidates (Q', k) of the image queries `rows`, each image conditioned on the union of them."""
+        """Scores (Q', k) of the candidates (Q', k) of the image queries `rows`; 0 for queries of other ranks.
+
+        Each image is conditioned on the union of its candidates' knowledge.
+        """
         scores, queries = torch.zeros(candidates.shape, device=self.device), self.queries["i2t"][rows]
         start, stop = shard_bounds(len(rows), rank(), world_size())
         size = max(1, self.settings.batch_size // self.settings.top_k)
@@ -275,17 +280,17 @@ class SplitSearch:
         return scores
 
     def _content_key(self, model, precision: str) -> str:
-        """Name for all that scores of pairs depend on, except the pairs."""
+        """Hash of everything that the scores of pairs depend on, except the pairs."""
         model = getattr(model, "module", model)
         state = model.adapter_state()
         assert self.knowledge is not None
         knowledge, images = vars(self.knowledge).values(), (self.frozen.base, self.frozen.tokens[0])
-        # A row of tokens tells a grey image from photos; base features tell these apart.
+        # Base features identify the photos. The tokens of one image identify a grey image used in place of photos.
         return content_key([repr(model.config), precision, *state, *state.values(), *knowledge, self.text, *images])
 
 
 def spaced(total: int, count: int) -> torch.Tensor:
-    """`count` indices below `total`, evenly spaced, int64; all of them for 0 or where there are fewer."""
+    """`count` evenly spaced indices below `total`, int64; all indices if `count` is 0 or at least `total`."""
     if count <= 0 or count >= total:
         return torch.arange(total)
     return torch.arange(count) * total // count

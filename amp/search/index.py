@@ -1,4 +1,4 @@
-"""The index of a folder of photos: a JSON file with their names, and a NumPy file with the frozen CLIP's features."""
+"""The index of a folder of photos: a JSON file with names, and a NumPy file with the frozen CLIP's features."""
 
 import errno
 import io
@@ -22,23 +22,23 @@ from amp.search.walk import Stamp, digest_of
 
 FORMAT, VERSION = "open-clip-amp photo index", 2  # version 1 lacks `digest`, `beside` and `pending`
 _MAKE = "make it with amp search --index FOLDER --photos PHOTOS"
-# Says "this file", not "this folder": the folder may contain the photos, too.
+# "This file" rather than "this folder", because the folder may also contain the photos.
 MAKE_AGAIN = "remove this file, then make the index again with amp search --index FOLDER --photos PHOTOS"
 
 
 class PhotoIndex:
-    """Names and features of N photos, read from the folder of an index.
+    """Names and features of N photos, read from an index.
 
     Attributes:
-        file: The index's ``index.json``, which names its photos.
+        file: Path of the index's `index.json`.
         root: Folder of the photos.
-        names: Their paths below `root`.
+        names: Paths of the photos relative to `root`.
         stamps: `Stamp` of each photo when it was encoded, by name.
         pending: Number of photos that an interrupted update has not encoded.
-        features: The frozen CLIP's features, float32 (N, d), not normalised, memory-mapped.
+        features: The frozen CLIP's features, float32 (N, d), not normalized, memory-mapped.
         base_hash: SHA-256 of the CLIP's weights.
-        transform: Its image transform, as text.
-        version: Version of the file's format.
+        transform: Image transform of the CLIP, as text.
+        version: Version of the index's format.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -51,7 +51,7 @@ class PhotoIndex:
         try:
             content = self._read(path)
             self.root = Path(content["root"])
-            if not self.root.is_dir() and "beside" in content:  # index and photos were moved together
+            if not self.root.is_dir() and "beside" in content:  # the index and the photos were moved together
                 beside = Path(os.path.normpath(Path(folder).resolve() / content["beside"]))
                 self.root = beside if beside.is_dir() else self.root
             self.version: int = content["version"]
@@ -62,7 +62,7 @@ class PhotoIndex:
         except OSError as error:
             name = error.filename or path
             if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                step = "allow it, or give another folder with --index"
+                step = "make it readable, or give another folder with --index"
                 raise AmpError(f"{name}: can't be read ({error.strerror}), expected an index; {step}") from error
             if path.is_file():
                 raise AmpError(f"{path}: damaged ({name}: {error.strerror}); {MAKE_AGAIN}") from error
@@ -73,7 +73,8 @@ class PhotoIndex:
             raise AmpError(f"{path}: damaged ({error}); {MAKE_AGAIN}") from error
         if len(self.features) != len(self.names):
             raise AmpError(
-                f"{path}: {len(self.names)} names and {len(self.features)} features, expected as many; {MAKE_AGAIN}"
+                f"{path}: {len(self.names)} names and {len(self.features)} features, expected equal numbers; "
+                f"{MAKE_AGAIN}"
             )
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -106,10 +107,10 @@ class PhotoIndex:
         return place.is_relative_to(root) and place.relative_to(root).as_posix() in self.stamps
 
     def image(self, number: int) -> Image.Image:
-        """A photo, upright and in RGB.
+        """Opens a photo, upright and in RGB.
 
         Raises:
-            UnreadableImageError: It is gone or can't be read.
+            UnreadableImageError: The photo is gone or can't be read.
         """
         self.check_there(number)
         try:
@@ -118,19 +119,19 @@ class PhotoIndex:
             raise UnreadableImageError(f"can't be read ({getattr(error, 'strerror', None) or error})") from error
 
     def check_there(self, number: int) -> None:
-        """Checks without decoding that a photo is still there and is the one that was encoded.
+        """Checks without decoding that a photo still exists and is the one that was encoded.
 
         Raises:
-            UnreadableImageError: It is gone, another photo has its name, or you may not read it.
+            UnreadableImageError: The photo is gone, has changed, or can't be read.
         """
         path, stamp = self.path(number), self.stamps[self.names[number]]
         try:
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise UnreadableImageError("not a file any more")
+                raise UnreadableImageError("no longer a regular file")
             if not os.access(path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            # A copy has another time, so its content decides, as in an update. Version 1 has no digest.
+            # A copied file has another time, so its content decides, as in an update. Version 1 has no digest.
             same = found.st_size == stamp.size and (
                 found.st_mtime_ns == stamp.mtime or stamp.digest in ("", digest_of(read_limited(path)))
             )
@@ -141,7 +142,7 @@ class PhotoIndex:
         except (
             OSError,
             ValueError,
-        ) as error:  # ValueError: a name with a NUL, say
+        ) as error:  # ValueError: for example, a name with a NUL
             raise UnreadableImageError(f"can't be read ({getattr(error, 'strerror', None) or error})") from None
         if not same:
             raise UnreadableImageError("changed since it was indexed; --photos encodes it again")
@@ -150,12 +151,12 @@ class PhotoIndex:
 def write_index(
     folder: Path, root: Path, base_hash: str, transform: str, rows: dict[str, tuple[Stamp, np.ndarray]], pending: int
 ) -> None:
-    """Writes an index in place of the one in `folder`; processes that read the old one go on reading it.
+    """Writes an index, replacing the one in `folder`. Processes that have opened the old index can still use it.
 
     Args:
         folder: Folder of the index.
         root: Folder of the photos.
-        base_hash, transform: As `PhotoIndex` has them.
+        base_hash, transform: See `PhotoIndex`.
         rows: Stamp and feature (d,) of each photo by name.
         pending: Number of photos that are not encoded yet.
     """
@@ -174,6 +175,6 @@ def write_index(
     np.save(buffer, np.stack([row for _, row in rows.values()]).astype(np.float32))
     write_atomically(folder / content["features"], buffer.getbuffer())
     write_atomically(folder / "index.json", json.dumps(content, ensure_ascii=False).encode())
-    for path in folder.glob("features-*.npy"):  # a process that has the old file open keeps it
+    for path in folder.glob("features-*.npy"):  # processes that have an old file open can still read it
         if path.name != content["features"]:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Searching a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
+"""Searches a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from amp.search.update import Update, update_index
 
 @dataclass(frozen=True)
 class Hit:
-    """A photo that was found.
+    """A photo found by a search.
 
     Attributes:
         path: Path of the photo.
-        score: Score that it was ranked by.
-        base_score: Its cosine to the query in the frozen CLIP.
-        base_rank: Its 0-based rank in the frozen CLIP among the photos that still exist.
+        score: Score by which the photo was ranked.
+        base_score: Cosine similarity to the query in the frozen CLIP.
+        base_rank: 0-based rank in the frozen CLIP's order, among the photos that still exist.
     """
 
     path: Path
@@ -39,13 +39,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Found:
-    """Answer to a query.
+    """Result of a search.
 
     Attributes:
         query: Text of the query.
-        knowledge: Knowledge that photos were conditioned on; empty for models that read none.
+        knowledge: Knowledge that photos were conditioned on; empty for models that use none.
         hits: Photos found, best first.
-        skipped: Photos that would have been candidates but are gone or can't be read, with the reason.
+        skipped: Reason for each photo that would have been a candidate but is gone or can't be read.
     """
 
     query: str
@@ -57,15 +57,15 @@ class Found:
 class Retriever:
     """Finds photos of a folder by text.
 
-    The index holds only the frozen CLIP's feature of each photo. Each search decodes the `top_k` photos that these
-    features pre-select and encodes them under the query's knowledge.
+    The index contains only the frozen CLIP's feature of each photo. Each search decodes the `top_k` photos that these
+    features pre-select, and encodes them conditioned on the query's knowledge.
 
     Args:
         model: Model on its device; it is put into eval mode.
         preprocess: The validation transform.
         index: Folder of this model's index; `update` makes it.
-        knowledge: Function from captions to their knowledge, such as `amp.generation.query.KnowledgeGenerator()`; None
-            searches without knowledge.
+        knowledge: Function that maps captions to their knowledge, such as
+            `amp.generation.query.KnowledgeGenerator()`; None searches without knowledge.
         top_k: Number of photos that are re-ranked (paper: 20); 0 keeps the frozen CLIP's order.
         fusion_weight: Weight of the frozen CLIP's cosine, which is added to the new score.
         batch_size: Photos per forward pass.
@@ -97,12 +97,12 @@ class Retriever:
         device: str | torch.device = "cpu",
         **settings,
     ) -> "Retriever":
-        """Builds the model from an adapter, whose record names base model and transform.
+        """Builds the model from an adapter, which records its base model and transform.
 
         Args:
-            adapter: Adapter as for `amp.from_pretrained`.
-            index: Folder of the index, as for the class.
-            model_name, pretrained: Name and weights of the base model on this machine; None takes those in the record.
+            adapter: Adapter; see `amp.from_pretrained`.
+            index: Folder of the index.
+            model_name, pretrained: Name and weights of the base model on this machine; None uses those in the adapter.
             device: Device of the model.
             **settings: Further arguments of the class.
         """
@@ -121,8 +121,8 @@ class Retriever:
             seen = (index.base_hash, index.transform)
             if seen != (self.model.backbone.weights_hash(), repr(self.preprocess)):
                 raise AmpError(
-                    f"{self.folder}: was made by a model of weights {index.base_hash[:12]} or with another "
-                    "image transform, expected this model's; make an index of its own"
+                    f"{self.folder}: was made by a model with weights {index.base_hash[:12]} or with another image "
+                    "transform, expected this model's; make a separate index for this model"
                 )
             self._index = index
         return self._index
@@ -134,56 +134,56 @@ class Retriever:
         return found
 
     def cuts(self, query: str) -> bool:
-        """Whether the model's tokenizer cuts off the end of a query; False where that is not known."""
+        """Whether the model's tokenizer truncates a query; False if that can't be determined."""
         with suppress(AmpError):
             return bool(cut_texts([query], self.model.tokenizer, self.model.backbone.context_length))
         return False
 
     @torch.no_grad()
     def search(self, query: str, count: int = 20, knowledge: Knowledge | None = None) -> Found:
-        """The best photos for a text.
+        """Finds the best photos for a text.
 
         Args:
             query: A caption, such as "a dog jumps over a hurdle".
-            count: Number of photos to return. After the re-ranked ones come others in the frozen CLIP's order.
-            knowledge: Knowledge of the query; None lets the generator write it.
+            count: Number of photos to return. The re-ranked photos are followed by others in the frozen CLIP's order.
+            knowledge: Knowledge of the query; None generates it.
 
         Raises:
-            AmpError: The query is empty, there is no index, none of its photos is left, or a feature is not finite.
+            AmpError: The query is empty, there is no index, none of its photos is left, or a score is not finite.
         """
         if not query.strip():
-            raise AmpError("the query is empty, expected a text")
+            raise AmpError("the query is empty, expected text")
         if count < 1:
             raise AmpError(f"count is {count}, expected at least 1")
         index, model = self.index, self.model
         text = model.encode_text(model.tokenizer([query]).to(model.logit_scale.device))
         images: list[torch.Tensor] = []
-        there: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
+        present: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
         skipped: dict[Path, str] = {}
         scores, numbers = _scores(index, text).sort(descending=True, stable=True)
         for score, number in zip(scores.tolist(), numbers.tolist(), strict=True):
             try:
-                if len(there) < self.top_k:
+                if len(present) < self.top_k:
                     images.append(self.preprocess(index.image(number)))
                 else:
                     index.check_there(number)
-                there.append((index.path(number), score))
+                present.append((index.path(number), score))
             except UnreadableImageError as error:  # the next one takes its place
                 skipped[index.path(number)] = str(error)
-            if len(there) == max(count, self.top_k):
+            if len(present) == max(count, self.top_k):
                 break
-        if not there:
+        if not present:
             raise AmpError(
                 f"{index.root}: holds none of the {len(index):,} photos of the index {self.folder}, expected all of "
-                "them; if they lie elsewhere now, add --photos FOLDER: photos that were moved are not encoded again"
+                "them; if they were moved, add --photos FOLDER; moved photos are not encoded again"
             )
         knowledge = self._knowledge_of(query, knowledge)
-        first = torch.tensor([score for _, score in there[: len(images)]])
+        first = torch.tensor([score for _, score in present[: len(images)]])
         new = self._new_scores(images, text, knowledge) + self.fusion_weight * first
         order = new.sort(descending=True, stable=True)
         ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
-        ranked += [(place, there[place][1]) for place in range(len(images), len(there))]
-        hits = [Hit(there[place][0], score, there[place][1], place) for place, score in ranked[:count]]
+        ranked += [(place, present[place][1]) for place in range(len(images), len(present))]
+        hits = [Hit(present[place][0], score, present[place][1], place) for place, score in ranked[:count]]
         return Found(query, knowledge, hits, skipped)
 
     def _knowledge_of(self, query: str, knowledge: Knowledge | None) -> Knowledge:
@@ -195,7 +195,7 @@ class Retriever:
         return self.knowledge([query])[0]
 
     def _new_scores(self, images: list[torch.Tensor], text: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
-        """Scores (k,) of preprocessed photos under the query's knowledge, on the CPU."""
+        """Scores (k,) of preprocessed photos conditioned on the query's knowledge, on the CPU."""
         if not images:
             return torch.empty(0)
         model = self.model
@@ -206,7 +206,7 @@ class Retriever:
 
 
 def _scores(index: PhotoIndex, text: torch.Tensor) -> torch.Tensor:
-    """Cosine (N,) of every photo to the query, in one pass over the memory-mapped features."""
+    """Cosine similarity (N,) of every photo to the query, in one pass over the memory-mapped features."""
     text, parts = F.normalize(text.float().cpu(), dim=-1), []
     for low in range(0, len(index), 65_536):
         features = torch.from_numpy(index.features[low : low + 65_536].copy())

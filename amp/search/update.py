@@ -1,4 +1,4 @@
-"""Making the index of a folder of photos and bringing it up to date: only photos that changed are encoded."""
+"""Makes or updates the index of a folder of photos. Only photos that changed are encoded."""
 
 import os
 import time
@@ -25,7 +25,7 @@ from amp.search.index import PhotoIndex, write_index
 from amp.search.walk import Stamp, Walk, digest_of
 
 SKIPPED = "skipped.txt"
-# Encoded photos are saved at least this many seconds apart, and so rarely that saving takes a twentieth of the time.
+# Minimum seconds between two saves, which are also so rare that saving takes at most a twentieth of the time.
 SAVE_SECONDS, SAVE_SHARE = 1.0, 20
 
 
@@ -39,7 +39,7 @@ class Update:
         removed: Number of photos of the old index that are gone.
         skipped: Reason for each file and folder that was skipped, by name.
         hidden: Number of files and folders that were left out because their name starts with a dot.
-        others: Number of files that are no photos.
+        others: Number of files that are not photos.
     """
 
     photos: int
@@ -59,12 +59,12 @@ def update_index(
     workers: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Update:
-    """Makes the index of a folder of photos, or brings one up to date.
+    """Makes or updates the index of a folder of photos.
 
-    A photo whose name, size and time of change are those in the index keeps its features. Any other photo is read; if
-    the index has features of the same content under another name, they are kept, too. So photos that were moved,
-    copied or renamed are not encoded again. Encoded photos are saved every few seconds: after an interruption, the
-    same call encodes the rest. Other processes can search the index during an update.
+    A photo with the same name, size and modification time as in the index keeps its features. Any other photo is read;
+    if the index has features of the same content under another name, they are reused. So photos that were moved,
+    copied or renamed are not encoded again. Encoded photos are saved every few seconds. After an interruption, the same
+    call encodes the rest. Other processes can search the index during an update.
 
     Args:
         folder: Folder of the index; `skipped.txt` in it lists the skipped files.
@@ -88,12 +88,12 @@ def update_index(
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            busy = "another process is updating this index; wait for its end, or give another folder with --index"
+            busy = "another process is updating this index; wait until it has finished, or give another --index"
             stack.enter_context(locked_folder(folder, busy))
         except OSError as error:
             raise AmpError(
-                f"{folder}: can't be written ({error.strerror}), expected a folder that you may write to; search "
-                "without --photos, or give another folder with --index"
+                f"{folder}: can't be written ({error.strerror}), expected a writable folder; search without --photos, "
+                "or give another folder with --index"
             ) from error
         for path in folder.glob(".*.tmp"):  # left by an update that was killed
             path.unlink(missing_ok=True)
@@ -117,15 +117,15 @@ def _update(
     if old is not None:
         if (old.base_hash, old.transform) != (base_hash, transform):
             raise AmpError(
-                f"{folder}: holds {old.root} as another model or transform sees it, expected this one; give another "
-                "folder with --index"
+                f"{folder}: the index of {old.root} was made with another model or transform, expected this model; "
+                "give another folder with --index"
             )
         if old.root != walk.root:
             _check_moved(folder, old, walk)
         rows = {
             name: (stamp, row)
             for (name, stamp), row in zip(old.stamps.items(), old.features, strict=True)
-            # Version 1 decoded some PNG and TIFF files (16 bits, alpha) differently.
+            # Features of other formats in version 1 may be outdated: some PNG and TIFF files were decoded differently.
             if old.version > 1 or name.lower().endswith((".jpg", ".jpeg"))
         }
         walk.keep_closed({name: stamp for name, (stamp, _) in rows.items()})
@@ -164,7 +164,7 @@ def _update(
                 save(len(wanted) - done)
                 saved = time.monotonic()
                 pause = max(SAVE_SECONDS, SAVE_SHARE * (saved - begin))
-    except BaseException:  # Ctrl-C, say
+    except BaseException:  # also KeyboardInterrupt
         if done:
             save(len(wanted) - done)
         raise
@@ -175,19 +175,19 @@ def _update(
     write_atomically(folder / SKIPPED, lines.encode())
     names = rows.keys() & walk.stamps.keys()
     before = {} if old is None else old.stamps
-    added = {rows[name][0].digest for name in names - before.keys()}  # a photo that was renamed is not gone
+    added = {rows[name][0].digest for name in names - before.keys()}  # renamed photos don't count as removed
     removed = sum(name not in walk.stamps and stamp.digest not in added for name, stamp in before.items())
     return Update(len(names), encoded, removed, skipped, walk.hidden, walk.others)
 
 
 def _check_moved(folder: Path, old: PhotoIndex, walk: Walk) -> None:
-    """Refuses a folder other than the index's, unless it holds most of the index's photos, as a moved folder does."""
-    there = {(os.path.basename(name), stamp.size) for name, stamp in walk.stamps.items()}
-    found = sum((os.path.basename(name), stamp.size) in there for name, stamp in old.stamps.items())
+    """Raises AmpError unless `walk` contains most of the index's photos, as a moved folder does."""
+    present = {(os.path.basename(name), stamp.size) for name, stamp in walk.stamps.items()}
+    found = sum((os.path.basename(name), stamp.size) in present for name, stamp in old.stamps.items())
     if 2 * found < len(old):
         raise AmpError(
-            f"{folder}: holds {len(old):,} photos of {old.root}, of which {found:,} are in {walk.root}, expected most "
-            "of them, as in a folder that was moved; give another folder with --index"
+            f"{folder}: only {found:,} of the {len(old):,} indexed photos of {old.root} are in {walk.root}, expected "
+            "most of them, as in a moved folder; give another folder with --index"
         )
 
 
@@ -201,8 +201,8 @@ class _Photo(NamedTuple):
 
     Attributes:
         digest: As in `Stamp`.
-        pixels: Preprocessed photo (3, H, W); None where the features of this content are known.
-        reason: Why it can't be read; empty if it can.
+        pixels: Preprocessed photo (3, H, W); None if the features of this content are known.
+        reason: Why the photo can't be read; empty if it can.
     """
 
     digest: str = ""
@@ -226,5 +226,5 @@ class _Photos(Dataset):
             if digest in self.known:
                 return _Photo(digest)
             return _Photo(digest, self.preprocess(Image.fromarray(decode_rgb(content))))
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        except Exception as error:  # Pillow's decoders raise almost any exception on damaged data
             return _Photo(reason=f"can't be read ({getattr(error, 'strerror', None) or error or type(error).__name__})")

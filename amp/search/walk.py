@@ -1,4 +1,4 @@
-"""Which files of a folder are photos, and what identifies their content."""
+"""Finds the photos in a folder, and identifies their content."""
 
 import hashlib
 import os
@@ -12,12 +12,12 @@ from amp.json_text import is_unicode
 
 
 class Stamp(NamedTuple):
-    """What identifies the content of a photo file.
+    """Identifies the content of a photo file.
 
     Attributes:
         size: Size in bytes.
-        mtime: Time of its last change in ns.
-        digest: `digest_of` its content; empty where unknown.
+        mtime: Modification time in ns.
+        digest: `digest_of` the content; empty if unknown.
     """
 
     size: int
@@ -31,19 +31,19 @@ def digest_of(content: bytes) -> str:
 
 
 class Walk:
-    """The photos in a folder and its sub-folders, and what is left out.
+    """The photos in a folder and its sub-folders, and the files and folders that are skipped.
 
-    Links to folders are followed after all other folders, each folder once, so that they can't loop.
+    Links to folders are followed after all other folders. Each folder is visited once, so links can't cause a loop.
 
     Args:
         root: The folder.
 
     Attributes:
         root: The folder.
-        stamps: Size and time of change of each photo, by its path below `root`, in order.
-        skipped: Why other files and folders are left out, by their paths below `root`.
-        closed: Skipped files and folders that can't be opened now. Photos of the index in them may still exist.
-        hidden, others: Number of files and folders whose name starts with a dot, and of files that are no photos.
+        stamps: Size and modification time of each photo, by its path relative to `root`, in order.
+        skipped: Why files and folders are skipped, by their paths relative to `root`.
+        closed: Skipped files and folders that can't be opened at the moment. Indexed photos in them may still exist.
+        hidden, others: Number of files and folders whose name starts with a dot, and of files that are not photos.
 
     Raises:
         AmpError: `root` can't be opened.
@@ -60,12 +60,12 @@ class Walk:
         self._add_below(root)
         for link in self._links:  # `_add_below` appends to it
             if root.is_relative_to(os.path.realpath(link)):
-                self.skipped[self._name(link)] = "a link to a folder that holds this one"
+                self.skipped[self._name(link)] = "a link to a folder that contains this one"
             else:
                 self._add_below(link)
 
     def keep_closed(self, old: dict[str, Stamp]) -> None:
-        """Adds the photos of an older index that are in `closed`, or in folders that are."""
+        """Adds the photos of an older index that are in `closed`, or in a folder that is."""
         closed, folders = set(self.closed), tuple(f"{name}/" for name in self.closed)
         for name, stamp in old.items():
             if name in closed or name.startswith(folders):
@@ -84,7 +84,7 @@ class Walk:
         path = Path(error.filename)
         if path == self.root:
             raise AmpError(f"{path}: can't be opened ({error.strerror}), expected a folder of photos") from error
-        if not isinstance(error, FileNotFoundError):  # removed in the meantime
+        if not isinstance(error, FileNotFoundError):  # ignore folders removed in the meantime
             self._skip(path, f"a folder that can't be opened ({error.strerror})", closed=True)
 
     def _add_below(self, top: Path) -> None:
@@ -97,7 +97,7 @@ class Walk:
                 folders.clear()
                 continue
             if (found.st_dev, found.st_ino) in self._seen:
-                self._skip(folder, "a folder that is read already under another name")
+                self._skip(folder, "a folder that was already read under another name")
                 folders.clear()
                 continue
             self._seen.add((found.st_dev, found.st_ino))
@@ -114,7 +114,9 @@ class Walk:
             if reason := unreadable_reason(suffix):
                 self._skip(path, reason)
             elif path.is_symlink() and not path.exists():
-                self._skip(path, "a link whose target is not there", closed=True)  # a disk that is not attached, say
+                self._skip(
+                    path, "a link whose target is missing", closed=True
+                )  # for example on a disk that is not attached
             else:
                 self.others += 1
             return
@@ -123,10 +125,10 @@ class Walk:
             return
         try:
             found = path.stat()
-        except OSError as error:  # gone, a broken link, or a folder or disk that can't be read now
+        except OSError as error:  # removed, a broken link, or a folder or disk that can't be read now
             self._skip(path, f"can't be read ({error.strerror})", closed=not isinstance(error, FileNotFoundError))
         else:
             if stat.S_ISREG(found.st_mode):
                 self.stamps[self._name(path)] = Stamp(found.st_size, found.st_mtime_ns)
             else:
-                self._skip(path, "not a file, but a pipe or a device")
+                self._skip(path, "a pipe or a device; expected a regular file")

@@ -1,11 +1,11 @@
-"""Captions files of every format, all read to the same list of images with their captions.
+"""Readers of captions files. Every format is read into the same list of images with captions.
 
-Each format is one file with a function that reads it, and one line below. Formats of other packages register the same
+Each format has one module with a reader function, and is registered below. Other packages register formats in the same
 way (`amp.plugins`).
 
-Two kinds of trouble are kept apart. A file that isn't in its format (a missing key, a cut line) is an error at once,
-since nothing read from it can be trusted. A gap in the data (an empty caption, an image listed twice) is recorded as
-`Skip`, counted, and judged by the caller.
+A file that violates its format (a missing key, a truncated line) raises an error at once, because its content can't be
+trusted. A gap in the data (an empty caption, an image listed twice) is recorded as a `Skip`; the caller decides how
+many are acceptable.
 """
 
 from amp.data.captions.base import (

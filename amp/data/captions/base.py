@@ -1,4 +1,4 @@
-"""What every captions format is read to, and the registry of formats."""
+"""Data classes that captions files are read into, and the registry of captions formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SKIP_KINDS = (
     "empty_caption",
 )
 CAPTION_KINDS = ("empty_caption", "caption_without_image")
-"""Kinds of `SKIP_KINDS` that are about a caption; the others are about an image."""
+"""Kinds in `SKIP_KINDS` that concern a single caption; the others concern an image."""
 
 
 @dataclass(slots=True)
@@ -29,10 +29,10 @@ class Caption:
     """A caption.
 
     Attributes:
-        id: ``sentid`` of a Karpathy file; else the number of the data row, 0-based.
+        id: `sentid` in a Karpathy file; the 0-based number of the data row in other files.
         text: Text of any length, without surrounding white space.
-        knowledge: Its checked record as JSON text ``{"triplets": ..., "states": ...}``, which takes a third of the
-            memory of the objects. None without a record.
+        knowledge: Validated knowledge as JSON text `{"triplets": ..., "states": ...}`, which takes a third of the
+            memory of the objects. None if the caption has no knowledge record.
     """
 
     id: int | str
@@ -45,11 +45,11 @@ class CaptionedImage:
     """An image with all its captions.
 
     Attributes:
-        path: Path of the file relative to the images folder, with ``/`` as separator and without parent parts.
-        name: The file's name as the captions file spells it (COCO: without its ``filepath`` folder).
-        id: ``cocoid`` or ``imgid`` of a Karpathy file; else `path`.
-        split: Name of its split, such as ``"train"``.
-        captions: In the order of the file; may be empty.
+        path: Path of the file relative to the images folder, with `/` as separator and without `..`.
+        name: File name as spelled in the captions file (COCO: without the `filepath` folder).
+        id: `cocoid` or `imgid` in a Karpathy file; `path` in other files.
+        split: Name of the image's split, such as `"train"`.
+        captions: Captions in the order of the file; may be empty.
     """
 
     path: str
@@ -61,14 +61,14 @@ class CaptionedImage:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Something that is left out of the shards.
+    """An image or caption that is left out of the shards.
 
     Attributes:
         kind: One of `SKIP_KINDS`.
-        file: Path of the image; "" where a caption names no image.
-        reason: One line for a reader.
-        split: The split it belongs to.
-        captions: Number of captions that are lost with it.
+        file: Path of the image; "" for a caption without an image.
+        reason: Reason in one line, written for the user.
+        split: Name of the split.
+        captions: Number of captions that are lost.
     """
 
     kind: str
@@ -83,12 +83,12 @@ class Skip:
 
 @dataclass(slots=True)
 class CaptionSource:
-    """What was read from a captions file.
+    """Content of a captions file.
 
     Attributes:
         images: One entry per image file, in the order of the captions file.
-        skipped: Gaps in the data.
-        notes: Lines for the user about how the file was read, where that isn't obvious.
+        skipped: Images and captions left out.
+        notes: Lines for the user about how the file was interpreted, where that isn't obvious.
     """
 
     images: list[CaptionedImage]
@@ -97,24 +97,24 @@ class CaptionSource:
 
 
 Reader = Callable[[Path, SplitNames], CaptionSource]
-"""Reads a captions file. Names of splits go through `SplitNames`, and paths of images through `image_path`. Raises
-AmpError with file and line where the file isn't in its format."""
+"""Function that reads a captions file. It passes split names through `SplitNames` and image paths through `image_path`,
+and raises AmpError with file and line if the file violates its format."""
 
 _READERS: dict[str, Reader] = {}
 _SUFFIXES: dict[str, str] = {}
 
 
 def register_captions_format(name: str, suffixes: Sequence[str], reader: Reader) -> None:
-    """Adds a captions format.
+    """Registers a captions format.
 
     Args:
-        name: What ``--format`` calls it.
-        suffixes: Suffixes of files that are read with it unless ``--format`` names another, in lower case with the
-            dot. A suffix that another format has goes over to this one.
+        name: Value of `--format` that selects the format.
+        suffixes: Suffixes of files that are in this format by default, in lower case with the dot. They override
+            earlier registrations of the same suffix.
         reader: Function that reads a file.
 
     Raises:
-        AmpError: The name is taken.
+        AmpError: The name is already registered.
     """
     if name == "auto" or _READERS.get(name, reader) is not reader:
         raise AmpError(f"captions format {name!r} is already registered; expected a new name; rename the format")
@@ -123,16 +123,16 @@ def register_captions_format(name: str, suffixes: Sequence[str], reader: Reader)
 
 
 def find_reader(format: str, suffix: str) -> Reader | None:
-    """The reader of a format, or with ``auto`` of a file's suffix; None where no format has the suffix.
+    """The reader of a format, or with `auto` the reader for the suffix; None if no format has the suffix.
 
     Raises:
-        AmpError: No such format.
+        AmpError: There is no such format.
     """
     load_plugins()
     if format not in ("auto", *_READERS):
         raise AmpError(
-            f"format is {format!r}; expected one of {', '.join(('auto', *_READERS))}; a format of another package is "
-            "found where AMP_PLUGINS names its module"
+            f"format is {format!r}; expected one of {', '.join(('auto', *_READERS))}; to use a format of another "
+            "package, name its module in AMP_PLUGINS"
         )
     name = _SUFFIXES.get(suffix.lower()) if format == "auto" else format
     return _READERS[name] if name is not None else None
@@ -144,23 +144,23 @@ def known_formats() -> tuple[list[str], list[str]]:
 
 
 def image_path(file: str, where: str) -> str:
-    """The normal form of an image's path below the images folder.
+    """Normalizes an image's path relative to the images folder.
 
     Raises:
         AmpError: The path leads out of that folder.
     """
     path = PurePosixPath(file)
-    # On other systems a backslash is a separator, so it could hide a parent part.
+    # On other systems a backslash is a separator, so it could hide a "..".
     if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.parts:
         raise AmpError(
-            f"{where}: image file {shorten(file)} is refused; expected a path inside the images folder, without '..', "
-            "a leading '/', or backslashes; correct it"
+            f"{where}: image file {shorten(file)} is not allowed; expected a path inside the images folder, without "
+            "'..', a leading '/', or backslashes; correct it"
         )
     return str(path)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell is empty. Null in JSON is, also as pandas writes it (NaN)."""
+    """Whether a cell is empty: an empty text, null, or NaN, which pandas writes for null."""
     return value is None or value == "" or value != value
 
 
@@ -168,7 +168,7 @@ def cell(value: Any, where: str) -> str:
     """A cell's text without surrounding white space; "" for an empty cell.
 
     Raises:
-        AmpError: No string.
+        AmpError: The value is not a string.
     """
     if is_empty(value):
         return ""

@@ -1,7 +1,7 @@
-"""CSV with any usual separator.
+"""Reads CSV files with any common separator.
 
-The header decides how a file is read: the separator is the one with which the header names an image and a caption
-column. So captions may be full of commas, and no option is needed.
+The separator is the one with which the header contains an image and a caption column. So captions may be full of
+commas, and no option is needed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'"}
 
 
 def read_csv(path: Path, splits: SplitNames) -> CaptionSource:
-    """See `amp.data.captions.base.Reader`. A first line ``sep=;`` (Excel's) names the separator."""
+    """See `amp.data.captions.base.Reader`. Excel's first line `sep=;` sets the separator."""
     notes: list[str] = []
     return read_rows(path, _rows(path, notes), splits, notes)
 
 
 def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number of each row's first line, and its image, caption and split.
+    """Yields the number of each row's first line, and the row's image, caption and split.
 
-    Rows without any text don't count. A row that ends before its image or caption has None there. `notes` gets a line
-    for the user if separator or columns are not the usual ones.
+    Rows without any text are ignored. If a row ends before its image or caption, the value is None. A line for the user
+    is appended to `notes` if the separator or the columns are unusual.
     """
     lines = text_lines(path)
     separators = tuple(_SEPARATORS)
@@ -56,12 +56,12 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         notes.append(f"{path}: {'; '.join(seen)}")
 
     width = max(i for i, name in enumerate(names) if name) + 1
-    # Text in a column without a name is the rest of a caption that holds the separator. The first column may have no
-    # name: pandas writes row numbers there.
+    # Text in a column without a name is the rest of a caption that contains the separator. Only the first column may
+    # have no name: pandas writes row numbers there.
     unnamed = {i for i, name in enumerate(names) if i and not name}
     needed = max(columns["image"], columns["caption"])
-    # strict: a stray quote is an error here, not a row that swallows the rest of the file. In files with '|' a space
-    # follows each separator and quotes are part of the text; in others "a.jpg, "A man, running"" is meant as quoted.
+    # strict: without it, a stray quote would make one row of the rest of the file. In files with '|', a space follows
+    # each separator and quotes are part of the text. In other files, a quote after a space starts a quoted field.
     reader = csv.reader(
         (line for _, line in lines), delimiter=separator, strict=True, skipinitialspace=separator != "|"
     )
@@ -73,8 +73,8 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
                 if filled[-1] >= width or needed < len(fields) < width or not unnamed.isdisjoint(filled):
                     raise AmpError(
                         f"{path} line {number}: {len(fields)} fields, {shorten(fields)}; expected {width} "
-                        f"({', '.join(names[:width])}) separated by {called}; put quotes around a caption that holds "
-                        "the separator"
+                        f"({', '.join(names[:width])}) separated by {called}; put quotes around a caption that "
+                        "contains the separator"
                     )
                 yield number, {column: fields[i] if i < len(fields) else None for column, i in columns.items()}
             number = above + reader.line_num + 1
@@ -86,7 +86,7 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_header(where: str, line: str, separators: tuple[str, ...]) -> tuple[str, list[str], dict[str, int]]:
-    """The separator under which a line is a header, the columns' names, and which of them are used."""
+    """Finds the separator with which a line is a header; returns it, the column names, and the used columns."""
     failed = []
     for separator in separators:
         try:
@@ -102,8 +102,8 @@ def _read_header(where: str, line: str, separators: tuple[str, ...]) -> tuple[st
     if re.match(r"\S+#\d+\t", line):
         raise AmpError(
             f"{where}: {shorten(line.strip())} is a line of Flickr's token file (IMAGE#NUMBER, tab, caption), which "
-            "isn't read; expected a header; give the dataset's CSV or Karpathy JSON, or make a table with the header "
-            "image,caption of it"
+            "isn't supported; expected a header; give the dataset's CSV or Karpathy JSON, or convert the file to a "
+            "table with the header image,caption"
         )
     if line.lstrip().startswith(("{", "[")):
         raise AmpError(

@@ -1,4 +1,4 @@
-"""JSONL: one object per caption with the keys image, caption and, if wanted, split."""
+"""Reads JSONL files with one object per caption: the keys are image, caption and optionally split."""
 
 from __future__ import annotations
 

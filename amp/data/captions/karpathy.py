@@ -1,4 +1,4 @@
-"""Karpathy's JSON, in which COCO, Flickr30K and Flickr8k are usually distributed: one object with all images."""
+"""Reads Karpathy's JSON format, the usual format of COCO, Flickr30K and Flickr8k: one object with all images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def read_karpathy(path: Path, splits: SplitNames) -> CaptionSource:
             first = first_sentid.setdefault(str(sentid), here)
             if first != here:
                 raise AmpError(
-                    f"{here}: 'sentid' is {shorten(sentid)}, which {first} has too; expected each once; renumber them"
+                    f"{here}: 'sentid' is {shorten(sentid)}, the same as in {first}; expected unique values; renumber "
+                    "them"
                 )
             number += 1
             if text:
@@ -61,7 +62,7 @@ def read_karpathy(path: Path, splits: SplitNames) -> CaptionSource:
 
 
 def _parse(path: Path) -> Any:
-    """The file's JSON; other files are refused by what they look like."""
+    """Parses the file. For other formats, the error says which format the file seems to have."""
     text = read_text(path)
     try:
         content = parse_json(text)
@@ -71,19 +72,19 @@ def _parse(path: Path) -> Any:
         if not first.startswith(("{", "[")):
             advice = f"the file starts with {shorten(first)}; if it is a table, give --format csv"
         elif reason.startswith("Extra data"):
-            advice = "if it holds one object per line, give --format jsonl"
+            advice = "if it has one object per line, give --format jsonl"
         else:
             advice = "download it again, or name another format with --format"
         raise AmpError(f"{path}{place}: not valid JSON ({reason}); expected a Karpathy JSON; {advice}") from None
     if isinstance(content, list):
         keys = ", ".join(content[0]) if content and isinstance(content[0], dict) else ""
         raise AmpError(
-            f"{path}: a list of objects with the keys {shorten(keys)}; expected a JSON object, a Karpathy JSON with "
-            "the key 'images'; write one object per caption and line with the keys image and caption (JSONL)"
+            f"{path}: a list of objects with the keys {shorten(keys)}; expected a JSON object with the key 'images' "
+            "(Karpathy); or write one object per caption and line with the keys image and caption (JSONL)"
         )
     if isinstance(content, dict) and "annotations" in content:
         raise AmpError(
             f"{path}: key 'annotations' seen; this is COCO's own annotation file; expected the Karpathy split "
-            "(dataset_coco.json), which holds the sentences and the splits; download that one"
+            "(dataset_coco.json), which contains the sentences and the splits; download that file"
         )
     return content

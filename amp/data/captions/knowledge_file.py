@@ -1,4 +1,4 @@
-"""Gives captions their knowledge, from a JSONL file with one record per caption."""
+"""Attaches knowledge to captions, from a JSONL file with one record per caption."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class KnowledgeReport:
     """Counts of `attach_knowledge`.
 
     Attributes:
-        records: Records in the knowledge file.
-        attached: Captions that now have knowledge.
-        unused: Records that belong to no caption.
-        states: States of the captions.
-        cut_states: Number of these whose prompt is surely longer than CLIP reads.
+        records: Number of records in the knowledge file.
+        attached: Number of captions that now have knowledge.
+        unused: Number of records that match no caption.
+        states: Number of states attached to captions.
+        cut_states: Number of attached states whose prompt is certainly longer than CLIP's context.
     """
 
     records: int
@@ -37,16 +37,15 @@ class KnowledgeReport:
 
 
 def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> KnowledgeReport:
-    """Gives each caption its knowledge, in place, from a JSONL file of checked records.
+    """Attaches knowledge to captions, in place, from a JSONL file.
 
-    A record is ``{"sentid": 12, "triplets": [...], "states": [...]}`` or ``{"image": "a.jpg", "caption": "A man ...",
-    "triplets": [...], "states": [...]}``, with ``sources`` and ``empty`` where known. With a ``sentid``, ``image`` and
-    ``caption`` are optional. They are compared with the captions file if present, since the numbers of another data
-    set's knowledge would fit too.
+    A record has `triplets` and `states`, and optionally `sources` and `empty`. It names its caption by `sentid`, or by
+    `image` and `caption`. If a record with `sentid` also has `image` or `caption`, they are compared with the captions
+    file, because knowledge of another dataset may use the same numbers.
 
     Raises:
-        AmpError: A malformed line, triplets or states out of form, two differing records of one caption, a record that
-            contradicts the captions file, or a file of which nothing fits.
+        AmpError: A line, its triplets or its states are malformed, two records of one caption differ, a record
+            contradicts the captions file, or no record matches a caption.
     """
     path = Path(path)
     captions = _Captions(images)
@@ -61,14 +60,14 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         targets = captions.find(record, where)
         unused += not targets
         pairs = zip(parsed.triplets, parsed.states, strict=True)
-        # The first test makes the second one rare, which would take a tenth of a conversion's time.
+        # The cheap word count makes `surely_cut` rare; for all states it would take a tenth of a conversion's time.
         cut = sum(state.count(" ") >= FEW_WORDS and surely_cut(state_text(triplet, state)) for triplet, state in pairs)
         for caption in targets:
             first = lines.setdefault(id(caption), number)
             if first != number and caption.knowledge != knowledge:
                 raise AmpError(
-                    f"{where}: line {first} has other knowledge of the same caption; expected one record per caption; "
-                    "remove one of them"
+                    f"{where}: line {first} has different knowledge for the same caption; expected one record per "
+                    "caption; remove one of them"
                 )
             if caption.knowledge is None:
                 states += len(parsed.states)
@@ -78,14 +77,14 @@ def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> Knowledg
         raise AmpError(f"{path}: no record in it; expected one JSON object per line; check the file")
     if unused == records:
         raise AmpError(
-            f"{path}: none of its {records} records belongs to a caption of the captions file; expected matching "
-            "'sentid', or 'image' and 'caption'; give the knowledge of this data set"
+            f"{path}: none of its {records} records matches a caption of the captions file; expected matching "
+            "'sentid', or 'image' and 'caption'; give the knowledge of this dataset"
         )
     return KnowledgeReport(records, len(lines), unused, states, cut_states)
 
 
 def cut_note(images: Iterable[CaptionedImage], report: KnowledgeReport | None) -> str | None:
-    """A line with the number of captions and states that CLIP doesn't read to their end; None if there are none."""
+    """A note with the number of captions and states that are too long for CLIP; None if there are none."""
     captions = [caption.text for image in images for caption in image.captions]
     cut = [text for text in captions if surely_cut(text)]
     counts = [f"{len(cut):,} of {len(captions):,} captions"] if cut else []
@@ -93,15 +92,15 @@ def cut_note(images: Iterable[CaptionedImage], report: KnowledgeReport | None) -
         counts.append(f"{report.cut_states:,} of {report.states:,} states")
     if not counts:
         return None
-    first = f", the first is {shorten(cut[0])}" if cut else ""
+    first = f"; first: {shorten(cut[0])}" if cut else ""
     return (
-        f"at least {' and '.join(counts)} are longer than the {CONTEXT_TOKENS} tokens that CLIP reads (counted by "
-        f"words); the rest of them is cut off{first}; amp train --plan counts with the tokenizer of a model"
+        f"at least {' and '.join(counts)} are longer than the {CONTEXT_TOKENS} tokens that CLIP reads (estimated from "
+        f"words) and will be cut off{first}; amp train --plan counts exactly, with the tokenizer of a model"
     )
 
 
 class _Captions:
-    """Captions by ``sentid``, and by image and text."""
+    """Index of captions by `sentid`, and by image and text."""
 
     def __init__(self, images: list[CaptionedImage]) -> None:
         self._by_id: dict[str, tuple[CaptionedImage, Caption]] = {}
@@ -113,10 +112,10 @@ class _Captions:
                     self._by_text.setdefault((name, composed(caption.text)), []).append(caption)
 
     def find(self, record: dict[str, Any], where: str) -> list[Caption]:
-        """The captions that a record belongs to.
+        """The captions that a record matches.
 
         Raises:
-            AmpError: The record names none, or contradicts the captions file.
+            AmpError: The record doesn't name a caption, or contradicts the captions file.
         """
         given = {
             key: composed(check_text(record[key], f"{where}: '{key}'", "correct it").strip())
@@ -124,7 +123,7 @@ class _Captions:
             if key in record
         }
         if "image" in given:
-            given["image"] = str(PurePosixPath(given["image"]))  # the form that `image_path` gives
+            given["image"] = str(PurePosixPath(given["image"]))  # normalized like `image_path`
         if "sentid" in record:
             known = self._by_id.get(str(check_id(record["sentid"], f"{where}: 'sentid'", "correct it")))
             if known is None:
@@ -134,13 +133,13 @@ class _Captions:
             for key, value in given.items():
                 if value not in expected[key]:
                     raise AmpError(
-                        f"{where}: '{key}' is {shorten(value)} but sentid {record['sentid']} of the captions file has "
-                        f"{shorten(min(expected[key]))}; expected the same; give the knowledge of this captions file"
+                        f"{where}: '{key}' is {shorten(value)}; expected {shorten(min(expected[key]))}, which sentid "
+                        f"{record['sentid']} has in the captions file; give the knowledge of this captions file"
                     )
             return [caption]
         if given.keys() != {"image", "caption"}:
             raise AmpError(
-                f"{where}: no key says which caption this is; expected 'sentid', or 'image' and 'caption'; keys seen: "
-                f"{shorten(', '.join(record))}; add them"
+                f"{where}: no key identifies the caption; keys seen: {shorten(', '.join(record))}; expected 'sentid', "
+                "or 'image' and 'caption'; add them"
             )
         return self._by_text.get((given["image"], given["caption"]), [])

@@ -16,30 +16,30 @@ def load_captions(
     """Reads a captions file.
 
     Args:
-        path: A Karpathy JSON (``dataset_coco.json``, ``dataset_flickr30k.json``), a CSV with a header, a JSONL, or a
-            file of a format that a plugin registers.
-        format: Name of the format; ``auto`` goes by the file's suffix.
-        default_split: Split of rows that name none.
-        keep_restval: Leave Karpathy's ``restval`` (COCO's other validation images) a split of its own. By default it
-            is part of ``train``, as in every published COCO result.
+        path: A Karpathy JSON (`dataset_coco.json`, `dataset_flickr30k.json`), a CSV with a header, a JSONL file, or a
+            file in a format that a plugin registers.
+        format: Name of the format; `auto` chooses by the file's suffix.
+        default_split: Split of rows without a split.
+        keep_restval: Keep Karpathy's `restval` (COCO's other validation images) as a separate split. By default it
+            is added to `train`, as in every published COCO result.
 
     Raises:
-        AmpError: Naming the file, the line or entry, the key, the value seen, the value expected.
+        AmpError: The file can't be used.
     """
     path = Path(path)
     splits = SplitNames(default_split, keep_restval)
     reader = find_reader(format, path.suffix)
     if reader is None:
-        next(text_lines(path), None)  # an error that says what the file is, if it isn't text
+        next(text_lines(path), None)  # raises a more specific error if the file isn't text
         names, suffixes = known_formats()
         raise AmpError(
-            f"{path}: the suffix {path.suffix!r} doesn't tell the format; expected one of {', '.join(suffixes)}; "
-            f"name it with --format {', '.join(names[:-1])} or {names[-1]}, or a plugin in AMP_PLUGINS"
+            f"{path}: the suffix {path.suffix!r} belongs to no format; expected one of {', '.join(suffixes)}; "
+            f"set --format to {', '.join(names[:-1])} or {names[-1]}, or name a plugin in AMP_PLUGINS"
         )
     source = reader(path, splits)
     for image in source.images:
         if not image.captions:
-            source.skipped.append(Skip("image_without_caption", image.path, "no caption belongs to it", image.split))
+            source.skipped.append(Skip("image_without_caption", image.path, "it has no caption", image.split))
     source.images = [image for image in source.images if image.captions]
     if not source.images:
         first = f"; {len(source.skipped)} skipped, first: {source.skipped[0].reason}" if source.skipped else ""

@@ -1,4 +1,4 @@
-"""Tables of captions, one caption per row: columns are found by their names, rows become images."""
+"""Reads tables with one caption per row: finds the columns by name, and groups the rows by image."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ ALIASES = {
     "caption": ("title", "text", "comment", "sentence", "description", "raw"),
     "split": (),
 }
-"""Other names of the columns. Case, spaces, "_" and "-" don't count."""
+"""Other accepted column names. Case, spaces, "_" and "-" are ignored."""
 
 
 def read_rows(
     path: Path, rows: Iterable[tuple[int, dict[str, Any]]], splits: SplitNames, notes: list[str] | None = None
 ) -> CaptionSource:
-    """Rows of a table to images. Several rows of one image are its several captions.
+    """Groups the rows of a table by image. Each row of an image is one of its captions.
 
     Args:
         path: The file, for messages.
-        rows: Line number and the row's ``image``, ``caption`` and, if wanted, ``split``.
+        rows: Line number of each row, and its `image`, `caption` and optionally `split`.
         splits: Names of the splits.
-        notes: Lines for the user. The reader may add to it while rows are read.
+        notes: Lines for the user. `rows` may append to it while it is read.
 
     Raises:
-        AmpError: A value that can't be used, or an image in two splits.
+        AmpError: A value can't be used, or an image is in two splits.
     """
     images: dict[str, CaptionedImage] = {}
     skipped: list[Skip] = []
@@ -42,9 +42,7 @@ def read_rows(
         where = f"{path} line {line}"
         file, text = (cell(row[key], f"{where}: '{key}'") for key in ("image", "caption"))
         if re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", text, re.DOTALL):
-            raise AmpError(
-                f"{where}: the caption is {shorten(text)}, a list; expected a text; write one row per caption"
-            )
+            raise AmpError(f"{where}: the caption is {shorten(text)}, a list; expected text; write one row per caption")
         split = row.get("split")
         split = splits.default if is_empty(split) else splits.normal(split, where)
         if not file:
@@ -55,8 +53,8 @@ def read_rows(
         first = first_line.setdefault(image.path, line)
         if image.split != split:
             raise AmpError(
-                f"{where}: 'split' is {split!r} but line {first} puts the same image in {image.split!r}; expected one "
-                "split per image; correct one of them"
+                f"{where}: 'split' is {split!r}, but line {first} puts the same image in {image.split!r}; expected one "
+                "split per image; correct one of the lines"
             )
         if text:
             image.captions.append(Caption(number, text))
@@ -67,19 +65,19 @@ def read_rows(
 
 @lru_cache(maxsize=1024)
 def find_columns(names: tuple[str, ...], word: str = "column") -> dict[str, int]:
-    """Positions of the columns ``image``, ``caption`` and, where there is one, ``split``.
+    """Positions of the columns `image`, `caption` and, if present, `split`.
 
     Args:
         names: Names of all columns.
-        word: What a name is called in the message.
+        word: Word for a column in messages, such as `key`.
 
     Raises:
-        AmpError: Image or caption is missing, or several columns could be it. The message names no file.
+        AmpError: Image or caption is missing, or several columns match. The message doesn't include the file.
     """
     folded = [re.sub(r"[\s_-]+", "", name).casefold() for name in names]
     columns = {}
     for column, aliases in ALIASES.items():
-        # The name itself, then the name in another case, then its other names: the first that occurs.
+        # In order of preference: the exact name, the name in another spelling, an alias.
         spellings = (
             [name == column for name in names],
             [name == column for name in folded],
@@ -102,5 +100,5 @@ def find_columns(names: tuple[str, ...], word: str = "column") -> dict[str, int]
 
 
 def renamed_columns(names: tuple[str, ...], columns: dict[str, int]) -> list[str]:
-    """``caption from 'title'`` for each column that has another name, for the user."""
+    """`caption from 'title'` for each column with an alias, for messages to the user."""
     return [f"{column} from {names[i]!r}" for column, i in columns.items() if names[i].casefold() != column]

@@ -1,4 +1,4 @@
-"""Names of splits: which are allowed, and the other spellings of train, val and test."""
+"""Allowed names of splits, and other spellings of train, val and test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from amp.errors import AmpError, shorten
 
-# Other names of the three splits, in lower case. Any other name is a split of its own.
+# Spellings of the three usual splits, in lower case. Any other name is kept.
 _STORED_AS = {
     "training": "train",
     "valid": "val",
@@ -20,15 +20,16 @@ _STORED_AS = {
 
 
 def normal_split(value: Any, where: str, known: Iterable[str] = ()) -> str:
-    """The name under which a split is stored: "train", "val" and "test" for their other spellings.
+    """The name under which a split is stored: "train", "val" or "test" for their other spellings.
 
     Args:
         value: Name of the split.
-        where: Start of the message.
+        where: Start of error messages.
         known: Names that are kept as they are, such as those of existing shards.
 
     Raises:
-        AmpError: Anything but ASCII letters, digits, ``_`` and ``-``, of which names of shards' files are made.
+        AmpError: The name contains other characters than ASCII letters, digits, `_` and `-`. It is part of the shards'
+            file names.
     """
     if not isinstance(value, str) or not value.isascii() or not value.replace("_", "a").replace("-", "a").isalnum():
         raise AmpError(
@@ -39,14 +40,14 @@ def normal_split(value: Any, where: str, known: Iterable[str] = ()) -> str:
 
 
 class SplitNames:
-    """The splits of one captions file as they are spelled there, and as they are stored.
+    """Maps the split names of one captions file to the names under which they are stored.
 
     Args:
-        default: Split of what names none.
-        keep_restval: Whether Karpathy's ``restval`` stays a split of its own instead of a part of train.
+        default: Split of images without a split.
+        keep_restval: Whether to keep Karpathy's `restval` as a separate split instead of adding it to train.
 
     Raises:
-        AmpError: As `normal_split`.
+        AmpError: See `normal_split`.
     """
 
     def __init__(self, default: str = "train", keep_restval: bool = False) -> None:
@@ -54,25 +55,25 @@ class SplitNames:
         self._stored: dict[str, str] = {}
 
     def normal(self, value: Any, where: str) -> str:
-        """`normal_split`, except that two different names don't become one split.
+        """Like `normal_split`, but refuses to merge two names into one split.
 
         Raises:
-            AmpError: As `normal_split`; both "val" and "dev" occur.
+            AmpError: See `normal_split`; or two names are stored as one, such as "val" and "dev".
         """
         name = value.strip() if isinstance(value, str) and value.strip().lower() in _STORED_AS else value
         if isinstance(name, str) and name in self._stored:
             return self._stored[name]
         stored = normal_split(name, where)
-        for other, its in self._stored.items():
-            if its == stored and other.lower() != name.lower():
+        for other, other_stored in self._stored.items():
+            if other_stored == stored and other.lower() != name.lower():
                 raise AmpError(
-                    f"{where}: 'split' is {name!r}, and above it is {other!r}; both would be stored as {stored!r}; "
+                    f"{where}: 'split' is {name!r}, but {other!r} was used above; both would be stored as {stored!r}; "
                     "expected one name per split; rename one of them"
                 )
         self._stored[name] = stored
         return stored
 
     def notes(self, path: Path) -> list[str]:
-        """A line for the user if splits are stored under other names."""
+        """A note for the user if splits are stored under other names."""
         renamed = [f"{name!r} as {stored!r}" for name, stored in self._stored.items() if name != stored]
         return [f"{path}: splits stored: {', '.join(renamed)}"] if renamed else []

@@ -1,7 +1,4 @@
-"""Text files that others wrote: their encoding, their lines, and one JSON object per line.
-
-Files that are no text are refused, by what they are.
-"""
+"""Reads text and JSONL files in several encodings. Error messages name the type of files that aren't text."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ _FOREIGN = (
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields each line's number, from 1 on, and the line with its end.
+    """Yields each line with its 1-based number. Lines keep their line ending.
 
-    The text is UTF-8, or UTF-16 (Excel's "Unicode text"). Lines end with "\\n" or "\\r\\n", or all with "\\r".
+    The text is UTF-8, or UTF-16 (Excel's "Unicode text"). Lines end with "\\n" or "\\r\\n", or all lines with "\\r".
 
     Raises:
         AmpError: The file can't be read, or isn't text.
@@ -39,7 +36,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with open(path, "rb") as file:
-            head = file.peek()  # reads nothing twice: the file may be a pipe
+            head = file.peek()  # does not consume the bytes; seeking back is impossible in a pipe
             encoding = _encoding(path, head)
             start = head.decode(encoding, "ignore")
             if encoding.startswith("utf-16") or ("\r" in start and "\n" not in start):
@@ -47,7 +44,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 with io.TextIOWrapper(file, encoding, newline=end) as lines:
                     yield from enumerate(lines, start=1)
                 return
-            # Splits bytes, not text: a JSON string may contain Unicode's own line separators.
+            # Split bytes rather than text, because a JSON string may contain Unicode line separators.
             for number, line in enumerate(file, start=1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -58,7 +55,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_text(path: Path) -> str:
-    """All of a text file, in an encoding that `text_lines` reads."""
+    """Reads a whole text file, in the same encodings as `text_lines`."""
     try:
         content = path.read_bytes()
         return content.decode(_encoding(path, content[:512]))
@@ -72,7 +69,7 @@ def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the line number and the object of each line that isn't blank.
 
     Raises:
-        AmpError: As `text_lines`; a line is no JSON object.
+        AmpError: See `text_lines`; or a line is not a JSON object.
     """
     for number, line in text_lines(path):
         if not line.strip():
@@ -85,21 +82,19 @@ def jsonl_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{shorten(line.strip())}; expected one object per line; correct or remove it"
             ) from None
         if not isinstance(value, dict):
-            raise AmpError(
-                f"{path} line {number}: {shorten(value)}; expected a JSON object; correct or remove the line"
-            )
+            raise AmpError(f"{path} line {number}: {shorten(value)}; expected a JSON object; correct or remove it")
         yield number, value
 
 
 def json_problem(error: ValueError) -> tuple[str, str]:
-    """(" line N" where the error knows its place, what is wrong)."""
+    """Place (" line N", or "" if unknown) and reason of a JSON error."""
     if isinstance(error, json.JSONDecodeError):
         return f" line {error.lineno}", f"{error.msg}, column {error.colno}"
     return "", str(error)
 
 
 def _encoding(path: Path, head: bytes) -> str:
-    """The encoding of a text file by its first bytes; refuses files that are no text."""
+    """The encoding of a text file, by its first bytes. Raises AmpError for other known file types."""
     for start, what in _FOREIGN:
         if head[:20].lower().startswith(start.lower()):
             raise AmpError(f"{path}: this is {what}; expected a text file")
@@ -110,7 +105,7 @@ def _encoding(path: Path, head: bytes) -> str:
         )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    # UTF-16 without its mark: no text begins with NUL, and no table's first letter is followed by one.
+    # UTF-16 without a byte order mark: UTF-8 text has no NUL among its first two bytes.
     return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be" if head[:1] == b"\0" else "utf-8-sig"
 
 

@@ -1,4 +1,4 @@
-"""The folder that shards are written to: locked while they are, and cleared of what earlier runs left."""
+"""Locks the folder that shards are written to, and removes what earlier runs left in it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from amp.locks import locked_folder
 
 @contextmanager
 def lock_folder(out: Path, shared: bool = False) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it. The lock ends with the process.
+    """Creates the folder and locks it against other runs. The lock ends with the process.
 
     Args:
         out: The folder.
-        shared: Let other parts in.
+        shared: Whether other parts of the same conversion may write at the same time.
 
     Raises:
-        AmpError: The folder can't be made or written, holds tar files of others, or another run holds it.
+        AmpError: The folder can't be created or written, contains tar files from another tool, or is locked by another
+            run.
     """
     plan_folder = out / ".plan"
     try:
-        # In this order, since another part may be making both: its .plan comes first.
+        # Look for tar files first: another part that is starting creates .plan before its first tar file.
         if any(out.glob("*.tar")) and not plan_folder.is_dir():
             raise AmpError(
-                f"{out}: holds tar files that this tool didn't make; expected a new or empty folder, or one of its "
-                "own; choose another --out"
+                f"{out}: contains tar files that this tool didn't make; expected a new or empty folder, or a folder "
+                "of its own shards; choose another --out"
             )
         plan_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(out, error) from None
-    busy = "another run is writing shards here; wait for it to end, or choose another --out"
+    busy = "another run is writing shards here; wait until it has finished, or choose another --out"
     with ExitStack() as stack:
         try:
             stack.enter_context(locked_folder(plan_folder, busy, shared))
@@ -43,10 +44,10 @@ def lock_folder(out: Path, shared: bool = False) -> Iterator[None]:
 
 
 def surplus_shards(out: Path, plans: list[ShardPlan]) -> list[str]:
-    """Names of an earlier run's shards that the plan replaces.
+    """Names of an earlier run's shards that are not in the plan.
 
     Raises:
-        AmpError: Shards of a split that isn't planned.
+        AmpError: Some of them belong to a split that isn't planned.
     """
     planned = {plan.path.name for plan in plans}
     splits = {name.rsplit("-", 1)[0] for name in planned}
@@ -55,14 +56,14 @@ def surplus_shards(out: Path, plans: list[ShardPlan]) -> list[str]:
         split = name.rsplit("-", 1)[0]
         if split not in splits:
             raise AmpError(
-                f"{out}: holds shards of split {split!r} ({name}), which isn't among {', '.join(sorted(splits))}; "
+                f"{out}: contains shards of split {split!r} ({name}); expected only {', '.join(sorted(splits))}; "
                 "convert all splits in one run, or choose another --out"
             )
     return surplus
 
 
 def clear_stale(out: Path, surplus: list[str]) -> None:
-    """Removes what earlier runs left: surplus shards and temporary files."""
+    """Removes surplus shards and the temporary files of earlier runs."""
     for name in surplus:
         (out / name).unlink(missing_ok=True)
         (out / ".plan" / f"{name}.json").unlink(missing_ok=True)
@@ -72,4 +73,4 @@ def clear_stale(out: Path, surplus: list[str]) -> None:
 
 
 def _cannot_write(out: Path, error: OSError) -> AmpError:
-    return AmpError(f"{out}: can't be made or written ({error.strerror}); choose another --out")
+    return AmpError(f"{out}: can't be created or written ({error.strerror}); choose another --out")

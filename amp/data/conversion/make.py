@@ -1,4 +1,4 @@
-"""A captions file and a folder of photos to shards: read, plan, write what is missing, and the manifest last."""
+"""Converts a captions file and a folder of photos into shards: writes missing shards, then the manifest."""
 
 from __future__ import annotations
 
@@ -49,44 +49,48 @@ def make_shards(
     command: list[str] | None = None,
     console: PlainConsole | None = None,
 ) -> ShardManifest | None:
-    """Turns a captions file and a folder of photos into shards.
+    """Converts a captions file and a folder of photos into shards.
 
     Args:
-        captions: Captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split.
-        images: Folder that the image files' paths start from.
-        out: Folder for the shards and manifest.json; made if absent.
-        knowledge: JSONL of action knowledge, one caption per line: sentid (or image and caption), triplets, states; or
-            the folder that amp generate_knowledge wrote.
-        knowledge_provenance: JSON that says how the knowledge was made; copied into the manifest. By default the
-            folder's, if `knowledge` is one.
-        format: Format of the captions file: karpathy, csv, jsonl, or one of a plugin; auto goes by its suffix.
-        default_split: Split of CSV and JSONL rows that name none.
-        keep_restval: Keep Karpathy's restval a split of its own instead of a part of train.
-        splits: Splits to convert; all that occur by default.
-        limit: Maximum number of images per split, a seeded random choice of them.
-        exclude_images: Text file with one image file per line, to be left out of exclude_split, for instance the
-            images that the base model was pre-trained on.
+        captions: Captions file: a Karpathy JSON, or a CSV or JSONL file with image, caption and optionally split.
+        images: Folder that the paths of the image files are relative to.
+        out: Folder for the shards and manifest.json; created if it doesn't exist.
+        knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
+            states), or the folder that amp generate_knowledge wrote.
+        knowledge_provenance: JSON file that describes how the knowledge was made; copied into the manifest. Default:
+            the file in the folder, if knowledge is a folder.
+        format: Format of the captions file: karpathy, csv, jsonl, or the name of a plugin's format; auto chooses by
+            the file's suffix.
+        default_split: Split of CSV and JSONL rows without a split.
+        keep_restval: Keep Karpathy's restval as a separate split instead of adding it to train.
+        splits: Splits to convert. Default: all splits in the captions file.
+        limit: Maximum number of images per split, chosen at random (see seed). Default: no limit.
+        exclude_images: Text file with one image file name per line. These images are left out of exclude_split, for
+            example because the base model was pre-trained on them.
         exclude_split: Split that exclude_images applies to.
-        samples_per_shard: Images per shard.
-        resize: Store images resized to that many pixels, as JPEG; by default the files' bytes are stored untouched.
-        resize_mode: shortest keeps the aspect ratio and never enlarges; squash makes them square.
+        samples_per_shard: Number of images per shard.
+        resize: Size in pixels to which images are resized; they are stored as JPEG. Default: files are stored
+            unchanged.
+        resize_mode: shortest resizes the shorter side, keeps the aspect ratio and never enlarges; squash makes images
+            square.
         resize_quality: JPEG quality of resized images, 1 to 95.
-        check: How an image is found to be whole: structure looks at the segments of a JPEG and the checksums of a PNG,
-            and decodes what is in doubt and all other formats; decode decodes everything, which takes several times as
-            long and also finds damage inside a JPEG's scan, at which a training run would stop.
-        max_skipped: Largest fraction of images, or of captions, that may be skipped; above it no manifest is written.
-        workers: Number of processes; by default one per usable CPU.
-        seed: Random seed of the order of samples, and of limit's choice.
-        part: I/N, from 0/N to N-1/N: write every Nth shard, from number I on, and no manifest. Parts may run at once,
-            in any order and again; then the command without it does what is missing and writes the manifest.
-        command: Command line, for the manifest.
-        console: Where progress is shown; stderr by default.
+        check: How damaged images are found. structure checks the segments of JPEG files and the checksums of PNG
+            files, and decodes only doubtful files and other formats. decode decodes every file; it takes several times
+            as long and also finds damage inside a JPEG's scan, which would stop a training run.
+        max_skipped: Maximum fraction of images, and of captions, that may be skipped; above it no manifest is written.
+        workers: Number of processes. Default: one per usable CPU.
+        seed: Random seed of the order of samples and of the choice made by limit.
+        part: Write only part I of N, given as I/N from 0/N to N-1/N, without the manifest. Part I is every Nth shard,
+            starting with shard I. Parts can run at the same time, in any order, and repeatedly. Afterwards run the
+            command without part to write missing shards and the manifest.
+        command: Command line, recorded in the manifest.
+        console: Console for progress output; stderr by default.
 
     Returns:
         The manifest, as written to `out`; None for a part.
 
     Raises:
-        AmpError: Input that can't be used; the message says which, where, and what to do.
+        AmpError: An input can't be used. The message says which, where, and what to do.
     """
     console = console or PlainConsole(stderr=True)
     images_root, out_root = Path(images), Path(out)
@@ -123,7 +127,7 @@ def make_shards(
     cut = cut_note(wanted, report)
     for note in (*source.notes, *split_notes(captions, source.images), *([cut] if cut else [])):
         console.print(note, soft_wrap=True)
-    # Without --splits, also those of a split that is left without any image.
+    # Without --splits, this includes entries of splits in which no image is left.
     skipped = [skip for skip in source.skipped if splits is None or skip.split in chosen]
     check_skipped(skipped, wanted, max_skipped, captions)
 
@@ -147,12 +151,12 @@ def make_shards(
         gone = {skip.file for skip in unreadable}
         kept = [image for image in planned if image.path not in gone]
         if part is not None:
-            # Judged by the images of all parts, so that no part fails over what the whole may skip.
+            # The limit is a fraction of the images of all parts; a part must not fail where the whole would pass.
             check_skipped(lost_files, kept, max_skipped, f"{images} (part {part})")
             done = sum(not plan.must_be_written() for plan in mine)
             console.print(
-                f"part {part}: {done} of its {len(mine)} shards are whole, {len(unreadable)} images unreadable; "
-                "the same command without --part does what is missing and writes the manifest"
+                f"part {part}: {done} of its {len(mine)} shards are complete, {len(unreadable)} images are unreadable; "
+                "run the same command without --part to write missing shards and the manifest"
             )
             return None
         infos, without_knowledge = _collect(plans, images)
@@ -180,10 +184,10 @@ def make_shards(
 def _attach(
     images: list[CaptionedImage], knowledge: str | None, knowledge_provenance: str | None
 ) -> tuple[KnowledgeReport | None, dict[str, Any] | None]:
-    """Gives the captions their knowledge; returns its counts and its entry in the manifest."""
+    """Attaches knowledge to the captions; returns the counts and the manifest's entry about it."""
     if knowledge is None:
         if knowledge_provenance is not None:
-            raise AmpError("knowledge_provenance is given without knowledge; give both, or neither")
+            raise AmpError("knowledge_provenance is given without knowledge; give both or neither")
         return None, None
     file, provenance = knowledge_files(knowledge, knowledge_provenance)
     report = attach_knowledge(images, file)
@@ -202,7 +206,7 @@ def _check_none_empty(
     for split, split_plans in plans.items():
         if not split_plans:
             lost = [skip for skip in lost_files if skip.split == split]
-            first = f"; {len(lost):,} can't be used, the first is {lost[0].file}: {lost[0].reason}" if lost else ""
+            first = f"; {len(lost):,} can't be used, first: {lost[0].file}: {lost[0].reason}" if lost else ""
             raise AmpError(
                 f"{captions}: no image is left in split {split!r} (excluded: {excluded.get(split, 0)}){first}; "
                 "expected at least one; leave the split out with --splits, or check --images and --exclude_images"
@@ -212,32 +216,34 @@ def _check_none_empty(
 def _write_missing(
     out: Path, plans: list[ShardPlan], mine: list[ShardPlan], workers: int | None, console: PlainConsole, whole: bool
 ) -> None:
-    """Writes those of `mine` that aren't there as planned; `whole` says that they are all of `plans`."""
+    """Writes the shards of `mine` that don't exist as planned; `whole` means that `mine` is all of `plans`."""
     surplus = surplus_shards(out, plans)
     to_write = [plan for plan in mine if plan.must_be_written()]
     others = sum(plan.path.exists() for plan in to_write) + (len(surplus) if whole else 0)
     if others:
-        console.print(f"{out}: shards there that differ from what these options give, replaced: {others}")
+        console.print(
+            f"{out}: existing shards to be replaced, because they differ from what these options give: {others}"
+        )
     if to_write or surplus:
-        # From here on the old manifest would describe files that are about to change.
+        # The old manifest describes files that are about to change.
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     if whole:
         clear_stale(out, surplus)
     done = len(mine) - len(to_write)
     if done:
-        console.print(f"{done} of {len(mine)} shards are there already and stay")
+        console.print(f"keeping {done} of {len(mine)} shards that are already complete")
     write_all(to_write, workers, console, accept_gaps=whole)
 
 
 def _collect(plans: dict[str, list[ShardPlan]], images: str) -> tuple[dict[str, list[ShardInfo]], dict[str, int]]:
-    """The shards of each split, and the number of its captions without knowledge, as the sidecars say."""
+    """The shards of each split, and its number of captions without knowledge, from the sidecars."""
     infos: dict[str, list[ShardInfo]] = {split: [] for split in plans}
     without_knowledge = dict.fromkeys(plans, 0)
     for split, split_plans in plans.items():
         for plan in split_plans:
             sidecar = plan.finished()
             if sidecar is None:
-                raise AmpError(f"{plan.path}: changed while shards were written; run the same command again")
+                raise AmpError(f"{plan.path}: changed while the shards were being written; run the same command again")
             without_knowledge[split] += sidecar["captions_without_knowledge"]
             if sidecar["samples"]:
                 counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}

@@ -1,4 +1,4 @@
-"""What each shard will hold, and whether it is there already."""
+"""Plans the content of each shard, and finds out which shards already exist as planned."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ WRITER_VERSION = 2
 
 
 def sidecar_of(shard: Path) -> Path:
-    """The small file that says what a shard was written from."""
+    """Path of the small file that records the plan a shard was written from."""
     return shard.parent / ".plan" / f"{shard.name}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """Everything that decides a shard's bytes, and its path.
+    """Path of a shard, and everything that determines its bytes.
 
     Attributes:
         path: The tar file.
-        images_root: Folder that the images' paths start from.
+        images_root: Folder that the images' paths are relative to.
         samples: Keys and images in the order of the tar.
-        resize: How images are made smaller.
-        hash: Hash of all that decides the bytes.
+        resize: How images are resized; None stores them unchanged.
+        hash: Hash of everything that determines the bytes.
         check: How damaged images are found.
     """
 
@@ -50,7 +50,7 @@ class ShardPlan:
         return sidecar_of(self.path)
 
     def noted(self) -> dict[str, Any] | None:
-        """The sidecar from when the shard was last written as planned; None if it never was."""
+        """The sidecar, if the shard was last written from this plan; else None."""
         try:
             sidecar = parse_json(self.sidecar.read_text(encoding="utf-8"))
             return sidecar if sidecar["plan"] == self.hash else None
@@ -58,7 +58,7 @@ class ShardPlan:
             return None
 
     def finished(self) -> dict[str, Any] | None:
-        """The sidecar if the shard is there as planned; None if it has to be written."""
+        """The sidecar if the shard exists as planned; None if it has to be written."""
         sidecar = self.noted()
         try:
             whole = sidecar and (sidecar["samples"] == 0 or self.path.stat().st_size == sidecar["bytes"])
@@ -68,21 +68,21 @@ class ShardPlan:
             return None
 
     def must_be_written(self) -> bool:
-        """Whether the shard is missing, or lacks images that may be readable by now."""
+        """Whether the shard is missing, or lacks images that may be readable now."""
         sidecar = self.finished()
         return sidecar is None or sidecar["retry"]
 
     def unreadable(self) -> list[Skip]:
-        """The images that couldn't be read when the shard was last written as planned."""
+        """The images that couldn't be read when the shard was last written from this plan."""
         sidecar = self.noted()
         return [Skip(**entry) for entry in sidecar["skipped"]] if sidecar else []
 
 
 def assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]]:
-    """A key per image: its file's stem with anything but ASCII letters, digits, ``_`` and ``-`` replaced by ``_``.
+    """Assigns each image a key: the stem of its file name, with `_` for all but ASCII letters, digits, `_` and `-`.
 
-    Files that would share a key (``cats/1.jpg``, ``dogs/1.jpg``) all get a piece of their path's hash appended. Keys
-    depend only on the captions file, not on what is chosen from it.
+    If several files would share a key (`cats/1.jpg`, `dogs/1.jpg`), part of the path's hash is appended to each of
+    these keys. Keys depend only on the captions file, not on which of its images are converted.
     """
     stems = [re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(image.path).stem) for image in images]
     counts = Counter(stems)
@@ -90,7 +90,7 @@ def assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]
         stem if counts[stem] == 1 else f"{stem}-{_digest(image.path)[:8]}"
         for stem, image in zip(stems, images, strict=True)
     ]
-    # A file may have the name of another's key with its hash. No name can equal a key with the whole hash.
+    # A file's name may equal another file's key with its short hash. It can't equal a key with the whole hash.
     counts = Counter(keys)
     return [
         (key if counts[key] == 1 else f"{key}-{_digest(image.path)}", image)
@@ -99,7 +99,8 @@ def assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]
 
 
 def in_stored_order(keyed: list[tuple[str, CaptionedImage]], seed: int, split: str) -> list[tuple[str, CaptionedImage]]:
-    """The images of a split in random order. It is by hash, so it depends on no generator and no other sample."""
+    """The images of a split in random order. They are sorted by hash, so the order needs no random generator, and other
+    images don't affect the relative order of two."""
     members = [(key, image) for key, image in keyed if image.split == split]
     return sorted(members, key=lambda member: _digest(f"{seed}/{split}/{member[0]}"))
 
@@ -113,7 +114,7 @@ def plan_split(
     resize: Resize | None,
     check: Check,
 ) -> list[ShardPlan]:
-    """The shards of a split."""
+    """Plans the shards of a split."""
     plans = []
     for number, start in enumerate(range(0, len(samples), samples_per_shard)):
         chosen = samples[start : start + samples_per_shard]

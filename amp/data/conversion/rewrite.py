@@ -1,7 +1,7 @@
-"""New knowledge into shards that exist; the images' bytes stay as they are.
+"""Replaces the knowledge in existing shards. The bytes of the images do not change.
 
-A kill at any moment leaves a folder that the same command finishes. Each shard is replaced as a whole, and before that
-its sidecar says what it will be. While there is no manifest the folder isn't finished.
+If the command is killed, running it again finishes the work. Each shard is replaced as a whole, after its sidecar has
+been written. A folder without a manifest isn't finished.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from amp.files import sha256_of, write_json
 from amp.json_text import parse_json
 from amp.terminal import PlainConsole
 
-_BEFORE = "manifest-before.json"  # the manifest that an unfinished rewrite began with
+_BEFORE = "manifest-before.json"  # the manifest as it was before an unfinished rewrite
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A shard to rewrite: what it is now, where it goes, and its captions with the new knowledge."""
+    """A shard to rewrite: its current state, its target path, and its captions with the new knowledge."""
 
     source: ShardInfo
     target: Path
     images: list[CaptionedImage]
-    knowledge: str  # sha256 of the file
+    knowledge: str  # SHA-256 of the knowledge file
 
     @property
     def in_place(self) -> bool:
@@ -59,24 +59,25 @@ def rewrite_knowledge(
     command: list[str] | None = None,
     console: PlainConsole | None = None,
 ) -> ShardManifest:
-    """Replaces the knowledge in shards.
+    """Replaces the knowledge in existing shards.
 
     Args:
-        shards: Folder with manifest.json.
-        knowledge: JSONL of action knowledge, one caption per line: sentid (or image and caption), triplets, states; or
-            the folder that amp generate_knowledge wrote.
-        knowledge_provenance: JSON that says how it was made; copied into the manifest. By default the folder's, if
-            `knowledge` is one.
-        out: Folder for the new shards; by default the old ones are replaced.
-        max_missing: Largest fraction of captions that may have no record; these lose the knowledge that they had.
-        command: Command line, for the manifest.
-        console: Where progress is shown; stderr by default.
+        shards: Folder of shards with manifest.json.
+        knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
+            states), or the folder that amp generate_knowledge wrote.
+        knowledge_provenance: JSON file that describes how the knowledge was made; copied into the manifest. Default:
+            the file in the folder, if knowledge is a folder.
+        out: Folder for the new shards. Default: the shards are replaced in place.
+        max_missing: Maximum fraction of captions without a record in the knowledge file; these captions lose their old
+            knowledge.
+        command: Command line, recorded in the manifest.
+        console: Console for progress output; stderr by default.
 
     Returns:
         The new manifest.
 
     Raises:
-        AmpError: Input that can't be used; nothing is changed before that.
+        AmpError: An input can't be used. Nothing has been changed then.
     """
     console = console or PlainConsole(stderr=True)
     if not 0 <= max_missing <= 1:
@@ -84,7 +85,9 @@ def rewrite_knowledge(
     root = Path(shards)
     target = Path(out) if out is not None else root
     if out is not None and target.resolve() == root.resolve():
-        raise AmpError(f"--out {out} is the folder of the shards; leave it out to replace them, or name another")
+        raise AmpError(
+            f"--out {out} is the folder of the shards; omit --out to replace them in place, or choose another folder"
+        )
     knowledge, knowledge_provenance = knowledge_files(knowledge, knowledge_provenance)
     provenance = {**source_file(knowledge), "provenance": load_provenance(knowledge_provenance)}
     if not root.is_dir():
@@ -129,11 +132,11 @@ def rewrite_knowledge(
 
 
 def _manifest(root: Path, target: Path) -> ShardManifest:
-    """The manifest of the shards, also after a rewrite in place was cut short."""
+    """The manifest of the shards, even if an earlier rewrite in place was interrupted."""
     kept = root / ".plan" / _BEFORE
     if target != root or not kept.exists() or (root / MANIFEST_NAME).exists():
         return ShardManifest.load(root)
-    # Loads the manifest from where it is kept; its shards are one folder up.
+    # The kept manifest is in .plan, but its shards are one folder up.
     with_name = root / ".plan" / MANIFEST_NAME
     shutil.copyfile(kept, with_name)
     try:
@@ -149,7 +152,7 @@ def _manifest(root: Path, target: Path) -> ShardManifest:
 
 
 def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Callable[[int, int], None]) -> list[_Job]:
-    """One job per shard. Checks that every shard is what the manifest, or an unfinished rewrite, says."""
+    """One job per shard. Checks each shard's hash against the manifest, or against an unfinished rewrite."""
     jobs = []
     infos = [info for infos in manifest.splits.values() for info in infos]
     for info in infos:
@@ -158,12 +161,12 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Calla
         sidecar = _sidecar(job) if job.in_place else None
         if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
             raise AmpError(
-                f"{info.path}: sha256 is {digest}; expected {info.sha256}, as the manifest says; the shard was changed "
+                f"{info.path}: sha256 is {digest}; expected {info.sha256} (from the manifest); the shard was changed "
                 "or is damaged; make the shards again with amp make_shards"
             )
         jobs.append(job)
         progress(len(jobs), len(infos))
-    # Shards that are rewritten already have another size, so the manifest's own check would refuse them.
+    # Shards that are already rewritten have another size than the manifest lists, and its check would reject them.
     current = ShardManifest(manifest.root, {"all": [_as_it_is(info) for info in infos]})
     captions = load_shard_captions(current)
     return [_Job(job.source, job.target, captions[job.source.name], knowledge) for job in jobs]
@@ -178,25 +181,25 @@ def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str)
     missing = [caption for caption in captions if caption.knowledge is None]
     if len(missing) > allowed * len(captions):
         raise AmpError(
-            f"{knowledge}: no record for {len(missing):,} of {len(captions):,} captions of the shards, the first is "
+            f"{knowledge}: no record for {len(missing):,} of {len(captions):,} captions of the shards, first: "
             f"{missing[0].text!r}; expected one per caption; generate knowledge for these shards (amp "
-            "generate_knowledge --captions FOLDER), or accept it with --max_missing; nothing was changed"
+            "generate_knowledge --captions FOLDER), or allow the gaps with --max_missing; nothing was changed"
         )
 
 
 def _check_room(jobs: list[_Job], target: Path) -> None:
-    """Refuses a full disk early. One that fills up in the middle does no harm, but costs time."""
+    """Raises AmpError early if the disk is full. A disk that fills up later does no damage, but wastes time."""
     needed = max(job.source.bytes for job in jobs)
     free = shutil.disk_usage(target).free
     if free < needed:
         raise AmpError(
-            f"{target}: {free:,} bytes are free; expected at least {needed:,}, the size of a shard; make room; nothing "
-            "was changed"
+            f"{target}: {free:,} bytes are free; expected at least {needed:,}, the size of a shard; make room; "
+            "nothing was changed"
         )
 
 
 def _sidecar(job: _Job) -> dict[str, Any] | None:
-    """What an earlier rewrite noted for this shard."""
+    """The sidecar of an earlier rewrite of this shard; None if there is none."""
     try:
         sidecar = parse_json(job.sidecar.read_text(encoding="utf-8"))
         return sidecar if {"knowledge", "sha256", "replaces"} <= sidecar.keys() else None
@@ -205,7 +208,7 @@ def _sidecar(job: _Job) -> dict[str, Any] | None:
 
 
 def _rewrite(job: _Job) -> dict[str, Any]:
-    """Writes one shard, unless it is there; returns its sidecar."""
+    """Writes one shard unless it is already rewritten; returns its sidecar."""
     done, present = _sidecar(job), sha256_of(job.target) if job.target.exists() else ""
     if (
         done is not None
@@ -231,7 +234,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         sidecar = {
-            # No plan: amp make_shards has to write this shard again.
+            # An empty plan makes amp make_shards write this shard again.
             "plan": "",
             "knowledge": job.knowledge,
             "replaces": present if job.in_place else job.source.sha256,
@@ -241,14 +244,14 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             "bytes": hashed.size,
             "sha256": hashed.sha256.hexdigest(),
         }
-        # First the sidecar, which says what the shard will be, then the shard.
+        # The sidecar comes first: after an interruption it tells which content the shard may have.
         write_json(temporary_sidecar, sidecar)
         os.replace(temporary_sidecar, job.sidecar)
         os.replace(temporary, job.target)
     except OSError as error:
         raise AmpError(
-            f"{job.target}: can't be written ({error.strerror or error}); make room or fix the folder, and run the "
-            "same command again: what is rewritten stays"
+            f"{job.target}: can't be written ({error.strerror or error}); make room or fix the folder, then run "
+            "the same command again; rewritten shards are kept"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

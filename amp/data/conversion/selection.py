@@ -1,4 +1,4 @@
-"""Which images go into the shards: splits, images that are excluded, and files that are there."""
+"""Selects the images that go into the shards: by split, by the list of excluded images, and by existing files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from amp.errors import AmpError
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image whose file is there.
+    """An image whose file exists.
 
     Attributes:
-        key: Its key in the shards.
+        key: Key of the image in the shards.
         image: The image with its captions.
-        state: Size of the file, and its modification time in ns.
+        state: Size of the file in bytes, and its modification time in ns.
     """
 
     key: str
@@ -34,38 +34,39 @@ def choose_splits(images: list[CaptionedImage], splits: list[str] | None) -> lis
     """The splits to write, in the order of the captions file.
 
     Raises:
-        AmpError: A split that no image is in.
+        AmpError: A chosen split has no image.
     """
     present = list(dict.fromkeys(image.split for image in images))
     chosen = {normal_split(split, "--splits", present): split for split in splits or present}
     for name, split in chosen.items():
         if name not in present:
             raise AmpError(
-                f"--splits names {split!r}, which no image is in; expected some of {', '.join(present)}; correct it"
+                f"--splits names {split!r}, but no image is in it; expected splits out of {', '.join(present)}; "
+                "correct --splits"
             )
     return [split for split in present if split in chosen]
 
 
 def split_notes(captions: str, images: list[CaptionedImage]) -> list[str]:
-    """A line for the user if no split has the name that training expects."""
+    """A note for the user if no split is called train, the default of training."""
     present = dict.fromkeys(image.split for image in images)
     if "train" in present:
         return []
     return [
-        f"{captions}: no split 'train' in it; splits seen: {', '.join(present)}; that is enough for an evaluation; to "
-        "train on one of them give --data.train_split NAME"
+        f"{captions}: no split 'train' in it; splits seen: {', '.join(present)}; these are enough for an evaluation; "
+        "to train on one of them, use --data.train_split NAME"
     ]
 
 
 def load_image_list(path: str | Path) -> list[str]:
-    """Names of image files, one per line; blank lines don't count.
+    """Reads a list of image file names, one per line. Blank lines are ignored.
 
     Raises:
-        AmpError: Unreadable, or empty.
+        AmpError: The file is unreadable or empty.
     """
     names = [line.strip() for _, line in text_lines(Path(path)) if line.strip()]
     if not names:
-        raise AmpError(f"{path}: no image named in it; expected one file name per line; check the file")
+        raise AmpError(f"{path}: no file name in it; expected one image file name per line; check the file")
     return names
 
 
@@ -75,7 +76,7 @@ def exclude(
     """Drops the named images from one split.
 
     Raises:
-        AmpError: None of them is in it.
+        AmpError: None of the named images is in the split.
     """
     names = set(map(composed, names))
     kept = [
@@ -94,7 +95,7 @@ def exclude(
 def find_samples(
     root: Path, members: list[tuple[str, CaptionedImage]], limit: int | None
 ) -> tuple[list[Sample], list[Skip]]:
-    """The first `limit` images whose file is there, and those before them whose file isn't."""
+    """The first `limit` images whose file exists, and the images skipped on the way."""
     found: list[Sample] = []
     skipped: list[Skip] = []
     for key, image in members:

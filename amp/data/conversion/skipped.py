@@ -1,4 +1,4 @@
-"""What was left out of the shards: how much may be, and the manifest's list of it."""
+"""Checks how much was left out of the shards, and lists it for the manifest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from amp.errors import AmpError, too_many_skipped
 
 
 def check_skipped(skipped: list[Skip], kept: list[CaptionedImage], allowed: float, file: str) -> None:
-    """Refuses to leave out more than a fraction of the images, or of the captions.
+    """Checks that at most the fraction `allowed` of the images, and of the captions, is left out.
 
     Raises:
-        AmpError: More than `allowed` is left out.
+        AmpError: More is left out.
     """
     images, captions = sum(skip.kind not in CAPTION_KINDS for skip in skipped), sum(skip.captions for skip in skipped)
     lost = {
@@ -29,7 +29,7 @@ def check_skipped(skipped: list[Skip], kept: list[CaptionedImage], allowed: floa
 
 
 def by_kind(skipped: Iterable[Skip]) -> dict[str, list[dict[str, Any]]]:
-    """The manifest's ``skipped``. Every kind is present, so an empty list says that nothing was skipped."""
+    """The manifest's `skipped` entry. Every kind is present; its list is empty if nothing of this kind was skipped."""
     kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in SKIP_KINDS}
     for skip in skipped:
         kinds[skip.kind].append(skip.to_dict())

@@ -1,4 +1,4 @@
-"""Files that shards are made from, as the manifest names them."""
+"""Describes the source files of shards for the manifest."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 
 
 def source_file(path: str) -> dict[str, str]:
-    """Name and sha256 of a file.
+    """Name and SHA-256 of a file.
 
     Raises:
-        AmpError: It can't be read.
+        AmpError: The file can't be read.
     """
     try:
         return {"file": Path(path).name, "sha256": sha256_of(path)}
@@ -24,7 +24,7 @@ def source_file(path: str) -> dict[str, str]:
 
 
 def knowledge_files(knowledge: str, provenance: str | None) -> tuple[str, str | None]:
-    """The files of knowledge and its provenance, where `knowledge` may be the folder that holds both."""
+    """Paths of the knowledge file and the provenance file; `knowledge` may be the folder that contains both."""
     folder = Path(knowledge)
     if not folder.is_dir():
         return knowledge, provenance
@@ -32,10 +32,10 @@ def knowledge_files(knowledge: str, provenance: str | None) -> tuple[str, str | 
 
 
 def load_provenance(path: str | None) -> Any:
-    """What a provenance file says; None without one.
+    """Content of a provenance file; None if `path` is None.
 
     Raises:
-        AmpError: It can't be read, or isn't JSON.
+        AmpError: The file can't be read, or isn't JSON.
     """
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""Writes shards: one, or all that are planned in several processes."""
+"""Writes one shard, or all planned shards in several processes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ from amp.terminal import PlainConsole
 def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, accept_gaps: bool = True) -> None:
     """Writes one shard and its sidecar.
 
-    ``webdataset.TarWriter`` could write the bytes (it takes an mtime). But importing webdataset imports torch, which
-    takes seconds and hundreds of megabytes per worker process. It also sorts members, which puts ``KEY.json`` before
-    ``KEY.png``.
+    This does not use `webdataset.TarWriter`. Importing webdataset imports torch, which takes seconds and hundreds of
+    megabytes per worker process. It also sorts members, which would put `KEY.json` before `KEY.png`.
 
     Args:
-        plan: What goes in.
+        plan: Plan of the shard.
         progress: Called once per image.
-        accept_gaps: With False, a shard that lacks images which may be readable in the next run doesn't get its name.
-            Only its sidecar says what was found, and the shard counts as missing.
+        accept_gaps: Whether to keep a shard that lacks images which the next run may be able to read. If False, only
+            its sidecar is written, and the shard counts as missing.
 
     Raises:
-        AmpError: The shard can't be written, as on a full disk.
+        AmpError: The shard can't be written, for example because the disk is full.
     """
-    # Unique across machines: another task may be writing the same shard.
+    # Unique across machines, because another job may be writing the same shard.
     suffix = f".{uuid.uuid4().hex}.tmp"
     temporary = plan.path.with_name(plan.path.name + suffix)
     temporary_sidecar = plan.sidecar.with_name(plan.sidecar.name + suffix)
@@ -57,7 +56,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
                 try:
                     content, extension = read_image(find_file(plan.images_root, image.path), plan.resize, plan.check)
                 except UnreadableImageError as error:
-                    # A file that can't be opened may be fixed without a new mtime, so the next run tries again.
+                    # Permissions or a disk can be fixed without changing the file's mtime, so the next run tries again.
                     retry |= error.may_pass
                     reason = str(error)
                     skipped.append(Skip("unreadable_image", image.path, reason, image.split, len(image.captions)))
@@ -71,7 +70,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
             end_archive(hashed)
             file.flush()
             os.fsync(file.fileno())
-        # Without its sidecar a shard doesn't count, so there is no moment at which a sidecar describes another tar.
+        # Remove the old sidecar first, so that a sidecar never describes a different tar file.
         plan.sidecar.unlink(missing_ok=True)
         if not samples:
             plan.path.unlink(missing_ok=True)
@@ -94,8 +93,8 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
         os.replace(temporary_sidecar, plan.sidecar)
     except OSError as error:
         raise AmpError(
-            f"{plan.path}: can't be written ({error.strerror or error}); make room or fix the folder, and run the "
-            "same command again: finished shards are kept"
+            f"{plan.path}: can't be written ({error.strerror or error}); make room or fix the folder, then run "
+            "the same command again; finished shards are kept"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -103,12 +102,12 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
 
 
 def write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsole, accept_gaps: bool) -> None:
-    """Writes shards in several processes, and shows how many images are done.
+    """Writes shards in several processes and shows how many images are done.
 
     Args:
-        plans: What goes into each shard.
-        workers: Number of processes; by default one per usable CPU.
-        console: Where progress is shown.
+        plans: Plans of the shards.
+        workers: Number of processes; None for one per usable CPU.
+        console: Console for progress output.
         accept_gaps: See `write_shard`.
 
     Raises:
@@ -124,8 +123,8 @@ def write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsole
             for plan in plans:
                 write_shard(plan, lambda: report(next(done), total), accept_gaps)
             return
-        # spawn: a fork next to the thread of the progress bar could inherit a lock that is never released, and would
-        # inherit the folder's lock.
+        # A forked process would inherit the folder's lock, and could inherit a lock of the progress bar's thread that
+        # is never released.
         context = multiprocessing.get_context("spawn")
         counter = context.Value("q", 0)
         with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
@@ -137,32 +136,32 @@ def write_all(plans: list[ShardPlan], workers: int | None, console: PlainConsole
                     for future in finished:
                         future.result()
             except KeyboardInterrupt:
-                console.say("stopping; the shards at hand are finished first")
+                console.say("stopping after the shards that are being written")
                 raise
             except BrokenProcessPool:
                 raise AmpError(
-                    "a worker process was killed, most likely for want of memory; run the same command with fewer "
-                    "--workers: finished shards are kept"
+                    "a worker process was killed, most likely because memory ran out; run the same command with fewer "
+                    "--workers; finished shards are kept"
                 ) from None
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-_counter: Any = None  # number of images that are done, shared by the workers
+_counter: Any = None  # number of finished images, shared by the workers
 
 
 def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
-    # Ctrl-C reaches the whole process group. The parent waits for the shards that are being written.
+    # Ctrl-C reaches the whole process group, but the parent waits for the shards that are being written.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # If the parent is killed, nothing else ends this process.
+    # Nothing else ends this process if the parent is killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None, "this is a worker's thread"
+    assert parent is not None, "this runs in a worker process"
     parent.join()
     os._exit(1)
 

@@ -1,1 +1,1 @@
-"""Photo files: which formats are read, and their bytes to pixels."""
+"""Photo files: supported formats, and decoding."""

@@ -1,4 +1,4 @@
-"""Photo bytes to upright RGB pixels, for every part of the product. Imports no torch, which takes seconds."""
+"""Decodes photos to upright RGB pixels, for the whole package. Does not import torch, which takes seconds."""
 
 import io
 import re
@@ -15,24 +15,28 @@ from amp.data.images.headers import UPRIGHT, jpeg_header, orientation_of
 from amp.data.images.samples import to_rgb
 
 DECODING_VERSION = 2
-"""Part of the name of everything that is stored and depends on decoded pixels. Raise it when pixels change."""
+"""Part of the name of all stored data that depends on decoded pixels. Raise it when decoded pixels change."""
 
 
 def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
-    """Upright pixels uint8 (H, W, 3) of a photo.
+    """Decodes a photo to upright pixels.
 
-    The orientation that a camera notes (EXIF or XMP) is applied, `BACKGROUND` shows through transparent pixels, and
-    samples of 12, 16 and 32 bits are scaled to 8 (docs/data.md, "Pixels"). Pixels of other photos are bit for bit those
-    of Pillow's `convert("RGB")`: both decode JPEG with libjpeg-turbo. Calling it directly writes
-    into the array at once. Pillow would pass the file in small pieces, and keep and convert an image of its own.
+    The orientation in the EXIF or XMP data is applied, transparent pixels are put on `BACKGROUND`, and samples of 12,
+    16 and 32 bits are scaled to 8 bits (docs/data.md, "Pixels"). All other pixels are identical to those of Pillow's
+    `convert("RGB")`, since both decode JPEG with libjpeg-turbo. Calling libjpeg-turbo directly is faster: it decodes
+    straight into the array, while Pillow reads the file in small pieces and converts an intermediate image.
 
     Args:
         content: The bytes of the file.
-        shrink: 2, 4 or 8 gives (ceil(H / shrink), ceil(W / shrink), 3): leaves out the frequencies that a photo of that
-            size can't show, and rounds if it saves time. Only for photos whose size `jpeg_size` knows.
+        shrink: 1, 2, 4 or 8. The result has the size (ceil(H / shrink), ceil(W / shrink)). Above 1, a JPEG is decoded
+            without the frequencies that this size can't show, and with faster, less exact arithmetic. Allowed above 1
+            only for photos whose size `jpeg_size` returns.
+
+    Returns:
+        Pixels uint8 (H, W, 3).
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: see `opened`.
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: See `opened`.
     """
     header = jpeg_header(content)
     if header is not None:
@@ -47,7 +51,7 @@ def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
                 )
             return pixels if orientation not in UPRIGHT else _turned(Image.fromarray(pixels), orientation)
         except ValueError:
-            pass  # damaged; Pillow may still make an image of it, or says what is wrong
+            pass  # damaged; Pillow may still decode it, or reports what is wrong
     with opened(content) as image:
         rgb = to_rgb(image)
         return _turned(rgb if shrink == 1 else rgb.reduce(shrink), orientation_of(image))
@@ -55,25 +59,26 @@ def decode_rgb(content: bytes, shrink: int = 1) -> np.ndarray:
 
 @contextmanager
 def opened(content: bytes) -> Iterator[ImageFile.ImageFile]:
-    """A photo as Pillow opens it: not decoded, neither turned nor scaled.
+    """Opens a photo with Pillow, without decoding, rotating or scaling it.
 
-    Only the decoders of `DECODER_OF` see it. What they raise on damaged data inside the `with` block, which is nearly
-    anything, becomes an OSError. Warnings (odd EXIF data and the like) are not shown: the pixels are what counts.
+    Only the decoders in `DECODER_OF` are tried. On damaged data they raise almost any exception; inside the `with`
+    block, unusual ones are turned into an OSError. Warnings during opening, for example about EXIF data, are hidden
+    because they don't affect the pixels.
 
     Raises:
-        UnreadableImageError: Its format is not read.
-        PIL.Image.DecompressionBombError: It has more pixels than Pillow warns of.
-        OSError, ValueError, SyntaxError: It is damaged.
+        UnreadableImageError: The format is not supported.
+        PIL.Image.DecompressionBombError: The photo has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        OSError, ValueError, SyntaxError: The photo is damaged.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 image = Image.open(io.BytesIO(content), formats=decoders())
-            except Image.DecompressionBombError as error:  # whose text names twice our limit
+            except Image.DecompressionBombError as error:  # its text names twice our limit
                 seen = re.search(r"\d+", str(error))
                 raise _bomb(f"{int(seen[0]):,}" if seen else "too many") from None
-            except UnidentifiedImageError:  # whose text shows the address of an object
+            except UnidentifiedImageError:  # its text contains the memory address of an object
                 raise UnreadableImageError(why_unidentified(content)) from None
             with image:
                 _refuse_bomb(image)
@@ -89,14 +94,14 @@ def _turned(image: Image.Image, orientation: int) -> np.ndarray:
 
 
 def _refuse_bomb(image: Image.Image) -> None:
-    """Refuses more pixels than Pillow warns of. Pillow itself allows twice as many."""
-    (width, height), most = image.size, Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:
+    """Raises DecompressionBombError above `MAX_IMAGE_PIXELS`. Pillow only warns there, and raises at twice as many."""
+    (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
         raise _bomb(f"{width} x {height}")
 
 
 def _bomb(pixels: str) -> Image.DecompressionBombError:
-    most = Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
     return Image.DecompressionBombError(
-        f"{pixels} pixels, expected at most {most:,}: a decompression bomb, or a photo that must be made smaller"
+        f"{pixels} pixels, expected at most {limit:,}: a decompression bomb, or a photo that must be resized first"
     )

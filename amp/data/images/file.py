@@ -1,4 +1,4 @@
-"""Image files that others made: checked and read for a shard, untouched or resized; or opened to be shown."""
+"""Reads image files: checked, and optionally resized, for a shard; or decoded for display."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from amp.data.images.formats import UnreadableImageError
 from amp.data.images.headers import SCAN, jpeg_header, segments
 from amp.errors import AmpError
 
-JPEG_ALIASES = (".jpe", ".jfif", ".jif", ".mpo")  # stored as jpg, which readers of shards expect
-LARGEST_JPEG = 65_500  # pixels per side that libjpeg writes
+JPEG_ALIASES = (".jpe", ".jfif", ".jif", ".mpo")  # stored as .jpg, which readers of shards expect
+LARGEST_JPEG = 65_500  # maximum pixels per side that libjpeg can write
 MAX_FILE_BYTES = 1 << 29
-"""Maximum bytes of an image file: half a gigabyte, more than any image that isn't a decompression bomb needs."""
+"""Maximum size of an image file: 512 MiB, more than any photo of an accepted size needs."""
 
 Check = Literal["structure", "decode"]
-"""How a damaged file is found; see `read_image`."""
+"""How damaged files are found; see `read_image`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """How images are made smaller before they are stored.
+    """How images are resized before they are stored.
 
     Attributes:
-        size: Pixels of the shorter side.
-        mode: ``"shortest"`` makes the shorter side `size` and keeps the aspect ratio; smaller images stay untouched.
-            ``"squash"`` makes every image `size` x `size`.
-        quality: Quality of the JPEG, 1 to 95 on Pillow's scale.
+        size: Target size in pixels, 1 to 8192.
+        mode: `"shortest"` resizes the shorter side to `size` and keeps the aspect ratio; smaller images stay unchanged.
+            `"squash"` resizes every image to `size` x `size`.
+        quality: JPEG quality, 1 to 95 on Pillow's scale.
     """
 
     size: int
@@ -59,59 +59,60 @@ class Resize:
 
 
 def read_limited(path: str | os.PathLike) -> bytes:
-    """The bytes of a regular file of at most `MAX_FILE_BYTES`.
+    """Reads a regular file of at most `MAX_FILE_BYTES`.
 
     Raises:
-        OSError: It can't be read.
-        UnreadableImageError: It is a pipe or a device, which may never end, or too large.
+        OSError: The file can't be read.
+        UnreadableImageError: It is a pipe or a device, which may never end, or it is too large.
     """
-    # Not blocking, or a pipe put here after the folder was looked at would hang.
+    # Non-blocking, because opening a pipe would hang.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise UnreadableImageError("not a file, but a pipe or a device")
+            raise UnreadableImageError("a pipe or a device; expected a regular file")
         if found.st_size > MAX_FILE_BYTES:
             raise UnreadableImageError(f"{found.st_size} bytes, expected at most {MAX_FILE_BYTES}")
         return file.read(MAX_FILE_BYTES)
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether the structure of a JPEG or PNG is complete; False for other formats, and if in doubt.
+    """Whether the structure of a JPEG or PNG file is complete; False for other formats and doubtful files.
 
-    A JPEG must have all segments, a frame of a size that Pillow reads, and its end after its scan; a PNG all chunks,
-    each with the right checksum.
+    A JPEG needs all segments, a size that Pillow accepts, and an end marker after its scan. A PNG needs all chunks with
+    correct checksums.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: A PNG that is not whole; see `opened`.
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: A damaged PNG; see `opened`.
     """
     if content.startswith(b"\x89PNG"):
         with opened(content) as image:
-            clear = content[24] < 16  # bits of a sample; deeper ones may have to be refused
+            clear = content[24] < 16  # bits per sample; a PNG of 16 bits may be unsupported
             image.verify()
         return clear and content.rstrip(b"\0").endswith(b"IEND\xaeB`\x82")
     if jpeg_header(content) is None:
         return False
     for marker, _, end in segments(content):
-        if marker == SCAN:  # runs to the end of the file; a thumbnail's end lies in an earlier segment
+        if marker == SCAN:  # reaches to the end of the file; the end marker of a thumbnail is in an earlier segment
             return content.rfind(b"\xff\xd9", max(end, len(content) - 65536)) >= 0
     return False
 
 
 def read_image(path: Path, resize: Resize | None = None, check: Check = "decode") -> tuple[bytes, str]:
-    """The bytes to store and their extension (lower case, no dot) of a file that is whole.
-
-    These are the file's own bytes, unless `resize` changes the size of the image. Then it is a JPEG of the pixels that
-    `decode_rgb` gives: upright and without EXIF data.
+    """Reads an image file, checks it, and resizes it if needed.
 
     Args:
         path: The file.
-        resize: How to make it smaller.
-        check: ``decode`` decodes every file. ``structure`` decodes only files whose structure (`is_whole`) is unknown
-            or damaged, which takes about a thirtieth of the time per photo. It misses damage inside the pixels' data.
+        resize: How to resize the image; None keeps its size.
+        check: `decode` decodes every file. `structure` decodes a file only if `is_whole` is False for it, which takes
+            about a thirtieth of the time per photo, but misses damage inside the pixel data.
+
+    Returns:
+        The bytes to store and their extension (lower case, no dot). The bytes are those of the file, unless its size
+        changes: then they are a JPEG of the pixels from `decode_rgb`, upright and without EXIF data.
 
     Raises:
-        UnreadableImageError: Unreadable, damaged, cut short, of another format, a decompression bomb, or too narrow to
-            be resized.
+        UnreadableImageError: The file is unreadable, damaged, truncated, of an unsupported format, a decompression
+            bomb, or too narrow to be resized.
     """
     try:
         content = read_limited(path)
@@ -126,18 +127,20 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
             return content, extension
         with opened(content) as image:
             image.verify()
-        rgb = Image.fromarray(decode_rgb(content))  # all pixels, as training will ask for them
+        rgb = Image.fromarray(decode_rgb(content))  # decodes all pixels, as training will
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"refused as a decompression bomb: {error}") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+    except Exception as error:  # Pillow's decoders raise almost any exception on damaged data
         raise UnreadableImageError(f"damaged ({type(error).__name__}: {error})") from None
     if resize is None or resize.target(*rgb.size) == rgb.size:
         return content, extension
     width, height = resize.target(*rgb.size)
     if max(width, height) > LARGEST_JPEG:
-        raise UnreadableImageError(f"{width} x {height} pixels when resized, expected at most {LARGEST_JPEG} a side")
+        raise UnreadableImageError(
+            f"{width} x {height} pixels after resizing, expected at most {LARGEST_JPEG} per side"
+        )
     buffer = io.BytesIO()
     rgb = rgb.resize(resize.target(*rgb.size), Image.Resampling.BICUBIC)
     rgb.save(buffer, "JPEG", quality=resize.quality, subsampling=0)
@@ -148,6 +151,6 @@ def open_photo(path: str | os.PathLike) -> Image.Image:
     """Opens a photo as `decode_rgb` decodes it: upright and in RGB.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: It can't be read, or is no such photo.
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: The file can't be read or decoded.
     """
     return Image.fromarray(decode_rgb(read_limited(path)))

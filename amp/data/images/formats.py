@@ -1,4 +1,4 @@
-"""Formats of photos: which ones this machine reads, and why others are not read."""
+"""Photo formats: which ones this machine can read, and why others can't be read."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -7,8 +7,8 @@ from PIL import Image
 
 from amp.extras import pip_install
 
-# Suffixes of photos that can be read, and Pillow's decoder for each. Pillow knows many more, some of which start other
-# programs (EPS). Decoders look at the content of a file, so a PNG called a.jpg is read, too.
+# Suffixes of supported photos, and Pillow's decoder for each. Pillow has many more decoders, some of which start other
+# programs (EPS). Decoders go by the content of a file, so a PNG called a.jpg is also read.
 DECODER_OF = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"), "JPEG"),
     **dict.fromkeys((".png", ".apng"), "PNG"),
@@ -21,7 +21,7 @@ DECODER_OF = {
 }
 
 
-# Suffixes of photos and pictures that are not read, by format. They are named when a folder is listed.
+# Suffixes of unsupported image formats. Such files in a folder of photos are reported to the user.
 _OTHER_FORMATS = {
     "JPEG 2000": ".jp2 .j2k .j2c .jpc .jpf .jpx .jph",
     "JPEG XL": ".jxl",
@@ -34,17 +34,17 @@ _OTHER_FORMATS = {
 
 
 _NOT_READ = {
-    suffix: f"{name} is not read; convert it to JPEG or PNG"
+    suffix: f"{name} is not supported; convert it to JPEG or PNG"
     for name, suffixes in _OTHER_FORMATS.items()
     for suffix in suffixes.split()
 }
 
 
 def unreadable_reason(suffix: str) -> str | None:
-    """Why a photo can't be read on this machine, by the suffix of its name (with the dot, in any case).
+    """Why photos with a suffix (with the dot, in any case) can't be read on this machine.
 
     Returns:
-        One sentence. None if it can be read (it is one of `PHOTO_SUFFIXES`), and for files that are no photos.
+        The reason. None for supported photos (`PHOTO_SUFFIXES`) and for files that are not photos.
     """
     suffix = suffix.lower()
     if DECODER_OF.get(suffix) == "AVIF" and not _reads_avif():
@@ -63,14 +63,14 @@ def _reads_avif() -> bool:
 
 
 PHOTO_SUFFIXES = tuple(suffix for suffix in DECODER_OF if unreadable_reason(suffix) is None)
-"""Suffixes of the photos that can be read on this machine, in lower case with the dot."""
+"""Suffixes of photos that can be read on this machine, in lower case with the dot."""
 
 
 class UnreadableImageError(OSError):
-    """An image that can't be used. The message is the reason, fit to be shown.
+    """An image that can't be used. The message is the reason, written for the user.
 
     Attributes:
-        may_pass: Whether the reason lies outside the file's content (permissions, a network disk).
+        may_pass: Whether the problem may go away without a change of the file (permissions, a network disk).
     """
 
     def __init__(self, reason: str, may_pass: bool = False) -> None:
@@ -80,7 +80,7 @@ class UnreadableImageError(OSError):
 
 @cache
 def decoders() -> tuple[str, ...]:
-    """Pillow's names of the decoders of `DECODER_OF` that this machine has."""
+    """Pillow's names of the decoders in `DECODER_OF` that are installed."""
     Image.init()
     if find_spec("pillow_heif") is not None:
         from pillow_heif import register_heif_opener
@@ -102,9 +102,11 @@ _MAGIC = {
 
 
 def why_unidentified(content: bytes) -> str:
-    """Why no decoder reads a file, by its first bytes. An iPhone's HEIC may be called a.jpg."""
+    """Why no decoder reads a file, judged by its first bytes: an iPhone's HEIC file may be called a.jpg."""
     head = content[:12]
     suffix = next((_MAGIC[magic] for magic in _MAGIC if head.startswith(magic) or head[4:].startswith(magic)), "")
     if suffix == ".tif":
-        return "a damaged TIFF, or one of a sample type that is not read; save it with 8 bits per channel"
-    return unreadable_reason(suffix) or f"{len(content)} bytes, not an image of {', '.join(decoders())}"
+        return "a TIFF that is damaged or has an unsupported sample type; save it with 8 bits per channel"
+    return (
+        unreadable_reason(suffix) or f"{len(content)} bytes, not an image in one of the formats {', '.join(decoders())}"
+    )

@@ -1,4 +1,4 @@
-"""File names in composed and decomposed Unicode: macOS decomposes letters with accents, captions files compose them."""
+"""Matches file names in composed and decomposed Unicode: macOS decomposes accented letters, captions files don't."""
 
 import os
 import unicodedata
@@ -6,21 +6,21 @@ from pathlib import Path, PurePosixPath
 
 
 def composed(name: str) -> str:
-    """The form in which names are compared."""
+    """A name in the composed form (NFC) in which names are compared."""
     return unicodedata.normalize("NFC", name)
 
 
 def find_file(root: Path, name: str) -> Path:
-    """The file of that name below `root`, as it is spelled there: composed, decomposed, or exactly as given.
+    """Finds a file below `root` whose name may be composed or decomposed on disk.
 
     Args:
         root: An existing folder.
-        name: Path below it, with ``/`` as separator.
+        name: Path relative to `root`, with `/` as separator.
 
     Returns:
-        Its path; `root` / `name` where there is none.
+        Path of the file as it is spelled on disk; a path that doesn't exist if there is no such file.
     """
-    if name.isascii() or os.path.exists(root / name):  # false, too, for names that are too long
+    if name.isascii() or os.path.exists(root / name):  # also False for names that are too long
         return root / name
     found = root
     for part in PurePosixPath(name).parts:

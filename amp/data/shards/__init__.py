@@ -1,11 +1,12 @@
-"""Folders of shards: what they look like, and how to read them.
+"""The shard format, and readers of shards.
 
-A folder holds WebDataset tars, ``train-000000.tar`` and so on, and ``manifest.json``. A sample is two members of a tar:
-``KEY.jpg`` (or another image extension in lower case) and its record ``KEY.json`` (`amp.data.shards.record`).
+A folder of shards contains WebDataset tar files (`train-000000.tar` and so on) and `manifest.json`. A sample is two
+members of a tar file: `KEY.jpg` (or another image extension in lower case) and its record `KEY.json`
+(`amp.data.shards.record`).
 
-Any WebDataset reader reads these tars. Training needs more than a sequential reader gives: an order that is a pure
-function of (seed, epoch) and a resume that skips without decoding. So the headers of a shard are indexed once, after
-which its samples are read by number.
+Any WebDataset reader can read these tar files. Training needs more than a sequential reader: an order that is a pure
+function of (seed, epoch), and resuming without reading the skipped samples. So the tar headers of a shard are indexed
+once, and samples are then read by number.
 """
 
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest

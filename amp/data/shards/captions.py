@@ -1,4 +1,4 @@
-"""The captions that shards hold, as a captions file would give them."""
+"""Reads the captions of shards into the data classes of captions files."""
 
 from pathlib import PurePosixPath
 
@@ -9,17 +9,17 @@ from amp.errors import AmpError
 
 
 def load_shard_captions(manifest: ShardManifest) -> dict[str, list[CaptionedImage]]:
-    """Name of each shard -> its images with their captions, in the order of the tar; without knowledge.
+    """The images and captions of each shard by its name, in the order of the tar file and without knowledge.
 
     Raises:
-        AmpError: A shard that is missing or damaged.
+        AmpError: A shard is missing or damaged.
     """
     shards = [shard for split in manifest.splits for shard in manifest.split(split)]
     return {shard.name: read_captions(ShardReader(shard.path)) for shard in shards}
 
 
 def read_captions(reader: ShardReader) -> list[CaptionedImage]:
-    """The images of one shard, without knowledge. Closes the reader."""
+    """The images and captions of one shard, without knowledge. Closes the reader."""
     with reader:
         records = [reader.record(index) for index in range(len(reader))]
     for record in records:
@@ -27,7 +27,7 @@ def read_captions(reader: ShardReader) -> list[CaptionedImage]:
         if missing or not all("id" in caption for caption in record["captions"]):
             raise AmpError(
                 f"{reader.path}: {record['key']}.json: {', '.join(sorted(missing)) or 'a caption id'} is missing; "
-                "expected a shard of amp make_shards; make it again"
+                "expected a shard written by amp make_shards; make it again"
             )
     return [
         CaptionedImage(

@@ -18,13 +18,13 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """A shard as the manifest lists it.
+    """The manifest's entry of a shard.
 
     Attributes:
         path: The tar file.
-        samples: Number of images in it.
-        captions: Number of captions in it.
-        bytes: Size of the tar file.
+        samples: Number of images.
+        captions: Number of captions.
+        bytes: Size of the tar file in bytes.
         sha256: SHA-256 of the tar file, hexadecimal.
     """
 
@@ -50,15 +50,15 @@ class ShardInfo:
 
 @dataclass(slots=True)
 class ShardManifest:
-    """``manifest.json``: the shards of each split, what was left out, and where everything came from.
+    """`manifest.json`: the shards of each split, what was left out, and the sources of the data.
 
     Attributes:
-        root: The folder.
-        splits: Split name -> its shards, in order.
-        captions_without_knowledge: Split name -> number of captions that no knowledge record belongs to.
-        skipped: Kind of problem -> entries ``{"file" or "key", "reason", ...}``.
-        excluded: Split name -> number of images left out on request.
-        provenance: Source files with their sha256, resize, command.
+        root: Folder of the shards.
+        splits: Shards of each split, in order, by the split's name.
+        captions_without_knowledge: Number of captions without a knowledge record, by split.
+        skipped: What was skipped, by kind of problem: entries `{"file", "reason", ...}`.
+        excluded: Number of images left out on request, by split.
+        provenance: Source files with their SHA-256, options, and command line.
         created_by: Program and version.
     """
 
@@ -72,14 +72,14 @@ class ShardManifest:
 
     @classmethod
     def load(cls, root: str | Path) -> ShardManifest:
-        """Reads the manifest of a folder, or the manifest file itself.
+        """Reads a manifest, given by its folder or by its own path.
 
         Raises:
-            AmpError: No folder given, no such folder, no manifest (an unfinished conversion has none), or not a
-                manifest.
+            AmpError: `root` is empty or doesn't exist, or the manifest is missing (as after an unfinished conversion)
+                or invalid.
         """
         if not str(root):
-            raise AmpError("no folder of shards is given, expected one; add --data.shards DIR")
+            raise AmpError("no folder of shards is given; add --data.shards DIR")
         root = Path(root)
         path = root if root.name == MANIFEST_NAME else root / MANIFEST_NAME
         root = path.parent
@@ -127,17 +127,17 @@ class ShardManifest:
         )
 
     def split(self, name: str) -> list[ShardInfo]:
-        """The shards of a split, in order, each checked to exist with the size that the manifest states.
+        """The shards of a split, in order. Checks that each exists and has the size in the manifest.
 
         Raises:
-            AmpError: An unknown or empty split; a shard that is missing or of another size.
+            AmpError: The split is unknown or empty, or a shard is missing or has another size.
         """
         path = self.root / MANIFEST_NAME
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
             raise AmpError(
-                f"{path}: split {name!r} isn't there; splits present: {known}; choose one of them, or convert it with "
-                "amp make_shards"
+                f"{path}: split {name!r} doesn't exist; splits present: {known}; choose one of them, or convert split "
+                f"{name!r} with amp make_shards"
             )
         if not self.samples(name):
             raise AmpError(f"{path}: split {name!r} holds no sample; expected at least one; {REMAKE}")
@@ -156,30 +156,30 @@ class ShardManifest:
         return self.splits[name]
 
     def samples(self, split: str) -> int:
-        """Images in a split."""
+        """Number of images in a split."""
         return sum(shard.samples for shard in self.splits[split])
 
     def captions(self, split: str) -> int:
-        """Captions in a split."""
+        """Number of captions in a split."""
         return sum(shard.captions for shard in self.splits[split])
 
     def verify(self) -> None:
-        """Compares the sha256 of every shard with the manifest. Reads all bytes.
+        """Compares the SHA-256 of every shard with the manifest, which reads all bytes.
 
         Raises:
-            AmpError: The first shard that differs.
+            AmpError: A shard differs.
         """
         for split in self.splits:
             for shard in self.split(split):
                 digest = sha256_of(shard.path)
                 if digest != shard.sha256:
                     raise AmpError(
-                        f"{shard.path}: sha256 is {digest}; expected {shard.sha256}, as in {MANIFEST_NAME}; copy it "
+                        f"{shard.path}: sha256 is {digest}; expected {shard.sha256} (from {MANIFEST_NAME}); copy it "
                         f"again, or {REMAKE}"
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``manifest.json``."""
+        """The content of `manifest.json`."""
         return {
             "format": MANIFEST_FORMAT,
             "version": MANIFEST_VERSION,
@@ -199,7 +199,7 @@ class ShardManifest:
         }
 
     def save(self) -> Path:
-        """Writes ``manifest.json``, which appears complete or not at all.
+        """Writes `manifest.json` atomically.
 
         Raises:
             AmpError: The folder can't be written.

@@ -23,25 +23,26 @@ MAX_MEMBER_BYTES = MAX_FILE_BYTES
 class ShardReader:
     """Random access to the samples of one shard.
 
-    The headers are read once, on construction. `read` uses ``os.pread``, which has no file position, so one reader can
-    be used by several threads and after a fork. Unpickling it (in a spawned worker) opens the file again.
+    The headers are read once, on construction. Reads use `os.pread`, which has no file position, so several threads and
+    forked processes can share a reader. Unpickling (in a spawned worker) opens the file again.
 
     Args:
         path: A tar file.
 
     Attributes:
-        keys: Keys of the samples, in the order of the tar.
+        keys: Keys of the samples, in the order of the tar file.
 
     Raises:
-        AmpError: Unreadable, cut short, empty, or with a member that doesn't belong in a shard: pickles, links,
-            devices, folders, absolute or parent paths, a key twice, a sample without its image or its record.
+        AmpError: The file is unreadable, truncated or empty, or contains something that doesn't belong in a shard:
+            pickles, links, devices, folders, absolute or parent paths, a repeated key, or a sample without image or
+            record.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file: int | None = None
         try:
-            # Non-blocking: a named pipe of this name would hang here.
+            # Non-blocking, because opening a named pipe would hang.
             self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self.keys, self._spans = self._index()
         except OSError as error:
@@ -67,26 +68,26 @@ class ShardReader:
         return ShardReader, (self.path,)
 
     def close(self) -> None:
-        """Closes the file; a second call does nothing."""
+        """Closes the file. Further calls do nothing."""
         file, self._file = getattr(self, "_file", None), None
         if file is not None:
             os.close(file)
 
     def read(self, index: int) -> tuple[bytes, dict[str, Any]]:
-        """Sample number `index`, 0-based: the image file's bytes, undecoded, and the record.
+        """Reads sample number `index`, 0-based: the bytes of its image file, and its record.
 
         Raises:
-            IndexError: `index` is outside ``range(len(self))``.
-            AmpError: The record isn't JSON, or of another schema or key.
+            IndexError: `index` is not in `range(len(self))`.
+            AmpError: The record is invalid; see `parse_record`.
         """
         return self.photo(index), self.record(index)
 
     def photo(self, index: int) -> bytes:
-        """Only the image file's bytes of a sample."""
+        """The bytes of a sample's image file."""
         return self._bytes(index, 0)
 
     def record(self, index: int) -> dict[str, Any]:
-        """Only the record of a sample; raises as `read`."""
+        """The record of a sample; raises like `read`."""
         where = f"{self.path}: {self.keys[index]}.json"
         return parse_record(self._bytes(index, 1), self.keys[index], where)
 
@@ -100,12 +101,12 @@ class ShardReader:
         if len(content) != size:
             raise AmpError(
                 f"{self.path}: {self.keys[index]}: {len(content)} bytes at offset {offset}; expected {size}; the file "
-                f"was cut short while in use; {REMAKE}"
+                f"was truncated while in use; {REMAKE}"
             )
         return content
 
     def _index(self) -> tuple[list[str], np.ndarray]:
-        """Keys (n), and int64 (n, 2, 2): for image and record, the offset and the size in bytes."""
+        """The keys (n,) and int64 (n, 2, 2): offset and size in bytes of each sample's image and record."""
         assert self._file is not None
         found: dict[str, dict[str, tuple[int, int]]] = {}
         last_key = None
@@ -119,19 +120,19 @@ class ShardReader:
                             raise AmpError(f"{self.path}: {member.name}: key {key!r} occurs twice; {REMAKE}")
                         sample[slot] = (member.offset_data, member.size)
                         last_key = key
-                    end = tar.offset  # position of the first block that is no header
+                    end = tar.offset  # position of the first block that isn't a header
             except (AmpError, OSError):
                 raise
-            except Exception as error:  # tarfile raises nearly anything on damaged headers
+            except Exception as error:  # tarfile raises almost any exception on damaged headers
                 raise AmpError(
                     f"{self.path}: not a readable tar file ({error or type(error).__name__}); expected an "
                     f"uncompressed tar shard; {REMAKE}"
                 ) from None
-        # tarfile silently takes a damaged header or a missing end for the end of the archive. A whole archive has at
-        # least two zero blocks after its last member.
+        # tarfile silently ends at a damaged header or a missing end marker. A complete archive has at least two zero
+        # blocks after its last member.
         if os.pread(self._file, 2 * tarfile.BLOCKSIZE, end) != bytes(2 * tarfile.BLOCKSIZE):
             raise AmpError(
-                f"{self.path}: damaged or cut short after {len(found)} samples (no end-of-archive marker); "
+                f"{self.path}: damaged or truncated after {len(found)} samples (no end-of-archive marker); "
                 f"copy it again, or {REMAKE}"
             )
         if not found:
@@ -149,13 +150,13 @@ class ShardReader:
         if not member.isreg() or member.issparse():
             raise AmpError(f"{where} is a link, a folder or a device; expected plain files only; {REMAKE}")
         if not 0 <= member.size <= MAX_MEMBER_BYTES:
-            raise AmpError(f"{where} is of {shorten(member.size)} bytes; expected at most {MAX_MEMBER_BYTES}; {REMAKE}")
+            raise AmpError(f"{where} has {shorten(member.size)} bytes; expected at most {MAX_MEMBER_BYTES}; {REMAKE}")
         if not is_unicode(member.name):
-            raise AmpError(f"{where} has a name that is not UTF-8; expected one that is; {REMAKE}")
+            raise AmpError(f"{where} has a name that is not UTF-8; expected a UTF-8 name; {REMAKE}")
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts:
             raise AmpError(f"{where} has an absolute or parent path; expected a name inside the shard; {REMAKE}")
-        # WebDataset's rule: the key ends at the first dot of the file's name.
+        # In WebDataset, the key ends at the first dot of the file name.
         stem, _, extension = name.name.partition(".")
         slot = "json" if extension == "json" else "image" if extension in IMAGE_EXTENSIONS else None
         if slot is None or not stem:

@@ -1,10 +1,10 @@
-"""The record of a sample, ``KEY.json``::
+"""The record of a sample, `KEY.json`::
 
     {"schema": 1, "key": KEY, "image_id": int | str, "filename": path under the images folder, "split": "train",
      "captions": [{"id": int | str, "text": str,
                    "triplets": [{"subject", "action", "object", "kind"}], "states": [str]}]}
 
-and where known ``sources`` or ``empty`` of a caption (`amp.knowledge.schema.parse_origin`).
+A caption may also have `sources` or `empty` (`amp.knowledge.schema.parse_origin`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from amp.json_text import check_id, check_text, parse_json, value_of
 RECORD_SCHEMA = 1
 NO_KNOWLEDGE = '{"triplets":[],"states":[]}'
 REMAKE = "make the shards again with amp make_shards"
-"""The next step in messages about damaged shards."""
+"""Next step in error messages about damaged shards."""
 
 
 def record_bytes(key: str, image: CaptionedImage) -> bytes:
@@ -33,7 +33,7 @@ def record_bytes(key: str, image: CaptionedImage) -> bytes:
     }
     captions = []
     for caption in image.captions:
-        # Knowledge is JSON already, so its text is joined to the caption's.
+        # Knowledge is already JSON text, so the texts are joined.
         own = json.dumps({"id": caption.id, "text": caption.text}, ensure_ascii=False, separators=(",", ":"))
         captions.append(f"{own[:-1]},{(caption.knowledge or NO_KNOWLEDGE)[1:]}")
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":"))
@@ -41,15 +41,15 @@ def record_bytes(key: str, image: CaptionedImage) -> bytes:
 
 
 def parse_record(content: bytes, key: str, where: str) -> dict[str, Any]:
-    """A sample's record, checked; its knowledge isn't (`amp.knowledge.schema.parse_knowledge` does that).
+    """Parses and validates a sample's record, except its knowledge (see `amp.knowledge.schema.parse_knowledge`).
 
     Args:
         content: The bytes of the member.
-        key: The sample's key, by the member's name.
-        where: Start of the message.
+        key: Key of the sample, from the member's name.
+        where: Start of error messages.
 
     Raises:
-        AmpError: Not JSON, or of another schema or key.
+        AmpError: The record isn't JSON, has another schema or key, or has an invalid value.
     """
     try:
         record = parse_json(content)
@@ -58,7 +58,7 @@ def parse_record(content: bytes, key: str, where: str) -> dict[str, Any]:
     if value_of(record, "schema", int, where, REMAKE) != RECORD_SCHEMA:
         raise AmpError(f"{where}: 'schema' is {record['schema']}; this release reads schema {RECORD_SCHEMA}; {REMAKE}")
     if value_of(record, "key", str, where, REMAKE) != key:
-        raise AmpError(f"{where}: 'key' is {shorten(record['key'])}; expected the member's name; {REMAKE}")
+        raise AmpError(f"{where}: 'key' is {shorten(record['key'])}; expected {shorten(key)}; {REMAKE}")
     if not value_of(record, "captions", list, where, REMAKE):
         raise AmpError(f"{where}: 'captions' is empty; expected at least one caption; {REMAKE}")
     for number, caption in enumerate(record["captions"]):

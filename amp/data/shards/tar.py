@@ -1,4 +1,4 @@
-"""The bytes of a shard's tar: its members, and the hash of the file while it is written."""
+"""Writes the tar file of a shard, and hashes it at the same time."""
 
 import hashlib
 import io
@@ -6,7 +6,7 @@ import tarfile
 
 
 class HashedFile:
-    """Counts and hashes what is written, so that a finished shard needn't be read again."""
+    """Counts and hashes the bytes written to a file, so that a finished shard needn't be read again."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
@@ -20,8 +20,8 @@ class HashedFile:
 
 
 def add_member(file: HashedFile, name: str, content: bytes) -> None:
-    """Appends a member to an archive in one piece. `tarfile` itself writes pieces of ten kilobytes."""
-    # Fixed owner, mode and time, so that equal input gives an equal sha256.
+    """Appends a member to an archive in one write. `tarfile` itself writes in pieces of ten kilobytes."""
+    # Fixed owner, mode and time, so that the same input gives the same SHA-256.
     member = tarfile.TarInfo(name)
     member.size = len(content)
     member.mtime = member.uid = member.gid = 0
@@ -32,6 +32,6 @@ def add_member(file: HashedFile, name: str, content: bytes) -> None:
 
 
 def end_archive(file: HashedFile) -> None:
-    """Writes the two empty blocks that end an archive, and fills its last record."""
+    """Writes the two zero blocks that end an archive, and pads its last record."""
     file.write(bytes(2 * tarfile.BLOCKSIZE))
     file.write(bytes(-file.size % tarfile.RECORDSIZE))
