@@ -26,7 +26,7 @@ from amp.version import __version__
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("launchers", "tools", "tools/scenes")
+    for folder in ("launchers", "tools", "tools/figures", "tools/scenes")
     for path in (ROOT / folder).glob("*.py")
     if "__main__" in path.read_text()
 )

@@ -15,6 +15,7 @@ from amp.knowledge.schema import parse_knowledge
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "results/README.md",
     *sorted((ROOT / "launchers/configs").glob("**/*.yaml")),
@@ -63,7 +64,8 @@ ALL = [(page.name, *words) for page in PAGES for words in commands(page)]
 
 def test_commands_are_found():
     """So that a change of style can't empty the test below."""
-    assert len([words for words in ALL if words[0] == "README.md"]) >= 9
+    for page, count in (("README.md", 5), ("tutorial.md", 12), ("coco.md", 6)):
+        assert len([words for words in ALL if words[0] == page]) >= count, page
     launchers = {f"launchers/{name}.py" for name in LAUNCHERS}
     of_amp = {path for name, path in OF_AMP.items() if name != "rewrite_knowledge"}
     assert {words[1] for words in ALL} == {*launchers, *of_amp, *(f"tools/{n}.py" for n in TOOLS)}
@@ -148,11 +150,15 @@ def test_python_versions_are_named_alike():
     assert both in (ROOT / "docs/installation.md").read_text()
 
 
-def test_the_diagram_is_what_its_script_draws(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "picture"),
+    [("tools/architecture.py", "docs/architecture.png"), ("tools/figures/method.py", "docs/method.png")],
+)
+def test_a_diagram_is_what_its_script_draws(script, picture, tmp_path):
     from PIL import Image, ImageChops
 
-    launcher("tools/architecture.py").draw(str(tmp_path / "drawn.png"))
-    drawn, shipped = (Image.open(p).convert("RGB") for p in (tmp_path / "drawn.png", ROOT / "docs/architecture.png"))
+    launcher(script).draw(str(tmp_path / "drawn.png"))
+    drawn, shipped = (Image.open(p).convert("RGB") for p in (tmp_path / "drawn.png", ROOT / picture))
     assert drawn.size == shipped.size
     assert sum(ImageChops.difference(drawn, shipped).convert("L").point(lambda x: x > 60).histogram()[1:]) < 3000
 
@@ -171,12 +177,19 @@ def test_python_of_the_page_runs(page, monkeypatch):
 
 
 def test_knowledge_example_is_well_formed():
-    for page in (ROOT / "README.md", ROOT / "docs/data.md"):
-        records = [json.loads(block) for block in blocks(page) if '"triplets"' in block]
-        assert records
-        for record in records:
-            knowledge = parse_knowledge(record, page.name)
-            assert len(knowledge.triplets) == 2
+    records = [json.loads(block) for block in blocks(ROOT / "docs/data.md") if '"triplets"' in block]
+    assert records
+    for record in records:
+        assert len(parse_knowledge(record, "data.md").triplets) == 2
+
+
+def test_python_of_the_readme_runs_and_prints_clips_score_twice(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(code.split("\n\n")) == 2 and len(code.splitlines()) == 11  # ten lines and a blank one
+    exec(compile(code, "README.md", "exec"), {})
+    base, aware = map(float, re.findall(r"\[(-?\d\.\d+)\]", capsys.readouterr().out))
+    assert base == aware > 0.3
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)

