@@ -241,12 +241,12 @@ def test_header_and_comments(path):
     for six, total in ((row[low : low + 6], row[low + 6]) for row in rows for low in (0, 7)):
         assert any(sum(six) == pytest.approx(x, abs=0.11) for x in (total, *misprint))
     assert any("The paper reports" in line for line in header)
-    assert any("Nothing has been trained or evaluated here with this file" in line for line in header)
+    assert any("This project has not trained or evaluated with this file" in line for line in header)
     for line in lines:
         if not line.startswith("#") and not line.endswith(":"):
             key, _, comment = line.partition("#")
             if key.split(":")[0].strip() not in ("out", "shards", "name"):
-                assert comment.strip().startswith(("paper", "ours")), line
+                assert comment.strip().startswith(("the paper", "our choice")), line
 
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)

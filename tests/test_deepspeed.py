@@ -22,6 +22,11 @@ pytestmark = pytest.mark.distributed
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
+# Adam turns the rounding of a gradient near zero into a step of its own. Ten steps of lr 3e-3 move a weight by up to
+# 3e-2; on a processor with AVX-512 some weights differ by up to 1.7e-4.
+ROUNDING = 1e-3
+
+
 @pytest.fixture(scope="module")
 def config(shards, clip_folder, tmp_path_factory) -> TrainConfig:
     """A stage of 10 steps of two processes with two images each, validated twice."""
@@ -34,6 +39,7 @@ def config(shards, clip_folder, tmp_path_factory) -> TrainConfig:
         stages=[1],
         stage1=StageSettings(epochs=2, lr=3e-3, warmup_steps=3),
         trackers=[],
+        mixed_precision="no",  # compared with runs of DDP, on any processor
         checkpoint=CheckpointSettings(every_steps=1, keep=20),
         validation_queries=3,
     )
@@ -71,14 +77,14 @@ def _in_the_repository(monkeypatch):
 
 @pytest.mark.parametrize("name", ["zero1", "zero2_offload"])
 def test_zero_trains_the_weights_of_ddp(config, ddp, name):
-    assert distance(finish(under(config, name)), ddp) < 1e-5
+    assert distance(finish(under(config, name)), ddp) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
     config = under(config, name)
     whole = finish(replace(config, out=config.out + "-whole"))
-    assert distance(whole, ddp) < 1e-5
+    assert distance(whole, ddp) < ROUNDING
     run = TrainingRun(config, 2, tmp_path / "audit")
     assert run.wait_for_steps(6, timeout=300)
     run.signal(signal.SIGKILL)
@@ -90,7 +96,7 @@ def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
     shutil.copytree(config.out, moved.out)
     resumed = finish(replace(config, data=replace(config.data, workers=1)))
     assert distance(resumed, whole) == 0
-    assert distance(finish(moved, world=1), whole) < 1e-5
+    assert distance(finish(moved, world=1), whole) < ROUNDING
 
 
 def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
@@ -100,7 +106,7 @@ def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
     run.signal(signal.SIGUSR1)
     assert run.wait() == [75]
     rest = replace(config, deepspeed="ds_configs/zero3.json", data=replace(config.data, batch_size=2))
-    assert distance(finish(rest), ddp) < 1e-5
+    assert distance(finish(rest), ddp) < ROUNDING
 
 
 def test_stage_2_keeps_what_it_does_not_train(config, ddp):
