@@ -74,8 +74,8 @@ class ReplyCache:
         except OSError as error:
             self.close()
             raise CacheError(
-                f"{folder}: can't be used ({error.strerror}); expected a writable folder for replies; fix it, or choose "
-                "another with --cache"
+                f"{folder}: can't be used ({error.strerror}); expected a writable folder for replies; fix it, or "
+                "choose another with --cache"
             ) from None
         except BaseException:
             self.close()

@@ -139,9 +139,9 @@ def _check_merge(summary: Summary, missing: Counter, wanted: int, limit: float, 
     bad = summary.failed + summary.fallback
     if bad > limit * summary.distinct:
         raise AmpError(
-            f"{out}: {bad:,} of {summary.distinct:,} distinct captions ({bad / summary.distinct:.1%}) fell back to rules "
-            f"({summary.fallback:,}) or failed ({summary.failed:,}); expected at most {limit:.1%}; use a better model or "
-            "prompt, or accept it with --max_fallback"
+            f"{out}: {bad:,} of {summary.distinct:,} distinct captions ({bad / summary.distinct:.1%}) fell back to "
+            f"rules ({summary.fallback:,}) or failed ({summary.failed:,}); expected at most {limit:.1%}; use a better "
+            "model or prompt, or accept it with --max_fallback"
         )
 
 

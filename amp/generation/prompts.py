@@ -54,8 +54,8 @@ def load_template(name: str) -> Template:
     per triplet, in `states`.
 
     Raises:
-        AmpError: The template does not exist, a key is missing, or the reply of a sample fails the strict check. A model
-            would copy the fault.
+        AmpError: The template does not exist, a key is missing, or the reply of a sample fails the strict check. A
+            model would copy the fault.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
     try:
@@ -120,8 +120,8 @@ def _states_prefix(content: Any, where: str) -> tuple[Message, ...]:
         found = read_states(reply, len(triplets))
         if len(states) != len(triplets) or any(source != "strict" for _, source in found):
             raise AmpError(
-                f"{place}: 'states' is {shorten(states)} for {len(triplets)} triplets; expected one sentence per triplet "
-                "that passes the strict check; correct them"
+                f"{place}: 'states' is {shorten(states)} for {len(triplets)} triplets; expected one sentence per "
+                "triplet that passes the strict check; correct them"
             )
         messages += [Message("user", ask_states(caption, triplets)), Message("assistant", reply)]
     return tuple(messages)

@@ -24,8 +24,8 @@ class KnowledgeGenerator:
     Args:
         engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: As for
             `amp.generation.run.generate_knowledge`.
-        cache: Folder that keeps the replies for later processes. With None, or if the folder can't be written or another
-            process is writing to it, replies are discarded at the end.
+        cache: Folder that keeps the replies for later processes. With None, or if the folder can't be written or
+            another process is writing to it, replies are discarded at the end.
         console: Where to warn about captions that are not in English; stderr by default.
 
     Raises:
@@ -75,8 +75,8 @@ class KnowledgeGenerator:
         found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
         if lost or len(found) < len(outcomes):
             raise AmpError(
-                f"{lost:,} of {len(distinct):,} captions got no reply from the model's server, expected one each; check "
-                "the server, or use the engine 'rules'"
+                f"{lost:,} of {len(distinct):,} captions got no reply from the model's server, expected one each; "
+                "check the server, or use the engine 'rules'"
             )
         return found
 

@@ -100,8 +100,8 @@ def generate_knowledge(
         raise AmpError("part and merge are both given; expected only one of them; merge after all parts have finished")
     if merge and not (Path(out) / SETTINGS_NAME).exists():
         raise AmpError(
-            f"{out}: has no {SETTINGS_NAME}; expected a folder in which knowledge was generated; check --out, or run the "
-            "parts first"
+            f"{out}: has no {SETTINGS_NAME}; expected a folder in which knowledge was generated; check --out, or run "
+            "the parts first"
         )
     index, parts = _share(part)
     with console.progress("reading captions"):

@@ -89,8 +89,8 @@ class Settings:
         if difference is not None:
             where, was, now = difference
             raise AmpError(
-                f"{self._path}: '{key}{where}' was {shorten(was)} and is now {shorten(now)}; expected the settings that "
-                "the folder was made with; restore the old setting, or choose another --out"
+                f"{self._path}: '{key}{where}' was {shorten(was)} and is now {shorten(now)}; expected the settings "
+                "that the folder was made with; restore the old setting, or choose another --out"
             )
 
 

@@ -68,7 +68,7 @@ class Rows:
 
         for row, matcher in enumerate(self._matchers):
             fill_next_token_bitmask(matcher, self._allowed, row)
-        # Unpack the bits here: llguidance's own function compiles a kernel first, which takes seconds and needs a compiler.
+        # Unpack the bits here: llguidance's own function first compiles a kernel, which takes seconds and a compiler.
         words = self._allowed[: len(self._matchers)].to(logits.device, non_blocking=True)
         bits = (words.unsqueeze(2) >> torch.arange(32, device=logits.device)) & 1
         return logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)

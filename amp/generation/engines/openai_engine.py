@@ -28,8 +28,8 @@ class OpenAIEngine:
         base_url: Address of the API, such as http://localhost:8000/v1.
         model: Name of the model on the server.
         rendering: chat uses chat/completions and the server's chat template; plain sends text to completions.
-        constrained: Format in which the server accepts a grammar: vllm (a regex), llama.cpp (GBNF) or none; auto queries
-            the server.
+        constrained: Format in which the server accepts a grammar: vllm (a regex), llama.cpp (GBNF) or none; auto
+            queries the server.
         concurrency: Maximum number of simultaneous requests.
         requests_per_minute: Maximum number of requests per minute; null sets no limit.
         timeout: Seconds after which a request is cancelled and tried again.
@@ -241,8 +241,8 @@ class OpenAIEngine:
             self._refused(error)
         except openai.APIConnectionError as error:
             raise EngineError(
-                f"{self._where}: no server answers ({shorten(self._said(error.__cause__ or error))}); expected one with "
-                "OpenAI's API; start it, or check --openai.base_url"
+                f"{self._where}: no server answers ({shorten(self._said(error.__cause__ or error))}); expected one "
+                "with OpenAI's API; start it, or check --openai.base_url"
             ) from None
         except (openai.OpenAIError, AttributeError, TypeError, ValueError):
             return "none"  # not every server lists its models

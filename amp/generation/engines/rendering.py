@@ -17,7 +17,7 @@ def plain_text(prefix: Sequence[Message], suffix: str) -> str:
 
 
 def without_marks(text: str) -> str:
-    """Disarms the control tokens of chat templates in a suffix, by spaces inside `<|im_end|>`, `</s>`, `[INST]` and so on.
+    """Inserts spaces into control tokens of chat templates in a suffix: `<|im_end|>`, `</s>`, `[INST]` and so on.
 
     Some servers interpret control tokens anywhere in a prompt.
     """
