@@ -119,7 +119,7 @@ def test_command_line(tmp_path):
     for arguments, message in (
         (["--knowledge", tmp_path / "none.jsonl"], "none.jsonl: can't be read"),
         (["--knowledge", first, "--out", "report.txt"], "expected a name that ends in .md or .json"),
-        (["--knowledge", write(tmp_path / "empty.jsonl", [])], "no record in it"),
+        (["--knowledge", write(tmp_path / "empty.jsonl", [])], "has no records"),
         (["--knowledge", first, "--sample", "-1"], "sample is -1; expected 0 or more"),
     ):
         process = run(*arguments)
@@ -127,7 +127,7 @@ def test_command_line(tmp_path):
     process = run(
         "--knowledge", tmp_path / "none.jsonl", "--against", tmp_path / "empty.jsonl", "--out", first / "x.md"
     )
-    for words in ("3 errors: ", "none.jsonl: can't be read", "no record in it", "x.md: can't be written"):
+    for words in ("3 errors: ", "none.jsonl: can't be read", "has no records", "x.md: can't be written"):
         assert process.returncode == 2 and words in process.stderr
 
 

@@ -250,11 +250,11 @@ def test_too_many_fallbacks_fail_the_merge(whole, tmp_path, model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--seed", "1"], "'ladder.seed' was 0, now 1"),
-        (["--retries", "1"], "'ladder.retries' was 2, now 1"),
+        (["--seed", "1"], "'ladder.seed' was 0 and is now 1"),
+        (["--retries", "1"], "'ladder.retries' was 2 and is now 1"),
         (["--template", "coco"], "'ladder.template."),
-        (["--model", "other"], "'options.model' was 'scripted', now 'other'"),
-        (["--fallback", "rules"], "'options.fallback' was 'none', now 'rules'"),
+        (["--model", "other"], "'options.model' was 'scripted' and is now 'other'"),
+        (["--fallback", "rules"], "'options.fallback' was 'none' and is now 'rules'"),
     ],
 )
 def test_one_folder_has_one_origin(whole, model, options, message):

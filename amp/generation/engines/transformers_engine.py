@@ -317,7 +317,7 @@ class TransformersEngine:
 
 
 def _find(model: str, revision: str | None, gguf_folder: str | None) -> tuple[str, dict[str, str] | None]:
-    """Returns (what transformers loads, file hashes that identify the weights). Hub models have no hashes but a commit."""
+    """Returns (what transformers loads, file hashes that identify the weights). Hub models have None."""
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf":
         from amp.generation.engines.gguf_weights import unpack
