@@ -1,4 +1,4 @@
-"""`amp train` as a script of the clone; its text and options are in amp/commands/train.py."""
+"""Runs `amp train` from a clone. See amp/commands/train.py."""
 
 from amp.errors import exit_on_error
 

@@ -54,19 +54,19 @@ def test_figures_by_hand(tmp_path):
         "captions with a triplet": 0.5,
         "triplets": 2,
         "action triplets": 1,
-        "triplets a caption": 1.0,
+        "triplets per caption": 1.0,
         "captions by number of triplets": {"0": 1, "2": 1},
         "distinct actions": 1,
         "distinct states": 2,
-        "words a state": 4.0,
-        "tokens a state prompt, median": 16.5,
-        "tokens a state prompt, most": 17,
+        "words per state": 4.0,
+        "tokens per state prompt, median": 16.5,
+        "tokens per state prompt, maximum": 17,
         "state prompts cut at 77 tokens": 0.0,
-        "slots of more than 5 tokens": 0.0,
+        "slots longer than 5 tokens": 0.0,
         "most frequent actions": {"runs to": 1},
         "triplets by source": {"strict": 2},
         "states by source": {"strict": 1, "rules": 1},
-        "why empty": {"nothing found in the caption": 1},
+        "reasons for no triplet": {"nothing found in the caption": 1},
     }
 
 
@@ -74,7 +74,7 @@ def test_cut_prompts_and_long_slots(tmp_path):
     entries = load_entries(write(tmp_path / "a.jsonl", TWO))
     figures = describe(list(entries.values()), lambda text: range(6 * len(text.split())))
     assert figures["state prompts cut at 77 tokens"] == 1.0  # 14 words of 6 tokens
-    assert figures["slots of more than 5 tokens"] == 1.0
+    assert figures["slots longer than 5 tokens"] == 1.0
 
 
 def test_agreement_by_hand(tmp_path):
@@ -82,7 +82,7 @@ def test_agreement_by_hand(tmp_path):
     figures = agreement(first, second)
     # caption 1: "runs to" is in both, "is big" in one, "sees" in the other: 1 of 3; caption 2: nothing in both
     assert figures["captions in both"] == 2
-    assert figures["overlap of triplets a caption, mean"] == pytest.approx((1 / 3 + 1) / 2)
+    assert figures["mean overlap of triplets per caption"] == pytest.approx((1 / 3 + 1) / 2)
     assert figures["captions with the same triplets"] == 0.5
     assert figures["captions with the same states"] == 1.0
     assert figures["actions only in the first"] == {"is": 1} and figures["actions only in the second"] == {"sees": 1}
@@ -119,7 +119,7 @@ def test_command_line(tmp_path):
     for arguments, message in (
         (["--knowledge", tmp_path / "none.jsonl"], "none.jsonl: can't be read"),
         (["--knowledge", first, "--out", "report.txt"], "expected a name that ends in .md or .json"),
-        (["--knowledge", write(tmp_path / "empty.jsonl", [])], "no record in it"),
+        (["--knowledge", write(tmp_path / "empty.jsonl", [])], "has no records"),
         (["--knowledge", first, "--sample", "-1"], "sample is -1; expected 0 or more"),
     ):
         process = run(*arguments)
@@ -127,7 +127,7 @@ def test_command_line(tmp_path):
     process = run(
         "--knowledge", tmp_path / "none.jsonl", "--against", tmp_path / "empty.jsonl", "--out", first / "x.md"
     )
-    for words in ("3 errors: ", "none.jsonl: can't be read", "no record in it", "x.md: can't be written"):
+    for words in ("3 errors: ", "none.jsonl: can't be read", "has no records", "x.md: can't be written"):
         assert process.returncode == 2 and words in process.stderr
 
 

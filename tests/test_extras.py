@@ -75,7 +75,7 @@ def test_the_core_needs_no_extra_and_no_linux(clip_folder, tmp_path):
     assert done.stdout.count(".png") == 3
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("program.py: error: the rules can't work without the package spacy ")
-    assert 'pip install "open-clip-amp[generate]", or do without rules' in done.stderr
+    assert 'pip install "open-clip-amp[generate]", or turn the rules off' in done.stderr
 
 
 def packages(extra: str | None = None) -> set[str]:

@@ -233,7 +233,7 @@ def test_merge_refuses_what_is_missing(whole, tmp_path, model):
     assert run(captions, tmp_path / "out", model, "--part", "0/2").returncode == 0
     process = run(captions, tmp_path / "out", model, "--merge", "true")
     assert process.returncode == 2
-    assert "different captions aren't done" in process.stderr and "triplets missing in the cache" in process.stderr
+    assert "distinct captions aren't done" in process.stderr and "triplets missing in the cache" in process.stderr
     assert [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith("knowledge")] == []
     process = run(captions, tmp_path / "out", model)  # without --part it does the rest
     assert process.returncode == 0 and (tmp_path / "out" / "knowledge.jsonl").exists()
@@ -243,18 +243,18 @@ def test_too_many_fallbacks_fail_the_merge(whole, tmp_path, model):
     captions, reference, _, _ = whole
     out = tmp_path / "out"
     process = run(captions, out, model, "--max_fallback", "0.01", "--cache", str(reference / "cache"))
-    assert process.returncode == 2 and "came down to rules (0) or to nothing" in process.stderr
+    assert process.returncode == 2 and "fell back to rules (0) or failed" in process.stderr
     assert "expected at most 1.0%" in process.stderr and not (out / "knowledge.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--seed", "1"], "'ladder.seed' was 0, now 1"),
-        (["--retries", "1"], "'ladder.retries' was 2, now 1"),
+        (["--seed", "1"], "'ladder.seed' was 0 and is now 1"),
+        (["--retries", "1"], "'ladder.retries' was 2 and is now 1"),
         (["--template", "coco"], "'ladder.template."),
-        (["--model", "other"], "'options.model' was 'scripted', now 'other'"),
-        (["--fallback", "rules"], "'options.fallback' was 'none', now 'rules'"),
+        (["--model", "other"], "'options.model' was 'scripted' and is now 'other'"),
+        (["--fallback", "rules"], "'options.fallback' was 'none' and is now 'rules'"),
     ],
 )
 def test_one_folder_has_one_origin(whole, model, options, message):
@@ -270,7 +270,7 @@ def test_one_folder_has_one_origin(whole, model, options, message):
     [
         (["--part", "2/2"], "part is '2/2'; expected I/N"),
         (["--part", "0/2", "--merge", "true"], "part and merge are both given"),
-        (["--merge", "true"], "out: no settings.json in it; expected a folder in which knowledge was generated"),
+        (["--merge", "true"], "out: has no settings.json; expected a folder in which knowledge was generated"),
         (["--template", "nowhere"], "nowhere.yaml: no such template; expected one of coco, default, flickr"),
         (["--splits", "dev"], "no split 'dev'; splits seen: test, train"),
         (["--retries", "9"], "retries is 9"),

@@ -75,7 +75,9 @@ def test_the_note_counts_and_a_few_are_no_reason_to_warn():
     assert language_note([*english, OTHERS["French"][0]], "--x") is None
     assert language_note([], "--x") is None
     note = language_note([*english, *OTHERS["French"][:2]], "--x")
-    assert note.startswith("not in English: 2 of 200 captions, such as 'Un chien brun") and "--x transformers" in note
+    assert (
+        note.startswith("2 of 200 captions are not in English, such as 'Un chien brun") and "--x transformers" in note
+    )
 
 
 class NoRules:
@@ -102,7 +104,7 @@ def test_generation_by_rules_warns(tmp_path, shown):
     rows = [{"image": "a.jpg", "caption": text} for text in (*OTHERS["German"], "A dog runs across the grass", None)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     generate_knowledge(str(path), str(tmp_path / "out"), console=PlainConsole(file=shown, width=80))
-    assert shown.getvalue().count("warning: not in English: 3 of 4 captions, such as 'Zwei Kinder") == 1
+    assert shown.getvalue().count("warning: 3 of 4 captions are not in English, such as 'Zwei Kinder") == 1
     assert f"1 skipped: empty_caption, first: {path} line 5: 'caption' is empty\n" in shown.getvalue()
 
 
@@ -112,5 +114,7 @@ def test_a_query_warns_once(shown):
     assert shown.getvalue() == ""
     generate(["un chien saute dans l'eau"])
     generate(["un chien saute dans la neige"])
-    assert shown.getvalue().startswith('warning: not in English: 1 of 1 captions, such as "un chien saute dans l\'eau"')
+    assert shown.getvalue().startswith(
+        'warning: 1 of 1 captions are not in English, such as "un chien saute dans l\'eau"'
+    )
     assert shown.getvalue().count("warning") == 1 and "--knowledge transformers" in shown.getvalue()

@@ -200,7 +200,7 @@ def test_a_refused_request_isn_t_tried_again(code):
     [
         (401, "the key is refused (status 401); expected a valid one in the environment variable OPENAI_API_KEY"),
         (403, "the key is refused"),
-        (404, "model 'm' or the address isn't known there"),
+        (404, "the server doesn't know the model 'm' or the address"),
     ],
 )
 def test_what_concerns_every_request_stops_the_run(code, message):

@@ -44,12 +44,18 @@ def broken(change) -> str:
         (lambda c: c.pop("states"), "key 'states' is missing; expected an object"),
         (
             lambda c: c["triplets"].update(samples=[]),
-            r"'samples' is \[\]; expected one that isn't empty",
+            r"'samples' is \[\]; expected a value that isn't empty",
         ),
-        (lambda c: c["triplets"]["samples"][0]["triplets"].append("action: boy | runs | -"), "isn't a strict reply"),
+        (
+            lambda c: c["triplets"]["samples"][0]["triplets"].append("action: boy | runs | -"),
+            "fail the strict check; expected at most six",
+        ),
         (lambda c: c["triplets"]["samples"][1].pop("caption"), r"samples\[1\]: key 'caption' is missing"),
-        (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 2 triplets and the states"),
-        (lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"), "a line that is no triplet"),
+        (lambda c: c["states"]["samples"][0]["states"].pop(), r"states.samples\[0\]: 'states' is .* for 2 triplets"),
+        (
+            lambda c: c["states"]["samples"][0]["triplets"].append("no triplet"),
+            "expected triplets only; correct the line",
+        ),
         (lambda c: c["states"]["samples"][2].update(states=["Yes."]), "expected one sentence per triplet"),
     ],
 )

@@ -82,7 +82,7 @@ def test_families(template, before, behind):
     ],
 )
 def test_templates_that_can_t_be_used(template):
-    with pytest.raises(EngineError, match=r"chat template .* take plain rendering"):
+    with pytest.raises(EngineError, match=r"chat template .* use plain rendering"):
         chat_parts(tokenizer(template), PREFIX)
 
 

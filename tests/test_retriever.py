@@ -515,7 +515,7 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
         command.main([*options, "--photos", str(photos)])
     told = capsys.readouterr().err
     assert f"{PHOTOS} photos in {tmp_path / 'index'}: {PHOTOS} encoded, 0 kept, 0 removed" in told
-    assert "left out: 1 hidden files and folders, 1 files that are no photos" in told
+    assert "left out: 1 hidden files and folders, 1 files that are not photos" in told
     command.main([*options, "--sheet", str(tmp_path / "found.png"), "--count", "7", "A dog chases a red ball"])
     out = capsys.readouterr().out
     assert "<dog, chases, ball>" in out and "CLIP's rank" in out

@@ -238,7 +238,7 @@ def test_plain_rendering_stops_at_the_empty_line(tmp_path, smollm2):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"model": "/no/such/folder"}, "/no/such/folder: no such folder of a model"),
+        ({"model": "/no/such/folder"}, "/no/such/folder: no such model folder"),
         ({"model": "./none.gguf"}, "none.gguf: can't be read"),
         ({"model": "HuggingFaceTB/no-such-model"}, "can't be loaded as a causal language model"),
         ({"model": "x", "batch_size": 0}, "batch_size is 0"),
@@ -251,9 +251,9 @@ def test_models_that_can_t_be_loaded(options, message, monkeypatch):
 
 
 def test_folders_that_hold_no_model(tmp_path, smollm2):
-    with pytest.raises(EngineError, match="no weights in it"):
+    with pytest.raises(EngineError, match="contains no weights"):
         TransformersEngine(model=str(tmp_path))
-    with pytest.raises(EngineError, match="a folder has no revision"):
+    with pytest.raises(EngineError, match="is a folder, which has no revision"):
         TransformersEngine(model=str(smollm2), revision="main")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(EngineError, match=r"bad\.gguf"):

@@ -110,5 +110,5 @@ def test_without_vllm_the_next_step_is_told(monkeypatch):
     from amp.generation.engines.vllm_engine import VLLMEngine
 
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(AmpError, match='pip install "vllm", or take --engine transformers'):
+    with pytest.raises(AmpError, match='pip install "vllm", or use --engine transformers'):
         VLLMEngine(model="x")

@@ -1,4 +1,4 @@
-"""Draws docs/architecture.png: files as sheets, programs as boxes, and what a step of training or re-ranking computes.
+"""Draws docs/architecture.png: the files and programs, and the computation of a training or re-ranking step.
 
 python tools/architecture.py --out docs/architecture.png
 """
@@ -12,7 +12,7 @@ with exit_on_error():
 
     from amp.command_line import CommandLine
 
-# name -> (x, y, kind, text); a unit is about the height of a box.
+# name -> (x, y, kind, text). One unit is about the height of a box.
 BOXES = {
     "captions": (0.0, 3.2, "file", "captions\nCSV, JSONL, Karpathy"),
     "photos": (0.0, 1.6, "file", "photos"),

@@ -1,11 +1,11 @@
-"""Trains the same steps under every engine, kills each run, resumes it, and compares: the table of docs/training.md.
+"""Compares training under every engine, including a killed and resumed run. Makes the table of docs/training.md.
 
     python tools/engine_matrix.py --out results/engines.csv      (about 20 minutes on two cores)
 
-One process, DDP and ZeRO 1 to 3 over two processes, in fp32 and bf16, on drawn scenes and the micro CLIP of this
-repository; started by torchrun as a user would. A row says how far its losses and weights are from those of one
-process in the same precision, what a checkpoint takes, and whether a run that was killed with SIGKILL ends with the
-same bits as one that was not. `moved` goes on from the killed run's checkpoint in one process without DeepSpeed.
+Runs one process, DDP and ZeRO 1 to 3 over two processes, in fp32 and bf16, with torchrun, on drawn scenes and the micro
+CLIP of this repository. Each row gives the distance of losses and weights from those of one process in the same
+precision, the size of a checkpoint, and whether a run that was killed with SIGKILL and resumed ends with the same bits.
+"moved" resumes the checkpoint of the killed run in one process without DeepSpeed.
 """
 
 import csv
@@ -32,7 +32,7 @@ with exit_on_error():
     from amp.terminal import PlainConsole
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, IMAGES_A_STEP, KILL_AT = 12, 16, 5
+STEPS, IMAGES_PER_STEP, KILL_AT = 12, 16, 5
 ZERO = ("zero1", "zero2", "zero2_offload", "zero3")
 SETTINGS = [
     "--config",
@@ -59,7 +59,7 @@ CONSOLE = PlainConsole(stderr=True)
 
 @dataclass
 class Engine:
-    """A way to run: its name, processes, and DeepSpeed file."""
+    """A way to train: name, number of processes, and name of the DeepSpeed configuration."""
 
     name: str
     processes: int
@@ -84,7 +84,7 @@ class Engine:
             "--mixed_precision",
             precision,
             "--data.batch_size",
-            str(IMAGES_A_STEP // self.processes),
+            str(IMAGES_PER_STEP // self.processes),
         ]
         if self.deepspeed:
             command += ["--deepspeed", f"ds_configs/{self.deepspeed}.json"]
@@ -93,18 +93,18 @@ class Engine:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def train(self, out: Path, data: Path, precision: str) -> dict[str, torch.Tensor]:
-        """Weights after the whole run, or after the rest of one."""
+        """Runs the training, or resumes it, and returns the weights at its end."""
         if self.start(out, data, precision).wait():
             raise SystemExit(f"{self.name} {precision} failed:\n" + Path(f"{out}.log").read_text()[-3000:])
         return load_file(out / "stage1" / "adapter.safetensors")
 
     def kill(self, out: Path, data: Path, precision: str) -> None:
-        """Starts a run and kills all its processes once step `KILL_AT` is saved."""
+        """Starts a run and kills all its processes after the checkpoint of step `KILL_AT`."""
         process = self.start(out, data, precision)
         while process.poll() is None and not list(out.glob(f"checkpoints/stage1-step{KILL_AT:08d}")):
             time.sleep(0.02)
         if process.poll() is not None:
-            raise SystemExit(f"{self.name} {precision} ended before it was killed, see {out}.log")
+            raise SystemExit(f"{self.name} {precision} ended before it could be killed, see {out}.log")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -156,7 +156,7 @@ def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"
 
     Args:
         out: CSV file of the table.
-        precisions: Of them ``no`` is fp32.
+        precisions: Values of mixed_precision to compare; no is fp32.
     """
     engines = [Engine("1 process", 1), Engine("DDP x 2", 2), *(Engine(f"{zero} x 2", 2, zero) for zero in ZERO)]
     rows = []
@@ -192,7 +192,7 @@ def main(out: str = "results/engines.csv", precisions: list[str] = ["no", "bf16"
                         "moved to 1 process": f"{distance(elsewhere, weights):.1e}",
                     }
                 )
-                save(out, rows)  # an engine that fails does not cost the others
+                save(out, rows)  # keep the finished rows if a later engine fails
     table = Table(*rows[0].keys())
     for row in rows:
         table.add_row(*row.values())

@@ -1,4 +1,4 @@
-"""`amp generate_knowledge` as a script of the clone; its text and options are in amp/commands/generate_knowledge.py."""
+"""Runs `amp generate_knowledge` from a clone. See amp/commands/generate_knowledge.py."""
 
 from amp.errors import exit_on_error
 

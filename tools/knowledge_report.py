@@ -1,6 +1,6 @@
-"""What a version of knowledge looks like, and how far it agrees with another.
+"""Reports statistics of a version of knowledge, and its agreement with another version.
 
-A JSONL file or a folder of shards each::
+Each version is a JSONL file or a folder of shards::
 
     python tools/knowledge_report.py --knowledge knowledge/qwen/knowledge.jsonl
     python tools/knowledge_report.py --knowledge data/coco --against knowledge/rules/knowledge.jsonl --out report.md
@@ -32,10 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--knowledge", type=str, required=True, help="knowledge.jsonl, the folder that holds it, or a folder of shards"
     )
-    parser.add_argument("--against", type=str | None, help="another version, likewise")
-    parser.add_argument("--sample", type=int, default=10, help="captions to show")
-    parser.add_argument("--seed", type=int, default=0, help="of that choice")
-    parser.add_argument("--out", type=str | None, help="file for the report, .md or .json")
+    parser.add_argument("--against", type=str | None, help="another version to compare with, in any of these forms")
+    parser.add_argument("--sample", type=int, default=10, help="number of captions to show")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the choice of these captions")
+    parser.add_argument("--out", type=str | None, help="file for the report, .md or .json; null only prints it")
     options = parser.parse_args(arguments)
     if options.out and Path(options.out).suffix not in (".md", ".json"):
         raise AmpError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def markdown(report: dict, samples: list[list[Entry]]) -> str:
-    """The report as text."""
+    """The report as Markdown."""
     figures = list(report["versions"].values())
     lines = [_row(["", *report["versions"]]), _row(["---", *["---:"] * len(figures)])]
     for key in figures[0]:
@@ -104,7 +104,7 @@ def _counts(counts: dict) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown doesn't read as its own marks."""
+    """Escapes the special characters of Markdown."""
     return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>|#" else letter for letter in printable(text))
 
 

@@ -1,4 +1,4 @@
-"""`amp make_shards` as a script of the clone; its text and options are in amp/commands/make_shards.py."""
+"""Runs `amp make_shards` from a clone. See amp/commands/make_shards.py."""
 
 from amp.errors import exit_on_error
 

@@ -1,7 +1,7 @@
-"""Prints launchers/configs/reference.yaml: every key of a training run.
+"""Prints launchers/configs/reference.yaml, which lists every key of a training run.
 
-Each key stands with its type, its default, its meaning (from the settings' docstrings) and whether the value is the
-paper's or ours. The paper's supplement with its hyper-parameters is not public, so few are the paper's.
+Each key has its type, default, meaning (from the docstrings of the settings) and origin: the paper or our own choice.
+The paper's supplement with the hyper-parameters is not public, so few values are from the paper.
 """
 
 import re
@@ -18,7 +18,7 @@ with exit_on_error():
 
     from amp.train.config import TrainConfig
 
-# Keys whose default is what the paper says, and where. The rest is ours.
+# Keys whose default is from the paper, and where the paper gives it. All others are our choice.
 PAPERS = {
     "model.name": "one of its three backbones",
     "model.pretrained": "its weights",
@@ -28,16 +28,16 @@ PAPERS = {
     "combined": "Table 5",
 }
 HEAD = """\
-# Every key of a training run, as it is where no file sets it: type, default, whether that is the paper's or ours (this
-# project's; the paper's hyper-parameters are not public), and what it means. Leave out of your own file what stays as
-# it is. Written by:
+# Every key of a training run, with its default value. The comments give type, default, origin ("paper", or "ours" for
+# this project's choice, since the paper's hyper-parameters are not public) and meaning. Your own file only needs the
+# keys that differ. Written by:
 #   python tools/reference_config.py > launchers/configs/reference.yaml
 """
 WIDTH = 118
 
 
 def reference() -> str:
-    """The file's content."""
+    """Returns the content of the file."""
     return HEAD + "\n".join(_lines(TrainConfig(), "", 0)) + "\n"
 
 
@@ -73,7 +73,7 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _default(field: Field) -> Any:
-    """The class's own; a run may start from another value, such as stage 2's epochs."""
+    """Default of the class. A run may start from another value, as for the epochs of stage 2."""
     return field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""`amp rewrite_knowledge` as a script of the clone; its text and options are in amp/commands/rewrite_knowledge.py."""
+"""Runs `amp rewrite_knowledge` from a clone. See amp/commands/rewrite_knowledge.py."""
 
 from amp.errors import exit_on_error
 

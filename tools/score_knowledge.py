@@ -1,6 +1,6 @@
-"""Score knowledge against captions labelled by hand: precision, recall and F1 of the triplets, a check of the states.
+"""Scores knowledge against hand-labelled captions: precision, recall and F1 of the triplets, and a check of the states.
 
-First the labelled captions as a captions file, then knowledge for them by any engine, then the score::
+Write the labelled captions to a captions file, generate their knowledge with any engine, then score it::
 
     python tools/score_knowledge.py --write_captions gold.csv
     amp generate_knowledge --captions gold.csv --out runs/gold/rules
@@ -32,14 +32,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_argument("--knowledge", type=str | None, help="knowledge.jsonl of the labelled captions")
-    parser.add_argument("--write_captions", type=str | None, help="write the labelled captions to this CSV instead")
-    parser.add_argument("--worst", type=int, default=0, help="show so many captions with the most mistakes and misses")
-    parser.add_argument("--out", type=str | None, help="JSON file for the figures")
+    parser.add_argument(
+        "--write_captions", type=str | None, help="CSV file to write the labelled captions to, instead of scoring"
+    )
+    parser.add_argument(
+        "--worst", type=int, default=0, help="number of captions with the most mistakes and misses to show"
+    )
+    parser.add_argument("--out", type=str | None, help="JSON file for the figures; null writes none")
     options = parser.parse_args(arguments)
     console = PlainConsole(soft_wrap=True, highlight=False)
     gold = load_gold()
     if (options.knowledge is None) == (options.write_captions is None):
-        raise AmpError("expected one of --knowledge and --write_captions; give it")
+        raise AmpError("expected either --knowledge or --write_captions; give one of them")
     if options.write_captions is not None:
         write_captions(gold, Path(options.write_captions))
         console.print(f"{len(gold)} captions written to {options.write_captions}")
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_captions(gold: list[GoldCaption], path: Path) -> None:
-    """A captions file whose data row numbers are the places in the gold file."""
+    """Writes a captions file with one row per labelled caption, in the order of the gold file."""
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow(["image", "caption", "split"])
@@ -64,10 +68,10 @@ def write_captions(gold: list[GoldCaption], path: Path) -> None:
 
 
 def read_knowledge(path: Path, gold: list[GoldCaption]) -> list[Knowledge]:
-    """The knowledge of each labelled caption, in order.
+    """Reads the knowledge of each labelled caption, in order.
 
     Raises:
-        AmpError: a caption without a record.
+        AmpError: A caption has no record.
     """
     by_caption = {}
     for number, record in jsonl_objects(path):
@@ -75,8 +79,8 @@ def read_knowledge(path: Path, gold: list[GoldCaption]) -> list[Knowledge]:
     missing = [label.caption for label in gold if label.caption not in by_caption]
     if missing:
         raise AmpError(
-            f"{path}: no record for {len(missing)} of {len(gold)} labelled captions, the first {missing[0]!r}; "
-            "expected one each with 'caption'; generate it for the file that --write_captions writes"
+            f"{path}: no record for {len(missing)} of {len(gold)} labelled captions, the first is {missing[0]!r}; "
+            "expected one record with 'caption' for each; generate them from the file that --write_captions writes"
         )
     return [by_caption[label.caption] for label in gold]
 
@@ -107,12 +111,14 @@ def show(found: list[Knowledge], gold: list[GoldCaption], console) -> dict:
     console.print(table)
     states = [good for item, label in zip(found, gold, strict=True) for good in good_states(item, label.caption)]
     figures["states"] = {"count": len(states), "good": sum(states)}
-    console.print(f"{sum(states)} of {len(states)} states of good form and about their triplet (not: true)")
+    console.print(
+        f"{sum(states)} of {len(states)} states have a good form and are about their triplet (truth is not checked)"
+    )
     return figures
 
 
 def show_worst(found: list[Knowledge], gold: list[GoldCaption], count: int, console) -> None:
-    """The captions with the most mistakes and misses."""
+    """Prints the captions with the most mistakes and misses."""
     errors = []
     for item, label in zip(found, gold, strict=True):
         score = score_triplets([item], [label])

@@ -1,7 +1,7 @@
-"""The command lines: each module has a `main`, which `amp NAME` and a script of launchers/ or tools/ call alike."""
+"""The commands. Each module has a `main`, called by `amp NAME` and by the script in launchers/ or tools/."""
 
 import os
 
-# Before anything loads torch's OpenMP, which reads it then: a thread that spins while it waits for the others takes the
-# core from a decoding worker, or from another process.
+# Set before torch loads OpenMP, which reads the variable only once. Threads that spin while they wait would take cores
+# from decoding workers and other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

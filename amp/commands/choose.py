@@ -1,16 +1,17 @@
-"""Asks which of a photo's captions is right: SugarCrepe, ARO, and captions with swapped roles and actions.
+"""Tests whether a model picks the right caption of a photo: SugarCrepe, ARO, and swapped roles and actions.
 
     amp choose --shards data/flickr8k --adapters ours=FILE --tests swapped-roles swapped-actions \
         --split test --out runs/mine/choices.csv
     amp choose --adapters ours=FILE --tests swap_obj.json replace_rel.json --images coco/val2017 \
         --out runs/mine/sugarcrepe.csv
 
-The swapped tests are made from the captions and triplets of the shards. Files are those of SugarCrepe and ARO, with
-their photos in a folder; both captions get knowledge from --knowledge, which never sees which one is right.
+The tests swapped-roles and swapped-actions are made from the captions and triplets of the shards. Other tests are files
+of SugarCrepe or ARO, with their photos in a folder. Both captions get knowledge from --knowledge, which does not know
+which caption is right.
 
-All inputs are checked before a model is loaded. Entries that can't be used are skipped, up to --max_skipped_entries of
-a test, and listed with the reason in OUT's .skipped.csv. OUT is written again after each test; a test that fails leaves
-the others alone.
+All inputs are checked before a model is loaded. Up to --max_skipped_entries unusable entries per test are skipped and
+listed with the reason in a .skipped.csv file next to OUT. OUT is written after each test, and a failed test does not
+stop the others.
 """
 
 from amp.command_line import CommandLine

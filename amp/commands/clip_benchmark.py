@@ -1,4 +1,4 @@
-"""CLIP_benchmark's own command line (https://github.com/LAION-AI/CLIP_benchmark), with our models as its type ``amp``.
+"""CLIP_benchmark's own command line (https://github.com/LAION-AI/CLIP_benchmark), with adapters as model type `amp`.
 
 amp clip_benchmark eval --model_type amp --model ADAPTER --pretrained adapter --dataset cifar10
 """
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     register()
     from clip_benchmark.cli import main as run
 
-    sys.argv = [typed_command(), *(sys.argv[1:] if arguments is None else arguments)]  # its parser reads this only
+    sys.argv = [typed_command(), *(sys.argv[1:] if arguments is None else arguments)]  # its parser reads only sys.argv
     run()
 
 

@@ -1,10 +1,10 @@
-"""Compares two rows of evaluations on the same queries: differences with intervals, and what one mends or breaks.
+"""Compares two rows of evaluations on the same queries: differences with intervals, and queries gained and lost.
 
     amp compare --a runs/mine/results.json --a_row control --b_row "ours (pairwise)"
     amp compare --a runs/one/results.json --a_row ours --b runs/two/results.json --b_row ours
 
-Both are resampled with the same images (paired bootstrap), so queries that both find or both miss add no noise. Reads
-the .npz file next to each JSON file. A row is named as the table prints it, or by its method if that has one row only.
+The paired bootstrap resamples the same images for both rows, so queries that both find or both miss add no noise. Reads
+the .npz file next to each JSON file. Give a row's name as printed in the table, or its method if it has only one row.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from amp.errors import exit_on_error
 
 @dataclass
 class CompareSettings:
-    """Two rows.
+    """Settings of a comparison. Differences are row b minus row a.
 
     Args:
-        a: Result file of amp evaluate.
-        a_row: Its row that the differences start from, such as "control" or "ours (pairwise)".
-        b_row: The row that is compared with it.
-        b: Result file of that row; null takes `a`.
+        a: Result file of amp evaluate with row a.
+        a_row: Name of row a, the reference, such as "control" or "ours (pairwise)".
+        b_row: Name of row b, which is compared with row a.
+        b: Result file with row b; null takes the file `a`.
         out: JSON file of the comparison; null writes none.
-        bootstrap: Samples of the images.
-        seed: Of the samples.
+        bootstrap: Number of bootstrap samples of the images.
+        seed: Random seed of the bootstrap samples.
     """
 
     a: str = ""

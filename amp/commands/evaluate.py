@@ -2,13 +2,13 @@
 
     amp evaluate --shards data/flickr8k --out runs/mine/results.json \
         --adapters control=runs/mine/control/stage2/adapter.safetensors ours=runs/mine/ours/stage2/adapter.safetensors
-    amp evaluate --shards data/flickr8k --model.name ViT-B-32-quickgelu --model.pretrained openai     (the base only)
-    accelerate launch --config_file launchers/accelerate/one_node.yaml -m amp.commands.evaluate ...   (pairs are split)
+    amp evaluate --shards data/flickr8k --model.name ViT-B-32-quickgelu --model.pretrained openai     (base model only)
+    accelerate launch --config_file launchers/accelerate/one_node.yaml -m amp.commands.evaluate ...   (several GPUs)
 
-Base model, image transform and kinds of triplets come from the adapters' own record. How the split is searched is set
-by --search. Writes OUT (JSON) and next to it .csv, .npz (results per query, for amp compare and amp report) and
-.verbs.csv (accuracy by action verb); with --gallery a picture of some retrievals. The same command continues a run that
-was stopped.
+The base model, image transform and kinds of triplets are read from the adapters. --search sets how the split is
+searched. Writes OUT (JSON) and, next to it, .csv, .npz (results per query, for amp compare and amp report) and
+.verbs.csv (accuracy by action verb). --gallery draws some retrievals. Run the same command again to continue an
+interrupted evaluation.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def parser() -> CommandLine:
     return command_line(__doc__, EvaluationSettings, "--shards DIR --adapters NAME=FILE [NAME=FILE ...]")
 
 
-@exit_on_error("scores so far are kept, and the same command goes on from there")
+@exit_on_error("scores so far are kept; run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
     settings = read_command_line(parser(), arguments, EvaluationSettings)
     if settings.gallery is not None:

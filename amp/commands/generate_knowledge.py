@@ -1,25 +1,26 @@
-"""Generate the action knowledge of a captions file: triplets and a state description of each, for amp make_shards.
+"""Generates the action knowledge of a captions file: triplets, and a state that describes each triplet.
 
-Rules, no language model (``pip install "open-clip-amp[generate]"`` and a spaCy model)::
+With rules, without a language model (needs `pip install "open-clip-amp[generate]"` and a spaCy model)::
 
     amp generate_knowledge --captions dataset_coco.json --out knowledge/rules
 
-A local or hub model, or a GGUF file; several GPUs with ``accelerate launch`` in front, then ``--merge``::
+With a local or hub model or a GGUF file (on several GPUs, start it with `accelerate launch`, then run `--merge`)::
 
     amp generate_knowledge --captions dataset_coco.json --out knowledge/qwen --template coco \
         --engine transformers --model Qwen/Qwen2.5-7B-Instruct
 
-A server of OpenAI's interface: ``vllm serve MODEL --enable-prefix-caching``, ``llama-server -m MODEL.gguf``::
+With a server of OpenAI's API, such as `vllm serve MODEL --enable-prefix-caching` or `llama-server -m MODEL.gguf`::
 
     amp generate_knowledge --captions captions.csv --out knowledge/mine \
         --engine openai --openai.base_url http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
 
-The same command again does only what is missing. A job array: ``--part 0/16`` to ``--part 15/16``, then the command
-without it (on Slurm: launchers/slurm/generate_knowledge.sbatch). Then::
+Run the same command again to generate only what is missing. In a job array, run the parts `--part 0/16` to
+`--part 15/16`, then the command without `--part` (on Slurm: launchers/slurm/generate_knowledge.sbatch). Then write the
+shards::
 
     amp make_shards ... --knowledge OUT
 
-or amp rewrite_knowledge for shards that exist.
+or put the knowledge into existing shards with amp rewrite_knowledge.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ def parser():
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(generate_knowledge, skip={"splits", "engine_options", "command", "console"})
-    parser.add_argument("--splits", nargs="+", type=str, help="splits whose captions get knowledge; by default all")
-    parser.add_argument("--model", type=str | None, default=None, help="model of the engine; rules have none")
+    parser.add_argument("--splits", nargs="+", type=str, help="splits whose captions get knowledge; all by default")
+    parser.add_argument("--model", type=str | None, default=None, help="model of the engine; not for the engine rules")
     for name, engine in known_engines().items():
         parser.add_class_arguments(engine, name, skip={"model"})
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
 
-@exit_on_error("the replies are kept, and the same command goes on from there")
+@exit_on_error("the replies so far are kept; run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 
@@ -62,8 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = options.pop("model")
     if (model is None) != (options["engine"] == "rules"):
         raise AmpError(
-            f"--model is {model!r} with --engine {options['engine']}; expected a model for an engine that has "
-            "one, and none for rules; give both, or neither"
+            f"--model is {model!r} with --engine {options['engine']}; expected a model for every engine except rules; "
+            "give both --model and --engine, or neither"
         )
     if model is not None:
         options["engine_options"] = {"model": model, **of_engines.get(options["engine"], {})}
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(source, f"{summary.triplets[source]:,}", f"{summary.states[source]:,}")
     output = PlainConsole()
     output.print(table)
-    output.print(f"{summary.captions:,} captions, {summary.distinct:,} different ones")
+    output.print(f"{summary.captions:,} captions, {summary.distinct:,} distinct")
     for reason, count in summary.empty.items():
         output.print(f"{count:,} without a triplet: {reason}")
     output.print(f"{options['out']}/{KNOWLEDGE_NAME} written")

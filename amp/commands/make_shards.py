@@ -1,24 +1,24 @@
-"""Turn a captions file, a folder of photos and their action knowledge into shards for training and evaluation.
+"""Converts a captions file, a folder of photos and their action knowledge to shards for training and evaluation.
 
-COCO (images/ holds train2014/ and val2014/) and Flickr30K, with the Karpathy splits::
+COCO (images/ contains train2014/ and val2014/) and Flickr30K, with the Karpathy splits::
 
     amp make_shards --captions dataset_coco.json --images coco/images --knowledge knowledge.jsonl \
         --out data/coco
     amp make_shards --captions dataset_flickr30k.json --images flickr30k/images --out data/flickr30k
 
-Your own photos: a CSV with the header ``image,caption,split`` (or JSONL with these keys), several rows an image::
+Your own photos: a CSV with the header `image,caption,split` (or JSONL with these keys), one row per caption::
 
     amp make_shards --captions captions.csv --images photos --out data/mine
 
-Smaller files for a slow disk, a quick try, a subset of the splits::
+Smaller images for a slow disk, few images for a quick try, a subset of the splits::
 
     amp make_shards ... --resize 336 --limit 500 --splits train val
 
-The same command again does only what is missing: after an interruption, or after the captions, the knowledge or some
-photos have changed. The manifest is written last; a folder without ``manifest.json`` isn't finished.
+After an interruption, or a change of captions, knowledge or photos, run the same command again: it does only what is
+missing. The manifest is written last, so a folder without `manifest.json` isn't finished.
 
-Several machines with one file system: a part on each, ``--part 0/2`` and ``--part 1/2``, then the command without it
-(on Slurm: launchers/slurm/make_shards.sbatch)::
+On several machines with a shared file system, run one part on each (`--part 0/2`, `--part 1/2`), then the command
+without `--part` (on Slurm: launchers/slurm/make_shards.sbatch)::
 
     amp make_shards ... --part 0/2
 """
@@ -32,21 +32,21 @@ from amp.errors import exit_on_error
 
 
 def parser():
-    from amp.command_line import CommandLine  # not above: worker processes import this file too
+    from amp.command_line import CommandLine  # not at the top: worker processes import this module too
 
     parser = CommandLine(
         usage="%(prog)s --captions FILE --images FOLDER --out FOLDER [options]",
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(make_shards, skip={"splits", "command", "console"})
-    parser.add_argument("--splits", nargs="+", type=str, help="splits to convert; all that occur by default")
+    parser.add_argument("--splits", nargs="+", type=str, help="splits to convert; all by default")
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
 
-@exit_on_error("finished shards are kept, and the same command goes on from there")
+@exit_on_error("finished shards are kept; run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
-    # Imported here because the worker processes import this file too.
+    # Not at the top: worker processes import this module too.
     from rich.table import Table
 
     from amp.terminal import PlainConsole

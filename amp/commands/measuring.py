@@ -1,7 +1,7 @@
-"""Options of the commands that measure: a dataclass of their own, and files that were written for training.
+"""Command lines of the commands that measure. Options come from a dataclass, and may come from training configurations.
 
-Adapters record what they were trained on, so no file is needed. One of a training run or data set is still taken: the
-keys that the command has are read, the others of training have no effect.
+A configuration file is optional, since adapters record what they were trained on. From the configuration of a training
+run these commands read the keys that they have too, and ignore the other training keys.
 """
 
 from dataclasses import fields
@@ -17,28 +17,30 @@ Settings = TypeVar("Settings")
 
 
 def command_line(description: str, settings: type, usage: str = "") -> CommandLine:
-    """A parser of the dataclass `settings`, from options and YAML files.
+    """Makes a parser that reads the dataclass `settings` from options and YAML files.
 
     Args:
-        description: Of the command; its first line is shown.
-        settings: What is read.
-        usage: Options in the usage line.
+        description: Description of the command. Only its first line is shown.
+        settings: Dataclass of the settings.
+        usage: Options to show in the usage line.
     """
     parser = CommandLine(
-        usage=f"%(prog)s {usage} [--KEY VALUE ...]",  # the keys would bury an error's line
+        usage=f"%(prog)s {usage} [--KEY VALUE ...]",  # listing all keys would hide the error message
         description=description.split("\n")[0],
     )
     parser.translate = partial(of_training_file, settings)
-    parser.add_argument("--config", action=ConfigFile, help="YAML file, of this command or of training; options win")
+    parser.add_argument(
+        "--config", action=ConfigFile, help="YAML file of this command or of training; options take precedence"
+    )
     parser.add_class_arguments(settings, as_group=False)
     return parser
 
 
 def read_command_line(parser: CommandLine, arguments: list[str] | None, settings: type[Settings]) -> Settings:
-    """What `command_line` parses.
+    """Parses a command line with a parser made by `command_line`.
 
     Raises:
-        AmpError: A value that its class refuses, or an `out` with another ending than the default's.
+        AmpError: The settings class refuses a value, or `out` and its default have different suffixes.
     """
     found = parser.instantiate(parser.parse_args(arguments))
     own = settings(**{key: value for key, value in found.items() if key != "config"})
@@ -49,19 +51,19 @@ def read_command_line(parser: CommandLine, arguments: list[str] | None, settings
 
 
 def of_training_file(settings: type, content: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration file that the dataclass `settings` has.
+    """Selects the keys of a configuration file that the dataclass `settings` has.
 
-    Keys below `data` are this command's own without that word. Keys that only training has are left out, as is the
-    folder that training calls `out`; keys that neither has stay, to be refused.
+    Keys below `data` move to the top level. Keys that only training has are removed, including `out` if it is a
+    training folder. Keys that neither has are kept, so that the parser refuses them.
     """
-    from amp.train.config import DataSettings, TrainConfig  # not for --help, which would wait for torch
+    from amp.train.config import DataSettings, TrainConfig  # not at the top: --help would wait for torch
 
     known = {field.name for field in fields(settings)}
     of_data = {field.name for field in fields(DataSettings)}
     of_training = {field.name for field in fields(TrainConfig)} - {"out"}
     data = content.get("data") or {}
     if not isinstance(data, dict):
-        raise TypeError(f"data is {data!r}, expected its settings below it, one KEY: VALUE a line")
+        raise TypeError(f"data is {data!r}, expected its settings below it, one KEY: VALUE per line")
     kept = {key: value for key, value in data.items() if key in known or key not in of_data}
     kept |= {key: value for key, value in content.items() if key in known or key not in of_training}
     if Path(str(kept.get("out"))).suffix != _ending(settings):

@@ -1,10 +1,11 @@
-"""Writes a trained adapter as a folder that others load, with a model card, and uploads it if asked to.
+"""Writes a trained adapter as a folder with a model card, and optionally uploads it to the Hugging Face hub.
 
     amp publish --adapter runs/mine/action-aware/stage2/adapter.safetensors --results runs/mine/results.json \
         --out models/mine
     amp publish ... --push ORG/REPO       (needs the network; `hf auth login` first)
 
-amp.from_pretrained("models/mine") and `amp search --adapter models/mine` load it; so does hf-hub:ORG/REPO in its place.
+Load it with amp.from_pretrained("models/mine") or `amp search --adapter models/mine`. Replace models/mine by
+hf-hub:ORG/REPO to load it from the hub.
 """
 
 from dataclasses import dataclass
@@ -15,16 +16,16 @@ from amp.errors import exit_on_error
 
 @dataclass
 class PublishSettings:
-    """What is published.
+    """Settings of a publication.
 
     Args:
-        adapter: ``adapter.safetensors`` of a run.
-        out: Folder for the adapter, its config.json and the card.
-        results: JSON file of an evaluation of this adapter, shown on the card; null says that there is none.
-        base: How others name the base model; null keeps the name that it was trained with.
-        base_pretrained: Its weights, as open_clip names them; read where `base` is given.
-        push: Repository of the Hugging Face hub, ORG/REPO; null uploads nothing.
-        private: Whether a repository that is made is private.
+        adapter: `adapter.safetensors` of a run.
+        out: Folder for the adapter, its config.json and the model card.
+        results: JSON file of an evaluation of this adapter, to show on the model card; null shows none.
+        base: Name of the base model to record for other users; null keeps the name used in training.
+        base_pretrained: Weights of the base model, as named by open_clip. Only used together with `base`.
+        push: Repository on the Hugging Face hub, ORG/REPO; null uploads nothing.
+        private: Whether a newly created repository is private.
     """
 
     adapter: str = ""

@@ -1,11 +1,11 @@
-"""Writes one HTML page about an evaluation: tables, plots, verbs, and a gallery with attention maps.
+"""Writes an HTML page about an evaluation: tables, plots, accuracy by verb, and a gallery with attention maps.
 
     amp report --results runs/mine/results.json --shards data/flickr8k --out runs/mine/report.html \
         --adapters ours=runs/mine/ours/stage2/adapter.safetensors
 
-The page needs no network and no other file. --results names the JSON file of amp evaluate, with its .npz file next to
-it; it says which base model, transform and kinds of triplets were used. The photos come from the shards. The attention
-of the last adapter is shown, and the TensorBoard files of the adapters' runs give the training curves.
+The page is a single file that needs no network. --results is the JSON file of amp evaluate, with its .npz file next to
+it; base model, transform and kinds of triplets are read from it. Photos come from the shards. The attention maps are
+those of the last adapter, and the training curves come from the TensorBoard files of the adapters' runs.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class ReportSettings:
-    """What the page shows.
+    """Settings of the page.
 
     Args:
         results: JSON file of amp evaluate.
-        row: Its row that is compared with base CLIP, such as "ours (pairwise)"; null takes the last one that is no
-            probe.
-        shards: Folder of the evaluation's shards; null takes the one that the adapters were trained on.
-        adapters: ``NAME=FILE`` each, as in the evaluation; none shows neither attention nor training.
-        model: The base CLIP where it is elsewhere than at the evaluation; null takes what the results file says.
-        sweep: CSV file of amp sweep, for the ablation plot; null shows none.
-        captions: Caption queries in the gallery.
-        images: Image queries in the gallery.
-        title: Title of the page; null names data and model.
+        row: Row of the results to compare with base CLIP, such as "ours (pairwise)"; null takes the last row that is
+            not a probe.
+        shards: Folder of the shards that were evaluated; null takes the folder that the adapters were trained on.
+        adapters: Adapters as `NAME=FILE`, named as in the evaluation. Without adapters the page shows no attention maps
+            and no training curves.
+        model: Base CLIP, if it has moved since the evaluation; null takes the model of the results file.
+        sweep: CSV file of amp sweep for the ablation plot; null shows none.
+        captions: Number of caption queries in the gallery.
+        images: Number of image queries in the gallery.
+        title: Title of the page; null uses the names of data and model.
         out: HTML file.
     """
 
@@ -90,9 +91,7 @@ def run(settings: ReportSettings) -> None:
             if key not in result.protocol
         ]
         if lacking:
-            raise AmpError(
-                f"{settings.results}: protocol key {lacking[0]!r} is missing; write it again with amp evaluate"
-            )
+            raise AmpError(f"{settings.results}: protocol key {lacking[0]!r} is missing; run amp evaluate again")
         row = result.find(settings.row, settings.results) if settings.row else last_row(result)
         for adapter in adapters.values():
             result.check_adapter(adapter.path, where=settings.results)
@@ -102,8 +101,8 @@ def run(settings: ReportSettings) -> None:
             captions = SplitCaptions.read(split, kinds, 0 if per_image == "all" else per_image)
         if captions_hash(captions) != result.protocol["captions_sha256"]:
             raise AmpError(
-                f"{split.root}: other captions than {settings.results} was made from, expected the same shards; give "
-                "them with --shards"
+                f"{split.root}: other captions than those of {settings.results}, expected the shards that were "
+                "evaluated; give them with --shards"
             )
         plots["Rows with 95 % intervals (bootstrap over images)"] = results_plot(result)
     with problems.collect():
@@ -111,7 +110,9 @@ def run(settings: ReportSettings) -> None:
             plots["Ablations, mean and standard error over seeds"] = sweep_plot(settings.sweep)
     with problems.collect():
         if min(settings.captions, settings.images) < 0:
-            raise AmpError(f"captions is {settings.captions}, images {settings.images}, expected at least 0 each")
+            raise AmpError(
+                f"captions is {settings.captions} and images is {settings.images}, expected at least 0 for both"
+            )
     with problems.collect():
         check_writable(settings.out)
     problems.check()
@@ -142,12 +143,12 @@ def run(settings: ReportSettings) -> None:
 
 
 def last_row(result: "ResultFile") -> "RetrievalRow":
-    """The last row that is no probe."""
+    """The last row that is not a probe."""
     return next(row for row in reversed(result.rows) if not row.key.probe)
 
 
 def evaluated_base(given: BaseSettings, result: "ResultFile") -> BaseSettings:
-    """The base model as given, and where that is null as the results file says."""
+    """The base model as given, with null values replaced by those of the results file."""
     protocol = result.protocol
     resize = given.resize_mode or (None if protocol.get("resize") == "model default" else protocol.get("resize"))
     if given.name is not None:

@@ -1,12 +1,12 @@
-"""Put other knowledge into shards that exist; images, keys and order stay.
+"""Replaces the knowledge in existing shards. Images, keys and order stay the same.
 
-In place, or into another folder::
+In place, or in a copy with --out::
 
     amp generate_knowledge --captions data/coco --out knowledge/qwen --template coco --engine ...
     amp rewrite_knowledge --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
         --knowledge_provenance knowledge/qwen/knowledge_provenance.json [--out data/coco-qwen]
 
-The same command again finishes what was interrupted. What the knowledge was before stays in manifest.json.
+Run the same command again to finish an interrupted run. manifest.json keeps the record of the earlier knowledge.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def parser():
     return parser
 
 
-@exit_on_error("the same command goes on from there")
+@exit_on_error("run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
     from rich.table import Table
 

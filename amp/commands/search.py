@@ -4,8 +4,8 @@
     amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
         "a dog jumps over a hurdle"
 
-The first command makes the index, or brings it up to date after photos have changed; it can also take a query. The
-base model is the one that the adapter was trained on.
+The first command creates the index, or updates it after photos have changed. It can also take a query. The base model
+is the one that the adapter was trained on.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,19 +23,19 @@ class SearchSettings:
 
     Args:
         index: Folder of the index.
-        photos: Folder of photos whose index is made or brought up to date first.
+        photos: Folder of photos to index before the search; null searches the index as it is.
         adapter: Adapter file of a run, folder of `amp publish`, or hf-hub:ORG/REPO; null searches with the base model
             only.
-        model: Base model, as open_clip names it; null takes the one in the adapter's record.
-        pretrained: Weights of the base model, as open_clip names them.
-        count: Number of photos that are shown.
-        top_k: Number of photos that are re-ranked (paper: 20).
-        fusion_weight: Weight of the base model's score, which is added to the new one.
-        knowledge: Where the query's triplets and states come from: an engine of amp generate_knowledge, or none.
+        model: Base model, as named by open_clip; null takes the one recorded in the adapter.
+        pretrained: Weights of the base model, as named by open_clip.
+        count: Number of photos to show.
+        top_k: Number of photos to re-rank (paper: 20).
+        fusion_weight: Weight of the base model's score, which is added to the re-ranking score.
+        knowledge: Source of the query's triplets and states: an engine of amp generate_knowledge, or none.
         engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
-        sheet: File for a picture of the photos found, such as found.png or found.jpg.
+        sheet: File for a contact sheet of the photos found, such as found.png or found.jpg; null draws none.
         device: Device of the model; null takes a GPU if there is one.
-        batch_size: Photos per forward pass.
+        batch_size: Number of photos per forward pass.
         workers: Number of decoding processes.
     """
 
@@ -58,13 +58,17 @@ class SearchSettings:
 def parser() -> CommandLine:
     usage = '%(prog)s --index FOLDER [--KEY VALUE ...] "QUERY"'
     parser = CommandLine(usage=usage, description=__doc__.split("\n")[0])
-    parser.add_argument("query", nargs="?", default=None, help="what the photo shows")
+    parser.add_argument("query", nargs="?", default=None, help="description of the photo")
     parser.add_class_arguments(SearchSettings, as_group=False)
     return parser
 
 
 def retriever(settings: SearchSettings, asks: bool):
-    """Makes the `Retriever` of the settings; only one that `asks` a query needs a generator of knowledge.
+    """Makes the `Retriever` of the settings.
+
+    Args:
+        settings: Settings of the search.
+        asks: Whether there is a query, which needs a generator of knowledge.
 
     Raises:
         AmpError: Adapter and model are both missing, or can't be loaded.
@@ -82,8 +86,8 @@ def retriever(settings: SearchSettings, asks: bool):
         if ":" not in settings.model and not settings.pretrained:
             refuse_unknown_model(settings.model, None)
             raise AmpError(
-                f"pretrained is missing, expected the weights of {settings.model}, since random ones find photos by "
-                "chance; add --pretrained TAG, as open_clip.list_pretrained() lists them, or --pretrained FILE"
+                f"pretrained is missing, expected the weights of {settings.model}, since random weights give random "
+                "results; add --pretrained FILE, or --pretrained TAG with a tag of open_clip.list_pretrained()"
             )
         model, _, preprocess = create_model_and_transforms(settings.model, settings.pretrained, device=device)
         return Retriever(model, preprocess, settings.index, top_k=0, **common)
@@ -104,7 +108,7 @@ def retriever(settings: SearchSettings, asks: bool):
     )
 
 
-@exit_on_error("the same command goes on from there")
+@exit_on_error("run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     query = parsed.pop("query")
@@ -112,7 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not settings.index:
         raise AmpError("index is empty, expected a folder; add --index FOLDER")
     if query is None and settings.photos is None:
-        raise AmpError('neither query nor photos, expected one: amp search --index FOLDER "a dog jumps"')
+        raise AmpError(
+            'neither query nor photos, expected one of them; for example amp search --index FOLDER "a dog jumps"'
+        )
     if settings.sheet is not None:
         from amp.report.drawing import picture_format
 
@@ -137,24 +143,24 @@ def main(arguments: list[str] | None = None) -> None:
     if query is not None:
         if search.index.pending:
             terminal.say(
-                f"{search.index.pending:,} photos are not searched, since their encoding was interrupted; add "
-                "--photos FOLDER to encode the rest"
+                f"{search.index.pending:,} photos are not searched, because their encoding was interrupted; add "
+                "--photos FOLDER to encode them"
             )
         if settings.sheet is not None and search.index.holds(settings.sheet):
             raise AmpError(
-                f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; give a "
-                "path outside the folder of photos"
+                f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; choose a path "
+                "outside the folder of photos"
             )
         if search.cuts(query):
             terminal.say(
                 f"the query is longer than the {search.model.backbone.context_length} tokens that the model reads; its "
-                "end has no effect on the model; shorten it"
+                "end is ignored; shorten it"
             )
         show(console, search.search(query, settings.count), settings.sheet)
 
 
 def tell_update(say: Callable[[str], None], update, index: str) -> None:
-    """Prints what an update of the index did."""
+    """Reports an update of the index."""
     from amp.search.update import SKIPPED
 
     counts = f"{update.encoded:,} encoded, {update.photos - update.encoded:,} kept, {update.removed:,} removed"
@@ -163,7 +169,7 @@ def tell_update(say: Callable[[str], None], update, index: str) -> None:
         say(line)
     if update.skipped:
         say(f"{Path(index) / SKIPPED} lists all {len(update.skipped):,} skipped files and folders")
-    left = {"hidden files and folders": update.hidden, "files that are no photos": update.others}
+    left = {"hidden files and folders": update.hidden, "files that are not photos": update.others}
     if any(left.values()):
         say("left out: " + ", ".join(f"{count:,} {what}" for what, count in left.items() if count))
 
@@ -180,13 +186,15 @@ def skipped_lines(skipped: Mapping[Any, str]) -> list[str]:
 
 
 def show(console, found, sheet: str | None) -> None:
-    """Prints what was found, and draws the contact sheet."""
+    """Prints the results and draws the contact sheet."""
     from rich.text import Text
 
     from amp.report.contact_sheet import draw_contact_sheet
 
     def line(text: str, style: str = "") -> None:
-        console.print(Text(printable(text), style=style), soft_wrap=True)  # a path cut in two can't be copied
+        console.print(
+            Text(printable(text), style=style), soft_wrap=True
+        )  # without line breaks, so that paths can be copied
 
     for triplet, state in zip(found.knowledge.triplets, found.knowledge.states, strict=True):
         slots = ", ".join(x for x in (triplet.subject, triplet.action, triplet.object) if x)

@@ -1,13 +1,13 @@
 """Runs the rows of ablation tables over several seeds and writes mean, standard error and the paper's figures.
 
-    amp sweep --config launchers/sweeps/flickr8k.yaml --dry_run true       what is missing
+    amp sweep --config launchers/sweeps/flickr8k.yaml --dry_run true       (list the missing runs)
     amp sweep --config launchers/sweeps/flickr8k.yaml --seeds 0 --rows control
-    amp sweep --config ... --shard 3/8         the fourth of eight jobs of an array
-    amp sweep --config ... --report_only true  tables of what is there
+    amp sweep --config ... --shard 3/8         (the fourth of eight jobs of an array)
+    amp sweep --config ... --report_only true  (only write the tables of the results so far)
 
-All rows are checked before the first is trained. What is done isn't run again, a run that fails leaves the others
-alone, and several processes can share a sweep. Writes RESULTS.csv, RESULTS.md and RESULTS.png after each run. Ends with
-status 1 where a run failed or a result can't be used.
+All rows are checked before the first is trained. Finished runs are not repeated, a failed run does not stop the others,
+and several processes can share a sweep. Writes RESULTS.csv, RESULTS.md and RESULTS.png after each run. The exit status
+is 1 if a run failed or a result can't be used.
 """
 
 import shutil
@@ -27,12 +27,12 @@ def parser() -> CommandLine:
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
         description=__doc__.split("\n")[0],
     )
-    parser.add_argument("--config", action="config", help="YAML file of launchers/sweeps; the command line wins")
+    parser.add_argument("--config", action="config", help="YAML file of launchers/sweeps; options take precedence")
     parser.add_class_arguments(SweepConfig, as_group=False)
     return parser
 
 
-@exit_on_error("finished runs are kept, and the same command goes on from there")
+@exit_on_error("finished runs are kept; run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
     options = parser()
     parsed = options.parse_args(arguments)
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_sweep(config: SweepConfig, command: str) -> int:
-    """Runs what is missing and writes the tables after each run; returns the exit status."""
+    """Runs the missing runs and writes the tables after each run. Returns the exit status."""
     config.check()
     from amp.sweep.runs import execute, plan
     from amp.terminal import Terminal
@@ -79,12 +79,12 @@ def run_sweep(config: SweepConfig, command: str) -> int:
         terminal.say(f"left out: {reason}")
     failed = [run for run, state in states.items() if state == "failed"]
     for run in failed:
-        terminal.say(f"failed: {run.row}, seed {run.seed}; see {run.folder}/*.log, then start the sweep again")
+        terminal.say(f"failed: {run.row}, seed {run.seed}; see {run.folder}/*.log, then run the sweep again")
     return 1 if failed or left_out else 0
 
 
 def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
-    """Raises AmpError naming every row that could not be trained or evaluated, before any is."""
+    """Raises one `AmpError` that names every row with wrong settings, before any row is trained."""
     if not runs:
         return
     from jsonargparse import ArgumentError
@@ -98,7 +98,7 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
     from amp.train.config import TrainConfig
 
     problems = Problems()
-    for run in {run.row: run for run in runs}.values():  # seeds differ in nothing that can be wrong
+    for run in {run.row: run for run in runs}.values():  # one run per row, since a seed can't be wrong
         with problems.collect():
             try:
                 options = train.parser()
@@ -125,7 +125,7 @@ def check_runs(config: SweepConfig, runs: "list[Run]") -> None:
 
 
 def write_tables(config: SweepConfig, runs: "dict[str, list[Run]]", command: str) -> tuple[bool, list[str]]:
-    """Writes tables and plot of the results so far; returns whether there are any, and why some are left out."""
+    """Writes tables and plot of the results so far. Returns whether there are any, and why some are left out."""
     from amp.files import write_atomically
     from amp.sweep.plot import draw
     from amp.sweep.summary import collect, to_csv, to_markdown

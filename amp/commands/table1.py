@@ -1,9 +1,9 @@
-"""Renders Table 1: the paper's figures, open_clip's, and those of runs here, with the paper's anomalies marked.
+"""Renders Table 1 with the figures of the paper, of open_clip and of our own runs, and marks errors of the paper.
 
     amp table1 --out results/table1.md
-    amp table1 --commands true         (what to run for the lines that are empty)
+    amp table1 --commands true         (print the commands for the empty lines)
 
-Results that can't be used are left out and listed, and the status is 1.
+Results that can't be used are left out and listed, and the exit status is 1.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from amp.errors import exit_on_error
 
 @dataclass
 class TableSettings:
-    """The table.
+    """Settings of the table.
 
     Args:
-        published: File of published figures.
-        results: Folder of result files, ID.coco.json and ID.flickr30k.json.
-        out: Markdown file; null only prints.
-        commands: Print the commands for the figures that are missing instead.
+        published: YAML file of published figures.
+        results: Folder of the result files ID.coco.json and ID.flickr30k.json.
+        out: Markdown file; null only prints the table.
+        commands: Print the commands that produce the missing figures, instead of the table.
     """
 
     published: str = "results/table1_published.yaml"

@@ -1,1 +1,1 @@
-"""Knowledge of captions from an open language model or from rules; nothing of this is needed to train or evaluate."""
+"""Generates knowledge of captions with an open language model or with rules. Not needed to train or evaluate."""

@@ -1,4 +1,4 @@
-"""Asks the model and the rules for the replies that the ladder needs, in batches."""
+"""Collects the replies that the ladder needs from the model and the rules, in batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STAGES = ("triplets", "rules", "states")
 def ask_all(
     captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: PlainConsole
 ) -> int:
-    """Asks until every caption has its outcome. Returns how many got no answer in this run.
+    """Sends requests until every caption has an outcome or has failed. Returns the number of failed requests.
 
     Args:
-        captions: Different captions, as `readable` gives them.
-        ladder: Decides what is asked, and when rules take over.
-        makers: Called when a reply is needed.
-        replies: Known replies; new ones are added.
+        captions: Distinct captions, as returned by `readable`.
+        ladder: Chooses the requests, and when the rules take over.
+        makers: Returns the engine and the rules; called when a reply is needed.
+        replies: Known replies. New ones are added.
         console: Where progress is shown.
     """
     lost: set[str] = set()
@@ -41,10 +41,10 @@ def ask_all(
         waiting = still
         if not requests:
             return len(lost)
-        # Q1 with its retries, then the rules, then Q2: full batches that share one prefix.
+        # Q1 with its retries, then the rules, then Q2, so that batches are full and share one prefix.
         stage, attempt = min(requests, key=lambda key: (STAGES.index(key[0]), key[1]))
         group = list(requests[stage, attempt].values())
-        with console.progress("loading what answers"):  # unless it is loaded already
+        with console.progress("loading the engine"):  # returns at once if it is loaded
             engines = makers()
         if stage == "rules":
             _apply_rules(group, engines, replies, counts)
@@ -53,7 +53,7 @@ def ask_all(
 
 
 def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, counts: Counts) -> None:
-    assert makers.rules is not None, "the ladder asks the rules only where there are some"
+    assert makers.rules is not None, "the ladder uses the rules only if there are some"
     found = makers.rules.triplets(request.caption for request in group)
     with counts.replies("rules", 0, len(group)) as reply:
         for request, triplets in zip(group, found, strict=True):
@@ -64,7 +64,7 @@ def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, coun
 def _ask_model(group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, counts: Counts) -> set[str]:
     stage, attempt = group[0].stage, group[0].attempt
     engine, lost = makers.engine, set()
-    assert engine is not None, "the ladder asks a model only where there is one"
+    assert engine is not None, "the ladder calls a model only if there is one"
     completions = engine.generate(
         ladder.prefix(stage),
         [request.suffix for request in group],

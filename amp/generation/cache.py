@@ -1,4 +1,4 @@
-"""Replies on disk: append-only JSONL files, one per part, that survive a kill at any byte."""
+"""Replies on disk: append-only JSONL files, one per part, that stay valid if a process is killed while writing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class CacheError(AmpError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The part of a completion that is kept.
+    """The stored part of a completion.
 
     Attributes:
         text: The reply of the model, unchanged.
-        refused: Whether there is no text and the same request would fail again.
+        refused: Whether the request failed and would fail again; the text is empty.
     """
 
     text: str
@@ -36,32 +36,32 @@ class Reply:
 
 
 def key_of(**content: Any) -> str:
-    """The name of a reply: sha256, cut to 32 hexadecimal digits, of everything that decides it."""
+    """The key of a reply: SHA-256, cut to 32 hexadecimal digits, of everything that determines the reply."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class ReplyCache:
-    """All replies of a folder. New ones are appended to the file of one part.
+    """All replies of a folder. New replies are appended to the file of one part.
 
-    Parts need no lock for each other, since each writes its own file and reads only whole lines of the others. A line
-    that a kill cut in two is dropped when its part starts again. The first reply of a key stays.
+    Each part writes its own file and reads only complete lines of the others, so parts need no lock between them. An
+    incomplete last line is dropped when its part starts again. If a key occurs twice, the first reply is used.
 
     Args:
-        folder: Folder of the replies; made if absent.
-        part: Name of the file to append to, None to read only.
+        folder: Folder of the replies; created if it does not exist.
+        part: Name of the file to append to, without suffix; None only reads.
 
     Attributes:
-        damaged: Lines that were no reply and don't count; their requests are asked again.
+        damaged: Number of lines that are not valid replies. They are ignored and their replies requested again.
 
     Raises:
-        CacheError: Unreadable or unwritable; another process writes the same part.
+        CacheError: The folder can't be read or written, or another process writes the same part.
     """
 
     def __init__(self, folder: Path, part: str | None) -> None:
         self._replies: dict[str, Reply] = {}
         self.damaged = 0
-        self._file = -1  # none is open
+        self._file = -1  # no file is open
         self._path = folder / f"{part}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +74,8 @@ class ReplyCache:
         except OSError as error:
             self.close()
             raise CacheError(
-                f"{folder}: can't be used ({error.strerror}); expected a folder to keep replies in; fix it, or name "
-                "another with --cache"
+                f"{folder}: can't be used ({error.strerror}); expected a writable folder for replies; fix it, or "
+                "choose another with --cache"
             ) from None
         except BaseException:
             self.close()
@@ -95,15 +95,15 @@ class ReplyCache:
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply, **notes: Any) -> None:
-        """Keeps a reply. From here on it survives the end of this process, and some seconds later that of the machine.
+        """Stores a reply. It then survives a crash of this process, and a few seconds later a crash of the machine.
 
         Args:
-            key: Name of the reply, from `key_of`.
-            reply: The reply to keep.
-            notes: Further keys for a reader of the file.
+            key: Key of the reply, from `key_of`.
+            reply: The reply to store.
+            notes: Further fields of the line, for people who read the file.
 
         Raises:
-            CacheError: The file can't be written, as on a full disk; what was put before stays.
+            CacheError: The file can't be written, for example on a full disk. Earlier replies are kept.
         """
         if key in self._replies:
             return
@@ -112,20 +112,20 @@ class ReplyCache:
             record["refused"] = True
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         try:
-            while line:  # a full disk takes a part of it; the rest raises
+            while line:  # a nearly full disk accepts only part of the line; the next write raises
                 line = line[os.write(self._file, line) :]
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file)
                 self._synced = time.monotonic()
         except OSError as error:
             raise CacheError(
-                f"{self._path}: can't be written ({error.strerror}); make room or fix the folder, and run the same "
-                "command again: the replies in it are kept"
+                f"{self._path}: can't be written ({error.strerror}); make room or fix the folder, then run the same "
+                "command again; earlier replies are kept"
             ) from None
         self._replies[key] = reply
 
     def close(self) -> None:
-        """Makes everything durable; a second call does nothing."""
+        """Flushes the file to disk and closes it. A second call does nothing."""
         file, self._file = self._file, -1
         if file >= 0:
             os.fsync(file)
@@ -135,7 +135,7 @@ class ReplyCache:
         if not try_lock(self._file):
             raise CacheError(
                 f"{self._path}: another process is writing this part; expected one process per part; wait for it, or "
-                "give each its own --part"
+                "give each process its own --part"
             )
 
     def _drop_torn_line(self) -> None:
@@ -156,7 +156,7 @@ class ReplyCache:
         with open(path, "rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # another part is writing it just now, or was killed
+                    break  # another part is still writing this line, or was killed
                 try:
                     record = parse_json(line)
                     key, text, refused = record["key"], record["reply"], record.get("refused", False)

@@ -1,4 +1,4 @@
-"""Statistics of knowledge, and how far two versions of it agree."""
+"""Statistics of knowledge, and the agreement of two versions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Entry:
     """The knowledge of one caption.
 
     Attributes:
-        caption: Its text, "" if the file doesn't hold it.
-        knowledge: Its triplets and states.
-        origin: ``sources`` and ``empty``, where known.
+        caption: Text of the caption; "" if the file doesn't contain it.
+        knowledge: Triplets and states.
+        origin: `sources` and `empty` of the record, if it has them.
     """
 
     caption: str
@@ -35,10 +35,10 @@ class Entry:
 
 
 def load_entries(path: Path) -> dict[str, Entry]:
-    """Caption's id -> its knowledge, from a JSONL file, the folder that holds it, or a folder of shards.
+    """Reads knowledge by caption id from a JSONL file, the folder that holds it, or a folder of shards.
 
     Raises:
-        AmpError: Neither, or not of its form; naming the line or the shard.
+        AmpError: The path is none of these, or a record has the wrong form.
     """
     if (path / KNOWLEDGE_NAME).is_file():
         path = path / KNOWLEDGE_NAME
@@ -51,16 +51,16 @@ def load_entries(path: Path) -> dict[str, Entry]:
         name = str(record["sentid"]) if "sentid" in record else f"{record.get('image')}: {record.get('caption')}"
         entries[name] = Entry(str(record.get("caption", "")), knowledge, parse_origin(record, where))
     if not entries:
-        raise AmpError(f"{path}: no record in it; expected one JSON object per line; check the file")
+        raise AmpError(f"{path}: has no records; expected one JSON object per line; check the file")
     return entries
 
 
 def describe(entries: Sequence[Entry], tokenize: Callable[[str], Sequence[int]]) -> dict[str, Any]:
-    """Counts, lengths and shares of one version.
+    """Computes counts, lengths and fractions of one version.
 
     Args:
         entries: The knowledge of all captions.
-        tokenize: Turns a text into CLIP's tokens without the marks of start and end.
+        tokenize: Turns a text into CLIP tokens, without start and end tokens.
     """
     triplets = [triplet for entry in entries for triplet in entry.knowledge.triplets]
     states = [state for entry in entries for state in entry.knowledge.states]
@@ -79,27 +79,27 @@ def describe(entries: Sequence[Entry], tokenize: Callable[[str], Sequence[int]])
         "captions with a triplet": _share(bool(entry.knowledge.triplets) for entry in entries),
         "triplets": len(triplets),
         "action triplets": len(actions),
-        "triplets a caption": len(triplets) / len(entries),
+        "triplets per caption": len(triplets) / len(entries),
         "captions by number of triplets": {str(number): per_caption[number] for number in sorted(per_caption)},
         "distinct actions": len({triplet.action for triplet in actions}),
         "distinct states": len(set(states)),
-        "words a state": float(np.mean([len(state.split()) for state in states] or [0])),
-        "tokens a state prompt, median": float(np.median(prompts)),
-        "tokens a state prompt, most": int(prompts.max()),
+        "words per state": float(np.mean([len(state.split()) for state in states] or [0])),
+        "tokens per state prompt, median": float(np.median(prompts)),
+        "tokens per state prompt, maximum": int(prompts.max()),
         "state prompts cut at 77 tokens": float((prompts > CONTEXT_TOKENS).mean()),
-        "slots of more than 5 tokens": long_slots / max(slots.total(), 1),
+        "slots longer than 5 tokens": long_slots / max(slots.total(), 1),
         "most frequent actions": dict(Counter(triplet.action for triplet in actions).most_common(20)),
         "triplets by source": dict(_sources(entries, "triplet")),
         "states by source": dict(_sources(entries, "state")),
-        "why empty": dict(Counter(entry.origin["empty"] for entry in entries if "empty" in entry.origin)),
+        "reasons for no triplet": dict(Counter(entry.origin["empty"] for entry in entries if "empty" in entry.origin)),
     }
 
 
 def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
-    """How far two versions name the same triplets for the captions that both have.
+    """Compares the triplets and states of two versions, for the captions that both have.
 
-    Triplets that differ only in endings count as equal ("jumps over" = "jumping over"). Overlap is the number of
-    triplets that both have, over those that either has; 1 if both have none.
+    Triplets that differ only in endings count as equal ("jumps over" = "jumping over"). The overlap of a caption is the
+    number of triplets in both versions divided by the number in either; 1 if both have none.
     """
     both = [name for name in a if name in b]
     if not both:
@@ -117,7 +117,7 @@ def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
     return {
         "captions in both": len(both),
         "captions with the same triplets": float(np.mean(np.array(overlaps) == 1)),
-        "overlap of triplets a caption, mean": float(np.mean(overlaps)),
+        "mean overlap of triplets per caption": float(np.mean(overlaps)),
         "captions with the same states": same_states / len(both),
         "actions only in the first": dict(lost.most_common(10)),
         "actions only in the second": dict(gained.most_common(10)),
@@ -125,10 +125,10 @@ def agreement(a: dict[str, Entry], b: dict[str, Entry]) -> dict[str, Any]:
 
 
 def sample(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """Some captions' ids, in their order.
+    """Draws `count` caption ids at random and returns them in their original order.
 
     Raises:
-        AmpError: A negative count.
+        AmpError: `count` is negative.
     """
     if count < 0:
         raise AmpError(f"sample is {count}; expected 0 or more captions")

@@ -1,12 +1,12 @@
-"""The form of a reply, as a regular language in the two spellings that engines understand: a regex and GBNF.
+"""Grammars of the replies, in the two notations that engines accept: a regex and GBNF.
 
-A reply to Q1 has one line per triplet with subject, action and object in this order, ``-`` for no object::
+A reply to Q1 is the line `none`, or one line per triplet with subject, action and object (`-` for no object)::
 
     action: girl | climbs | stairs
     attribute: girl | is | little
 
-or the line ``none``. A reply to Q2 is one numbered line a triplet. An empty line may end both, since that is how a
-model without chat turns ends; a chat model ends with its own token.
+A reply to Q2 is one numbered line per triplet. Either may end with an empty line: a model without chat turns ends its
+reply this way, a chat model with its own token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 COPULAS = ("is", "are", "wearing", "has", "with")
-"""What an attribute may use as its action although the caption doesn't say it: "a red ball" -> ball | is | red."""
+"""Words that the action of an attribute may use without being in the caption: "a red ball" -> ball | is | red."""
 
 MAX_WORDS_IN_SLOT = 4
 
@@ -25,7 +25,7 @@ class TripletGrammar:
     """Replies to Q1.
 
     Attributes:
-        words: Words of the caption, at least one; slots hold only these.
+        words: Words that slots may hold: those of the caption, at least one.
         max_triplets: Maximum number of lines.
     """
 
@@ -91,7 +91,7 @@ def _phrase(word: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """`re.escape` for two dialects: Rust refuses an escaped space."""
+    """Like `re.escape`, but leaves spaces as they are: Rust's dialect refuses an escaped space."""
     return re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", text)
 
 

@@ -1,8 +1,8 @@
-"""From a caption to its knowledge: strict check, repair, retries with temperature, rules, empty.
+"""Turns a caption into knowledge by a ladder of steps: strict check, repair, retries with temperature, rules, empty.
 
-The ladder is a pure function of the caption and of the replies that are on disk. It either ends in an `Outcome` or
-names the one request that it needs next. So generating, resuming and merging are the same walk, and a better repair
-improves old replies without asking a model again.
+The ladder is a pure function of the caption and the replies on disk. It returns either an `Outcome` or the next request
+that it needs. Generating, resuming and merging therefore run the same code, and an improved repair applies to old
+replies without calling the model again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from amp.generation.words import slot_words, words_of
 from amp.knowledge.schema import Knowledge, Triplet
 
 LADDER_VERSION = 1
-"""Raised when the same replies lead to other knowledge."""
+"""Increase when the same replies lead to other knowledge."""
 NO_WORD, NOTHING_FOUND, ALL_FAILED = "no word in the caption", "nothing found in the caption", "no usable reply"
 
-# Room for six lines of triplets, and for six states of 160 characters, in the tokens of most languages.
+# Enough for six lines of triplets and six states of 160 characters in most languages.
 _MAX_TOKENS = {"triplets": 192, "states": 384}
 
 Stage = Literal["triplets", "rules", "states"]
@@ -35,12 +35,12 @@ Lookup = Callable[[str], Reply | None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A reply that the ladder needs next.
+    """The next request of the ladder.
 
     Attributes:
-        key: Name of its reply in the cache.
-        stage: Q1, the rules, or Q2.
-        attempt: 0, then 1 and 2 with temperature.
+        key: Key of the reply in the cache.
+        stage: "triplets" (Q1), "rules" or "states" (Q2).
+        attempt: 0 for the greedy request, 1 and 2 for retries with temperature.
         caption: The caption as the model reads it.
         suffix: The last turn; "" for the rules.
         grammar: Grammar of the reply; None for the rules.
@@ -58,14 +58,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of the ladder for one caption.
+    """The result of the ladder for one caption.
 
     Attributes:
         knowledge: Knowledge of the caption.
-        sources: For each triplet, the rung that it and its state come from: ``{"triplet": ..., "state": ...}`` with
+        sources: For each triplet, the steps that gave it and its state: `{"triplet": ..., "state": ...}` with values
             strict, repaired, retry1, retry2 or rules.
         empty: Why there is no triplet; "" if there is one.
-        dropped: Triplets left out because no state was found for them.
+        dropped: Number of triplets left out because no state was found for them.
     """
 
     knowledge: Knowledge
@@ -75,18 +75,18 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the model was asked and nothing of it or of the rules could be used."""
+        """Whether neither the model nor the rules gave usable knowledge, for the caption or for one of its triplets."""
         return self.empty == ALL_FAILED or self.dropped > 0
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The settings of a run that decide its outcome.
+    """The settings that determine the outcomes of a run.
 
     Attributes:
-        engine: What `Engine.describe` says; None starts at the rules, without a model.
-        template: The requests.
-        rules: What `RuleTriplets.describe` says; None ends in an empty record instead of rules.
+        engine: Description from `Engine.describe`; None uses only the rules, without a model.
+        template: Prompts of the requests.
+        rules: Description from `Makers.describe`; None gives an empty record instead of rules.
         retries: Maximum number of further requests if a reply can't be used.
         temperature: Temperature of the retries; the first request is greedy.
         seed: Random seed of the retries.
@@ -100,7 +100,7 @@ class Ladder:
     seed: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides an outcome in addition to caption and replies."""
+        """Everything that determines an outcome in addition to the caption and the replies."""
         return {
             "version": LADDER_VERSION,
             "engine": self.engine,
@@ -113,15 +113,15 @@ class Ladder:
         }
 
     def prefix(self, stage: Stage) -> tuple[Message, ...]:
-        """The turns that all requests of a stage share."""
+        """Turns that all requests of a stage share."""
         return self.template.triplets if stage == "triplets" else self.template.states
 
     def sampling(self, stage: Stage, attempt: int) -> Sampling:
-        """How a request of a stage is decoded: greedily at first."""
+        """Decoding of a request: greedy at the first attempt."""
         return Sampling(_MAX_TOKENS[stage], self.temperature if attempt else 0.0)
 
     def resolve(self, text: str, lookup: Lookup) -> Outcome | Request:
-        """The knowledge of a caption, or the request whose reply `lookup` doesn't know yet."""
+        """Returns the outcome of a caption, or the first request whose reply `lookup` does not have."""
         caption = readable(text)
         if not any(letter.isalpha() for letter in caption) or not words_of(caption):
             return Outcome(Knowledge(), empty=NO_WORD)
@@ -201,7 +201,7 @@ class Ladder:
 
 
 def dump_triplets(triplets: tuple[Triplet, ...]) -> str:
-    """Triplets of the rules as the cache keeps them."""
+    """Serializes triplets of the rules for the cache."""
     return json.dumps([[t.subject, t.action, t.object, t.kind] for t in triplets], ensure_ascii=False)
 
 

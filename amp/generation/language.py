@@ -1,7 +1,7 @@
-"""Tells captions that aren't English: the rules and their lexicon are, and write nonsense or nothing about others.
+"""Detects captions that aren't English. The rules and their lexicon only work for English.
 
-No vocabulary is needed: small words say which language a text is in, and so do letters that English doesn't use.
-Nothing is decided by a single name ("Rio de Janeiro"), a loanword ("café"), a typo or a caption of two nouns.
+Function words and non-English letters reveal the language of a text, so no vocabulary is needed. A single name ("Rio de
+Janeiro"), a loanword ("café"), a typo or a caption of two nouns does not make a caption foreign.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from amp.errors import shorten
 
-# Words of English captions, and words of them that other languages have too, which count half.
+# Common words of English captions. Those in _SHARED also occur in other languages and count half.
 _ENGLISH = frozenset(
     """
     the and with are by from his her their its near next through into over while who which that this there it up down
@@ -22,7 +22,7 @@ _ENGLISH = frozenset(
 )
 _SHARED = frozenset("a an in is on at to as was so no do he i me we be or son".split())  # noqa: SIM905
 
-# Words that captions in about twenty other languages are full of, none of them English.
+# Frequent words of captions in about twenty other languages. None of them is an English word.
 _FOREIGN = frozenset(
     """
     der das und ein eine einen einem einer mit auf dem den im zwei drei vor neben über sich ist sind einige kind
@@ -38,18 +38,18 @@ _FOREIGN = frozenset(
     ja mies nainen koira egy és az kutya férfi nő și pe cu în care bărbat femeie câine một đang và trên người
     """.split()  # noqa: SIM905
 )
-_PARTICLES = frozenset("de la le el du des di den das las los van dan est en".split())  # noqa: SIM905, of names too: half
+_PARTICLES = frozenset("de la le el du des di den das las los van dan est en".split())  # noqa: SIM905, also parts of names, so they count half
 
 _WORD = re.compile(r"[^\W\d_]+")
-_LONG = 6  # words, of which an English caption has one of the above
-_SHARE = 0.01  # of the captions; fewer are no reason to warn
+_LONG = 6  # a caption with this many words needs one English word to count as English
+_SHARE = 0.01  # fraction of foreign captions below which there is no warning
 
 
 def is_english(caption: str) -> bool:
-    """Whether a caption may be English; True where its language can't be recognised."""
+    """Whether a caption may be English; True if its language can't be recognised."""
     words = _WORD.findall(caption.lower())
     if caption.isascii():
-        if _FOREIGN.isdisjoint(words) and _PARTICLES.isdisjoint(words):  # nearly always
+        if _FOREIGN.isdisjoint(words) and _PARTICLES.isdisjoint(words):  # the usual case
             return len(words) < _LONG or not _ENGLISH.isdisjoint(words) or _english_words(words) > 0
     else:
         letters = "".join(words)
@@ -63,7 +63,7 @@ def is_english(caption: str) -> bool:
 
 
 def _english_words(words: list[str]) -> float:
-    """English words among those of a caption."""
+    """Weighted number of English words."""
     return sum(
         1.0 if word in _ENGLISH or (len(word) > 4 and word.endswith("ing")) else 0.5 if word in _SHARED else 0.0
         for word in words
@@ -71,19 +71,19 @@ def _english_words(words: list[str]) -> float:
 
 
 def language_note(captions: Sequence[str], option: str) -> str | None:
-    """A warning with count and example for knowledge by rules; None where almost all captions may be English.
+    """Returns a warning for captions that the rules can't handle; None if almost all captions may be English.
 
     Args:
-        captions: All that the rules are about to read.
-        option: Of the command line, which chooses a language model instead.
+        captions: All captions that the rules are about to read.
+        option: Command-line option that selects a language model instead.
     """
     foreign = [caption for caption in captions if not is_english(caption)]
     if not foreign or len(foreign) < _SHARE * len(captions):
         return None
     return (
-        f"not in English: {len(foreign):,} of {len(captions):,} captions, such as {shorten(foreign[0])}; the rules are "
-        f"English and write nonsense or nothing about them; take a language model ({option} transformers, openai or "
-        "vllm), or translate them"
+        f"{len(foreign):,} of {len(captions):,} captions are not in English, such as {shorten(foreign[0])}; the rules "
+        f"support only English and give wrong or no triplets for them; use a language model ({option} transformers, "
+        "openai or vllm), or translate the captions"
     )
 
 

@@ -1,4 +1,4 @@
-"""The engine and the rules that make knowledge."""
+"""Loads the engine and the rules that generate knowledge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Makers:
-    """The engine and the rules, each loaded once and only if needed."""
+    """The engine and the rules, each loaded once, at first use."""
 
     def __init__(self, engine: str, options: dict[str, Any], fallback: str, spacy_model: str | None) -> None:
         self._name, self._options, self._fallback, self._spacy_model = engine, options, fallback, spacy_model

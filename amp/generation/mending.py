@@ -1,7 +1,7 @@
-"""Trees of captions whose verb was read as a noun: "A woman in black walks down the road".
+"""Repairs the trees of captions whose verb was parsed as a noun: "A woman in black walks down the road".
 
-The parser is asked again with the verb spelt so that it can be nothing else ("is walking"); the new tree is then put
-on the words of the caption.
+The caption is parsed again with an unambiguous form of the verb ("is walking"), and the new tree is transferred to the
+words of the caption.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _VOWELS = "aeiou"
 
 
 def mend(doc, parse):
-    """The caption with a better tree where its verb was read as a noun; else the caption as it is.
+    """Returns the caption with a repaired tree if its verb was parsed as a noun, else unchanged.
 
     Args:
         doc: A parsed caption.
-        parse: From a `Doc` of words to the same with tags and arcs.
+        parse: Adds tags and dependencies to a `Doc` of words.
     """
     place = _hidden_verb(doc)
     return doc if place is None else _parsed_with_verb(doc, place, parse) or doc
@@ -44,7 +44,7 @@ def _hidden_verb(doc) -> int | None:
 
 
 def _may_be_verb(token) -> bool:
-    """A form of a verb after the noun that would do it, or after the end of a description of that noun."""
+    """Whether a noun may be a verb form that follows its subject, or a description of its subject."""
     if token.tag_ not in NOUNS or plain_verb(token.lower_) is None or token.text[0].isupper():
         return False
     before = token.nbor(-1)

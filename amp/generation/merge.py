@@ -1,4 +1,4 @@
-"""The last step: replies to one file of knowledge and its provenance, or a refusal."""
+"""Merges the replies into one file of knowledge and its provenance."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class Summary:
     """Counts of a merge.
 
     Attributes:
-        captions: Number of rows of the captions file.
-        distinct: Number of different captions among them.
-        triplets: Source -> number of triplets. This and all other counts are over distinct captions.
-        states: Source -> number of states.
-        empty: Reason -> number of captions without a triplet.
-        failed: Number of captions for which neither the model nor the rules gave something usable, in whole or in part.
-        fallback: Number of captions with a triplet or a state that comes from the rules although a model was asked.
+        captions: Number of captions written.
+        distinct: Number of distinct captions among them.
+        triplets: Number of triplets by source. This and all following counts are over distinct captions.
+        states: Number of states by source.
+        empty: Number of captions without a triplet, by reason.
+        failed: Number of captions that lost all or some triplets because neither the model nor the rules gave a usable
+            reply.
+        fallback: Number of captions with a triplet or state from the rules although a model was used.
     """
 
     captions: int = 0
@@ -42,7 +43,7 @@ class Summary:
     fallback: int = 0
 
     def add(self, outcome: Outcome, asked: bool) -> None:
-        """Counts one distinct caption; `asked` is whether a model was."""
+        """Counts one distinct caption. `asked` says whether a model was used."""
         self.distinct += 1
         self.triplets.update(source["triplet"] for source in outcome.sources)
         self.states.update(source["state"] for source in outcome.sources)
@@ -77,21 +78,21 @@ def merge_knowledge(
 
     Args:
         images: Images whose captions get one record each, in this order.
-        wanted: Captions, as `readable` gives them, that must be done; others are left out.
+        wanted: Captions to write, as returned by `readable`; others are left out.
         ladder: The ladder of the run.
-        replies: Replies to walk it with.
+        replies: All replies of the run.
         out: Folder of both files.
-        max_fallback: Largest fraction of `wanted` that may have ended with rules or nothing.
-        captions_sha256: SHA-256 of the captions file or the manifest of the shards, for the provenance.
+        max_fallback: Maximum fraction of `wanted` that may have failed or used the rules as a fallback.
+        captions_sha256: SHA-256 of the captions file or of the shards' manifest, for the provenance.
         command: Command line, for the provenance.
 
     Raises:
-        AmpError: Naming how many captions are missing or fell back.
+        AmpError: Captions are missing, or too many fell back.
     """
     path = out / KNOWLEDGE_NAME
     summary, missing = Summary(), {}
     times = Counter(readable(caption.text) for _, caption in _captions(images))
-    repeated: dict[str, dict[str, Any]] = {}  # what is written again later
+    repeated: dict[str, dict[str, Any]] = {}  # knowledge of captions that occur more than once
     try:
         with whole_file(path, sync=True) as file:
             for image, caption in _captions(images):
@@ -122,7 +123,7 @@ def merge_knowledge(
         write_json(out / PROVENANCE_NAME, provenance)
     except OSError as error:
         raise AmpError(
-            f"{path}: can't be written ({error.strerror}); make room or fix the folder, and merge again: the replies "
+            f"{path}: can't be written ({error.strerror}); make room or fix the folder, then merge again; the replies "
             "are kept"
         ) from None
     return summary
@@ -132,15 +133,15 @@ def _check_merge(summary: Summary, missing: Counter, wanted: int, limit: float, 
     if missing:
         kinds = ", ".join(f"{count:,} {stage}" for stage, count in missing.items())
         raise AmpError(
-            f"{out}: {missing.total():,} of {wanted:,} different captions aren't done ({kinds} missing in the cache); "
-            "expected all; run the parts that are missing, or the same command without --merge"
+            f"{out}: {missing.total():,} of {wanted:,} distinct captions aren't done ({kinds} missing in the cache); "
+            "expected all; run the missing parts, or the same command without --merge"
         )
     bad = summary.failed + summary.fallback
     if bad > limit * summary.distinct:
         raise AmpError(
-            f"{out}: {bad:,} of {summary.distinct:,} different captions ({bad / summary.distinct:.1%}) came down to "
-            f"rules ({summary.fallback:,}) or to nothing ({summary.failed:,}); expected at most {limit:.1%}; take a "
-            "better model or prompt, or accept it with --max_fallback"
+            f"{out}: {bad:,} of {summary.distinct:,} distinct captions ({bad / summary.distinct:.1%}) fell back to "
+            f"rules ({summary.fallback:,}) or failed ({summary.failed:,}); expected at most {limit:.1%}; use a better "
+            "model or prompt, or accept it with --max_fallback"
         )
 
 

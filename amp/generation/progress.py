@@ -1,4 +1,4 @@
-"""How far a run of generation is: replies of a pass, and how many captions ended without a model's."""
+"""Shows the progress of a generation run, and how many captions fell back to rules or stayed empty."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Counts:
     def __init__(self, console: PlainConsole) -> None:
         self._console = console
         self._outcomes = self._down = self._errors = 0
-        self._asked = False  # whether a model was
+        self._asked = False  # whether a model was called
 
     @contextmanager
     def replies(self, stage: str, attempt: int, total: int) -> Iterator[Callable[..., None]]:
-        """A pass of `total` requests; yields reply(tokens, error), where `error` says why there is no reply."""
+        """Shows a pass of `total` requests. Yields a function reply(tokens, error) to call once per request."""
         self._asked |= stage != "rules"
         done = tokens = 0
         start = time.perf_counter()
@@ -48,6 +48,6 @@ class Counts:
             yield reply
 
     def resolved(self, outcome: Outcome) -> None:
-        """A caption came to its end."""
+        """Counts the outcome of a caption."""
         self._outcomes += 1
         self._down += outcome.failed or any("rules" in source.values() for source in outcome.sources)

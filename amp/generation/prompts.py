@@ -1,4 +1,4 @@
-"""The requests Q1 and Q2 (sec. 3.2 of arXiv 2506.23502): templates in readable files, rendered as chat turns."""
+"""The requests Q1 (triplets) and Q2 (states) of sec. 3.2 of arXiv 2506.23502, read from YAML templates."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from amp.knowledge.schema import Triplet
 
 TEMPLATES = Path(__file__).with_name("templates")
 MAX_CAPTION_WORDS = 100
-"""Words of a caption that the model reads; the longest caption of COCO has 50."""
+"""Maximum number of words of a caption in a request. The longest caption of COCO has 50."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The two requests.
+    """Prompts of the two requests.
 
     Attributes:
         name: Name of the file, without its suffix.
-        version: A number that its author raises.
-        triplets: The shared prefix of Q1.
-        states: The shared prefix of Q2.
+        version: Version number given by the template's author.
+        triplets: Shared turns of Q1.
+        states: Shared turns of Q2.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Template:
     states: tuple[Message, ...]
 
     def hash(self) -> str:
-        """SHA-256 of everything that the model reads; comments and the name of the file don't count."""
+        """SHA-256 of the text that the model reads, so comments and the file name have no influence."""
         content = [[list(message) for message in prefix] for prefix in (self.triplets, self.states)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -47,14 +47,15 @@ class Template:
 
 
 def load_template(name: str) -> Template:
-    """Reads ``templates/NAME.yaml`` of this package, or the YAML file of that path.
+    """Reads `templates/NAME.yaml` of this package, or the YAML file at a path.
 
-    The file has ``version``, and for each of ``triplets`` and ``states`` the ``instructions`` and ``samples``. A sample
-    has ``caption``, ``triplets`` (lines as in `amp.generation.grammar`) and, under ``states``, as many ``states``.
+    The file has the keys `version`, `triplets` and `states`. The last two each have `instructions` and `samples`. A
+    sample has a `caption` and `triplets` (lines as in `amp.generation.grammar`); under `states` it also has one state
+    per triplet, in `states`.
 
     Raises:
-        AmpError: No such template, a missing key, or a sample that the strict check of its own reply refuses, from
-            which no model could learn to pass it.
+        AmpError: The template does not exist, a key is missing, or the reply of a sample fails the strict check. A
+            model would copy the fault.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
     try:
@@ -62,7 +63,7 @@ def load_template(name: str) -> Template:
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.yaml")))
         raise AmpError(
-            f"{path}: no such template; expected one of {known}, or a path that ends in .yaml; check --template"
+            f"{path}: no such template; expected one of {known}, or the path of a .yaml file; check --template"
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise AmpError(f"{path}: can't be read as YAML ({shorten(str(error))}); correct the file") from None
@@ -77,13 +78,13 @@ def ask_triplets(caption: str) -> str:
 
 
 def ask_states(caption: str, triplets: tuple[Triplet, ...]) -> str:
-    """The last turn of Q2, which asks for all states of a caption at once: one request instead of one per triplet."""
+    """The last turn of Q2. One request asks for the states of all triplets of a caption."""
     lines = [f"{number}. {triplet_line(triplet)}" for number, triplet in enumerate(triplets, start=1)]
     return "\n".join((ask_triplets(caption), *lines))
 
 
 def readable(caption: str) -> str:
-    """A caption on one line, cut to `MAX_CAPTION_WORDS`, without control characters."""
+    """The caption on one line, cut to `MAX_CAPTION_WORDS` words, without control characters."""
     words = "".join(letter if letter.isprintable() else " " for letter in caption).split()
     return " ".join(words[:MAX_CAPTION_WORDS])
 
@@ -96,8 +97,8 @@ def _triplets_prefix(content: Any, where: str) -> tuple[Message, ...]:
         reply = "\n".join(lines)
         if not read_triplets(reply, caption).strict:
             raise AmpError(
-                f"{here}.samples[{number}]: {shorten(reply)} isn't a strict reply to {shorten(caption)}; expected at "
-                "most six lines, each once, of words of the caption; correct them"
+                f"{here}.samples[{number}]: the triplets {shorten(reply)} of {shorten(caption)} fail the strict check; "
+                "expected at most six different lines with only words of the caption; correct them"
             )
         messages += [Message("user", ask_triplets(caption)), Message("assistant", reply)]
     return tuple(messages)
@@ -111,13 +112,15 @@ def _states_prefix(content: Any, where: str) -> tuple[Message, ...]:
         caption, lines = _sample(sample, place)
         triplets = parse_triplet_lines(lines)
         if triplets is None:
-            raise AmpError(f"{place}: 'triplets' holds a line that is no triplet: {shorten(lines)}; correct it")
+            raise AmpError(
+                f"{place}: 'triplets' is {shorten(lines)}; expected triplets only; correct the line that is none"
+            )
         states = _get(sample, "states", list, place)
         reply = "\n".join(f"{index}. {state}" for index, state in enumerate(states, start=1))
         found = read_states(reply, len(triplets))
         if len(states) != len(triplets) or any(source != "strict" for _, source in found):
             raise AmpError(
-                f"{place}: {len(triplets)} triplets and the states {shorten(states)}; expected one sentence per "
+                f"{place}: 'states' is {shorten(states)} for {len(triplets)} triplets; expected one sentence per "
                 "triplet that passes the strict check; correct them"
             )
         messages += [Message("user", ask_states(caption, triplets)), Message("assistant", reply)]
@@ -129,8 +132,8 @@ def _sample(sample: Any, where: str) -> tuple[str, list[str]]:
 
 
 def _get(content: Any, key: str, kind: type, where: str) -> Any:
-    """The value of a key that must not be empty."""
+    """Returns the value of a key, which must not be empty."""
     value = value_of(content, key, kind, where, "correct it")
     if not value:
-        raise AmpError(f"{where}: '{key}' is {shorten(value)}; expected one that isn't empty; correct it")
+        raise AmpError(f"{where}: '{key}' is {shorten(value)}; expected a value that isn't empty; correct it")
     return value

@@ -1,4 +1,4 @@
-"""Knowledge of single captions, such as queries of a search: the same engines, prompts and rules as for a dataset."""
+"""Knowledge of single captions, such as search queries, with the engines, prompts and rules used for datasets."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from amp.terminal import PlainConsole
 
 
 class KnowledgeGenerator:
-    """Captions to knowledge. Models are loaded at the first caption whose reply is not known yet.
+    """Generates the knowledge of captions.
 
     Args:
         engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: As for
             `amp.generation.run.generate_knowledge`.
-        cache: Folder of replies, which later processes find again; None forgets them at the end, as does a folder that
-            can't be written or that another process is writing to.
-        console: Where a warning goes that rules are given captions in another language; stderr by default.
+        cache: Folder that keeps the replies for later processes. With None, or if the folder can't be written or
+            another process is writing to it, replies are discarded at the end.
+        console: Where to warn about captions that are not in English; stderr by default.
 
     Raises:
-        AmpError: The engine's model, its server or spaCy can't be loaded or reached.
+        AmpError: The model or spaCy can't be loaded, or the server can't be reached.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class KnowledgeGenerator:
             described["engine"], load_template(template), described["rules"], retries, temperature, seed
         )
         self._cache = None if cache is None else Path(cache)
-        self._temporary: tempfile.TemporaryDirectory | None = None  # goes when this object does
+        self._temporary: tempfile.TemporaryDirectory | None = None  # deleted with this object
 
     def describe(self) -> dict[str, Any]:
-        """All that decides what a caption gets."""
+        """Everything that determines the knowledge of a caption."""
         return self._ladder.describe()
 
     def __call__(self, captions: Sequence[str]) -> list[Knowledge]:
-        """Knowledge of each caption; empty where none was found.
+        """Returns the knowledge of each caption; empty if none was found.
 
         Raises:
             AmpError: The model's server gave no reply.
@@ -68,15 +68,15 @@ class KnowledgeGenerator:
         distinct = list(dict.fromkeys(readable(caption) for caption in captions))
         if self._warns and (note := language_note(distinct, "--knowledge")):
             self._console.print(f"warning: {note}", soft_wrap=True)
-            self._warns = False  # once
+            self._warns = False  # warn only once
         with self._open_cache() as replies:
             lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
             outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
         found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
         if lost or len(found) < len(outcomes):
             raise AmpError(
-                f"{lost:,} of {len(distinct):,} captions got no reply from the model's server, expected one each; look "
-                "at the server, or take the engine 'rules'"
+                f"{lost:,} of {len(distinct):,} captions got no reply from the model's server, expected one each; "
+                "check the server, or use the engine 'rules'"
             )
         return found
 
@@ -85,7 +85,7 @@ class KnowledgeGenerator:
             try:
                 return ReplyCache(self._cache, "queries")
             except CacheError:
-                pass  # an index that is shared read-only, or searched by two processes at once
+                pass  # the index is read-only, or another process is searching it
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory()
         return ReplyCache(Path(self._temporary.name), "queries")

@@ -1,7 +1,7 @@
-"""Reads replies: the strict check of its form, and the repair of replies that are wrong only in form.
+"""Parses replies: a strict check of the format, then a repair of replies whose only fault is their format.
 
-Whatever comes out keeps to the schema and to the caption: a slot holds only words of the caption in lower case (and the
-copulas of attributes), a state is one line of printable text. What can't be brought to that form is dropped.
+The result always follows the schema and the caption: slots hold only lower-case words of the caption (and copulas, in
+attributes), and a state is one line of printable text. Anything that can't be converted to this form is dropped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from amp.knowledge.schema import Triplet
 
 MAX_TRIPLETS = 6
 MIN_STATE_WORDS, MAX_STATE_CHARACTERS = 3, 160
-MAX_REPLY_CHARACTERS, MAX_LINE_CHARACTERS = (
-    20_000,
-    2_000,
-)  # a server may ignore the limit
+# Limits on what is parsed: a server may ignore the maximum number of tokens.
+MAX_REPLY_CHARACTERS, MAX_LINE_CHARACTERS = 20_000, 2_000
 
 StateSource = Literal["strict", "repaired"]
 
@@ -36,12 +34,12 @@ _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 
 @dataclass(frozen=True, slots=True)
 class TripletReply:
-    """What a reply to Q1 says.
+    """A parsed reply to Q1.
 
     Attributes:
-        triplets: Usable ones, actions first.
-        strict: The reply is exactly of the asked form.
-        usable: The ladder can stop here: strict, repaired to at least one triplet, or a plain "none".
+        triplets: Usable triplets, actions first.
+        strict: Whether the reply has exactly the requested format.
+        usable: Whether no retry is needed: the reply is strict, a repair found at least one triplet, or it says "none".
     """
 
     triplets: tuple[Triplet, ...]
@@ -50,7 +48,7 @@ class TripletReply:
 
 
 def triplet_line(triplet: Triplet) -> str:
-    """A triplet as prompts and replies spell it."""
+    """A triplet in the format of prompts and replies."""
     return f"{triplet.kind}: {triplet.subject} | {triplet.action} | {triplet.object or '-'}"
 
 
@@ -69,17 +67,17 @@ def parse_triplet_line(line: str) -> Triplet | None:
 
 
 def parse_triplet_lines(lines: Sequence[str]) -> tuple[Triplet, ...] | None:
-    """The triplets of all lines; None if one of them is something else."""
+    """The triplets of all lines; None if a line is not a triplet."""
     triplets = tuple(triplet for line in lines if (triplet := parse_triplet_line(line)) is not None)
     return triplets if len(triplets) == len(lines) else None
 
 
 def read_triplets(reply: str, caption: str) -> TripletReply:
-    """The triplets of a reply to Q1: first the strict check, then repair.
+    """Parses the triplets of a reply to Q1: first the strict check, then the repair.
 
     Args:
         reply: The reply without the empty line that ends it.
-        caption: The caption; slots may hold only its words.
+        caption: The caption. Slots may hold only its words.
     """
     reply = _bounded(reply)
     words = frozenset(slot_words(caption))
@@ -99,11 +97,11 @@ def read_triplets(reply: str, caption: str) -> TripletReply:
 
 
 def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
-    """The states of a reply to Q2, one entry per triplet: (text or None, how it was found).
+    """Parses the states of a reply to Q2: one (text or None, "strict" or "repaired") per triplet.
 
     Args:
         reply: The reply without the empty line that ends it.
-        count: Number of triplets that were asked about.
+        count: Number of triplets in the request.
     """
     lines = [line for line in _bounded(reply).strip().splitlines() if line.strip()]
     numbered = [match for line in lines if (match := re.fullmatch(r"(\d{1,2})\. (\S.*)", line))]
@@ -122,12 +120,12 @@ def read_states(reply: str, count: int) -> list[tuple[str | None, StateSource]]:
 
 
 def _bounded(reply: str) -> str:
-    """A reply cut to what is worth reading: repair looks for separators in a time that grows with a line's square."""
+    """Cuts a reply to the length limits. Finding separators takes time quadratic in the length of a line."""
     return "\n".join(line[:MAX_LINE_CHARACTERS] for line in reply[:MAX_REPLY_CHARACTERS].split("\n"))
 
 
 def _strict_triplets(reply: str, words: frozenset[str]) -> tuple[Triplet, ...] | None:
-    """The same language as `TripletGrammar.regex`, without a regex's backtracking over a long caption."""
+    """Accepts the same language as `TripletGrammar.regex`, without backtracking over a long caption."""
     if reply == "none":
         return ()
     triplets = parse_triplet_lines(reply.split("\n"))
@@ -147,7 +145,7 @@ def _grounded(triplet: Triplet, words: frozenset[str]) -> bool:
 
 
 def _candidates(body: str) -> list[str]:
-    """Pieces that may each hold a triplet: bracketed groups where there are some, else lines."""
+    """Pieces that may each hold a triplet: bracketed groups if there are any, else lines."""
     groups = re.findall(r"[(<\[{]([^()<>\[\]{}\n]{3,200})[)>\]}]", body)
     triples = [group for group in groups if len(_SEPARATORS.split(group)) in (3, 4)]
     return triples or body.splitlines()
@@ -186,7 +184,7 @@ def _clean(slot: str) -> str:
 
 
 def _to_caption(slot: str, words: frozenset[str]) -> str | None:
-    """The slot in the caption's own forms ("jumping" where the caption says "jumps"); None if a word isn't there."""
+    """Replaces each word by its form in the caption ("jumping" by "jumps"); None if a word is not in the caption."""
     result = []
     for word in slot.split():
         if word not in words and word not in COPULAS:
@@ -204,10 +202,10 @@ def _actions_first(triplets: tuple[Triplet, ...]) -> tuple[Triplet, ...]:
 
 
 def _state(text: str) -> tuple[str | None, StateSource]:
-    """A sentence that is fit to be a state; None where too little is left."""
+    """Cleans a sentence for use as a state; None if too little is left."""
     clean = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     clean = clean.strip(_QUOTES).strip()
-    # Cut by the length limit of the grammar or of the model: a half sentence would end in a half word.
+    # The grammar's or the model's length limit cut the sentence, possibly within a word.
     if len(clean) > MAX_STATE_CHARACTERS or (
         len(clean) == MAX_STATE_CHARACTERS and not _SENTENCE_END.search(clean[-3:])
     ):

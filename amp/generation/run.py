@@ -1,7 +1,7 @@
-"""Knowledge of a captions file: asks what the ladder needs, keeps every reply, and merges when all are there.
+"""Generates the knowledge of a captions file: requests and stores the model's replies, then merges them.
 
-``OUT/settings.json`` says what the folder was made with, ``OUT/cache/`` holds the replies, ``OUT/knowledge.jsonl`` and
-``OUT/knowledge_provenance.json`` are written last.
+`OUT/settings.json` records the settings of the folder and `OUT/cache/` holds the replies. `OUT/knowledge.jsonl` and
+`OUT/knowledge_provenance.json` are written last.
 """
 
 from __future__ import annotations
@@ -58,47 +58,49 @@ def generate_knowledge(
     """Generates action triplets and states for every caption of a file.
 
     Args:
-        captions: Captions file: a Karpathy JSON, or a CSV or JSONL with image, caption and, if wanted, split; or a
-            folder of shards, whose captions get knowledge.
-        out: Folder for knowledge.jsonl, knowledge_provenance.json and the replies; made if absent.
-        engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server of that
-            interface, such as vllm serve or llama-server), vllm (in this process), or one of a plugin.
+        captions: Captions file: a Karpathy JSON, or a CSV or JSONL file with image, caption and an optional split; or a
+            folder of shards.
+        out: Folder for knowledge.jsonl, knowledge_provenance.json and the replies; created if it does not exist.
+        engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server with
+            OpenAI's API, such as vllm serve or llama-server), vllm (in this process), or an engine of a plugin.
         template: Prompts: default, coco, flickr, or the path of a YAML file.
-        format: Format of the captions file: karpathy, csv, jsonl, or one of a plugin; auto goes by its suffix.
-        default_split: Split of CSV and JSONL rows that name none.
-        keep_restval: Keep Karpathy's restval a split of its own instead of a part of train.
-        splits: Splits whose captions get knowledge; all that occur by default.
-        limit: Only the first so many different captions.
-        part: I/N, from 0/N to N-1/N: ask for the captions of this part, by their hash, and don't merge. Parts may run
-            at once, in any order and again; then the command without it does what is missing and merges.
-        merge: Only merge; what is missing is an error, and no model is loaded.
-        retries: Number of further requests, with temperature, for a caption whose reply can't be used.
-        temperature: Temperature of these requests.
-        seed: Random seed of these requests.
-        fallback: What comes after the last retry: rules, or none (an empty record; a triplet without a state is left
-            out).
-        max_fallback: Largest fraction of different captions that may have ended with rules or nothing although a model
-            was asked; above it nothing is merged.
-        spacy_model: spaCy model of the rules; by default the first known one that is installed.
-        cache: Folder of replies; OUT/cache by default. Runs may share one.
+        format: Format of the captions file: karpathy, csv, jsonl, or a format of a plugin; auto uses the file's suffix.
+        default_split: Split of CSV and JSONL rows that don't name one.
+        keep_restval: Keep Karpathy's restval as a split of its own instead of adding it to train.
+        splits: Splits whose captions get knowledge; null takes all splits of the file.
+        limit: Number of distinct captions to use, from the start of the file; null uses all.
+        part: I/N, from 0/N to N-1/N: generate only the captions of this part, chosen by their hash, and don't merge.
+            Parts may run in parallel, in any order and repeatedly. Afterwards, run the command without this option; it
+            generates what is missing and merges.
+        merge: Only merge, without loading a model; a missing reply is an error.
+        retries: Number of further requests, at the given temperature, for a caption whose reply can't be used: 0, 1 or
+            2.
+        temperature: Temperature of the retries; the first request is greedy.
+        seed: Random seed of the retries.
+        fallback: What to use if the last retry fails too: rules, or none (an empty record; a triplet without a state is
+            dropped).
+        max_fallback: Maximum fraction of distinct captions whose knowledge may come from the rules or be incomplete
+            because the model's replies could not be used; above it nothing is written.
+        spacy_model: spaCy model of the rules; null takes the first known model that is installed.
+        cache: Folder of the replies; null takes OUT/cache. Several runs may share one.
         engine_options: Options of the engine's class, such as model.
         command: Command line, for the provenance.
         console: Where progress is shown; stderr by default.
 
     Returns:
-        What was merged; None for a part.
+        Counts of the merged knowledge; None for a part.
 
     Raises:
-        AmpError: Input that can't be used, a model that can't be loaded; replies that came before are kept.
+        AmpError: The input can't be used or the model can't be loaded. Earlier replies are kept.
     """
     console = console or PlainConsole(stderr=True)
-    find_engine(engine)  # a wrong name is an error before captions are read
+    find_engine(engine)  # report a wrong name before reading the captions
     _check_options(retries, temperature, max_fallback, limit)
     if part is not None and merge:
-        raise AmpError("part and merge are both given; expected one of them; merge once all parts have ended")
+        raise AmpError("part and merge are both given; expected only one of them; merge after all parts have finished")
     if merge and not (Path(out) / SETTINGS_NAME).exists():
         raise AmpError(
-            f"{out}: no {SETTINGS_NAME} in it; expected a folder in which knowledge was generated; check --out, or run "
+            f"{out}: has no {SETTINGS_NAME}; expected a folder in which knowledge was generated; check --out, or run "
             "the parts first"
         )
     index, parts = _share(part)
@@ -138,19 +140,21 @@ def generate_knowledge(
     name = None if merge else f"replies-{index:05d}-of-{parts:05d}"
     with ReplyCache(Path(cache) if cache else out_root / "cache", name) as replies:
         if replies.damaged:
-            console.print(f"{replies.damaged:,} damaged lines in the cache don't count; their captions are asked again")
+            console.print(
+                f"{replies.damaged:,} damaged lines in the cache are ignored; their replies are requested again"
+            )
         if not merge:
             mine = [caption for caption in distinct if _number(caption) % parts == index]
             lost = ask_all(mine, ladder, lambda: settings.makers, replies, console)
             if lost:
                 raise AmpError(
-                    f"{out_root}: {lost:,} of {len(mine):,} captions have no reply, since the model's server gave none "
-                    "within all tries; what came is kept; run the same command again to ask for the rest"
+                    f"{out_root}: {lost:,} of {len(mine):,} captions have no reply after all tries; the replies so far "
+                    "are kept; check the model's server, then run the same command again for the rest"
                 )
             if parts > 1:
                 console.print(
-                    f"part {index}/{parts}: all {len(mine):,} captions are done; once every part is, the same command "
-                    "without --part merges"
+                    f"part {index}/{parts}: all {len(mine):,} captions are done; when all parts are done, run the same "
+                    "command without --part to merge"
                 )
                 return None
         with console.progress("merging replies"):
@@ -185,18 +189,18 @@ def _check_options(retries: int, temperature: float, max_fallback: float, limit:
 
 
 def _number(caption: str) -> int:
-    """Decides a caption's part, the same on every machine."""
+    """Hashes a caption to choose its part. The number is the same on every machine."""
     return int.from_bytes(hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def _share(part: str | None) -> tuple[int, int]:
-    """(index, parts) of this process: the processes of a launcher divide a part among them."""
+    """Returns (index, parts) of this process. The processes of one launcher split a part among themselves."""
     index, parts = part_of(part) if part is not None else (0, 1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return index * world + rank, parts * world
 
 
 def _reply_options(options: dict[str, Any] | None) -> dict[str, Any]:
-    """The options that decide what a model says; the others may differ from start to start."""
+    """Options that determine the model's replies. The others may change between runs."""
     keys = ("model", "revision", "rendering", "dtype", "constrained")
     return {key: value for key, value in (options or {}).items() if key in keys}

@@ -1,6 +1,6 @@
-"""How right knowledge is: triplets against captions labelled by hand, and a check of the states' form and grounding.
+"""Scores knowledge: compares triplets with hand-labelled captions, and checks the form and the subject of states.
 
-Passing a format check says nothing of this: a grammar makes every reply of a small model valid and few of them right.
+A format check can't replace this: a grammar makes every reply of a small model valid, but few of them correct.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _NEW_WORDS = 3
 
 @dataclass(frozen=True, slots=True)
 class GoldCaption:
-    """A caption labelled by hand.
+    """A hand-labelled caption.
 
     Attributes:
         caption: Text of the caption.
         triplets: Triplets that must be found.
-        optional: Triplets that may be found; neither a hit nor a mistake.
+        optional: Triplets that may be found. They count neither as hits nor as mistakes.
     """
 
     caption: str
@@ -46,9 +46,9 @@ class Score:
     """Precision, recall and their harmonic mean, each from 0 to 1.
 
     Attributes:
-        hits: Predicted triplets that match a label each.
-        mistakes: Predicted triplets that match none, not even an optional one.
-        misses: Labels that nothing matches.
+        hits: Number of predicted triplets that match a label.
+        mistakes: Number of predicted triplets that match no label, not even an optional one.
+        misses: Number of labels without a match.
         interval: 95% interval of F1, by bootstrap over captions.
     """
 
@@ -71,16 +71,18 @@ class Score:
 
 
 def load_gold(path: Path = GOLD) -> list[GoldCaption]:
-    """The labelled captions.
+    """Reads the labelled captions.
 
     Raises:
-        AmpError: A line that is no triplet.
+        AmpError: A line is not a triplet.
     """
 
     def triplets(lines: Sequence[str], caption: str) -> tuple[Triplet, ...]:
         found = parse_triplet_lines(lines)
         if found is None:
-            raise AmpError(f"{path}: {shorten(caption)} has a line that is no triplet: {shorten(lines)}; correct it")
+            raise AmpError(
+                f"{path}: triplets of {shorten(caption)} are {shorten(lines)}; expected triplets only; correct them"
+            )
         return found
 
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -97,22 +99,22 @@ def load_gold(path: Path = GOLD) -> list[GoldCaption]:
 def score_triplets(
     predicted: Sequence[Knowledge], gold: Sequence[GoldCaption], level: Level = "lenient", kind: str | None = None
 ) -> Score:
-    """Scores the triplets of the same captions in the same order.
+    """Scores predicted triplets against labels.
 
     A triplet matches a label at the level
 
-    - ``exact`` if all three slots have the same words except for articles and endings ("jumps over" = "jumping over");
-    - ``lenient``, the headline, if the last words of both subjects and of both objects are the same except for endings,
-      and the actions have the same verb, their first word, or a copula both. Prepositions are free, an empty object
-      matches only an empty one.
+    - `exact` if all three slots have the same words, ignoring articles and endings ("jumps over" = "jumping over");
+    - `lenient` (the level to report) if the last words of the subjects and of the objects agree, ignoring endings, and
+      the first words of the actions agree or are both copulas. Prepositions are ignored. An empty object matches only
+      an empty object.
 
-    Each label takes at most one triplet, by a maximum matching.
+    A maximum matching assigns at most one triplet to each label.
 
     Args:
         predicted: Knowledge of each caption.
-        gold: Labels of the same captions.
-        level: How strictly triplets are matched.
-        kind: Only triplets and labels of this kind. Optional labels count for any kind.
+        gold: Labels of the same captions, in the same order.
+        level: Matching level.
+        kind: Scores only triplets and labels of this kind; None scores all. Optional labels apply to any kind.
     """
     counts = np.array(
         [
@@ -128,10 +130,10 @@ def score_triplets(
 
 
 def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
-    """Which states are of the right form and about their triplet; not whether they are true, which no text tells.
+    """Whether each state has the right form and is about its triplet. Whether it is true can't be told from text.
 
     A good state is one line of 4 to 30 words, names the subject or the object, and adds at least three words that are
-    neither in the caption nor a state's usual small words.
+    neither in the caption nor function words.
     """
     known = {stem(word) for word in words_of(caption)} | _SMALL
     results = []
@@ -144,7 +146,7 @@ def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
 
 
 def _count(found: list[Triplet], label: GoldCaption, match: Callable, kind: str | None) -> tuple[int, int, int]:
-    """(hits, mistakes, misses) of one caption."""
+    """Returns (hits, mistakes, misses) of one caption."""
     wanted = [t for t in label.triplets if kind in (None, t.kind)]
     options = [[place for place, other in enumerate(wanted) if match(triplet, other)] for triplet in found]
     taken: dict[int, int] = {}  # label -> triplet
@@ -161,7 +163,7 @@ def _count(found: list[Triplet], label: GoldCaption, match: Callable, kind: str 
     for triplet in range(len(found)):
         assign(triplet, set())
     hit = set(taken.values())
-    # A label of the other kind is right as well, it is only counted elsewhere.
+    # A match with a label of another kind is no mistake. It counts in the score of that kind.
     excused = [*label.optional, *(t for t in label.triplets if kind not in (None, t.kind))]
     mistakes = sum(
         not any(match(triplet, other) for other in excused) for place, triplet in enumerate(found) if place not in hit

@@ -1,4 +1,4 @@
-"""What a folder of generated knowledge is made with, so that two models never mix in one file."""
+"""The record of how a folder of knowledge was generated, so that one file never mixes the output of two models."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SETTINGS_NAME = "settings.json"
 
 
 class Settings:
-    """``settings.json`` of a folder.
+    """The `settings.json` of a folder.
 
-    Loading a model to learn its description takes minutes, so the description in a folder is trusted until the
-    first reply is needed.
+    Loading a model only to read its description takes minutes, so the stored description is trusted until the first
+    reply is needed.
 
     Args:
-        path: Path of the file; `check_ladder` writes it if there is none.
-        options: Options of the command line that decide what the model says.
-        makers: Makers of engine and rules.
+        path: Path of the file. `check_ladder` writes it if it does not exist.
+        options: Command-line options that determine the model's replies.
+        makers: Loads the engine and the rules.
 
     Attributes:
-        described: How the engine and the rules describe themselves.
+        described: Descriptions of the engine and the rules.
 
     Raises:
-        AmpError: The folder was made with other options, or its file can't be read.
+        AmpError: The folder was made with other options, or the file can't be read.
     """
 
     def __init__(self, path: Path, options: dict[str, Any], makers: Makers) -> None:
@@ -47,14 +47,14 @@ class Settings:
 
     @property
     def makers(self) -> Makers:
-        """Engine and rules, checked to be those that the folder was made with."""
+        """The engine and the rules, after a check that the folder was made with the same ones."""
         if not self._checked and self._stored is not None:
             self._same("made_with", self._stored["made_with"], self._makers.describe())
         self._checked = True
         return self._makers
 
     def check_ladder(self, ladder: Ladder) -> None:
-        """Refuses other prompts or retries than the folder was made with; writes the file of a new folder."""
+        """Raises `AmpError` if prompts or retries differ from those of the folder. Writes the file of a new folder."""
         described = ladder.describe()
         if self._stored is not None:
             self._same("ladder", self._stored["ladder"], described)
@@ -62,12 +62,14 @@ class Settings:
         content = {"options": self._options, "made_with": self.described, "ladder": described}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            own = self._path.with_name(f".{uuid.uuid4().hex}.json")  # parts that start at once write the same
+            own = self._path.with_name(
+                f".{uuid.uuid4().hex}.json"
+            )  # several parts may start at once; all write the same content
             write_json(own, content)
             os.replace(own, self._path)
         except OSError as error:
             raise AmpError(
-                f"{self._path}: can't be written ({error.strerror}); expected a folder for the knowledge; check --out"
+                f"{self._path}: can't be written ({error.strerror}); expected a writable folder; check --out"
             ) from None
 
     def _read(self) -> dict[str, Any] | None:
@@ -78,8 +80,8 @@ class Settings:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AmpError(
-                f"{self._path}: can't be read ({shorten(str(error))}); expected the settings of an earlier run; remove "
-                "it to begin anew (the replies in the cache stay)"
+                f"{self._path}: can't be read ({shorten(str(error))}); expected the settings of an earlier run; delete "
+                "the file to start over (the cached replies are kept)"
             ) from None
 
     def _same(self, key: str, stored: Any, asked: Any) -> None:
@@ -87,13 +89,13 @@ class Settings:
         if difference is not None:
             where, was, now = difference
             raise AmpError(
-                f"{self._path}: '{key}{where}' was {shorten(was)}, now {shorten(now)}; expected the same settings in "
-                "one folder, so that its knowledge has one origin; give the old setting, or another --out"
+                f"{self._path}: '{key}{where}' was {shorten(was)} and is now {shorten(now)}; expected the settings "
+                "that the folder was made with; restore the old setting, or choose another --out"
             )
 
 
 def _difference(stored: Any, asked: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """(path of keys, stored, asked) of the first difference."""
+    """Returns (path of keys, stored value, new value) of the first difference."""
     if isinstance(stored, dict) and isinstance(asked, dict):
         for key in dict.fromkeys((*stored, *asked)):
             found = _difference(stored.get(key), asked.get(key), f"{where}.{key}")

@@ -1,4 +1,4 @@
-"""States without a language model: what an action or an attribute looks like, from a lexicon of sentences."""
+"""States without a language model, from a lexicon of sentences that say what an action or an attribute looks like."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _HAVE = frozenset({"has", "have", "with", "having"})
 
 
 def state_of(triplet: Triplet) -> str:
-    """One sentence of 6 to 25 words for a triplet of any words."""
+    """Returns a state of 6 to 25 words for any triplet."""
     template = _attribute(triplet) if triplet.kind == "attribute" else _action(triplet)
     slots = {"subject": triplet.subject, "action": triplet.action, "object": triplet.object}
-    for name, value in slots.items():  # not str.format: a slot may hold braces
+    for name, value in slots.items():  # not str.format, because a slot may contain braces
         template = template.replace("{" + name + "}", value)
     return template
 
 
 def has_verb(action: str) -> bool:
-    """Whether the lexicon has a sentence of its own for an action."""
+    """Whether the lexicon has an entry for the verb of an action."""
     return _verb(action) is not None
 
 
 def plain_verb(word: str) -> str | None:
-    """The plain form of a word that may be a form of a verb of the lexicon; None if it is of none."""
+    """Infinitive of a word that may be a form of a verb in the lexicon; None if no verb matches."""
     return next((stem for stem in _stems(word) if stem in _lexicon()["verbs"]), None)
 
 
 def lexicon_version() -> int:
-    """Raised when the same triplet gets another state."""
+    """Version of the lexicon. Increases when the same triplet gets another state."""
     return _lexicon()["version"]
 
 
@@ -71,7 +71,7 @@ def _verb(action: str) -> dict[str, str] | None:
 
 
 def _stems(word: str) -> Iterator[str]:
-    """Plain forms that a word may be a form of, likeliest first: "hopping" -> hopping, hopp, hoppe, hop."""
+    """Possible infinitives of a word, most likely first: "hopping" -> hopping, hopp, hoppe, hop."""
     yield _lexicon()["irregular"].get(word, word)
     for ending in ("ing", "ed", "es", "s"):
         if word.endswith(ending) and len(word) > len(ending) + 1:
@@ -90,7 +90,7 @@ def _lexicon() -> dict[str, Any]:
     verbs: dict[str, dict[str, str]] = {}
     for entry in content["verbs"]:
         for verb in entry.pop("verbs"):
-            verbs.setdefault(verb, entry)  # a verb of two groups keeps the first
+            verbs.setdefault(verb, entry)  # a verb in two groups uses the first
     properties: dict[str, str] = {}
     for entry in content["properties"]:
         for word in entry["words"]:

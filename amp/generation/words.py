@@ -1,4 +1,4 @@
-"""The words of captions, and which of them differ only in their endings."""
+"""Splits captions into words, and reduces words to their stems."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _IRREGULAR = {
 
 
 def words_of(text: str) -> list[str]:
-    """Distinct words in lower case, in their order; letters and digits with inner ``'`` and ``-``."""
+    """Distinct words in lower case, in order of appearance: letters and digits with inner `'` and `-`."""
     return list(dict.fromkeys(word.lower() for word in _WORD.findall(text)))
 
 
 def slot_words(caption: str) -> tuple[str, ...]:
-    """The words that a slot may hold: those of the caption but articles, or all if there are no others."""
+    """Words that a slot may hold: the words of the caption except articles, or all if there are only articles."""
     words = words_of(caption)
     return tuple(word for word in words if word not in ARTICLES) or tuple(words)
 
 
 @cache
 def stem(word: str) -> str:
-    """A word without its ending; irregular verbs of captions by their plain form."""
+    """Stem of a word. Irregular verbs that are frequent in captions are replaced by their infinitive first."""
     return _stemmer().stemWord(_IRREGULAR.get(word, word))
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submits stage 1, stage 2 and the evaluation of the test split as three jobs, each of which starts when the one before
-# it has succeeded. DeepSpeed needs that: a launch trains one stage.
+# Submits stage 1, stage 2 and the evaluation of the test split as three jobs. Each starts when the previous one has
+# succeeded. DeepSpeed needs this, because one launch can train only one stage.
 #
 #     launchers/slurm/both_stages.sh --nodes 8 --gpus-per-node 8 --cpus-per-task 64 --time 4:00:00 -- \
 #         --config launchers/configs/coco.yaml --deepspeed ds_configs/zero2.json
 #
-# Options of sbatch before `--`, settings of training after it. Prints the numbers of the three jobs.
+# Put options of sbatch before `--` and training settings after it. Prints the IDs of the three jobs.
 set -euo pipefail
 
 options=()
@@ -14,13 +14,13 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 if [ $# -eq 0 ]; then
-    echo "error: no -- on the command line, expected [OPTIONS OF SBATCH] -- [SETTINGS OF TRAINING]" >&2
+    echo "error: no -- on the command line, expected [SBATCH OPTIONS] -- [TRAINING SETTINGS]" >&2
     exit 2
 fi
 shift
 
 out=$(python launchers/train.py "$@" --print_config | python -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["out"])')
-# A job whose predecessor has failed would pend for ever without the second option.
+# Without the second option a job would stay pending forever if its predecessor failed.
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 submit() { sbatch --parsable "${options[@]}" "$@" | cut -d ';' -f 1; }
 

@@ -1,11 +1,11 @@
 """Draws the demo data set: pictures, captions in the Karpathy format of COCO and Flickr30K, and knowledge.
 
     python tools/scenes/make_scenes.py --out data/scenes
-    python tools/scenes/make_scenes.py --sheet docs/scenes.png          # only a contact sheet, for looking
+    python tools/scenes/make_scenes.py --sheet docs/scenes.png          # only a contact sheet
 
-OUT/images/*.jpg, OUT/dataset.json, OUT/knowledge.jsonl (a line a caption), OUT/knowledge_provenance.json: what
-tools/make_shards.py takes from any data set. Twins are marked in dataset.json: "twin" is the filename of the scene that
-an image was made from, "change" what differs ("roles" or "action").
+Writes OUT/images/*.jpg, OUT/dataset.json, OUT/knowledge.jsonl (one line per caption) and OUT/knowledge_provenance.json,
+the usual input of tools/make_shards.py. dataset.json marks twins: "twin" is the filename of the scene from which an
+image was derived, and "change" is what differs ("roles" or "action").
 """
 
 import hashlib
@@ -29,7 +29,7 @@ with exit_on_error():
 
 
 def filename(split: str, index: int) -> str:
-    """The picture's name in OUT/images."""
+    """Name of a picture in OUT/images."""
     return f"{split}_{index:05d}.jpg"
 
 
@@ -45,19 +45,19 @@ def make_scenes(
     sheet: Path | None = None,
     sheet_scenes: int = 16,
 ) -> None:
-    """Writes the data set and, if asked, a contact sheet of the test split with captions.
+    """Writes the data set and, optionally, a contact sheet of the test split with captions.
 
     Args:
-        out: folder to write
-        train: training images
-        val: validation images
-        test: test images
-        captions: captions an image
-        size: side of a picture in pixels
-        quality: JPEG quality
-        seed: every picture and caption is a function of (seed, split, index) alone
-        sheet: picture file for a contact sheet, such as scenes.png
-        sheet_scenes: pictures on the contact sheet
+        out: Folder of the data set; null writes none.
+        train: Number of training images.
+        val: Number of validation images.
+        test: Number of test images.
+        captions: Number of captions per image.
+        size: Width and height of a picture in pixels.
+        quality: JPEG quality.
+        seed: Random seed. Every picture and caption depends only on (seed, split, index).
+        sheet: File for a contact sheet, such as scenes.png; null draws none.
+        sheet_scenes: Number of pictures on the contact sheet.
     """
     if out is None and sheet is None:
         raise AmpError(

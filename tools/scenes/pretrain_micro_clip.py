@@ -1,10 +1,10 @@
-"""Pre-trains the micro CLIP of the embedded default on scenes of another seed, and saves it as an open_clip folder.
+"""Pre-trains the micro CLIP of the demo on scenes of another seed, and saves it as an open_clip folder.
 
     OMP_NUM_THREADS=1 python tools/scenes/pretrain_micro_clip.py --out tools/scenes/micro-clip
 
-The aim is a CLIP with the usual strength and the usual weakness: it finds the right objects and often takes the wrong
-action or role. It gets there as CLIPs do, by its texts: most say only who and what is there (like alt texts), some are
-full captions, some describe a state; and a batch seldom holds twins, so that objects settle nearly every comparison.
+The result should have the usual strength and weakness of CLIP: it finds the right objects, but often the wrong action
+or role. As for large CLIPs, the reason is the training data. Most texts only name the objects (like alt texts), some
+are full captions, and some describe a state. Batches rarely contain twins, so objects decide nearly every comparison.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ with exit_on_error():
     from amp.model.towers import make_backbone
     from amp.terminal import Terminal
 
-STORED = 144  # pixels: pictures are drawn at this size, like those of make_scenes.py, and squashed to the model's
+STORED = 144  # pixels: pictures are drawn at this size, as in make_scenes.py, and resized for the model
 CONFIG = {
     "model_cfg": {
         "embed_dim": 96,
-        # three different widths on purpose: nothing downstream may assume that they are equal
+        # Three different widths, so that code which assumes equal widths fails.
         "vision_cfg": {"image_size": 72, "patch_size": 12, "width": 128, "head_width": 32, "layers": 6},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
     },
@@ -56,7 +56,7 @@ PIXELS = CONFIG["preprocess_cfg"]["size"]
 
 
 def render(scenes) -> torch.Tensor:
-    """Pictures of scenes at the model's size: (N, 3, PIXELS, PIXELS) uint8."""
+    """Draws scenes at the model's size: uint8 (N, 3, PIXELS, PIXELS)."""
     pictures = np.empty((len(scenes), PIXELS, PIXELS, 3), np.uint8)
     for k, scene in enumerate(scenes):
         pictures[k] = draw(scene, STORED).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
@@ -64,12 +64,12 @@ def render(scenes) -> torch.Tensor:
 
 
 def normalise(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 to what the preprocess_cfg's mean and std make of it."""
+    """Normalizes uint8 pictures with the mean and std of preprocess_cfg."""
     return pictures.float().div_(127.5).sub_(1.0)
 
 
 def alt_text(scene, rng: random.Random) -> str:
-    """Who is there, in either order, and sometimes where; never who does what."""
+    """Names the actors, in either order, and sometimes the place, but never the action."""
     mentions = [frozenset(m for m, p in (("colour", 0.8), ("size", 0.3)) if rng.random() < p) for _ in range(2)]
     nouns = [noun_phrase(actor, m, "a") for actor, m in zip(scene.actors, mentions, strict=True)]
     if rng.random() < 0.5:
@@ -81,7 +81,7 @@ def alt_text(scene, rng: random.Random) -> str:
 
 
 def texts(scene, count: int, caption_share: float, state_share: float) -> list[str]:
-    """`count` pre-training texts of a scene: alt texts, and the given shares of captions and state descriptions."""
+    """Makes `count` pre-training texts of a scene: captions and states with the given probabilities, else alt texts."""
     rng = random.Random(f"open-clip-amp pre-training texts {scene.name}")
     said = captions(scene, 2 * count)
     out = []
@@ -92,7 +92,7 @@ def texts(scene, count: int, caption_share: float, state_share: float) -> list[s
         elif kind < caption_share + state_share:
             k = int(rng.random() * len(one.states))
             state = one.states[k]
-            # the prompt's words and length must not be news to the text tower when knowledge is rendered with it
+            # The text tower must know words and length of the state prompt, which is used to encode knowledge.
             prompt = state_text(Triplet(**one.triplets[k]), state)
             out.append(pick(rng, [state, f"{one.text} {state}", prompt]))
         else:
@@ -101,15 +101,15 @@ def texts(scene, count: int, caption_share: float, state_share: float) -> list[s
 
 
 def recalls(ranks: torch.Tensor) -> dict[str, float]:
-    """R@1/5/10/20 in percent of ranks counted from 0."""
+    """R@1/5/10/20 in percent, for ranks that start at 0."""
     return {f"R@{k}": round(100 * (ranks < k).double().mean().item(), 1) for k in (1, 5, 10, 20)}
 
 
 @torch.no_grad()
 def measure(model: CLIP, tokenizer, seed: int, split: str, count: int) -> dict:
-    """Retrieval on a demo split, all captions, both directions; and how often twins are told apart (chance: 50).
+    """Measures retrieval on a demo split, with all captions in both directions, and the accuracy on twins (chance: 50).
 
-    twin accuracy: a caption scores its own picture above that of the scene's twin.
+    Twin accuracy is the percentage of captions that score their own picture above the picture of the scene's twin.
     """
     scenes = [make_scene(seed, split, i) for i in range(count)]
     sentences = [[c.text for c in captions(scene)] for scene in scenes]
@@ -148,30 +148,32 @@ def pretrain(
     """Pre-trains the micro CLIP and writes open_clip_config.json, open_clip_model.safetensors and figures.json.
 
     Args:
-        out: folder to write, loadable as open_clip's `local-dir:OUT`
-        seed: of the pre-training scenes, of initialisation and of the batch order; differs from the demo's
-        scenes: how many scenes to pre-train on
-        texts_per_scene: texts prepared for each scene; a batch takes one of them
-        caption_share: share of texts that are full captions
-        state_share: share of texts that describe a state; the rest are alt texts, which say no action
-        steps: optimizer steps
-        batch: pairs a step
-        lr: peak learning rate (AdamW, cosine schedule to zero)
-        weight_decay: of matrices; vectors and embeddings have none
-        warmup: steps of linear warm-up
-        demo_seed: seed of the demo data, on whose test split the figures are measured
-        demo_images: how many of that split's scenes, from the first on
+        out: Folder to write, which open_clip loads as `local-dir:OUT`.
+        seed: Random seed of the pre-training scenes, the initialisation and the batch order. Must differ from
+            `demo_seed`.
+        scenes: Number of pre-training scenes.
+        texts_per_scene: Number of texts per scene. Each batch uses one of them.
+        caption_share: Fraction of texts that are full captions.
+        state_share: Fraction of texts that describe a state. The rest are alt texts, which name no action.
+        steps: Number of optimizer steps.
+        batch: Number of pairs per step.
+        lr: Peak learning rate (AdamW, cosine schedule to zero).
+        weight_decay: Weight decay of matrices. Vectors and embeddings have none.
+        warmup: Number of linear warm-up steps.
+        demo_seed: Random seed of the demo data. The figures are measured on its test split.
+        demo_images: Number of scenes of that split to measure on, from the start.
     """
     settings = {name: value for name, value in locals().items() if name != "out"}
     if seed == demo_seed:
-        raise AmpError(f"seed is {seed} for pre-training and demo alike: the demo would test on scenes seen here")
+        raise AmpError(
+            f"seed and demo_seed are both {seed}, expected different seeds, or the demo would test on scenes seen here"
+        )
     torch.manual_seed(seed)
     started = time.time()
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
     model = CLIP(**CONFIG["model_cfg"])
-    backbone = make_backbone(
-        model
-    )  # for its text tower, which trims padding without changing a result; it freezes the model
+    # Its text tower trims padding, which saves time and doesn't change the result. Making it freezes the model.
+    backbone = make_backbone(model)
     model.requires_grad_(True)
     world = [make_scene(seed, "pretrain", i) for i in range(scenes)]
     pictures = render(world)
@@ -189,7 +191,7 @@ def pretrain(
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
             images = normalise(pictures[rows])
-            flip = torch.rand(batch, generator=generator) < 0.5  # no text of this world says left or right
+            flip = torch.rand(batch, generator=generator) < 0.5  # no text mentions left or right
             images[flip] = images[flip].flip(-1)
             chosen = tokens[rows, torch.randint(texts_per_scene, (batch,), generator=generator)].long()
             image = F.normalize(model.encode_image(images), dim=-1)
@@ -207,16 +209,16 @@ def pretrain(
                 model.logit_scale.clamp_(0, math.log(100))
             report(step + 1, steps, f"loss {loss.item():.3f}")
 
-    with torch.no_grad():  # words never seen: zero instead of noise, which git also stores in no space
+    with torch.no_grad():  # zero the embeddings of unseen words: they hold only noise, and zeros compress well in git
         seen = torch.zeros(len(model.token_embedding.weight), dtype=torch.bool)
         seen[tokens.unique().long()] = True
         model.token_embedding.weight[~seen] = 0
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(state)  # the figures are those of the weights as saved
+    model.load_state_dict(state)  # measure the weights as saved, in half precision
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "open_clip_model.safetensors"
     save_file(state, out / "open_clip_model.safetensors.tmp", metadata={"format": "pt"})
-    (out / "open_clip_model.safetensors.tmp").chmod(0o644)  # safetensors lets only the owner read what it writes
+    (out / "open_clip_model.safetensors.tmp").chmod(0o644)  # safetensors writes files that only the owner can read
     os.replace(out / "open_clip_model.safetensors.tmp", weights)
     figures = {
         "settings": settings,

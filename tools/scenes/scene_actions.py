@@ -1,7 +1,7 @@
-"""One arrangement an action: who stands where, which way they face, what their limbs and props do; and the backdrops.
+"""One arrangement per action (positions, directions, limbs and props of the actors), and the backdrops.
 
-Arrangements are drawn facing right; the caller mirrors the finished picture for half of the scenes. The layout (shift,
-ground height, distractors) comes from the scene's own random stream, so that position tells nothing.
+Arrangements face right; the caller mirrors half of the finished pictures. The layout (shift, ground height,
+distractors) comes from the scene's own random stream, so positions reveal nothing about the action.
 """
 
 import math
@@ -23,14 +23,14 @@ def hanging(figure: Figure):
 
 
 def speed_lines(pen: Pen, x: float, y: float, length=9.0, rows=3, gap=6.0):
-    """Strokes behind something that moves to the right; x is their right end."""
+    """Draws strokes behind something that moves to the right. x is their right end."""
     for row in range(rows):
         shift = (row % 2) * 3
         pen.line([(x - length - shift, y + row * gap), (x - shift, y + row * gap)], 1.3, (255, 255, 255), 0.5)
 
 
 def ball(pen: Pen, x: float, y: float, radius=4.2):
-    """A white ball with dark patches."""
+    """Draws a white ball with dark patches."""
     pen.disc((x, y), radius, BALL, LINE)
     pen.disc((x, y), radius * 0.36, INK)
     for k in range(5):
@@ -39,7 +39,7 @@ def ball(pen: Pen, x: float, y: float, radius=4.2):
 
 
 def cart(pen: Pen, x: float, y: float, back: bool):
-    """The near side of a cart (or, with `back`, its far wall, drawn before the passenger); x is its middle."""
+    """Draws the near side of a cart, or with `back` its far wall (before the passenger is drawn). x is its middle."""
     if back:
         pen.polygon([(x - 14, y - 17), (x + 14, y - 17), (x + 12, y - 6), (x - 12, y - 6)], CART_DARK, LINE)
         return
@@ -50,7 +50,7 @@ def cart(pen: Pen, x: float, y: float, back: bool):
 
 
 def passenger(pen: Pen, actor, x: float, y: float):
-    """An actor sitting in a cart, facing the way it goes."""
+    """Draws an actor who sits in a cart and faces forward."""
     figure = Figure(actor, x - 2, y - 9, hip=0.10)
     figure.draw(pen, (figure.reach(0.16, -0.16), figure.reach(0.12, -0.16)), ((0.2, 0.1), (0.2, 0.12)))
 
@@ -149,7 +149,7 @@ def feed(pen, a, b, x, y, rng):
     mouth = eater.mouth
     server = Figure(a, x - 17, y, lean=0.2)
     shoulder = server.at(*server.shoulder)
-    # a long spoon: the hand stays within the arm's reach whatever the two heights are
+    # A long spoon keeps the hand within the arm's reach for any two heights.
     away = math.hypot(mouth[0] - shoulder[0], mouth[1] - shoulder[1])
     t = min(0.30 * server.height, away - 9) / away
     hand = (shoulder[0] + (mouth[0] - shoulder[0]) * t, shoulder[1] + (mouth[1] - shoulder[1]) * t)
@@ -211,7 +211,7 @@ def net(pen, a, b, x, y, rng):
     r = 0.27 * prey.height + 1
     hoop_y = top[1] + r * 0.9
     sack = [(top[0] + r * math.cos(t), hoop_y - 2.1 * r * math.sin(t)) for t in [k * math.pi / 10 for k in range(11)]]
-    for k in range(1, 10, 2):  # the mesh, seen through
+    for k in range(1, 10, 2):  # the mesh, which is transparent
         pen.line([sack[k], (top[0] + r * math.cos(k * math.pi / 10), hoop_y)], 0.5, (250, 250, 250))
     for f in (0.35, 0.7, 0.95):
         half = r * math.sqrt(1 - f * f)
@@ -329,7 +329,7 @@ def _tree(pen, x, y, size, place):
 
 
 def backdrop(pen: Pen, place: str, horizon: float, rng: random.Random):
-    """Ground, what stands far behind, and distractors that take part in no action."""
+    """Draws the ground, the background, and distractors that take part in no action."""
     ground = PLACES[place][1]
     pen.polygon([(0, horizon), (100, horizon), (100, 100), (0, 100)], ground)
 
@@ -373,7 +373,7 @@ def backdrop(pen: Pen, place: str, horizon: float, rng: random.Random):
     if place not in ("room", "street", "beach"):
         for _ in range(int(rng.random() * 3)):
             _tree(pen, far(), horizon + 2, 6 + rng.random() * 4, place)
-    # things that lie about and mean nothing: a ball, an empty cart, a closed umbrella, flowers, stones
+    # Distractors: a ball, an empty cart, a closed umbrella, flowers, stones.
     for _ in range(int(rng.random() * 3)):
         thing, tx, ty = int(rng.random() * 5), far(), horizon + 1 + rng.random() * 4
         if thing == 0:

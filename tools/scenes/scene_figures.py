@@ -1,7 +1,7 @@
-"""Jointed cartoon actors: a pen for outlined shapes, and a figure that reaches with its hands where it is told.
+"""Jointed cartoon actors: a pen for outlined shapes, and a figure whose hands and feet can be placed.
 
-Scene units: the picture is 100 x 100 and y grows downwards. Figure units: its height is 1, u points where it faces,
-v points up.
+Scene units: the picture is 100 x 100 and y grows downwards. Figure units: the figure has the height 1, u points in the
+direction that it faces, and v points up.
 """
 
 import math
@@ -22,14 +22,14 @@ COLOURS = {
 }
 HAIR = {"man": (92, 58, 34), "woman": (122, 62, 28), "king": (120, 116, 112), "wizard": (206, 206, 212)}
 ANIMALS = ("cat", "dog", "bear", "rabbit", "frog")
-HEIGHT = {"big": 48.0, "small": 34.0}  # scene units; the gap is wide enough to tell without a neighbour
+HEIGHT = {"big": 48.0, "small": 34.0}  # scene units; the sizes differ enough to be told apart without a neighbour
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """Darkens (factor < 1) or lightens towards white (factor > 1) a colour."""
+    """Darkens a colour (factor < 1) or lightens it towards white (factor > 1)."""
     if factor <= 1:
         return tuple(int(c * factor) for c in colour)
     return tuple(int(c + (255 - c) * (factor - 1)) for c in colour)
@@ -53,20 +53,20 @@ class Pen:
             self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
     def line(self, points, width: float, colour: Colour, outline: float = 0.0):
-        """A round-ended polyline; `outline` is the thickness of the ink around it."""
+        """Draws a polyline with round ends. `outline` is the thickness of the ink around it."""
         if outline:
             self._stroke(points, width + 2 * outline, INK)
         self._stroke(points, width, colour)
 
     def disc(self, centre: Point, radius: float, colour: Colour, outline: float = 0.0, squash: float = 1.0):
-        """A disc, or an upright ellipse whose vertical radius is `radius * squash`."""
+        """Draws a disc, or an ellipse with the vertical radius `radius * squash`."""
         (x, y), s = centre, self.scale
         for r, c in ((radius + outline, INK), (radius, colour)) if outline else ((radius, colour),):
             ry = r * squash
             self.draw.ellipse(((x - r) * s, (y - ry) * s, (x + r) * s, (y + ry) * s), fill=c)
 
     def polygon(self, points, colour: Colour, outline: float = 0.0):
-        """A filled polygon with a round-cornered outline."""
+        """Draws a filled polygon whose outline has round corners."""
         if outline:
             self._stroke([*points, points[0], points[1]], 2 * outline, INK)
         self.draw.polygon(self._px(points), fill=colour)
@@ -74,14 +74,14 @@ class Pen:
 
 # --- actors ----------------------------------------------------------------------------------------------------------
 
-# In figure units: the hip above the ground, hip to shoulder, shoulder to the head's centre, the head's radius
+# In figure units: height of the hip, hip to shoulder, shoulder to the head's centre, radius of the head.
 HIP, TORSO, NECK, HEAD = 0.36, 0.27, 0.15, 0.165
-ARM, LEG = 0.17, 0.19  # each of the two bones of a limb
+ARM, LEG = 0.17, 0.19  # length of each of the two bones of a limb
 LINE = 0.9  # ink outline in scene units
 
 
 def _joint(start: Point, end: Point, bone: float, bend: float) -> tuple[Point, Point]:
-    """Elbow or knee of a limb of two equal bones from `start` towards `end`, and where the limb really ends."""
+    """Returns the joint and the end of a limb of two equal bones that reaches from `start` towards `end`."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     reach = math.hypot(dx, dy) or 1e-6
     if reach > 2 * bone:
@@ -92,9 +92,9 @@ def _joint(start: Point, end: Point, bone: float, bend: float) -> tuple[Point, P
 
 
 class Figure:
-    """An actor placed in the scene. (x, y) is the ground point below its hip, `facing` is 1 (right) or -1 (left).
+    """An actor in the scene. (x, y) is the ground point below its hip, and `facing` is 1 (right) or -1 (left).
 
-    `angle` turns the whole figure forward about its hip (pi/2: lies face down), `lean` only its torso, in radians.
+    In radians, `angle` turns the whole figure forward about its hip (pi/2: lies face down), `lean` only its torso.
     """
 
     def __init__(self, actor, x, y, facing=1, angle=0.0, lean=0.0, hip=HIP):
@@ -105,13 +105,13 @@ class Figure:
         self.head = (self.shoulder[0] + math.sin(lean) * NECK, self.shoulder[1] + math.cos(lean) * NECK)
 
     def at(self, u: float, v: float) -> Point:
-        """Figure units to scene units."""
+        """Converts figure units to scene units."""
         v -= self.hip
         u, v = u * math.cos(self.angle) + v * math.sin(self.angle), v * math.cos(self.angle) - u * math.sin(self.angle)
         return self.x + self.facing * u * self.height, self.y - (v + self.hip) * self.height
 
     def reach(self, u: float, v: float) -> Point:
-        """A point relative to the shoulder (u forward, v up), in scene units: what hands are aimed at."""
+        """Converts a point relative to the shoulder (u forward, v up) to scene units. Used to place hands."""
         return self.at(self.shoulder[0] + u, self.shoulder[1] + v)
 
     @property
@@ -119,7 +119,7 @@ class Figure:
         return self.at(self.head[0] + HEAD * 0.95, self.head[1] - HEAD * 0.45)
 
     def draw(self, pen: Pen, hands, feet, mood="smile"):
-        """Draws the figure: `hands` are two scene points (near, far), `feet` two (u, v) from the ground point."""
+        """Draws the figure. `hands` are two scene points (near, far), `feet` two (u, v) from the ground point."""
         kind, h = self.actor.kind, self.height
         colour = COLOURS[self.actor.colour]
         clothed = kind not in ANIMALS and kind != "robot"

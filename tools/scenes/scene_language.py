@@ -1,8 +1,7 @@
-"""What is said about a scene: captions in several phrasings, and the knowledge (triplets, states) a caption carries.
+"""The texts of a scene: captions in several phrasings, and the knowledge (triplets, states) of each caption.
 
-A caption's knowledge holds what the caption itself says, as a language model would extract it, never more: an attribute
-that goes unmentioned makes no triplet. A state says how its triplet looks, which is world knowledge, not a peek at the
-picture.
+The knowledge contains only what the caption says, as a language model would extract it: an attribute that the caption
+does not mention gives no triplet. A state describes how its triplet usually looks, independently of the picture.
 """
 
 import random
@@ -23,7 +22,7 @@ class Caption:
 
 
 class Verb(NamedTuple):
-    """Forms around the two nouns: "A is {doing} B{tail}", "A {does} B{tail}", "B is {passive} A", "B {reduced} A"."""
+    """Verb forms for "A is {doing} B{tail}", "A {does} B{tail}", "B is {passive} A" and "B {reduced} A"."""
 
     doing: str
     does: str
@@ -37,7 +36,7 @@ def _verb(doing, does, reduced, tail="", passive=""):
 
 
 def _both(reduced):
-    """A passive that takes no "being": what the second actor does meanwhile."""
+    """The passive without "being": what the second actor does during the action."""
     return reduced, "", reduced
 
 
@@ -216,12 +215,12 @@ PLACE_WORDS = {
 
 
 def pick(rng: random.Random, options):
-    """Like rng.choice, but built on rng.random() alone, whose sequence Python keeps the same across its versions."""
+    """Like `rng.choice`, but uses only `rng.random()`, whose sequence is the same in all Python versions."""
     return options[int(rng.random() * len(options))]
 
 
 def clothed(kind: str) -> bool:
-    """Whether an actor's colour is that of its clothes."""
+    """Whether the colour of an actor is the colour of its clothes."""
     return kind not in ANIMALS and kind != "robot"
 
 
@@ -237,7 +236,7 @@ def noun_phrase(actor, mentions: frozenset, article: str) -> str:
 
 
 def _mentions(rng: random.Random) -> tuple[frozenset, frozenset]:
-    """Which attributes of each actor a caption names: of one of the two at least its colour."""
+    """Chooses the attributes of each actor that a caption mentions: at least the colour of one of them."""
     named = [{"colour"} if rng.random() < 0.55 else set() for _ in range(2)]
     for attributes in named:
         if rng.random() < 0.3:
@@ -259,7 +258,7 @@ def _attribute_knowledge(actor, mentions, rng):
 
 
 def caption(scene, form: str, rng: random.Random) -> Caption:
-    """One caption of a scene in the form "active" or "passive" (if each actor does its own action: who comes first)."""
+    """Makes a caption of a scene. If each actor does its own action, "passive" names the second actor first."""
     a, b = scene.actors
     mentions_a, mentions_b = _mentions(rng)
     article = partial(pick, rng, ("a", "a", "the"))

@@ -1,8 +1,8 @@
-"""The embedded world: action scenes, each a pure function of (seed, split, index).
+"""The drawn action scenes. Each is a pure function of (seed, split, index).
 
-A scene is two actors (kind, colour, size), an action between them or one action each, and a place. In every block of
-eight scenes two are twins of another: one has the roles swapped, one another action; both keep actors and place. A
-model that only finds the right objects can't tell twins apart.
+A scene has two actors (kind, colour, size), an action between them or one action each, and a place. In every block of
+eight scenes two are twins of other scenes in it: one with swapped roles, one with another action, and both with the
+same actors and place. A model that only recognises objects can't tell twins apart.
 
     scene = make_scene(seed=0, split="test", index=5)
     picture = draw(scene, 144)          # PIL image
@@ -28,7 +28,7 @@ SOLO_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Actor:
-    """Who: a kind, a colour (of the clothes, for people) and a size."""
+    """An actor: kind, colour (of the clothes, for people) and size."""
 
     kind: str
     colour: str
@@ -37,10 +37,10 @@ class Actor:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen. One action: actors[0] does it to actors[1]. Two actions: each actor does its own.
+    """Content of a scene. With one action, actors[0] does it to actors[1]. With two actions, each actor does its own.
 
-    `twin` is the index (same seed and split) of the scene this one was made from, `change` what differs
-    ("roles" or "action"); None and "" for all others. `name` seeds layout and phrasing.
+    `twin` is the index (same seed and split) of the scene from which this one was derived, and `change` is what differs
+    ("roles" or "action"). They are None and "" for all other scenes. `name` seeds the layout and the captions.
     """
 
     actors: tuple[Actor, Actor]
@@ -56,7 +56,7 @@ def _others(options, taken):
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene at `index` of a split: the same for ever, whatever else is drawn."""
+    """The scene at `index` of a split. It does not depend on the number of scenes drawn."""
     block, slot = divmod(index, BLOCK)
     original, change = TWINS.get(slot, (slot, ""))
     rng = random.Random(f"open-clip-amp scene {seed} {split} {block * BLOCK + original}")
@@ -100,7 +100,7 @@ def draw(scene: Scene, size: int = 144) -> Image.Image:
 
 
 def captions(scene: Scene, count: int = 3) -> list[Caption]:
-    """`count` captions, whatever the count the same ones: the first active, the second passive, the others either."""
+    """The first `count` captions of a scene: the first is active, the second passive, the others either."""
     said = []
     for k in range(count):
         rng = random.Random(f"open-clip-amp caption {scene.name} {k}")

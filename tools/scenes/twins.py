@@ -1,13 +1,13 @@
-"""How often a model tells twins apart: same actors and place, roles swapped or another action (chance: 50 %).
+"""Measures how often a model tells twins apart: same actors and place, swapped roles or another action (chance: 50 %).
 
     python tools/scenes/twins.py --shards data/demo/drawn-scenes --dataset data/demo/scenes/dataset.json \
         --out runs/demo/twins.json --adapters control=runs/demo/control/stage2/adapter.safetensors \
         action-aware=runs/demo/action-aware/stage2/adapter.safetensors
 
-A comparison is won where a caption scores its own picture above the twin's, a tie is half won; each caption of both
-pictures makes one. An action-aware adapter conditions both pictures on that caption's knowledge: caption and knowledge
-are the same on both sides, so only pixels can decide. The grey probe checks it: with one grey picture in place of both
-every comparison must tie.
+Each caption of both pictures gives one comparison, which is won if the caption scores its own picture above the twin's;
+a tie counts half. An action-aware adapter conditions both pictures on the knowledge of that caption. Caption and
+knowledge are the same on both sides, so only the pixels can decide. The grey probe verifies this: if a grey picture
+replaces both, every comparison must be a tie.
 """
 
 import json
@@ -29,23 +29,23 @@ with exit_on_error():
     from amp.model.similarity import pair_similarity
 
 CHANGES = ("roles", "action")
-BATCH = 256  # comparisons a forward pass, two pairs each
-TIE = 1e-6  # cosines this close are equal: the same features from another row of a product differ by rounding
+BATCH = 256  # comparisons per forward pass, two pairs each
+TIE = 1e-6  # cosines this close are equal: matrix products round differently from row to row
 
 
 @dataclass
 class TwinSettings:
-    """What is compared.
+    """Settings of the comparison.
 
     Args:
-        dataset: dataset.json of tools/scenes/make_scenes.py, which says who is whose twin.
-        shards: Folder of the drawn scenes' shards; null takes the one that the adapters were trained on.
+        dataset: dataset.json of tools/scenes/make_scenes.py, which marks the twins.
+        shards: Folder of the drawn scenes' shards; null takes the folder that the adapters were trained on.
         split: Split of the shards.
-        adapters: ``NAME=FILE`` each; none measures the base model only.
-        model: The base CLIP.
-        kinds: Kinds of triplets used; null takes those of the adapters' training.
-        batch_size: Images per forward pass of the base model.
-        workers: Decoding processes.
+        adapters: Adapters as `NAME=FILE`. Without adapters only the base model is measured.
+        model: Base CLIP.
+        kinds: Kinds of triplets to use; null takes those of the adapters' training.
+        batch_size: Number of images per forward pass of the base model.
+        workers: Number of decoding processes.
         cache: Folder for text features and frozen image features.
         mixed_precision: Autocast type of the comparisons, as for amp evaluate.
         out: JSON file of the result.
@@ -62,14 +62,14 @@ class TwinSettings:
     cache: str = "data/cache"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = "auto"
     out: Path = Path("runs/twins.json")
-    timeout_minutes: ClassVar[float] = 30.0  # nobody waits: one process
+    timeout_minutes: ClassVar[float] = 30.0  # required by start_accelerator; there is only one process
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Comparisons of one kind of change, all int64 (N,): the caption, its own image, the twin's image.
+    """Comparisons of one kind of change: caption, own image and twin's image, each int64 (N,).
 
-    `twins` counts the pairs of scenes, which the standard error takes as its units.
+    `twins` is the number of pairs of scenes, which are the units of the standard error.
     """
 
     caption: torch.Tensor
@@ -79,15 +79,15 @@ class Comparisons:
 
 
 def twin_comparisons(dataset: Path, filenames: Sequence[str], owner: torch.Tensor) -> dict[str, Comparisons]:
-    """The comparisons of a split, by what differs between the twins.
+    """Finds the comparisons of a split, by what differs between the twins.
 
     Args:
         dataset: dataset.json with the keys "twin" and "change".
-        filenames: Of the split's images, in the order of the shards.
+        filenames: Filenames of the split's images, in the order of the shards.
         owner: Image of each caption, int64 (C,).
 
     Raises:
-        AmpError: The file can't be read, or holds no twins of this split, or names images that the shards lack.
+        AmpError: The file can't be read, has no twins of this split, or names images that the shards lack.
     """
     try:
         images = json.loads(dataset.read_text(encoding="utf-8"))["images"]
@@ -110,13 +110,13 @@ def twin_comparisons(dataset: Path, filenames: Sequence[str], owner: torch.Tenso
     for one, other, change in changed:
         if change not in found:
             raise AmpError(f"{dataset}: change of {one} is {shorten(change)}, expected one of {', '.join(CHANGES)}")
-        if one not in row and other not in row:  # of another split
+        if one not in row and other not in row:  # both are in another split
             continue
         if one not in row or other not in row:
             missing = one if one not in row else other
             raise AmpError(
                 f"{dataset}: {missing} is not in the shards, expected both pictures of the twins {one} and {other}; "
-                "make the shards from this very data set"
+                "make the shards from this data set"
             )
         pairs[change] += 1
         for own, twin in ((row[one], row[other]), (row[other], row[one])):
@@ -124,7 +124,7 @@ def twin_comparisons(dataset: Path, filenames: Sequence[str], owner: torch.Tenso
     if empty := [change for change, rows in found.items() if not rows]:
         raise AmpError(
             f"{dataset}: no twins with another {' or '.join(empty)} among the {len(row)} images of the split, expected "
-            "some of each; draw at least 8 scenes a split (tools/scenes/make_scenes.py)"
+            "some of each; draw at least 8 scenes per split (tools/scenes/make_scenes.py)"
         )
     return {
         change: Comparisons(*torch.tensor(rows, dtype=torch.int64).T, pairs[change]) for change, rows in found.items()
@@ -135,15 +135,16 @@ Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def accuracy(comparisons: dict[str, Comparisons], score: Scorer) -> dict[str, dict]:
-    """Won comparisons by kind of change.
+    """Computes the fraction of won comparisons by kind of change.
 
     Args:
-        comparisons: Of `twin_comparisons`.
+        comparisons: Comparisons from `twin_comparisons`.
         score: Maps images (P,) and captions (P,), int64, to scores (P,).
 
     Returns:
-        For each change ``accuracy`` in percent, ties counted as half; ``standard_error`` in points, over twins, since
-        the captions of one pair of pictures are not independent; ``won``, ``ties``, ``comparisons``, ``twins``.
+        For each change: `accuracy` in percent, ties counted as half; `standard_error` in percentage points, clustered
+        by twins, since the captions of one pair of pictures are not independent; `won`, `ties`, `comparisons` and
+        `twins`.
 
     Raises:
         AmpError: A score is not finite.
@@ -154,16 +155,16 @@ def accuracy(comparisons: dict[str, Comparisons], score: Scorer) -> dict[str, di
         if not bool(difference.isfinite().all()):
             raise AmpError(
                 f"scores of the twins with another {change} are not all finite numbers, expected cosines; train the "
-                "adapter again with a lower rate"
+                "adapter again with a lower learning rate"
             )
         won, tie = difference > TIE, difference.abs() <= TIE
         gain = won.double() + 0.5 * tie.double()
-        # Captions of either picture of two twins share a unit.
+        # The captions of both pictures of a pair form one unit.
         low, high = torch.minimum(c.own, c.other), torch.maximum(c.own, c.other)
         _, unit = torch.stack([low, high]).unique(dim=1, return_inverse=True)
         size = torch.bincount(unit).double()
         mean = gain.mean()
-        # A ratio estimator: pairs may have different numbers of captions.
+        # Ratio estimator, because pairs may have different numbers of captions.
         residual = torch.zeros(len(size), dtype=torch.float64).index_add_(0, unit, gain - mean)
         units = len(size)
         error = math.sqrt(float(residual.square().sum()) * units / max(1, units - 1)) / len(gain)
@@ -179,12 +180,12 @@ def accuracy(comparisons: dict[str, Comparisons], score: Scorer) -> dict[str, di
 
 
 def base_score(image: torch.Tensor, text: torch.Tensor) -> Scorer:
-    """Cosines of the frozen features of images (I, d) and captions (C, d)."""
+    """Scores pairs by the cosine of the frozen features of images (I, d) and captions (C, d)."""
     return lambda images, captions: pair_similarity(image[images], text[captions])
 
 
 def differences(score: Scorer, comparisons: Comparisons) -> torch.Tensor:
-    """How much higher each caption scores its own picture than the twin's (N,)."""
+    """Score of each caption's own picture minus the score of the twin's (N,)."""
     parts = []
     for rows in torch.arange(len(comparisons.caption)).split(BATCH):
         images = torch.cat([comparisons.own[rows], comparisons.other[rows]])
@@ -194,10 +195,10 @@ def differences(score: Scorer, comparisons: Comparisons) -> torch.Tensor:
 
 
 def measure(settings: TwinSettings) -> dict:
-    """Twin accuracy of the base model and of each adapter, with the grey probe; writes `settings.out`.
+    """Measures twin accuracy of the base model and of each adapter, with the grey probe. Writes `settings.out`.
 
     Raises:
-        AmpError: Wrong input, such as an adapter of another base model.
+        AmpError: The input is wrong, such as an adapter of another base model.
     """
     from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
     from amp.data.split import ShardSplit
@@ -218,7 +219,9 @@ def measure(settings: TwinSettings) -> dict:
         raise AmpError(problem)
     accelerator = start_accelerator(settings)
     if accelerator.num_processes > 1:
-        raise AmpError(f"{accelerator.num_processes} processes, expected 1; start it with python, not with a launcher")
+        raise AmpError(
+            f"started with {accelerator.num_processes} processes, expected 1; start it with python, not with a launcher"
+        )
     terminal = Terminal(True)
     split = ShardSplit(shards_of(settings.shards, adapters), settings.split)
     captions = SplitCaptions.read(split, kinds_of(settings.kinds, adapters))
@@ -254,10 +257,10 @@ def measure(settings: TwinSettings) -> dict:
             if model.interaction.conditioned:
                 spoilt = probe(retrieval, "grey", model, preprocess).scorer(model, accelerator.autocast)
                 rows.append({"name": str(RowKey(name, probe="grey")), **accuracy(comparisons, spoilt)})
-        write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())  # what is done stays
+        write_atomically(settings.out, (json.dumps(result, indent=2) + "\n").encode())  # keep the finished rows
     width = max(len(row["name"]) for row in rows)
     counts = ", ".join(f"{change}: {c.twins} twins, {len(c.caption)} captions" for change, c in comparisons.items())
-    print(f"Own picture above its twin's, percent ± standard error (chance 50). {counts}")
+    print(f"Captions that score their own picture above its twin, percent ± standard error (chance 50). {counts}")
     for row in rows:
         cells = (
             f"{change} {r['accuracy']:5.1f} ± {r['standard_error'] or 0:3.1f}"

@@ -1,6 +1,6 @@
-"""Language models by name. Each is one file and one line below; plugins register theirs the same way (`amp.plugins`).
+"""Engines that run language models. Each is one file, registered below; plugins register theirs in the same way.
 
-The files import what they need (torch, vLLM, ...) only when a model is loaded.
+Engines import their dependencies (torch, vLLM, ...) only when a model is loaded.
 """
 
 from amp.generation.engines.base import Completion, Engine, EngineError, Message, Sampling, register_engine

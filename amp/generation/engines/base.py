@@ -1,6 +1,6 @@
 """The interface of a language model, and the registry of engines.
 
-A request is a prefix that all requests share and a suffix of its own; each gets a reply.
+A request consists of a prefix shared by all requests and its own suffix.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from amp.plugins import load_plugins
 
 
 class EngineError(AmpError):
-    """The language model can't be loaded, reached or used; replies that came before are not lost."""
+    """The language model can't be loaded, reached or used. Earlier replies are kept."""
 
 
 class Message(NamedTuple):
-    """One turn of the shared prefix: the instructions and the in-context samples."""
+    """One turn of the shared prefix, which holds the instructions and the in-context samples."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -31,8 +31,8 @@ class Sampling:
 
     Attributes:
         max_tokens: Maximum number of new tokens.
-        temperature: 0 is greedy.
-        stop: The reply ends before this text, which is not part of it.
+        temperature: Sampling temperature; 0 is greedy.
+        stop: Text that ends the reply. It is not part of the reply.
     """
 
     max_tokens: int
@@ -45,13 +45,13 @@ class Completion:
     """The reply to one suffix.
 
     Attributes:
-        text: The reply without the stop text; decoded with errors replaced, so always valid Unicode.
-        tokens: Number of generated tokens; 0 if the engine doesn't say.
-        prompt_tokens: Number of tokens of prefix and suffix; 0 if the engine doesn't say.
-        error: Why there is no reply; "" if there is one. Only for what concerns this request; what concerns every
-            request is an `EngineError`.
-        refused: Whether the same request would fail again (too long, a content filter). The ladder goes on without it.
-            After other errors (no answer within all tries) the next run asks again.
+        text: The reply without the stop text. Always valid Unicode: invalid bytes are replaced.
+        tokens: Number of generated tokens; 0 if unknown.
+        prompt_tokens: Number of tokens of prefix and suffix; 0 if unknown.
+        error: Why there is no reply; "" if there is one. Only for errors of this request; an error that affects every
+            request raises `EngineError`.
+        refused: Whether the same request would fail again (too long, a content filter). The ladder continues without
+            it. After other errors (no answer after all tries) the next run sends the request again.
     """
 
     text: str
@@ -62,20 +62,21 @@ class Completion:
 
 
 class Engine(Protocol):
-    """A language model. Keyword arguments of its ``__init__`` are options of the command: ``--NAME.batch_size`` and so
-    on; ``model`` is ``--model``.
+    """A language model. The keyword arguments of its `__init__` become command-line options such as
+    `--NAME.batch_size`; `model` becomes `--model`.
 
     Attributes:
-        constrained: Whether `generate` obeys grammars; with False they are ignored.
+        constrained: Whether `generate` follows grammars. If False, grammars are ignored.
     """
 
     constrained: bool
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides a reply in addition to the request: engine, model, revision or hash of the weights,
-        quantisation, rendering, precision, whether grammars are obeyed.
+        """Everything that determines a reply in addition to the request: engine, model, revision or hash of the
+        weights, quantisation, rendering, precision, whether grammars are followed.
 
-        It is part of the cache's keys and of the provenance: JSON types only, no secret, no address, no batch size.
+        It is part of the cache's keys and of the provenance, so it holds only JSON types, and no secrets, addresses or
+        batch sizes.
         """
         ...
 
@@ -87,17 +88,19 @@ class Engine(Protocol):
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """Yields the replies to all suffixes, each as soon as it is there.
+        """Yields the reply to each suffix as soon as it is available.
 
         Args:
-            prefix: Turns that all requests share; an engine computes them once if it can.
-            suffixes: The last user turn of each request; any text, never read as control tokens or templates.
-            grammar: One per suffix; None for free text.
-            sampling: How all replies are decoded.
-            seeds: One per suffix. Decides the reply at a temperature above 0, regardless of the rest of the batch.
+            prefix: Turns that all requests share. An engine should compute them only once.
+            suffixes: Last user turn of each request. May be any text and must not be read as control tokens or
+                templates.
+            grammar: One grammar per suffix; None for free text.
+            sampling: Decoding of all replies.
+            seeds: One random seed per suffix. At a temperature above 0 it determines the reply, independently of the
+                rest of the batch.
 
         Yields:
-            (number of the suffix, its completion), each number once, in any order.
+            (index of the suffix, its completion), each index once, in any order.
 
         Raises:
             EngineError: Nothing can be generated at all.
@@ -109,11 +112,11 @@ _ENGINES: dict[str, type[Engine]] = {}
 
 
 def register_engine(name: str, engine: type[Engine]) -> None:
-    """Adds an engine.
+    """Registers an engine.
 
     Args:
-        name: What ``--engine`` calls it.
-        engine: Its class.
+        name: Name of the engine for `--engine`.
+        engine: Class of the engine.
 
     Raises:
         AmpError: The name is taken.
@@ -124,16 +127,16 @@ def register_engine(name: str, engine: type[Engine]) -> None:
 
 
 def known_engines() -> dict[str, type[Engine]]:
-    """All engines by name; ``rules``, which ask no model, are none of them."""
+    """All engines by name. `rules` is not included, since it uses no model."""
     load_plugins()
     return dict(_ENGINES)
 
 
 def find_engine(name: str) -> type[Engine] | None:
-    """The class of an engine; None for ``rules``.
+    """Returns the class of an engine; None for `rules`.
 
     Raises:
-        AmpError: No such engine.
+        AmpError: There is no such engine.
     """
     known = known_engines()
     if name not in ("rules", *known):

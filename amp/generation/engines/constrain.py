@@ -1,4 +1,4 @@
-"""Constrained decoding: at each step only tokens that keep a reply within its grammar (llguidance)."""
+"""Constrained decoding with llguidance: each step allows only tokens that keep a reply within its grammar."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from amp.generation.grammar import Grammar
 
 
 class Constraint:
-    """The tokenizer as llguidance knows it; takes a second to make, so it is made once a model.
+    """Compiles grammars for a tokenizer. Takes a second to construct, so make one per model.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        vocabulary: The width of the model's logits, which may exceed the tokenizer's.
+        vocabulary: Width of the model's logits, which may exceed the tokenizer's vocabulary.
         ends: Tokens that end a reply.
 
     Raises:
@@ -25,20 +25,20 @@ class Constraint:
     """
 
     def __init__(self, tokenizer, vocabulary: int, ends: Sequence[int]) -> None:
-        hf = require("llguidance.hf", "constrained decoding", "take --transformers.constrained false")
+        hf = require("llguidance.hf", "constrained decoding", "set --transformers.constrained false")
         try:
             self._tokenizer = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(ends))
         except (TypeError, ValueError) as error:
             raise EngineError(
-                f"llguidance can't use this model's tokenizer ({shorten(str(error))}); take --transformers.constrained "
+                f"llguidance can't use this model's tokenizer ({shorten(str(error))}); set --transformers.constrained "
                 "false"
             ) from None
         self.vocabulary = vocabulary
-        # Retries and states of equal length share a grammar; compiling one takes a millisecond.
+        # Retries, and replies with the same number of states, share a grammar. Compiling one takes a millisecond.
         self._compiled = lru_cache(maxsize=4096)(self._compile)
 
     def rows(self, grammars: Sequence[Grammar]) -> Rows:
-        """A batch of replies that haven't begun."""
+        """Starts a batch of replies."""
         return Rows(self.vocabulary, [self._compiled(grammar.regex()).deep_copy() for grammar in grammars])
 
     def _compile(self, regex: str):
@@ -51,7 +51,7 @@ class Constraint:
 
 
 class Rows:
-    """The state of each reply of a batch."""
+    """The grammar state of each reply of a batch."""
 
     def __init__(self, vocabulary: int, matchers: list) -> None:
         from llguidance.torch import allocate_token_bitmask
@@ -60,21 +60,21 @@ class Rows:
         self._allowed = allocate_token_bitmask(len(matchers), vocabulary)  # int32 (rows, vocabulary / 32)
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """float (rows, vocabulary) with -inf for every token that would leave the grammar.
+        """Sets the logits (rows, vocabulary) of tokens that would leave the grammar to -inf, in place.
 
-        Where a reply is complete only the tokens that end it are left.
+        In a complete reply only the end tokens stay allowed.
         """
         from llguidance.torch import fill_next_token_bitmask
 
         for row, matcher in enumerate(self._matchers):
             fill_next_token_bitmask(matcher, self._allowed, row)
-        # Unpacked here: llguidance's own function compiles a kernel first, which takes seconds and a compiler.
+        # Unpack the bits here: llguidance's own function first compiles a kernel, which takes seconds and a compiler.
         words = self._allowed[: len(self._matchers)].to(logits.device, non_blocking=True)
         bits = (words.unsqueeze(2) >> torch.arange(32, device=logits.device)) & 1
         return logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
     def advance(self, tokens: Sequence[int]) -> list[bool]:
-        """Takes the chosen token of each row; returns which replies can't go on."""
+        """Adds the chosen token of each row. Returns which replies have ended."""
         ended = []
         for matcher, token in zip(self._matchers, tokens, strict=True):
             if not matcher.consume_token(token):

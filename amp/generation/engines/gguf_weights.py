@@ -1,4 +1,4 @@
-"""GGUF files: read once, kept as safetensors, since transformers takes half a minute to unpack a small one."""
+"""Unpacks GGUF files once and stores them as safetensors, because transformers needs half a minute for a small one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ DEFAULT_FOLDER = Path("~/.cache/open-clip-amp/gguf")
 
 
 def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]]:
-    """The model of a GGUF file as a folder that transformers loads in a second.
+    """Converts a GGUF file to a model folder that transformers loads in a second.
 
     Args:
-        path: The file; its quantised weights are unpacked to float32, four bytes per weight.
-        folder: Where unpacked models are kept; ``~/.cache/open-clip-amp/gguf`` by default.
+        path: The GGUF file. Its quantised weights are unpacked to float32, four bytes per weight.
+        folder: Where unpacked models are stored; `~/.cache/open-clip-amp/gguf` by default.
 
     Returns:
-        The folder, and what decides the weights: the file's name and sha256.
+        The model folder, and the file's name and SHA-256, which identify the weights.
 
     Raises:
-        EngineError: Not a GGUF file that transformers can read, or the folder can't be written.
+        EngineError: The file is not a GGUF file that transformers can read, or the folder can't be written.
     """
     transformers = require("transformers", "the transformers engine")
     require("gguf", "a GGUF file")
@@ -31,7 +31,7 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
         digest = sha256_of(path)
     except OSError as error:
         raise EngineError(f"{path}: can't be read ({error.strerror}); expected a GGUF file; check --model") from None
-    # Another release may unpack to another layout.
+    # Another release of transformers may use another layout.
     root = (folder or DEFAULT_FOLDER).expanduser()
     unpacked = root / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
     if not unpacked.is_dir():
@@ -40,13 +40,13 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
                 _unpack(path, temporary)
         except OSError as error:
             raise EngineError(
-                f"{path}: can't be unpacked to {unpacked} ({error}); expected a GGUF file and some room; check --model "
-                "and --transformers.gguf_folder"
+                f"{path}: can't be unpacked to {unpacked} ({error}); expected a GGUF file and free disk space; check "
+                "--model and --transformers.gguf_folder"
             ) from None
         except (ImportError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
             raise EngineError(
-                f"{path}: transformers {transformers.__version__} can't read it ({error}); expected a GGUF file of an "
-                "architecture that it knows; take the model's safetensors"
+                f"{path}: transformers {transformers.__version__} can't read it ({error}); expected a GGUF file of a "
+                "supported architecture; use the model's safetensors"
             ) from None
     return unpacked, {"gguf": path.name, "sha256": digest}
 
@@ -57,9 +57,9 @@ def _unpack(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # save_pretrained refuses models that came from a GGUF file. save_model writes shared weights once.
+    # save_pretrained refuses models loaded from a GGUF file. save_model writes shared weights once.
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    model.config.architectures = [type(model).__name__]  # a GGUF file doesn't say it, and vLLM and others ask for it
+    model.config.architectures = [type(model).__name__]  # not in the GGUF file, but vLLM and others need it
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

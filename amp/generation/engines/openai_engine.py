@@ -1,4 +1,4 @@
-"""Any server of OpenAI's interface: ``vllm serve``, ``llama-server``, ``transformers serve``, a hosted model."""
+"""Any server with OpenAI's API: `vllm serve`, `llama-server`, `transformers serve`, or a hosted model."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ class OpenAIEngine:
     """A model on a server.
 
     Args:
-        base_url: Address of the interface, such as http://localhost:8000/v1.
+        base_url: Address of the API, such as http://localhost:8000/v1.
         model: Name of the model on the server.
         rendering: chat uses chat/completions and the server's chat template; plain sends text to completions.
-        constrained: How the server takes a grammar: vllm (a regex), llama.cpp (GBNF), none; auto asks the server.
-        concurrency: Number of requests at once.
-        requests_per_minute: Maximum rate; no limit by default.
-        timeout: Seconds until a request is given up and tried again.
+        constrained: Format in which the server accepts a grammar: vllm (a regex), llama.cpp (GBNF) or none; auto
+            queries the server.
+        concurrency: Maximum number of simultaneous requests.
+        requests_per_minute: Maximum number of requests per minute; null sets no limit.
+        timeout: Seconds after which a request is cancelled and tried again.
         tries: Maximum number of tries per request.
-        first_wait: Seconds before the second try; doubles with each, up to a minute, with jitter. A wait that the
-            server asks for (Retry-After) takes precedence.
-        api_key_variable: Environment variable that holds the key; your own server needs none.
+        first_wait: Seconds before the second try. The wait doubles with each try, up to a minute, with random jitter. A
+            Retry-After header of the server takes precedence.
+        api_key_variable: Environment variable that holds the API key. May be unset for a server without keys.
 
     Raises:
-        EngineError: The server can't be reached, refuses the key or doesn't know the model.
+        EngineError: The server can't be reached, refuses the key or doesn't have the model.
     """
 
     def __init__(
@@ -59,19 +60,21 @@ class OpenAIEngine:
         for name, value in (("concurrency", concurrency), ("tries", tries), ("timeout", timeout)):
             if value <= 0:
                 raise EngineError(f"openai.{name} is {value}; expected more than 0; correct it")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", api_key_variable):  # not shown: it may be the key itself
+        if not re.fullmatch(
+            r"[A-Za-z_][A-Za-z0-9_]*", api_key_variable
+        ):  # the value is not printed, since it may be the key itself
             raise EngineError(
-                "openai.api_key_variable is no name of an environment variable; expected one, such as OPENAI_API_KEY, "
-                "that holds the key; set it"
+                "openai.api_key_variable is not the name of an environment variable; expected the variable that holds "
+                "the key, such as OPENAI_API_KEY; correct it"
             )
         if requests_per_minute is not None and requests_per_minute <= 0:
-            raise EngineError(f"openai.requests_per_minute is {requests_per_minute}; expected more than 0, or none")
+            raise EngineError(f"openai.requests_per_minute is {requests_per_minute}; expected more than 0, or null")
         self._openai, self._model, self._rendering = openai, model, rendering
         self._concurrency, self._tries, self._first_wait = concurrency, tries, first_wait
         self._api_key_variable = api_key_variable
         self._limiter = _Limiter(requests_per_minute)
         self._where = _public(base_url)
-        # Retries are counted here, since the package doesn't retry half an answer or an empty one.
+        # This class retries itself, because the package doesn't retry truncated or empty answers.
         self._key = os.environ.get(api_key_variable) or "none"
         self._client = openai.OpenAI(base_url=base_url, api_key=self._key, timeout=timeout, max_retries=0)
         self._kind = self._ask_server() if constrained == "auto" else constrained
@@ -94,11 +97,11 @@ class OpenAIEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine.generate`. Requests on their way are given up when the caller stops."""
+        """See `Engine.generate`. Pending requests are cancelled when the caller stops iterating."""
         stopped = threading.Event()
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="openai")
         running: dict[Future, int] = {}
-        failures = 0  # in a row
+        failures = 0  # consecutive
         numbers = iter(range(len(suffixes)))
 
         def submit() -> None:
@@ -120,8 +123,8 @@ class OpenAIEngine:
                     if failures >= max(8, self._concurrency):
                         raise EngineError(
                             f"{self._where}: no answer to {failures} requests in a row, the last after {self._tries} "
-                            f"tries: {completion.error}; expected a server that answers; look at its log, then run "
-                            "the same command again"
+                            f"tries: {completion.error}; expected a server that answers; check its log, then run the "
+                            "same command again"
                         )
                     submit()
         finally:
@@ -152,7 +155,7 @@ class OpenAIEngine:
         return arguments | {"messages": [*messages, {"role": "user", "content": suffix}], "extra_body": extra}
 
     def _complete(self, arguments: dict[str, Any], stopped: threading.Event) -> Completion:
-        """One request with its tries."""
+        """Sends one request, with retries."""
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_when_event_set
         from tenacity import sleep_using_event, wait_random_exponential  # isort: skip
 
@@ -178,7 +181,7 @@ class OpenAIEngine:
         openai = self._openai
         self._limiter.wait(stopped)
         if stopped.is_set():
-            raise _TryAgain("given up")
+            raise _TryAgain("cancelled")
         interface = self._client.completions if self._rendering == "plain" else self._client.chat.completions
         try:
             answer = interface.create(**arguments)
@@ -194,8 +197,8 @@ class OpenAIEngine:
             reason = error.__cause__ or error
             raise _TryAgain(f"{self._where}: the connection failed ({shorten(self._said(reason))})") from None
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
-            # Half a JSON, bytes that are no UTF-8, an answer without choices.
-            raise _TryAgain(f"{self._where}: an answer that can't be read ({shorten(self._said(error))})") from None
+            # Truncated JSON, bytes that are not UTF-8, or an answer without choices.
+            raise _TryAgain(f"{self._where}: the answer can't be read ({shorten(self._said(error))})") from None
         usage = answer.usage
         return Completion(
             text=_THINKING.sub("", text).encode("utf-8", "replace").decode(),
@@ -204,7 +207,7 @@ class OpenAIEngine:
         )
 
     def _refused(self, error) -> Completion:
-        """A status that isn't success: try again, go on without this reply, or stop."""
+        """Handles an error status: raises `_TryAgain` or `EngineError`, or returns a refused completion."""
         status, reason = error.status_code, shorten(self._said(error), 200)
         if status in (401, 403):
             raise EngineError(
@@ -213,8 +216,8 @@ class OpenAIEngine:
             )
         if status == 404:
             raise EngineError(
-                f"{self._where}: model {self._model!r} or the address isn't known there (status 404: {reason}); "
-                "expected a model that the server offers; check --model and --openai.base_url"
+                f"{self._where}: the server doesn't know the model {self._model!r} or the address (status 404: "
+                f"{reason}); expected a model that it offers; check --model and --openai.base_url"
             )
         if status in _RETRIED_STATUS or status >= 500:
             again = _TryAgain(f"{self._where}: status {status}")
@@ -223,12 +226,12 @@ class OpenAIEngine:
         return Completion("", error=f"status {status}: {reason}", refused=True)
 
     def _said(self, error: Exception) -> str:
-        """An error's text without the key, which a server may repeat."""
+        """Text of an error without the API key, which a server may echo."""
         text = without_secrets(str(error))
         return text.replace(self._key, "***") if len(self._key) > 4 else text
 
     def _ask_server(self) -> str:
-        """How the server takes grammars, by what it says of itself."""
+        """Detects the grammar format of the server from its list of models."""
         openai = self._openai
         try:
             owners = {
@@ -238,8 +241,8 @@ class OpenAIEngine:
             self._refused(error)
         except openai.APIConnectionError as error:
             raise EngineError(
-                f"{self._where}: no server answers ({shorten(self._said(error.__cause__ or error))}); expected one of "
-                "OpenAI's interface; start it, or check --openai.base_url"
+                f"{self._where}: no server answers ({shorten(self._said(error.__cause__ or error))}); expected one "
+                "with OpenAI's API; start it, or check --openai.base_url"
             ) from None
         except (openai.OpenAIError, AttributeError, TypeError, ValueError):
             return "none"  # not every server lists its models
@@ -248,24 +251,24 @@ class OpenAIEngine:
         return self._vllm_dialect() if "vllm" in owners else "none"
 
     def _vllm_dialect(self) -> str:
-        """vLLM renamed the field: guided_regex until 0.10, structured_outputs from 0.11 on."""
+        """Chooses the field for vLLM: guided_regex up to 0.10, structured_outputs since 0.11."""
         parts = urlsplit(str(self._client.base_url))
         try:
             version = self._client.get(f"{parts.scheme}://{parts.netloc}/version", cast_to=object)["version"]
             major, minor = (int(number) for number in version.split(".")[:2])
-        except Exception:  # the address is vLLM's own and may be closed; new servers are the rule
+        except Exception:  # /version is not part of OpenAI's API and may be blocked; assume a recent server
             return "vllm"
         return "vllm" if (major, minor) >= (0, 11) else "vllm guided"
 
 
 class _TryAgain(Exception):
-    """Another try may succeed."""
+    """The request failed, but another try may succeed."""
 
     retry_after: float | None = None
 
 
 class _Limiter:
-    """Spreads requests evenly."""
+    """Spreads requests evenly over time."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._spacing = 60.0 / per_minute if per_minute else 0.0
@@ -281,7 +284,7 @@ class _Limiter:
 
 
 def _public(url: str) -> str:
-    """The address without a name or password in it."""
+    """The address without user name and password."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
 

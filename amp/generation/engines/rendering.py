@@ -1,4 +1,4 @@
-"""Turns of a conversation as a model reads them: its chat template, or plain text."""
+"""Renders the turns of a conversation, with a chat template or as plain text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ _MARK = re.compile(r"(<<|<[|｜]?|\[)([/\w▁|｜]{1,40}?)([|｜]?>|>>|\])")
 
 
 def plain_text(prefix: Sequence[Message], suffix: str) -> str:
-    """For a model that only continues text: instructions, then question, newline, answer, empty line, and so on."""
+    """Renders a prompt for a model without chat template: instructions, then pairs of question and answer."""
     return plain_prefix(prefix) + suffix + "\n"
 
 
 def without_marks(text: str) -> str:
-    """A suffix in which no control mark of a chat template is left, for servers that read them anywhere in a prompt:
-    spaces stand around the brackets of ``<|im_end|>``, ``</s>``, ``[INST]`` and the like."""
+    """Inserts spaces into control tokens of chat templates in a suffix: `<|im_end|>`, `</s>`, `[INST]` and so on.
+
+    Some servers interpret control tokens anywhere in a prompt.
+    """
     return _MARK.sub(lambda match: f"{match[1]} {match[2]} {match[3]}", text)
 
 
@@ -29,37 +31,33 @@ def plain_prefix(prefix: Sequence[Message]) -> str:
 
 
 def chat_parts(tokenizer, prefix: Sequence[Message]) -> tuple[str, str]:
-    """(text before the last user turn's content, text after it) by the tokenizer's chat template.
+    """Renders the chat template and returns (text before the content of the last user turn, text after it).
 
-    Instructions go into the first user turn where the template has no system role (Gemma). A model that can think
-    before it answers (Qwen3) is asked not to.
+    If the template has no system role (Gemma), the instructions go into the first user turn. Thinking is turned off for
+    models that support it (Qwen3).
 
     Raises:
-        EngineError: A template that changes or repeats what a user says.
+        EngineError: The template refuses the prompt, or changes or repeats the content of a user turn.
     """
     turns = [{"role": role, "content": content} for role, content in (*prefix, Message("user", _SENTINEL))]
     try:
         text = _apply(tokenizer, turns)
-    except Exception as error:  # templates raise any exception
+    except Exception as error:  # templates may raise any exception
         if turns[0]["role"] != "system" or len(turns) < 2:
             raise _refused(error) from None
         merged = {"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
         try:
             text = _apply(tokenizer, [merged, *turns[2:]])
         except Exception as second:
-            raise EngineError(
-                f"the model's chat template refuses the prompt ({second}); take plain rendering"
-            ) from None
+            raise EngineError(f"the model's chat template refuses the prompt ({second}); use plain rendering") from None
     before, found, behind = text.partition(_SENTINEL)
     if not found or _SENTINEL in behind:
-        raise EngineError(
-            "the model's chat template doesn't show what the user says exactly once; take plain rendering"
-        )
+        raise EngineError("the model's chat template doesn't render the user's text exactly once; use plain rendering")
     return before, behind
 
 
 def _refused(error: Exception) -> EngineError:
-    return EngineError(f"the model's chat template refuses the prompt ({error}); take plain rendering")
+    return EngineError(f"the model's chat template refuses the prompt ({error}); use plain rendering")
 
 
 def _apply(tokenizer, turns: list[dict[str, str]]) -> str:

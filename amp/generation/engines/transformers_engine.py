@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, in this process: one prefix for all, full batches, grammars."""
+"""Any causal language model of transformers, in this process, with a shared prefix, batches and grammars."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from amp.generation.grammar import Grammar
 
 @dataclass
 class _Prefix:
-    """The shared turns: token ids (P), keys and values of one row, and the tokens after a suffix."""
+    """The shared turns: token ids (P), key-value cache of one row, and the tokens after a suffix."""
 
     ids: list[int]
     tail: list[int]
     cache: Any
-    one_length: bool  # whether a batch must not be padded
+    one_length: bool  # whether all rows of a batch must have the same length
 
 
 class TransformersEngine:
     """A local or hub model, or a GGUF file.
 
-    The turns that all requests share are computed once; a batch starts from copies of their keys and values. Requests
-    are sorted by length and padded on the left. A row that has ended leaves the batch. In float32 a reply is the same
-    regardless of the rest of the batch; in bfloat16 it may differ in single words.
+    The shared turns are computed once, and every batch starts from a copy of their key-value cache. Requests are sorted
+    by length and padded on the left. Finished rows leave the batch. In float32 a reply does not depend on the rest of
+    the batch; in bfloat16 single words may differ.
 
-    Several GPUs: start one process per GPU with ``accelerate launch``; the captions are divided among them.
+    To use several GPUs, start one process per GPU with `accelerate launch`. The captions are split among them.
 
     Args:
-        model: A hub name, a folder, or a file that ends in .gguf.
-        revision: Revision on the hub.
-        rendering: chat uses the tokenizer's chat template, plain continues text; auto is chat if there is a template.
-        dtype: auto is float32 on a CPU, else bfloat16.
-        batch_size: Number of replies at once; halved if the GPU's memory doesn't hold them.
-        device: Device, such as cuda:1 or cpu; auto takes this process's GPU if there is one; spread divides a
-            model that is too large for one over all GPUs.
-        constrained: Whether replies must follow the grammar; auto does where llguidance and the tokenizer allow.
-        gguf_folder: Where unpacked GGUF files are kept.
-        trust_remote_code: Run code that comes with the model.
+        model: Hub name, folder, or .gguf file.
+        revision: Revision of the model on the hub.
+        rendering: chat uses the tokenizer's chat template; plain continues text; auto uses chat if there is a template.
+        dtype: Precision of the weights; auto is float32 on a CPU, else bfloat16.
+        batch_size: Number of replies generated together; halved when the GPU runs out of memory.
+        device: Device, such as cuda:1 or cpu; auto takes this process's GPU if there is one; spread distributes a model
+            that is too large for one GPU over all GPUs.
+        constrained: Whether replies must follow the grammar; auto does so if llguidance supports the tokenizer.
+        gguf_folder: Folder for unpacked GGUF files; null takes ~/.cache/open-clip-amp/gguf.
+        trust_remote_code: Whether to run code that comes with the model.
 
     Attributes:
-        model: The model of transformers, in eval mode, without gradients.
+        model: The transformers model, in eval mode, without gradients.
         tokenizer: The tokenizer of the model.
         ends: Tokens that end a reply.
 
@@ -101,7 +101,7 @@ class TransformersEngine:
             self.model.to(self._device)
         self._chat = rendering == "chat" or (rendering == "auto" and bool(self.tokenizer.chat_template))
         if self._chat and not self.tokenizer.chat_template:
-            raise EngineError(f"{model}: its tokenizer has no chat template; expected one; take plain rendering")
+            raise EngineError(f"{model}: its tokenizer has no chat template; expected one; use plain rendering")
         config = self.model.config.get_text_config()
         self._limit = getattr(config, "max_position_embeddings", None) or 2**31
         self.ends = self._end_tokens()
@@ -123,7 +123,7 @@ class TransformersEngine:
         }
 
     def watch_added_tokens(self) -> None:
-        """Notes the tokens that no suffix may hold: all that were added to the tokenizer's own vocabulary."""
+        """Collects the tokens that no suffix may contain: all that were added to the tokenizer's vocabulary."""
         marks = {text: token for text, token in self.tokenizer.get_added_vocab().items() if len(text) > 1}
         self._added = frozenset(marks.values())
         self._added_texts = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True))) or '(?!)'})")
@@ -139,7 +139,7 @@ class TransformersEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """See `Engine.generate`. Works batch by batch, long requests first."""
+        """See `Engine.generate`. Long requests come first."""
         shared = self._prefix(tuple(prefix))
         rows = [self.suffix_ids(text) + shared.tail for text in suffixes]
         room = self._limit - len(shared.ids) - sampling.max_tokens
@@ -164,8 +164,8 @@ class TransformersEngine:
             except self._torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise EngineError(
-                        "the device's memory doesn't hold the model and one request; expected room for both; take a "
-                        "smaller dtype, a smaller model, or --transformers.device spread"
+                        "out of memory with a batch of one request; expected room for it and the model; use a smaller "
+                        "dtype, a smaller model, or --transformers.device spread"
                     ) from None
                 size = len(batch) // 2
                 self._torch.cuda.empty_cache()
@@ -176,20 +176,20 @@ class TransformersEngine:
                 yield number, Completion(text, len(tokens), len(shared.ids) + len(rows[number]))
 
     def prefix_ids(self, prefix: tuple[Message, ...]) -> tuple[list[int], list[int]]:
-        """(tokens before every suffix, tokens after it)."""
+        """Returns (tokens before every suffix, tokens after it)."""
         if self._chat:
-            before, behind = chat_parts(self.tokenizer, prefix)  # its text names all special tokens itself
+            before, behind = chat_parts(self.tokenizer, prefix)  # the text already contains all special tokens
             return self._ids(before), self._ids(behind)
-        # The last newline goes to the suffix: many tokenizers take two newlines for one token, but not before a word.
+        # The last newline goes to the suffix: many tokenizers merge two newlines into one token, but not before a word.
         return self.tokenizer(plain_prefix(prefix)[:-1])["input_ids"], self._continued("\n")
 
     def suffix_ids(self, text: str) -> list[int]:
-        """Tokens of a suffix, in which no text is read as a special token."""
+        """Tokens of a suffix. No text in it becomes a special token."""
         text = text if self._chat else f"\n{text}"
         ids = self._continued(text, split_special_tokens=True)
         if self._added.isdisjoint(ids):
             return ids
-        # <think>, <tool_call> and the like are added tokens, though not special ones: they are read in two parts.
+        # <think>, <tool_call> and so on are added tokens but not special ones: tokenize them in two parts.
         ids = []
         for part in self._added_texts.split(text):
             for half in (part[:1], part[1:]) if self._added_texts.fullmatch(part) else (part,):
@@ -197,7 +197,7 @@ class TransformersEngine:
         return ids
 
     def _continued(self, text: str, **options) -> list[int]:
-        """Tokens of a text after a newline. Without the newline SentencePiece would add a space in front."""
+        """Tokens of a text as if after a newline, since SentencePiece would otherwise prepend a space."""
         mark = self._ids("\n", **options)
         ids = self._ids("\n" + text, **options)
         return ids[len(mark) :] if ids[: len(mark)] == mark else self._ids(text, **options)
@@ -211,7 +211,7 @@ class TransformersEngine:
             with self._torch.inference_mode():
                 tokens = self._torch.tensor([ids], device=self._device)
                 cache = self.model(tokens, use_cache=True, **self._forward_options).past_key_values
-            # A layer with a window or a state counts padding between prefix and suffix as text.
+            # Layers with a sliding window or a recurrent state would treat padding between prefix and suffix as text.
             plain = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
             self._prefixes[prefix] = _Prefix(ids, tail, cache, one_length=not plain)
         return self._prefixes[prefix]
@@ -224,12 +224,12 @@ class TransformersEngine:
         sampling: Sampling,
         seeds: list[int],
     ) -> list[list[int]]:
-        """The new tokens of each row, without the one that ends it."""
+        """Returns the new tokens of each row, without the end token."""
         torch, device = self._torch, self._device
         with torch.inference_mode():
             before, width = len(shared.ids), max(map(len, rows))
             tokens = torch.zeros(len(rows), width, dtype=torch.long)
-            seen = torch.ones(len(rows), before + width, dtype=torch.long)  # 0 on the padding between prefix and suffix
+            seen = torch.ones(len(rows), before + width, dtype=torch.long)  # 0 at the padding between prefix and suffix
             for row, ids in enumerate(rows):
                 tokens[row, width - len(ids) :] = torch.tensor(ids)
                 seen[row, before : before + width - len(ids)] = 0
@@ -283,12 +283,12 @@ class TransformersEngine:
         return replies
 
     def _gumbel(self, size: int, draw):
-        """Noise that makes the argmax a sample. Each row has its own, so that it doesn't depend on the batch."""
+        """Gumbel noise, which turns the argmax into a sample. Drawn per row, so it is independent of the batch."""
         uniform = self._torch.rand(size, generator=draw).clamp_(1e-20, 1 - 1e-7)
         return -(-uniform.log()).log()
 
     def _stopped(self, tokens: list[int], stop: str) -> bool:
-        """Whether a plain reply has come to its end; a chat model ends its turn itself."""
+        """Whether a plain reply contains the stop text. A chat model ends its turn itself."""
         return not self._chat and stop in self.tokenizer.decode(tokens[-8:])
 
     def _text(self, tokens: list[int], stop: str) -> str:
@@ -300,7 +300,7 @@ class TransformersEngine:
         known = configured if isinstance(configured, list) else [configured]
         found = frozenset(token for token in (*known, self.tokenizer.eos_token_id) if token is not None)
         if not found:
-            raise EngineError("the model names no token that ends a reply; expected eos_token_id; correct its config")
+            raise EngineError("the model has no end token; expected eos_token_id; add it to its config")
         return found
 
     def _make_constraint(self, constrained: bool | str, vocabulary: int):
@@ -317,7 +317,7 @@ class TransformersEngine:
 
 
 def _find(model: str, revision: str | None, gguf_folder: str | None) -> tuple[str, dict[str, str] | None]:
-    """(what transformers loads, what decides the weights; None for the hub, whose commit does)."""
+    """Returns (what transformers loads, file hashes that identify the weights). Hub models have None."""
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf":
         from amp.generation.engines.gguf_weights import unpack
@@ -326,16 +326,16 @@ def _find(model: str, revision: str | None, gguf_folder: str | None) -> tuple[st
         return str(folder), origin
     if not path.is_dir():
         if path.exists() or model.startswith(("/", ".", "~")):
-            raise EngineError(f"{model}: no such folder of a model; expected one, or a .gguf file; check --model")
+            raise EngineError(f"{model}: no such model folder; expected a folder or a .gguf file; check --model")
         return model, None
     if revision is not None:
-        raise EngineError(f"{model}: a folder has no revision; expected none; leave --transformers.revision out")
+        raise EngineError(f"{model}: is a folder, which has no revision; remove --transformers.revision")
     digest = hashlib.sha256()
     weights = sorted((*path.glob("*.safetensors"), *path.glob("*.bin")))
     for file in weights:
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     if not weights:
-        raise EngineError(f"{model}: no weights in it; expected *.safetensors; check --model")
+        raise EngineError(f"{model}: contains no weights; expected *.safetensors or *.bin; check --model")
     return str(path), {"sha256": digest.hexdigest()}
 
 

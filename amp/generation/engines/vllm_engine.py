@@ -1,4 +1,4 @@
-"""vLLM in this process, with its cache of common prefixes; imported only when a model is loaded."""
+"""vLLM in this process, with prefix caching."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from amp.generation.engines.base import Completion, EngineError, Message, Sampli
 from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
-_CHUNK = 1024  # replies are kept after each chunk, so a kill loses at most one chunk
+_CHUNK = 1024  # replies are stored after each chunk, so a crash loses at most one chunk
 
 
 class VLLMEngine:
     """A local or hub model in vLLM.
 
     Args:
-        model: A hub name or a folder.
-        revision: Revision on the hub.
-        rendering: chat uses the model's chat template, plain continues text.
-        dtype: Precision, as vLLM names it; auto takes the model's own.
+        model: Hub name or folder.
+        revision: Revision of the model on the hub.
+        rendering: chat uses the model's chat template; plain continues text.
+        dtype: Precision, as named by vLLM; auto takes the precision of the model.
         constrained: Whether replies must follow the grammar.
-        tensor_parallel_size: GPUs that share the model.
-        max_model_len: Tokens of prompt and reply; by default the model's own limit, which may need more memory.
-        gpu_memory_utilization: Share of the GPU's memory.
+        tensor_parallel_size: Number of GPUs that share the model.
+        max_model_len: Maximum number of tokens of prompt and reply; null takes the model's own limit, which may need
+            more memory.
+        gpu_memory_utilization: Fraction of the GPU's memory that vLLM may use.
 
     Raises:
         AmpError: vLLM isn't installed or can't load the model.
@@ -41,7 +42,7 @@ class VLLMEngine:
         max_model_len: int | None = 4096,
         gpu_memory_utilization: float = 0.9,
     ) -> None:
-        vllm = require("vllm", "the vllm engine", "take --engine transformers")
+        vllm = require("vllm", "the vllm engine", "use --engine transformers")
         self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
         self._described = {
             "engine": "vllm",
@@ -109,6 +110,6 @@ class VLLMEngine:
         if grammar is not None and self.constrained:
             if hasattr(known, "StructuredOutputsParams"):
                 options["structured_outputs"] = known.StructuredOutputsParams(regex=grammar.regex())
-            else:  # before 0.11
+            else:  # vLLM before 0.11
                 options["guided_decoding"] = known.GuidedDecodingParams(regex=grammar.regex())
         return self._vllm.SamplingParams(**options)
