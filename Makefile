@@ -12,7 +12,7 @@ SCENES := data/demo/drawn-scenes
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo knowledge-demo test test-slow bench soak lint wheel clean
+.PHONY: demo knowledge-demo test test-system test-slow bench soak lint wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,8 +37,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
 	    --out $(SCENES)
-	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/control --prompt.knowledge none
-	$(LAUNCH) --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
+	$(BIN)/amp train --config launchers/configs/scenes.yaml --out $(DEMO)/control --prompt.knowledge none
+	$(BIN)/amp train --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
 	$(BIN)/amp evaluate --shards $(SCENES) --cache data/demo/cache --workers 1 --batch_size 128 \
 	    --out $(DEMO)/results.json --gallery $(DEMO)/retrievals.png --adapters $(ADAPTERS)
 	$(BIN)/amp report --results $(DEMO)/results.json --shards $(SCENES) --row "action-aware (pairwise)" \
@@ -65,7 +65,11 @@ knowledge-demo: $(VENV)/.installed-models
 	    --data.cache $(KNOWLEDGE)/cache --data.batch_size 4 --mined_group 1 --stage1.epochs 1 --stage2.epochs 1
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not system" -n 2 --dist loadfile
+
+# Slurm, killed processes, ZeRO, the wheel, end-to-end runs, and what takes long.
+test-system: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "system and not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

@@ -34,6 +34,8 @@ from benchmarks.models import READ_LAST, build, drawn_captions
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
 from benchmarks.settings import Settings
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture
 def base(clip_folder):

@@ -18,7 +18,7 @@ from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, DataSettings, ModelSettings, StageSettings, TrainConfig
 from amp.train.launch import deepspeed_settings
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.system
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 

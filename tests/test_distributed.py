@@ -13,8 +13,6 @@ from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 
-pytestmark = pytest.mark.distributed
-
 BATCH, STEPS = 8, 3
 # conditioning, stage, whether the batch brings stored tokens instead of images
 CASES = [

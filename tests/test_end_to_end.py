@@ -19,7 +19,7 @@ from amp.evaluate.adapters import adapted, read_adapters
 from amp.files import sha256_of
 from amp.model.adapter import read_adapter
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.system
 
 BASE = "local-dir:tools/scenes/micro-clip"
 # In fp32: in bf16 two processes round other sums than one does.

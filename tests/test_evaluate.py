@@ -543,7 +543,6 @@ def _rank_both(clip_folder, shards, cache_folder):
     return out
 
 
-@pytest.mark.distributed
 def test_two_ranks_give_the_scores_of_one(aware, control, clip_folder, shards, cache_folder, tmp_path):
     # The store is filled by now; both ranks read it.
     expected = _rank_both(clip_folder, shards, cache_folder)

@@ -19,7 +19,7 @@ from amp.train.checkpoints import Checkpoints
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from amp.generation.run import generate_knowledge
 from amp.terminal import PlainConsole
 from amp.train.config import StageSettings
 
+pytestmark = pytest.mark.system
+
 QUIET = PlainConsole(quiet=True)
 
 

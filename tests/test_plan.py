@@ -197,6 +197,7 @@ def test_cached_features_take_the_space_that_the_plan_says(config, trained):
     assert images == pytest.approx(SPLIT_SIZES["val"] * (17 * 32 + 24) * 4 / 1e6, abs=0.01)
 
 
+@pytest.mark.system
 def test_a_larger_batch_fits_as_it_says(config):
     needs = lambda size: make_plan(change(config, data__batch_size=size), PlanSettings(gpus=2)).estimates[1].total  # noqa: E731
     limit = needs(7) / 1e9 + 1e-9

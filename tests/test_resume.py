@@ -23,7 +23,7 @@ from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.stopping import StopRequest
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,6 @@ def _rank_or_die(clip_folder, shards, cache_folder, partial, dying):
     return {name: (ranking.scores, ranking.ranks) for name, ranking in found.items()}, calls
 
 
-@pytest.mark.distributed
 def test_a_rank_dies_and_two_ranks_go_on(world, whole, clip_folder, shards, cache_folder, tmp_path):
     arguments = (clip_folder, shards, cache_folder, tmp_path / "partial")
     with pytest.raises(AssertionError, match="ranks ended with"):

@@ -626,6 +626,7 @@ def _die(plan, accept_gaps):
     os._exit(1)
 
 
+@pytest.mark.system
 def test_a_dead_worker_is_an_error_and_not_a_hang(ten, monkeypatch):
     monkeypatch.setattr(write, "_write_in_worker", _die)
     with pytest.raises(AmpError, match="a worker process was killed"):

@@ -19,7 +19,7 @@ from helpers import ROOT, draw_dataset
 from safetensors.torch import load_file
 from slurm_helpers import ACTIVE
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.system
 
 TRAIN, BOTH = "launchers/slurm/train.sbatch", "launchers/slurm/both_stages.sh"
 STEPS = 120  # of stage 1

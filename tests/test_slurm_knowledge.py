@@ -9,6 +9,8 @@ from amp.errors import AmpError
 from amp.generation.rules import _find
 from amp.generation.run import generate_knowledge
 
+pytestmark = pytest.mark.system
+
 TASKS = 3
 
 

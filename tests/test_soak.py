@@ -12,6 +12,8 @@ import pytest
 from amp.train.engine import frozen_heap
 from benchmarks import soak
 
+pytestmark = pytest.mark.system
+
 # Each holds for a moment what it gives back; the leaks keep some of it.
 CHILD = """
 import os, sys, threading, time

@@ -275,7 +275,6 @@ def _rank_row(name, shards):
     return found, retrieval.text, torch.from_numpy(retrieval.frozen.base)
 
 
-@pytest.mark.distributed
 def test_two_ranks_give_the_baseline_of_one(clip_folder, shards, tmp_path, fresh_accelerate):
     one, *features = _rank_row(clip_folder, shards)
     for found, *of_rank in run_ranks(_rank_row, tmp_path / "ranks", clip_folder, shards):

@@ -14,6 +14,8 @@ from amp.generation.replies import read_triplets
 from amp.generation.words import slot_words
 from amp.knowledge.schema import Triplet
 
+pytestmark = pytest.mark.system
+
 CAPTIONS = [
     "A girl kicks a ball .",
     "Two black dogs are fighting over a stick on the beach while a man in a red shirt watches them",
