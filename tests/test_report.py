@@ -230,7 +230,10 @@ def test_refusals(page, shards, tmp_path, capsys):
         (["--results", str(page / "results.json"), "--row", "other"], "no row 'other', expected one of 'base CLIP'"),
         (["--results", str(page / "results.json"), "--shards", str(shards)], "other captions than"),
         (["--out", str(tmp_path / "run")], "expected a .html file; add --out FILE.html"),
-        (["--results", str(page / "results.json"), "--images", "-1"], "captions is 80, images -1, expected at least 0"),
+        (
+            ["--results", str(page / "results.json"), "--images", "-1"],
+            "captions is 80 and images is -1, expected at least 0",
+        ),
         (
             ["--results", str(page / "results.json"), "--shards", str(shards), "--adapters", f"ours={other}"],
             "no row of it was made with",
