@@ -50,7 +50,7 @@ demo: $(VENV)/.installed
 # followed by one epoch of training. Runs offline.
 KNOWLEDGE := runs/knowledge-demo
 knowledge-demo: $(VENV)/.installed-models
-	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes
+	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes --train 10000
 	rm -rf $(KNOWLEDGE)
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --splits train val --limit 9 --samples_per_shard 5 --out $(KNOWLEDGE)/shards
