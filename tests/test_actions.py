@@ -212,7 +212,7 @@ BOX = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 5}
         (CREPE | {"filename": f"{'é' * 200}.jpg"}, "no photo é"),  # longer than a name may be
         (CREPE | {"filename": "../a.jpg"}, "expected a path inside the images folder"),
         (CREPE | {"negative_caption": "A  dog"}, "a wrong caption is the right one: 'a dog'"),
-        ({"image_path": "a.jpg", "caption_options": ["x"]}, "caption_options is ['x'], expected a list of 2 texts"),
+        ({"image_path": "a.jpg", "caption_options": ["x"]}, "caption_options is ['x'], expected a list of at least 2"),
         ({"image_path": "a.jpg", "caption_options": "xyz"}, "caption_options is 'xyz'"),
         ({"image_path": "a.jpg", "caption_options": ["x", ""]}, "caption_options[1] is ''"),
         ({"image_path": "a.jpg", "caption_options": ["x", "y", "x"]}, "a wrong caption is the right one"),
@@ -313,7 +313,7 @@ def test_photos_that_cant_be_read_are_skipped_up_to_a_share(world, photos):
 
     found = run(3 / 7)
     assert len(found.scores) == 4 and set(found.skipped) == {"0.png", "2.png", "4.png"}
-    assert "the box (500, 0, 520, 20) lies outside the photo" in found.skipped["0.png"]
+    assert "the box (500, 0, 520, 20) is outside the photo" in found.skipped["0.png"]
     asked.clear()
     with pytest.raises(AmpError, match=r"photos: 2 of 7 entries \(28\.57%\) .*--max_skipped_entries 0\.29$"):
         run(1 / 7)

@@ -144,7 +144,7 @@ def test_an_empty_folder_and_a_results_file_of_another_adapter(tmp_path, adapter
     with pytest.raises(amp.AmpError, match="no such adapter file"):
         amp.from_pretrained(tmp_path / "empty")
     results = result_file("0" * 64).save_json(tmp_path / "results.json")
-    with pytest.raises(amp.AmpError, match="no row of it was made with"):
+    with pytest.raises(amp.AmpError, match="no row was made with"):
         amp.save_pretrained(tmp_path / "model", adapter, results)
     assert not (tmp_path / "model").exists()
 

@@ -175,8 +175,8 @@ class Run:
                 rankings = self.ranked(model, retrieval, f"re-ranking with {name}")
                 self.add(name, rankings)
                 for kind in settings.probes if model.interaction.conditioned else ():
-                    spoilt = probe(retrieval, kind, model, preprocess, settings.seed)
-                    self.add(name, self.ranked(model, spoilt, f"probe {kind} of {name}"), kind)
+                    corrupted = probe(retrieval, kind, model, preprocess, settings.seed)
+                    self.add(name, self.ranked(model, corrupted, f"probe {kind} of {name}"), kind)
         except BaseException as error:
             if self.evaluation is not None and self.evaluation.missing:
                 terminal.say(
