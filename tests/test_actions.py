@@ -388,7 +388,7 @@ def test_the_command_runs_all_kinds_and_one_bad_test_does_not_cost_the_rest(choo
     assert int(whole["swapped-roles", "ours"]["choices"]) > 3
     captured = capsys.readouterr()
     assert "swap_obj" in captured.out and "spoilt" not in captured.out
-    assert "swap_obj: 1 entries skipped" in captured.err and "choices.csv holds 3 of 4 tests" in captured.err
+    assert "swap_obj: 1 entries skipped" in captured.err and "choices.csv contains 3 of 4 tests" in captured.err
     assert "test spoilt: photos: 1 of 2 entries (50.00%) can't be used" in captured.err.splitlines()[-1]
     listed = list(csv.DictReader((tmp_path / "choices.skipped.csv").open()))
     assert listed == [{"test": "swap_obj", "skipped": "entry 9", "reason": "negative_caption is '', expected a text"}]
@@ -409,7 +409,7 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
         choosing(["swapped-roles", "swapped-actions"])
     assert set(saved(tmp_path)) == {("swapped-roles", "base CLIP")}
     captured = capsys.readouterr()
-    assert "swapped" in captured.out and "choices.csv holds 1 of 2 tests" in captured.err
+    assert "swapped" in captured.out and "choices.csv contains 1 of 2 tests" in captured.err
 
 
 def test_everything_given_is_checked_before_a_model_is_loaded(choosing, photos, tmp_path, capsys, monkeypatch):

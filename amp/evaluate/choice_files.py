@@ -40,7 +40,7 @@ def load_choices(
     except ValueError as error:
         raise AmpError(f"{path}: not JSON ({error}), expected JSON of SugarCrepe or ARO") from error
     if not isinstance(content, dict | list) or not content:
-        raise AmpError(f"{path}: holds {type(content).__name__}, expected an object or a list with entries")
+        raise AmpError(f"{path}: contains {type(content).__name__}, expected an object or a list with entries")
     choices, skipped = [], {}
     for number, entry in content.items() if isinstance(content, dict) else enumerate(content):
         try:

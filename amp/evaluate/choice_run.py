@@ -76,5 +76,5 @@ def run(settings: ChooseSettings) -> None:
     finally:  # also if the run is stopped
         if results:
             print_choices(results, PlainConsole())
-            terminal.say(f"{out} holds {len(results)} of {len(tests)} tests")
+            terminal.say(f"{out} contains {len(results)} of {len(tests)} tests")
     failed.check()

@@ -68,7 +68,7 @@ class ResultFile:
         try:
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise AmpError(f"{path}: the protocol holds a value that can't be stored as JSON ({error})") from error
+            raise AmpError(f"{path}: the protocol contains a value that can't be stored as JSON ({error})") from error
         return write_atomically(path, f"{text}\n".encode())
 
     def check_adapter(self, adapter: str | os.PathLike, where: str | os.PathLike) -> None:

@@ -79,7 +79,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluated:
         rankings = None
         retrieval, described = baseline(run.settings, run.split, run.captions, run.accelerator, run.terminal)
         run.begin(retrieval, described)
-    run.accelerator.wait_for_everyone()  # all processes have read the partial scores, which are deleted below
+    run.accelerator.wait_for_everyone()  # to read the partial scores, which are deleted below
     main = run.accelerator.is_main_process
     assert run.evaluation is not None
     if main:

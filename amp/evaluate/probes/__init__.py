@@ -64,8 +64,8 @@ def check_probes(names: Sequence[str], captions: SplitCaptions | None = None) ->
     for name in names:
         if name not in PROBES:
             raise AmpError(
-                f"probes holds {name!r}, expected some of {', '.join(PROBES)}; to use a probe of another package, name "
-                "its module in AMP_PLUGINS"
+                f"probes contains {name!r}, expected some of {', '.join(PROBES)}; to use a probe of another package, "
+                "name its module in AMP_PLUGINS"
             )
         check = PROBES[name].check
         if captions is not None and check is not None:
