@@ -180,8 +180,8 @@ def test_both_formats_are_read(tmp_path):
     ("text", "message"),
     [
         ("[]", "expected an object or a list with entries"),
-        ('"x"', "holds str"),
-        ("{}", "holds dict"),
+        ('"x"', "contains str"),
+        ("{}", "contains dict"),
         ("filepath\ttitle\tneg_caption", "not JSON"),
     ],
 )
@@ -327,7 +327,7 @@ def test_a_full_gpu_is_one_error_that_says_what_helps(world, photos, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("amp.evaluate.choice._scores", scores)
-    with pytest.raises(AmpError, match=r"full with 4 choices at a time; give fewer with --choices_a_batch"):
+    with pytest.raises(AmpError, match="out of memory with --choices_a_batch 4; give a smaller number"):
         choose(drawn_choices(), {"ours": world.model}, world.preprocess, lambda n: open_photo(photos / n), None, 4)
 
 
