@@ -417,7 +417,7 @@ def test_weights_that_are_not_finite_give_no_figures(run, evaluate, refused, cli
     model.interaction.aim.gate.data[0] = float("nan")
     amp.save_adapter(tmp_path / "adapter.safetensors", model)
     line = refused(lambda: run(evaluate, adapters=f"[mine={tmp_path}/adapter.safetensors]"))
-    assert "adapter.safetensors: 1 weights hold NaN or infinite numbers, first 'interaction.aim.gate'" in line
+    assert "adapter.safetensors: 1 weights contain NaN or infinite values, first 'interaction.aim.gate'" in line
     assert not (tmp_path / "run" / "out.json").exists()
 
 

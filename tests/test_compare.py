@@ -137,11 +137,11 @@ def test_the_command_prints_and_writes(files, tmp_path, capsys):
 
 
 def test_other_queries_are_refused(files, tmp_path):
-    with pytest.raises(AmpError, match="folds is 1 and 3, expected the same queries"):
+    with pytest.raises(AmpError, match="folds is 1 and 3, expected equal values"):
         compare(files / "whole.json", ROWS[0], files / "folds.json", ROWS[0])
     with pytest.raises(AmpError, match=r"several rows 'mine', expected one of 'base CLIP', 'mine \(pairwise\)'"):
         compare(files / "whole.json", ROWS[0], files / "whole.json", "mine")
-    with pytest.raises(AmpError, match="expected results per query"):
+    with pytest.raises(AmpError, match="expected per-query results"):
         (tmp_path / "alone.json").write_bytes((files / "whole.json").read_bytes())
         compare(tmp_path / "alone.json", ROWS[0], tmp_path / "alone.json", ROWS[1])
 

@@ -373,8 +373,8 @@ def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, 
     assert set(load_queries(out.with_suffix(".npz"))) == {(key, side) for key in keys for side in ("i2t", "t2i")}
     assert out.with_suffix(".csv").read_text().count("\n") == 1 + len(seen[2])
     said = capsys.readouterr().err
-    assert "out.json holds the rows that were finished and lists the 2 missing ones" in said
-    assert "the GPU's memory is full; give smaller --search.batch_size and --batch_size" in said
+    assert "out.json contains the finished rows and lists the 2 missing rows" in said
+    assert "the GPU is out of memory; reduce --search.batch_size and --batch_size" in said
 
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -433,8 +433,8 @@ def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp
         (["--adapters", f"one={file}", f"one={file}"], "adapters has two named 'one'"),
         (["--adapters", json.dumps([f"a\tb={file}"])], r"the name is 'a\tb'"),
         (["--adapters", json.dumps([f"  ={file}"])], "the name is '  '"),
-        (["--probes", "grey", "grey"], "the row 'one, grey (pairwise)' would be there twice"),
-        (["--adapters", f"one={file}", f"one, grey={file}", "--probes", "grey"], "the row 'one, grey (pairwise)'"),
+        (["--probes", "grey", "grey"], "two rows would be named 'one, grey (pairwise)'"),
+        (["--adapters", f"one={file}", f"one, grey={file}", "--probes", "grey"], "would be named 'one, grey (p"),
     ):
         with pytest.raises(SystemExit):
             command(*arguments)
@@ -454,7 +454,7 @@ def test_every_adapter_that_does_not_fit_is_named(clip_folder, aware, tmp_path):
     with pytest.raises(AmpError) as error:
         load_adapters(aware.model, clip_folder, adapters)
     assert len(error.value.messages) == 2
-    for message, words in zip(error.value.messages, ("was trained on base", "1 weights hold NaN"), strict=True):
+    for message, words in zip(error.value.messages, ("was trained on base", "1 weights contain NaN"), strict=True):
         assert words in message
     (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:99])
     with pytest.raises(AmpError, match="not a whole safetensors file"):

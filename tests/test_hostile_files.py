@@ -369,7 +369,7 @@ def test_weights_under_another_name_are_no_weights(tmp_path, clip_folder, capsys
     (tmp_path / "optimizer.safetensors").write_bytes(evil)
     with pytest.raises(AmpError, match=r"optimizer\.safetensors: not a whole safetensors file"):
         Checkpoint(tmp_path, {}).moments()
-    with pytest.raises(AmpError, match="not results per query"):
+    with pytest.raises(AmpError, match="not per-query results"):
         load_queries(tmp_path / "objects.npz")
     (tmp_path / "scores").mkdir()
     shutil.copy(tmp_path / "objects.npz", tmp_path / "scores" / "scores-x.npz")

@@ -109,5 +109,5 @@ def test_a_probe_from_outside_the_package(world, monkeypatch, tmp_path):
 
 
 def test_an_unknown_probe_lists_those_there_are():
-    with pytest.raises(AmpError, match="probes holds 'gray', expected some of shuffled, blank, sibling, grey"):
+    with pytest.raises(AmpError, match="probes contains 'gray', expected some of shuffled, blank, sibling, grey"):
         check_probes(["grey", "gray"])

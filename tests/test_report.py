@@ -236,7 +236,7 @@ def test_refusals(page, shards, tmp_path, capsys):
         ),
         (
             ["--results", str(page / "results.json"), "--shards", str(shards), "--adapters", f"ours={other}"],
-            "no row of it was made with",
+            "no row was made with",
         ),
     ):
         with pytest.raises(SystemExit):

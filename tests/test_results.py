@@ -230,7 +230,7 @@ def test_bad_files_are_named(results, tmp_path, spoil, message):
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}])
 def test_protocol_must_be_json(results, tmp_path, value):
     results.protocol["precision"] = value
-    with pytest.raises(AmpError, match=r"results\.json: the protocol holds a value that JSON can't"):
+    with pytest.raises(AmpError, match=r"results\.json: the protocol contains a value that can't be stored as JSON"):
         results.save_json(tmp_path / "results.json")
     assert list(tmp_path.iterdir()) == []
 

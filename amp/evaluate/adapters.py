@@ -1,4 +1,4 @@
-"""Adapters as the command line names them, and what their records say of base model, transform and data."""
+"""Reads adapters named on the command line, and the base model, transform and data that their records name."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ class Adapter:
     """An adapter file.
 
     Attributes:
-        path: The file.
-        header: What it says of itself.
-        weights: Its weights by name.
+        path: Path of the file.
+        header: Header of the file.
+        weights: Trained weights by name.
     """
 
     path: str
@@ -33,7 +33,7 @@ class Adapter:
     weights: dict[str, torch.Tensor]
 
     def recorded(self, *keys: str) -> Any:
-        """A key of the configuration that it was trained with; None where the record lacks it."""
+        """Returns a value of the training configuration, or None if the record does not contain it."""
         value = self.header.training.get("config")
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -41,7 +41,7 @@ class Adapter:
 
 
 def named_adapter(text: str) -> tuple[str, str]:
-    """Splits ``NAME=FILE``; a bare file is named after its run's folder. A folder stands for the adapter in it."""
+    """Splits `NAME=FILE`. Without NAME, the run's folder is the name. FILE may be a folder that contains an adapter."""
     name, equals, path = text.partition("=")
     if not equals:
         name, path = Path(text).resolve().parent.parent.name, text
@@ -52,13 +52,16 @@ def named_adapter(text: str) -> tuple[str, str]:
 
 
 def read_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
-    """Several adapters by name, in order.
+    """Reads adapters.
 
     Args:
-        texts: ``NAME=FILE`` each.
+        texts: Adapters, each as `NAME=FILE`.
+
+    Returns:
+        Adapters by name, in the given order.
 
     Raises:
-        AmpError: Naming every file that is missing or can't be read and every name that can't be a row of a table.
+        AmpError: A file is missing or can't be read, or a name is invalid or not unique. The message lists all errors.
     """
     problems = Problems()
     found: dict[str, str] = {}
@@ -68,12 +71,12 @@ def read_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
             name, path = named_adapter(text)
             if name in found:
                 raise AmpError(
-                    f"adapters has two named {name!r} ({found[name]} and {path}), expected different names; "
+                    f"adapters has two named {name!r} ({found[name]} and {path}), expected unique names; "
                     "give them as NAME=FILE"
                 )
             if name.strip() in ("", BASE.method) or "\t" in name:
                 raise AmpError(
-                    f"adapter {text!r}: the name is {name!r}, expected a text without tabs, other than "
+                    f"adapter {text!r}: the name is {name!r}, expected a text without tabs other than "
                     f"'{BASE.method}'; give it as NAME=FILE"
                 )
             found[name] = path
@@ -83,10 +86,10 @@ def read_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
 
 
 def base_of(given: BaseSettings, adapters: dict[str, Adapter]) -> BaseSettings:
-    """The base model as given, and where that is null as the adapters' records say.
+    """Returns the settings of the base model, with null values filled in from the adapters' records.
 
     Raises:
-        AmpError: Neither says which model, or the adapters were trained on different models or transforms.
+        AmpError: No base model is given or recorded, or the adapters were trained on different models or transforms.
     """
     agreed(
         adapters,
@@ -102,7 +105,7 @@ def base_of(given: BaseSettings, adapters: dict[str, Adapter]) -> BaseSettings:
         return replace(given, resize_mode=resize)
     if not adapters:
         raise AmpError(
-            "adapters and model.name are both missing, expected one of them; add --adapters NAME=FILE, or "
+            "adapters and model.name are both missing, expected one of them; give --adapters NAME=FILE, or "
             "--model.name NAME --model.pretrained TAG for the base model only"
         )
     header = next(iter(adapters.values())).header
@@ -110,7 +113,7 @@ def base_of(given: BaseSettings, adapters: dict[str, Adapter]) -> BaseSettings:
 
 
 def load_base(base: BaseSettings, device: torch.device):
-    """The model of `base_of` as `create_model_and_transforms` returns it, without an adapter."""
+    """Loads the base model of `base_of` without an adapter. Returns the same as `create_model_and_transforms`."""
     assert base.name is not None
     return create_model_and_transforms(
         base.name, base.pretrained, base.precision, device, image_resize_mode=base.resize_mode
@@ -124,30 +127,37 @@ def agreed(
     value: Callable[[Adapter], Value],
     compared: Callable[[Adapter], Any] | None = None,
 ) -> Value | None:
-    """What all adapters' records say; None without adapters.
+    """Returns a value that all adapters' records must share; None without adapters.
+
+    Args:
+        adapters: Adapters by name.
+        what: Plural name of the value for the error message.
+        option: Option that sets the value for all adapters, for the error message; None if there is none.
+        value: Returns the value of an adapter.
+        compared: Returns what is compared instead of the value; None compares the value.
 
     Raises:
-        AmpError: They differ.
+        AmpError: The records differ.
     """
-    said = {name: (value(adapter), (compared or value)(adapter)) for name, adapter in adapters.items()}
-    if not said:
+    recorded = {name: (value(adapter), (compared or value)(adapter)) for name, adapter in adapters.items()}
+    if not recorded:
         return None
-    first, *others = said
+    first, *others = recorded
     for name in others:
-        if said[name][1] != said[first][1]:
+        if recorded[name][1] != recorded[first][1]:
             raise AmpError(
-                f"adapters were trained on different {what}: {first!r} ({adapters[first].path}) with {said[first][0]}, "
-                f"{name!r} ({adapters[name].path}) with {said[name][0]}, expected the same; evaluate them separately"
-                + (f", or set one for all with --{option}" if option else "")
+                f"adapters were trained with different {what}: {first!r} ({adapters[first].path}) with "
+                f"{recorded[first][0]}, {name!r} ({adapters[name].path}) with {recorded[name][0]}, expected the same; "
+                f"evaluate them separately{f', or set one for all with --{option}' if option else ''}"
             )
-    return said[first][0]
+    return recorded[first][0]
 
 
 def kinds_of(given: Sequence[Kind] | None, adapters: dict[str, Adapter]) -> list[Kind]:
-    """Kinds of triplets: as given, or as the adapters' records say, or all.
+    """Returns the given kinds of triplets, or else those of the adapters' records, or else all kinds.
 
     Raises:
-        AmpError: The records differ, or hold something else.
+        AmpError: The records differ or contain other values.
     """
     if given is not None:
         return list(given)
@@ -162,28 +172,28 @@ def kinds_of(given: Sequence[Kind] | None, adapters: dict[str, Adapter]) -> list
 
 
 def shards_of(given: str | None, adapters: dict[str, Adapter]) -> str:
-    """The folder of shards: as given, or as the adapters' records say.
+    """Returns the given folder of shards, or else that of the adapters' records.
 
     Raises:
-        AmpError: Neither is there, or the records differ.
+        AmpError: No folder is given or recorded, or the records differ.
     """
     found = given or agreed(adapters, "shards", "shards", lambda a: a.recorded("data", "shards"))
     if not isinstance(found, str) or not found:
-        raise AmpError("shards is missing, expected a folder that amp make_shards wrote; add --shards DIR")
+        raise AmpError("shards is missing, expected a folder written by amp make_shards; add --shards DIR")
     return found
 
 
 def cache_dtype_of(settings: EvaluationSettings, adapters: dict[str, Adapter]) -> Literal["float32", "float16"]:
-    """Type of cached features: as given, or as all adapters' records say, or float32."""
-    said = {adapter.recorded("data", "cache_dtype") for adapter in adapters.values()}
-    return settings.cache_dtype or ("float16" if said == {"float16"} else "float32")
+    """Returns the given type of cached features, or else float16 if all adapters' records have it, or else float32."""
+    recorded = {adapter.recorded("data", "cache_dtype") for adapter in adapters.values()}
+    return settings.cache_dtype or ("float16" if recorded == {"float16"} else "float32")
 
 
 def load_adapters(base: ActionAwareCLIP, model_name: str, adapters: dict[str, Adapter]) -> dict[str, ActionAwareCLIP]:
-    """Models of several adapters by name, in eval mode around one base model.
+    """Returns the models of several adapters by name, in eval mode. All share one base model.
 
     Raises:
-        AmpError: Naming every adapter that can't be used with this base model.
+        AmpError: Some adapters can't be used with this base model. The message lists all of them.
     """
     problems, models = Problems(), {}
     for name, adapter in adapters.items():
@@ -194,7 +204,7 @@ def load_adapters(base: ActionAwareCLIP, model_name: str, adapters: dict[str, Ad
 
 
 def adapted(base: ActionAwareCLIP, model_name: str, adapter: Adapter) -> ActionAwareCLIP:
-    """A model in eval mode with an adapter's weights around the base model that is already in memory."""
+    """Returns a model in eval mode that adds an adapter's weights to an already loaded base model."""
     header, weights, path = adapter.header, adapter.weights, adapter.path
     header.check_base(model_name, base.base_hash, where=path)
     model = ActionAwareCLIP(base.backbone.clip, header.prompt_config, base.tokenizer)
@@ -202,7 +212,7 @@ def adapted(base: ActionAwareCLIP, model_name: str, adapter: Adapter) -> ActionA
     bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise AmpError(
-            f"{path}: {len(bad)} weights hold NaN or infinite numbers, first {bad[0]!r}, expected finite "
-            "ones; give another checkpoint of the run, or train it again"
+            f"{path}: {len(bad)} weights contain NaN or infinite values, first {bad[0]!r}, expected finite "
+            "values; use another checkpoint of the run, or train again"
         )
     return model.to(base.logit_scale.device).eval()

@@ -1,4 +1,4 @@
-"""Features of any open_clip model, timm and Hugging Face towers included: the first stage needs no internals."""
+"""First-stage search with any open_clip model, including models with timm or Hugging Face towers."""
 
 import numpy as np
 import torch
@@ -26,15 +26,15 @@ def baseline(
     accelerator: Accelerator,
     terminal: Terminal,
 ) -> tuple[SplitSearch, dict]:
-    """The first stage of any model, each rank encoding its share.
+    """Encodes a split with the base model, each process an equal share, and runs the first stage.
 
     Args:
-        settings: With the base model's name.
-        split, captions: What is searched.
-        accelerator, terminal: Of the run.
+        settings: Settings of the evaluation; `model.name` must be set.
+        split, captions: Split to search, and its captions.
+        accelerator, terminal: Accelerator and terminal of the run.
 
     Returns:
-        `SplitSearch` without knowledge, and what the protocol says of the model.
+        `SplitSearch` without knowledge, and the result of `describe_clip`.
     """
     model, batch_size = settings.model, settings.batch_size
     assert model.name is not None
@@ -53,7 +53,7 @@ def baseline(
                 parts.append(encode(batch.to(accelerator.device, non_blocking=True)).float())
                 done += len(parts[-1])
                 report(done, stop - start)
-        # A rank without a share learns the width from the first.
+        # A process without a share gets the feature width from rank 0.
         own = parts[0].shape[1] if rank() == 0 else 0
         width = int(all_reduce_sum(torch.tensor(own, device=accelerator.device)))
         features = torch.zeros(total, width, device=accelerator.device)
@@ -70,7 +70,7 @@ def baseline(
         return (tokenizer(texts[low : min(low + batch_size, stop)]) for low in range(start, stop, batch_size))
 
     first = next(m for m in clip.visual.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
-    dtype = first.weight.dtype  # of the patches' map, which every tower begins with
+    dtype = first.weight.dtype  # of the patch embedding, the first layer of every tower
     base = encoded(len(images), decoded, lambda x: clip.encode_image(x.to(dtype)), f"{split.name} images")
     text = encoded(len(texts), tokenised, clip.encode_text, "texts")
     frozen = FrozenFeatures(None, base.cpu().numpy().astype(np.float32))
@@ -79,7 +79,7 @@ def baseline(
 
 
 def describe_clip(clip: CLIP | CustomTextCLIP) -> dict:
-    """What a protocol says of a base model."""
+    """Returns the protocol's entries about a base model."""
     quick_gelu = any(type(module).__name__ == "QuickGELU" for module in clip.modules())
     size = clip.visual.image_size
     return {

@@ -1,7 +1,8 @@
 """Confidence intervals of recall by bootstrap over images.
 
-The captions of an image are no independent queries: they share its photo. So images are drawn with replacement, each
-with all its queries of both directions (cluster bootstrap; Field and Welsh, J. R. Stat. Soc. B 69, 2007).
+The captions of an image are not independent queries, since they share the image. Therefore images are drawn with
+replacement, each with all its queries of both directions (cluster bootstrap; Field and Welsh, J. R. Stat. Soc. B 69,
+2007).
 """
 
 from collections.abc import Sequence
@@ -20,23 +21,23 @@ def resampled_recalls(
     fold: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Recalls of several sets of queries under the same resampled images.
+    """Computes the recalls of several sets of queries on the same resampled images.
 
     Args:
-        ranks: S arrays (Q_s,), 0-based ranks of the queries of one method and direction each.
-        images: S arrays (Q_s,), the image of each query, int.
-        samples: B, how often images are drawn.
-        fold: Fold of each image (I,); images are drawn within folds, and recalls are means over folds.
-        seed: Of the draws. Equal seeds draw equal images: differences of two calls' figures are paired.
+        ranks: 0-based ranks of the queries: S arrays (Q_s,), each of one method and direction.
+        images: Image of each query: S arrays (Q_s,), int.
+        samples: Number of samples B.
+        fold: Fold of each image, (I,). Images are drawn within folds, and recalls are averaged over folds.
+        seed: Random seed. Calls with the same seed and images draw the same samples, so their results are paired.
 
     Returns:
-        (B, S, len(KS)) in percent. A draw without any query of a set in a fold leaves the fold out of its mean.
+        Recalls in percent, (B, S, len(KS)). If a sample has no query of a set in a fold, the average omits that fold.
     """
     total = 1 + max(int(x.max()) for x in images)
     fold = np.zeros(total, dtype=np.int64) if fold is None else np.asarray(fold)
-    # Hits at each K and, last, number of queries of each image.
+    # Per image: hits at each K, and the number of queries in the last column.
     sums = np.stack([_sums(r, x, len(fold)) for r, x in zip(ranks, images, strict=True)])
-    counted = sums[..., -1].sum(axis=0) > 0  # images without any query would only thin the draws
+    counted = sums[..., -1].sum(axis=0) > 0  # images without queries are not drawn
     members = [np.flatnonzero((fold == number) & counted) for number in np.unique(fold)]
     generator = np.random.default_rng(seed)
     out = np.empty((samples, len(ranks), len(KS)))
@@ -52,7 +53,7 @@ def resampled_recalls(
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile interval of resampled figures (B,)."""
+    """Percentile interval of resampled figures, (B,)."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -1,4 +1,4 @@
-"""Image-to-caption choice: which of a photo's captions is right?"""
+"""Image-to-caption choice: a model scores several captions of a photo, and the right one should score best."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from amp.retrieval.scorer import PairScorer
 
 @dataclass(frozen=True)
 class Choice:
-    """A photo and its captions.
+    """A photo and the captions to choose from.
 
     Attributes:
-        image: Name of the photo's file, or its number in a split.
-        captions: The right one first.
-        group: What accuracy is also counted by, such as ARO's relation; may be empty.
-        box: Part of the photo that is looked at (left, top, right, bottom), pixels; None for all of it.
-        knowledge: Of each caption; None where it is to be generated.
+        image: File name of the photo, or its index in a split.
+        captions: Captions to choose from, the right one first.
+        group: Group for which accuracy is also reported separately, such as ARO's relation. Empty for no group.
+        box: Crop of the photo (left, top, right, bottom) in pixels; None uses the whole photo.
+        knowledge: Knowledge of each caption; None if it has to be generated.
     """
 
     image: str
@@ -35,12 +35,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a model chose.
+    """Results of one model on one test.
 
     Attributes:
-        scores: Of each choice's captions, the right one first.
-        groups: Of each choice.
-        skipped: Photos that can't be read, with the reason; their choices are left out.
+        scores: Scores of the captions of each choice, the right one first.
+        groups: Group of each choice.
+        skipped: Photos that can't be read, with the reason. Their choices are left out.
     """
 
     scores: list[list[float]]
@@ -49,21 +49,21 @@ class Choices:
 
     @property
     def right(self) -> list[bool]:
-        """Whether the right caption has the best score; a tie is wrong."""
+        """Whether the right caption of each choice scores best. A tie counts as wrong."""
         return [row[0] > max(row[1:]) for row in self.scores]
 
     @property
     def accuracy(self) -> float:
-        """Percent of right choices."""
+        """Percentage of right choices."""
         return 100.0 * sum(self.right) / len(self.right)
 
     @property
     def group_mean(self) -> float:
-        """Mean of the groups' accuracies, as ARO reports it."""
+        """Mean accuracy of the groups in percent, as ARO reports it."""
         return sum(right / n for n, right in self.by_group().values()) * 100.0 / len(self.by_group())
 
     def by_group(self) -> dict[str, tuple[int, int]]:
-        """Choices and right choices by group."""
+        """Number of choices and of right choices, by group."""
         counts: dict[str, list[int]] = {}
         for group, right in zip(self.groups, self.right, strict=True):
             count = counts.setdefault(group, [0, 0])
@@ -87,23 +87,26 @@ def choose(
 
     Args:
         choices: Choices of one test.
-        models: By name, in eval mode around one base CLIP, whose own choice comes first, as "base CLIP".
-        preprocess: The validation transform.
-        open_image: Name to photo; an OSError or AmpError skips the choice.
-        generate: Captions to knowledge, for choices that bring none.
-        batch_size: Choices at a time.
+        models: Models by name, in eval mode, all with the same base CLIP.
+        preprocess: Validation transform.
+        open_image: Returns the photo for the `image` of a choice. An OSError or AmpError skips the choice.
+        generate: Returns the knowledge of a list of captions, for choices without knowledge.
+        batch_size: Choices per batch.
         progress: Called as progress(done, total).
         max_skipped: Largest fraction of the choices that may be skipped.
 
+    Returns:
+        Results by model name. The first entry, "base CLIP", is the base model.
+
     Raises:
-        AmpError: More choices have a photo that can't be read, a score is not finite, or memory of the GPU is full.
+        AmpError: Too many photos can't be read, a score is not finite, or the GPU is out of memory.
     """
     scores: dict[str, list[list[float]]] = {BASE.method: [], **{name: [] for name in models}}
     groups, skipped, reasons = [], {}, []
     first = next(iter(models.values()))
     device = first.logit_scale.device
     for low in range(0, len(choices), batch_size):
-        part, images = [], {}  # choices of one photo share it
+        part, images = [], {}  # each photo is preprocessed once per batch
         for choice in choices[low : low + batch_size]:
             try:
                 if (choice.image, choice.box) not in images:
@@ -125,7 +128,7 @@ def choose(
                 found = _scores(part, torch.stack(list(images.values())).to(device), rows, models, generate)
             except torch.OutOfMemoryError as error:
                 raise AmpError(
-                    f"the GPU's memory is full with {batch_size} choices at a time; give fewer with --choices_a_batch"
+                    f"the GPU is out of memory with --choices_a_batch {batch_size}; give a smaller number"
                 ) from error
             for name, values in found.items():
                 scores[name] += values
@@ -134,8 +137,8 @@ def choose(
             progress(min(low + batch_size, len(choices)), len(choices))
     if not groups:
         raise AmpError(
-            f"none of {len(choices):,} choices has a photo that can be read, expected one at least; first: "
-            f"{next(iter(reasons), 'no choice')}; give the folder with --images"
+            f"none of {len(choices):,} choices has a photo that can be read, expected at least one; first: "
+            f"{next(iter(reasons), 'no choice')}; give the folder of the photos with --images"
         )
     return {name: Choices(rows, groups, skipped) for name, rows in scores.items()}
 
@@ -144,15 +147,15 @@ def _cropped(image: Image.Image, box: tuple[int, int, int, int] | None) -> Image
     if box is None:
         return image
     left, top, right, bottom = box
-    if left >= image.width or top >= image.height or right <= 0 or bottom <= 0:  # all of it would be black
-        raise ValueError(f"the box {box} lies outside the photo of {image.width} x {image.height} pixels")
+    if left >= image.width or top >= image.height or right <= 0 or bottom <= 0:  # the crop would be all black
+        raise ValueError(f"the box {box} is outside the photo of {image.width} x {image.height} pixels")
     return image.crop(box)
 
 
 def _scores(
     choices: list[Choice], images: torch.Tensor, image: torch.Tensor, models: dict[str, ActionAwareCLIP], generate
 ) -> dict[str, list[list[float]]]:
-    """Scores of the captions of each choice; `image` is the row in `images` of each caption."""
+    """Returns the scores of each choice's captions by model. `image` is the row in `images` of each caption."""
     captions = [caption for choice in choices for caption in choice.captions]
     sizes = [len(choice.captions) for choice in choices]
     given = [k for choice in choices for k in choice.knowledge or [None] * len(choice.captions)]
@@ -168,12 +171,12 @@ def _scores(
         found[name] = scorer(image, torch.arange(len(captions)))
     for name, values in found.items():
         if not torch.isfinite(values).all():
-            raise AmpError(f"{name}: a score is not finite, expected none; look for NaN in its weights")
+            raise AmpError(f"{name}: a score is NaN or infinite, expected finite scores; check the model's weights")
     return {name: [row.tolist() for row in values.split(sizes)] for name, values in found.items()}
 
 
 def check_skipped(where: object, reasons: Sequence[str], entries: int, max_skipped: float) -> None:
-    """Raises AmpError if more than the fraction `max_skipped` of a test's entries is left out, for these reasons."""
+    """Raises `AmpError` if more than the fraction `max_skipped` of a test's entries was skipped for these `reasons`."""
     lost = {"entries": (len(reasons), entries)}
     if message := too_many_skipped(where, lost, "--max_skipped_entries", max_skipped, reasons):
         raise AmpError(message)

@@ -1,4 +1,4 @@
-"""Choices from the files of SugarCrepe and ARO.
+"""Reads choices from the files of SugarCrepe and ARO.
 
 SugarCrepe: Hsieh et al., arXiv 2306.14610. ARO: Yuksekgonul et al., arXiv 2210.01936.
 """
@@ -16,17 +16,19 @@ from amp.knowledge.schema import is_unicode
 def load_choices(
     path: str | os.PathLike, images: str | os.PathLike | None = None
 ) -> tuple[list[Choice], dict[str, str]]:
-    """Reads SugarCrepe's format (an object of ``filename``, ``caption``, ``negative_caption``) or ARO's (a list with
-    ``image_path`` and either ``true_caption`` and ``false_caption``, a box, and ``relation_name`` or ``attributes``, or
-    ``caption_options`` with the right one first).
+    """Reads a file in the format of SugarCrepe or ARO.
+
+    SugarCrepe: an object whose entries have the keys `filename`, `caption` and `negative_caption`. ARO: a list of
+    entries with `image_path` and either `caption_options`, the right caption first, or `true_caption`, `false_caption`,
+    optionally a box, and `relation_name` or `attributes`.
 
     Args:
         path: JSON file.
-        images: Folder in which each photo must be; None does not look.
+        images: Folder that must contain the photos; None skips this check.
 
     Returns:
-        The choices, and why entries are left out, by entry: a key is missing, a caption is empty or no text, the right
-        caption is among the wrong ones, or the photo is missing.
+        The choices, and the entries that are left out, with the reason: a key is missing, a caption is empty or not a
+        text, the right caption is among the wrong ones, or the photo is missing.
 
     Raises:
         AmpError: The file can't be read or has no entries.
@@ -34,11 +36,11 @@ def load_choices(
     try:
         content = parse_json(Path(path).read_bytes())
     except OSError as error:
-        raise AmpError(f"{path}: can't be read ({error.strerror}), expected SugarCrepe's or ARO's JSON") from error
+        raise AmpError(f"{path}: can't be read ({error.strerror}), expected JSON of SugarCrepe or ARO") from error
     except ValueError as error:
-        raise AmpError(f"{path}: not JSON ({error}), expected SugarCrepe's or ARO's") from error
+        raise AmpError(f"{path}: not JSON ({error}), expected JSON of SugarCrepe or ARO") from error
     if not isinstance(content, dict | list) or not content:
-        raise AmpError(f"{path}: holds {type(content).__name__}, expected an object or a list with entries")
+        raise AmpError(f"{path}: contains {type(content).__name__}, expected an object or a list with entries")
     choices, skipped = [], {}
     for number, entry in content.items() if isinstance(content, dict) else enumerate(content):
         try:
@@ -51,14 +53,14 @@ def load_choices(
 
 
 def _read(entry, images: str | os.PathLike | None) -> Choice:
-    """A choice of an entry; raises KeyError, TypeError, ValueError or OverflowError where it can't be used."""
+    """Converts an entry to a choice; raises KeyError, TypeError, ValueError or OverflowError if it is unusable."""
     if not isinstance(entry, dict):
         raise ValueError(f"is {type(entry).__name__}, expected an object")
     choice = _sugarcrepe(entry) if "filename" in entry else _aro(entry)
     photo = PurePosixPath(choice.image)
     if photo.is_absolute() or ".." in photo.parts or "\0" in choice.image:
         raise ValueError(f"image is {shorten(choice.image)}, expected a path inside the images folder")
-    # Towers that read lower case give both the same score.
+    # Text towers that lower-case their input give captions that differ only in case the same score.
     right, *wrong = (" ".join(caption.casefold().split()) for caption in choice.captions)
     if right in wrong:
         raise ValueError(f"a wrong caption is the right one: {shorten(choice.captions[0])}")
@@ -76,7 +78,7 @@ def _aro(entry: dict) -> Choice:
     if "caption_options" in entry:
         options = entry["caption_options"]
         if not isinstance(options, list) or len(options) < 2:
-            raise ValueError(f"caption_options is {shorten(options)}, expected a list of 2 texts or more")
+            raise ValueError(f"caption_options is {shorten(options)}, expected a list of at least 2 texts")
         return Choice(image, tuple(_text(options, number, "caption_options") for number in range(len(options))))
     group = entry.get("relation_name") or "_".join(entry.get("attributes", ()))
     if not isinstance(group, str):

@@ -1,4 +1,4 @@
-"""What models chose, as CSV and as a table on the terminal."""
+"""Results of caption-choice tests, as CSV and as a table on the terminal."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from amp.retrieval.figures import BASE
 
 
 def save_choices(path: str | os.PathLike, tests: dict[str, dict[str, Choices]]) -> Path:
-    """Writes one line per test, method and group, the group "all" first."""
+    """Writes one line per test, method and group. The group "all" comes first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("test", "method", "group", "choices", "right", "accuracy"))
@@ -29,7 +29,7 @@ def save_choices(path: str | os.PathLike, tests: dict[str, dict[str, Choices]]) 
 
 
 def save_skipped(path: str | os.PathLike, tests: dict[str, dict[str, str]]) -> Path:
-    """Writes one line per test and entry or photo that was left out, with the reason."""
+    """Writes one line per skipped entry or photo of each test, with the reason."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("test", "skipped", "reason"))

@@ -1,4 +1,4 @@
-"""A caption choice from its settings to its files: tests are read, models scored, each test saved when it is done."""
+"""Runs caption-choice tests: reads the tests, scores the models, and saves each test when it is done."""
 
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from amp.terminal import PlainConsole, Terminal
 
 def run(settings: ChooseSettings) -> None:
     """Runs all tests and prints a table."""
-
     out = Path(settings.out)
     lists = out.with_suffix(".skipped.csv")
     terminal, problems, generate = Terminal(True), Problems(), None
@@ -26,7 +25,7 @@ def run(settings: ChooseSettings) -> None:
     with problems.collect():
         adapters = read_adapters(settings.adapters)
         if not adapters:
-            raise AmpError("adapters is empty, expected one at least; add --adapters NAME=FILE")
+            raise AmpError("adapters is empty, expected at least one; add --adapters NAME=FILE")
         model = base_of(settings.model, adapters)
     with terminal.progress("reading tests"):
         tests = read_tests(settings, adapters, problems)
@@ -61,9 +60,9 @@ def run(settings: ChooseSettings) -> None:
                         report,
                         settings.max_skipped_entries,
                     )
-            except AmpError as error:  # the other tests don't depend on it
+            except AmpError as error:  # the other tests can still run
                 failed.found.append(f"test {test.name}: {error}")
-                terminal.say(f"{test.name} failed, going on with the next test: {error}")
+                terminal.say(f"{test.name} failed, continuing with the next test: {error}")
                 continue
             results[test.name] = found
             save_choices(out, results)
@@ -74,8 +73,8 @@ def run(settings: ChooseSettings) -> None:
                     f"{test.name}: {len(unreadable):,} photos skipped, listed in {lists}; first: "
                     f"{': '.join(next(iter(unreadable.items())))}"
                 )
-    finally:  # also of a run that is stopped
+    finally:  # also if the run is stopped
         if results:
             print_choices(results, PlainConsole())
-            terminal.say(f"{out} holds {len(results)} of {len(tests)} tests")
+            terminal.say(f"{out} contains {len(results)} of {len(tests)} tests")
     failed.check()

@@ -1,4 +1,4 @@
-"""What a caption choice is told. Imports no torch, for ``--help``."""
+"""Settings of amp choose. Does not import torch, so that `--help` is fast."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,25 +8,25 @@ from amp.evaluate.settings import BaseSettings, Kind
 
 @dataclass
 class ChooseSettings:
-    """What is asked.
+    """Settings of caption-choice tests.
 
     Args:
-        shards: Folder that amp make_shards wrote, for the swapped tests; null takes the one that the adapters were
+        shards: Folder written by amp make_shards, for the swapped tests; null uses the shards that the adapters were
             trained on.
-        adapters: ``NAME=FILE`` each.
+        adapters: Adapters to test, each as `NAME=FILE`.
         model: The base CLIP.
-        kinds: Kinds of triplets used in the swapped tests; null takes those of the adapters' training.
-        tests: JSON files, or ``swapped-roles`` and ``swapped-actions``, made from the shards.
-        images: Folder of the photos of JSON files.
+        kinds: Kinds of triplets to use in the swapped tests; null uses those that the adapters were trained with.
+        tests: JSON files, or `swapped-roles` and `swapped-actions`, which are made from the shards.
+        images: Folder of the photos that the JSON files name.
         split: Split of the shards for the swapped tests.
-        knowledge: Where knowledge of a JSON file's captions comes from: an engine of amp generate_knowledge, or
-            none.
-        engine_options: Of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
-        limit: At most so many choices of each test, evenly spaced; 0 for all.
-        choices_a_batch: Choices at a time.
-        max_skipped_entries: Largest fraction of a test's entries that may be skipped: a caption is empty, a photo is
-            missing or can't be read, and the like.
-        out: CSV file.
+        knowledge: Engine that generates knowledge for the captions of JSON files, as in amp generate_knowledge, or
+            `none` for no knowledge.
+        engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
+        limit: Maximum number of choices per test, evenly spaced; 0 uses all.
+        choices_a_batch: Choices per batch.
+        max_skipped_entries: Largest fraction of a test's entries that may be skipped, for example because a caption is
+            empty or a photo is missing or can't be read.
+        out: CSV file of the results.
     """
 
     shards: str | None = None

@@ -1,4 +1,4 @@
-"""The tests of a caption choice: files, and captions with swapped roles and actions made from the shards."""
+"""Reads caption-choice tests from files, or makes them from shards by swapping roles or actions in captions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +23,10 @@ class Test(NamedTuple):
     """One test, ready to run.
 
     Attributes:
-        name: As shown.
-        choices: That are asked.
-        skipped: Why other entries are left out, by entry.
-        open_image: A choice's `image` to the photo.
+        name: Name in tables and files.
+        choices: Choices to score.
+        skipped: Entries that are left out, with the reason.
+        open_image: Returns the photo for the `image` of a choice.
     """
 
     name: str
@@ -36,8 +36,7 @@ class Test(NamedTuple):
 
 
 def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems: Problems) -> list[Test]:
-    """All tests with the entries that can be used, found without a model; what is wrong goes to `problems`."""
-
+    """Returns the tests with their usable entries. No model is loaded. Errors are added to `problems`."""
     names = [test if test in TESTS else Path(test).stem for test in settings.tests]
     swapped = [test for test in settings.tests if test in TESTS]
     images = Path(settings.images) if settings.images is not None else None
@@ -57,11 +56,11 @@ def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems:
     tests: list[Test] = []
 
     def from_shards(number: str) -> Image.Image:
-        assert split is not None, "read before the captions"
+        assert split is not None, "the captions were read from it"
         return split.image(int(number))
 
     def from_folder(file: str) -> Image.Image:
-        assert images is not None, "files need a folder"
+        assert images is not None, "a missing folder is an error"
         return open_photo(find_file(images, file))
 
     for given, name in zip(settings.tests, names, strict=True):
@@ -72,25 +71,25 @@ def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems:
                 reasons = [f"{entry}: {reason}" for entry, reason in skipped.items()]
                 check_skipped(given, reasons, len(choices) + len(skipped), settings.max_skipped_entries)
             elif captions is None:
-                continue  # the shards' own error says why
+                continue  # the error about the shards was collected above
             else:
                 choices = {"swapped-roles": swapped_roles, "swapped-actions": swapped_actions}[given](captions)
             if skipped and not choices:
                 raise AmpError(f"{given}: none of {len(skipped):,} entries can be used; first: {reasons[0]}")
             if not choices:
-                raise AmpError(f"{given}: no choice, expected captions with action triplets; look at the knowledge")
+                raise AmpError(f"{given}: no choices, expected captions with action triplets; check the knowledge")
             choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
             tests.append(Test(name, choices, skipped, from_shards if given in TESTS else from_folder))
     return tests
 
 
 def check(settings: ChooseSettings, names: list[str]) -> None:
-    """Raises AmpError for settings that can't be."""
+    """Raises `AmpError` for invalid settings."""
     if not names:
-        raise AmpError("tests is empty, expected one at least; add --tests FILE.json")
+        raise AmpError("tests is empty, expected at least one; add --tests FILE.json")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise AmpError(f"tests has more than one named {twice[0]!r}, expected different names; rename a file")
+        raise AmpError(f"tests has more than one named {twice[0]!r}, expected unique names; rename a file")
     for key, least in (("limit", 0), ("choices_a_batch", 1)):
         if getattr(settings, key) < least:
             raise AmpError(f"{key} is {getattr(settings, key)}, expected at least {least}")

@@ -1,4 +1,4 @@
-"""Two rows on the same queries: the paired bootstrap over images (Efron and Tibshirani 1993, ch. 16)."""
+"""Compares two rows on the same queries by a paired bootstrap over images (Efron and Tibshirani 1993, ch. 16)."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from amp.evaluate.results import DIRECTIONS, ResultFile
 from amp.files import write_atomically
 from amp.retrieval.metrics import KS
 
-# What two files must share for their queries, answers and galleries to be the same.
+# Protocol keys that must be equal in both files, so that queries, correct answers and galleries are the same.
 SHARED = ("captions_sha256", "folds", "queries")
 
 
@@ -26,11 +26,11 @@ class Difference:
     """One figure of both rows.
 
     Attributes:
-        figure: e.g. "t2i R@1".
-        a, b: The figure of each row, percent.
+        figure: Name of the figure, such as "t2i R@1".
+        a, b: The figure of each row, in percent.
         low, high: 95 % interval of b - a.
-        p: Two-sided: twice the share of samples on the other side of zero, at most 1.
-        mended, broken: Queries that only b, and that only a, has among the first K; None for Rsum.
+        p: Two-sided p-value: twice the fraction of samples whose difference has the less frequent sign, at most 1.
+        mended, broken: Number of queries with a correct item among the first K only in b, and only in a; None for Rsum.
     """
 
     figure: str
@@ -49,9 +49,9 @@ class Comparison:
 
     Attributes:
         a, b: Names of the rows.
-        files: Where they come from.
-        bootstrap: Number of samples.
-        differences: In the order of the table.
+        files: Names of their result files.
+        bootstrap: Number of bootstrap samples.
+        differences: Figures in the order of the table.
     """
 
     a: str
@@ -61,7 +61,7 @@ class Comparison:
     differences: list[Difference]
 
     def save_json(self, path: str | os.PathLike) -> Path:
-        """Writes everything."""
+        """Writes all attributes."""
         return write_atomically(path, f"{json.dumps(asdict(self), indent=2, ensure_ascii=False)}\n".encode())
 
     def print_table(self, console: Console) -> None:
@@ -88,10 +88,16 @@ class Comparison:
 def compare(
     a: str | os.PathLike, a_row: str, b: str | os.PathLike, b_row: str, bootstrap: int = 10_000, seed: int = 0
 ) -> Comparison:
-    """Compares a row of result file `b` with a row of `a`; `a_row` and `b_row` name them as `ResultFile.find` reads.
+    """Compares a row of result file `b` with a row of result file `a`.
+
+    Args:
+        a, b: JSON files written by amp evaluate; may be the same file.
+        a_row, b_row: Names of the rows, as in `ResultFile.find`.
+        bootstrap: Number of bootstrap samples.
+        seed: Random seed of the bootstrap.
 
     Raises:
-        AmpError: A row or file is missing, or the queries are not the same.
+        AmpError: A row or file is missing, or the queries differ.
     """
     if bootstrap < 1:
         raise AmpError(f"bootstrap is {bootstrap}, expected at least 1")
@@ -105,8 +111,8 @@ def compare(
         seen = [file.protocol.get(key) for file in (one, two)]
         if seen[0] != seen[1]:
             raise AmpError(
-                f"{a} and {b}: {key} is {seen[0]!r} and {seen[1]!r}, expected the same queries; evaluate "
-                "both on the same split"
+                f"{a} and {b}: {key} is {seen[0]!r} and {seen[1]!r}, expected equal values; evaluate both on the same "
+                "split with the same search settings"
             )
     rows, sides = [], []
     for path, file, words in ((a, one, a_row), (b, two, b_row)):
@@ -118,7 +124,10 @@ def compare(
     problems.check()
     for direction in DIRECTIONS:
         if not np.array_equal(sides[0][direction].queries, sides[1][direction].queries):
-            raise AmpError(f"{a} and {b}: other {direction} queries; evaluate both with the same max_queries")
+            raise AmpError(
+                f"{a} and {b}: the {direction} queries differ, expected the same; evaluate both with the same "
+                "--search.max_queries"
+            )
     fold = None
     if one.protocol.get("folds", 1) > 1:
         fold = np.arange(one.protocol["images"]) * one.protocol["folds"] // one.protocol["images"]
@@ -150,5 +159,5 @@ def compare(
 
 
 def _two_sided(change: np.ndarray) -> float:
-    # Samples at zero count for both sides: equal rows have p = 1.
+    # Samples at zero count for both signs, so equal rows have p = 1.
     return min(1.0, 2.0 * min(float((change <= 0).mean()), float((change >= 0).mean())))

@@ -1,4 +1,4 @@
-"""An evaluation that is being written: rows as they come, with intervals, and what is still missing."""
+"""An evaluation in progress: finished rows with their intervals, and the rows that are still missing."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,13 +17,13 @@ SUFFIXES = (".json", ".csv", ".npz", ".verbs.csv")
 
 
 class Evaluation:
-    """Figures with intervals, and results per query, of the rows so far.
+    """Collects the figures, intervals and per-query results of rows, and writes them to files.
 
     Args:
-        protocol: Protocol of the result file. While rows are missing, the file lists them as ``missing_rows``.
-        search: Of the split; its base model is the first row.
-        rows: Keys of the rows to come, in order.
-        samples: Bootstrap samples; 0 computes no interval.
+        protocol: Protocol of the result file. While rows are missing, the file lists them as `missing_rows`.
+        search: Search of the split. Its base-model ranking becomes the first row.
+        rows: Keys of the other rows, in order.
+        samples: Number of bootstrap samples; 0 computes no intervals.
         seed: Random seed of the bootstrap.
     """
 
@@ -37,12 +37,12 @@ class Evaluation:
 
     @property
     def missing(self) -> list[RowKey]:
-        """Rows to come."""
+        """Keys of the rows that have not been added yet."""
         done = {row.key for row in self.result.rows}
         return [key for key in self.planned if key not in done]
 
     def add(self, method: str, rankings: Rankings, probe: str = "") -> None:
-        """Adds the rows of one model's rankings, one per mode."""
+        """Adds one row per mode of a model's rankings."""
         for mode, i2t in rankings.i2t.items():
             self._add(RowKey(method, mode, probe), i2t, rankings.t2i)
 
@@ -61,7 +61,7 @@ class Evaluation:
         self.result.rows.append(RetrievalRow(key, results[0], results[1], rsum_interval))
 
     def save(self, out: Path) -> None:
-        """Writes JSON, CSV, and results per query, of the rows so far."""
+        """Writes the rows so far as JSON, CSV and per-query results."""
         self.result.protocol.pop("missing_rows", None)
         if self.missing:
             self.result.protocol["missing_rows"] = list(map(str, self.missing))
@@ -70,6 +70,6 @@ class Evaluation:
         self.result.save_json(out)
 
     def save_verbs(self, out: Path, knowledge: Sequence[Knowledge]) -> None:
-        """Writes the accuracy by action verb of every row but the base model's."""
+        """Writes the accuracy by action verb of every row except the base model's."""
         keys = [row.key for row in self.result.rows[1:]]
         save_verbs(out.with_suffix(".verbs.csv"), {key: by_verb(self.queries, key, knowledge) for key in keys})

@@ -1,4 +1,4 @@
-"""What an evaluation knows of each query, on disk: what comparisons, verbs and pictures are made from."""
+"""Per-query results of an evaluation on disk, used by comparisons, verb statistics and reports."""
 
 import io
 import os
@@ -16,16 +16,16 @@ from amp.retrieval.split_search import Ranking
 
 @dataclass(frozen=True)
 class QueryResults:
-    """One direction of one row.
+    """Per-query results of one row in one direction.
 
     Attributes:
         queries: Index of each query among the split's images or captions, int32 (Q,).
-        images: The image of each query, int32 (Q,).
-        candidates: Pre-selected gallery indices, best first, int32 (Q, k).
-        first_scores: Their first-stage cosines, float32 (Q, k).
-        scores: What they are ranked by: the new score plus the fusion's share, float32 (Q, k).
+        images: Image of each query, int32 (Q,).
+        candidates: Gallery indices of the pre-selected candidates, best first, int32 (Q, k).
+        first_scores: First-stage cosines of the candidates, float32 (Q, k).
+        scores: Final scores of the candidates: new score + fusion weight x first-stage cosine, float32 (Q, k).
         first_ranks: 0-based rank of the best positive after the first stage, int32 (Q,).
-        ranks: The same after re-ranking, int32 (Q,).
+        ranks: 0-based rank of the best positive after re-ranking, int32 (Q,).
     """
 
     queries: np.ndarray
@@ -38,7 +38,7 @@ class QueryResults:
 
     @classmethod
     def of(cls, ranking: Ranking, images: np.ndarray, base: bool = False) -> "QueryResults":
-        """Of a ranking, with the image of each query; `base` for the frozen CLIP's own."""
+        """Converts a ranking. `images` is the image of each query; `base` marks the ranking of the base model."""
         first = ranking.first
         scores = first.scores if base else ranking.scores + ranking.fusion_weight * first.scores
         integers = (ranking.queries, images, first.candidates, first.ranks, ranking.ranks)
@@ -54,16 +54,16 @@ class QueryResults:
         )
 
     def order(self) -> np.ndarray:
-        """Positions of the candidates from best to worst after re-ranking, ties as in the first stage, (Q, k)."""
+        """Positions of the candidates from best to worst, (Q, k). Ties keep the order of the first stage."""
         return np.argsort(-self.scores, axis=1, kind="stable")
 
 
 QueryTable = dict[tuple[RowKey, str], QueryResults]
-"""By row and direction, ``i2t`` or ``t2i``."""
+"""Results by row and direction, `i2t` or `t2i`."""
 
 
 def save_queries(path: str | os.PathLike, table: QueryTable) -> Path:
-    """Writes results as one .npz file."""
+    """Writes per-query results as one .npz file."""
     arrays = {
         "\t".join((*row, direction, field.name)): getattr(results, field.name)
         for (row, direction), results in table.items()
@@ -71,16 +71,16 @@ def save_queries(path: str | os.PathLike, table: QueryTable) -> Path:
     }
     names = np.array(list(arrays))
     content = io.BytesIO()
-    # A row's name is no safe name of an archive's member.
+    # Row names may contain characters that are unsafe in names of archive members.
     np.savez_compressed(content, names=names, **{f"array_{i}": array for i, array in enumerate(arrays.values())})
     return write_atomically(path, content.getvalue())
 
 
 def load_queries(path: str | os.PathLike) -> QueryTable:
-    """Reads what `save_queries` wrote.
+    """Reads a file written by `save_queries`.
 
     Raises:
-        AmpError: The file is missing or not such a file.
+        AmpError: The file is missing or has another format.
     """
     again = "write it again with amp evaluate"
     parts: dict[tuple[RowKey, str], dict[str, np.ndarray]] = {}
@@ -88,10 +88,10 @@ def load_queries(path: str | os.PathLike) -> QueryTable:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             for i, name in enumerate(file["names"].tolist()):
                 *row, direction, field = name.split("\t")
-                # Files of earlier versions have a row's name in place of method, mode and probe.
+                # Files of earlier versions have the name of the row instead of method, mode and probe.
                 parts.setdefault((RowKey(*row), direction), {})[field] = file[f"array_{i}"]
         return {key: QueryResults(**arrays) for key, arrays in parts.items()}
     except OSError as error:
-        raise AmpError(f"{path}: can't be read ({error.strerror}), expected results per query; {again}") from error
+        raise AmpError(f"{path}: can't be read ({error.strerror}), expected per-query results; {again}") from error
     except (ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise AmpError(f"{path}: not results per query ({error}); {again}") from error
+        raise AmpError(f"{path}: not per-query results ({error}); {again}") from error

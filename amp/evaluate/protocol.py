@@ -1,4 +1,4 @@
-"""The protocol block of a result file: what was searched, how, with which weights, knowledge and versions."""
+"""The protocol of a result file: data, search settings, weights, knowledge and library versions."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ def protocol(
     precision: str,
     described: dict,
 ) -> dict:
-    """All that the figures depend on, as JSON values.
+    """Returns everything that the figures depend on, as JSON values.
 
     Args:
-        settings: With all that the adapters' records add.
-        split, captions: What is searched.
-        adapters: Their files are hashed.
-        precision: Types of weights and autocast, in words.
-        described: `describe_clip` of the base model.
+        settings: Settings of the evaluation, with null values filled in from the adapters' records.
+        split, captions: Split that is searched, and its captions.
+        adapters: Adapters by name. The protocol contains the hashes of their files.
+        precision: Types of weights and autocast, as text.
+        described: Result of `describe_clip` for the base model.
     """
     search, model, bootstrap = settings.search, settings.model, settings.bootstrap
     manifest = ShardManifest.load(split.root)
@@ -72,6 +72,6 @@ def protocol(
 
 
 def captions_hash(captions: SplitCaptions) -> str:
-    """Of the captions and the image of each: equal hashes mean equal queries and answers."""
+    """Hash of the captions and of the image index of each. Equal hashes mean equal queries and correct answers."""
     text = json.dumps([captions.images, captions.image.tolist(), captions.texts])
     return hashlib.sha256(text.encode()).hexdigest()

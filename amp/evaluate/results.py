@@ -1,4 +1,4 @@
-"""The file of an evaluation: rows of recall in both directions and their protocol, as JSON and as CSV."""
+"""Result files of evaluations: rows of recall in both directions, and their protocol, as JSON and CSV."""
 
 import csv
 import io
@@ -24,8 +24,8 @@ class ResultFile:
     """Rows that share a protocol.
 
     Args:
-        protocol: What was searched and how: any keys with JSON values. Shown under the table, if present:
-            dataset, split, images, captions; model, top_k, fusion_weight, resize, image_size, precision, seed.
+        protocol: Data and settings of the evaluation, any keys with JSON values. These are shown under the table if
+            present: dataset, split, images, captions; model, top_k, fusion_weight, resize, image_size, precision, seed.
         rows: One per method, mode and probe, in the order of the table.
     """
 
@@ -33,14 +33,14 @@ class ResultFile:
     rows: list[RetrievalRow] = field(default_factory=list)
 
     def find(self, words: str, where: str | os.PathLike) -> RetrievalRow:
-        """The row that tables call `words`, such as "ours (pairwise)", or the only row of a method without a probe.
+        """Finds a row by its name in tables, such as "ours (pairwise)", or by its method.
 
         Args:
-            words: A row's name, or a method's.
-            where: This file, for the error.
+            words: Name of a row, or of a method that has only one row without a probe.
+            where: Name of this file for error messages.
 
         Raises:
-            AmpError: Listing the rows, where there is none or several.
+            AmpError: No row or several rows match. The message lists the rows.
         """
         found = [row for row in self.rows if row.name == words]
         found = found or [row for row in self.rows if row.key.method == words and not row.key.probe]
@@ -50,10 +50,10 @@ class ResultFile:
         return found[0]
 
     def save_json(self, path: str | os.PathLike) -> Path:
-        """Writes everything, unrounded.
+        """Writes protocol and rows, unrounded.
 
         Raises:
-            AmpError: A protocol value is not JSON, or the path can't be written.
+            AmpError: A value of the protocol can't be stored as JSON, or the path can't be written.
         """
         rows = []
         for row in self.rows:
@@ -68,22 +68,22 @@ class ResultFile:
         try:
             text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise AmpError(f"{path}: the protocol holds a value that JSON can't ({error})") from error
+            raise AmpError(f"{path}: the protocol contains a value that can't be stored as JSON ({error})") from error
         return write_atomically(path, f"{text}\n".encode())
 
     def check_adapter(self, adapter: str | os.PathLike, where: str | os.PathLike) -> None:
-        """Refuses an adapter that no row was made with; `where` names this file."""
+        """Raises `AmpError` if no row was made with this adapter; `where` names this file in the message."""
         if sha256_of(Path(adapter)) not in self.protocol.get("adapters", {}).values():
             raise AmpError(
-                f"{where}: no row of it was made with {adapter}, expected that adapter's evaluation; evaluate it"
+                f"{where}: no row was made with {adapter}, expected results of this adapter; run amp evaluate with it"
             )
 
     @classmethod
     def load_json(cls, path: str | os.PathLike) -> "ResultFile":
-        """Reads what `save_json` wrote.
+        """Reads a file written by `save_json`.
 
         Raises:
-            AmpError: The file is missing, isn't such a file, or holds figures that no evaluation can give.
+            AmpError: The file is missing, has another format, or contains impossible figures.
         """
         path = Path(path)
         again = "write it again with amp evaluate"
@@ -104,7 +104,7 @@ class ResultFile:
                 where = f"rows[{number}]"
                 i2t, t2i = (_read_direction(entry[name]) for name in DIRECTIONS)
                 interval = entry.get("rsum_interval")
-                # Files of earlier versions have the name only.
+                # Files of earlier versions have only the name.
                 key = [str(entry[name]) for name in RowKey._fields if name in entry] or [str(entry["name"])]
                 result.rows.append(RetrievalRow(RowKey(*key), i2t, t2i, interval and tuple(interval)))
         except KeyError as error:
@@ -114,7 +114,7 @@ class ResultFile:
         return result
 
     def save_csv(self, path: str | os.PathLike) -> Path:
-        """Writes one line per row, percentages to two decimals; the protocol is in the JSON only."""
+        """Writes one line per row, with percentages to two decimals and without the protocol."""
         header = ["method"]
         lines = []
         for row in self.rows:

@@ -1,4 +1,4 @@
-"""A result file as a table on the terminal: rows, intervals, ceiling and chance, and the protocol in two lines."""
+"""Prints a result file as a table: rows, intervals, ceiling and chance, and a short protocol."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ from amp.evaluate.results import DIRECTIONS, ResultFile
 from amp.retrieval.figures import RetrievalRow
 from amp.retrieval.metrics import KS, rsum
 
-# What the two lines under the table show of the protocol: what was searched, then how. The file holds the rest too.
+# Protocol keys in the two lines under the table: the data, then the method. The file contains all keys.
 _DATA_KEYS = ("dataset", "split", "images", "captions")
 _METHOD_KEYS = ("model", "top_k", "fusion_weight", "resize", "image_size", "precision", "seed")
 _BARE_KEYS = ("dataset", "split", "model")
 
 
 def print_table(result: ResultFile, console: Console | None = None) -> None:
-    """Prints the rows with the best of each column in bold and queries per second, then ceiling, chance and protocol.
+    """Prints the rows, with the best value of each column in bold, then ceiling, chance and protocol.
 
     Args:
-        result: What is printed.
-        console: Where to print; standard output if None.
+        result: Results to print.
+        console: Console to print to; None prints to standard output.
     """
     console = console or Console()
     table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
@@ -35,7 +35,7 @@ def print_table(result: ResultFile, console: Console | None = None) -> None:
         table.add_column(f"{name}\nq/s", justify="right", no_wrap=True)
 
     methods = [(row.name, row.i2t.recall, row.t2i.recall) for row in result.rows]
-    # Compared as printed, so that two equal figures are both bold or both not.
+    # Rounded before they are compared, so that figures printed alike are all bold or none is.
     figures = [_figures(i2t, t2i) for _, i2t, t2i in methods]
     best = [max(column) for column in zip(*figures, strict=True)] if len(figures) > 1 else None
     for row, values in zip(result.rows, figures, strict=True):
@@ -56,7 +56,7 @@ def print_table(result: ResultFile, console: Console | None = None) -> None:
 
 
 def _intervals(rows: list[RetrievalRow]) -> Table:
-    """Half the width of each interval; its ends, seldom far from symmetric, are in the files."""
+    """Half the width of each interval. Intervals are nearly symmetric, and their ends are in the files."""
     table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left")
     table.add_column("half width of the\n95 % interval", overflow="fold")
     for name in DIRECTIONS:
@@ -71,7 +71,7 @@ def _intervals(rows: list[RetrievalRow]) -> Table:
 
 
 def _references(rows: list[RetrievalRow]) -> list[tuple[str, dict, dict]]:
-    """Ceiling and chance, once for each pre-selection among the rows (usually all share one)."""
+    """Ceiling and chance of each distinct pre-selection. Usually all rows share one."""
     first_rows: dict[tuple, RetrievalRow] = {}
     for row in rows:
         key = tuple(tuple(d.values()) for side in (row.i2t, row.t2i) for d in (side.ceiling, side.chance))
@@ -86,8 +86,10 @@ def _references(rows: list[RetrievalRow]) -> list[tuple[str, dict, dict]]:
 
 
 def protocol_lines(protocol: dict) -> tuple[str, ...]:
-    """The protocol in two short lines: what was searched, and how; empty ones are left out. A third line names rows
-    that are missing because the evaluation has not ended."""
+    """Returns the protocol as short lines: the data, the method, and the missing rows of an incomplete evaluation.
+
+    Empty lines are left out.
+    """
     lines = []
     for keys in (_DATA_KEYS, _METHOD_KEYS):
         parts = [_protocol_part(key, protocol[key]) for key in keys if protocol.get(key) is not None]
@@ -102,7 +104,7 @@ def _figures(i2t: dict[int, float], t2i: dict[int, float]) -> Sequence[float]:
 
 
 def _speed(queries_per_second: float) -> str:
-    """Short enough for a table of 80 columns: 4.6, 53, 5584, 30k."""
+    """Formats a speed briefly, so that the table fits into 80 columns: 4.6, 53, 5584, 30k."""
     if queries_per_second < 10:
         return f"{queries_per_second:.1f}"
     return f"{queries_per_second:.0f}" if queries_per_second < 10_000 else f"{queries_per_second / 1000:.0f}k"

@@ -1,4 +1,4 @@
-"""An evaluation run: one split, the base model and any number of adapters."""
+"""Evaluates the base model and any number of adapters on one split."""
 
 import shutil
 from collections import Counter
@@ -44,13 +44,14 @@ TEXT_ONLY = RowKey("captions with states")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation leaves.
+    """Result of an evaluation.
 
     Attributes:
-        result: The table.
-        split, captions: What was searched.
-        rankings: Of the last adapter, or else of the text-only control; None for the base model only.
-        main: Whether this process is the one that writes files.
+        result: Rows and protocol.
+        split, captions: Split that was searched, and its captions.
+        rankings: Rankings of the last adapter, or of the text-only control if there is no adapter; None if only the
+            base model was evaluated.
+        main: Whether this is the main process, which writes the files.
     """
 
     result: ResultFile
@@ -61,14 +62,14 @@ class Evaluated:
 
 
 def evaluate(settings: EvaluationSettings) -> Evaluated:
-    """Evaluates the base model and adapters and writes the result's files.
+    """Evaluates the base model and adapters, and writes the result files.
 
-    Everything given is checked before a model is loaded. The files are written again after each adapter and probe, with
-    the rows that are missing in the protocol. Scores of pairs are kept in OUT.partial while it runs: the same call goes
-    on with them, on any number of processes.
+    All inputs are checked before a model is loaded. The files are updated after each adapter and probe, and their
+    protocol lists the missing rows. The scores of pairs are saved in OUT.partial during the evaluation, so the same
+    call continues an interrupted evaluation, with any number of processes.
 
     Raises:
-        AmpError: Wrong input, such as an adapter of another base model.
+        AmpError: Invalid input, such as an adapter of another base model.
     """
     run = Run.checked(settings)
     if run.adapters or settings.text_only:
@@ -78,7 +79,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluated:
         rankings = None
         retrieval, described = baseline(run.settings, run.split, run.captions, run.accelerator, run.terminal)
         run.begin(retrieval, described)
-    run.accelerator.wait_for_everyone()  # no process reads partial scores any more
+    run.accelerator.wait_for_everyone()  # to read the partial scores, which are deleted below
     main = run.accelerator.is_main_process
     assert run.evaluation is not None
     if main:
@@ -91,7 +92,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluated:
 
 @dataclass
 class Run:
-    """What the parts of an evaluation share; `settings` hold what the adapters' records add."""
+    """State of an evaluation. `settings` have null values filled in from the adapters' records."""
 
     settings: EvaluationSettings
     adapters: dict[str, Adapter]
@@ -103,10 +104,10 @@ class Run:
 
     @classmethod
     def checked(cls, settings: EvaluationSettings) -> "Run":
-        """A run whose input has been read and found right.
+        """Reads and checks all inputs.
 
         Raises:
-            AmpError: Naming everything that is wrong.
+            AmpError: Some inputs are invalid. The message lists all errors.
         """
         terminal, problems = Terminal(rank_of_launcher() == 0), Problems()
         adapters: dict[str, Adapter] = {}
@@ -117,7 +118,7 @@ class Run:
             settings = replace(settings, model=base_of(settings.model, adapters))
         with problems.collect():
             if gallery is not None and not settings.adapters:
-                raise AmpError("gallery needs an adapter to compare with the base model; add --adapters NAME=FILE")
+                raise AmpError("gallery is set without adapters, expected at least one; add --adapters NAME=FILE")
         for key, least in {"bootstrap": 0, "seed": 0, "workers": 0, "batch_size": 1}.items():
             with problems.collect():
                 if getattr(settings, key) < least:
@@ -143,16 +144,16 @@ class Run:
 
     @property
     def partial(self) -> Path:
-        """Folder where scores of pairs are kept while this runs."""
+        """Folder for the scores of pairs during the evaluation."""
         return self.settings.out.with_suffix(".partial")
 
     @property
     def precision(self) -> str:
-        """Types of weights and autocast, in words."""
+        """Types of weights and autocast, as text."""
         return f"{self.settings.model.precision}, autocast {self.accelerator.mixed_precision}"
 
     def with_models(self) -> Rankings | None:
-        """Rows of base model, text-only control and adapters; returns the last rankings without a probe."""
+        """Adds all rows, computed with loaded models, and returns the last rankings that are not of a probe."""
         settings, terminal = self.settings, self.terminal
         with terminal.progress(f"loading {settings.model.name}"):
             base, _, preprocess = load_base(settings.model, self.accelerator.device)
@@ -175,24 +176,24 @@ class Run:
                 rankings = self.ranked(model, retrieval, f"re-ranking with {name}")
                 self.add(name, rankings)
                 for kind in settings.probes if model.interaction.conditioned else ():
-                    spoilt = probe(retrieval, kind, model, preprocess, settings.seed)
-                    self.add(name, self.ranked(model, spoilt, f"probe {kind} of {name}"), kind)
+                    corrupted = probe(retrieval, kind, model, preprocess, settings.seed)
+                    self.add(name, self.ranked(model, corrupted, f"probe {kind} of {name}"), kind)
         except BaseException as error:
             if self.evaluation is not None and self.evaluation.missing:
                 terminal.say(
-                    f"{settings.out} holds the rows that were finished and lists the {len(self.evaluation.missing)} "
-                    "missing ones"
+                    f"{settings.out} contains the finished rows and lists the {len(self.evaluation.missing)} missing "
+                    "rows"
                 )
             if isinstance(error, torch.OutOfMemoryError):
                 raise AmpError(
-                    "the GPU's memory is full; give smaller --search.batch_size and --batch_size; the scores so far "
-                    "are kept"
+                    "the GPU is out of memory; reduce --search.batch_size and --batch_size; the same command continues "
+                    "with the scores so far"
                 ) from error
             raise
         return rankings
 
     def searched(self, model: ActionAwareCLIP, preprocess) -> SplitSearch:
-        """The split's first stage, with the features that a model needs."""
+        """Runs the first stage on the split, with all features that `model` needs."""
         settings, accelerator, terminal = self.settings, self.accelerator, self.terminal
         cache, dtype = settings.cache, str(settings.cache_dtype)
         collate = knowledge_collator(model, cache, dtype)
@@ -205,7 +206,7 @@ class Run:
             return SplitSearch.stored(self.captions, frozen, collate, settings.search, accelerator.device)
 
     def text_only(self, model: ActionAwareCLIP, retrieval: SplitSearch) -> Rankings:
-        """The row of captions with their states, which `model` itself need not read."""
+        """Adds the row of the text-only control. It uses states even if `model` does not."""
         collate = knowledge_collator(model, self.settings.cache, str(self.settings.cache_dtype), "states")
         texts = self.captions.all_texts(model.config.max_triplets, "states")
         prepare_texts(self.accelerator, self.terminal, collate.store, model, texts)
@@ -214,7 +215,7 @@ class Run:
         return rankings
 
     def ranked(self, model: ActionAwareCLIP, retrieval: SplitSearch, title: str) -> Rankings:
-        """A model's rankings."""
+        """Ranks the split with a model."""
         with self.terminal.progress(title, "pairs") as report:
             return retrieval.rank(model, self.accelerator.autocast, report, self.partial, self.precision)
 
@@ -227,23 +228,23 @@ class Run:
             self.save()
 
     def add(self, method: str, rankings: Rankings, kind: str = "") -> None:
-        """Adds the rows of rankings."""
+        """Adds the rows of a method's rankings."""
         assert self.evaluation is not None
         with self.terminal.progress(f"figures of {RowKey(method, probe=kind)}"):
             self.evaluation.add(method, rankings, kind)
             self.save()
 
     def save(self) -> None:
-        """Writes the rows so far, so that a stop loses only those being computed."""
+        """Writes the rows so far, so that an interruption loses only the row in progress."""
         if self.accelerator.is_main_process and self.evaluation is not None:
             self.evaluation.save(self.settings.out)
 
 
 def planned_rows(models: dict[str, ActionAwareCLIP], settings: EvaluationSettings) -> list[RowKey]:
-    """Keys of the rows after the base model's.
+    """Returns the keys of all rows except the base model's.
 
     Raises:
-        AmpError: Two would have one name.
+        AmpError: Two rows would have the same name.
     """
     rows = [TEXT_ONLY] if settings.text_only else []
     for name, model in models.items():
@@ -253,7 +254,7 @@ def planned_rows(models: dict[str, ActionAwareCLIP], settings: EvaluationSetting
     twice = next((row for row, count in Counter(map(str, [BASE, *rows])).items() if count > 1), None)
     if twice is not None:
         raise AmpError(
-            f"the row {twice!r} would be there twice, expected different rows; look for an adapter's name, a probe or "
-            "an i2t that is given twice"
+            f"two rows would be named {twice!r}, expected unique names; look for an adapter name, a probe or a value "
+            "of search.i2t that is given twice"
         )
     return rows

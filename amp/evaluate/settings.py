@@ -1,4 +1,4 @@
-"""What an evaluation is told: data, adapters, base model, search, rows and files. Imports no torch, for ``--help``."""
+"""Settings of amp evaluate. Does not import torch, so that `--help` is fast."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +11,15 @@ Kind = Literal["action", "attribute"]
 
 @dataclass
 class BaseSettings:
-    """The base CLIP. Null takes what the adapters' record says.
+    """The base CLIP.
 
     Args:
-        name: As open_clip's: a model name, ``local-dir:FOLDER`` or ``hf-hub:ORG/REPO``. Give it where the base model
-            is elsewhere than at training, or to evaluate it without adapters.
-        pretrained: Its weights, as open_clip names them: a tag or a file. Read where `name` is given.
+        name: Model of open_clip: a name, `local-dir:FOLDER` or `hf-hub:ORG/REPO`. Set it to evaluate a base model
+            without adapters, or if the base model has moved since training; null uses the adapters' base model.
+        pretrained: Weights of open_clip: a tag or a file. Ignored if `name` is null.
         precision: Type of the frozen weights.
-        resize_mode: How photos are fitted, ``squash`` keeps the borders; null without adapters is the base model's own
-            way.
+        resize_mode: How photos are resized: `squash` changes the aspect ratio instead of cropping the borders; null
+            uses the mode of the adapters' training, or the base model's own mode.
     """
 
     name: str | None = None
@@ -30,29 +30,33 @@ class BaseSettings:
 
 @dataclass
 class EvaluationSettings:
-    """An evaluation.
+    """Settings of an evaluation.
 
     Args:
-        shards: Folder that amp make_shards wrote; null takes the one that the adapters were trained on.
+        shards: Folder written by amp make_shards; null uses the shards that the adapters were trained on.
         split: Split of the shards.
-        adapters: ``NAME=FILE`` each, in the order of the table; none evaluates the base model only.
+        adapters: Adapters to evaluate, each as `NAME=FILE`, in the order of the table. Without adapters, only the base
+            model is evaluated.
         model: The base CLIP.
-        kinds: Kinds of triplets used; null takes those of the adapters' training.
+        kinds: Kinds of triplets to use; null uses those that the adapters were trained with.
         search: How the split is searched.
-        probes: Further rows of each knowledge-aware adapter with one input spoilt: ``shuffled`` knowledge, ``blank``
-            knowledge, knowledge of a ``sibling`` caption of the same image, ``grey`` images, or a probe of a plugin.
-        text_only: Add the text-only control: captions with their states, no action-aware image.
-        bootstrap: Samples of the images for the 95 % intervals; 0 computes none.
-        seed: Random seed of the bootstrap and of probes.
+        probes: Additional rows for each knowledge-aware adapter, each with one input corrupted: `shuffled` knowledge,
+            `blank` knowledge, knowledge of a `sibling` caption of the same image, `grey` images, or a probe of a
+            plugin.
+        text_only: Whether to add the text-only control, which scores captions combined with their states against
+            frozen image features.
+        bootstrap: Number of bootstrap samples of the images for the 95 % intervals; 0 computes no intervals.
+        seed: Random seed of the bootstrap and the probes.
         batch_size: Images per forward pass of the base model.
-        workers: Decoding processes per process; fewer where there are fewer cores.
-        cache: Folder for text features and frozen image features.
-        cache_dtype: Type of cached features; null takes that of the adapters' training, or float32.
-        mixed_precision: Autocast type of re-ranking; ``auto`` is bf16 on a GPU and on processors that have instructions
-            for it, else no; null takes what `accelerate launch` says.
-        timeout_minutes: How long a process waits for the others before it gives up.
-        out: JSON file of the result; .csv, .npz with results per query and .verbs.csv are written next to it.
-        gallery: Picture with retrievals of the last adapter, a PNG, JPEG or WebP file; null draws none.
+        workers: Image-decoding workers per process; fewer are started if there are too few cores.
+        cache: Folder for cached text features and frozen image features.
+        cache_dtype: Type of cached features; null uses the type of the adapters' training, or float32.
+        mixed_precision: Autocast type of re-ranking. `auto` is bf16 on a GPU or a CPU with bf16 instructions, otherwise
+            no; null uses the setting of `accelerate launch`.
+        timeout_minutes: Minutes that a process waits for the others before it gives up.
+        out: JSON file of the results. A .csv file, an .npz file with per-query results and a .verbs.csv file are
+            written next to it.
+        gallery: Picture of some retrievals of the last adapter, a PNG, JPEG or WebP file; null draws none.
     """
 
     shards: str | None = None

@@ -1,8 +1,8 @@
-"""Wrong captions made from triplets: subject and object exchanged, or the action replaced.
+"""Makes wrong captions from triplets: subject and object are exchanged, or the action is replaced.
 
-Their knowledge is changed alike, and the states of both captions come from the lexicon, so that nothing but the words
-exchanged tells them apart. Many read oddly ("a ball chases a dog"): a model that knows what captions are like needs no
-photo to refuse these, so compare methods, not figures with 50 %.
+The triplets are changed in the same way, and the states of both captions come from the lexicon, so the right and the
+wrong caption differ only in the exchanged words. Many wrong captions read unnaturally ("a ball chases a dog"), and a
+model can reject them without looking at the photo. Therefore compare methods with each other, not with 50 %.
 """
 
 import random
@@ -20,7 +20,7 @@ TESTS = ("swapped-roles", "swapped-actions")
 
 
 def swapped_roles(captions: SplitCaptions) -> list[Choice]:
-    """A choice a caption in which subject and object of an action triplet occur once each."""
+    """One choice per caption in which the subject and the object of an action triplet occur exactly once each."""
     choices = []
     for text, knowledge, image in zip(captions.texts, captions.knowledge, captions.image.tolist(), strict=True):
         for triplet in _actions(knowledge):
@@ -45,8 +45,11 @@ def swapped_roles(captions: SplitCaptions) -> list[Choice]:
 
 
 def swapped_actions(captions: SplitCaptions, seed: int = 0) -> list[Choice]:
-    """A choice a caption, one of whose actions gives way to that of another caption: of the same ending, with an object
-    where it had one, of another verb than any of the caption, and as often as it occurs."""
+    """One choice per caption in which one action is replaced by an action of another caption.
+
+    The new action has the same verb ending and has an object exactly if the old one had one. Its verb does not occur in
+    the caption's triplets. It is drawn in proportion to its frequency in the split.
+    """
     pool = defaultdict(list)
     for knowledge in captions.knowledge:
         for triplet in _actions(knowledge, with_object=False):
@@ -84,14 +87,14 @@ def _choice(
 
 
 def _class(triplet: Triplet) -> tuple[str, bool]:
-    """Actions that can take each other's place in a sentence, as far as an ending tells."""
+    """Verb ending and whether there is an object: actions of the same class usually fit into the same sentence."""
     verb = triplet.action.lower().split()[0]
     ending = next((end for end in ("ing", "ed", "s") if verb.endswith(end)), "")
     return ending, bool(triplet.object)
 
 
 def _span(text: str, phrase: str) -> tuple[int, int] | None:
-    """Where a phrase stands, if it does so once, as whole words."""
+    """Start and end of a phrase in `text`, as whole words; None unless it occurs exactly once."""
     found = list(re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE))
     return found[0].span() if len(found) == 1 and phrase else None
 

@@ -1,4 +1,4 @@
-"""Table 1 of the paper beside what open_clip publishes and what was run here, with what doesn't add up marked."""
+"""Table 1 of the paper next to open_clip's published figures and our own runs, with inconsistencies marked."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from amp.evaluate.results import ResultFile
 
 DATASETS = {"coco": "COCO 5K", "flickr30k": "Flickr30K 1K"}
 FIGURES = ("i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10", "Rsum")
-ROUNDING = 0.35  # six figures rounded to 0.1 can move their sum so far
-FAR = 0.5  # from open_clip's figure of the same weights, in points
+ROUNDING = 0.35  # largest difference between a printed Rsum and the sum of six figures rounded to 0.1
+FAR = 0.5  # points of difference from open_clip's figure above which a baseline is reported
 CONFIGS = "launchers/configs"
 
 Figures = list[float | None]
@@ -21,14 +21,14 @@ Figures = list[float | None]
 
 @dataclass
 class Row:
-    """A method on a backbone.
+    """A method with one backbone.
 
     Attributes:
-        backbone, method: Names as the paper has them.
-        id: Name of its result files; None for methods that can't be run here.
-        base: Name and weights of the base model as open_clip has them; None where it has no such weights.
-        figures: By dataset and source (``paper``, ``open_clip``, ``here``), seven each, in the order of `FIGURES`.
-        training: By dataset, configuration and options of the training of the rows that are ours.
+        backbone, method: Names as in the paper.
+        id: Name of the result files without suffixes; None for methods that can't be run here.
+        base: Model name and weights in open_clip; None if open_clip does not have them.
+        figures: Seven figures in the order of `FIGURES`, by dataset and source (`paper`, `open_clip` or `here`).
+        training: Configuration and options of our training run, by dataset; empty for methods that we don't train.
     """
 
     backbone: str
@@ -44,10 +44,13 @@ class Row:
 
 
 def load_published(path: str | os.PathLike) -> tuple[list[Row], dict[str, str]]:
-    """Reads the rows and their sources.
+    """Reads the published figures.
+
+    Returns:
+        The rows, and a description of each source.
 
     Raises:
-        AmpError: Not such a file, or a row without seven figures.
+        AmpError: The file is missing or has another format, or a row does not have seven figures.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -75,10 +78,12 @@ def _row(entry: dict) -> Row:
 
 
 def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
-    """Adds the figures of FOLDER/ID.DATASET.json, files of `amp evaluate`; ours are the last row of theirs.
+    """Adds the figures of the result files FOLDER/ID.DATASET.json, written by `amp evaluate`.
+
+    For methods that we train, the last row of a file is used; for the others, the row of base CLIP.
 
     Returns:
-        Why files that are there are left out: they can't be read, or lack the row.
+        Error messages about files that can't be read or lack the row. These files are left out.
     """
     problems = Problems()
     for row in rows:
@@ -91,7 +96,7 @@ def add_results(rows: list[Row], folder: str | os.PathLike) -> list[str]:
 
 
 def _figures(path: Path, ours: bool) -> Figures:
-    """Figures of base CLIP, or of the last row of an evaluation that has ended."""
+    """Reads the figures of base CLIP or, if `ours`, of the last row. The evaluation must be complete."""
     result = ResultFile.load_json(path)
     if missing := result.protocol.get("missing_rows"):
         raise AmpError(f"{path}: {len(missing)} rows are missing, expected all; run the same amp evaluate again")
@@ -105,7 +110,7 @@ def _figures(path: Path, ours: bool) -> Figures:
 
 
 def commands(rows: list[Row], folder: str) -> list[str]:
-    """What to run for each figure of `rows` that is missing here and could be had."""
+    """Returns the commands that produce the missing figures of our own runs."""
     found = []
     for row in rows:
         for dataset in DATASETS:
@@ -128,10 +133,10 @@ def commands(rows: list[Row], folder: str) -> list[str]:
 
 
 def anomalies(rows: list[Row]) -> list[tuple[Row, str, str]]:
-    """What doesn't add up in the paper's figures: (row, dataset, what).
+    """Finds inconsistencies in the paper's figures. Returns tuples (row, dataset, description).
 
-    Nothing is listed by hand: sums that their parts don't give, directions of two methods that are equal in all three
-    figures, baselines far from open_clip's figures of the same weights.
+    These are: an Rsum that differs from the sum of its figures, two methods with the same three figures in one
+    direction, and a baseline that is far from open_clip's figures for the same weights.
     """
     return [*_sums(rows), *_equal_directions(rows), *_far_baselines(rows)]
 
@@ -177,8 +182,13 @@ def _of_paper(rows: list[Row]) -> Iterator[tuple[Row, str, Figures]]:
 
 
 def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence[str] = ()) -> str:
-    """The table as Markdown: a line a row and source, marks of anomalies, and what they mean; then why result files are
-    left out."""
+    """Renders the table as Markdown, one line per row and source, followed by notes on anomalies.
+
+    Args:
+        rows: Rows of the table.
+        sources: Description of each source.
+        left_out: Error messages about result files that are left out.
+    """
     found = anomalies(rows)
     notes = {key: number for number, key in enumerate(dict.fromkeys((r.name, d) for r, d, _ in found), start=1)}
     lines = ["# Table 1", ""]
@@ -191,7 +201,7 @@ def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence
         ]
         for row in rows:
             for source in ("paper", "open_clip", "here"):
-                # A line for figures that could be had here stands empty until somebody has run it.
+                # A line for our own runs stays empty until they have been run.
                 values = row.figures[dataset].get(source)
                 if values is None and (source != "here" or row.id is None):
                     continue

@@ -1,4 +1,4 @@
-"""The text-only control: what knowledge gives through the frozen text tower, without any action-aware image."""
+"""The text-only control: measures what knowledge contributes through the frozen text tower only."""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from amp.knowledge.tensors import KnowledgeBatch
 
 
 def enriched_text(text: torch.Tensor, knowledge: KnowledgeBatch) -> torch.Tensor:
-    """Caption features plus the mean of their states' features, (C, d), unit length.
+    """Returns caption features plus the mean of their states' features, (C, d), with unit length.
 
-    Captions without states stay as they are.
+    The features of captions without states are only normalized.
     """
     mask = knowledge.mask.to(text.device).unsqueeze(-1)
     states = F.normalize(knowledge.states.to(text.device).float(), dim=-1) * mask

@@ -1,4 +1,4 @@
-"""Accuracy by action verb: which verbs does the base model get wrong, and which does a row mend?"""
+"""Accuracy by action verb, of the base model and of another row."""
 
 import csv
 import io
@@ -20,13 +20,13 @@ _AUXILIARY = frozenset({"is", "are", "was", "were", "be", "being", "been", "has"
 
 @dataclass(frozen=True)
 class VerbCount:
-    """Caption queries with one verb.
+    """Counts of caption queries with one verb.
 
     Attributes:
-        verb: Its plain form, or its stem where the lexicon doesn't know it.
-        queries: Captions with it.
-        base, row: Of these, whose image the base model and the row have in the first place.
-        mended, broken: Whose first place the row won, and lost.
+        verb: Base form of the verb, or its stem if it is not in the lexicon.
+        queries: Number of captions with the verb.
+        base, row: Number of these whose image is ranked first by the base model, and by the row.
+        mended, broken: Number of these whose image only the row, and only the base model, ranks first.
     """
 
     verb: str
@@ -38,25 +38,25 @@ class VerbCount:
 
 
 def verb_of(action: str) -> str | None:
-    """The verb of an action such as "is running through": its first word that is no auxiliary, in its plain form."""
+    """Returns the base form of an action's first word that is not an auxiliary: "run" for "is running through"."""
     words = [word for word in action.lower().split() if word not in _AUXILIARY]
     return (plain_verb(words[0]) or stem(words[0])) if words else None
 
 
 def verbs_of(knowledge: Knowledge) -> list[str]:
-    """The different verbs of a caption's action triplets."""
+    """Returns the distinct verbs of a caption's action triplets."""
     found = (verb_of(triplet.action) for triplet in knowledge.triplets if triplet.kind == "action")
     return list(dict.fromkeys(verb for verb in found if verb))
 
 
 def by_verb(table: QueryTable, row: RowKey, knowledge: Sequence[Knowledge], base: RowKey = BASE) -> list[VerbCount]:
-    """Counts of text-to-image retrieval, the most frequent verb first.
+    """Counts text-to-image results by verb, the most frequent verb first.
 
     Args:
-        table: Results per query.
-        row: The row that is compared with `base`.
+        table: Per-query results.
+        row: Row to compare with `base`.
         knowledge: Knowledge of all captions of the split.
-        base: Row of the frozen CLIP.
+        base: Row of the base model.
     """
     before, after = (table[name, "t2i"].ranks == 0 for name in (base, row))
     counts: dict[str, list[int]] = {}
@@ -69,7 +69,7 @@ def by_verb(table: QueryTable, row: RowKey, knowledge: Sequence[Knowledge], base
 
 
 def save_verbs(path: str | os.PathLike, rows: dict[RowKey, list[VerbCount]]) -> Path:
-    """Writes one line per row and verb: counts, and R@1 of base and row in percent."""
+    """Writes one line per row and verb: counts, and R@1 of the base model and of the row in percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("method", "verb", "queries", "base_R@1", "R@1", "mended", "broken"))

@@ -1,4 +1,4 @@
-"""The action-aware image encoder as a graph that runs without this package: torch.export."""
+"""Exports the action-aware image encoder with torch.export, as a graph that runs without this package."""
 
 import io
 import os
@@ -17,19 +17,23 @@ INPUTS = ("images", "triplet_tokens", "token_mask", "states", "mask", "text")
 
 
 class ImageEncoder(nn.Module):
-    """Images, each with the knowledge of one caption, to action-aware features: tensors in, a tensor out.
+    """Encodes images, each with the knowledge of one caption, to action-aware features.
+
+    All inputs and outputs are tensors, as torch.export requires.
 
     Args:
-        model: A model whose images see knowledge.
+        model: Model that conditions images on knowledge.
 
     Raises:
-        AmpError: The model is a control.
+        AmpError: The model does not condition images on knowledge.
     """
 
     def __init__(self, model: ActionAwareCLIP):
         super().__init__()
         if not model.interaction.conditioned:
-            raise AmpError("this model's images see no knowledge, expected an action-aware adapter, not a control")
+            raise AmpError(
+                "this model does not condition images on knowledge, expected an action-aware adapter, not a control"
+            )
         self.model = model
 
     def forward(
@@ -41,24 +45,32 @@ class ImageEncoder(nn.Module):
         mask: torch.Tensor,
         text: torch.Tensor,
     ) -> torch.Tensor:
-        """Images (B, 3, H, W), a `KnowledgeBatch` of B captions as its four tensors, and the captions' frozen features
-        (B, d), which only `readout` reads, to features (B, d), not normalised."""
+        """Encodes images under knowledge.
+
+        Args:
+            images: Images, (B, 3, H, W).
+            triplet_tokens, token_mask, states, mask: The tensors of a `KnowledgeBatch` of B captions.
+            text: Frozen features of the captions, (B, d). Only `readout` uses them.
+
+        Returns:
+            Features, (B, d), not normalized.
+        """
         knowledge = KnowledgeBatch(triplet_tokens, token_mask, states, mask)
         return self.model(images, Captions(knowledge, text)).conditioned
 
 
 def export_image_encoder(model: ActionAwareCLIP, path: str | os.PathLike | None = None) -> torch.export.ExportedProgram:
-    """Exports `ImageEncoder` for any number of images.
+    """Exports `ImageEncoder` with a dynamic batch size.
 
     Args:
-        model: Model in eval mode, on the device that the graph is for.
-        path: ``.pt2`` file for `torch.export.load`; None writes none.
+        model: Model in eval mode, on the device on which the graph will run.
+        path: `.pt2` file to write, for `torch.export.load`; None writes no file.
 
     Returns:
-        The program; its inputs are named as in `INPUTS`.
+        The exported program. Its inputs have the names in `INPUTS`.
 
     Raises:
-        AmpError: The model is a control, or the path can't be written.
+        AmpError: The model does not condition images on knowledge, or the path can't be written.
     """
     encoder, backbone, config = ImageEncoder(model).eval(), model.backbone, model.config
     device, size = model.logit_scale.device, backbone.visual.image_size

@@ -1,7 +1,7 @@
-"""Sharing an adapter: writes the folder that `amp.from_pretrained` loads, and uploads it to the Hugging Face hub.
+"""Writes an adapter as a folder for `amp.from_pretrained`, and uploads the folder to the Hugging Face hub.
 
-The folder holds ``adapter.safetensors`` (the trained weights only), ``config.json`` (settings, and the base model by
-name and hash) and ``README.md`` (the model card). It does not hold the base model.
+The folder contains `adapter.safetensors` (only the trained weights), `config.json` (settings, name and hash of the base
+model) and `README.md` (the model card). It does not contain the base model.
 """
 
 import json
@@ -18,7 +18,7 @@ from amp.model.pretrained import CONFIG, WEIGHTS, adapter_file, config_of
 from amp.publish.model_card import model_card
 
 CARD = "README.md"
-# Keys of a training record that hold paths of the machine that trained; only the last part of each is published.
+# Keys of a training record that contain local paths. Only the last part of each path is published.
 PATHS = (("out",), ("init",), ("deepspeed",), ("data", "shards"), ("data", "cache"))
 
 
@@ -32,17 +32,17 @@ def save_pretrained(
     """Writes the folder of an adapter.
 
     Args:
-        folder: Folder to write, created if missing. Its three files are replaced, other files stay.
-        adapter: ``adapter.safetensors`` of a run, or another such folder.
-        results: JSON file of an evaluation; its table goes into the model card.
-        base, base_pretrained: How others name the base model, such as ``ViT-B-16-quickgelu`` and ``openai``; None
-            keeps the names that it was trained with. `from_pretrained` compares the hash of the weights in any case.
+        folder: Folder to write, created if missing. The three files are replaced if they exist; other files are kept.
+        adapter: `adapter.safetensors` of a run, or a folder written by this function.
+        results: JSON file of an evaluation of this adapter, whose table is added to the model card; None adds none.
+        base, base_pretrained: Published name and weights of the base model, such as `ViT-B-16-quickgelu` and `openai`;
+            None keeps those used in training. `from_pretrained` always verifies the hash of the weights.
 
     Returns:
         The folder.
 
     Raises:
-        AmpError: No adapter or results file, or a folder that can't be written to.
+        AmpError: The adapter or the results can't be read, they don't belong together, or the folder can't be written.
     """
     adapter = adapter_file(adapter)
     header, weights = read_adapter(adapter)
@@ -62,16 +62,16 @@ def save_pretrained(
 
 
 def push_to_hub(folder: str | os.PathLike, repository: str, private: bool = False, token: str | None = None) -> str:
-    """Uploads a folder of `save_pretrained` and returns the URL of the commit.
+    """Uploads a folder written by `save_pretrained` and returns the URL of the commit.
 
     Args:
-        folder: Folder of `save_pretrained`. Its three files are uploaded and nothing else.
-        repository: ``ORG/REPO``, created if missing.
-        private: Whether a repository that is created is private.
-        token: Access token; None takes the one of ``hf auth login`` or HF_TOKEN.
+        folder: Folder written by `save_pretrained`. Only its three files are uploaded.
+        repository: Repository `ORG/REPO`, created if missing.
+        private: Whether a newly created repository is private.
+        token: Access token; None uses the token of `hf auth login` or HF_TOKEN.
 
     Raises:
-        AmpError: A file is missing, the base model is a folder of this machine, or the hub refuses.
+        AmpError: A file is missing, the base model is a local folder, or the hub rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -79,12 +79,12 @@ def push_to_hub(folder: str | os.PathLike, repository: str, private: bool = Fals
     folder = Path(folder)
     missing = [name for name in (WEIGHTS, CONFIG, CARD) if not (folder / name).is_file()]
     if missing:
-        raise AmpError(f"{folder}: no {', '.join(missing)}, expected a folder that save_pretrained wrote")
+        raise AmpError(f"{folder}: no {', '.join(missing)}, expected a folder written by amp publish")
     header, _ = read_adapter(folder / WEIGHTS)
     if header.base_name.startswith("local-dir:"):
         raise AmpError(
-            f"{folder}: the base model is {header.base_name!r}, a folder that nobody else has; save it with one that "
-            "others can load: --base hf-hub:ORG/REPO"
+            f"{folder}: the base model is {header.base_name!r}, a local folder, expected a model that others can load; "
+            "publish the adapter again with --base hf-hub:ORG/REPO"
         )
     api = HfApi(token=token)
     try:
@@ -92,11 +92,11 @@ def push_to_hub(folder: str | os.PathLike, repository: str, private: bool = Fals
         return str(api.upload_folder(folder_path=folder, repo_id=repository, allow_patterns=[WEIGHTS, CONFIG, CARD]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise AmpError(f"{repository}: the hub refuses ({reason}); log in with `hf auth login`") from error
+        raise AmpError(f"{repository}: the hub rejected the upload ({reason}); log in with `hf auth login`") from error
 
 
 def _without_paths(training: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run with only the last part of each path in `PATHS`."""
+    """Returns a training record with only the last part of each path in `PATHS`."""
     training = json.loads(json.dumps(training))
     for *outer, key in PATHS:
         place = training.get("config", {})

@@ -1,9 +1,10 @@
-"""Leak probes: the same search with one input spoilt, to show what a model reads (docs/evaluation.md, "Probes").
+"""Leak probes: the same search with one input corrupted, to show what a model uses (docs/evaluation.md, "Probes").
 
-An image conditioned on a caption's knowledge has seen part of the answer. A model that reads the photo falls to chance
-on grey images; one that reads the knowledge falls with shuffled knowledge; one that does neither ignores both.
+An image feature conditioned on a caption's knowledge contains part of the answer. A model that uses the photo drops to
+chance on grey images. A model that uses the knowledge drops with shuffled knowledge. A model that does not change
+ignores the corrupted input.
 
-A new probe is a function and a line of `PROBES`, or a call of `register_probe` from anywhere (docs/extending.md).
+To add a probe, write a function and add it to `PROBES`, or call `register_probe` from any module (docs/extending.md).
 """
 
 import copy
@@ -22,12 +23,13 @@ Check = Callable[[SplitCaptions], None]
 
 
 class Probe(NamedTuple):
-    """One way to spoil an input.
+    """One way to corrupt an input.
 
     Attributes:
-        spoil: Called as spoil(search, model, preprocess, seed); replaces one input of `search`, which is a copy of its
-            own. Queries, candidates and frozen caption features should stay.
-        check: Called with the split's captions before a model is loaded; raises AmpError where they can't be spoilt.
+        spoil: Called as spoil(search, model, preprocess, seed). It replaces one input of `search`, a copy made for the
+            probe, and should leave queries, candidates and frozen caption features unchanged.
+        check: Called with the split's captions before a model is loaded. It raises `AmpError` if the probe can't be
+            applied to them.
     """
 
     spoil: Spoil
@@ -43,27 +45,27 @@ PROBES: dict[str, Probe] = {
 
 
 def register_probe(name: str, spoil: Spoil, check: Check | None = None) -> None:
-    """Makes a probe known to ``amp evaluate --probes``.
+    """Registers a probe for `amp evaluate --probes`.
 
     Args:
-        name: What the option and the table's rows call it.
+        name: Name of the probe in the option and in the rows of the table.
         spoil, check: As for `Probe`.
     """
     PROBES[name] = Probe(spoil, check)
 
 
 def check_probes(names: Sequence[str], captions: SplitCaptions | None = None) -> None:
-    """Refuses unknown names and, once the captions have been read, probes that these don't allow.
+    """Checks the names of probes and, if `captions` are given, that the probes can be applied to them.
 
     Raises:
-        AmpError: Naming the first such probe.
+        AmpError: A probe is unknown or can't be applied. The message is about the first such probe.
     """
     load_plugins()
     for name in names:
         if name not in PROBES:
             raise AmpError(
-                f"probes holds {name!r}, expected some of {', '.join(PROBES)}; a probe of another package is found "
-                "where AMP_PLUGINS names its module"
+                f"probes contains {name!r}, expected some of {', '.join(PROBES)}; to use a probe of another package, "
+                "name its module in AMP_PLUGINS"
             )
         check = PROBES[name].check
         if captions is not None and check is not None:
@@ -71,17 +73,17 @@ def check_probes(names: Sequence[str], captions: SplitCaptions | None = None) ->
 
 
 def probe(retrieval: SplitSearch, name: str, model, preprocess, seed: int = 0) -> SplitSearch:
-    """The same queries, candidates and captions with one input replaced.
+    """Returns a copy of a search with one input corrupted.
 
     Args:
-        retrieval: Search of the split; left as it is.
-        name: A name of the registry.
+        retrieval: Search of the split. It is not modified.
+        name: Name of a registered probe.
         model: `ActionAwareCLIP` that will re-rank.
-        preprocess: The validation transform.
-        seed: Random seed of what a probe draws.
+        preprocess: Validation transform.
+        seed: Random seed of the probe.
     """
     check_probes([name])
-    assert retrieval.knowledge is not None, "the base model alone reads none and can't be probed"
-    spoilt = copy.copy(retrieval)
-    PROBES[name].spoil(spoilt, model, preprocess, seed)
-    return spoilt
+    assert retrieval.knowledge is not None, "the base model uses no knowledge and can't be probed"
+    corrupted = copy.copy(retrieval)
+    PROBES[name].spoil(corrupted, model, preprocess, seed)
+    return corrupted

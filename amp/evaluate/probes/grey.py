@@ -1,6 +1,6 @@
-"""The probe that replaces every re-ranked image by a constant grey one.
+"""The probe that replaces every re-ranked image by a uniformly grey one.
 
-The pre-selection still saw the photo, so the figure to compare with is the row "chance".
+The pre-selection still uses the photo, so compare the result with the row "chance".
 """
 
 import numpy as np
@@ -15,20 +15,21 @@ GREY = (128, 128, 128)
 
 
 def grey(search: SplitSearch, model, preprocess, seed: int) -> None:
-    """Every image that is re-ranked is a constant grey one."""
+    """Replaces every re-ranked image by a uniformly grey one."""
     search.frozen = grey_features(search.frozen, model, preprocess)
-    # One image a thousand times ties all its scores, and ties keep the order of the candidates: the first stage's.
+    # Identical images have equal scores, and ties keep the order of the candidates. The first stage's order would
+    # reveal its ranking.
     search.first = {direction: in_random_order(first, seed) for direction, first in search.first.items()}
 
 
 def in_random_order(first: FirstStage, seed: int) -> FirstStage:
-    """The same candidates of each query in a random order, so that ties reveal nothing."""
+    """Shuffles the candidates of each query, so that ties do not keep the first stage's order."""
     order = torch.rand(first.candidates.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
     return FirstStage(first.candidates.gather(1, order), first.scores.gather(1, order), first.ranks)
 
 
 def grey_features(frozen: FrozenFeatures, model, preprocess) -> FrozenFeatures:
-    """Stored features with one grey image's early tokens in place of every image's."""
+    """Returns stored features in which every image has the early tokens of one grey image."""
     height, width = model.backbone.visual.image_size
     image = preprocess(Image.new("RGB", (width, height), GREY))[None].to(model.logit_scale.device)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Probes that replace the captions' knowledge: by another image's, by none, by another caption's of the same image."""
+"""Probes that replace the knowledge of captions: by that of another image, by none, or by that of a sibling caption."""
 
 import numpy as np
 import torch
@@ -9,18 +9,18 @@ from amp.retrieval.split_search import SplitSearch
 
 
 def shuffled(search: SplitSearch, model, preprocess, seed: int) -> None:
-    """Each caption gets the knowledge of a caption of another image."""
+    """Gives each caption the knowledge of a caption of another image."""
     _take(search, other_images(search.captions.image, seed))
 
 
 def blank(search: SplitSearch, model, preprocess, seed: int) -> None:
-    """No caption has knowledge."""
+    """Removes the knowledge of all captions."""
     assert search.knowledge is not None
     search.knowledge = search.knowledge.blank()
 
 
 def sibling(search: SplitSearch, model, preprocess, seed: int) -> None:
-    """Each caption gets the knowledge of another caption of its image."""
+    """Gives each caption the knowledge of another caption of the same image."""
     _take(search, siblings(search.captions.image))
 
 
@@ -30,27 +30,31 @@ def _take(search: SplitSearch, source: torch.Tensor) -> None:
 
 
 def can_shuffle(captions: SplitCaptions) -> None:
-    """Raises AmpError where captions can't all get the knowledge of another image."""
+    """Raises `AmpError` if not all captions can get the knowledge of another image."""
     other_images(captions.image)
 
 
 def other_images(owner: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """For each caption a caption of another image, each taken once, int64 (C,).
+    """Assigns a caption of another image to each caption, using each caption once.
 
-    Captions in a random order of images are shifted by the size of the largest image, which always leaves the image.
+    The captions are grouped by image, in a random order of images, and shifted by the size of the largest group. This
+    always leads to another image.
 
     Args:
         owner: Image of each caption, int64 (C,).
         seed: Random seed of the order.
 
+    Returns:
+        Index of the assigned caption, int64 (C,).
+
     Raises:
-        AmpError: One image has more than half of the captions, so that no such order exists.
+        AmpError: One image has more than half of the captions, so no such assignment exists.
     """
     most = int(torch.bincount(owner).max())
     if 2 * most > len(owner):
         raise AmpError(
-            f"one image has {most} of {len(owner)} captions, expected half at most: its captions can't all get the "
-            "knowledge of another image. Leave the probe 'shuffled' out"
+            f"one image has {most} of {len(owner)} captions, expected at most half, since its captions can't all get "
+            "the knowledge of another image; leave out the probe 'shuffled'"
         )
     generator = np.random.default_rng(seed)
     place = torch.from_numpy(generator.permutation(int(owner.max()) + 1))
@@ -62,8 +66,7 @@ def other_images(owner: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def siblings(owner: torch.Tensor) -> torch.Tensor:
-    """For each caption the next one of its image, the first after the last, int64 (C,); itself where it is the only
-    one."""
+    """Index of the next caption of the same image, cyclically, int64 (C,); the caption itself if it has no sibling."""
     order = owner.argsort(stable=True)
     sizes = torch.bincount(owner)
     sizes = sizes[sizes > 0]
