@@ -356,7 +356,7 @@ def test_adapters_that_do_not_fit(config, trained):
     adapter = f"{trained.out}/stage1/adapter.safetensors"
     assert "init: " in found(change(config, init=adapter), "ok")
     other = change(config, init=adapter, prompt__num_prompts=3)
-    assert "num_prompts was 2 and is now 3" in found(other, "error")
+    assert "num_prompts is 2 there and 3 here" in found(other, "error")
     wide = change(config, init=adapter, model=ModelSettings("ViT-B-32", None))
     assert "weights have other names or shapes" in found(wide, "error")
     quick = change(config, init=adapter, model=ModelSettings("ViT-B-32-quickgelu", None))
