@@ -49,6 +49,22 @@ def test_light_names_need_no_torch():
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_help_and_wrong_options_need_no_torch():
+    """Of every command but CLIP_benchmark's own."""
+    done = python(
+        "import contextlib, importlib, os, sys\n"
+        "from amp.__main__ import COMMANDS\n"
+        "sys.stdout = sys.stderr = open(os.devnull, 'w')\n"
+        "for name in COMMANDS.keys() - {'clip_benchmark'}:\n"
+        "    for option in ('--help', '--nonsense'):\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            importlib.import_module(f'amp.commands.{name}').main([option])\n"
+        "    assert 'torch' not in sys.modules, name\n"
+        "print('torch' in sys.modules, file=sys.__stdout__)\n"
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_every_exported_name_is_there():
     import amp
 
