@@ -1,4 +1,4 @@
-"""What a run of the benchmarks measures."""
+"""Settings of the benchmarks."""
 
 import json
 from dataclasses import dataclass
@@ -9,31 +9,31 @@ import torch
 
 @dataclass
 class Settings:
-    """What is measured, and on what.
+    """What is measured, and with which data and models.
 
     Args:
-        model: Base CLIP by open_clip's name, or ``local-dir:FOLDER``.
-        pretrained: open_clip's tag or file; null takes random weights, which take as long.
-        photos: Folder of photos in place of drawn ones.
-        images: Photos of the stream and of the conversion.
-        image_size: Pixels that the stream makes of a photo.
-        stream_batch: Images a batch of the stream.
-        step_batch: Images a training step.
-        rerank_images: Images of the re-ranked gallery, a caption each.
-        top_k: Candidates a caption.
-        pairs_a_batch: Pairs a forward pass of re-ranking.
-        naive_queries: Captions that the slow loops of re-ranking score, the first ones.
+        model: Base CLIP by open_clip's name, or `local-dir:FOLDER`.
+        pretrained: open_clip's tag or file; null uses random weights, which are as fast.
+        photos: Folder of photos to use instead of drawn ones.
+        images: Number of photos for the stream and the conversion.
+        image_size: Side of the images that the stream returns, in pixels.
+        stream_batch: Images per batch of the stream.
+        step_batch: Images per training step.
+        rerank_images: Images of the re-ranked gallery, with one caption each.
+        top_k: Candidates per caption.
+        pairs_a_batch: Pairs per forward pass of re-ranking.
+        naive_queries: Number of captions that the slow re-ranking loops score, from the first on.
         galleries: Sizes of galleries whose memory is measured.
-        shards: Folder of shards whose split `test` is evaluated; null takes some drawn photos.
-        language_model: Model that generates knowledge, a GGUF file, a folder or a hub name; null leaves that out.
-        captions: Captions that knowledge is generated for.
-        naive_captions: Those of them, the first ones, that are asked one at a time.
-        generation_batch: Replies at once.
-        max_tokens: New tokens a caption at most.
-        peer_python: Interpreter with open_clip_train and webdataset 0.2.86; null leaves that out.
-        rounds: How often each way of the stream and of the conversion is timed.
-        model_rounds: The same of what models do.
-        device: Where models run.
+        shards: Folder of shards whose split `test` is evaluated; null uses some drawn photos.
+        language_model: Model that generates knowledge: a GGUF file, a folder or a hub name; null skips this benchmark.
+        captions: Number of captions to generate knowledge for.
+        naive_captions: Number of these captions, from the first on, that are generated one at a time.
+        generation_batch: Replies per batch.
+        max_tokens: Maximum number of new tokens per caption.
+        peer_python: Python interpreter with open_clip_train and webdataset 0.2.86; null skips this comparison.
+        rounds: Number of timings of each method of the stream and the conversion.
+        model_rounds: Number of timings of the benchmarks that run models.
+        device: Device of the models.
     """
 
     model: str = "ViT-S-32"
@@ -61,5 +61,5 @@ class Settings:
 
     @staticmethod
     def photos_count(given: dict[str, str]) -> int:
-        """Photos that a captions file of `benchmarks.photos` names."""
+        """Number of photos in a captions file of `benchmarks.photos`."""
         return len(json.loads(Path(given["captions"]).read_text())["images"])

@@ -1,4 +1,4 @@
-"""The data of a run: real shards that are looked into, or a simulated dataset of some size."""
+"""The data of a planned run: real shards, which are inspected, or a simulated dataset of a given size."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ SHARD_IMAGES = 1_000  # likewise
 
 @dataclass
 class Part:
-    """A split: its images, captions and shards."""
+    """Number of images, captions and shards of a split."""
 
     images: int
     captions: int
@@ -30,9 +30,9 @@ class Dataset:
 
     Attributes:
         train: The training split.
-        val: The validation split; None where the run has none, or it is not known.
-        triplets: Of a caption in the mean, as many as are used; estimated.
-        splits: The open splits, training first; none where the data are simulated.
+        val: The validation split; None if the run has none, or if it is unknown.
+        triplets: Estimated mean number of triplets that are used per caption.
+        splits: The opened splits, training first; empty for simulated data.
     """
 
     train: Part
@@ -46,17 +46,17 @@ class Dataset:
 
     @classmethod
     def simulate(cls, config: TrainConfig, images: int, captions: int | None, shards: int | None) -> "Dataset":
-        """A training split of these sizes, with as much knowledge as fits."""
+        """A simulated training split of these sizes, with the maximum number of triplets per caption."""
         captions = CAPTIONS_AN_IMAGE * images if captions is None else captions
         shards = -(-images // SHARD_IMAGES) if shards is None else shards
         return cls(Part(images, captions, shards), None, config.prompt.max_triplets)
 
     @classmethod
     def read(cls, config: TrainConfig) -> "Dataset":
-        """The shards of a run, each indexed and one sample of it decoded.
+        """Opens the shards of a run: indexes each and decodes one sample of it.
 
         Raises:
-            AmpError: A shard is missing, of another size, holds another number of samples, or can't be read.
+            AmpError: A shard is missing, has another size or number of samples, or can't be read.
         """
         splits = [split for split in open_splits(config) if split is not None]
         found, captions = 0, 0
@@ -73,7 +73,7 @@ class Dataset:
 
 
 def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[Finding]:
-    """Whether the shards are whole; `Dataset.read` has looked into them."""
+    """Whether the shards are complete; `Dataset.read` has inspected them."""
     if data.simulated:
         train = data.train
         yield note(f"simulated: {train.images:,} training images in {train.shards:,} shards; nothing was read")

@@ -1,4 +1,4 @@
-"""Whether what a run writes has room."""
+"""Checks whether the disks have space for the files of a run."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from amp.train.config import TrainConfig
 
 
 def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, trained: int) -> Iterator[Finding]:
-    """Whether what a run leaves behind has room; `trained` is the number of parameters of its largest stage."""
+    """Whether the disks have space for the run's files; `trained` is the number of parameters of its largest stage."""
     backbone, prompt = model.backbone, config.prompt
     adapter = 4 * sum(value.numel() for value in model.adapter_state().values())
     checkpoint, count = adapter + 8 * trained, len(config.stages) * config.checkpoint.keep + 1
@@ -51,6 +51,6 @@ def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, train
 
 
 def existing(path: str) -> Path:
-    """The nearest folder above a path that is there."""
+    """The nearest existing parent folder of a path."""
     absolute = Path(path).absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.exists())

@@ -1,4 +1,4 @@
-"""What the checks of a plan say: each finding is fine, a note, a warning or an error."""
+"""Results of the checks of a plan: each finding is ok, a note, a warning or an error."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ Level = Literal["ok", "note", "warning", "error"]
 
 
 class Finding(NamedTuple):
-    """What a check says. A ``note`` is something that could not be compared.
+    """One result of a check. A `note` is something that could not be compared.
 
     Attributes:
-        level: How bad it is.
+        level: Severity.
         text: The finding and what to do about it.
         check: Name of the check.
     """
@@ -39,14 +39,14 @@ class Findings(list[Finding]):
             self.append(Finding("error", str(problem), check))
 
     def add(self, check: str, said: Iterable[Finding]) -> bool:
-        """Adds what a check says under its name; returns whether there was no error."""
+        """Adds the findings of a check under its name; returns whether none is an error."""
         before = self.number("error")
         with self.about(check):
             self.extend(finding._replace(check=check) for finding in said)
         return self.number("error") == before
 
     def number(self, level: Level) -> int:
-        """Findings of a level."""
+        """Number of findings of a level."""
         return sum(finding.level == level for finding in self)
 
 
@@ -57,6 +57,6 @@ def in_bytes(size: float) -> str:
 
 
 def counted(number: int, word: str) -> str:
-    """Such as "1 process" and "1,024 processes"."""
+    """Formats a count, such as "1 process" and "1,024 processes"."""
     plural = "es" if word.endswith("s") else "s"
     return f"{number:,} {word}{'' if number == 1 else plural}"

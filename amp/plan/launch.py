@@ -1,4 +1,4 @@
-"""Whether a start would be accepted: processes, precision, the DeepSpeed file, and checkpoints that are there."""
+"""Checks of the launch: processes, precision, the DeepSpeed file and existing checkpoints."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from amp.train.launch import launch_problems, precision_problems
 from amp.train.resume import find_checkpoint, refuse_other_run, stages_left
 
 OFFLOADS = ("offload_optimizer", "offload_param")
-# DeepSpeed takes an unknown top-level key without a word; https://www.deepspeed.ai/docs/config-json/
+# DeepSpeed ignores unknown top-level keys silently; https://www.deepspeed.ai/docs/config-json/
 DEEPSPEED_KEYS = frozenset(
     """
     activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -32,7 +32,7 @@ DEEPSPEED_KEYS = frozenset(
 def check_launch(
     config: TrainConfig, nodes: int, gpus: int, precision: str, deepspeed: str | None
 ) -> Iterator[Finding]:
-    """What a start refuses before it reads anything."""
+    """Settings that training refuses before it reads anything."""
     world = nodes * gpus
     engine = "DeepSpeed" if deepspeed else "DDP" if world > 1 else "alone"
     types = {"no": "fp32", "fp16": "all weights in fp16" if deepspeed else "fp16 autocast", "bf16": "bf16 autocast"}
@@ -48,8 +48,8 @@ def check_launch(
 
 
 def check_deepspeed(path: str, settings: dict[str, Any]) -> Iterator[Finding]:
-    """A DeepSpeed file that `deepspeed_settings` has taken: keys that DeepSpeed or Accelerate would stumble over."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or its import looks for a GPU
+    """Keys of a DeepSpeed file, read by `deepspeed_settings`, that DeepSpeed or Accelerate would reject or ignore."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise its import looks for a GPU
     zero_settings = require("deepspeed.runtime.zero.config", path).DeepSpeedZeroConfig
     for key in sorted(settings.keys() & {"optimizer", "scheduler"}):
         yield error(f"{path}: {key} is given, but the run brings its own; remove the key and set stage1.lr and so on")
@@ -61,7 +61,7 @@ def check_deepspeed(path: str, settings: dict[str, Any]) -> Iterator[Finding]:
     zero = settings["zero_optimization"]
     try:
         zero_settings(**zero)
-    except ValueError as problem:  # pydantic's, three lines a key
+    except ValueError as problem:  # from pydantic, three lines per key
         _, key, reason, *_ = str(problem).splitlines()
         yield error(f"{path}: zero_optimization.{key}: {reason.strip()}; mend or remove the key")
         return
@@ -72,7 +72,7 @@ def check_deepspeed(path: str, settings: dict[str, Any]) -> Iterator[Finding]:
 
 
 def check_checkpoints(data: Dataset, config: TrainConfig, world: int) -> Iterator[Finding]:
-    """What the run would do with the checkpoints in its folder."""
+    """What the run would do with the checkpoints in its output folder."""
     if not config.checkpoint.resume:
         checkpoints = Checkpoints(config.out)
         for name in checkpoints.names(*range(config.stages[0], 3))[-1:]:

@@ -1,8 +1,8 @@
-"""What a stage takes of a GPU's memory: computed from the parameters and the engine, and simulated for a step.
+"""GPU memory of a training stage: computed from the parameters and the engine, and simulated for a step.
 
-DeepSpeed's own estimators (estimate_zero2_model_states_mem_needs and others) count every parameter as trained, where
-most of CLIP is frozen, and know neither gradients' buffers nor activations. So the sharding is computed here, and
-tests/test_memory.py compares it with what DeepSpeed and DDP hold.
+DeepSpeed's own estimators (estimate_zero2_model_states_mem_needs and others) count every parameter as trained, but
+most of CLIP is frozen, and they ignore gradient buffers and activations. So the sharding is computed here, and
+tests/test_memory.py compares it with the memory that DeepSpeed and DDP use.
 """
 
 import math
@@ -16,21 +16,21 @@ from amp.plan.simulator import StepMemory, StepSimulator, bytes_of
 from amp.train.stages import set_trainable
 
 CONTEXT = 10**9  # assumed, not measured: CUDA context, and workspaces of cuBLAS and cuDNN
-NCCL = 10**9  # assumed, not measured: buffers of the exchanges, where there are several processes
-MARGIN = 0.1  # assumed: what the caching allocator loses between blocks, as a share of what it hands out
+NCCL = 10**9  # assumed, not measured: communication buffers, with several processes
+MARGIN = 0.1  # assumed: fragmentation of the caching allocator, as a fraction of the allocated memory
 FP32 = 4
-MOMENTS = 2 * FP32  # AdamW's two, a parameter
+MOMENTS = 2 * FP32  # the two of AdamW, bytes per parameter
 
 
 @dataclass(frozen=True)
 class Zero:
-    """How DeepSpeed shards what a stage trains.
+    """How DeepSpeed shards the trained parameters of a stage.
 
     Attributes:
-        stage: 1, 2 or 3.
-        offload_optimizer, offload_parameters: Whether they lie in the machine's memory.
-        buckets: Elements of the buffers through which gradients are exchanged.
-        live: Elements of gathered parameters at a time, at most; under stage 3.
+        stage: ZeRO stage, 1, 2 or 3.
+        offload_optimizer, offload_parameters: Whether they are kept in host memory.
+        buckets: Number of elements of the buffers for gradient communication.
+        live: Maximum number of gathered parameter elements at a time; stage 3 only.
     """
 
     stage: int
@@ -41,11 +41,11 @@ class Zero:
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Zero":
-        """Of a checked DeepSpeed file; DeepSpeed's own defaults where a key is absent."""
+        """Reads a checked DeepSpeed file; missing keys have DeepSpeed's defaults."""
         zero = settings["zero_optimization"]
         stage = zero["stage"]
         copies = 1 if stage == 3 else int(zero.get("contiguous_gradients", True))
-        if stage < 3 and zero.get("overlap_comm", False):  # a second one is filled while the first is under way
+        if stage < 3 and zero.get("overlap_comm", False):  # a second buffer is filled while the first is sent
             copies *= 2
         optimizer, parameters = ((zero.get(key) or {}).get("device", "none") != "none" for key in OFFLOADS)
         buckets = copies * int(zero.get("reduce_bucket_size", 5e8))
@@ -54,7 +54,7 @@ class Zero:
 
 
 class Parameters(NamedTuple):
-    """Parameters of a stage: elements and bytes of those that it trains and of those that are frozen."""
+    """Parameters of a stage: number of elements and bytes of the trained and of the frozen ones."""
 
     trained: int
     frozen: int
@@ -63,7 +63,7 @@ class Parameters(NamedTuple):
 
     @classmethod
     def of(cls, model: ActionAwareCLIP, stage: int) -> "Parameters":
-        """Of a model in a stage; buffers count as frozen."""
+        """Counts the parameters of a model in a stage; buffers count as frozen."""
         trained = set_trainable(model, stage)
         frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
         elements = [sum(x.numel() for x in part) for part in (trained, frozen)]
@@ -72,7 +72,7 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process, by what they are for; all on the GPU but `host`, which is in the machine's memory."""
+    """Bytes of one process by purpose; all on the GPU, except `host`, which is in host memory."""
 
     frozen: int
     trained: int
@@ -90,7 +90,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of it on the GPU, margin included."""
+        """Total on the GPU, including the margin."""
         return self._counted + self.margin
 
     @property
@@ -112,11 +112,11 @@ def estimate(simulator: StepSimulator, stage: int, world: int, batch_size: int, 
     """Memory of one GPU in a stage.
 
     Args:
-        simulator: Of the run.
-        stage: 1 or 2.
-        world: Processes, one a GPU.
-        batch_size: Images a process.
-        zero: How DeepSpeed shards; None is DDP, or one process alone.
+        simulator: Simulator of the run's training step.
+        stage: Training stage, 1 or 2.
+        world: Number of processes, one per GPU.
+        batch_size: Images per process.
+        zero: How DeepSpeed shards; None means DDP, or a single process.
     """
     static = static_memory(Parameters.of(simulator.model, stage), world, zero)
     step = simulator.step(stage, world, batch_size)
@@ -124,7 +124,7 @@ def estimate(simulator: StepSimulator, stage: int, world: int, batch_size: int, 
 
 
 def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[str, int]:
-    """The part of an `Estimate` that doesn't depend on the batch, by its names."""
+    """The fields of an `Estimate` that don't depend on the batch."""
     trained = counted.trained_bytes
     parts = {
         "frozen": counted.frozen_bytes,
@@ -139,9 +139,9 @@ def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[st
         if world > 1:  # DDP exchanges copies of the gradients
             parts["buckets"] = trained
         return parts
-    width = trained // counted.trained  # bytes an element
+    width = trained // counted.trained  # bytes per element
     parts["buckets"] = width * zero.buckets
-    # Of its share a rank also holds the weights a second time, in fp32.
+    # A rank also keeps a second copy, in fp32, of its share of the weights.
     parts["optimizer"] = (FP32 + MOMENTS) * math.ceil(counted.trained / world)
     if zero.stage >= 2:
         parts["gradients"] = math.ceil(trained / world)
@@ -159,8 +159,8 @@ def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[st
 def largest_batch(total: Callable[[int], int], limit: float, start: int, least: int = 1) -> int:
     """The largest batch size with a `total` within `limit`, from `least` to 4 x `start`; 0 if there is none.
 
-    Memory grows almost in proportion to the batch, so a straight line finds the place in about four looks at `total`.
-    Each look simulates a step, which takes seconds; bisection would need seven.
+    Memory grows almost in proportion to the batch, so linear interpolation finds the limit with about four calls of
+    `total`. Each call simulates a step, which takes seconds; bisection would need seven.
     """
     seen = {size: total(size) for size in (start, 2 * start)}
     while True:

@@ -1,4 +1,4 @@
-"""Whether the base model and a given adapter are here and fit."""
+"""Checks whether the base model and the `init` adapter are available and match the settings."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from amp.train.config import TrainConfig
 
 
 def check_model(config: TrainConfig, elsewhere: bool) -> Iterator[Finding]:
-    """Whether the base model is known and its weights are here, unless the run takes place `elsewhere`."""
+    """Whether the base model is known and its weights are on this machine, unless the run is planned for another."""
     name, tag = config.model.name, config.model.pretrained
     refuse_quick_gelu_mismatch(name, tag)
     if name.startswith("hf-hub:"):
@@ -41,7 +41,7 @@ def check_model(config: TrainConfig, elsewhere: bool) -> Iterator[Finding]:
 
 
 def local_model(name: str) -> str:
-    """A model name that needs no network.
+    """The name of a local copy of a model, which needs no network.
 
     Raises:
         AmpError: A model of the Hugging Face hub that is not in the local cache.
@@ -68,7 +68,7 @@ def weights_in_cache(name: str, tag: str) -> bool:
 
 
 def check_init(path: str, model: ActionAwareCLIP) -> Iterator[Finding]:
-    """Whether `init` belongs to the model's settings; the base model's weights are compared at the start."""
+    """Whether the `init` adapter matches the model's settings; the base model's weights are compared at the start."""
     header, weights = read_adapter(path)
     theirs, ours = asdict(header.prompt_config), asdict(model.config)
     said = [f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in ours if theirs[key] != ours[key]]

@@ -1,4 +1,4 @@
-"""Whether a node has what its processes need: open files, cores, memory."""
+"""Checks whether a node has enough open files, cores and memory for its processes."""
 
 from collections.abc import Iterator
 
@@ -10,14 +10,14 @@ from amp.plan.data import Dataset
 from amp.plan.findings import Finding, counted, error, in_bytes, note, ok, warning
 from amp.train.config import TrainConfig
 
-TENSORS_A_BATCH = 9  # each holds a file descriptor while a batch waits for its turn
+TENSORS_A_BATCH = 9  # each has a file descriptor while a batch is queued
 PREFETCHED = 4  # batches per worker
 OTHER_FILES = 100  # libraries, logs, sockets, memory-mapped features
 CAPTION_BYTES = 1_600  # measured on Flickr8k, docs/data.md
 
 
 def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Finding]:
-    """How the stream is shared out, and how many files that opens."""
+    """How the stream is divided among workers, and how many files that opens."""
     workers, shards = config.data.workers, data.train.shards
     readers = f"{counted(world, 'process')} x {counted(workers, 'worker')}"
     mixed = min(WINDOW, shards)
@@ -36,7 +36,7 @@ def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Fi
 
 
 def open_files_limit() -> int | None:
-    """How many files a process may have open; None if that is not known."""
+    """Limit of open files of a process; None if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -46,7 +46,7 @@ def open_files_limit() -> int | None:
 
 
 def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Finding]:
-    """Whether the processes of a node and their decoding workers have a core each."""
+    """Whether there is one core for each process of a node and each of its decoding workers."""
     workers = config.data.workers
     wanted, here = gpus * (workers + 1), usable_cores()
     text = f"a node wants {wanted} cores: {counted(gpus, 'process')} x (1 + {counted(workers, 'worker')})"
@@ -60,7 +60,7 @@ def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Findi
 
 
 def check_host_memory(data: Dataset, gpus: int, offloaded: int) -> Iterator[Finding]:
-    """What the processes of a node keep in its memory; `offloaded` is DeepSpeed's part of one process."""
+    """Host memory of all processes of a node; `offloaded` is what DeepSpeed offloads per process."""
     texts = CAPTION_BYTES * (data.train.captions + (data.val.captions if data.val else 0))
     wanted, here = gpus * (texts + offloaded), require("psutil", "a plan").virtual_memory().total
     parts = f"{in_bytes(texts)} of captions and knowledge"

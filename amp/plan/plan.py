@@ -1,4 +1,4 @@
-"""The plan of a run: whether it would start, how many steps it takes, and what memory, before a GPU is asked for.
+"""The plan of a run, made before a GPU is requested: whether it would start, its number of steps and its memory.
 
 Nothing is trained, written or downloaded, and no GPU is touched. All figures are estimated; docs/plan.md says how.
 """
@@ -24,12 +24,12 @@ from amp.train.launch import deepspeed_file, deepspeed_settings
 
 @dataclass(frozen=True)
 class Steps:
-    """How a run's images become steps.
+    """How the images of a run are divided into steps.
 
     Attributes:
-        images: A step, over all processes.
-        epoch: Batches of a process an epoch.
-        left_over: Images an epoch leaves out, others each time.
+        images: Images per optimizer step, over all processes.
+        epoch: Batches per process and epoch.
+        left_over: Images that an epoch leaves out; different ones each epoch.
         total: Optimizer steps by stage.
     """
 
@@ -40,7 +40,7 @@ class Steps:
 
     @classmethod
     def of(cls, config: TrainConfig, images: int, world: int) -> "Steps":
-        """As the run counts them.
+        """Counts the steps as the run does.
 
         Raises:
             AmpError: The split is smaller than a step, or a stage has no epoch.
@@ -54,7 +54,7 @@ class Steps:
 
 @dataclass
 class Plan:
-    """What is known of a run before it starts; None and empty where a failed check left nothing to compute from."""
+    """What is known of a run before it starts. Attributes are None or empty where a failed check prevents them."""
 
     config: TrainConfig
     settings: PlanSettings
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def sound(self) -> bool:
-        """Whether no check has failed."""
+        """Whether no check failed."""
         return self.findings.number("error") == 0
 
 
@@ -119,13 +119,13 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
 
 
 def check_steps(steps: Steps) -> Iterator[Finding]:
-    """What an epoch leaves out."""
+    """Number of batches, and of images that an epoch leaves out."""
     left = f"{steps.left_over:,} images are left out, others each time" if steps.left_over else "no image is left out"
     yield ok(f"{steps.epoch:,} batches a process and epoch; {left}")
 
 
 def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Finding]:
-    """Whether each stage fits, and which batch size would."""
+    """Whether each stage fits in memory, and which batch size would."""
     config, settings, size = plan.config, plan.settings, plan.config.data.batch_size
     for stage, found in plan.estimates.items():
         needs = f"stage {stage} needs an estimated {in_bytes(found.total)} a GPU"

@@ -1,4 +1,4 @@
-"""What a plan is made for."""
+"""Settings of `amp train --plan`."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from amp.errors import AmpError
 
 @dataclass
 class PlanSettings:
-    """What is planned for; giving one of them, or --plan alone, prints the plan instead of training.
+    """Hardware and data of a plan. Giving any of them, or --plan alone, prints the plan instead of training.
 
     Args:
-        nodes: Machines.
-        gpus: Processes a machine, one a GPU.
-        gpu_memory_gb: Memory of a GPU in GB of 10^9 bytes, to compare with; null compares nothing.
+        nodes: Number of machines.
+        gpus: Number of GPUs per machine; each has one process.
+        gpu_memory_gb: Memory of one GPU in GB of 10^9 bytes, compared with the estimate; null compares nothing.
         verify: Read all shards and compare their sha256.
-        images: Training images of a simulated dataset, which takes the place of the shards. What belongs to the
-            machine (cores, disk, open files) is then printed and not compared.
-        captions: Its captions; null takes 5 an image.
-        shards: Its shards; null takes one a 1,000 images.
+        images: Number of training images of a simulated dataset, used instead of the shards. What the machine needs
+            (cores, disk, open files) is then printed and not checked.
+        captions: Number of captions of the simulated dataset; null is 5 per image.
+        shards: Number of shards of the simulated dataset; null is one per 1,000 images.
     """
 
     nodes: int = 1
@@ -39,5 +39,5 @@ class PlanSettings:
 
     @property
     def world(self) -> int:
-        """Processes over all machines."""
+        """Number of processes on all machines."""
         return self.nodes * self.gpus

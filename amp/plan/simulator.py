@@ -1,12 +1,12 @@
 """A training step on tensors without memory, and how much memory it would take.
 
 The step itself runs, with the real model and the real objective, on torch's fake tensors: they have shapes and types
-but no memory. Torch's fake process group stands for the other ranks: its exchanges return at once, with tensors of the
-right shapes. Each storage that an operation makes is counted until the last tensor on it is gone, which is when an
-allocator takes it back.
+but no memory. Torch's fake process group replaces the other ranks: its collectives return at once, with tensors of the
+right shapes. Each storage that an operation allocates is counted until its last tensor is deleted, which is when an
+allocator frees it.
 
 `Allocations` is our own because torch.distributed._tools.MemTracker can't run this model: it registers gradient hooks
-on the inputs of all modules, also of those that get no gradient (torch 2.14).
+on the inputs of all modules, including those that get no gradient (torch 2.14).
 """
 
 import logging
@@ -42,9 +42,9 @@ class StepMemory(NamedTuple):
 
     Attributes:
         batch: The batches of an optimizer step on the device.
-        kept: What the forward pass keeps for the backward pass.
-        peak: The most that both hold at a time, `kept` included, the batch, parameters and gradients not.
-        gathered: Tensors that exchanges fill with the rows of all ranks, summed up; not all are there at a time.
+        kept: Saved by the forward pass for the backward pass.
+        peak: Maximum during both passes, including `kept`, excluding the batch, parameters and gradients.
+        gathered: Sum of the tensors that collectives fill with the rows of all ranks; not all exist at the same time.
     """
 
     batch: int
@@ -54,21 +54,21 @@ class StepMemory(NamedTuple):
 
 
 class StepSimulator:
-    """Takes a run's training step without memory.
+    """Simulates a run's training step without allocating memory.
 
-    The fake tensors are the CPU's: its fused attention keeps what a GPU's keeps, and its autocast has nearly the GPU's
-    rules (tests/test_memory.py compares the two). No weights are read or downloaded.
+    The fake tensors are the CPU's: its fused attention saves the same tensors as a GPU's, and its autocast has nearly
+    the same rules (tests/test_memory.py compares the two). No weights are read or downloaded.
 
     Args:
-        config: The run.
-        precision: ``no``, ``bf16`` or ``fp16``.
-        deepspeed: Whether DeepSpeed wraps the model: for fp16 it casts all weights.
+        config: Settings of the run.
+        precision: `no`, `bf16` or `fp16`.
+        deepspeed: Whether DeepSpeed wraps the model; for fp16 it casts all weights.
 
     Attributes:
-        model: With fake parameters.
+        model: The model, with fake parameters.
 
     Raises:
-        AmpError: The prompt settings don't fit the base model, or its towers are not native ones.
+        AmpError: The prompt settings don't fit the base model, or its towers are not supported.
     """
 
     def __init__(self, config: TrainConfig, precision: str = "no", deepspeed: bool = False):
@@ -85,7 +85,7 @@ class StepSimulator:
         self.model.tower.recompute = config.activation_checkpointing
 
     def step(self, stage: int, world: int, batch_size: int) -> StepMemory:
-        """Forward and backward passes of one rank among `world`, with gradients of a step before in place."""
+        """Runs forward and backward passes of one of `world` ranks, with gradients of a previous step allocated."""
         model, config, dtype = self.model, self.config, self.autocast
         trained = set_trainable(model, stage)
         objective = SimulatedObjective.of(config, stage, model)
@@ -109,21 +109,21 @@ class StepSimulator:
 
 
 class SimulatedObjective(Objective):
-    """Draws negatives from noise without content: the real one is made by numpy, N x N numbers of real memory."""
+    """Draws negatives from empty noise: the real noise is made by numpy, with N x N numbers of real memory."""
 
     def _draw(self, cosines, forbidden, own, m, step, direction):
         return draw_negatives(cosines[own], forbidden[own], torch.empty(cosines.shape)[own], m, self.sampling_scale)
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of storages that operations make while it is active, until nothing holds them any more.
+    """Counts the bytes of storages that operations allocate while it is active, until they are freed.
 
     Args:
-        given: Tensors that don't count, since they were there before.
+        given: Tensors that existed before and are not counted.
 
     Attributes:
-        live, peak: Bytes now, and the most there were.
-        gathered: Bytes that exchanges have filled with the rows of all ranks.
+        live, peak: Current and maximum number of bytes.
+        gathered: Bytes that collectives have filled with the rows of all ranks.
     """
 
     def __init__(self, given: Iterable[torch.Tensor]):
@@ -154,7 +154,7 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def fake_world(world: int) -> Iterator[None]:
-    """Inside, `torch.distributed` takes this process for rank 0 of `world`; exchanges leave their results unset."""
+    """Makes this process rank 0 of `world` fake ranks while the block runs; collectives leave their results unset."""
     if world == 1:
         yield
         return
@@ -166,7 +166,7 @@ def fake_world(world: int) -> Iterator[None]:
 
 
 def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
-    """The model of a run on the meta device, with neither weights nor tokenizer.
+    """The model of a run on the meta device, without weights and tokenizer.
 
     Raises:
         AmpError: A Hugging Face text tower whose configuration is not on this machine, or an unsupported tower.
@@ -174,13 +174,13 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
     refuse_unsupported_model(config.model.name, prompted=True)
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # open_clip warns of the weights that are not there
+    root.setLevel(logging.ERROR)  # open_clip warns about missing weights
     try:
         with torch.device("meta"):
             clip = open_clip.create_model(
                 config.model.name, None, load_weights=False, device="meta", pretrained_text=False
             )
-    except LOADING_ERRORS as error:  # also of transformers, which reads the text tower's configuration
+    except LOADING_ERRORS as error:  # transformers too, which reads the text tower's configuration
         raise AmpError(
             f"model {config.model.name!r}: open_clip can't build it without its weights "
             f"({reason(error)}). Load it once where there is a network"
@@ -193,7 +193,7 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
 
 
 def empty_batch(model: ActionAwareCLIP, config: TrainConfig, size: int) -> Batch:
-    """A batch as the stream gives it, of `size` images, on the current device."""
+    """A batch of `size` images as the stream returns it, on the current device."""
     backbone, k, s = model.backbone, model.config.max_triplets, SLOT_TOKENS
     knowledge = KnowledgeBatch(
         torch.empty(size, k, 3, s, dtype=torch.long),

@@ -1,4 +1,4 @@
-"""A plan as it is printed: findings, steps, memory and the verdict."""
+"""Prints a plan: findings, steps, memory and the verdict."""
 
 from collections.abc import Callable, Iterable
 
@@ -50,7 +50,7 @@ def findings_table(findings: Findings) -> Table:
 
 def steps_table(plan: Plan) -> Table:
     """Steps, images and parameters of each stage."""
-    assert plan.steps is not None and plan.data is not None  # steps are of data
+    assert plan.steps is not None and plan.data is not None  # steps need data
     config, steps, world = plan.config, plan.steps, plan.settings.world
     size, accumulation = config.data.batch_size, config.gradient_accumulation
     stages = [config.stage(number) for number in config.stages]
@@ -73,7 +73,7 @@ def steps_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Where the memory of a GPU goes."""
+    """Memory of a GPU by purpose."""
     zero, world, found = plan.zero, plan.settings.world, list(plan.estimates.values())
     share = lambda stage: f"; / {world} processes" if zero and zero.stage >= stage and world > 1 else ""  # noqa: E731
     steps = [e.step for e in found]
@@ -97,7 +97,7 @@ def memory_table(plan: Plan) -> Table:
 
 
 def stage_table(title: str, stages: Iterable[int], rows: list[tuple], show: Callable[[int], str]) -> Table:
-    """One column a stage; a row is a name, a number for each stage, and what the numbers are."""
+    """One column per stage; a row is a name, a number for each stage, and an explanation."""
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in ("", *(f"stage {stage}" for stage in stages), ""):
         table.add_column(heading, justify="right" if heading else "left")

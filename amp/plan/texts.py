@@ -1,4 +1,4 @@
-"""How many captions and texts of knowledge are longer than the text tower reads."""
+"""Counts captions and knowledge texts that are longer than the text tower reads."""
 
 from collections.abc import Iterator
 
@@ -9,16 +9,16 @@ from amp.plan.data import Dataset
 from amp.plan.findings import Finding, counted, note, ok, warning
 from amp.train.config import TrainConfig
 
-TEXT_IMAGES = 1_000  # of each split, whose texts are counted
+TEXT_IMAGES = 1_000  # per split, whose texts are counted
 
 
 def check_texts(data: Dataset, config: TrainConfig, length: int) -> Iterator[Finding]:
-    """How many captions and texts of their knowledge are longer than the text tower reads, of a sample of images."""
+    """How many captions and knowledge texts of a sample of images are longer than the text tower reads."""
     if data.simulated:
         return
     try:
         tokenizer = get_tokenizer(config.model.name)
-    except OSError as problem:  # of transformers, which has no tokenizer of this name on the machine
+    except OSError as problem:  # from transformers, if it has no tokenizer of this name on this machine
         yield note(f"texts are not counted: {str(problem).strip().splitlines()[0][:200]}")
         return
     texts: dict[str, list[str]] = {"captions": [], "texts of knowledge": []}

@@ -1,1 +1,1 @@
-"""Tables of trained rows over several seeds: what is run (config, runs) and what is shown (summary, plot)."""
+"""Tables of trained rows over several seeds: running (config, runs) and showing (summary, plot)."""

@@ -1,4 +1,4 @@
-"""What a sweep runs: tables of rows, each a configuration that is trained and evaluated once a seed."""
+"""Settings of a sweep: tables of rows, each a configuration that is trained and evaluated once per seed."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,12 @@ class Row:
     """One row of a table.
 
     Args:
-        name: As shown.
-        configs: Configuration files laid over the sweep's `base`, in this order.
-        set: Keys of amp train, dotted, over the files.
+        name: Name of the row in the table.
+        configs: Configuration files applied after the sweep's `base`, in this order.
+        set: Dotted keys of amp train, applied after the files.
         paper: The paper's six recalls, i2t R@1, 5, 10 and t2i R@1, 5, 10, in percent; null shows none.
-        evaluate: Keys of amp evaluate for this row, dotted, over the sweep's, such as its probes.
-        train: False for the base CLIP, which every evaluation holds.
+        evaluate: Dotted keys of amp evaluate for this row, applied after the sweep's, such as its probes.
+        train: Whether the row is trained; false for the base CLIP, which every evaluation contains.
     """
 
     name: str
@@ -29,11 +29,11 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows that are read together.
+    """Rows shown in one table.
 
     Args:
-        title: Of the table.
-        rows: In order. Rows with equal configurations are trained once, also across tables.
+        title: Title of the table.
+        rows: Rows in order. Rows with equal configurations are trained once, also across tables.
     """
 
     title: str
@@ -45,21 +45,21 @@ class SweepConfig:
     """A sweep.
 
     Args:
-        tables: What is shown.
+        tables: Tables of the results.
         base: Configuration files of every run.
-        set: Keys of amp train for every run, dotted.
-        evaluate: Keys of amp evaluate, dotted, such as ``search.skip_decided: true`` or ``probes: [grey]``.
-        split: Split that is evaluated.
-        seeds: Seeds of every row.
-        launcher: Command that starts training, before ``-m amp.commands.train``.
+        set: Dotted keys of amp train for every run.
+        evaluate: Dotted keys of amp evaluate, such as `search.skip_decided: true` or `probes: [grey]`.
+        split: Split to evaluate.
+        seeds: Random seeds; every row is run once per seed.
+        launcher: Command in front of `-m amp.commands.train` that starts training.
         out: Folder of the runs.
-        results: Path of the results without its ending: .csv, .md and .png are written.
-        control: Row that gains are also measured against; null for none.
-        paper_columns: What the paper's figures were measured on.
+        results: Path of the results without a suffix; .csv, .md and .png are written.
+        control: Row that the others are compared with, in addition to base CLIP; null for none.
+        paper_columns: Dataset and model of the paper's figures.
         rows: Names of the rows to run; empty for all.
-        shard: ``i/n`` runs every n-th missing run from the i-th on (0-based), for job arrays.
-        dry_run: Say what is missing and run nothing.
-        report_only: Write the results of what is there and run nothing.
+        shard: `i/n` runs every n-th missing run, starting with the i-th (0-based); for job arrays.
+        dry_run: Print the missing runs, and run nothing.
+        report_only: Write the results of finished runs, and run nothing.
     """
 
     tables: list[Table] = field(default_factory=list)
@@ -81,7 +81,7 @@ class SweepConfig:
     report_only: bool = False
 
     def check(self) -> None:
-        """Raises AmpError where the sweep can't be run or shown."""
+        """Raises AmpError if the sweep can't be run or shown."""
         rows = [row for table in self.tables for row in table.rows]
         if not rows or not self.base or not self.seeds:
             raise AmpError(

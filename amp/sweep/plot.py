@@ -1,4 +1,4 @@
-"""A sweep at a glance: R@1 of both directions and Rsum, a point a row with its standard error, base CLIP as a line."""
+"""Plot of a sweep: R@1 of both directions and Rsum, one point per row with its standard error, base CLIP as a line."""
 
 import io
 
@@ -12,11 +12,11 @@ from amp.sweep.config import SweepConfig
 from amp.sweep.summary import METRICS, Line
 
 PANELS = ("i2t R@1", "t2i R@1", "Rsum")
-COLOUR, BASE_COLOUR = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, told apart by colour-blind readers
+COLOUR, BASE_COLOUR = "#0072b2", "#d55e00"  # from Okabe and Ito's palette, distinguishable by colour-blind readers
 
 
 def draw(config: SweepConfig, lines: dict[RowKey, Line], base: Line) -> bytes | None:
-    """The picture as PNG; None where no row has a result."""
+    """The plot as PNG; None if no row has a result."""
     rows = list(dict.fromkeys(row.name for table in config.tables for row in table.rows if row.train))
     rows = [name for name in rows if lines[RowKey(name)].values]
     if not rows:

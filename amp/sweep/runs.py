@@ -1,4 +1,4 @@
-"""One run of a sweep: its identity, whether it is done, and the two commands that make it."""
+"""One run of a sweep: its identity, its state, and its two commands."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ TRAINED, RESULTS, LOCK = "trained.json", "results.json", ".lock"
 
 @dataclass(frozen=True)
 class Run:
-    """A row with a seed.
+    """A row with one seed.
 
     Attributes:
         row: Name of the first row with this configuration.
         seed: Random seed of the training.
-        folder: Holds the adapters, logs and results. Its name depends on all that the result depends on, so that a
-            changed configuration is another run and nothing is overwritten.
+        folder: Folder of the adapters, logs and results. Its name depends on everything that the result depends on, so
+            a changed configuration is a different run and nothing is overwritten.
         arguments: Arguments of amp train.
         evaluation: Further arguments of amp evaluate.
     """
@@ -45,7 +45,7 @@ class Run:
 
 
 def plan(config: SweepConfig) -> dict[str, list[Run]]:
-    """The runs of each trained row, by the row's name and in the order of the seeds."""
+    """The runs of each trained row, by the row's name, in the order of the seeds."""
     runs: dict[str, list[Run]] = {}
     seen: dict[str, list[Run]] = {}
     for row in (row for table in config.tables for row in table.rows if row.train):
@@ -61,7 +61,7 @@ def plan(config: SweepConfig) -> dict[str, list[Run]]:
 
 
 def identity(config: SweepConfig, row: Row) -> tuple[dict, str]:
-    """Keys of a row, and a digest of them, of the content of its files and of how it is evaluated."""
+    """Keys of a row, and a digest of these keys, of the content of its files and of its evaluation settings."""
     keys = {**config.set, **row.set}
     files = []
     for path in [*config.base, *row.configs]:
@@ -69,7 +69,7 @@ def identity(config: SweepConfig, row: Row) -> tuple[dict, str]:
             files.append(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise AmpError(f"{path}: can't be read as YAML ({error}); row {row.name!r} names it") from error
-    for part in (*files, keys):  # where a run is written to is no part of what it is
+    for part in (*files, keys):  # the output folder is not part of a run's identity
         part.pop("out", None)
     content = json.dumps([files, keys, {**config.evaluate, **row.evaluate}, config.split], sort_keys=True, default=str)
     return keys, hashlib.sha256(content.encode()).hexdigest()[:8]
@@ -84,24 +84,24 @@ def make_run(config: SweepConfig, row: Row, keys: dict, folder: Path, seed: int)
 
 
 def as_arguments(keys: dict) -> list[str]:
-    """YAML keys and values as command lines read them."""
+    """YAML keys and values as command line arguments."""
     return [
         x for key, value in keys.items() for x in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
 
 
 def execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
-    """Trains and evaluates what is missing of a run.
+    """Trains and evaluates the missing parts of a run.
 
     Returns:
-        ``done``, ``failed`` (its log says why, or what was said) or ``elsewhere``: another process of the sweep has it.
+        `done`, `failed` (the log or the printed message says why) or `elsewhere`: another process of the sweep runs it.
     """
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with os.fdopen(open_log(run.folder / LOCK, os.O_APPEND), "rb") as lock:
             return _execute(config, run, say) if try_lock(lock.fileno()) else "elsewhere"
     except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
-        # A full disk, or a file of this run that is damaged: the other runs can still be done.
+        # A full disk, or a damaged file of this run: the other runs can still finish.
         say(f"{run.folder}: {error or type(error).__name__}; remove {TRAINED} from it to train this run again")
         return "failed"
 
@@ -129,7 +129,7 @@ def _execute(config: SweepConfig, run: Run, say: Callable[[str], None]) -> str:
 
 
 def call(command: list[str], log: Path) -> bool:
-    """Runs a command with its output in a file; whether it went well."""
+    """Runs a command with its output in a file; returns whether it succeeded."""
     with os.fdopen(open_log(log), "w", encoding="utf-8") as file:
         file.write(f"{' '.join(public_command(command))}\n")
         file.flush()

@@ -1,4 +1,4 @@
-"""Means and standard errors over seeds, as CSV and as tables beside the paper's figures."""
+"""Means and standard errors over seeds, as CSV and as tables next to the paper's figures."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ METRICS = (*(f"i2t R@{k}" for k in KS), *(f"t2i R@{k}" for k in KS), "Rsum")
 
 @dataclass(frozen=True)
 class Line:
-    """One method over its seeds.
+    """Results of one method over its seeds.
 
     Attributes:
         key: The row of the table, with the probe and the mode of image queries; pairwise is not named.
@@ -37,9 +37,9 @@ class Line:
         return standard_error([v[metric] for v in self.values.values()])
 
     def gain(self, other: "Line", metric: int) -> tuple[float | None, float | None]:
-        """Mean difference to another line and its standard error, over the seeds that both have.
+        """Mean difference from another line and its standard error, over the seeds that both have.
 
-        A line with a single value for all seeds (the base CLIP) is the same for each.
+        A line with a single value (the base CLIP) is used for every seed.
         """
         pairs = [(v[metric], other.values[seed][metric]) for seed, v in self.values.items() if seed in other.values]
         differences = [a - b for a, b in pairs]
@@ -47,7 +47,7 @@ class Line:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """sd / sqrt(n) with n - 1 under the variance; None below two values."""
+    """sd / sqrt(n), with the variance over n - 1; None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
@@ -60,12 +60,12 @@ def figures(row: RetrievalRow) -> tuple[float, ...]:
 
 
 def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[RowKey, Line], Line, list[str]]:
-    """Reads the results that are there.
+    """Reads the existing results.
 
     Returns:
-        Lines by key, those of probes after their row's; the line of the base CLIP; and why the results of some runs
-        are left out: they can't be read, or their base CLIP is not that of most runs, so they weren't evaluated on the
-        same split or model.
+        Lines by key, probes after their row; the line of the base CLIP; and reasons why results are left out: they
+        can't be read, or their base CLIP differs from that of most runs, so they were evaluated on another split or
+        model.
     """
     results, base, left_out = _read(runs)
     lines = {}
@@ -74,7 +74,7 @@ def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[RowKe
         found: dict[RowKey, dict[int, tuple[float, ...]]] = {RowKey(name): {}}
         for run in of_row:
             for row in results[run].rows[1:] if run in results else ():
-                # Evaluated under the name of the first row with this configuration.
+                # The evaluation uses the name of the first row with this configuration.
                 key = RowKey(name, row.key.mode if row.key.mode != "pairwise" else "", row.key.probe)
                 found.setdefault(key, {})[run.seed] = figures(row)
         for key, values in found.items():
@@ -85,7 +85,7 @@ def collect(config: SweepConfig, runs: dict[str, list[Run]]) -> tuple[dict[RowKe
 def _read(
     runs: dict[str, list[Run]],
 ) -> tuple[dict[Run, ResultFile], dict[int, tuple[float, ...]], list[str]]:
-    """Results by run, figures of the base CLIP by seed, and why other results are left out."""
+    """Results by run, figures of the base CLIP by seed, and reasons why other results are left out."""
     again = "remove the file and start the sweep again"
     results, problems = {}, Problems()
     for run in dict.fromkeys(run for of_row in runs.values() for run in of_row if run.done):
@@ -153,9 +153,9 @@ def to_csv(lines: dict[RowKey, Line], base: Line, control: str | None) -> str:
 def to_markdown(
     config: SweepConfig, lines: dict[RowKey, Line], base: Line, command: str, left_out: Sequence[str] = ()
 ) -> str:
-    """The tables: mean ± standard error of ours, then the paper's. A gain of more than two standard errors is bold.
+    """The tables: our mean ± standard error, then the paper's figures. A gain of more than two standard errors is bold.
 
-    Probes stand in the first table that has their row; `left_out`, results that can't be used, comes last."""
+    Probes are in the first table that has their row; `left_out`, results that can't be used, comes last."""
     parts = [
         f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
         "nobody has run it. Bold: more than two standard errors above base CLIP"
@@ -164,7 +164,7 @@ def to_markdown(
         "order of rows, not values."
     ]
     control = lines.get(RowKey(config.control)) if config.control else None
-    probed = set()  # rows whose probes stand in a table above
+    probed = set()  # rows whose probes are in an earlier table
     for table in config.tables:
         papers = any(row.paper for row in table.rows)
         head = ["row", "seeds", *METRICS] + ([f"paper {m}" for m in METRICS] if papers else [])
