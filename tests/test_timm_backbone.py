@@ -145,7 +145,7 @@ def timm_clip(name, **vision):
         ("resnet10t", {}, "timm's ResNet"),
         ("naflexvit_base_patch16_gap", {}, "timm's NaFlexVit"),
         ("deit_tiny_distilled_patch16_224", {"timm_pool": ""}, "timm's VisionTransformerDistilled"),
-        ("vit_tiny_r_s16_p8_224", {}, "timm's VisionTransformer behind HybridEmbed"),
+        ("vit_tiny_r_s16_p8_224", {}, "timm's VisionTransformer with patches from HybridEmbed"),
         ("amp_tiny_parallel", {"timm_pool": "token"}, "timm's VisionTransformer with blocks of ParallelScalingBlock"),
         ("amp_tiny_vit_token", {"timm_pool": "", "timm_proj": None}, "without pooling"),
     ],
