@@ -63,5 +63,5 @@ def test_job_array(slurm, tmp_path):
         "--fallback=none",
     )
     slurm.wait(broken, {"FAILED"})
-    assert "'options.fallback' was 'rules', now 'none'" in log(broken)
+    assert "'options.fallback' was 'rules' and is now 'none'" in log(broken)
     assert json.loads((out / "knowledge_provenance.json").read_text())["distinct_captions"] == whole.distinct
