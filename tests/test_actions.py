@@ -81,7 +81,7 @@ def test_counts_by_hand(tmp_path):
         "queries": "3",
         "base_R@1": "33.3",
         "R@1": "100.0",
-        "mended": "2",
+        "fixed": "2",
         "broken": "0",
     }
 

@@ -112,17 +112,17 @@ def test_differences_are_those_of_the_rows(files):
             d = by_figure[f"{direction} R@{k}"]
             before, after = (table[row, direction].ranks < k for row in (BASE, MINE))
             assert (d.a, d.b) == tuple(getattr(rows[row], direction).recall[k] for row in ROWS[:2])
-            assert (d.mended, d.broken) == (sum(after > before), sum(before > after))
-            assert d.b - d.a == pytest.approx(100 * (d.mended - d.broken) / len(before))
+            assert (d.fixed, d.broken) == (sum(after > before), sum(before > after))
+            assert d.b - d.a == pytest.approx(100 * (d.fixed - d.broken) / len(before))
             assert d.low <= d.b - d.a <= d.high and 0 <= d.p <= 1
     assert by_figure["Rsum"].b == rows["mine (pairwise)"].rsum
-    assert any(d.mended for d in found.differences) and any(d.broken for d in found.differences)
+    assert any(d.fixed for d in found.differences) and any(d.broken for d in found.differences)
 
 
 def test_a_row_equals_itself(files):
     path = files / "whole.json"
     for d in compare(path, ROWS[1], path, ROWS[1], bootstrap=50).differences:
-        assert d.low == d.high == 0 and d.p == 1 and not d.mended and not d.broken
+        assert d.low == d.high == 0 and d.p == 1 and not d.fixed and not d.broken
 
 
 def test_the_command_prints_and_writes(files, tmp_path, capsys):

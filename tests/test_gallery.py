@@ -45,7 +45,7 @@ def pixels(path, colour: str) -> int:
 @pytest.mark.parametrize(
     ("base", "new", "count", "chosen"),
     [
-        # Mended most first (from place 9, then 4), the worst broken last.
+        # Fixed most first (from place 9, then 4), the worst broken last.
         ([0, 4, 9, 0, 2, 0], [0, 0, 0, 7, 1, 3], 3, [2, 1, 3]),
         # Room left: then the one that rose, then those that stood still, the best first.
         ([0, 4, 9, 0, 2, 5], [0, 0, 0, 7, 1, 5], 6, [2, 1, 4, 0, 5, 3]),
@@ -88,7 +88,7 @@ def test_choice_always_confesses(seed):
 
 def test_note_counts_all_queries():
     note = outcome_note([0, 4, 0, 3, 0] * 1000, [0, 0, 1, 2, 5] * 1000)
-    assert note == "of all 5,000 queries, re-ranking mended 1,000 and broke 2,000 (first place won, lost)"
+    assert note == "re-ranking fixed 1,000 and broke 2,000 of 5,000 queries (first result)"
 
 
 # Drawing

@@ -34,8 +34,8 @@ def results(first, new):
 
 def test_outcomes_by_the_first_place():
     found = results([3, 0, 5, 0], [0, 2, 1, 0])
-    assert [OUTCOMES[i] for i in outcomes(found)] == ["mended", "broken", "wrong", "right"]
-    assert counts(found) == {"mended": 1, "broken": 1, "wrong": 1, "right": 1}
+    assert [OUTCOMES[i] for i in outcomes(found)] == ["fixed", "broken", "wrong", "right"]
+    assert counts(found) == {"fixed": 1, "broken": 1, "wrong": 1, "right": 1}
 
 
 def test_queries_are_evenly_spaced_within_an_outcome():
@@ -201,7 +201,7 @@ def test_the_data_are_those_of_the_results(page):
         assert [int(hit["photo"]) for hit in card["hits"][1]] == best.tolist()
         assert [int(hit["photo"]) for hit in card["hits"][0]] == queries.candidates[row][:3].tolist()
         assert [hit["right"] for hit in card["hits"][1]] == (best == queries.images[row]).tolist()
-        assert card["hits"][1][0]["right"] == (card["outcome"] in ("mended", "right"))
+        assert card["hits"][1][0]["right"] == (card["outcome"] in ("fixed", "right"))
         for triplet in card["triplets"]:
             assert {"triplet", "state"} < set(triplet["maps"][0]) and triplet["maps"][0]["photo"] == card["image"]
     assert {verb["verb"] for verb in data["verbs"]} >= {"chase", "kick"}
@@ -228,7 +228,7 @@ def test_refusals(page, shards, tmp_path, capsys):
     for arguments, message in (
         (["--results", str(tmp_path / "none.json")], "expected a results file"),
         (["--results", str(page / "results.json"), "--row", "other"], "no row 'other', expected one of 'base CLIP'"),
-        (["--results", str(page / "results.json"), "--shards", str(shards)], "other captions than"),
+        (["--results", str(page / "results.json"), "--shards", str(shards)], "its captions differ from"),
         (["--out", str(tmp_path / "run")], "expected a .html file; add --out FILE.html"),
         (
             ["--results", str(page / "results.json"), "--images", "-1"],
@@ -375,7 +375,7 @@ def test_the_browser_shows_everything_and_runs_no_caption(page, browser):
 
 def test_filters_and_their_address(page, browser):
     _, data = data_of(page)
-    for key, outcome in (("m", "mended"), ("b", "broken")):
+    for key, outcome in (("f", "fixed"), ("b", "broken")):
         press(browser, key)
         expected = sum(card["outcome"] == outcome for card in data["cards"])
         assert len(shown(browser)) == expected and f"outcome={outcome}" in browser.current_url

@@ -146,7 +146,7 @@ TESTS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swa
 
 
 def wide_table() -> Table:
-    table = Table("test", "method", "choices", "accuracy", "mean of groups", "mended", "broken", "95 % interval")
+    table = Table("test", "method", "choices", "accuracy", "mean of groups", "fixed", "broken", "95 % interval")
     for test in TESTS:
         table.add_row(f"sugarcrepe_{test}", "action-aware (pairwise)", "1,234", "71.5", "70.2", "123", "45", "69 - 73")
     return table

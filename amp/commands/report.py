@@ -37,7 +37,7 @@ class ReportSettings:
         sweep: CSV file of amp sweep for the ablation plot; null shows none.
         captions: Number of caption queries in the gallery.
         images: Number of image queries in the gallery.
-        title: Title of the page; null uses the names of data and model.
+        title: Title of the page; null uses the names of the dataset and the model.
         out: HTML file.
     """
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(settings: ReportSettings) -> None:
-    """Collects what the page shows and writes it."""
+    """Collects the content of the page and writes it."""
     from amp.data.split import ShardSplit
     from amp.data.split_captions import SplitCaptions
     from amp.device import usable_device
@@ -101,7 +101,7 @@ def run(settings: ReportSettings) -> None:
             captions = SplitCaptions.read(split, kinds, 0 if per_image == "all" else per_image)
         if captions_hash(captions) != result.protocol["captions_sha256"]:
             raise AmpError(
-                f"{split.root}: other captions than those of {settings.results}, expected the shards that were "
+                f"{split.root}: its captions differ from those of {settings.results}; expected the shards that were "
                 "evaluated; give them with --shards"
             )
         plots["Rows with 95 % intervals (bootstrap over images)"] = results_plot(result)
@@ -143,12 +143,12 @@ def run(settings: ReportSettings) -> None:
 
 
 def last_row(result: "ResultFile") -> "RetrievalRow":
-    """The last row that is not a probe."""
+    """Returns the last row that is not a probe."""
     return next(row for row in reversed(result.rows) if not row.key.probe)
 
 
 def evaluated_base(given: BaseSettings, result: "ResultFile") -> BaseSettings:
-    """The base model as given, with null values replaced by those of the results file."""
+    """Returns the given base model with null values replaced by those of the results file."""
     protocol = result.protocol
     resize = given.resize_mode or (None if protocol.get("resize") == "model default" else protocol.get("resize"))
     if given.name is not None:

@@ -40,19 +40,19 @@ def save_skipped(path: str | os.PathLike, tests: dict[str, dict[str, str]]) -> P
 
 def print_choices(results: dict[str, dict[str, Choices]], console: Console) -> None:
     """Prints one line per test and method."""
-    table = Table("test", "method", "choices", "accuracy", "mean of groups", "mended", "broken")
+    table = Table("test", "method", "choices", "accuracy", "mean of groups", "fixed", "broken")
     for test, methods in results.items():
         base_right = methods[BASE.method].right
         for method, found in methods.items():
             changes = [(a, b) for a, b in zip(base_right, found.right, strict=True) if a != b]
-            mended = sum(new for _, new in changes)
+            fixed = sum(new for _, new in changes)
             table.add_row(
                 test,
                 method,
                 f"{len(found.right):,}",
                 f"{found.accuracy:.1f}",
                 f"{found.group_mean:.1f}",
-                f"{mended:,}",
-                f"{len(changes) - mended:,}",
+                f"{fixed:,}",
+                f"{len(changes) - fixed:,}",
             )
     console.print(table)

@@ -30,7 +30,7 @@ class Difference:
         a, b: The figure of each row, in percent.
         low, high: 95 % interval of b - a.
         p: Two-sided p-value: twice the fraction of samples whose difference has the less frequent sign, at most 1.
-        mended, broken: Number of queries with a correct item among the first K only in b, and only in a; None for Rsum.
+        fixed, broken: Number of queries with a correct item among the first K only in b, and only in a; None for Rsum.
     """
 
     figure: str
@@ -39,7 +39,7 @@ class Difference:
     low: float
     high: float
     p: float
-    mended: int | None = None
+    fixed: int | None = None
     broken: int | None = None
 
 
@@ -67,11 +67,11 @@ class Comparison:
     def print_table(self, console: Console) -> None:
         """Prints one line per figure; differences whose interval leaves out zero are bold."""
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("figure", "a", "b", "b - a", "95 % interval", "p", "mended", "broken"):
+        for column in ("figure", "a", "b", "b - a", "95 % interval", "p", "fixed", "broken"):
             table.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
         for d in self.differences:
             style = "bold" if d.low > 0 or d.high < 0 else ""
-            counts = ["" if n is None else f"{n:,}" for n in (d.mended, d.broken)]
+            counts = ["" if n is None else f"{n:,}" for n in (d.fixed, d.broken)]
             table.add_row(
                 d.figure,
                 f"{d.a:.1f}",

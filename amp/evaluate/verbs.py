@@ -26,14 +26,14 @@ class VerbCount:
         verb: Base form of the verb, or its stem if it is not in the lexicon.
         queries: Number of captions with the verb.
         base, row: Number of these whose image is ranked first by the base model, and by the row.
-        mended, broken: Number of these whose image only the row, and only the base model, ranks first.
+        fixed, broken: Number of these whose image is ranked first only by the row, and only by the base model.
     """
 
     verb: str
     queries: int
     base: int
     row: int
-    mended: int
+    fixed: int
     broken: int
 
 
@@ -72,9 +72,9 @@ def save_verbs(path: str | os.PathLike, rows: dict[RowKey, list[VerbCount]]) -> 
     """Writes one line per row and verb: counts, and R@1 of the base model and of the row in percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("method", "verb", "queries", "base_R@1", "R@1", "mended", "broken"))
+    writer.writerow(("method", "verb", "queries", "base_R@1", "R@1", "fixed", "broken"))
     for row, counts in rows.items():
         for c in counts:
             rates = (f"{100 * n / c.queries:.1f}" for n in (c.base, c.row))
-            writer.writerow((csv_cell(str(row)), csv_cell(c.verb), c.queries, *rates, c.mended, c.broken))
+            writer.writerow((csv_cell(str(row)), csv_cell(c.verb), c.queries, *rates, c.fixed, c.broken))
     return write_atomically(path, text.getvalue().encode())

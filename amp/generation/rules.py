@@ -9,7 +9,7 @@ from typing import Any
 
 from amp.errors import AmpError, require
 from amp.generation.grammar import MAX_WORDS_IN_SLOT
-from amp.generation.mending import NOUNS, mend, words
+from amp.generation.parse_fixes import NOUNS, fix_parse, words
 from amp.generation.replies import MAX_TRIPLETS
 from amp.generation.states import has_verb, plain_verb
 from amp.generation.words import words_of
@@ -66,7 +66,7 @@ class RuleTriplets:
     def triplets(self, captions: Iterable[str]) -> Iterator[tuple[Triplet, ...]]:
         """Yields the triplets of each caption: at most six different ones, actions first."""
         for doc in self._nlp.pipe(map(_readable, captions), batch_size=256):
-            yield _of_doc(mend(doc, self._nlp))
+            yield _of_doc(fix_parse(doc, self._nlp))
 
 
 def _readable(caption: str) -> str:

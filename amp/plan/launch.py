@@ -63,7 +63,7 @@ def check_deepspeed(path: str, settings: dict[str, Any]) -> Iterator[Finding]:
         zero_settings(**zero)
     except ValueError as problem:  # from pydantic, three lines per key
         _, key, reason, *_ = str(problem).splitlines()
-        yield error(f"{path}: zero_optimization.{key}: {reason.strip()}; mend or remove the key")
+        yield error(f"{path}: zero_optimization.{key}: {reason.strip()}; correct or remove the key")
         return
     yield ok(f"{path}: ZeRO stage {zero['stage']}; batch sizes, clipping and precision are the run's")
     for key in OFFLOADS:

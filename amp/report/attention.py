@@ -1,4 +1,4 @@
-"""Where a model looks in a photo because of one triplet or its state, as one map per triplet."""
+"""Attention maps over an image, one for each triplet and one for each state."""
 
 import torch
 
@@ -8,16 +8,16 @@ from amp.model.clip import ActionAwareCLIP
 
 @torch.no_grad()
 def attention_maps(model: ActionAwareCLIP, early: torch.Tensor, knowledge: KnowledgeBatch) -> dict[str, torch.Tensor]:
-    """Attention of each triplet of one caption to the patches of an image, each triplet by itself.
+    """Computes the attention of each triplet of one caption to the patches of an image, independent of the others.
 
     Args:
-        model: In eval mode.
+        model: Model in eval mode.
         early: Tokens of one image before the first prompted block, (1, F + M, d_v).
         knowledge: Knowledge of one caption.
 
     Returns:
-        ``triplet`` and ``state``, each (K', h, w) for the K' triplets that exist, with maps that sum to one; without a
-        kind that the model doesn't read, and empty for interactions without attention.
+        Maps `triplet` and `state`, each (K', h, w) for the K' triplets that exist; each map sums to one. Without
+        `triplet` or `state` if the model doesn't read it, and empty for interactions without attention.
     """
     if not knowledge.mask.any():
         return {}

@@ -1,4 +1,4 @@
-"""Which queries of an evaluation are shown: in the picture of retrievals, and in the report."""
+"""Chooses the queries of an evaluation that the gallery picture and the report show."""
 
 from collections.abc import Hashable, Sequence
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from amp.evaluate.per_query import QueryResults
 
-OUTCOMES = ("mended", "broken", "wrong", "right")
-# Share of each outcome in the queries shown; if an outcome has too few queries, others fill its places.
+OUTCOMES = ("fixed", "broken", "wrong", "right")
+# Fraction of the shown queries per outcome; if an outcome has too few queries, others fill its places.
 SHARES = (0.4, 0.25, 0.2, 0.15)
 
 
@@ -17,17 +17,18 @@ def choose_queries(
     count: int,
     groups: Sequence[Hashable] | None = None,
 ) -> list[int]:
-    """Queries worth showing: those that re-ranking mended most, and last the one that it broke worst.
+    """Chooses the queries that re-ranking improved most, and as the last one the query that it made worst.
 
-    A query is mended if re-ranking brings a right result to the first place, and broken if it loses it. If none is
-    broken, the last place goes to the query that fell most; if none fell, to one more of the others. If too few are
-    mended, queries that rose follow, then unchanged ones, then the rest. Ties go to the lower index.
+    A query is fixed if re-ranking moves a right result to the first place, and broken if the first place is no longer
+    right. If no query is broken, the last place goes to the query that fell most; if none fell, to another of the
+    others. If too few are fixed, queries that rose follow, then unchanged ones, then the rest. Ties go to the lower
+    index.
 
     Args:
-        base_ranks: (Q,) 0-based rank of each query's best positive by the base model.
+        base_ranks: (Q,) 0-based rank of each query's best correct item by the base model.
         reranked_ranks: (Q,) the same ranks after re-ranking.
         count: Number of queries to choose; fewer are returned if there are fewer.
-        groups: (Q,) labels, such as the image of each caption. No label is shown twice while others are left.
+        groups: (Q,) labels, such as the image of each caption. No label is repeated while others are left.
 
     Returns:
         Distinct query indices, in the order in which they are shown.
@@ -58,27 +59,27 @@ def choose_queries(
 
 
 def outcome_note(base_ranks: Sequence[int], reranked_ranks: Sequence[int]) -> str:
-    """How often re-ranking won and lost the first place, over all queries: the chosen few do not tell."""
+    """Counts the queries that re-ranking fixed and broke, since the shown examples are not representative."""
     pairs = [(int(b), int(n)) for b, n in zip(base_ranks, reranked_ranks, strict=True)]
-    mended = sum(new == 0 < base for base, new in pairs)
+    fixed = sum(new == 0 < base for base, new in pairs)
     broken = sum(base == 0 < new for base, new in pairs)
-    return f"of all {len(pairs):,} queries, re-ranking mended {mended:,} and broke {broken:,} (first place won, lost)"
+    return f"re-ranking fixed {fixed:,} and broke {broken:,} of {len(pairs):,} queries (first result)"
 
 
 def outcomes(results: QueryResults) -> np.ndarray:
-    """Index into `OUTCOMES` of each query, by whether the first result was right before and after."""
+    """Index into `OUTCOMES` of each query, by whether the first result was right before and after re-ranking."""
     before, after = results.first_ranks == 0, results.ranks == 0
     return np.select([~before & after, before & ~after, ~before & ~after], [0, 1, 2], default=3)
 
 
 def counts(results: QueryResults) -> dict[str, int]:
-    """Number of queries by outcome."""
+    """Number of queries per outcome."""
     found = np.bincount(outcomes(results), minlength=len(OUTCOMES))
     return dict(zip(OUTCOMES, found.tolist(), strict=True))
 
 
 def choose_rows(results: QueryResults, count: int) -> list[int]:
-    """Queries to show: of each outcome its share in `SHARES`, evenly spaced, so that none is hand-picked."""
+    """Chooses queries of each outcome in the proportions of `SHARES`, evenly spaced, so that none is hand-picked."""
     kinds = [np.flatnonzero(outcomes(results) == kind) for kind in range(len(OUTCOMES))]
     wanted = [min(len(rows), round(share * count)) for rows, share in zip(kinds, SHARES, strict=True)]
     for kind, rows in enumerate(kinds):

@@ -1,4 +1,4 @@
-"""A contact sheet: the photos that a search found, with scores and how re-ranking changed their ranks."""
+"""A contact sheet: the photos that a search found, with their scores and the rank changes by re-ranking."""
 
 import os
 from pathlib import Path
@@ -53,7 +53,7 @@ def _draw_hit(page: Page, x: float, y: float, number: int, hit: Hit) -> bool:
     page.box(x, y, THUMB, THUMB + LABEL, CARD, CARD_EDGE)
     try:
         image, readable = open_photo(hit.path), True
-    except Exception:  # gone since the search, or damaged since it was indexed
+    except Exception:  # removed since the search, or damaged since it was indexed
         image, readable = Image.new("RGB", (1, 1), CARD_EDGE), False
     page.photo(x + 0.05, y + 0.05, THUMB - 0.1, THUMB - 0.1, image)
     if not readable:

@@ -23,14 +23,14 @@ DPI = 120
 
 
 def picture_format(path: str | os.PathLike) -> str:
-    """Pillow's name of the format that a picture's suffix asks for.
+    """Returns Pillow's name of the format of a picture's suffix.
 
     Raises:
-        AmpError: The suffix is none of `FORMATS`.
+        AmpError: The suffix is not in `FORMATS`.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
-        raise AmpError(f"{path}: the suffix is {suffix!r}, expected one of {', '.join(FORMATS)}; give such a name")
+        raise AmpError(f"{path}: the suffix is {suffix!r}, expected one of {', '.join(FORMATS)}; use one of these")
     return FORMATS[suffix]
 
 
@@ -38,7 +38,7 @@ def check_size(path: str | os.PathLike, width: int, height: int) -> None:
     """Raises AmpError if a picture of `width` x `height` pixels is too large for the format of its suffix."""
     kind = picture_format(path)
     if max(width, height) > LARGEST[kind]:
-        step = "show fewer photos" if kind == "PNG" else "give a name that ends in .png, or show fewer photos"
+        step = "show fewer photos" if kind == "PNG" else "use the suffix .png, or show fewer photos"
         raise AmpError(
             f"{path}: the picture has {width:,} x {height:,} pixels, expected at most {LARGEST[kind]:,} per side in a "
             f"{kind} file; {step}"
@@ -89,7 +89,7 @@ class Page:
         right: bool = False,
         tint: str | None = None,
     ) -> float:
-        """Draws cleaned lines below each other, as they are: "$" and "\\" mean nothing.
+        """Draws cleaned lines below each other. "$" and "\\" have no special meaning.
 
         Args:
             x, y: Upper left corner, or upper right corner with `right`.
@@ -97,7 +97,7 @@ class Page:
             size: Font size.
             colour: Colour of the text.
             bold: Whether the text is bold.
-            right: Whether lines end at `x`.
+            right: Whether lines are aligned to the right, so that they end at `x`.
             tint: Colour of a box around each line.
 
         Returns:
@@ -118,7 +118,7 @@ class Page:
         return y
 
     def photo(self, x: float, y: float, width: float, height: float, image: Image.Image, mat: str = MAT) -> None:
-        """Draws the whole of an image, centred on a mat."""
+        """Draws a whole image, centred on a background of the given size."""
         self.box(x, y, width, height, mat)
         image = image.convert("RGB")
         image.thumbnail((round(DPI * width), round(DPI * height)), Image.Resampling.LANCZOS)
@@ -131,7 +131,7 @@ class Page:
         """Writes the page as PNG, JPEG or WebP, by the suffix.
 
         Raises:
-            AmpError: As `save_picture`.
+            AmpError: As for `save_picture`.
         """
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -140,9 +140,9 @@ class Page:
         check_size(path, *canvas.get_width_height())
         log = logging.getLogger("matplotlib.font_manager")
         level = log.level
-        log.setLevel(logging.ERROR)  # a font for Chinese need not have a bold face
+        log.setLevel(logging.ERROR)  # no warning about fonts without a bold face, such as Chinese ones
         try:
-            with rc_context({"text.hinting": "none"}):  # widths are those that `wrap` measured
+            with rc_context({"text.hinting": "none"}):  # so that widths are those that `wrap` measured
                 canvas.draw()
         finally:
             log.setLevel(level)
@@ -151,5 +151,5 @@ class Page:
 
 
 def line_height(size: float) -> float:
-    """Height in inches of a line in a font of so many points."""
+    """Height in inches of a line in a font of `size` points."""
     return 1.32 * size / 72

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from amp.terminal import Terminal
 
-LONGEST_TEXT = 1500  # characters of a text that are looked at; drawing ends at a number of lines long before
-# Characters that join or vary emoji and show nothing themselves: joiners, variation selectors, skin colours, flag tags.
+LONGEST_TEXT = 1500  # maximum number of characters that are read; far fewer are drawn
+# Characters that join or vary emoji and are invisible: joiners, variation selectors, skin colours, flag tags.
 _RANGES = ((0x200C, 0x200E), (0xFE00, 0xFE10), (0x1F3FB, 0x1F400), (0xE0020, 0xE0080), (0xE0100, 0xE01F0))
 _JOINERS = {chr(code) for begin, end in _RANGES for code in range(begin, end)}
 _missing: set[str] = set()
 
 
 def clean(text: str) -> str:
-    """The text as one line of characters that can be drawn.
+    """Returns the text as one line of characters that can be drawn.
 
-    Control characters and lone surrogates become U+FFFD. A character that no font of the machine has is written as its
-    code, an emoji as its name; the first time, a line on stderr says so.
+    Control characters and lone surrogates become U+FFFD. A character that no installed font has is replaced by its
+    code, and an emoji by its name. The first replacement prints a warning on stderr.
     """
     letters = []
     for letter in unicodedata.normalize("NFC", " ".join(str(text)[:LONGEST_TEXT].split())):
@@ -41,13 +41,13 @@ def plot_fonts(text: str) -> list[str]:
 
 
 def wrap(text: str, width: float, size: float, most: int, bold: bool = False) -> list[str]:
-    """The cleaned text as lines, broken at spaces and inside words that are too wide; an ellipsis marks a cut.
+    """Cleans the text and wraps it at spaces, and inside words that are too wide. An ellipsis marks omitted text.
 
     Args:
         text: Any text.
         width: Width of a line in inches.
         size: Font size in points.
-        most: Number of lines that are kept.
+        most: Maximum number of lines.
         bold: Whether the text is drawn bold.
     """
     limit = 72 * width / size  # in em
@@ -97,31 +97,31 @@ def _glyph(letter: str, bold: bool = False) -> tuple[str, float] | None:
     """The font file that has a character, and the character's width in em; None if no font has it."""
     from matplotlib import get_data_path
 
-    # Matplotlib brings DejaVu, which covers Latin, Greek, Cyrillic, Arabic and more, so a machine needs no font.
+    # DejaVu comes with Matplotlib and covers Latin, Greek, Cyrillic, Arabic and more, so no font must be installed.
     own = [str(Path(get_data_path(), "fonts", "ttf", f"DejaVuSans{end}.ttf")) for end in (("-Bold",) * bold + ("",))]
     for find in (lambda: own, _other_fonts):
         for file in find():
             font = _open_font(file)
             if font is not None and font.get_char_index(ord(letter)):
                 glyph = font.load_char(ord(letter))
-                if file in own or glyph.width:  # fonts of coloured pictures list characters without an outline
+                if file in own or glyph.width:  # colour emoji fonts list characters that have no outline
                     return file, glyph.linearHoriAdvance / 65536 / 100
     return None
 
 
 @cache
 def _other_fonts() -> list[str]:
-    """Files of the machine's fonts, upright ones of normal weight first."""
+    """Files of the installed fonts, upright ones of normal weight first."""
     from matplotlib.font_manager import findSystemFonts
 
     odd = re.compile(r"bold|italic|oblique|thin|light|black|medium|condensed|mono|serif", re.IGNORECASE)
-    files = [file for file in findSystemFonts() if "lastresort" not in file.lower()]  # it has boxes for everything
+    files = [file for file in findSystemFonts() if "lastresort" not in file.lower()]  # it has a box for every character
     return sorted(files, key=lambda file: (len(odd.findall(Path(file).name)), file))
 
 
 @cache
 def _open_font(file: str):
-    """The font at 100 pixels per em; None if it can't be read or has pictures of one size."""
+    """Opens a font at 100 pixels per em; None if it can't be read or is not scalable."""
     from matplotlib.ft2font import FT2Font
 
     try:

@@ -1,4 +1,4 @@
-"""A picture of some retrievals, before and after re-ranking, in the manner of the paper's Figure 5."""
+"""A picture of some retrievals before and after re-ranking, similar to Figure 5 of the paper."""
 
 import os
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from amp.report.drawing import (
 )
 from amp.report.fonts import wrap
 
-# Inches. A card is the query, then two groups of `TOP` results; all widths follow from these.
+# In inches. A card shows the query and two groups of `TOP` results; all widths are computed from these.
 TOP = 3
 MARGIN, PAD, GAP = 0.25, 0.2, 0.12
 QUERY, THUMB, GROUP_GAP = 3.4, 1.4, 0.4
@@ -41,8 +41,8 @@ class Result:
     """A retrieved image or caption.
 
     Attributes:
-        shown: The image, of any mode and size, or the caption.
-        score: Score that it was ranked by.
+        shown: The image (any mode and size) or the caption.
+        score: Score by which it was ranked.
         right: Whether it answers the query.
     """
 
@@ -80,9 +80,9 @@ def draw_gallery(
     """Draws retrievals of both directions into one picture.
 
     Args:
-        path: File of the picture, PNG, JPEG or WebP by its suffix; written under a temporary name, then renamed.
-        text_to_image: Retrievals of captions, one card each.
-        image_to_text: Retrievals of images, one card each.
+        path: File of the picture (PNG, JPEG or WebP by its suffix). It is replaced atomically.
+        text_to_image: Retrievals of caption queries, one card each.
+        image_to_text: Retrievals of image queries, one card each.
         base_name: Heading of the left ranking.
         reranked_name: Heading of the right ranking.
         t2i_note: Small print below the title of the captions' cards, such as `amp.report.choice.outcome_note`.
@@ -93,7 +93,7 @@ def draw_gallery(
     """
     if not text_to_image and not image_to_text:
         raise AmpError(
-            f"{path}: no query to draw, expected a caption or an image at least; look for an empty test split"
+            f"{path}: no query to draw, expected at least one caption or image; check whether the test split is empty"
         )
     sections = [("Text to image", t2i_note, text_to_image), ("Image to text", i2t_note, image_to_text)]
     sections = [section for section in sections if section[2]]
@@ -113,7 +113,7 @@ def draw_gallery(
 
 
 def _height(retrieval: Retrieval) -> float:
-    """Height of a card: its query or its results, whichever is higher."""
+    """Height of a card: that of its query or of its results, whichever is higher."""
     if isinstance(retrieval.query, str):
         triplets = 1.35 * line_height(TRIPLET) * min(len(retrieval.triplets), MOST_TRIPLETS)
         query = line_height(CAPTION) * len(_caption(retrieval.query)) + 0.12 + triplets
@@ -123,11 +123,11 @@ def _height(retrieval: Retrieval) -> float:
 
 
 def _draw(page: Page, y: float, retrieval: Retrieval) -> None:
-    """Draws the query, what re-ranking did to its first place, and the results of both rankings."""
+    """Draws the query, its outcome, and the results of both rankings."""
     groups = (retrieval.base, retrieval.reranked)
     before, after = (bool(group) and group[0].right for group in groups)
     verdict, ink, tint = {
-        (False, True): ("mended", RIGHT, RIGHT_TINT),
+        (False, True): ("fixed", RIGHT, RIGHT_TINT),
         (True, False): ("broken", WRONG, WRONG_TINT),
         (True, True): ("right before and after", MUTED, MAT),
         (False, False): ("wrong before and after", MUTED, MAT),

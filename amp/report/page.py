@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained HTML page: tables, plots, verbs, retrievals with photos and attention maps."""
+"""Writes an evaluation as one self-contained HTML page: tables, plots, verbs, photos and attention maps."""
 
 import base64
 import io
@@ -43,10 +43,10 @@ class ReportInput:
         queries: Results per query.
         row: Name of the row that is compared with the base model.
         split, captions: Split that was evaluated, and its captions.
-        model: Model whose attention is shown; None shows none.
-        preprocess: Transform of the model; None without a model.
+        model: Model whose attention maps are shown; None shows no maps.
+        preprocess: Image transform of the model; None without a model.
         preprocess_cfg: How photos are resized, as open_clip stores it (`visual.preprocess_cfg`).
-        plots: SVG by title, in order.
+        plots: SVG plots by title, in order.
         title: Title of the page.
     """
 
@@ -74,7 +74,7 @@ def write_report(
         progress: Called as progress(done, total).
 
     Returns:
-        The file, and for each query that was left out the reason: one of its photos can't be read.
+        The file, and one message for each query that was left out because one of its photos can't be read.
     """
     page, problems = _Page(given), Problems()
     chosen = [("t2i", row) for row in choose_rows(given.queries[given.row, "t2i"], captions)]
@@ -100,14 +100,14 @@ def write_report(
         "counts": {d: counts(given.queries[given.row, d]) for d in ("t2i", "i2t")},
     }
     template = resources.files("amp.report").joinpath("report.html").read_text(encoding="utf-8")
-    # Without "<" no text can end the script element that holds the data.
+    # "<" is escaped, so no text can end the script element that contains the data.
     data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
     page_text = template.replace("__DATA__", data, 1)
     return write_atomically(path, page_text.encode("utf-8", "replace")), problems.found
 
 
 def table_of(result: ResultFile) -> list[dict]:
-    """The rows of the table, then ceiling and chance of the first row's pre-selection."""
+    """Returns the rows of the table, followed by ceiling and chance of the first row's candidates."""
     rows = []
     for row in result.rows:
         values = [*row.i2t.recall.values(), *row.t2i.recall.values(), row.rsum]
@@ -136,12 +136,12 @@ class _Page:
         self.given = given
         self.photos: dict[str, str] = {}
         self._early: dict[int, torch.Tensor] = {}
-        # Cropped as for the model, so that attention maps fit, but larger.
+        # The model's crop, so that attention maps fit, at a higher resolution.
         cfg = replace(PreprocessCfg(**given.preprocess_cfg), size=THUMB)
         self._fit = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
 
     def card(self, direction: str, row: int) -> dict:
-        """One query with the first results of the base model and of the row."""
+        """Returns one query with the first results of the base model and of the compared row."""
         given = self.given
         results = given.queries[given.row, direction]
         query, image = int(results.queries[row]), int(results.images[row])
@@ -185,7 +185,7 @@ class _Page:
         return {"text": given.captions.texts[caption], "triplets": triplets, "verbs": verbs_of(knowledge)}
 
     def _maps(self, image: int, caption: int) -> dict[str, list[str]]:
-        """Maps of each triplet as small grey PNG files."""
+        """Attention maps of each triplet as small grey PNG images."""
         model = self.given.model
         if model is None or self.given.preprocess is None or not model.interaction.conditioned:
             return {}
@@ -218,7 +218,7 @@ class _Page:
 
 
 def _grey(values: np.ndarray) -> str:
-    """A map as a grey image with one pixel per patch, scaled from its least to its greatest value."""
+    """Converts a map to a grey image with one pixel per patch, scaled from its lowest to its highest value."""
     spread = float(np.ptp(values)) or 1.0
     buffer = io.BytesIO()
     Image.fromarray(np.uint8(255 * (values - values.min()) / spread)).save(buffer, "PNG")

@@ -21,7 +21,7 @@ def draw_retrievals(
     i2t_examples: int = 2,
     shown: int = 3,
 ) -> None:
-    """Draws the queries of each direction that re-ranking mended most, and the one that it broke worst.
+    """Draws the queries of each direction that re-ranking improved most, and the one that it made worst.
 
     Args:
         path: File of the picture, PNG, JPEG or WebP by its suffix.
@@ -56,7 +56,7 @@ def draw_retrievals(
 
 
 def both_orders(ranking: Ranking, row: int, shown: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """First candidates of a query with their scores, in the base model's order and re-ranked."""
+    """Returns the first candidates of a query with scores, in the base model's order and in the re-ranked order."""
     first = ranking.first
     order: torch.Tensor = rerank_order(first, ranking.scores, ranking.fusion_weight)[row, :shown]
     base = list(zip(first.candidates[row, :shown].tolist(), first.scores[row, :shown].tolist(), strict=True))

@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 from amp.errors import AmpError
 from amp.evaluate.results import ResultFile
 
-# Okabe and Ito's palette, told apart by colour-blind readers and on light and dark ground.
+# Okabe and Ito's palette: distinguishable for colour-blind readers, on light and dark backgrounds.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 METRICS = ("i2t R@1", "t2i R@1", "Rsum")
 _GROUND = "#010203"  # replaced by the page's text colour
 
 
 def dot_plot(rows: list[tuple[str, list[tuple[float, float, float]]]]) -> str:
-    """One panel per metric of `METRICS`, with one point and interval per row; a line marks the first row.
+    """Draws one panel per metric of `METRICS` with one point and interval per row; a line marks the first row.
 
     Args:
         rows: Name and (value, low, high) of each metric, per row.
@@ -47,7 +47,7 @@ def dot_plot(rows: list[tuple[str, list[tuple[float, float, float]]]]) -> str:
 
 
 def results_plot(result: ResultFile) -> str | None:
-    """The rows of an evaluation with their 95 % intervals; None without intervals."""
+    """Plots the rows of an evaluation with their 95 % intervals; None if there are no intervals."""
     rows = []
     for row in result.rows:
         i2t, t2i = row.i2t, row.t2i
@@ -58,10 +58,10 @@ def results_plot(result: ResultFile) -> str | None:
 
 
 def sweep_plot(path: str | os.PathLike) -> str:
-    """The rows of a sweep's CSV file (amp sweep) as means with standard errors.
+    """Plots the rows of a CSV file of amp sweep, as means with standard errors.
 
     Raises:
-        AmpError: The file is none, or has no row with figures.
+        AmpError: The file is not a sweep's CSV file, or it has no row with figures.
     """
     rows: dict[str, dict[str, tuple[float, float, float]]] = {}
     try:
@@ -74,12 +74,12 @@ def sweep_plot(path: str | os.PathLike) -> str:
     except (OSError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise AmpError(f"{path}: no results of a sweep ({error}), expected the CSV file of amp sweep") from error
     if not complete:
-        raise AmpError(f"{path}: no row with figures, expected one at least; run amp sweep")
+        raise AmpError(f"{path}: no row with figures; expected at least one; run amp sweep")
     return dot_plot(complete)
 
 
 def training_plot(runs: dict[str, Path]) -> str | None:
-    """Loss and validation R@1 of runs from their TensorBoard files; None if there are none."""
+    """Plots loss and validation R@1 of runs from their TensorBoard files; None if there are no such files."""
     curves = {name: found for name, folder in runs.items() if (found := _curves(folder))}
     if not curves:
         return None
@@ -133,11 +133,11 @@ def _style():
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 9,
-        "text.parse_math": False,  # a "$" in a name is no formula
+        "text.parse_math": False,  # a "$" in a name starts no formula
         "svg.hashsalt": "report",
     }
     with rc_context({**colours, **settings}), warnings.catch_warnings():
-        # Text stays text in SVG: the browser draws it, so Matplotlib's own font may lack its characters.
+        # The SVG contains text that the browser draws, so it doesn't matter if Matplotlib's font lacks a character.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 

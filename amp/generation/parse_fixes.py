@@ -1,4 +1,4 @@
-"""Repairs the trees of captions whose verb was parsed as a noun: "A woman in black walks down the road".
+"""Fixes dependency trees in which spaCy parsed the verb as a noun: "A woman in black walks down the road".
 
 The caption is parsed again with an unambiguous form of the verb ("is walking"), and the new tree is transferred to the
 words of the caption.
@@ -20,8 +20,8 @@ _FOLLOWERS = frozenset({"IN", "TO", "RP", "DT", "RB", "PRP$", "VBG", "."})
 _VOWELS = "aeiou"
 
 
-def mend(doc, parse):
-    """Returns the caption with a repaired tree if its verb was parsed as a noun, else unchanged.
+def fix_parse(doc, parse):
+    """Returns the caption with a fixed tree if its verb was parsed as a noun, else unchanged.
 
     Args:
         doc: A parsed caption.
@@ -33,7 +33,7 @@ def mend(doc, parse):
 
 @cache
 def words(name: str) -> frozenset[str]:
-    """A list of rule_words.yaml."""
+    """Returns a word list of rule_words.yaml."""
     return frozenset(yaml.safe_load(_WORDS.read_text(encoding="utf-8"))[name])
 
 
