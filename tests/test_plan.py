@@ -107,7 +107,7 @@ def test_a_good_run_has_no_error_and_leaves_no_trace(config, tmp_path, main, mon
     for word in (
         "Checks",
         "Steps",
-        "Memory of a GPU (estimated)",
+        "Memory per GPU (estimated)",
         "Simulated: 1 node x 1 GPU",
         "assumed, not measured",
     ):
@@ -119,7 +119,7 @@ def test_errors_end_with_status_2(config, main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--data.shards", config.out, "--model.name", config.model.name, "--model.pretrained", "null", "--plan"])
     assert stop.value.code == 2
-    assert "as it is, this job would fail" in capsys.readouterr().out.splitlines()[-1]
+    assert "this job would fail" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_plan_is_no_setting_of_a_run(main, monkeypatch, tmp_path, capsys):
@@ -266,7 +266,7 @@ def test_damaged_shards(config, shards, tmp_path):
     last = whole.rindex(b"house")  # in a caption of the last sample
     path.write_bytes(whole[:last] + b"mouse" + whole[last + 5 :])
     assert found(config, "error") == ""
-    assert re.search(rf"{path}: sha256 is \w+, the manifest says", found(config, "error", verify=True))
+    assert re.search(rf"{path}: sha256 is \w+, expected", found(config, "error", verify=True))
 
     path.write_bytes(whole[:-512])
     assert f"{path}: {len(whole) - 512} bytes; expected {len(whole)}" in found(config, "error")
@@ -307,7 +307,7 @@ def deepspeed(config: TrainConfig, folder: Path, **keys) -> TrainConfig:
         ),
         ("error", {"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4, expected 1, 2 or 3"),
         ("error", {"zero_optimization": {"stage": 2, "overlap": 1}}, "zero_optimization.overlap: Extra inputs"),
-        ("error", {"optimizer": {"type": "Adam"}}, "optimizer is given, but the run brings its own"),
+        ("error", {"optimizer": {"type": "Adam"}}, "optimizer is given, but training creates its own"),
         ("warning", {"gradient_cliping": 1.0}, "ignores the key 'gradient_cliping'; write 'gradient_clipping'"),
         (
             "warning",
@@ -356,9 +356,9 @@ def test_adapters_that_do_not_fit(config, trained):
     adapter = f"{trained.out}/stage1/adapter.safetensors"
     assert "init: " in found(change(config, init=adapter), "ok")
     other = change(config, init=adapter, prompt__num_prompts=3)
-    assert "num_prompts is 2 there and 3 here" in found(other, "error")
+    assert "num_prompts is 2 in the file and 3 in this run" in found(other, "error")
     wide = change(config, init=adapter, model=ModelSettings("ViT-B-32", None))
-    assert "weights have other names or shapes" in found(wide, "error")
+    assert "weights have different names or shapes" in found(wide, "error")
     quick = change(config, init=adapter, model=ModelSettings("ViT-B-32-quickgelu", None))
     assert "has quick_gelu=False" in found(quick, "error")
 
@@ -366,13 +366,13 @@ def test_adapters_that_do_not_fit(config, trained):
 def test_checkpoints(config, trained):
     assert "the run starts at step 0" in found(config, "ok")
     assert "stage 1, step 6 of 6; the run is finished" in found(trained, "ok")
-    assert "stage 1, step 6 of 6; the run goes on from there" in found(change(trained, stages=[1, 2]), "ok")
+    assert "stage 1, step 6 of 6; the run resumes from there" in found(change(trained, stages=[1, 2]), "ok")
     assert "seed was 0 and is now 1" in found(change(trained, seed=1), "error")
     assert "was 8 and is now 16" in found(trained, "error", gpus=2)
     same = change(trained, gradient_accumulation=1)
     assert "the run is finished" in found(same, "ok", gpus=2)
     again = change(trained, checkpoint__resume=False)
-    assert "and all others are removed" in found(again, "warning")
+    assert "and all other checkpoints will be removed" in found(again, "warning")
     assert "not compared with simulated data" in found(trained, "note", images=100)
     assert "the run starts at step 0" in found(change(trained, stages=[2], init="x"), "ok")
 
@@ -384,7 +384,7 @@ def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path):
     (newest / "optimizer.safetensors").write_bytes(b"cut")
     config = change(trained, out=str(copy))
     assert "damaged" in found(config, "warning")
-    assert "step 4 of 6; the run goes on" in found(config, "ok")
+    assert "step 4 of 6; the run resumes" in found(config, "ok")
 
 
 @pytest.mark.parametrize("cached, level", [(False, "error"), (True, "warning")])
@@ -407,14 +407,14 @@ def test_too_few_open_files(config, monkeypatch):
 def test_too_few_cores(config, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
     config = change(config, data__workers=2, data__batch_size=2)
-    assert "a node wants 6 cores: 2 processes x (1 + 2 workers); 8 are here" in found(config, "ok", gpus=2)
+    assert "a node needs 6 cores: 2 processes x (1 + 2 workers); this machine has 8" in found(config, "ok", gpus=2)
     assert "give --data.workers 1" in found(config, "warning", gpus=4)
 
 
 def test_too_little_memory_of_a_node(config, monkeypatch):
     assert "node memory" not in found(config, "warning")
     monkeypatch.setattr(plan_node, "CAPTION_BYTES", 10**12)
-    assert "start fewer processes a node" in found(config, "warning")
+    assert "start fewer processes per node" in found(config, "warning")
 
 
 def test_weights_that_are_not_here(config, monkeypatch):

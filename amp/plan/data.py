@@ -11,8 +11,8 @@ from amp.plan.findings import Finding, note, ok
 from amp.train.config import TrainConfig
 from amp.train.run import open_splits
 
-CAPTIONS_AN_IMAGE = 5  # assumed of simulated data, as COCO and Flickr30K have
-SHARD_IMAGES = 1_000  # likewise
+CAPTIONS_PER_IMAGE = 5  # of simulated data, as in COCO and Flickr30K
+SHARD_IMAGES = 1_000  # images per shard of simulated data
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Part:
 
 @dataclass
 class Dataset:
-    """What a run reads.
+    """Data of a planned run.
 
     Attributes:
         train: The training split.
@@ -46,17 +46,17 @@ class Dataset:
 
     @classmethod
     def simulate(cls, config: TrainConfig, images: int, captions: int | None, shards: int | None) -> "Dataset":
-        """A simulated training split of these sizes, with the maximum number of triplets per caption."""
-        captions = CAPTIONS_AN_IMAGE * images if captions is None else captions
+        """Returns a simulated training split of these sizes, with the maximum number of triplets per caption."""
+        captions = CAPTIONS_PER_IMAGE * images if captions is None else captions
         shards = -(-images // SHARD_IMAGES) if shards is None else shards
         return cls(Part(images, captions, shards), None, config.prompt.max_triplets)
 
     @classmethod
     def read(cls, config: TrainConfig) -> "Dataset":
-        """Opens the shards of a run: indexes each and decodes one sample of it.
+        """Opens the shards of a run, indexes each one and decodes one of its samples.
 
         Raises:
-            AmpError: A shard is missing, has another size or number of samples, or can't be read.
+            AmpError: A shard is missing or can't be read, or its size or number of samples differs from the manifest.
         """
         splits = [split for split in open_splits(config) if split is not None]
         found, captions = 0, 0
@@ -73,7 +73,7 @@ class Dataset:
 
 
 def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[Finding]:
-    """Whether the shards are complete; `Dataset.read` has inspected them."""
+    """Reports on the shards, which `Dataset.read` has already inspected; `verify` compares their sha256."""
     if data.simulated:
         train = data.train
         yield note(f"simulated: {train.images:,} training images in {train.shards:,} shards; nothing was read")
@@ -83,8 +83,8 @@ def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[F
             digest = sha256_of(shard.path)
             if digest != shard.sha256:
                 raise AmpError(
-                    f"{shard.path}: sha256 is {digest[:12]}, the manifest says {shard.sha256[:12]}; copy it again"
+                    f"{shard.path}: sha256 is {digest[:12]}, expected the manifest's {shard.sha256[:12]}; copy it again"
                 )
     counts = " and ".join(f"{len(split.shards):,} of {split.name}" for split in data.splits)
-    how = "sha256 as in the manifest" if verify else "--plan.verify true compares sha256 too"
-    yield ok(f"{config.data.shards}: {counts}; sizes and indices agree, a sample of each decodes; {how}")
+    how = "sha256 as in the manifest" if verify else "--plan.verify true also compares their sha256"
+    yield ok(f"{config.data.shards}: {counts}; sizes and indices match, and one sample of each can be decoded; {how}")

@@ -11,7 +11,14 @@ from amp.train.config import TrainConfig
 
 
 def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, trained: int) -> Iterator[Finding]:
-    """Whether the disks have space for the run's files; `trained` is the number of parameters of its largest stage."""
+    """Checks free space for the files of a run.
+
+    Args:
+        data: Data of the run.
+        config: Settings of the run.
+        model: Model of the run.
+        trained: Number of trained parameters of the largest stage.
+    """
     backbone, prompt = model.backbone, config.prompt
     adapter = 4 * sum(value.numel() for value in model.adapter_state().values())
     checkpoint, count = adapter + 8 * trained, len(config.stages) * config.checkpoint.keep + 1
@@ -29,7 +36,7 @@ def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, train
     wanted = {config.out: count * checkpoint + 2 * adapter, config.data.cache: sum(cached.values())}
     said = {
         config.out: f"{count} checkpoints of {in_bytes(checkpoint)}, one of them being written, and the adapters",
-        config.data.cache: "at most; " + ", ".join(f"{what} {in_bytes(size)}" for what, size in cached.items()),
+        config.data.cache: "at most: " + ", ".join(f"{what} {in_bytes(size)}" for what, size in cached.items()),
     }
     for path, size in wanted.items():
         text = f"{path}: {in_bytes(size)} ({said[path]})"
@@ -43,11 +50,11 @@ def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, train
         if free >= needed:
             yield ok(text)
         elif Path(config.data.cache).exists() and free >= wanted[config.out]:
-            yield warning(f"{text}; enough only if most of the cache is there already, else make room")
+            yield warning(f"{text}; this is enough only if most of the cache exists already; otherwise make room")
         else:
             yield error(f"{text}; make room, or give another --out or --data.cache")
     if data.simulated and config.data.val_split and config.validate_every:
-        yield note(f"{config.data.cache}: {in_bytes(base + early)} more for each validation image")
+        yield note(f"{config.data.cache}: {in_bytes(base + early)} more per validation image")
 
 
 def existing(path: str) -> Path:

@@ -11,7 +11,7 @@ Level = Literal["ok", "note", "warning", "error"]
 
 
 class Finding(NamedTuple):
-    """One result of a check. A `note` is something that could not be compared.
+    """One result of a check. A `note` is something that could not be checked.
 
     Attributes:
         level: Severity.
@@ -39,7 +39,7 @@ class Findings(list[Finding]):
             self.append(Finding("error", str(problem), check))
 
     def add(self, check: str, said: Iterable[Finding]) -> bool:
-        """Adds the findings of a check under its name; returns whether none is an error."""
+        """Adds the findings of a check under its name. Returns whether none of them is an error."""
         before = self.number("error")
         with self.about(check):
             self.extend(finding._replace(check=check) for finding in said)
@@ -51,7 +51,7 @@ class Findings(list[Finding]):
 
 
 def in_bytes(size: float) -> str:
-    """A size in GB of 10^9 bytes or in MB of 10^6, to three digits."""
+    """Formats a size in GB (10^9 bytes) or MB (10^6 bytes) with three digits."""
     number, unit = (size / 1e9, "GB") if size >= 1e9 else (size / 1e6, "MB")
     return f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f} {unit}"
 

@@ -25,34 +25,34 @@ DEEPSPEED_KEYS = frozenset(
     sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
     train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
     weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-    """.split()  # noqa: SIM905, a list of 60 lines says no more
+    """.split()  # noqa: SIM905, shorter than a list of 60 lines
 )
 
 
 def check_launch(
     config: TrainConfig, nodes: int, gpus: int, precision: str, deepspeed: str | None
 ) -> Iterator[Finding]:
-    """Settings that training refuses before it reads anything."""
+    """Reports settings that training refuses at the start."""
     world = nodes * gpus
-    engine = "DeepSpeed" if deepspeed else "DDP" if world > 1 else "alone"
+    engine = "DeepSpeed" if deepspeed else "DDP" if world > 1 else "a single process"
     types = {"no": "fp32", "fp16": "all weights in fp16" if deepspeed else "fp16 autocast", "bf16": "bf16 autocast"}
     yield ok(f"{counted(nodes, 'node')} x {counted(gpus, 'process')}, {engine}, {types[precision]}")
     if nodes > 1:
         yield note(f"{config.out} and {config.data.cache} must be the same folders on all nodes")
     if precision == "no":
-        yield warning("mixed_precision is null or 'no': fp32 takes twice as much; give --mixed_precision bf16")
+        yield warning("mixed_precision is null or 'no': fp32 needs twice the memory; give --mixed_precision bf16")
     if precision == "fp16" and not deepspeed:
-        yield note("fp16 autocast needs a GPU: without one the start is refused")
+        yield note("fp16 autocast needs a GPU; training refuses to start without one")
     yield from map(error, launch_problems(config, world, deepspeed))
     yield from map(error, precision_problems(config, deepspeed, gpu=True))
 
 
 def check_deepspeed(path: str, settings: dict[str, Any]) -> Iterator[Finding]:
-    """Keys of a DeepSpeed file, read by `deepspeed_settings`, that DeepSpeed or Accelerate would reject or ignore."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise its import looks for a GPU
+    """Reports keys of a DeepSpeed file that DeepSpeed or Accelerate would reject or ignore."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise importing DeepSpeed looks for a GPU
     zero_settings = require("deepspeed.runtime.zero.config", path).DeepSpeedZeroConfig
     for key in sorted(settings.keys() & {"optimizer", "scheduler"}):
-        yield error(f"{path}: {key} is given, but the run brings its own; remove the key and set stage1.lr and so on")
+        yield error(f"{path}: {key} is given, but training creates its own; remove the key and set stage1.lr and so on")
     for key in sorted(settings.keys() - DEEPSPEED_KEYS):
         close = get_close_matches(key, DEEPSPEED_KEYS, 1)
         yield warning(
@@ -65,18 +65,20 @@ def check_deepspeed(path: str, settings: dict[str, Any]) -> Iterator[Finding]:
         _, key, reason, *_ = str(problem).splitlines()
         yield error(f"{path}: zero_optimization.{key}: {reason.strip()}; correct or remove the key")
         return
-    yield ok(f"{path}: ZeRO stage {zero['stage']}; batch sizes, clipping and precision are the run's")
+    yield ok(f"{path}: ZeRO stage {zero['stage']}; batch sizes, clipping and precision come from the run's settings")
     for key in OFFLOADS:
         if (zero.get(key) or {}).get("device", "none") != "none":
-            yield warning(f"{path}: {key} slows each step and saves little where CLIP is frozen; try without")
+            yield warning(f"{path}: {key} slows down training and saves little, because CLIP is frozen; try without it")
 
 
 def check_checkpoints(data: Dataset, config: TrainConfig, world: int) -> Iterator[Finding]:
-    """What the run would do with the checkpoints in its output folder."""
+    """Reports how the run would use the checkpoints in its output folder."""
     if not config.checkpoint.resume:
         checkpoints = Checkpoints(config.out)
         for name in checkpoints.names(*range(config.stages[0], 3))[-1:]:
-            yield warning(f"{checkpoints.folder / name} and all others are removed: checkpoint.resume is false")
+            yield warning(
+                f"{checkpoints.folder / name} and all other checkpoints will be removed: checkpoint.resume is false"
+            )
         return
     damaged: list[str] = []
     found = find_checkpoint(config, damaged.append)
@@ -91,4 +93,4 @@ def check_checkpoints(data: Dataset, config: TrainConfig, world: int) -> Iterato
         refuse_other_run(found, config, data.splits[0], images)
         left = stages_left(config.stages, found)
         here = f"{found.folder}: stage {found.stage}, step {found.step:,} of {found.state['steps']:,}"
-        yield ok(f"{here}; the run goes on from there" if left else f"{here}; the run is finished")
+        yield ok(f"{here}; the run resumes from there" if left else f"{here}; the run is finished")

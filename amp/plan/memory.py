@@ -19,7 +19,7 @@ CONTEXT = 10**9  # assumed, not measured: CUDA context, and workspaces of cuBLAS
 NCCL = 10**9  # assumed, not measured: communication buffers, with several processes
 MARGIN = 0.1  # assumed: fragmentation of the caching allocator, as a fraction of the allocated memory
 FP32 = 4
-MOMENTS = 2 * FP32  # the two of AdamW, bytes per parameter
+MOMENTS = 2 * FP32  # AdamW's two moments, in bytes per parameter
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Zero:
 
 
 class Parameters(NamedTuple):
-    """Parameters of a stage: number of elements and bytes of the trained and of the frozen ones."""
+    """Number of elements and bytes of the trained and of the frozen parameters of a stage."""
 
     trained: int
     frozen: int
@@ -109,14 +109,14 @@ class Estimate:
 
 
 def estimate(simulator: StepSimulator, stage: int, world: int, batch_size: int, zero: Zero | None = None) -> Estimate:
-    """Memory of one GPU in a stage.
+    """Estimates the memory of one GPU in a stage.
 
     Args:
         simulator: Simulator of the run's training step.
         stage: Training stage, 1 or 2.
         world: Number of processes, one per GPU.
         batch_size: Images per process.
-        zero: How DeepSpeed shards; None means DDP, or a single process.
+        zero: How DeepSpeed shards the parameters; None means DDP, or a single process.
     """
     static = static_memory(Parameters.of(simulator.model, stage), world, zero)
     step = simulator.step(stage, world, batch_size)
@@ -124,7 +124,7 @@ def estimate(simulator: StepSimulator, stage: int, world: int, batch_size: int, 
 
 
 def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[str, int]:
-    """The fields of an `Estimate` that don't depend on the batch."""
+    """Returns the fields of an `Estimate` that don't depend on the batch."""
     trained = counted.trained_bytes
     parts = {
         "frozen": counted.frozen_bytes,
@@ -157,7 +157,7 @@ def static_memory(counted: Parameters, world: int, zero: Zero | None) -> dict[st
 
 
 def largest_batch(total: Callable[[int], int], limit: float, start: int, least: int = 1) -> int:
-    """The largest batch size with a `total` within `limit`, from `least` to 4 x `start`; 0 if there is none.
+    """Finds the largest batch size from `least` to 4 x `start` whose `total` is within `limit`; 0 if there is none.
 
     Memory grows almost in proportion to the batch, so linear interpolation finds the limit with about four calls of
     `total`. Each call simulates a step, which takes seconds; bisection would need seven.

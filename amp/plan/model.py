@@ -18,7 +18,7 @@ from amp.train.config import TrainConfig
 
 
 def check_model(config: TrainConfig, elsewhere: bool) -> Iterator[Finding]:
-    """Whether the base model is known and its weights are on this machine, unless the run is planned for another."""
+    """Checks that the base model is known, and unless `elsewhere`, that its weights are on this machine."""
     name, tag = config.model.name, config.model.pretrained
     refuse_quick_gelu_mismatch(name, tag)
     if name.startswith("hf-hub:"):
@@ -28,23 +28,23 @@ def check_model(config: TrainConfig, elsewhere: bool) -> Iterator[Finding]:
     if ":" in name:
         yield ok(f"{name} with its weights")
     elif tag is None:
-        yield warning(f"{name} without weights: a CLIP that knows nothing; give --model.pretrained")
+        yield warning(f"{name} without weights is an untrained CLIP; give --model.pretrained")
     elif Path(tag).is_file() or (not elsewhere and weights_in_cache(name, tag)):
         yield ok(f"{name} with weights {tag!r}, on this machine")
     elif elsewhere:
-        yield note(f"{name} with weights {tag!r}, which the first start on a node downloads unless they are there")
+        yield note(f"{name} with weights {tag!r}; a node downloads them at the first start if it doesn't have them")
     else:
         yield warning(
-            f"{name}: weights {tag!r} are not on this machine, the first start downloads them; where nodes have no "
-            f"network run python -c \"import open_clip; open_clip.create_model('{name}', '{tag}')\" before"
+            f"{name}: weights {tag!r} are not on this machine; the first start downloads them. If the nodes have no "
+            f"network, first run python -c \"import open_clip; open_clip.create_model('{name}', '{tag}')\""
         )
 
 
 def local_model(name: str) -> str:
-    """The name of a local copy of a model, which needs no network.
+    """Returns the name of a local copy of a model.
 
     Raises:
-        AmpError: A model of the Hugging Face hub that is not in the local cache.
+        AmpError: The model is on the Hugging Face hub and not in the local cache.
     """
     if not name.startswith("hf-hub:"):
         return name
@@ -58,7 +58,7 @@ def local_model(name: str) -> str:
 
 
 def weights_in_cache(name: str, tag: str) -> bool:
-    """Whether open_clip would find the weights of a tag without a network."""
+    """Returns whether open_clip would find the weights of a tag without a network."""
     known = open_clip.get_pretrained_cfg(name, tag)
     repository, file = os.path.split(known.get("hf_hub", ""))
     if repository:
@@ -68,15 +68,16 @@ def weights_in_cache(name: str, tag: str) -> bool:
 
 
 def check_init(path: str, model: ActionAwareCLIP) -> Iterator[Finding]:
-    """Whether the `init` adapter matches the model's settings; the base model's weights are compared at the start."""
+    """Checks that the `init` adapter matches the model's settings; training compares the base model's weights."""
     header, weights = read_adapter(path)
     theirs, ours = asdict(header.prompt_config), asdict(model.config)
-    said = [f"{key} is {theirs[key]!r} there and {ours[key]!r} here" for key in ours if theirs[key] != ours[key]]
+    differing = [key for key in ours if theirs[key] != ours[key]]
+    said = [f"{key} is {theirs[key]!r} in the file and {ours[key]!r} in this run" for key in differing]
     if header.quick_gelu != model.backbone.quick_gelu:
         said.append(f"its base model, {header.base_name}, has quick_gelu={header.quick_gelu}")
     expected = {name: value.shape for name, value in model.adapter_state().items()}
     if not said and expected != {name: value.shape for name, value in weights.items()}:
-        said.append(f"weights have other names or shapes: its base model is {header.base_name}")
+        said.append(f"its weights have different names or shapes; its base model is {header.base_name}")
     if said:
-        raise AmpError(f"{path}: {'; '.join(said)}; build the run with the file's settings, or give another --init")
-    yield ok(f"{path}: fits the prompt settings; trained on {header.base_name}, weights are compared at the start")
+        raise AmpError(f"{path}: {'; '.join(said)}; use the file's settings in this run, or give another --init")
+    yield ok(f"{path}: matches the prompt settings; the weights of {header.base_name} are compared at the start")

@@ -10,23 +10,23 @@ from amp.plan.data import Dataset
 from amp.plan.findings import Finding, counted, error, in_bytes, note, ok, warning
 from amp.train.config import TrainConfig
 
-TENSORS_A_BATCH = 9  # each has a file descriptor while a batch is queued
+TENSORS_PER_BATCH = 9  # each uses a file descriptor while a batch is queued
 PREFETCHED = 4  # batches per worker
 OTHER_FILES = 100  # libraries, logs, sockets, memory-mapped features
 CAPTION_BYTES = 1_600  # measured on Flickr8k, docs/data.md
 
 
 def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Finding]:
-    """How the stream is divided among workers, and how many files that opens."""
+    """Reports how workers share the shards, and checks the number of open files."""
     workers, shards = config.data.workers, data.train.shards
     readers = f"{counted(world, 'process')} x {counted(workers, 'worker')}"
     mixed = min(WINDOW, shards)
-    yield ok(f"{readers} read {counted(shards, 'shard')} by index, however many there are; a batch mixes {mixed}")
+    yield ok(f"{readers} read {counted(shards, 'shard')} by index; a batch mixes samples of {counted(mixed, 'shard')}")
     files = min(shards, MAX_OPEN) + OTHER_FILES + (min(data.val.shards, MAX_OPEN) if data.val else 0)
-    files += TENSORS_A_BATCH * PREFETCHED * workers
+    files += TENSORS_PER_BATCH * PREFETCHED * workers
     limit = open_files_limit()
     if data.simulated or limit is None:
-        yield note(f"a process opens up to {files} files; compare `ulimit -n` of the nodes")
+        yield note(f"a process opens up to {files} files; compare with `ulimit -n` on the nodes")
     elif files <= limit:
         yield ok(f"a process opens up to {files} files; `ulimit -n` allows {limit}")
     else:
@@ -36,7 +36,7 @@ def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Fi
 
 
 def open_files_limit() -> int | None:
-    """Limit of open files of a process; None if unknown."""
+    """Returns the limit of open files per process; None if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -46,30 +46,30 @@ def open_files_limit() -> int | None:
 
 
 def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Finding]:
-    """Whether there is one core for each process of a node and each of its decoding workers."""
+    """Checks that a node has one core for each process and for each decoding worker."""
     workers = config.data.workers
     wanted, here = gpus * (workers + 1), usable_cores()
-    text = f"a node wants {wanted} cores: {counted(gpus, 'process')} x (1 + {counted(workers, 'worker')})"
+    text = f"a node needs {wanted} cores: {counted(gpus, 'process')} x (1 + {counted(workers, 'worker')})"
     if data.simulated:
         yield note(text)
     elif wanted <= here:
-        yield ok(f"{text}; {here} are here")
+        yield ok(f"{text}; this machine has {here}")
     else:
         fewer = max(0, here // gpus - 1)
-        yield warning(f"{text}; {here} are here: on such nodes decoding slows training; give --data.workers {fewer}")
+        yield warning(f"{text}; this machine has {here}; decoding would limit training; give --data.workers {fewer}")
 
 
 def check_host_memory(data: Dataset, gpus: int, offloaded: int) -> Iterator[Finding]:
-    """Host memory of all processes of a node; `offloaded` is what DeepSpeed offloads per process."""
+    """Checks the host memory of a node; `offloaded` is the number of bytes that DeepSpeed offloads per process."""
     texts = CAPTION_BYTES * (data.train.captions + (data.val.captions if data.val else 0))
     wanted, here = gpus * (texts + offloaded), require("psutil", "a plan").virtual_memory().total
     parts = f"{in_bytes(texts)} of captions and knowledge"
     if offloaded:
         parts += f" and {in_bytes(offloaded)} that DeepSpeed offloads"
-    text = f"a node keeps about {in_bytes(wanted)}: {gpus} x {parts}, besides Python itself"
+    text = f"a node needs about {in_bytes(wanted)}: {gpus} x {parts}, in addition to Python itself"
     if data.simulated:
         yield note(text)
     elif wanted < here:
         yield ok(f"{text}; this machine has {in_bytes(here)}")
     else:
-        yield warning(f"{text}; this machine has {in_bytes(here)}: start fewer processes a node")
+        yield warning(f"{text}; this machine has {in_bytes(here)}; start fewer processes per node")

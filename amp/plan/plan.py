@@ -1,6 +1,6 @@
-"""The plan of a run, made before a GPU is requested: whether it would start, its number of steps and its memory.
+"""Plans a run before a GPU is requested: checks whether it would start, and estimates its steps and memory.
 
-Nothing is trained, written or downloaded, and no GPU is touched. All figures are estimated; docs/plan.md says how.
+Nothing is trained, written or downloaded, and no GPU is used. All figures are estimates; docs/plan.md explains them.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ class Steps:
 
 @dataclass
 class Plan:
-    """What is known of a run before it starts. Attributes are None or empty where a failed check prevents them."""
+    """Results of planning a run. Attributes are None or empty if a failed check prevented their computation."""
 
     config: TrainConfig
     settings: PlanSettings
@@ -119,18 +119,18 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
 
 
 def check_steps(steps: Steps) -> Iterator[Finding]:
-    """Number of batches, and of images that an epoch leaves out."""
-    left = f"{steps.left_over:,} images are left out, others each time" if steps.left_over else "no image is left out"
-    yield ok(f"{steps.epoch:,} batches a process and epoch; {left}")
+    """Reports the number of batches per epoch, and of images that an epoch leaves out."""
+    left = f"{steps.left_over:,} images, different ones each time" if steps.left_over else "no image"
+    yield ok(f"{steps.epoch:,} batches per process and epoch; an epoch leaves out {left}")
 
 
 def check_memory(plan: Plan, simulator: StepSimulator) -> Iterator[Finding]:
-    """Whether each stage fits in memory, and which batch size would."""
+    """Checks that each stage fits in memory, and finds the batch size that would."""
     config, settings, size = plan.config, plan.settings, plan.config.data.batch_size
     for stage, found in plan.estimates.items():
-        needs = f"stage {stage} needs an estimated {in_bytes(found.total)} a GPU"
+        needs = f"stage {stage} needs an estimated {in_bytes(found.total)} per GPU"
         if settings.gpu_memory_gb is None:
-            yield note(f"{needs}; --plan.gpu_memory_gb N says whether that fits")
+            yield note(f"{needs}; give --plan.gpu_memory_gb N to check whether that fits")
             continue
         needs += f" of {settings.gpu_memory_gb:g} GB"
         limit = settings.gpu_memory_gb * 1e9

@@ -14,8 +14,8 @@ class PlanSettings:
         gpus: Number of GPUs per machine; each has one process.
         gpu_memory_gb: Memory of one GPU in GB of 10^9 bytes, compared with the estimate; null compares nothing.
         verify: Read all shards and compare their sha256.
-        images: Number of training images of a simulated dataset, used instead of the shards. What the machine needs
-            (cores, disk, open files) is then printed and not checked.
+        images: Number of training images of a simulated dataset, used instead of the shards. Requirements of the
+            machine (cores, disk, open files) are then printed and not checked.
         captions: Number of captions of the simulated dataset; null is 5 per image.
         shards: Number of shards of the simulated dataset; null is one per 1,000 images.
     """

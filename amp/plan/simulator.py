@@ -78,7 +78,7 @@ class StepSimulator:
         self.model = shapes_only(config)
         if cast:
             self.model.half()
-        # Real tensors that the objective draws on the CPU become fake ones.
+        # The objective draws real tensors on the CPU; the mode converts them.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             self.model.to_empty(device="cpu")
@@ -109,7 +109,7 @@ class StepSimulator:
 
 
 class SimulatedObjective(Objective):
-    """Draws negatives from empty noise: the real noise is made by numpy, with N x N numbers of real memory."""
+    """Draws negatives from empty noise, since the real noise would be N x N numbers in real memory."""
 
     def _draw(self, cosines, forbidden, own, m, step, direction):
         return draw_negatives(cosines[own], forbidden[own], torch.empty(cosines.shape)[own], m, self.sampling_scale)
@@ -166,10 +166,10 @@ def fake_world(world: int) -> Iterator[None]:
 
 
 def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
-    """The model of a run on the meta device, without weights and tokenizer.
+    """Builds the model of a run on the meta device, without weights and tokenizer.
 
     Raises:
-        AmpError: A Hugging Face text tower whose configuration is not on this machine, or an unsupported tower.
+        AmpError: The configuration of a Hugging Face text tower is not on this machine, or a tower is unsupported.
     """
     refuse_unsupported_model(config.model.name, prompted=True)
     root = logging.getLogger()
@@ -180,10 +180,10 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
             clip = open_clip.create_model(
                 config.model.name, None, load_weights=False, device="meta", pretrained_text=False
             )
-    except LOADING_ERRORS as error:  # transformers too, which reads the text tower's configuration
+    except LOADING_ERRORS as error:  # includes transformers, which reads the text tower's configuration
         raise AmpError(
             f"model {config.model.name!r}: open_clip can't build it without its weights "
-            f"({reason(error)}). Load it once where there is a network"
+            f"({reason(error)}); load it once on a machine with a network"
         ) from error
     finally:
         root.setLevel(level)
@@ -193,7 +193,7 @@ def shapes_only(config: TrainConfig) -> ActionAwareCLIP:
 
 
 def empty_batch(model: ActionAwareCLIP, config: TrainConfig, size: int) -> Batch:
-    """A batch of `size` images as the stream returns it, on the current device."""
+    """Builds a batch of `size` images with the shapes of the stream's batches, on the current device."""
     backbone, k, s = model.backbone, model.config.max_triplets, SLOT_TOKENS
     knowledge = KnowledgeBatch(
         torch.empty(size, k, 3, s, dtype=torch.long),

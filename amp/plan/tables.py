@@ -12,7 +12,7 @@ from amp.plan.memory import MARGIN
 from amp.plan.plan import Plan
 from amp.train.launch import precision_of
 
-TOTAL = "a GPU, in all"
+TOTAL = "total per GPU"
 COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -30,7 +30,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.estimates:
         console.print(memory_table(plan))
     errors, warnings = findings.number("error"), findings.number("warning")
-    verdict = "as it is, this job would fail" if errors else "nothing found that would stop this job"
+    verdict = "this job would fail" if errors else "found nothing that would make this job fail"
     console.print(
         Text(
             f"{counted(errors, 'error')}, {counted(warnings, 'warning')}: {verdict}",
@@ -56,11 +56,11 @@ def steps_table(plan: Plan) -> Table:
     stages = [config.stage(number) for number in config.stages]
     each = lambda value: [value] * len(stages)  # noqa: E731
     rows = [
-        ("images a step", each(steps.images), f"{size} x {world} processes x {accumulation} batches"),
-        ("batches an epoch", each(steps.epoch), "of each process"),
-        ("images an epoch", each(steps.epoch * size), f"of each process; {plan.data.train.images:,} in all"),
+        ("images per step", each(steps.images), f"{size} x {world} processes x {accumulation} batches"),
+        ("batches per epoch", each(steps.epoch), "per process"),
+        ("images per epoch", each(steps.epoch * size), f"per process; the split has {plan.data.train.images:,}"),
         ("epochs", [stage.epochs for stage in stages], ""),
-        ("optimizer steps", steps.total.values(), f"{sum(steps.total.values()):,} in all"),
+        ("optimizer steps", steps.total.values(), f"{sum(steps.total.values()):,} in total"),
     ]
     if plan.parameters:
         sizes = plan.parameters.values()
@@ -73,7 +73,7 @@ def steps_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Memory of a GPU by purpose."""
+    """Memory per GPU by purpose."""
     zero, world, found = plan.zero, plan.settings.world, list(plan.estimates.values())
     share = lambda stage: f"; / {world} processes" if zero and zero.stage >= stage and world > 1 else ""  # noqa: E731
     steps = [e.step for e in found]
@@ -82,22 +82,22 @@ def memory_table(plan: Plan) -> Table:
         ("trained parameters", [e.trained for e in found], f"computed{share(3)}"),
         ("gathered parameters", [e.gathered_parameters for e in found], "computed; at most"),
         ("gradients", [e.gradients for e in found], f"computed{share(2)}"),
-        ("exchange buffers", [e.buckets for e in found], f"computed; {'ZeRO' if zero else 'DDP'}'s of gradients"),
+        ("exchange buffers", [e.buckets for e in found], f"computed; {'ZeRO' if zero else 'DDP'} communication"),
         ("AdamW", [e.optimizer for e in found], f"computed; moments{' and fp32 weights' if zero else ''}{share(1)}"),
         ("batches", [s.batch for s in steps], "computed"),
-        ("activations", [s.kept for s in steps], "simulated; kept for the backward pass"),
-        ("more at the peak", [s.peak - s.kept for s in steps], "simulated; temporary, or recomputed"),
-        ("  of all ranks", [s.gathered for s in steps], "simulated; exchanged rows, in the two lines above"),
+        ("activations", [s.kept for s in steps], "simulated; saved for the backward pass"),
+        ("extra at the peak", [s.peak - s.kept for s in steps], "simulated; temporary, or recomputed"),
+        ("  of all ranks", [s.gathered for s in steps], "simulated; gathered rows, included in the two lines above"),
         ("CUDA, cuDNN, NCCL", [e.overhead for e in found], "assumed, not measured"),
         ("margin", [e.margin for e in found], f"assumed; {MARGIN:.0%} for fragmentation"),
         (TOTAL, [e.total for e in found], "estimated"),
-        ("in the node's memory", [e.host for e in found], "computed; offloaded by each process"),
+        ("host memory", [e.host for e in found], "computed; offloaded by each process"),
     ]
-    return stage_table("Memory of a GPU (estimated)", plan.estimates, [row for row in rows if any(row[1])], in_bytes)
+    return stage_table("Memory per GPU (estimated)", plan.estimates, [row for row in rows if any(row[1])], in_bytes)
 
 
 def stage_table(title: str, stages: Iterable[int], rows: list[tuple], show: Callable[[int], str]) -> Table:
-    """One column per stage; a row is a name, a number for each stage, and an explanation."""
+    """Builds a table with a column per stage; a row is a name, a number per stage and an explanation."""
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in ("", *(f"stage {stage}" for stage in stages), ""):
         table.add_column(heading, justify="right" if heading else "left")

@@ -9,17 +9,17 @@ from amp.plan.data import Dataset
 from amp.plan.findings import Finding, counted, note, ok, warning
 from amp.train.config import TrainConfig
 
-TEXT_IMAGES = 1_000  # per split, whose texts are counted
+TEXT_IMAGES = 1_000  # images per split whose texts are counted
 
 
 def check_texts(data: Dataset, config: TrainConfig, length: int) -> Iterator[Finding]:
-    """How many captions and knowledge texts of a sample of images are longer than the text tower reads."""
+    """Counts captions and knowledge texts of a sample of images that are longer than the text tower reads."""
     if data.simulated:
         return
     try:
         tokenizer = get_tokenizer(config.model.name)
-    except OSError as problem:  # from transformers, if it has no tokenizer of this name on this machine
-        yield note(f"texts are not counted: {str(problem).strip().splitlines()[0][:200]}")
+    except OSError as problem:  # from transformers, if the tokenizer is not on this machine
+        yield note(f"long texts are not counted: {str(problem).strip().splitlines()[0][:200]}")
         return
     texts: dict[str, list[str]] = {"captions": [], "texts of knowledge": []}
     images = 0
@@ -35,6 +35,6 @@ def check_texts(data: Dataset, config: TrainConfig, length: int) -> Iterator[Fin
     counts = " and ".join(f"{cut[kind]:,} of {len(found):,} {kind}" for kind, found in texts.items() if found)
     text = f"{counts} of {counted(images, 'image')} are longer than {length} tokens"
     if any(number > 0.01 * len(texts[kind]) for kind, number in cut.items()):
-        yield warning(f"{text} and are cut off there: shorten them, or take a model that reads more")
+        yield warning(f"{text} and are cut off there; shorten them, or use a model with a longer context")
     else:
         yield ok(text)
