@@ -1,1 +1,1 @@
-"""What the work costs, beside what a user would do instead, in one run: `make bench`, docs/performance.md."""
+"""Benchmarks: costs of this package compared with common alternatives. See `make bench` and docs/performance.md."""

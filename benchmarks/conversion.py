@@ -1,6 +1,6 @@
-"""Conversion: images a second of make_shards, beside webdataset's ShardWriter in a plain loop and a copy of the files.
+"""Conversion: images per second of make_shards, compared with webdataset's ShardWriter and a copy of the files.
 
-All end when their bytes are on the disk: our shards are flushed one by one, the others by one flush of all at the end.
+Each measurement ends when all bytes are on the disk. make_shards flushes each shard, the others flush once at the end.
 """
 
 import io
@@ -23,8 +23,8 @@ DECODING_WRITER = "ShardWriter, photos decoded before"
 
 
 def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
-    """Measures the photos that `given` names, one process each."""
-    size = 1000  # make_shards' own default
+    """Measures all methods on the photos of `given`, with one process each."""
+    size = 1000  # the default of make_shards
     out = folder / "conversion"
 
     def fresh() -> Path:
@@ -46,7 +46,7 @@ def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
     rates = in_turns(ways, settings.rounds)
     shutil.rmtree(out)
     ratios = {f"{name} / {OURS}": rounded(ratio(rates, name, OURS)) for name in ways if name != OURS}
-    return {"images": settings.photos_count(given), "images_a_second": medians(rates), "ratio": ratios}
+    return {"images": settings.photos_count(given), "images_per_second": medians(rates), "ratio": ratios}
 
 
 def images_of(given: dict[str, str]) -> list[dict]:
@@ -54,7 +54,7 @@ def images_of(given: dict[str, str]) -> list[dict]:
 
 
 def copy(given: dict[str, str], out: Path) -> int:
-    """Each photo copied by itself."""
+    """Copies each photo file. Returns the number of photos."""
     out.mkdir()
     images = images_of(given)
     for image in images:
@@ -64,8 +64,10 @@ def copy(given: dict[str, str], out: Path) -> int:
 
 
 def plain_writer(given: dict[str, str], out: Path, size: int, decode: bool = False) -> int:
-    """What webdataset's own pages suggest: photos and knowledge joined and written, nothing checked but, if asked for,
-    that each photo can be decoded."""
+    """Writes photos and knowledge with the loop of webdataset's documentation. Returns the number of photos.
+
+    Nothing is checked, except that each photo can be decoded if `decode` is true.
+    """
     out.mkdir()
     knowledge = {}
     for line in Path(given["knowledge"]).read_text().splitlines():
@@ -86,9 +88,9 @@ def plain_writer(given: dict[str, str], out: Path, size: int, decode: bool = Fal
 def conversions(figures: dict) -> list[str]:
     rows = [
         [name, spread(rate), figures["ratio"].get(f"{name} / make_shards")]
-        for name, rate in figures["images_a_second"].items()
+        for name, rate in figures["images_per_second"].items()
     ]
-    return table(["", "images/s", "as fast as make_shards, times"], rows)
+    return table(["", "images/s", "speed relative to make_shards"], rows)
 
 
 ON_PHOTOS = True  # run() takes a folder and photos

@@ -1,7 +1,7 @@
-"""An evaluation from end to end: `amp evaluate` as a user starts it, with nothing stored and then once more.
+"""An evaluation from end to end: `amp evaluate` as a user starts it, without and then with stored features.
 
-The first run decodes and encodes all photos, encodes all texts, and re-ranks both directions; the second finds features
-of photos and texts on the disk.
+The first run decodes and encodes all photos, encodes all texts, and re-ranks both directions. The second run reads the
+features of photos and texts from the disk.
 """
 
 import resource
@@ -25,12 +25,12 @@ from benchmarks.settings import Settings
 from benchmarks.tables import table
 from benchmarks.timing import rounded
 
-DRAWN = 128  # photos, where no shards are given
+DRAWN = 128  # number of drawn photos if no shards are given
 COLD, STORED = "nothing stored", "features stored"
 
 
 def run(settings: Settings) -> dict:
-    """Times both runs, each a process of its own; `readout` from the middle block on."""
+    """Times both runs, each in its own process, with `readout` from the middle block on."""
     with tempfile.TemporaryDirectory() as name:
         return both_runs(settings, Path(name))
 
@@ -42,7 +42,7 @@ def both_runs(settings: Settings, folder: Path) -> dict:
         make_shards(**given, out=str(shards))
     weights, adapter = folder / "clip.pt", folder / "adapter.safetensors"
     base = base_model(settings)
-    torch.save(base.backbone.clip.state_dict(), weights)  # random ones, if they are, must be the same in each process
+    torch.save(base.backbone.clip.state_dict(), weights)  # so that random weights are the same in each process
     prompt = PromptConfig(**{**PLAIN, **READ_LAST, "depth": 0.5})
     save_adapter(adapter, create_model_and_transforms(settings.model, str(weights), prompt_config=prompt)[0])
     command = [
@@ -67,7 +67,7 @@ def both_runs(settings: Settings, folder: Path) -> dict:
     for number, name in enumerate((COLD, STORED)):
         start = time.perf_counter()
         if subprocess.run([*command, str(folder / f"result{number}.json")]).returncode:
-            raise AmpError("amp evaluate has ended with an error; what it printed stands above")
+            raise AmpError("amp evaluate ended with an error; see its output above")
         seconds[name] = rounded(time.perf_counter() - start)
     manifest = ShardManifest.load(shards)
     images, captions = manifest.samples("test"), manifest.captions("test")

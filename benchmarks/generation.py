@@ -1,8 +1,7 @@
-"""Captions a second of the transformers engine against one `generate` call a caption, in one run.
+"""Captions per second of the transformers engine, compared with one `generate` call per caption.
 
-The plain call gets the whole prompt each time, as a first script would do it. Then come, one after the other, the
-prefix that is computed once, full batches, and each different caption only once, which saves what a dataset repeats.
-All must say the same.
+The plain call processes the whole prompt each time, like a simple script. The other methods add, one after the other, a
+prefix that is computed once, batches, and processing each distinct caption only once. All replies must be equal.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ PLAIN, PREFIX, BATCHES, ONCE = "plain call", "+ shared prefix", "+ batches", "+ 
 
 
 def run(settings: Settings, captions: list[str] | None = None) -> dict:
-    """Times the four ways on the same captions, by default drawn ones, none of which occurs twice."""
+    """Times the four methods on the same captions, by default random ones without duplicates."""
     texts = captions or drawn_captions(settings.captions, 1)[0]
     prefix, sampling = load_template("default").triplets, Sampling(settings.max_tokens)
     engine = TransformersEngine(model=settings.language_model, batch_size=settings.generation_batch, constrained=False)
@@ -80,7 +79,7 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
         "max_tokens": settings.max_tokens,
         "prefix_tokens": len(before),
         "asked_one_at_a_time": len(replies[PLAIN]),
-        "captions_a_second": medians(rates),
+        "captions_per_second": medians(rates),
         "ratio": {f"{name} / {PLAIN}": rounded(ratio(rates, name, PLAIN)) for name in rates if name != PLAIN},
         "same_text": sum(len(set(group)) == 1 for group in zip(*replies.values(), strict=False)),
     }
@@ -89,9 +88,9 @@ def run(settings: Settings, captions: list[str] | None = None) -> dict:
 def generations(figures: dict) -> list[str]:
     rows = [
         [name, spread(rate), figures["ratio"].get(f"{name} / plain call")]
-        for name, rate in figures["captions_a_second"].items()
+        for name, rate in figures["captions_per_second"].items()
     ]
-    return table(["", "captions/s", "times the plain call"], rows)
+    return table(["", "captions/s", "speedup over the plain call"], rows)
 
 
 TABLES = {"generation": generations}

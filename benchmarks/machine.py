@@ -1,4 +1,4 @@
-"""The machine of a run, and what it could do at best: matrix products and copies."""
+"""Describes the machine of a run, with its peak speed of matrix products and copies."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from benchmarks.timing import in_turns, rounded
 
 
 def processor() -> str:
-    """The processor's name as Linux tells it."""
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 5) -> float:
-    """GFLOP/s of square matrix products, the best round: what a step could reach if it were nothing else."""
+    """Measures GFLOP/s of square matrix products (best round), the upper bound for a step."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     repeats = 100 if torch.device(device).type == "cuda" else 4
 
@@ -32,19 +32,19 @@ def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32, size: i
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether bf16 is worth a measurement: some processors multiply it a hundred times more slowly than fp32."""
+    """Returns whether bf16 products are fast; on some processors they are a hundred times slower than in fp32."""
     return matmul_peak(device, torch.bfloat16, 256) > 0.2 * matmul_peak(device, size=256)
 
 
 def copy_rate(megabytes: int = 256, rounds: int = 5) -> float:
-    """GB/s at which memory is read and written by one thread's copy, the best round."""
+    """Measures GB/s of memory that one thread reads and writes in a copy (best round)."""
     source = torch.ones(megabytes * 250_000)
     target = torch.empty_like(source)
     return rounded(max(in_turns({"": lambda: target.copy_(source).nbytes}, rounds)[""]) / 1e9)
 
 
 def describe(device: str) -> dict:
-    """What stands beside every figure."""
+    """Returns a description of the machine, which is stored with the figures."""
     found = {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -52,8 +52,8 @@ def describe(device: str) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device,
-        "copy_GB_a_second": copy_rate(),
-        "matmul_GFLOP_a_second": {
+        "copy_GB_per_second": copy_rate(),
+        "matmul_GFLOP_per_second": {
             "fp32": matmul_peak(device),
             "bf16": matmul_peak(device, torch.bfloat16, 1024 if multiplies_bf16(device) else 256),
         },

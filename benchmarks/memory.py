@@ -1,4 +1,4 @@
-"""Peak memory of a process, and what autograd keeps."""
+"""Measures peak memory of a process, and the memory that autograd keeps."""
 
 import threading
 from collections.abc import Callable
@@ -11,8 +11,13 @@ Result = TypeVar("Result")
 
 
 def resident_mb(kind: str = "RssAnon", process: int | str = "self") -> float:
-    """MB that a process holds now (Linux). ``RssAnon`` leaves mapped files out, which the system may drop at any time;
-    ``RssShmem`` is what processes share, such as a worker's batches."""
+    """Returns the resident memory of a process in MB (Linux only).
+
+    Args:
+        kind: `RssAnon` excludes mapped files, which the system may drop at any time. `RssShmem` is shared memory, such
+            as a worker's batches.
+        process: Process id, or "self".
+    """
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) / 1e3
@@ -20,13 +25,13 @@ def resident_mb(kind: str = "RssAnon", process: int | str = "self") -> float:
 
 
 def private_mb(process: int) -> float:
-    """MB that belong to one process alone (Linux): what a fork shares with its parent is left out."""
+    """Returns the private memory of a process in MB (Linux only), without memory shared with its parent."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
 
 
 class PeakMemory(threading.Thread):
-    """Highest anonymous memory of this process while it runs, MB, above what it held at the start."""
+    """Thread that records the peak of this process's anonymous memory in MB, relative to its start."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -44,7 +49,7 @@ class PeakMemory(threading.Thread):
 
 
 def peak_mb(work: Callable[[], Result], device: str = "cpu") -> tuple[Result, float]:
-    """What `work` returns, and the MB that it took at most: allocated on a GPU, resident elsewhere."""
+    """Returns the result of `work` and its peak memory in MB: allocated on a GPU, resident elsewhere."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -58,7 +63,7 @@ def peak_mb(work: Callable[[], Result], device: str = "cpu") -> tuple[Result, fl
 
 
 def kept_bytes(model: torch.nn.Module, forward: Callable[[], Result]) -> tuple[Result, int]:
-    """Result of `forward()`, and the bytes of the distinct storages that its graph keeps, parameters left out."""
+    """Returns the result of `forward()`, and the bytes that its graph keeps of storages other than parameters."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 

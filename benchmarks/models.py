@@ -1,4 +1,4 @@
-"""Models and batches that the benchmarks share; weights that start at zero are drawn, or differences would hide."""
+"""Models and batches of the benchmarks. Weights that start at zero are random here, so that they have an effect."""
 
 import numpy as np
 import torch
@@ -13,21 +13,21 @@ from amp.model.factory import create_model_and_transforms
 from benchmarks.photos import drawn_knowledge
 from benchmarks.settings import Settings
 
-# What a row compares differs by its own settings only: all have four visual prompts and score CLIP's own text features.
+# Common settings of all rows: four visual prompts, and CLIP's own text features.
 PLAIN = {"interaction": "aim", "num_prompts": 4, "enrich": False}
-# The readout without trained blocks of its own, which the rows are about.
+# `readout` without trained blocks of its own.
 READ_LAST = {"interaction": "readout", "interaction_options": {"blocks": 0}}
 
 
 def base_model(settings: Settings) -> ActionAwareCLIP:
-    """The base CLIP on the device, with the smallest prompts."""
+    """Loads the base CLIP on the device."""
     torch.manual_seed(0)
     model, _, _ = create_model_and_transforms(settings.model, settings.pretrained, device=settings.device)
     return model
 
 
 def build(base: ActionAwareCLIP, layer: int, **prompt) -> ActionAwareCLIP:
-    """An action-aware model on the same CLIP whose prompts enter before block `layer`; AIM where nothing is said."""
+    """Builds an action-aware model on the same CLIP; prompts enter before block `layer`, by default with `aim`."""
     torch.manual_seed(0)
     config = PromptConfig(**{**PLAIN, "depth": layer / base.backbone.num_layers, **prompt})
     model = ActionAwareCLIP(base.backbone.clip, config, base.tokenizer).to(base.logit_scale.device)
@@ -39,14 +39,14 @@ def build(base: ActionAwareCLIP, layer: int, **prompt) -> ActionAwareCLIP:
 
 
 def drawn_captions(count: int, triplets: int) -> tuple[list[str], list[Knowledge]]:
-    """Captions of ten words with as many triplets and states as the model reads."""
+    """Returns `count` random captions of ten words, each with `triplets` triplets and states."""
     random = np.random.default_rng(0)
     texts, items = zip(*(drawn_knowledge(random, triplets) for _ in range(count)), strict=True)
     return list(texts), list(items)
 
 
 def random_batch(model: ActionAwareCLIP, size: int) -> Batch:
-    """Early tokens, captions and full knowledge of `size` different images, as a run with stored features has them."""
+    """Returns a random batch of `size` different images with early tokens, as in a run with stored features."""
     torch.manual_seed(0)
     backbone, k, s = model.backbone, model.config.max_triplets, SLOT_TOKENS
     knowledge = KnowledgeBatch(

@@ -1,8 +1,8 @@
-"""The method as its equations read (arXiv 2506.23502, sec. 3), on open_clip's public calls and without our layers.
+"""A naive implementation of the equations (arXiv 2506.23502, sec. 3) with open_clip's public calls.
 
-The reference of the benchmarks, written to be plain: each candidate passes through all image blocks, every text
-through the text tower, at the full context length that open_clip's `encode_text` wants, and every attention matrix is
-there as a tensor. Weights are those of an `ActionAwareCLIP` with the interaction `aim`, so that both compute the same.
+This is the reference of the benchmarks. It is simple and not optimized: each candidate passes through all image blocks,
+every text passes through the text tower at the full context length of open_clip's `encode_text`, and every attention
+matrix is a tensor. It uses the weights of an `ActionAwareCLIP` with the interaction `aim`, so both give equal results.
 """
 
 import math
@@ -17,22 +17,22 @@ from amp.model.clip import ActionAwareCLIP
 
 
 class NaiveAIM:
-    """Action-aware features of one image and one caption at a time, or of some, without anything computed before.
+    """Action-aware features of one image and one caption at a time; nothing is precomputed.
 
     Args:
-        model: Of the interaction `aim`, with triplets and states, whose weights are taken.
+        model: Model with the interaction `aim`, triplets and states, whose weights are used.
     """
 
     def __init__(self, model: ActionAwareCLIP):
         self.model, self.clip, self.visual = model, model.backbone.clip, model.backbone.visual
 
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """open_clip's own call: (C, d)."""
+        """Returns text features (C, d) of open_clip's `encode_text`."""
         with torch.no_grad():
             return self.clip.encode_text(self.model.tokenizer(list(texts)).to(self.model.logit_scale.device))
 
     def prompts(self, knowledge: Knowledge) -> tuple[torch.Tensor, torch.Tensor]:
-        """Triplet and state prompts of one caption, (K, d_v) each (eq. 3-6)."""
+        """Returns triplet and state prompts of one caption, (K, d_v) each (eq. 3-6)."""
         model, rows = self.model, []
         for triplet in knowledge.triplets:
             slots = []
@@ -49,7 +49,7 @@ class NaiveAIM:
         return own.adapter(p_t), own.adapter(own.state_projection(states))
 
     def encode_pair(self, image: torch.Tensor, knowledge: Knowledge) -> torch.Tensor:
-        """The feature (d,) of one image (3, H, W) under one caption's knowledge (eq. 7-8)."""
+        """Returns the feature (d,) of one image (3, H, W), conditioned on one caption's knowledge (eq. 7-8)."""
         model, layer = self.model, self.model.tower.first
         with torch.no_grad():
             tokens = self.visual._embeds(image[None])
@@ -65,7 +65,7 @@ class NaiveAIM:
         return (pooled @ self.visual.proj)[0]
 
     def interact(self, patches: torch.Tensor, p_t: torch.Tensor, p_s: torch.Tensor) -> torch.Tensor:
-        """Patches (M, d_v) conditioned on prompts (K, d_v): eq. 7-8 with the residual form of docs/method.md."""
+        """Conditions patches (M, d_v) on prompts (K, d_v): eq. 7-8 with the residual form of docs/method.md."""
         aim = self.model.interaction.aim
         normed = aim.norm(patches)
         values, maps = [], []
@@ -79,7 +79,7 @@ class NaiveAIM:
         return patches + aim.gate * patches.square().mean().sqrt() * aim.norm_out(mixed)
 
     def similarity(self, image: torch.Tensor, caption: str, knowledge: Knowledge) -> torch.Tensor:
-        """Cosine of an image under a caption's knowledge with that caption."""
+        """Returns the cosine similarity of a caption and an image conditioned on the caption's knowledge."""
         return F.cosine_similarity(self.encode_pair(image, knowledge), self.encode_text([caption])[0], dim=-1)
 
     def contrastive_step(
@@ -90,8 +90,11 @@ class NaiveAIM:
         negatives: Sequence[Sequence[int]],
         scale: float,
     ) -> torch.Tensor:
-        """The loss of a step: each image with its own caption and m others, each caption with m other images, and all
-        images without knowledge (docs/method.md, "contrastive")."""
+        """Returns the loss of a step (docs/method.md, "contrastive").
+
+        Each image is scored with its own caption and m others, each caption with m other images, and all images also
+        without knowledge.
+        """
         parts = []
         for n, drawn in enumerate(negatives):
             rows = [self.similarity(images[n], captions[c], items[c]) for c in [n, *drawn]]
@@ -110,7 +113,7 @@ class NaiveAIM:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q k^T / sqrt(d)) v with its matrices (heads, M, T), one product after the other."""
+    """Returns softmax(q k^T / sqrt(d)) v and the attention matrices (heads, M, T), without a fused kernel."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
     weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
     return (weights @ v).transpose(0, 1).flatten(1), weights
@@ -119,8 +122,13 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> 
 def plain_prompt_tuning(
     model: ActionAwareCLIP, images: torch.Tensor, early: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Deep visual prompt tuning (arXiv 2203.12119) of the blocks from the first prompted one on, as open_clip has them:
-    features (B, d). `early`: tokens before that block, if they are known already."""
+    """Computes features (B, d) by deep visual prompt tuning (arXiv 2203.12119) with open_clip's blocks.
+
+    Args:
+        model: Model whose visual prompts and first prompted block are used.
+        images: Images (B, 3, H, W).
+        early: Tokens before the first prompted block, if they are known already.
+    """
     visual, layer = model.backbone.visual, model.tower.first
     if early is None:
         with torch.no_grad():

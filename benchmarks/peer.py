@@ -1,6 +1,6 @@
-"""open_clip_train's WebDataset pipeline, an epoch for each line on standard input; runs in an interpreter of its own.
+"""Runs open_clip_train's WebDataset pipeline in a separate interpreter, one epoch per line on standard input.
 
-Nothing of this project is imported: its environment has webdataset 0.2.86.
+It imports nothing of this project, because its environment has webdataset 0.2.86.
 """
 
 import json

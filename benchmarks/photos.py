@@ -1,7 +1,7 @@
-"""Drawn photos with captions and knowledge, of the size and weight of COCO's: nothing has to be downloaded.
+"""Drawn photos with captions and knowledge, with the pixel and file size of COCO's, so nothing must be downloaded.
 
-The pixels are noise with the spectrum of photos (power falls with frequency squared and a half), so that a JPEG of them
-takes as many bytes and as long to decode as a real one.
+The pixels are noise with the spectrum of photos (power falls with the frequency to the 2.5), so a JPEG of them has
+about as many bytes as a real photo and takes as long to decode.
 """
 
 import json
@@ -17,12 +17,12 @@ from amp.knowledge.schema import Knowledge, Triplet
 
 WORDS = ("dog", "girl", "horse", "boy", "man", "chases", "kicks", "carries", "throws", "watches", "ball", "kite")
 CAPTIONS = 5
-DRAWN = 512  # different photos; more are these again
+DRAWN = 512  # number of different photos; further ones are links to these
 QUALITY = 90
 
 
 def photo(number: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
-    """A photo, the same for the same number."""
+    """Draws photo `number`; the same number gives the same photo."""
     random, (width, height) = np.random.default_rng(number), size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width).clip(min=1)
     grey = random.standard_normal((height, width))
@@ -35,17 +35,17 @@ def photo(number: int, size: tuple[int, int] = (640, 480)) -> Image.Image:
 
 
 def drawn_knowledge(random: np.random.Generator, triplets: int) -> tuple[str, Knowledge]:
-    """A caption of ten words with as many triplets and states."""
+    """Returns a random caption of ten words with `triplets` triplets and states."""
     slots = [random.choice(WORDS, 3).tolist() for _ in range(triplets)]
     states = tuple(f"The {subject} {action} with bent knees and raised arms" for subject, action, _ in slots)
     return " ".join(random.choice(WORDS, 10)), Knowledge(tuple(Triplet(*slot) for slot in slots), states)
 
 
 def draw_photos(folder: Path, count: int, split: str = "train") -> dict[str, str]:
-    """`count` photos with five captions each, four triplets a caption.
+    """Draws `count` photos with five captions each and four triplets per caption.
 
     Returns:
-        The arguments of `amp.data.conversion.make.make_shards` but `out`.
+        The arguments of `amp.data.conversion.make.make_shards`, except `out`.
     """
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,10 @@ def draw_photos(folder: Path, count: int, split: str = "train") -> dict[str, str
 
 
 def given_or_drawn(folder: Path, photos: Path | None, count: int, split: str = "train") -> dict[str, str]:
-    """Arguments of `make_shards` for the first `count` photos of a folder, or for drawn ones; captions are drawn."""
+    """Returns arguments of `make_shards` for the first `count` photos of a folder, or for drawn photos.
+
+    The captions are random in both cases.
+    """
     if photos is None:
         return draw_photos(folder, count, split)
     names = sorted(path.name for path in photos.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS)[:count]
@@ -70,7 +73,7 @@ def _save(folder: Path, number: int) -> None:
 
 
 def describe_photos(folder: Path, names: list[str], split: str) -> dict[str, str]:
-    """Writes captions and knowledge of a split's photos into `folder`, and names these files as `make_shards` does."""
+    """Writes captions and knowledge of a split's photos; returns both files as arguments of `make_shards`."""
     random = np.random.default_rng(0)
     images, knowledge = [], []
     for number, name in enumerate(names):

@@ -1,7 +1,8 @@
-"""Re-ranking: pairs a second against loops without our engine, and peak memory against the gallery's size.
+"""Re-ranking: pairs per second compared with simpler loops, and peak memory for several gallery sizes.
 
-Photos are noise, captions and knowledge are drawn words, candidates are drawn; nothing is read from shards. Visual
-prompts and knowledge enter at half of the image blocks. All loops score the same pairs, and their scores are compared.
+Photos are noise, captions and knowledge are random words, and candidates are random; nothing is read from shards.
+Visual prompts and knowledge enter at the middle image block. All loops score the same pairs, and their scores are
+compared.
 """
 
 import multiprocessing
@@ -29,35 +30,35 @@ from benchmarks.step import gflop
 from benchmarks.tables import spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
-# The equations as they read; the loop that our public calls suggest; the same with texts encoded before; and a query's
-# candidates as one batch.
-EQUATIONS, PER_PAIR = "the equations, a pair at a time", "our calls, a pair at a time"
-NO_TEXT, PER_QUERY = "the same, texts encoded", "a query at a time, texts encoded"
+# EQUATIONS is benchmarks/naive.py. PER_PAIR is the loop that the public API suggests. NO_TEXT is the same with texts
+# encoded before, and PER_QUERY also scores all candidates of a query as one batch.
+EQUATIONS, PER_PAIR = "naive, one pair at a time", "public API, one pair at a time"
+NO_TEXT, PER_QUERY = "public API, texts encoded before", "one query at a time, texts encoded before"
 ENGINE, ENGINE_BF16 = "ours", "ours, bf16"
-MEMORY_QUERIES = 20  # that are re-ranked where memory is measured; all are in the first stage
+MEMORY_QUERIES = 20  # re-ranked queries of the memory benchmark; its first stage has all queries
 
 
 def run(settings: Settings) -> dict:
-    """Speed of both interactions, and memory of galleries."""
+    """Measures the speed of both interactions, and memory for each gallery size."""
     base = base_model(settings)
     layer, speed = base.backbone.num_layers // 2, {}
     for interaction, prompt in {"aim": {}, "readout": READ_LAST}.items():
         loops = Loops(build(base, layer, **prompt).eval(), settings)
-        rates = loops.pairs_a_second()
-        work = {name: loops.gflop_a_pair(name) for name in loops.ways}
+        rates = loops.pairs_per_second()
+        work = {name: loops.gflop_per_pair(name) for name in loops.ways}
         against = {f"ours / {name}": rounded(ratio(rates, ENGINE, name)) for name in rates if name != ENGINE}
         by_work = {f"ours / {name}": rounded(x / work[ENGINE]) for name, x in work.items() if name != ENGINE}
         speed[interaction] = {
-            "pairs_a_second": medians(rates),
+            "pairs_per_second": medians(rates),
             "ratio": against,
             "ratio_by_work": by_work,
-            "gflop_a_pair": {name: rounded(x) for name, x in work.items()},
+            "gflop_per_pair": {name: rounded(x) for name, x in work.items()},
         }
     return {"layer": layer, "blocks": base.backbone.num_layers, "speed": speed, "memory": gallery_memory(settings)}
 
 
 class Loops:
-    """Ways to score the same pairs: each returns scores, of all captions or of the first `settings.naive_queries`."""
+    """Loops that score the same pairs, of all captions or (the slow ones) of the first `settings.naive_queries`."""
 
     def __init__(self, model: ActionAwareCLIP, settings: Settings):
         self.model, self.settings, self.device = model, settings, model.logit_scale.device
@@ -81,8 +82,8 @@ class Loops:
             ways[ENGINE_BF16] = partial(self.ours, True)
         self.ways = {name: torch.no_grad()(way) for name, way in ways.items()}
 
-    def pairs_a_second(self) -> dict[str, list[float]]:
-        """Of each loop, a figure a round.
+    def pairs_per_second(self) -> dict[str, list[float]]:
+        """Measures each loop, with one figure per round.
 
         Raises:
             AmpError: The loops disagree.
@@ -98,11 +99,11 @@ class Loops:
             error = float((found - scores[ENGINE][: len(found)]).abs().max())
             allowed = 2e-2 if name == ENGINE_BF16 else 1e-5
             if error > allowed:
-                raise AmpError(f"scores of {name!r} and {ENGINE!r} differ by {error:.1e}, expected {allowed} at most")
+                raise AmpError(f"scores of {name!r} and {ENGINE!r} differ by {error:.1e}, expected at most {allowed}")
         return rates
 
-    def gflop_a_pair(self, name: str) -> float:
-        """Matrix products of a loop, counted."""
+    def gflop_per_pair(self, name: str) -> float:
+        """Counts the GFLOP of matrix products per pair."""
         pairs = []
         return gflop(lambda: pairs.append(self.ways[name]().numel())) / pairs[0]
 
@@ -131,7 +132,7 @@ class Loops:
         return torch.cat([self.conditioned(q, self.candidates[q]).cpu() for q in range(self.settings.naive_queries)])
 
     def ours(self, autocast: bool = False) -> torch.Tensor:
-        """Texts and early blocks included, which no run before has stored here."""
+        """Scores with the engine. The time includes texts and early blocks, which are not stored here."""
         low = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=autocast)
         self.text, self.knowledge = self.encoded_texts()
         with low():
@@ -148,7 +149,7 @@ class Loops:
 
 
 def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Scores (Q, k) of captions 0 to Q - 1, as `SplitSearch` computes them."""
+    """Computes scores (Q, k) of captions 0 to Q - 1 like `SplitSearch`."""
     return score_candidates(
         candidates,
         lambda q, c: scorer(c, q),
@@ -160,7 +161,7 @@ def rerank_scores(scorer: PairScorer, candidates: torch.Tensor, batch_size: int)
 
 
 def memory_of_gallery(settings: Settings, size: int, queue) -> None:
-    """Peak of the first stage of `size` captions among as many images, and of re-ranking some of them."""
+    """Measures peak memory of the first stage with `size` captions and images, and of re-ranking some captions."""
     torch.set_num_threads(1)
     base = base_model(settings)
     model = build(base, base.backbone.num_layers // 2).eval()
@@ -170,7 +171,7 @@ def memory_of_gallery(settings: Settings, size: int, queue) -> None:
     knowledge = model.prepare_knowledge(drawn_captions(queries, model.config.max_triplets)[1])
     shape = (size, model.backbone.num_tokens, model.backbone.vision_width)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        # A file with holes: reading it costs no disk.
+        # A sparse file, so that it needs no space on the disk.
         early = np.lib.format.open_memmap(Path(folder) / "early.npy", mode="w+", dtype=np.float16, shape=shape)
         labels = torch.arange(size)
         found, first = peak_mb(lambda: first_stage(captions, images, Positives(labels, labels), settings.top_k))
@@ -182,7 +183,7 @@ def memory_of_gallery(settings: Settings, size: int, queue) -> None:
 
 
 def gallery_memory(settings: Settings) -> list[dict[str, float]]:
-    """A process a size, so that none inherits another's memory."""
+    """Measures each gallery size in its own process, so that none inherits another's memory."""
     context, rows = multiprocessing.get_context("spawn"), []
     for size in settings.galleries:
         queue = context.SimpleQueue()
@@ -190,7 +191,7 @@ def gallery_memory(settings: Settings) -> list[dict[str, float]]:
         process.start()
         process.join()
         if process.exitcode != 0:
-            raise AmpError(f"the process of a gallery of {size:,} ended with {process.exitcode}")
+            raise AmpError(f"the process for {size:,} images ended with exit code {process.exitcode}, expected 0")
         first, rerank = queue.get()
         rows.append(
             {
@@ -206,22 +207,22 @@ def gallery_memory(settings: Settings) -> list[dict[str, float]]:
 def reranks(figures: dict) -> list[str]:
     rows = []
     for interaction, found in figures["speed"].items():
-        for name, rate in found["pairs_a_second"].items():
+        for name, rate in found["pairs_per_second"].items():
             rows.append(
                 [
                     interaction,
                     name,
                     spread(rate),
                     found["ratio"].get(f"ours / {name}"),
-                    found["gflop_a_pair"].get(name),
+                    found["gflop_per_pair"].get(name),
                     found["ratio_by_work"].get(f"ours / {name}"),
                 ]
             )
-    return table(["interaction", "", "pairs/s", "ours is x times as fast", "GFLOP a pair", "by work"], rows)
+    return table(["interaction", "", "pairs/s", "speedup of ours", "GFLOP per pair", "ratio of GFLOP"], rows)
 
 
 def galleries(figures: dict) -> list[str]:
-    head = ["images", "first stage, MB", "re-ranking, MB", "a matrix of all scores, MB"]
+    head = ["images", "first stage, MB", "re-ranking, MB", "full score matrix, MB"]
     return table(
         head,
         ([f"{x['images']:,}", x["first_stage_MB"], x["rerank_MB"], x["score_matrix_MB"]] for x in figures["memory"]),

@@ -1,12 +1,12 @@
-"""Runs the benchmarks, prints their tables and keeps their figures.
+"""Runs the benchmarks, prints their tables and stores their figures.
 
     python -m benchmarks.run                                      # drawn photos, random weights: needs no network
-    python -m benchmarks.run --only '[stream]' --photos photos    # one of them, on a folder of photos
+    python -m benchmarks.run --only '[stream]' --photos photos    # one benchmark, on a folder of photos
     python -m benchmarks.run --model ViT-B-16-quickgelu --pretrained openai --out runs/vit_b16.json
-    python -m benchmarks.run --record true                        # the release's own figures and page
+    python -m benchmarks.run --record true                        # the tracked figures and docs/performance.md
 
-Each benchmark has a process of its own, so that none inherits another's memory, and its figures are written when it is
-done. Figures of other benchmarks in the same file stay.
+Each benchmark runs in its own process, so that none inherits another's memory. Its figures are written when it ends.
+Figures of other benchmarks in the same file are kept.
 """
 
 import importlib
@@ -29,19 +29,19 @@ with exit_on_error():
     from benchmarks import tables
     from benchmarks.settings import Settings
 
-# Each is a module of this folder with `run` and `TABLES`; a further one needs nothing but its name here.
+# Each is a module of this folder with `run` and `TABLES`; to add one, add its name here.
 ALL = ("stream", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
-RECORD, PAGE = Path("results/benchmark.json"), Path("docs/performance.md")  # the release's
-PATHS = ("photos", "shards", "peer_python", "language_model")  # of this machine, not kept
+RECORD, PAGE = Path("results/benchmark.json"), Path("docs/performance.md")  # tracked in git
+PATHS = ("photos", "shards", "peer_python", "language_model")  # paths of this machine, not stored
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_class_arguments(Settings, as_group=False)
-    parser.add_argument("--only", type=list[str], default=list(ALL), help=f"which, some of {', '.join(ALL)}")
+    parser.add_argument("--only", type=list[str], default=list(ALL), help=f"benchmarks to run, out of {', '.join(ALL)}")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark.json"), help="JSON file of the figures")
     parser.add_argument("--record", type=bool, default=False, help=f"write {RECORD} and the tables of {PAGE} instead")
-    parser.add_argument("--alone", type=str | None, help="run this one here, and write its figures alone")
+    parser.add_argument("--alone", type=str | None, help="run only this benchmark, in this process; used internally")
     return parser
 
 
@@ -54,16 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
             return
         unknown = set(options.only) - set(ALL)
         if unknown:
-            raise AmpError(f"--only names {', '.join(sorted(unknown))}; expected some of {', '.join(ALL)}")
+            raise AmpError(f"--only contains {', '.join(sorted(unknown))}, expected some of {', '.join(ALL)}")
         out = RECORD if options.record else options.out
         figures, failed = json.loads(out.read_text()) if out.is_file() else {}, []
         for name in options.only:
             if name == "generation" and settings.language_model is None:
-                print("generation is left out: no --language_model", file=sys.stderr)
+                print("generation is skipped: it needs --language_model", file=sys.stderr)
                 continue
             try:
                 figures[name] = in_own_process(name, arguments if arguments is not None else sys.argv[1:])
-            except AmpError as error:  # the others are worth having
+            except AmpError as error:  # the other benchmarks still run
                 print(error, file=sys.stderr)
                 failed.append(name)
                 continue
@@ -72,23 +72,25 @@ def main(arguments: list[str] | None = None) -> None:
             if options.record:
                 write_atomically(PAGE, tables.fill(PAGE.read_text(), figures).encode())
         if failed:
-            raise AmpError(f"{', '.join(failed)} ended with an error (see above); the others' figures are in {out}")
+            raise AmpError(
+                f"{', '.join(failed)} ended with an error (see above); the figures of the others are in {out}"
+            )
 
 
 def in_own_process(name: str, arguments: list[str]) -> dict:
-    """The figures of one benchmark."""
+    """Runs one benchmark in its own process and returns its figures."""
     print(f"{name} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "benchmarks.run", *arguments, "--alone", name, "--out", str(out)]
-        # One thread: what a thread does is measured, and on busy machines threads that wait for each other say little.
+        # One thread, because on a busy machine threads wait for each other and distort the figures.
         if subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode:
-            raise AmpError(f"benchmark {name} ended with an error; see what it printed above")
+            raise AmpError(f"benchmark {name} ended with an error; see its output above")
         return json.loads(out.read_text())
 
 
 def measured(name: str, settings: Settings) -> dict:
-    """Runs one benchmark here; its figures with the machine, the settings and the most memory that was resident."""
+    """Runs one benchmark; returns its figures with the machine, the settings and the peak resident memory."""
     from benchmarks import machine, photos
 
     module, start = importlib.import_module(f"benchmarks.{name}"), time.time()

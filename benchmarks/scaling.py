@@ -1,4 +1,4 @@
-"""Over ranks: one and two processes measured, the input plan of 64 simulated, and a GPU's bounds by arithmetic."""
+"""Scaling over ranks: one and two ranks measured, the data order of 64 simulated, and bounds for 8 GPUs calculated."""
 
 import multiprocessing
 import os
@@ -23,21 +23,26 @@ from benchmarks.tables import listed, table
 from benchmarks.timing import rounded
 
 COCO_IMAGES, COCO_SHARD = 113_287, 1_000  # the Karpathy split's training images; make_shards' default
-# NVIDIA's figures of an H100 SXM (data sheet): dense bf16, memory. The share is an assumption, not a measurement.
+# Dense bf16 and memory bandwidth of an H100 SXM, from NVIDIA's data sheet. The share is an assumption, not measured.
 H100_TFLOP, H100_GB, SHARE = 989.0, 3350.0, 0.4
 ROOF_MODEL, ROOF_BATCH, ROOF_GPUS = "ViT-L-14-336", 64, 8
 
 
 def run(settings: Settings) -> dict:
-    """Real ranks, the simulated plan and the roofline."""
+    """Measures real ranks, simulates the data order of 64 and calculates the roofline."""
     ranks = {str(world): real_ranks(settings, world) for world in (1, 2)}
-    speedup = ranks["2"]["images_a_second"] / ranks["1"]["images_a_second"]
+    speedup = ranks["2"]["images_per_second"] / ranks["1"]["images_per_second"]
     return {"ranks": ranks, "two_over_one": rounded(speedup), "plan": plan_of(64), "roofline": roofline()}
 
 
 def real_ranks(settings: Settings, world: int, **prompt) -> dict:
-    """Images a second of all ranks together, each with `step_batch` images a step of `contrastive` with `readout`;
-    `prompt` are more settings of `PromptConfig`."""
+    """Measures images per second over all ranks, for training steps of `contrastive` with `readout`.
+
+    Args:
+        settings: Settings of the benchmarks; each rank has `step_batch` images per step.
+        world: Number of ranks.
+        **prompt: More settings of `PromptConfig`.
+    """
     context = multiprocessing.get_context("spawn")
     queue, store = context.SimpleQueue(), dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
@@ -48,9 +53,11 @@ def real_ranks(settings: Settings, world: int, **prompt) -> dict:
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise AmpError(f"a rank of {world} ended with {[process.exitcode for process in processes]}")
+        raise AmpError(
+            f"the {world} ranks ended with exit codes {[process.exitcode for process in processes]}, expected 0"
+        )
     seconds = max(queue.get() for _ in range(world))
-    return {"images_a_second": rounded(world * settings.step_batch / seconds), "seconds_a_step": rounded(seconds)}
+    return {"images_per_second": rounded(world * settings.step_batch / seconds), "seconds_per_step": rounded(seconds)}
 
 
 def _rank(settings: Settings, prompt: dict, rank: int, world: int, port: int, queue) -> None:
@@ -78,7 +85,7 @@ def _rank(settings: Settings, prompt: dict, rank: int, world: int, port: int, qu
 
 
 def plan_of(world: int, images: int = COCO_IMAGES, batch: int = 64, window: int = 64) -> dict:
-    """What `world` ranks read in an epoch: simulated, all of it, from the order that the stream uses."""
+    """Simulates the samples that `world` ranks read in an epoch, with the order that the stream uses."""
     sizes = [COCO_SHARD] * (images // COCO_SHARD) + ([images % COCO_SHARD] if images % COCO_SHARD else [])
     starts = np.concatenate([[0], np.cumsum(sizes)])
     seen, counts, opened, in_batch = [], [], [], []
@@ -100,16 +107,16 @@ def plan_of(world: int, images: int = COCO_IMAGES, batch: int = 64, window: int 
         "ranks_with_as_many_steps": sum(count == counts[0] for count in counts),
         "read_twice": len(together) - len(np.unique(together)),
         "left_out": images - len(together),
-        "shards_opened_by_a_rank": max(opened),
+        "shards_opened_per_rank": max(opened),
         "shards_in_a_batch": rounded(np.mean(in_batch)),
-        "reads_an_image": 2,
+        "reads_per_image": 2,
     }
 
 
 def roofline() -> dict:
-    """Bounds of a step on 8 x H100 by arithmetic: matrix products at an assumed share of the peak, and exchanges.
+    """Calculates bounds of a step on 8 x H100: matrix products at an assumed share of the peak, and communication.
 
-    Work is counted on meta tensors. Not measured.
+    Operations are counted on meta tensors. Nothing is measured.
     """
     with torch.device("meta"):
         clip = open_clip.create_model(ROOF_MODEL, None, load_weights=False, device="meta")
@@ -123,29 +130,29 @@ def roofline() -> dict:
         early = gflop(lambda: model.tower.early(images)) / 1e3
     seconds = (early + late) / (H100_TFLOP * SHARE)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = batch.images.numel() * 2  # early tokens in float16, in place of their computation
+    stored = batch.images.numel() * 2  # early tokens in float16, read instead of computed
     return {
         "model": ROOF_MODEL,
         "layer": layer,
-        "images_a_gpu": ROOF_BATCH,
+        "images_per_gpu": ROOF_BATCH,
         "gpus": ROOF_GPUS,
-        "assumed_TFLOP_a_second": H100_TFLOP,
+        "assumed_TFLOP_per_second": H100_TFLOP,
         "assumed_share": SHARE,
         "TFLOP_early": rounded(early),
         "TFLOP_late": rounded(late),
-        "ms_a_step": rounded(1e3 * seconds),
-        "images_a_second": rounded(ROOF_GPUS * ROOF_BATCH / seconds),
+        "ms_per_step": rounded(1e3 * seconds),
+        "images_per_second": rounded(ROOF_GPUS * ROOF_BATCH / seconds),
         "trained_parameters": trained,
         "MB_of_gradients_exchanged": rounded(4e-6 * trained),
-        "MB_of_stored_tokens_a_step": rounded(stored / 1e6),
+        "MB_of_stored_tokens_per_step": rounded(stored / 1e6),
         "ms_with_stored_tokens": rounded(1e3 * late / (H100_TFLOP * SHARE)),
     }
 
 
 def ranks(figures: dict) -> list[str]:
     return table(
-        ["ranks", "images/s", "seconds a step"],
-        ([n, x["images_a_second"], x["seconds_a_step"]] for n, x in figures["ranks"].items()),
+        ["ranks", "images/s", "seconds per step"],
+        ([n, x["images_per_second"], x["seconds_per_step"]] for n, x in figures["ranks"].items()),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Settings:
-    """What is measured, and with which data and models.
+    """Settings of the benchmarks: data, models and sizes.
 
     Args:
         model: Base CLIP by open_clip's name, or `local-dir:FOLDER`.

@@ -1,4 +1,4 @@
-"""A long run on two processes: its memory, open files, threads and child processes must not grow.
+"""Checks that memory, open files, threads and child processes don't grow in a long run on two processes.
 
     python -m benchmarks.soak --minutes 60 --out results/soak.json --plot results/soak.png
 
@@ -48,13 +48,13 @@ SETTINGS = {
     "checkpoint.every_steps": "3",
     "log_every": "1",
 }
-LEFT_AFTER = 12  # steps of the continued run
-PATIENCE = 300  # seconds for a start or an end
-WARM_UP = 0.1  # of the time: caches fill, allocators find their size
-# A leak of 1 kB per step is more than 2 % per hour for a process of 400 MB and five steps per second. Less than 1 MB
-# is what allocators take and return.
+LEFT_AFTER = 12  # steps of the resumed run
+PATIENCE = 300  # seconds to wait for a start or an end
+WARM_UP = 0.1  # ignored fraction of the time, in which caches fill and allocators settle
+# A leak of 1 kB per step is more than 2 % per hour for a process of 400 MB and five steps per second. Changes below
+# 1 MB are normal for allocators.
 MEMORY_SHARE, MEMORY_FLOOR_MB = 0.02, 1.0
-COUNT_RISE = 0.5  # of a fitted line if there is one more thing before the last tenth of the time
+COUNT_RISE = 0.5  # rise of a fitted line if a count increases by one before the last tenth of the time
 COUNTS = ("files", "threads", "children")
 
 
@@ -64,7 +64,7 @@ def main(
     out: Path = Path("results/soak.json"),
     plot: Path = Path("results/soak.png"),
 ) -> None:
-    """Trains for some time and watches what the processes hold.
+    """Trains for some time and records the resources of the processes.
 
     Args:
         minutes: Time from the first checkpoint on.
@@ -83,7 +83,7 @@ def main(
 
 
 class Launch:
-    """A training run as a user starts it: `accelerate launch`, two ranks on the CPU."""
+    """A training run as a user starts it, with `accelerate launch` and two ranks on the CPU."""
 
     def __init__(self, folder: Path, log: str):
         self.out, self.log = folder / "run", folder / log
@@ -116,26 +116,26 @@ class Launch:
         while not done():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(self.log.read_text().splitlines()[-20:])
-                raise AmpError(f"the run has {'ended' if self.process.poll() is not None else 'hung'} {what}:\n{tail}")
+                raise AmpError(f"the run {'ended' if self.process.poll() is not None else 'hung'} {what}:\n{tail}")
             time.sleep(0.2)
 
     def stop(self) -> dict:
-        """Stops the run by a signal to one rank; returns its last step and what it has left behind.
+        """Stops the run by a signal to one rank; returns its last step and leftover processes and shared memory.
 
         Raises:
-            AmpError: The run doesn't end as docs/training.md states.
+            AmpError: The run doesn't end as described in docs/training.md.
         """
         roles = self.roles()
         roles[f"rank {RANKS - 1}"].send_signal(signal.SIGUSR1)
         self.wait_for(lambda: self.process.poll() is not None or not self.process.is_running(), "after SIGUSR1")
         statuses = re.findall(r"exitcode *: (-?\d+)", self.log.read_text())
         if "75" not in statuses or not set(statuses) <= {"75", f"-{int(signal.SIGTERM)}"}:
-            raise AmpError(f"the ranks ended with {statuses}, expected 75")  # the launcher terminates the later ones
+            raise AmpError(f"the ranks ended with {statuses}, expected 75")  # the launcher terminates the slower ranks
         step = json.loads((self.out / STOPPED).read_text())["step"]
         newest = open_checkpoint(Checkpoints(self.out).folder / Checkpoints(self.out).names(1)[-1])
         if newest.step != step:
             raise AmpError(f"stopped at step {step}, but the newest checkpoint is of step {newest.step}")
-        names = [name for name in os.listdir("/dev/shm") if any(f"_{p.pid}_" in name for p in roles.values())]  # noqa: S108, where Linux keeps it
+        names = [name for name in os.listdir("/dev/shm") if any(f"_{p.pid}_" in name for p in roles.values())]  # noqa: S108, where Linux stores it
         left = [role for role, process in roles.items() if process.is_running()] + names
         return {"step": step, "left": left}
 
@@ -147,10 +147,10 @@ class Launch:
 
 
 def soak(folder: Path, minutes: float, every: float) -> tuple[dict, dict]:
-    """Trains and watches for some minutes, stops the run and continues it once.
+    """Trains for some minutes, stops the run and resumes it once.
 
     Returns:
-        By role and name the (second, value) pairs, and how the run ended.
+        The (second, value) pairs by role and name, and a description of the run's end.
     """
     draw_scenes(folder)
     launch, series = Launch(folder, "training.log"), {}
@@ -168,9 +168,9 @@ def soak(folder: Path, minutes: float, every: float) -> tuple[dict, dict]:
         launch.kill()
     again = Launch(folder, "continued.log")
     try:
-        again.wait_for(lambda: again.step() >= end["step"] + LEFT_AFTER, "after it was continued")
+        again.wait_for(lambda: again.step() >= end["step"] + LEFT_AFTER, "after it was resumed")
         if f"stage1-step{end['step']:08d}" not in again.log.read_text():
-            raise AmpError(f"the continued run did not start from step {end['step']}:\n{again.log.read_text()[-3000:]}")
+            raise AmpError(f"the resumed run did not start from step {end['step']}:\n{again.log.read_text()[-3000:]}")
         end["continued"] = again.stop()
     finally:
         again.kill()
@@ -193,7 +193,7 @@ def draw_scenes(folder: Path) -> None:
 
 
 def sample(series: dict, now: float, roles: dict) -> None:
-    """Adds to each series what the processes hold now. A process that has taken another's role is a `restart`."""
+    """Adds each process's current resources to its series, and its pid, from which `report` detects restarts."""
     for role, process in roles.items():
         try:
             with process.oneshot():
@@ -204,29 +204,30 @@ def sample(series: dict, now: float, roles: dict) -> None:
                     "children": len(process.children()),
                     "process": process.pid,
                 }
-        except psutil.NoSuchProcess:  # it has ended since it was found
+        except psutil.NoSuchProcess:  # it has ended in between
             continue
         for name, value in held.items():
             series.setdefault(role, {}).setdefault(name, []).append((now, value))
 
 
 def own_memory(process) -> int:
-    """Bytes of anonymous and shared memory; a page of n processes counts 1/n, so a fork moves nothing.
+    """Returns the bytes of anonymous and shared memory. A page shared by n processes counts 1/n for each.
 
-    Mapped files are left out: they are shared with processes that have nothing to do with the run.
+    Mapped files are excluded, because they are shared with unrelated processes.
     """
     maps = process.memory_maps()
     return sum(m.pss for m in maps if not m.path.startswith("/") or m.path.startswith(("/dev/shm/", "/memfd:")))  # noqa: S108
 
 
 def trend(points: Sequence[tuple[float, float]], count: bool) -> dict:
-    """Fits a line through the least value of each minute or so: a leak raises the floor, and what a step, a checkpoint
-    or a validation holds for a moment lies above it.
+    """Fits a line through the minima of about a minute each.
+
+    A leak raises the minima. Memory that a step, a checkpoint or a validation needs for a short time doesn't.
 
     Args:
         points: Seconds and values.
-        count: Whether the values count things, which must not become more by one. Otherwise they are MB, which may rise
-            by `MEMORY_SHARE` per hour, and by `MEMORY_FLOOR_MB` in any time.
+        count: Whether the values are counts, which must not rise by one. Otherwise they are MB, which may rise by
+            `MEMORY_SHARE` per hour, and always by `MEMORY_FLOOR_MB`.
 
     Returns:
         Mean, slope per hour, and whether the line rises by more than noise.
@@ -238,11 +239,11 @@ def trend(points: Sequence[tuple[float, float]], count: bool) -> dict:
     slope = float(np.polyfit([time[window].mean() - time[0] for window in windows], floors, 1)[0])
     span, mean = time[-1] - time[0], float(value.mean())
     limit = COUNT_RISE if count else max(MEMORY_SHARE * mean * span / 3600, MEMORY_FLOOR_MB)
-    return {"mean": round(mean, 2), "an_hour": round(3600 * slope, 3), "growing": bool(slope * span >= limit)}
+    return {"mean": round(mean, 2), "per_hour": round(3600 * slope, 3), "growing": bool(slope * span >= limit)}
 
 
 def report(series: dict, end: dict) -> dict:
-    """The trends, and the names of what grows, has been restarted or is left behind."""
+    """Returns the trends, and the names of things that grow, were restarted or are left over."""
     trends, growing = {}, []
     for role, held in series.items():
         for name, points in held.items():
@@ -260,13 +261,13 @@ def report(series: dict, end: dict) -> dict:
         "trends": trends,
         "ranks": RANKS,
         "settings": SETTINGS,
-        "thresholds": {"warm_up": WARM_UP, "memory_share_an_hour": MEMORY_SHARE, "memory_floor_MB": MEMORY_FLOOR_MB},
+        "thresholds": {"warm_up": WARM_UP, "memory_share_per_hour": MEMORY_SHARE, "memory_floor_MB": MEMORY_FLOOR_MB},
         "machine": {"processor": processor(), "cores": os.cpu_count(), "torch": torch.__version__},
     }
 
 
 def draw(series: dict) -> bytes:
-    """The series as PNG."""
+    """Draws the series as PNG."""
     import io
 
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
-"""A training step of each way of conditioning, beside the frozen CLIP, plain prompt tuning and the equations.
+"""A training step of each conditioning, compared with the frozen CLIP, plain prompt tuning and a naive implementation.
 
-Images a second of forward and backward passes. The blocks before the first prompted one run once an image and can be
-stored, so they are left out of all rows but the frozen CLIP's and the naive one's, which knows no such thing.
+Measures images per second of forward and backward passes. The output of the blocks before the first prompted one can be
+stored, so these blocks are only included for the frozen CLIP and for the naive implementation, which stores nothing.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from benchmarks.tables import spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
 NEGATIVES = 2
-FROZEN, PLAIN, NAIVE = "frozen CLIP, forward alone", "plain prompt tuning", "contrastive m=2, the equations"
+FROZEN, PLAIN, NAIVE = "frozen CLIP, forward only", "plain prompt tuning", "contrastive m=2, naive"
 CONTROL, PAIRED, AIM = "control", "paired, aim", "contrastive m=2, aim"
 READOUT = "contrastive all pairs, readout"
 
 
 def run(settings: Settings) -> dict:
-    """Every way at l = 0, L/2 and 3L/4, and the size of what is trained."""
+    """Measures every method at l = 0, L/2 and 3L/4, and the sizes of weights and files."""
     base = base_model(settings)
     depth, found = base.backbone.num_layers, {}
     for layer in (0, depth // 2, 3 * depth // 4):
@@ -52,7 +52,14 @@ def run(settings: Settings) -> dict:
 
 
 def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) -> dict:
-    """Rates, work and memory of all ways at one first prompted block; `prompt` are more settings of `PromptConfig`."""
+    """Measures speed, work and memory of all methods.
+
+    Args:
+        base: Base model.
+        layer: First prompted block.
+        settings: Settings of the benchmarks.
+        **prompt: More settings of `PromptConfig`.
+    """
     ways = ways_at(base, layer, settings, prompt)
     counted = {name: counted_work(way, model or base) for name, (way, model) in ways.items()}
     rates = in_turns({name: way for name, (way, _) in ways.items()}, settings.model_rounds, settings.device, warm=False)
@@ -61,12 +68,12 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
         items, work, kept = counted[name]
         work /= items
         rows[name] = {
-            "images_a_second": figures,
-            "gflop_an_image": rounded(work),
-            "gflop_a_second": rounded(figures["median"] * work),
+            "images_per_second": figures,
+            "gflop_per_image": rounded(work),
+            "gflop_per_second": rounded(figures["median"] * work),
         }
         if name not in (FROZEN, NAIVE):
-            rows[name]["kept_MB_an_image"] = rounded(kept / 1e6 / items)
+            rows[name]["kept_MB_per_image"] = rounded(kept / 1e6 / items)
     rows[CONTROL]["kept_MB_by_hand"] = rounded(kept_by_hand(ways[CONTROL][1]) / 1e6)
     against = {f"{name} / {PLAIN}": ratio(rates, PLAIN, name) for name in (CONTROL, PAIRED, AIM, READOUT)}
     against |= {f"{NAIVE} / {name}": ratio(rates, name, NAIVE) for name in (AIM, READOUT)}
@@ -76,7 +83,7 @@ def at_layer(base: ActionAwareCLIP, layer: int, settings: Settings, **prompt) ->
 def ways_at(
     base: ActionAwareCLIP, layer: int, settings: Settings, prompt: dict
 ) -> dict[str, tuple[Callable, ActionAwareCLIP | None]]:
-    """Each way by name, and the model whose memory it shows."""
+    """Returns each method by name, with the model whose memory is counted."""
     size, device = settings.step_batch, settings.device
     images = torch.randn(size, 3, *base.backbone.visual.image_size, device=device)
     control = build(base, layer, knowledge="none")
@@ -132,12 +139,12 @@ def ways_at(
 
 
 def kept_by_hand(model: ActionAwareCLIP) -> float:
-    """Bytes an image that a pass through frozen fp32 blocks with deep visual prompts keeps at least.
+    """Returns the minimum bytes per image that autograd keeps of frozen fp32 blocks with deep visual prompts.
 
-    A block needs 10 d numbers a token: the inputs of both norms (2 d), query, key, value and attention's result (4 d),
-    and the input of the GELU (4 d). The last, which computes the class token alone, needs the input of its first norm,
-    keys and values of the others (3 d). Left out are the norms' and the attention's sums, a few numbers a token; the
-    inputs of linear maps aren't needed, whose weights are frozen.
+    A block needs 10 d numbers per token: the inputs of both norms (2 d), query, key, value and the attention output
+    (4 d), and the input of the GELU (4 d). The last block computes only the class token; it needs the input of its
+    first norm, and the keys and values of all tokens (3 d). The statistics of norms and attention, a few numbers per
+    token, are not counted. The inputs of linear maps are not needed, because their weights are frozen.
     """
     config, backbone = model.config, model.backbone
     tokens = backbone.num_tokens + config.num_prompts
@@ -146,12 +153,12 @@ def kept_by_hand(model: ActionAwareCLIP) -> float:
 
 
 def sizes(model: ActionAwareCLIP) -> dict[str, float]:
-    """MB of all weights, of those trained, of an adapter file, and of a checkpoint with AdamW's two moments."""
+    """Returns MB of all weights, trained weights, an adapter file, and a checkpoint with AdamW's two moments."""
     set_trainable(model, 1)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
         adapter, moments = Path(folder) / "adapter.safetensors", Path(folder) / "optimizer.safetensors"
-        model.base_name, model.base_pretrained, model.base_hash = "", None, "0" * 64  # which factories set
+        model.base_name, model.base_pretrained, model.base_hash = "", None, "0" * 64  # otherwise set by the factory
         save_adapter(adapter, model)
         save_file({f"{m}.{name}": torch.zeros_like(p) for name, p in trained.items() for m in MOMENTS}, moments)
         written = [path.stat().st_size for path in (adapter, moments)]
@@ -162,40 +169,40 @@ def sizes(model: ActionAwareCLIP) -> dict[str, float]:
 
 
 def low_precision(device: str) -> contextlib.AbstractContextManager:
-    """bf16 on a GPU, as training; fp32 on the CPU, where most processors have no units for bf16."""
+    """Returns bf16 autocast on a GPU, as in training; fp32 on the CPU, because most processors have no bf16 units."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
 
 
 def counted_work(way: Callable[[], int], model: ActionAwareCLIP) -> tuple[int, float, int]:
-    """Images of a step, its GFLOP, and the bytes that autograd keeps."""
+    """Returns the images of a step, its GFLOP, and the bytes that autograd keeps."""
     found = []
     work = gflop(lambda: found.extend(kept_bytes(model, way)))
     return found[0], work, found[1]
 
 
 def gflop(work: Callable[[], object]) -> float:
-    """Matrix products of a call in GFLOP, attention counted."""
+    """Counts the matrix products of a call in GFLOP, including attention."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 1e9
 
 
 def steps(figures: dict) -> list[str]:
-    peak, rows = figures["machine"]["matmul_GFLOP_a_second"]["fp32"], []
+    peak, rows = figures["machine"]["matmul_GFLOP_per_second"]["fp32"], []
     for layer, found in figures["layers"].items():
         times = found["times_as_long"]
         for name, row in found["rows"].items():
-            rate, share = row["images_a_second"], row["gflop_a_second"] / peak
+            rate, share = row["images_per_second"], row["gflop_per_second"] / peak
             rows.append(
                 [
                     layer,
                     name,
                     spread(rate),
                     times.get(f"{name} / plain prompt tuning"),
-                    times.get(f"contrastive m=2, the equations / {name}"),
-                    row["gflop_an_image"],
+                    times.get(f"contrastive m=2, naive / {name}"),
+                    row["gflop_per_image"],
                     f"{share:.0%}",
-                    row.get("kept_MB_an_image"),
+                    row.get("kept_MB_per_image"),
                     row.get("kept_MB_by_hand"),
                 ]
             )
@@ -204,12 +211,12 @@ def steps(figures: dict) -> list[str]:
             "l",
             "",
             "images/s",
-            "times as long as plain",
-            "the equations: times as long",
-            "GFLOP an image",
-            "of the peak",
-            "MB kept an image",
-            "the same by hand",
+            "time relative to plain",
+            "time of naive, relative",
+            "GFLOP per image",
+            "share of peak",
+            "MB kept per image",
+            "MB kept, by hand",
         ],
         rows,
     )

@@ -1,7 +1,7 @@
-"""Images a second of the training stream, beside open_clip_train's own pipeline and a bare tar-and-Pillow loop.
+"""Images per second of the training stream, compared with open_clip_train's pipeline and a bare tar-and-Pillow loop.
 
-open_clip_train wants webdataset 0.2.86 (it fails with newer ones, open_clip#935), so its pipeline runs in an
-interpreter of its own: `benchmarks/peer.py` there, a line on its standard input for each pass.
+open_clip_train needs webdataset 0.2.86 (it fails with newer versions, open_clip#935), so its pipeline runs in a
+separate interpreter as `benchmarks/peer.py`. One line on its standard input starts one epoch.
 """
 
 import io
@@ -35,22 +35,22 @@ from benchmarks.settings import Settings
 from benchmarks.tables import machine, spread, table
 from benchmarks.timing import in_turns, medians, ratio, rounded
 
-SHARDS = 8  # of each format: enough for two workers, as open_clip_train asks for one a worker
+SHARDS = 8  # per format: enough for two workers, since open_clip_train needs at least one per worker
 RAW, PEER = "tar and Pillow", "open_clip_train"
-# Batches as workers hand them over, uint8; then with what the device does first, which here is this processor's work;
-# then by Pillow and torchvision's transforms, which is what the stream did before.
-OURS, NORMALIZED, PILLOW = "ours", "ours, normalised here", "ours, Pillow's pixels"
+# OURS is uint8 batches as the workers return them. NORMALIZED adds the conversion that the device does first. PILLOW
+# replaces our decoding by Pillow and open_clip's transform.
+OURS, NORMALIZED, PILLOW = "ours", "ours, normalized", "ours, Pillow transform"
 
 
 def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
-    """Measures the photos that `given` names, the arguments of `make_shards`."""
+    """Measures all streams on the photos of `given`, which are arguments of `make_shards`."""
     shards, tars = folder / "shards", folder / "open_clip"
     make_shards(**given, out=str(shards), samples_per_shard=-(-settings.photos_count(given) // SHARDS))
     split = ShardSplit(shards, "train")
     write_open_clip_tars(split, tars)
     found = {
         "images": len(split),
-        "bytes_an_image": rounded(np.mean([len(x) for x in photos_of(split)])),
+        "bytes_per_image": rounded(np.mean([len(x) for x in photos_of(split)])),
         "size": settings.image_size,
         "workers": {},
     }
@@ -68,7 +68,7 @@ def run(settings: Settings, folder: Path, given: dict[str, str]) -> dict:
                 peer = stack.enter_context(peer_stream(settings, tars, len(split), workers))
                 ways[PEER] = peer
             rates = in_turns(ways, settings.rounds)
-            row = {"images_a_second": medians(rates), "worker_MB": {OURS: rounded(ours.worker_mb())}}
+            row = {"images_per_second": medians(rates), "worker_MB": {OURS: rounded(ours.worker_mb())}}
             row["ratio"] = {f"ours / {name}": rounded(ratio(rates, OURS, name)) for name in ways if name != OURS}
             if settings.peer_python:
                 row["worker_MB"][PEER] = rounded(peer.worker_mb())
@@ -83,7 +83,7 @@ def photos_of(split: ShardSplit) -> Iterator[bytes]:
 
 
 def write_open_clip_tars(split: ShardSplit, folder: Path) -> None:
-    """The same photos as open_clip_train reads them, KEY.jpg and KEY.txt, by webdataset's own writer."""
+    """Writes the same photos in the format of open_clip_train (KEY.jpg and KEY.txt), with webdataset's writer."""
     folder.mkdir(parents=True)
     size = -(-len(split) // SHARDS)
     with wds.ShardWriter(f"{folder}/%06d.tar", maxcount=size, verbose=0) as writer:
@@ -93,7 +93,7 @@ def write_open_clip_tars(split: ShardSplit, folder: Path) -> None:
 
 
 class OurStream:
-    """The stream as training builds it, text features drawn."""
+    """The stream as training builds it, with random text features."""
 
     def __init__(self, split: ShardSplit, cache: Path, settings: Settings, workers: int, pillow: bool = False):
         k = PromptConfig().max_triplets
@@ -111,18 +111,18 @@ class OurStream:
         self.epochs = 0
 
     def epoch(self, device: str | None = None) -> int:
-        """Images of one, whose batches go to the device where one is named."""
+        """Reads one epoch and returns its number of images; batches are moved to `device` if it is given."""
         self.order.set_position(self.epochs * self.order.steps)
         self.epochs += 1
         return sum(len((batch if device is None else batch.to(device)).images) for batch in self.loader)
 
     def worker_mb(self) -> float:
-        """The largest worker's own memory."""
+        """Private memory of the largest worker, in MB."""
         return max(private_mb(worker.pid) for worker in self.loader._iterator._workers)
 
 
 def read_and_decode(path: Path) -> int:
-    """The least that any stream does: the next member of the tar, and Pillow's pixels of it."""
+    """Reads each tar member and decodes it with Pillow, the minimum of any stream. Returns the number of images."""
     count = 0
     with tarfile.open(path) as tar:
         for member in tar:
@@ -134,14 +134,14 @@ def read_and_decode(path: Path) -> int:
 
 @contextmanager
 def raw_loop(split: ShardSplit, workers: int):
-    """`read_and_decode` of all shards, by as many processes."""
+    """Runs `read_and_decode` on all shards with `workers` processes."""
     paths = [shard.path for shard in split.shards]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         yield lambda: sum(pool.imap_unordered(read_and_decode, paths))
 
 
 class PeerStream:
-    """open_clip_train's pipeline in its own interpreter; a call is an epoch."""
+    """open_clip_train's pipeline in its own interpreter; each call runs one epoch."""
 
     def __init__(self, process: subprocess.Popen):
         self.process = process
@@ -159,7 +159,7 @@ class PeerStream:
         if not line:
             raise AmpError(
                 f"{self.process.args[0]}: open_clip_train's pipeline ended with {self.process.wait()}; expected an "
-                "interpreter with webdataset 0.2.86, as `make bench` sets up; what it printed stands above"
+                "interpreter with webdataset 0.2.86, as `make bench` sets it up; see its output above"
             )
         return json.loads(line)
 
@@ -179,7 +179,7 @@ def peer_stream(settings: Settings, tars: Path, images: int, workers: int):
         try:
             yield PeerStream(process)
         finally:
-            # A word, since the end of the pipe isn't seen: workers that were forked meanwhile hold it open.
+            # Closing the pipe isn't enough, because workers that were forked in between keep it open.
             process.stdin.write("end\n")
             process.stdin.flush()
 
@@ -187,10 +187,10 @@ def peer_stream(settings: Settings, tars: Path, images: int, workers: int):
 def streams(figures: dict) -> list[str]:
     rows = []
     for workers, row in figures["workers"].items():
-        for name, rate in row["images_a_second"].items():
+        for name, rate in row["images_per_second"].items():
             ratio = row["ratio"].get(f"ours / {name}")
             rows.append([workers, name, spread(rate), ratio, row["worker_MB"].get(name)])
-    return table(["workers", "", "images/s", "ours is x times as fast", "a worker's own MB"], rows)
+    return table(["workers", "", "images/s", "speedup of ours", "private MB per worker"], rows)
 
 
 ON_PHOTOS = True  # run() takes a folder and photos

@@ -1,4 +1,4 @@
-"""Figures of a run as tables, in docs/performance.md each between two comments that name it."""
+"""Formats the figures of a run as Markdown tables and inserts them into docs/performance.md."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ MARK = re.compile(r"(<!-- figures: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(page: str, figures: dict) -> str:
-    """The page with each marked part replaced by its table; parts whose benchmark has not run stay."""
+    """Returns the page with each marked part replaced by its table; parts whose benchmark was not run are kept."""
 
     def replaced(found: re.Match) -> str:
         name = found[2].partition(".")[0]
@@ -24,12 +24,12 @@ def fill(page: str, figures: dict) -> str:
 
 
 def of_part(name: str, figures: dict) -> str:
-    """All tables of one benchmark."""
+    """Returns all tables of one benchmark."""
     return "\n\n".join("\n".join(lines(figures)) for lines in import_module(f"benchmarks.{name}").TABLES.values())
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Lines of a Markdown table, its first column left, the others right."""
+    """Returns the lines of a Markdown table; the first column is aligned left, the others right."""
     head = list(head)
     rule = "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"
     return [row_of(head), rule, *map(row_of, rows)]
@@ -46,22 +46,22 @@ def shown(cell: object) -> str:
 
 
 def spread(figures: dict) -> str:
-    """The median with the least and the most."""
+    """Formats the median with minimum and maximum."""
     return f"{shown(figures['median'])} ({shown(figures['least'])} to {shown(figures['most'])})"
 
 
 def machine(figures: dict) -> list[str]:
     found = figures["machine"]
-    peak = found["matmul_GFLOP_a_second"]
+    peak = found["matmul_GFLOP_per_second"]
     return [
         f"{found['processor']}, {found['cores']} cores, {found['threads']} thread, torch {found['torch']}, Python "
         f"{found['python']}; matrix products at {shown(peak['fp32'])} GFLOP/s in fp32, {shown(peak['bf16'])} in bf16, "
-        f"copies at {shown(found['copy_GB_a_second'])} GB/s.",
+        f"copies at {shown(found['copy_GB_per_second'])} GB/s.",
     ]
 
 
 def runs(figures: dict) -> list[str]:
-    """Of all benchmarks, unlike the others."""
+    """Returns the table of time and memory of all benchmarks."""
     return table(
         ["", "minutes", "peak resident, MB"],
         ([name, x["minutes"], x["peak_resident_MB"]] for name, x in figures.items()),
@@ -69,7 +69,7 @@ def runs(figures: dict) -> list[str]:
 
 
 def listed(name: str):
-    """A table of the figures that one part holds by name."""
+    """Returns a function that makes a table of names and values from one part of the figures."""
 
     def lines(figures: dict) -> list[str]:
         rows = ([key.replace("_", " "), f"{x:,}" if isinstance(x, int) else x] for key, x in figures[name].items())

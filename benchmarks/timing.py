@@ -1,4 +1,4 @@
-"""Ways to do the same work, timed in turns, so that a machine that slows down slows them all."""
+"""Times several ways to do the same work in turns, so that a change in machine speed affects all of them."""
 
 import gc
 import statistics
@@ -11,7 +11,7 @@ Way = Callable[[], int]
 
 
 def synchronize(device: str | torch.device = "cpu") -> None:
-    """Waits for the work that was handed to a GPU."""
+    """Waits until a GPU has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
@@ -19,13 +19,13 @@ def synchronize(device: str | torch.device = "cpu") -> None:
 def in_turns(
     ways: Mapping[str, Way], rounds: int, device: str | torch.device = "cpu", warm: bool = True
 ) -> dict[str, list[float]]:
-    """Items a second of each way, one figure a round.
+    """Measures the items per second of each way, once per round.
 
     Args:
-        ways: By name; each does its work and returns how many items it did.
-        rounds: How often each is done; every second round goes backwards, so that no way always follows the same one.
-        device: Where the work is done; waited for before the clock is read.
-        warm: Do each once before, unmeasured.
+        ways: Functions by name; each does its work and returns the number of items.
+        rounds: Number of measurements per way. Every second round is reversed, so the predecessor of a way varies.
+        device: Device that does the work; it is synchronized before the clock is read.
+        warm: Whether each way first runs once without being measured.
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     if warm:
@@ -43,12 +43,12 @@ def in_turns(
 
 
 def ratio(rates: Mapping[str, list[float]], fast: str, slow: str) -> float:
-    """How many times as fast: the median over rounds of the ratio within a round."""
+    """Returns the speedup of `fast` over `slow`: the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(rates[fast], rates[slow], strict=True))
 
 
 def medians(rates: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median, least and most of each way's figures."""
+    """Returns median, minimum and maximum of each way's figures."""
     return {
         name: {"median": rounded(statistics.median(x)), "least": rounded(min(x)), "most": rounded(max(x))}
         for name, x in rates.items()
@@ -56,5 +56,5 @@ def medians(rates: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def rounded(x: float) -> float:
-    """To four digits."""
+    """Rounds to four significant digits."""
     return float(f"{x:.4g}")

@@ -117,10 +117,10 @@ def test_a_step_of_every_way(base):
         step.READOUT,
         step.NAIVE,
     }
-    work = {name: row["gflop_an_image"] for name, row in found["rows"].items()}
+    work = {name: row["gflop_per_image"] for name, row in found["rows"].items()}
     assert work[step.CONTROL] < work[step.PAIRED] < work[step.AIM] < work[step.NAIVE]
     rows = found["rows"][step.CONTROL]
-    assert rows["kept_MB_by_hand"] < rows["kept_MB_an_image"]
+    assert rows["kept_MB_by_hand"] < rows["kept_MB_per_image"]
     json.dumps(found)
 
 
@@ -152,14 +152,14 @@ def test_loops_of_reranking_agree(base, monkeypatch):
     for interaction, prompt in {"aim": {}, "readout": READ_LAST}.items():
         model = build(base, 1, max_triplets=3, **prompt).eval()
         loops = rerank.Loops(model, settings)
-        assert len(loops.pairs_a_second()[rerank.ENGINE]) == 1
+        assert len(loops.pairs_per_second()[rerank.ENGINE]) == 1
         assert (rerank.EQUATIONS in loops.ways) == (interaction == "aim")
-        assert loops.gflop_a_pair(rerank.ENGINE) < loops.gflop_a_pair(rerank.PER_PAIR)
-        assert loops.gflop_a_pair(rerank.ENGINE_BF16) == pytest.approx(loops.gflop_a_pair(rerank.ENGINE), rel=0.2)
+        assert loops.gflop_per_pair(rerank.ENGINE) < loops.gflop_per_pair(rerank.PER_PAIR)
+        assert loops.gflop_per_pair(rerank.ENGINE_BF16) == pytest.approx(loops.gflop_per_pair(rerank.ENGINE), rel=0.2)
     real = rerank.rerank_scores
     monkeypatch.setattr(rerank, "rerank_scores", lambda *given: real(*given) + 1e-3)
     with pytest.raises(Exception, match="differ by"):
-        loops.pairs_a_second()
+        loops.pairs_per_second()
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +178,14 @@ def test_streams_read_every_photo(few, tmp_path):
     found = stream.run(settings, tmp_path / "work", few)
     assert found["images"] == 16
     for row in found["workers"].values():
-        assert set(row["images_a_second"]) == {stream.RAW, stream.OURS, stream.PILLOW, stream.NORMALIZED}
+        assert set(row["images_per_second"]) == {stream.RAW, stream.OURS, stream.PILLOW, stream.NORMALIZED}
         assert row["worker_MB"][stream.OURS] > 0
 
 
 def test_conversions_write_every_photo(few, tmp_path):
     (tmp_path / "work").mkdir()
     found = conversion.run(Settings(rounds=1), tmp_path / "work", few)
-    assert set(found["images_a_second"]) == {
+    assert set(found["images_per_second"]) == {
         conversion.COPY,
         conversion.WRITER,
         conversion.DECODING_WRITER,
@@ -210,13 +210,13 @@ def test_every_rank_of_a_cluster_reads_its_own_part_of_coco():
 @pytest.mark.slow
 def test_two_ranks_take_their_steps(clip_folder):
     settings = Settings(model=clip_folder, step_batch=2, model_rounds=1, device="cpu")
-    assert scaling.real_ranks(settings, 2)["images_a_second"] > 0
+    assert scaling.real_ranks(settings, 2)["images_per_second"] > 0
 
 
 def test_the_roofline_counts_work():
     found = scaling.roofline()
     assert found["TFLOP_late"] > 0.5 * found["TFLOP_early"]
-    assert found["ms_a_step"] == pytest.approx(
+    assert found["ms_per_step"] == pytest.approx(
         1e3 * (found["TFLOP_early"] + found["TFLOP_late"]) / (0.4 * 989), rel=1e-3
     )
 
@@ -228,7 +228,7 @@ def test_generation_says_the_same_all_four_ways(tmp_path, smollm2):
         Settings(language_model=str(model), max_tokens=8, naive_captions=3, model_rounds=1), captions
     )
     assert (found["captions"], found["different"], found["same_text"]) == (4, 3, 3)
-    assert list(found["captions_a_second"]) == [
+    assert list(found["captions_per_second"]) == [
         generation.PLAIN,
         generation.PREFIX,
         generation.BATCHES,

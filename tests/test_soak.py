@@ -68,7 +68,7 @@ def test_trends_by_hand():
     memory = 400 + 50 * np.exp(-seconds / 60) + random.exponential(30, len(seconds))
     assert not trend(memory, count=False)["growing"]
     leak = trend(memory + 5e-3 * seconds, count=False)
-    assert leak["growing"] and leak["an_hour"] == pytest.approx(18, abs=3) and leak["mean"] > 400
+    assert leak["growing"] and leak["per_hour"] == pytest.approx(18, abs=3) and leak["mean"] > 400
     files = 30 + random.integers(0, 3, len(seconds))
     assert not trend(files, count=True)["growing"]
     assert trend(files + (seconds > 3000), count=True)["growing"]
