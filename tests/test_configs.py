@@ -113,7 +113,7 @@ def test_the_reference_holds_every_key_with_type_default_and_source(read):
     assert launcher("tools/reference_config.py").reference() == REFERENCE.read_text(), "write it again, see its header"
     assert asdict(read("--config", REFERENCE)) == asdict(TrainConfig())
     lines = REFERENCE.read_text().splitlines()
-    head, count = re.compile(r"# \S.*, default .* \((ours|paper: .+?)\): \S"), 0
+    head, count = re.compile(r"# \S.*, default .* \((our choice|paper: .+?)\): \S"), 0
     for number, line in enumerate(lines):
         if line.lstrip().startswith("#") or line.endswith(":"):
             continue

@@ -28,8 +28,8 @@ PAPERS = {
     "combined": "Table 5",
 }
 HEAD = """\
-# Every key of a training run, with its default value. The comments give type, default, origin ("paper", or "ours" for
-# this project's choice, since the paper's hyper-parameters are not public) and meaning. Your own file only needs the
+# Every key of a training run, with its default value. The comments give type, default, origin ("paper", or "our
+# choice", since the paper's hyper-parameters are not public) and meaning. Your own file only needs the
 # keys that differ. Written by:
 #   python tools/reference_config.py > launchers/configs/reference.yaml
 """
@@ -53,9 +53,9 @@ def _lines(settings: Any, outer: str, depth: int) -> Iterator[str]:
             yield f"{indent}{field.name}:"
             yield from _lines(value, f"{key}.", depth + 1)
             continue
-        source = f"paper: {PAPERS[key]}" if key in PAPERS else "ours"
-        if source == "ours":
-            text = text.replace(" (ours)", "").replace("(ours, ", "(").replace(", ours)", ")")
+        source = f"paper: {PAPERS[key]}" if key in PAPERS else "our choice"
+        if source == "our choice":
+            text = re.sub(r" \(our choice\)|(?<=\()our choice, |, our choice(?=\))", "", text)
         head = f"{_name(types[field.name])}, default {_scalar(_default(field))} ({source})"
         yield from _comment(f"{head}: {text}", indent)
         yield f"{indent}{field.name}: {_scalar(value)}"

@@ -1,4 +1,4 @@
-"""Settings of the action-aware prompts. Choices that are not from the paper are marked "ours"."""
+"""Settings of the action-aware prompts. Choices that are not from the paper are marked "our choice"."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,20 +18,20 @@ class PromptConfig:
         knowledge: Knowledge that images are conditioned on, as in the rows of the paper's Table 2: `both` (triplets and
             states), `triplets`, `states`, or `template` (a hand-crafted sentence per triplet instead of its state).
             `none` builds the control: the same training without knowledge. `caption` conditions images only on the
-            caption, without LLM-generated knowledge (ours; another control of `readout`).
+            caption, without LLM-generated knowledge (our choice; another control of `readout`).
         interaction: How images are combined with knowledge, a name registered in `amp.model.interactions`: `readout`
-            (ours), `aim` (paper, eq. 7-8), `cat` (Table 3's "CAT"), `visual_prompts` or `learned_query` (controls whose
-            images ignore the knowledge), or a name registered by a plugin.
+            (our choice), `aim` (paper, eq. 7-8), `cat` (Table 3's "CAT"), `visual_prompts` or `learned_query` (controls
+            whose images ignore the knowledge), or a name registered by a plugin.
         interaction_options: Keyword arguments of the interaction's class, such as `{lam: 0.7}` for `aim`. The docstring
             of the class lists them.
         depth: Where knowledge and visual prompts enter the image tower, as a fraction of its blocks: 0 is before the
-            first block (paper), 0.667 before block 8 of 12 (ours). Earlier blocks run once per image, and their output
-            can be cached.
-        num_prompts: Number of learnable visual prompts per block, N (ours).
-        max_triplets: Maximum number of triplets per caption, K. Actions are kept before attributes (ours).
-        enrich: Add learned maps that start at zero (ours): one adds the caption's feature, states and triplets to the
-            text feature that images are scored against (`TextEnrichment`), one is added to CLIP's projection of image
-            features. False scores CLIP's own features (paper).
+            first block (paper), 0.667 before block 8 of 12 (our choice). Earlier blocks run once per image, and their
+            output can be cached.
+        num_prompts: Number of learnable visual prompts per block, N (our choice).
+        max_triplets: Maximum number of triplets per caption, K. Actions are kept before attributes (our choice).
+        enrich: Add learned maps that start at zero (our choice): one adds the caption's feature, states and triplets
+            to the text feature that images are scored against (`TextEnrichment`), one is added to CLIP's projection of
+            image features. False scores CLIP's own features (paper).
     """
 
     knowledge: Literal["both", "triplets", "template", "states", "caption", "none"] = "both"

@@ -1,6 +1,6 @@
 """Settings of a training run. Every key can be set in YAML and on the command line.
 
-Values marked "ours" are this project's choice: the paper's supplement with its hyper-parameters is not public.
+Values marked "our choice" are this project's choice: the paper's supplement with its hyper-parameters is not public.
 """
 
 from dataclasses import dataclass, field
@@ -66,9 +66,9 @@ class StageSettings:
 
     Args:
         epochs: Passes over the training images.
-        lr: Peak learning rate (ours). After linear warm-up it falls to zero on a cosine.
-        warmup_steps: Number of optimizer steps of warm-up (ours).
-        weight_decay: Weight decay of AdamW, applied only to matrices (ours).
+        lr: Peak learning rate (our choice). After linear warm-up it falls to zero on a cosine.
+        warmup_steps: Number of optimizer steps of warm-up (our choice).
+        weight_decay: Weight decay of AdamW, applied only to matrices (our choice).
         max_steps: Maximum number of optimizer steps; 0 means no limit.
     """
 
@@ -110,21 +110,22 @@ class TrainConfig:
         stage1: Settings of the contrastive stage (eq. 10).
         stage2: Settings of the triplet stage (eq. 11).
         init: Adapter file to start from; required for `stages: [2]`.
-        conditioning: `contrastive` scores an image with the knowledge of the text it is scored against (ours), `paired`
-            with its own caption's knowledge (literal eq. 10). No effect on controls, which have no knowledge.
-        negatives: Sampled negatives per direction for `contrastive` (ours). No effect with interactions that score all
-            pairs, such as `readout`.
+        conditioning: `contrastive` scores an image with the knowledge of the text it is scored against (our choice),
+            `paired` with its own caption's knowledge (literal eq. 10). No effect on controls, which have no knowledge.
+        negatives: Sampled negatives per direction for `contrastive` (our choice). No effect with interactions that
+            score all pairs, such as `readout`.
         mined_group: Number of images in a group that the frozen CLIP confuses and that is put into one batch
-            (first-stage mining, ours); 1 makes batches random.
-        knowledge_dropout: Probability with which a training step drops a triplet and its state (ours). A caption that
-            loses all triplets uses the learned null token.
-        prompt_lr_factor: Learning rate of visual prompts and temperature, as a multiple of `lr` (ours).
-        margin: Margin of the triplet loss (ours).
+            (first-stage mining, our choice); 1 makes batches random.
+        knowledge_dropout: Probability with which a training step drops a triplet and its state (our choice). A caption
+            that loses all triplets uses the learned null token.
+        prompt_lr_factor: Learning rate of visual prompts and temperature, as a multiple of `lr` (our choice).
+        margin: Margin of the triplet loss (our choice).
         mixed_precision: Autocast type. `auto` is bf16 on a GPU or a CPU with bf16 instructions, otherwise no; null uses
             the setting of `accelerate launch`.
         gradient_accumulation: Batches per process and optimizer step. The result is that of one large batch, except for
             `contrastive` with `aim` or `cat`, whose negatives come from a single batch (docs/training.md).
-        max_grad_norm: Maximum norm of the gradients, to which larger ones are scaled down (ours); 0 disables clipping.
+        max_grad_norm: Maximum norm of the gradients, to which larger ones are scaled down (our choice); 0 disables
+            clipping.
         activation_checkpointing: Recompute the prompted blocks in the backward pass to save memory.
         deepspeed: DeepSpeed file, such as `ds_configs/zero2.json`. null trains without DeepSpeed, or with the file that
             `accelerate launch --use_deepspeed` names. DeepSpeed trains one stage per launch.

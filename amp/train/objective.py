@@ -34,9 +34,9 @@ class Objective:
     Args:
         stage: 1 for eq. 10, 2 for eq. 11.
         interaction: The model's interaction, which determines the pairs that can be scored.
-        conditioning: `paired` is the literal eq. 10, `contrastive` is ours; no effect on controls.
-        negatives: Sampled negatives per direction for `contrastive`, m (ours).
-        margin: Margin of eq. 11, alpha (ours).
+        conditioning: `paired` is the literal eq. 10, `contrastive` is our choice; no effect on controls.
+        negatives: Sampled negatives per direction for `contrastive`, m (our choice).
+        margin: Margin of eq. 11, alpha (our choice).
         sampling_scale: 1 / tau of the frozen CLIP, which sharpens the draw of negatives: a number, or a 0-d tensor,
             because the weights of a plan have no values.
         seed: Random seed of the run.

@@ -18,7 +18,7 @@ class AdaptedPrompts(Interaction):
     Args:
         backbone: The frozen CLIP.
         triplets, states: Whether the model reads triplets and states.
-        bottleneck: The adapter's hidden width is its input width divided by this (ours).
+        bottleneck: The adapter's hidden width is its input width divided by this (our choice).
     """
 
     def __init__(self, backbone, triplets: bool, states: bool, bottleneck: int = 16):
@@ -51,8 +51,8 @@ class Aim(AdaptedPrompts):
         bottleneck: See `AdaptedPrompts`.
         lam: Weight of the triplets' attention map against the states', lambda of eq. 8 (paper: 0.7). No effect if only
             one kind exists.
-        residual: True adds the interaction to the patches through a gate that starts at zero (ours). False replaces the
-            patches by it, the literal eq. 8.
+        residual: True adds the interaction to the patches through a gate that starts at zero (our choice). False
+            replaces the patches by it, the literal eq. 8.
     """
 
     stage2 = "interaction.aim."

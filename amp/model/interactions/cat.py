@@ -9,7 +9,7 @@ from amp.model.prompted_tower import PromptedTower
 
 
 class Concatenation(AdaptedPrompts):
-    """Prompts as tokens after the patches (the block at which they join is ours).
+    """Prompts as tokens after the patches (the block at which they join is our choice).
 
     There is no gate, so at step 0 the model differs from its base CLIP.
 
@@ -22,7 +22,7 @@ class Concatenation(AdaptedPrompts):
         AmpError: `masks_tokens` of the tower is False.
     """
 
-    stage2 = "interaction.adapter."  # everything between prompts and tokens (ours)
+    stage2 = "interaction.adapter."  # everything between prompts and tokens (our choice)
 
     def __init__(self, backbone, triplets: bool, states: bool, bottleneck: int = 16):
         if not backbone.masks_tokens:

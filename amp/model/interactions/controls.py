@@ -11,7 +11,7 @@ class VisualPromptsOnly(Unconditioned):
     """Deep visual prompt tuning (arXiv 2203.12119), Table 3's "w/o action knowledge"; control of `aim` and `cat`."""
 
     trains = False
-    stage2 = "visual_prompts."  # trained further, so that the control takes as many steps (ours)
+    stage2 = "visual_prompts."  # trained further, so that the control takes as many steps (our choice)
 
     def __init__(self, backbone, triplets: bool, states: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The readout (ours, recommended): queries made from knowledge attend to the patches."""
+"""The readout (our choice, recommended): queries made from knowledge attend to the patches."""
 
 import torch
 
@@ -16,7 +16,7 @@ class Readout(Interaction):
         backbone: The frozen CLIP; needs `keeps_patches`.
         triplets, states: Whether the model reads triplets and states.
         blocks: Number of trained transformer blocks that read the patches before the first prompted block, where CLIP
-            still represents who does what. 0 reads the patches after the last block (ours).
+            still represents who does what. 0 reads the patches after the last block (our choice).
 
     Raises:
         AmpError: `keeps_patches` of the tower is False.

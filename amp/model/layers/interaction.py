@@ -73,7 +73,7 @@ def as_they_are(device_type: str) -> contextlib.AbstractContextManager:
 class ActionAwareInteraction(nn.Module):
     """AIM: V = MLP([V^t; V^s]), V~ = (lam A^t + (1 - lam) A^s) V (eq. 7-8).
 
-    With `residual` (ours, default), P~ = LN(E) + CrossAttn(E, p), and patches become E + gate * rms(E) * LN(V~).
+    With `residual` (our choice, default), P~ = LN(E) + CrossAttn(E, p), and patches become E + gate * rms(E) * LN(V~).
     Without the sum, P~ would contain only knowledge: for a caption with a single triplet, all patches would get the
     same row, and A would be uniform. With it, the maps compare patches given the knowledge. The gate, one number per
     channel, starts at zero: at step 0 patches pass through unchanged, and training starts from CLIP's features. The
@@ -82,12 +82,13 @@ class ActionAwareInteraction(nn.Module):
 
     Without `residual`, patches become V~ of P~ = CrossAttn(E, p), the literal equations.
 
-    Patches are normalised before the attention (ours), because deep in the tower their scale is far from the prompts'.
+    Patches are normalised before the attention (our choice), because deep in the tower their scale is far from that
+    of the prompts.
     With only one kind of prompts (Table 2), V~ = A V with V = MLP of that kind's values, and `lam` has no effect.
 
     Args:
         width: Channels of the vision tower, d_v.
-        heads: Attention heads, as many as in a vision block (ours).
+        heads: Attention heads, as many as in a vision block (our choice).
         lam: Weight of the triplets' map (paper: 0.7).
         residual: See above.
         triplets, states: Whether there are triplet prompts and state prompts, at least one of them.

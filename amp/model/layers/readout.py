@@ -1,4 +1,4 @@
-"""Knowledge-conditioned readout (ours): queries made from knowledge attend to the patches."""
+"""Knowledge-conditioned readout (our choice): queries made from knowledge attend to the patches."""
 
 import math
 

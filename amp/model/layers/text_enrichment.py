@@ -1,4 +1,4 @@
-"""Caption features, adapted and enriched by their knowledge (ours)."""
+"""Caption features, adapted and enriched by their knowledge (our choice)."""
 
 import torch
 import torch.nn as nn
@@ -9,10 +9,10 @@ class TextEnrichment(nn.Module):
     """T' = T + U T + mean_k(W D_k), or with triplets T + U T + sum_k a_k (W D_k + V p_k), a = softmax_k(w D_k + v p_k).
 
     T and D_k are the frozen text tower's features of the caption and its states at unit length, p_k the triplet
-    prompts. The paper (sec. 3.5) scores "enhanced text features" without giving a formula; these are ours. U reads no
-    knowledge and is the only map of the control. The weights a learn which of a caption's triplets distinguish images:
-    in a plain mean, attributes outweigh a single action (docs/ablations.md). All maps start at zero, so training starts
-    from the base CLIP and with the mean.
+    prompts. The paper (sec. 3.5) scores "enhanced text features" without giving a formula; these are our choice. U
+    reads no knowledge and is the only map of the control. The weights a learn which of a caption's triplets distinguish
+    images: in a plain mean, attributes outweigh a single action (docs/ablations.md). All maps start at zero, so
+    training starts from the base CLIP and with the mean.
 
     Args:
         width: Width of the joint embedding, d.

@@ -14,8 +14,8 @@ class TripletEncoder(nn.Module):
 
     Args:
         width: Channels of CLIP's token embedding, d_t.
-        layers: Transformer layers (ours: 2).
-        heads: Attention heads (ours: 8).
+        layers: Transformer layers (our choice: 2).
+        heads: Attention heads (our choice: 8).
     """
 
     def __init__(self, width: int, layers: int = 2, heads: int = 8):
