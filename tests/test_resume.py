@@ -258,7 +258,7 @@ def test_a_removed_adapter_is_written_again_from_the_checkpoint(short):
         ({"stage1": StageSettings(epochs=3, lr=3e-3, warmup_steps=1)}, "stage1.epochs was 2 and is now 3"),
         ({"seed": 4}, "seed was 0 and is now 4"),
         ({"knowledge_dropout": 0.0}, "knowledge_dropout was 0.2 and is now 0.0"),
-        ({"batch_size": 5}, "images a step .* was 4 and is now 5"),
+        ({"batch_size": 5}, "images per step .* was 4 and is now 5"),
     ],
 )
 def test_other_settings_are_refused_by_name(short, change, said):

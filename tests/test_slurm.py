@@ -165,7 +165,7 @@ def test_other_number_of_images_a_step_than_the_checkpoint_fails(slurm, settings
     run = [*settings, "--stages", "[1]", "--out", str(tmp_path / "run")]
     job = slurm.sbatch("--nodes=1", f"--output={log}", TRAIN, *run)
     assert slurm.wait(job) == "FAILED"
-    assert "images a step" in log.read_text() and "was 8 and is now 4" in log.read_text()
+    assert "images per step" in log.read_text() and "was 8 and is now 4" in log.read_text()
 
 
 def test_job_that_makes_no_progress_is_not_started_for_ever(slurm, settings, log, tmp_path):

@@ -211,7 +211,7 @@ def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence
                     f"| {row.backbone} | {row.method} | {source.replace('_', ' ')}{mark} | {' | '.join(cells)} |"
                 )
         lines.append("")
-    lines += ["## What doesn't add up in the paper's figures", ""]
+    lines += ["## Inconsistencies in the paper's figures", ""]
     for (name, dataset), number in notes.items():
         what = "; ".join(text for row, d, text in found if (row.name, d) == (name, dataset))
         lines.append(f"- [{number}] {name}, {DATASETS[dataset]}: {what}.")
@@ -222,7 +222,7 @@ def render_markdown(rows: list[Row], sources: dict[str, str], left_out: Sequence
         "## Sources",
         "",
         *(f"- {name.replace('_', ' ')}: {text}" for name, text in sources.items()),
-        "- here: runs of this project; a line without figures has not been run.",
+        "- here: runs of this project; rows without figures have not been run.",
         "",
     ]
     return "\n".join(lines)

@@ -130,7 +130,7 @@ def score_triplets(
 
 
 def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
-    """Whether each state has the right form and is about its triplet. Whether it is true can't be told from text.
+    """Whether each state has the right form and is about its triplet. This doesn't check whether it is true.
 
     A good state is one line of 4 to 30 words, names the subject or the object, and adds at least three words that are
     neither in the caption nor function words.

@@ -50,7 +50,7 @@ def stages_left(stages: list[int], found: Checkpoint | None) -> list[int]:
 
 
 def identity(config: TrainConfig, split: ShardSplit, images_a_step: int) -> dict[str, Any]:
-    """What a checkpoint records of its run, as JSON values."""
+    """Returns the description of a run that checkpoints contain, as JSON values."""
     return {
         "settings": asdict(config),
         "images_a_step": images_a_step,
@@ -109,7 +109,7 @@ def refuse_other_run(found: Checkpoint, config: TrainConfig, split: ShardSplit, 
     free = FREE if other in theirs["settings"]["stages"] else (*FREE, f"stage{other}")
     refused, allowed = compare(theirs["settings"], ours["settings"], free)
     if theirs["images_a_step"] != images_a_step:
-        refused["images a step (data.batch_size x processes x gradient_accumulation)"] = (
+        refused["images per step (data.batch_size x processes x gradient_accumulation)"] = (
             theirs["images_a_step"],
             images_a_step,
         )

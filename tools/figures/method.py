@@ -118,7 +118,7 @@ def draw_queries(canvas: Canvas) -> None:
 
 
 def draw_model(canvas: Canvas) -> None:
-    """What is frozen, what is trained, and what attends to what."""
+    """Draws the model: frozen and trained parts, and the attention between them."""
     canvas.heading(3, 37, "2  The queries read the image's patches")
     canvas.picture(RIGHT, 3, 10, 18, patches=6)
     canvas.text(12, 7.5, "image", colour=FAINT, ha="center")

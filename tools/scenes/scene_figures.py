@@ -22,7 +22,7 @@ COLOURS = {
 }
 HAIR = {"man": (92, 58, 34), "woman": (122, 62, 28), "king": (120, 116, 112), "wizard": (206, 206, 212)}
 ANIMALS = ("cat", "dog", "bear", "rabbit", "frog")
-HEIGHT = {"big": 48.0, "small": 34.0}  # scene units; the sizes differ enough to be told apart without a neighbour
+HEIGHT = {"big": 48.0, "small": 34.0}  # scene units; different enough to be recognized without comparison
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
