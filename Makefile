@@ -67,7 +67,7 @@ knowledge-demo: $(VENV)/.installed-models
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not system" -n 2 --dist loadfile
 
-# Slurm, killed processes, ZeRO, the wheel, end-to-end runs, and what takes long.
+# Slurm, killed processes, ZeRO, the wheel, end-to-end runs and other slow tests.
 test-system: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "system and not slow" -n 2 --dist loadfile
 

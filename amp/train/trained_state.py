@@ -124,7 +124,7 @@ class TrainedState:
     # -- fp16 -------------------------------------------------------------------------------------------------------
 
     def loss_scale(self) -> dict[str, float]:
-        """State of the dynamic loss scale, Accelerate's or DeepSpeed's; empty where there is none."""
+        """State of the dynamic loss scale, Accelerate's or DeepSpeed's; empty without loss scaling."""
         if self._scaler is not None:
             return self._scaler.state_dict()
         scaler = getattr(self._zero, "loss_scaler", None)
