@@ -42,7 +42,7 @@ def test_queries_are_evenly_spaced_within_an_outcome():
     found = results([1] * 100 + [0] * 10, [0] * 100 + [1] * 10)
     rows = choose_rows(found, 20)
     assert len(rows) == len(set(rows)) == 20
-    assert rows == sorted(rows) and sum(row >= 100 for row in rows) == 5  # a quarter broken, the rest mended
+    assert rows == sorted(rows) and sum(row >= 100 for row in rows) == 5  # a quarter broken, the rest fixed
     assert np.ptp(np.diff(rows[:15])) <= 1
     assert len(choose_rows(found, 500)) == 110 and choose_rows(found, 0) == []
 
