@@ -59,7 +59,7 @@ def test_a_rank_that_dies_or_hangs_is_named_by_the_others(config, tmp_path, numb
         run.processes[rank].join(60)
         assert run.processes[rank].exitcode == 2
         last = run.said(rank).strip().splitlines()[-1]
-        assert "error: rank 1 of 3 no longer answers" in last and "The same command goes on" in last
+        assert "error: rank 1 of 3 no longer answers" in last and "The same command resumes" in last
     # At once where the connection breaks; a hung one after the time limit of 9 seconds and the patience of 5.
     assert time.monotonic() - start < (20 if number == signal.SIGKILL else 40)
     run.signal(signal.SIGKILL, range(1, 2))
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_finds_no_room_is_left_out_and_training_goes_on(config
     said = run.said(0)
     for step in (6, 8):
         assert f"stage1-step{step:08d}: can't be written" in said
-    assert "GB are free there" in said and "Training goes on without this checkpoint" in said
+    assert "GB are free there" in said and "Training continues without this checkpoint" in said
     assert same_bits(adapter(config), adapter(alone))
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
     assert names == ["stage1-step00000004", "stage1-step00000010"]  # 4 was kept while 6 and 8 failed

@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, status,
     assert stopped["signal"] == signal.Signals(number).name and stopped["stage"] == 1
     (newest,) = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())[-1:]
     assert newest == f"stage1-step{stopped['step']:08d}" and len(steps_of(audit)) == stopped["step"]
-    assert "the same command goes on" in run.said(0)
+    assert "the same command resumes" in run.said(0)
     assert TrainingRun(config, 2, audit).wait() == [0, 0]
     assert not (Path(config.out) / "stopped.json").exists()
     assert len(steps_of(audit)) == 17 * 5  # no step was taken twice
@@ -233,7 +233,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(short, kin
     assert same_bits(load_file(again(short)), expected)
     said = " ".join(capfd.readouterr().err.split())
     assert "stage1-step00000010" in said and "The checkpoint before it is used" in said
-    assert "going on from" in said and "step 9/10" not in said.partition("going on")[0]
+    assert "resuming from" in said and "step 9/10" not in said.partition("resuming")[0]
     assert folders(short) == ["stage1-step00000008", "stage1-step00000010"]
 
 

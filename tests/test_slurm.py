@@ -140,7 +140,7 @@ def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm
     starts = (out / "starts.txt").read_text().splitlines()
     at = [f"{out}/checkpoints/stage1-step{step:08d}" for step in (first["step"], second["step"], third)]
     assert starts[:4] == [f"{job} none", *(f"{job} {folder}" for folder in at)]
-    assert log.read_text().count("going on from") == 3
+    assert log.read_text().count("resuming from") == 3
     ours, theirs = (load_file(run / "stage1" / "adapter.safetensors") for run in (out, undisturbed))
     assert ours.keys() == theirs.keys()
     for name, weights in theirs.items():

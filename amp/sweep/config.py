@@ -85,7 +85,7 @@ class SweepConfig:
         rows = [row for table in self.tables for row in table.rows]
         if not rows or not self.base or not self.seeds:
             raise AmpError(
-                "tables, base or seeds is empty, expected one each at least; add --config launchers/sweeps/FILE"
+                "tables, base or seeds is empty, expected at least one of each; add --config launchers/sweeps/FILE"
             )
         names = {row.name for row in rows if row.train}
         for name in [*self.rows, *([self.control] if self.control else [])]:

@@ -56,7 +56,9 @@ def plan(config: SweepConfig) -> dict[str, list[Run]]:
                 make_run(config, row, keys, Path(config.out) / f"{slug}-{digest}", seed) for seed in config.seeds
             ]
         if runs.setdefault(row.name, seen[digest]) != seen[digest]:
-            raise AmpError(f"two rows are named {row.name!r} and differ, expected one configuration a name; rename one")
+            raise AmpError(
+                f"two rows are named {row.name!r} and differ, expected one configuration per name; rename one"
+            )
     return runs
 
 

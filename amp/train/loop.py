@@ -257,4 +257,4 @@ class StageLoop:
         except Exception as error:
             if must:
                 raise error if isinstance(error, AmpError) else AmpError(f"{run.out}: {error}") from error
-            self.terminal.say(f"{error}. Training goes on without this checkpoint")
+            self.terminal.say(f"{error}. Training continues without this checkpoint")

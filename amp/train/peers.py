@@ -33,7 +33,7 @@ def watching_peers() -> Iterator[None]:
             leave_reason(error)
             raise
         raise PeerLost(
-            f"{diagnosis()} ({first_line(error)}). The same command goes on from the last checkpoint"
+            f"{diagnosis()} ({first_line(error)}). The same command resumes from the last checkpoint"
         ) from error
 
 

@@ -76,7 +76,7 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpoi
         if (found is None or found.stage < stage) and settings_of(path) is not None:
             raise AmpError(
                 f"{path}: was trained by an earlier run, and {config.out} has no whole checkpoint of stage {stage} to "
-                f"go on from. {ANEW}"
+                f"resume from. {ANEW}"
             )
     return found
 

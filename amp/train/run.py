@@ -140,7 +140,7 @@ class Run:
         write_atomically(self.out / RECORD, content)
         if found is not None:
             now = f"; {in_words(differing)}" if differing else ""
-            self.terminal.say(f"going on from {found.folder}{now}")
+            self.terminal.say(f"resuming from {found.folder}{now}")
         if others:
             self.terminal.say(f"the other stage in {self.out} was trained with other settings: {in_words(others)}")
 
@@ -168,7 +168,7 @@ class Run:
         if self.accelerator.is_main_process:
             word = json.dumps({"signal": name, "stage": stage, "step": step})
             write_atomically(self.out / STOPPED, word.encode())
-        self.terminal.say(f"stopped by {name} at stage {stage} step {step}; the same command goes on from there")
+        self.terminal.say(f"stopped by {name} at stage {stage} step {step}; the same command resumes from there")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         raise Stopped(number)
