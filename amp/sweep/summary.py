@@ -157,9 +157,9 @@ def to_markdown(
 
     Probes are in the first table that has their row; `left_out`, results that can't be used, comes last."""
     parts = [
-        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; empty where "
-        "nobody has run it. Bold: more than two standard errors above base CLIP"
-        + (f"; *: and above {config.control}" if config.control else "")
+        f"Made by `{command}`. Mean ± standard error over seeds {', '.join(map(str, config.seeds))}; rows "
+        "without figures were not run. Bold: more than two standard errors above base CLIP"
+        + (f"; *: also above {config.control}" if config.control else "")
         + f". The paper's figures ({config.paper_columns}) were measured on other data and another model: compare the "
         "order of rows, not values."
     ]
