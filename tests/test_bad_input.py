@@ -393,7 +393,7 @@ def test_files_that_are_no_adapters(run, evaluate, refused, tmp_path, foreign_ad
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     assert "'format' is None" in refused(lambda: run(evaluate, adapters=f"[{tmp_path}/other.safetensors]"))
     (tmp_path / "cut.safetensors").write_bytes(foreign_adapter.read_bytes()[:-100])
-    assert "not a whole safetensors file" in refused(lambda: run(evaluate, adapters=f"[{tmp_path}/cut.safetensors]"))
+    assert "not a complete safetensors file" in refused(lambda: run(evaluate, adapters=f"[{tmp_path}/cut.safetensors]"))
 
 
 def test_init_with_other_prompt_settings(run, train, refused, clip_folder, tmp_path):

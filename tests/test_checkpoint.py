@@ -155,7 +155,7 @@ def test_a_folder_instead_of_a_file(model, tmp_path):
 @pytest.mark.parametrize("keep", [0, 5, 200, -1], ids=["empty", "length", "header", "last-byte"])
 def test_truncated_file(keep, model, path):
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(AmpError, match=r"adapter\.safetensors: not a whole safetensors file.*again"):
+    with pytest.raises(AmpError, match=r"adapter\.safetensors: not a complete safetensors file.*again"):
         load_adapter(path, model)
 
 

@@ -457,7 +457,7 @@ def test_every_adapter_that_does_not_fit_is_named(clip_folder, aware, tmp_path):
     for message, words in zip(error.value.messages, ("was trained on base", "1 weights contain NaN"), strict=True):
         assert words in message
     (tmp_path / "cut").write_bytes((tmp_path / "good").read_bytes()[:99])
-    with pytest.raises(AmpError, match="not a whole safetensors file"):
+    with pytest.raises(AmpError, match="not a complete safetensors file"):
         read_adapters([f"cut={tmp_path}/cut", f"good={tmp_path}/good"])
 
 

@@ -367,7 +367,7 @@ def test_weights_under_another_name_are_no_weights(tmp_path, clip_folder, capsys
         with pytest.raises(AmpError, match="safetensors"):
             read_adapter(tmp_path / f"{name}.safetensors")
     (tmp_path / "optimizer.safetensors").write_bytes(evil)
-    with pytest.raises(AmpError, match=r"optimizer\.safetensors: not a whole safetensors file"):
+    with pytest.raises(AmpError, match=r"optimizer\.safetensors: not a complete safetensors file"):
         Checkpoint(tmp_path, {}).moments()
     with pytest.raises(AmpError, match="not per-query results"):
         load_queries(tmp_path / "objects.npz")

@@ -107,7 +107,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[AdapterHeader, dict[str, torc
             f"{path}: no such adapter file. amp train writes it to OUT/stage2/adapter.safetensors"
         ) from error
     except SafetensorError as error:
-        raise AmpError(f"{path}: not a whole safetensors file ({error}). Copy or train it again") from error
+        raise AmpError(f"{path}: not a complete safetensors file ({error}). Copy or train it again") from error
     except OSError as error:
         raise AmpError(f"{path}: can't be read ({error}), expected a file") from error
     record = _header(path, metadata)

@@ -75,7 +75,7 @@ class Checkpoint:
         try:
             return load_file(self.folder / OPTIMIZER)
         except (OSError, SafetensorError) as error:
-            raise AmpError(f"{self.folder / OPTIMIZER}: not a whole safetensors file ({error})") from error
+            raise AmpError(f"{self.folder / OPTIMIZER}: not a complete safetensors file ({error})") from error
 
 
 class Checkpoints:
@@ -183,7 +183,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, AmpError):
             raise
-        raise AmpError(f"{path}: not a whole checkpoint ({error!r})") from error
+        raise AmpError(f"{path}: not a complete checkpoint ({error!r})") from error
     return Checkpoint(folder, state)
 
 

@@ -75,8 +75,8 @@ def find_checkpoint(config: TrainConfig, say: Callable[[str], None]) -> Checkpoi
         path = adapter_path(config.out, stage)
         if (found is None or found.stage < stage) and settings_of(path) is not None:
             raise AmpError(
-                f"{path}: was trained by an earlier run, and {config.out} has no whole checkpoint of stage {stage} to "
-                f"resume from. {ANEW}"
+                f"{path}: was trained by an earlier run, and {config.out} has no complete checkpoint of stage {stage} "
+                f"to resume from. {ANEW}"
             )
     return found
 
