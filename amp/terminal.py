@@ -112,6 +112,15 @@ class Terminal(PlainConsole):
             yield show
 
 
+def load_open_clip() -> None:
+    """Imports PyTorch and open_clip, which takes 5 to 15 seconds, and shows so at once, in a log file too."""
+    if "open_clip" in sys.modules:
+        return
+    with Terminal(os.environ.get("RANK", "0") == "0").progress("loading PyTorch and open_clip") as report:
+        report.log()
+        import open_clip  # noqa: F401
+
+
 class Progress:
     """Progress of a phase: a bar on a terminal, otherwise a line every `LOG_SECONDS`.
 

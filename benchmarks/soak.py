@@ -23,14 +23,10 @@ from amp.errors import AmpError, exit_on_error, require
 
 with exit_on_error():
     import numpy as np
-    import torch
     from jsonargparse import auto_cli
 
-    from amp.data.conversion.make import make_shards
     from amp.files import write_atomically
-    from amp.train.checkpoints import Checkpoints, open_checkpoint
     from amp.train.run import STOPPED
-    from benchmarks.machine import processor
 
     psutil = require("psutil", "a soak run")
 
@@ -108,6 +104,8 @@ class Launch:
 
     def step(self) -> int:
         """Optimizer steps of the newest checkpoint."""
+        from amp.train.checkpoints import Checkpoints
+
         names = Checkpoints(self.out).names(1)
         return int(names[-1].rpartition("step")[2]) if names else 0
 
@@ -125,6 +123,8 @@ class Launch:
         Raises:
             AmpError: The run doesn't end as described in docs/training.md.
         """
+        from amp.train.checkpoints import Checkpoints, open_checkpoint
+
         roles = self.roles()
         roles[f"rank {RANKS - 1}"].send_signal(signal.SIGUSR1)
         self.wait_for(lambda: self.process.poll() is not None or not self.process.is_running(), "after SIGUSR1")
@@ -178,6 +178,8 @@ def soak(folder: Path, minutes: float, every: float) -> tuple[dict, dict]:
 
 
 def draw_scenes(folder: Path) -> None:
+    from amp.data.conversion.make import make_shards
+
     scenes = folder / "scenes"
     counts = ["--train=128", "--val=24", "--test=2"]
     command = [sys.executable, "tools/scenes/make_scenes.py", "--out", str(scenes), *counts]
@@ -244,6 +246,10 @@ def trend(points: Sequence[tuple[float, float]], count: bool) -> dict:
 
 def report(series: dict, end: dict) -> dict:
     """Returns the trends, and the names of things that grow, were restarted or are left over."""
+    import torch
+
+    from benchmarks.machine import processor
+
     trends, growing = {}, []
     for role, held in series.items():
         for name, points in held.items():

@@ -18,18 +18,19 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from amp.errors import exit_on_error
 
 with exit_on_error():
-    import torch
     from jsonargparse import auto_cli
     from rich.table import Table
-    from safetensors.torch import load_file
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from amp.command_line import CommandLine
     from amp.terminal import PlainConsole
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, IMAGES_PER_STEP, KILL_AT = 12, 16, 5
@@ -92,10 +93,12 @@ class Engine:
         with open(f"{out}.log", "a") as log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def train(self, out: Path, data: Path, precision: str) -> dict[str, torch.Tensor]:
+    def train(self, out: Path, data: Path, precision: str) -> dict[str, "torch.Tensor"]:
         """Runs the training, or resumes it, and returns the weights at its end."""
         if self.start(out, data, precision).wait():
             raise SystemExit(f"{self.name} {precision} failed:\n" + Path(f"{out}.log").read_text()[-3000:])
+        from safetensors.torch import load_file
+
         return load_file(out / "stage1" / "adapter.safetensors")
 
     def kill(self, out: Path, data: Path, precision: str) -> None:
@@ -110,11 +113,13 @@ class Engine:
 
 
 def losses(out: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(out / "open-clip-amp")).Reload()
     return [event.value for event in events.Scalars("stage1/loss")]
 
 
-def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+def distance(first: dict[str, "torch.Tensor"], second: dict[str, "torch.Tensor"]) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 

@@ -22,11 +22,7 @@ with exit_on_error():
 
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
-    from open_clip import SimpleTokenizer
-    from rich.markdown import Markdown
-
     from amp.command_line import CommandLine
-    from amp.terminal import PlainConsole
 
     parser = CommandLine(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -37,6 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed for the choice of these captions")
     parser.add_argument("--out", type=str | None, help="file for the report, .md or .json; null only prints it")
     options = parser.parse_args(arguments)
+    from amp.terminal import PlainConsole, load_open_clip
+
+    load_open_clip()
+    from open_clip import SimpleTokenizer
+    from rich.markdown import Markdown
+
     if options.out and Path(options.out).suffix not in (".md", ".json"):
         raise AmpError(f"--out is {options.out!r}; expected a name that ends in .md or .json")
     paths = [Path(options.knowledge), *([Path(options.against)] if options.against else [])]

@@ -27,6 +27,9 @@ def parser() -> CommandLine:
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     settings = read_command_line(parser(), arguments, ChooseSettings)
+    from amp.terminal import load_open_clip
+
+    load_open_clip()
     from amp.evaluate.choice_run import run
 
     run(settings)

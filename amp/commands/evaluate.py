@@ -30,9 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
         from amp.report.drawing import picture_format
 
         picture_format(settings.gallery)
+    from amp.terminal import PlainConsole, load_open_clip
+
+    load_open_clip()
     from amp.evaluate.results_table import print_table
     from amp.evaluate.run import evaluate
-    from amp.terminal import PlainConsole
 
     found = evaluate(settings)
     if not found.main:

@@ -49,8 +49,10 @@ def parser() -> CommandLine:
 def main(arguments: list[str] | None = None) -> None:
     settings = PublishSettings(**vars(parser().parse_args(arguments)))
     check_given(settings, "adapter")
+    from amp.terminal import Terminal, load_open_clip
+
+    load_open_clip()
     from amp.publish.hub import push_to_hub, save_pretrained
-    from amp.terminal import Terminal
 
     terminal = Terminal(True)
     with terminal.progress("reading the adapter and its base model"):

@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: ReportSettings) -> None:
     """Collects the content of the page and writes it."""
+    from amp.terminal import Terminal, load_open_clip
+
+    load_open_clip()
     from amp.data.split import ShardSplit
     from amp.data.split_captions import SplitCaptions
     from amp.device import usable_device
@@ -74,7 +77,6 @@ def run(settings: ReportSettings) -> None:
     from amp.files import check_writable
     from amp.report.page import ReportInput, write_report
     from amp.report.plots import results_plot, sweep_plot, training_plot
-    from amp.terminal import Terminal
 
     check_given(settings, "results")
     terminal, problems = Terminal(True), Problems()

@@ -124,11 +124,13 @@ def main(arguments: list[str] | None = None) -> None:
 
         picture_format(settings.sheet)  # said before minutes of work
         require("matplotlib", "--sheet")
+    from amp.terminal import PlainConsole, Terminal, load_open_clip
+
+    load_open_clip()
     import torch
 
     from amp.cores import use_cores
     from amp.model.factory import quiet_open_clip
-    from amp.terminal import PlainConsole, Terminal
 
     quiet_open_clip()
     terminal, console = Terminal(True), PlainConsole()

@@ -245,6 +245,9 @@ class TrainConfig:
                 raise AmpError(f"{key} is {value}, expected at least {least}")
         if self.seed >= 2**32:
             raise AmpError(f"seed is {self.seed}, expected at most {2**32 - 1}")
-        from amp.model.interactions import interaction_class  # loads torch, which the checks above do without
+        from amp.terminal import load_open_clip
+
+        load_open_clip()  # the checks above do without it
+        from amp.model.interactions import interaction_class
 
         interaction_class(self.prompt)
