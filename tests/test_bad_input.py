@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_clip_folder
-from helpers import draw_dataset, launcher
 from safetensors.torch import save_file
-from test_evaluate import evaluation_settings
+from support.commands import arguments, evaluation_settings, one_error, training_settings
+from support.drawn_data import draw_dataset
+from support.models import write_clip_folder
+from support.repository import launcher
 
 import amp
 from amp.data.shards import ShardManifest
@@ -53,22 +54,7 @@ def run(shards, clip_folder, tmp_path):
     """`run(main, **changes)` calls a launcher with settings that work but for the changes; dots are written as `__`."""
 
     def call(main, *more, **changes):
-        settings = {
-            "model.name": clip_folder,
-            "model.pretrained": "null",
-            "data.shards": shards,
-            "data.cache": tmp_path / "cache",
-            "data.batch_size": 4,
-            "data.workers": 0,
-            "data.augment": "none",
-            "data.val_split": "null",
-            "stages": "[1]",
-            "stage1.max_steps": 2,
-            "trackers": "[]",
-            "out": tmp_path / "run" / "out.json",
-        }
-        settings |= {f"prompt.{key}": value for key, value in TINY_PROMPT.items()}
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        settings = training_settings(shards, clip_folder, tmp_path, TINY_PROMPT, **changes)
         if main.__module__ == "evaluate_script":
             settings = evaluation_settings(settings)
         main([*arguments(settings), *more])
@@ -76,27 +62,10 @@ def run(shards, clip_folder, tmp_path):
     return call
 
 
-def arguments(settings: dict) -> list[str]:
-    return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
-
-
 @pytest.fixture
 def refused(capsys):
     """`refused(call)` expects one error and returns its line."""
-
-    def expect(call) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            call()
-        assert ended.value.code == 2
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err and "Traceback" not in shown.out
-        lines = [line for line in shown.err.splitlines() if line.strip()]
-        errors = [line for line in lines if re.match(r"\S[^:]*: error: ", line)]
-        assert len(errors) == 1 and lines[-1] == errors[0], shown.err
-        return errors[0].partition(": ")[2]
-
-    return expect
+    return lambda call: one_error(call, capsys)
 
 
 def test_the_settings_work_without_changes(run, train, evaluate, tmp_path, capsys):

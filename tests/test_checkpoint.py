@@ -7,12 +7,11 @@ import signal
 from dataclasses import asdict, replace
 
 import pytest
-import reference
 import torch
-from conftest import make_model, write_clip_folder
-from helpers import aim_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.equations.image_features import image_feature, prompts_of
+from support.models import aim_settings, make_model, write_clip_folder
 
 import amp
 from amp.errors import AmpError
@@ -356,7 +355,7 @@ def test_version_1_with_some_of_the_maps_scores_as_before(tmp_path, images, know
         if len(states):
             unit = states / states.norm(dim=1, keepdim=True)
             enriched = enriched + (unit @ stored["text_enrichment.states.weight"].T).mean(dim=0)
-        image = reference.action_aware_feature(model, images[row], batch, row)
+        image = image_feature(model, images[row], prompts_of(model, batch, row))
         assert score.item() == pytest.approx(float(image @ enriched / image.norm() / enriched.norm()), abs=1e-5)
     model.base_name, model.base_hash = "tiny", header.base_hash
     with pytest.raises(AmpError, match=r"weights are missing"):  # of version 2 nothing may be

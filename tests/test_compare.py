@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_evaluate import World
+from support.evaluation import World
 
 from amp.commands import compare as compare_command
 from amp.commands import evaluate, report

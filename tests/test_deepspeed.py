@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, aim_settings
 from safetensors.torch import load_file
-from training_run import TrainingRun
+from support.models import aim_settings
+from support.repository import ROOT
+from support.training_run import TrainingRun
 
 import amp
 from amp.errors import AmpError

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUIET_ENVIRONMENT, ROOT, launcher
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.repository import QUIET_ENVIRONMENT, ROOT, launcher
 
 import amp
 from amp.evaluate.adapters import adapted, read_adapters

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import small_run
+from support.training_run import small_run
 
 from amp import launch
 from amp.data.order import BatchOrder

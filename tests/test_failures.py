@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import TrainingRun, small_run
+from support.training_run import TrainingRun, small_run
 
 from amp.errors import AmpError
 from amp.train.checkpoints import Checkpoints
@@ -184,7 +184,7 @@ def test_a_full_file_system(tmp_path):
 
 @pytest.fixture
 def own_shards(tmp_path) -> Path:
-    from helpers import draw_dataset
+    from support.drawn_data import draw_dataset
 
     from amp.data.conversion.make import make_shards
 

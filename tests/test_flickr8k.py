@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import ROOT, launcher
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from support.repository import ROOT, launcher
 
 import amp
 

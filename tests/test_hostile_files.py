@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import launcher
-from hostile_helpers import Canary, bad_images, captions_of, odd_images, one_error, png, training_arguments
 from PIL import Image
+from support.commands import Canary, one_error, training_arguments
+from support.drawn_data import captions_of
+from support.photos import bad_images, odd_images, png
+from support.repository import launcher
 
 import amp
 from amp.data.conversion.make import make_shards

@@ -9,8 +9,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from helpers import draw_dataset, launcher
-from hostile_helpers import evaluation_arguments, one_error, training_arguments
+from support.commands import evaluation_arguments, one_error, training_arguments
+from support.drawn_data import draw_dataset
+from support.repository import launcher
 
 import amp
 from amp.data.conversion.make import make_shards
@@ -329,7 +330,7 @@ def files_with_canaries(*folders: Path) -> list[str]:
 def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
     """A server that refuses and repeats the key; its address holds a password, which the command line is kept with."""
     pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
-    from test_openai_engine import Faulty, good, status
+    from support.faulty_server import Faulty, good, status
 
     for name, value in SECRET_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, write_clip_folder
-from helpers import aim_settings
 from PIL import Image
+from support.models import aim_settings, make_model, write_clip_folder
 
 import amp
 from amp.commands import publish

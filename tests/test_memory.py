@@ -9,11 +9,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import QUIET_ENVIRONMENT, ROOT, run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from support.processes import run_ranks
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 import amp
 from amp.knowledge.text import SLOT_TOKENS

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import QUIET_ENVIRONMENT
-from language_models import smollm2_gguf
-from scripted_model import scripted_model
+from support.language_models import smollm2_gguf
+from support.repository import QUIET_ENVIRONMENT
+from support.scripted_model import scripted_model
 
 from amp.generation.engines.base import EngineError, Sampling
 from amp.generation.grammar import StateGrammar, TripletGrammar

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import ROOT, SPLIT_SIZES, launcher
 from rich.console import Console
-from training_run import small_run
+from support.drawn_data import SPLIT_SIZES
+from support.repository import ROOT, launcher
+from support.training_run import small_run
 
 import amp
 from amp.data.shards import ShardManifest

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluate import TOP_K, World, ranked
+from support.equations.search import pair_score
+from support.evaluation import TOP_K, World, ranked
 
 import amp
 from amp.errors import AmpError
@@ -24,10 +25,8 @@ def world(clip_folder, shards, tmp_path_factory):
 def expected(world, query, image_of, knowledge_of):
     """t2i scores of one caption by the public call: `image_of` and `knowledge_of` say what is seen instead."""
     first = world.retrieval().first["t2i"].candidates[query]
-    images = torch.stack([image_of(int(i)) for i in first])
-    knowledge = [knowledge_of(query)] * len(first)
-    with torch.no_grad():
-        return F.cosine_similarity(world.model.encode_image(images, knowledge), world.text[query][None], dim=-1)
+    caption, text, knowledge = world.captions.texts[query], world.text[query][None], knowledge_of(query)
+    return torch.tensor([pair_score(world.model, image_of(int(i)), caption, knowledge, text) for i in first])
 
 
 @pytest.mark.parametrize("owner", [[0, 0, 1, 1], [2, 0, 1, 1, 0, 2, 2], [0, 0, 0, 1, 2, 3], list(range(9))])

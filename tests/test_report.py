@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import launcher
-from test_evaluate import World
+from support.evaluation import World
+from support.repository import launcher
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_clip_folder
 from safetensors.torch import load_file
-from training_run import TrainingRun, small_run, steps_of
+from support.models import write_clip_folder
+from support.training_run import TrainingRun, small_run, steps_of
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
@@ -273,7 +273,7 @@ def test_other_settings_are_refused_by_name(short, change, said):
 
 
 def test_other_shards_are_refused(short, tmp_path):
-    from helpers import draw_dataset
+    from support.drawn_data import draw_dataset
 
     from amp.data.conversion.make import make_shards
 

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks
-from test_evaluate import World, ranked
+from support.evaluation import World, ranked
+from support.processes import run_ranks
 
 from amp.retrieval import score_store
 from amp.retrieval.score_store import ScoreStore, content_key

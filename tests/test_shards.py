@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_here
 from PIL import Image
+from support.repository import run_here
 
 from amp.data.conversion import write
 from amp.data.conversion.folder import lock_folder

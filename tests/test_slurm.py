@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.drawn_data import draw_dataset
+from support.repository import ROOT
+from support.slurm import ACTIVE
 import torch
-from helpers import ROOT, draw_dataset
 from safetensors.torch import load_file
-from slurm_helpers import ACTIVE
 
 pytestmark = pytest.mark.system
 

@@ -1,11 +1,11 @@
 """The plan of the house (docs/architecture.md): arrows point down, files don't import each other in circles."""
 
 import ast
+from support.repository import ROOT
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from helpers import ROOT
 
 FLOORS = (
     ("knowledge",),

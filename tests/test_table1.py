@@ -9,8 +9,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import ROOT, run_ranks
 from safetensors.torch import save_file
+from support.processes import run_ranks
+from support.repository import ROOT
 
 import amp
 from amp.commands import evaluate, table1, train

@@ -319,7 +319,7 @@ def test_sentencepiece(vicuna):
 
 @pytest.mark.slow
 def test_unpacked_weights_are_those_of_the_gguf_file(smollm2):
-    from language_models import smollm2_gguf
+    from support.language_models import smollm2_gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = smollm2_gguf()

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import aim_settings
 
 from amp.model.config import PromptConfig
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
+from support.models import aim_settings
 
 
 def small_run(shards: Path, clip_folder: str, out: Path, cache: str, data: dict[str, Any], **settings) -> TrainConfig:
