@@ -1,6 +1,7 @@
 """Fixtures of all tests. What they are made of is in `tests/support/`."""
 
 import multiprocessing
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,18 @@ def images() -> torch.Tensor:
 def shards(tmp_path_factory) -> Path:
     """A folder of small shards, of 5 samples at most, with the splits of `SPLIT_SIZES`; read only."""
     return draw_shards(tmp_path_factory.mktemp("drawn"))
+
+
+@pytest.fixture
+def copied_shards(shards, tmp_path) -> Path:
+    """A copy of `shards` that a test may change."""
+    return Path(shutil.copytree(shards, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory) -> Path:
+    """Cache of a module's tests."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
-from support.equations.image_features import feature_under
+from support.equations.image_features import feature_under, sentences
 from support.models import aim_settings, clip_config, make_aim, make_clip
+from torch.testing import assert_close
 
 import amp
 from amp.data.prepare import knowledge_collator

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support.drawn_data import draw
 from support.equations.search import base_score, pair_score
 from support.evaluation import World

@@ -5,9 +5,9 @@ import copy
 import open_clip
 import pytest
 import torch
+from support.models import CLIP_VARIANTS, EMBED_DIM, TEXT, VISION, make_clip
 from torch import nn
 from torch.testing import assert_close
-from support.models import CLIP_VARIANTS, EMBED_DIM, TEXT, VISION, make_clip
 
 from amp.errors import AmpError
 from amp.model.towers import make_backbone

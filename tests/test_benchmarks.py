@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from support.language_models import tiny_language_model
 from support.repository import ROOT
+from torch import nn
 
 from amp.errors import AmpError
 from amp.model.config import PromptConfig

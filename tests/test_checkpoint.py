@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.equations.image_features import image_feature, prompts_of
-from support.models import aim_settings, make_model, write_clip_folder
+from support.models import aim_settings, make_model, shake, write_clip_folder
 
 import amp
 from amp.errors import AmpError
@@ -27,9 +27,7 @@ def model(clip_folder):
     """A model with random weights of its own, as after training."""
     torch.manual_seed(5)
     model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=CONFIG)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("backbone."):
-            parameter.data += torch.randn_like(parameter)
+    shake(model, scale=1.0)
     return model
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.evaluation import World
+from support.processes import forget_accelerate
 
 from amp.commands import compare as compare_command
 from amp.commands import evaluate, report
@@ -24,8 +25,6 @@ from amp.retrieval.settings import RetrievalSettings
 @pytest.fixture(scope="module")
 def files(clip_folder, shards, tmp_path_factory):
     """Results of the base model and one adapter: in one gallery, in three folds, and with the first stage's score."""
-    from accelerate.state import AcceleratorState, PartialState
-
     folder = tmp_path_factory.mktemp("compare")
     world = World(clip_folder, shards, folder / "cache")
     adapter = folder / "run" / "stage1" / "adapter.safetensors"
@@ -36,8 +35,7 @@ def files(clip_folder, shards, tmp_path_factory):
         ("folds", ["--search.folds", "3", "--bootstrap", "0"]),
         ("fused", ["--search.fusion_weight", "3.0", "--bootstrap", "0"]),
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
+        forget_accelerate()
         evaluate.main(
             [
                 *("--shards", str(shards), "--cache", str(folder / "cache"), "--workers", "0"),
@@ -45,8 +43,7 @@ def files(clip_folder, shards, tmp_path_factory):
                 *extra,
             ]
         )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    forget_accelerate()
     return folder
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from support.models import aim_settings, make_clip
 from support.processes import run_ranks
+from torch.nn.parallel import DistributedDataParallel
 
 import amp
 from amp.data.stream import Batch

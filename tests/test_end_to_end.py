@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from support.repository import QUIET_ENVIRONMENT, ROOT, launcher
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amp
 from amp.evaluate.adapters import adapted, read_adapters

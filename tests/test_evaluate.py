@@ -3,27 +3,19 @@
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from clip_benchmark.metrics import zeroshot_retrieval
-from support.commands import evaluation_settings
 from support.equations.search import search_split
 from support.evaluation import TOP_K, World, ranked
-from support.processes import run_ranks
+from support.processes import forget_accelerate, run_ranks
 
 import amp
 from amp.commands.evaluate import main, parser
 from amp.commands.measuring import read_command_line
-from amp.data.frozen_features import compute_frozen_features
-from amp.data.prepare import knowledge_collator
-from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
-from amp.data.text_features import encode_texts
 from amp.errors import AmpError
 from amp.evaluate.adapters import (
     Adapter,
@@ -38,17 +30,10 @@ from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
 from amp.evaluate.results_table import protocol_lines
 from amp.evaluate.settings import BaseSettings, EvaluationSettings
-from amp.knowledge.tensors import Captions
 from amp.model.adapter import AdapterHeader, read_adapter
-from amp.model.interactions.base import Prompts
 from amp.retrieval.metrics import recalls
-from amp.retrieval.settings import RetrievalSettings
-from amp.retrieval.split_search import Ranking, SplitSearch, spaced
+from amp.retrieval.split_search import SplitSearch, spaced
 from amp.terminal import Terminal
-
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +274,7 @@ def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, 
     assert "the GPU is out of memory; reduce --search.batch_size and --batch_size" in said
 
     monkeypatch.undo()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     command(*arguments)
     result = ResultFile.load_json(out)
     assert [row.name for row in result.rows] == [*first, *one, *two]
@@ -351,7 +336,7 @@ def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp
         with pytest.raises(SystemExit):
             command(*arguments)
         assert message in capsys.readouterr().err
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerate()
     assert not (tmp_path / "out.json").exists()
 
 

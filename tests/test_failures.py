@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.training_run import TrainingRun, small_run
+from support.weights import same_bits
 
 from amp.errors import AmpError
 from amp.train.checkpoints import Checkpoints
@@ -40,10 +41,6 @@ def config(shards, clip_folder, tmp_path) -> TrainConfig:
 
 def adapter(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.out) / "stage1" / "adapter.safetensors")
-
-
-def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 # -- a process ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_retrieval
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from support.repository import ROOT, launcher
+from torch.utils.data import DataLoader, Dataset
 
 import amp
 

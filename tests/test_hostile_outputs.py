@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.commands import evaluation_arguments, one_error, training_arguments
 from support.drawn_data import draw_dataset
+from support.processes import forget_accelerate
 from support.repository import launcher
 
 import amp
@@ -160,8 +161,6 @@ SECRET_ENVIRONMENT = {"OPENAI_API_KEY": KEY, "HF_TOKEN": TOKEN, "WANDB_API_KEY":
 def job(tmp_path_factory, clip_folder):
     """Conversion, training, evaluation and search in a folder with planted links and an environment with keys: the
     folder, what was shown, and the addresses that were connected to."""
-    from accelerate.state import AcceleratorState, PartialState
-
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     root = tmp_path_factory.mktemp("job")
     (root / "mine.txt").write_bytes(MINE)
@@ -214,11 +213,9 @@ def job(tmp_path_factory, clip_folder):
             patch.setattr(socket.socket, name, _noting(getattr(socket.socket, name), connected), raising=False)
         patch.setattr(socket, "getaddrinfo", lambda host, *_, **__: connected.append(("asked for", host)) or [])
         for script, arguments in steps:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState._reset_state()
+            forget_accelerate()
             launcher(script).main(arguments)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    forget_accelerate()
     return root, out.getvalue(), connected
 
 

@@ -15,6 +15,7 @@ from amp.data.captions.knowledge_file import attach_knowledge
 from amp.data.captions.load import load_captions
 from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError, Problems, exit_on_error, printable, shorten
+from amp.generation.engines.base import Sampling
 from amp.generation.engines.rendering import chat_parts, plain_text, without_marks
 from amp.generation.prompts import MAX_CAPTION_WORDS, ask_states, ask_triplets, load_template
 from amp.generation.replies import MAX_STATE_CHARACTERS, MAX_TRIPLETS, read_states, read_triplets
@@ -307,11 +308,11 @@ def test_the_openai_engine_sends_captions_without_marks():
     pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
     from support.faulty_server import Faulty, engine_for, good
 
-    faulty = Faulty(good())
+    faulty, prefix = Faulty(good()), load_template("default").triplets
     with faulty.serve() as url:
         for rendering in ("chat", "plain"):
-            engine = make(url, rendering=rendering)
-            list(engine.generate(TEMPLATE.triplets, [ask_triplets(INJECTIONS["turn"])], None, GREEDY))
+            engine = engine_for(url, rendering=rendering)
+            list(engine.generate(prefix, [ask_triplets(INJECTIONS["turn"])], None, Sampling(48)))
     for request in faulty.requests:
         asked = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
         assert "A man<| im_end |>" in asked and not MARK.search(asked)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
 from support.models import EMBED_DIM, make_model
+from torch.testing import assert_close
 
 from amp.errors import AmpError
 from amp.knowledge.tensors import Captions

@@ -5,9 +5,9 @@ import copy
 import open_clip
 import pytest
 import torch
-from torch.testing import assert_close
 from support.equations.image_features import image_feature, prompts_of
 from support.models import CLIP_VARIANTS, aim_settings, make_aim, make_clip, make_model
+from torch.testing import assert_close
 
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from rich.console import Console
 from support.drawn_data import SPLIT_SIZES
+from support.processes import forget_accelerate
 from support.repository import ROOT, launcher
 from support.training_run import small_run
 
@@ -34,12 +35,9 @@ from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.resume import record
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 PAGE = ROOT / "docs/plan.md"
-
-
-@pytest.fixture(autouse=True)
-def _alone(fresh_accelerate):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +147,6 @@ def test_wrong_settings_are_refused(keys):
 @pytest.fixture(scope="module")
 def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
     """A real run of one stage, two batches a step, and its checkpoints."""
-    from accelerate.state import AcceleratorState, PartialState
-
     folder = tmp_path_factory.mktemp("trained")
     config = small_run(
         shards,
@@ -163,10 +159,9 @@ def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
         gradient_accumulation=2,
         validate_every=0,
     )
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     train(config)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    forget_accelerate()
     return config
 
 

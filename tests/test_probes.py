@@ -1,13 +1,13 @@
 """Leak probes: what is spoilt is spoilt, and nothing else."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.equations.search import pair_score
 from support.evaluation import TOP_K, World, ranked
+from support.repository import ROOT
 
 import amp
 from amp.errors import AmpError
@@ -91,7 +91,7 @@ def test_text_only_control_by_hand(world):
 
 def test_a_probe_from_outside_the_package(world, monkeypatch, tmp_path):
     """The example of docs/extending.md, found as a user's module is."""
-    page = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    page = (ROOT / "docs/extending.md").read_text()
     (code,) = re.findall(r"^```python\n# first_triplet\.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "first_triplet.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

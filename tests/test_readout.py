@@ -49,7 +49,10 @@ def test_the_equation_by_a_naive_loop(width, heads):
     weights = {**layer.state_dict(), "width": width // layer.heads}
     assert layer.heads == heads
     want = torch.stack(
-        [torch.stack([layers.readout(weights, p, text[c], states[c], triplets[c], mask[c]) for c in range(3)]) for p in patches]
+        [
+            torch.stack([layers.readout(weights, p, text[c], states[c], triplets[c], mask[c]) for c in range(3)])
+            for p in patches
+        ]
     )
     queries = layer.queries(text, states, triplets, mask)
     key, value = layer.keys_and_values(patches)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.evaluation import World
+from support.processes import forget_accelerate
 from support.repository import launcher
 
 from amp.data.split import ShardSplit
@@ -104,12 +105,6 @@ def test_models_without_maps_have_none(clip_folder, shards, tmp_path):
 @pytest.fixture(scope="module")
 def page(clip_folder, shards, tmp_path_factory):
     """A page whose first caption is an attack, with its results file."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    def forget():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-
     folder = tmp_path_factory.mktemp("report")
     world = World(clip_folder, shards, folder / "cache")
     adapter = folder / "run" / "stage1" / "adapter.safetensors"
@@ -126,7 +121,7 @@ def page(clip_folder, shards, tmp_path_factory):
         ],
     )
     common = ["--shards", str(shards), "--adapters", f"ours={adapter}"]
-    forget()
+    forget_accelerate()
     launcher("amp/commands/evaluate.py").main(
         [
             *common,
@@ -144,7 +139,7 @@ def page(clip_folder, shards, tmp_path_factory):
             "50",
         ]
     )
-    forget()
+    forget_accelerate()
     sweep = folder / "sweep.csv"
     lines = [
         f"{row},{metric},{value},0.5,3"

@@ -14,7 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.models import write_clip_folder
+from support.processes import forget_accelerate
 from support.training_run import TrainingRun, small_run, steps_of
+from support.weights import same_bits
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
@@ -26,19 +28,14 @@ from amp.train.stopping import StopRequest
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
+def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
     """Two stages of 5 global batches of 4 an epoch, with all that is random: crops, captions, negatives, dropout."""
     return small_run(
         shards,
         clip_folder,
         tmp_path / "run",
-        cache,
+        str(cache_folder),
         {"batch_size": 4, "augment": "crop"},
         stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
         stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
@@ -53,10 +50,6 @@ def final(config: TrainConfig) -> dict[str, torch.Tensor]:
         for stage in config.stages
         for name, value in load_file(Path(config.out) / f"stage{stage}" / "adapter.safetensors").items()
     }
-
-
-def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def on_ranks(config: TrainConfig, world: int) -> TrainConfig:
@@ -194,9 +187,7 @@ def short(config, fresh_accelerate):
 
 
 def again(config: TrainConfig, **changes) -> Path:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     return train(replace(config, **changes))
 
 

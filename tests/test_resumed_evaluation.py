@@ -16,11 +16,6 @@ PAIRS = ("t2i", "i2t pairwise")
 
 
 @pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def world(clip_folder, shards, cache_folder):
     return World(clip_folder, shards, cache_folder)
 

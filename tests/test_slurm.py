@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from support.commands import arguments
 from support.drawn_data import draw_dataset
 from support.repository import ROOT
 from support.slurm import ACTIVE
-import torch
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.system
 
@@ -49,7 +50,7 @@ def settings(tmp_path_factory, clip_folder) -> list[str]:
         "checkpoint.every_steps": 4,
         "checkpoint.keep": 2,
     }
-    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+    return arguments(values)
 
 
 @pytest.fixture(scope="module")

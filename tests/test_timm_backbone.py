@@ -7,12 +7,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from torch.testing import assert_close
 from support.commands import arguments, evaluation_settings
 from support.equations.image_features import TimmTower, early_tokens, image_feature, late_tokens, prompts_of
 from support.models import EMBED_DIM, VISION, aim_settings
 from support.repository import launcher
 from support.timm_towers import TOWERS, make_timm_clip, make_timm_model, tower_config, write_folder, write_text_tower
+from torch.testing import assert_close
 
 import amp
 from amp.data.stream import Batch
@@ -198,7 +198,9 @@ def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
     batch = model.prepare_knowledge(knowledge)
     features = model(images, Captions(batch), plain=ALL)
     for i in (1, 2):
-        assert_close(features.conditioned[i], image_feature(model, images[i], prompts_of(model, batch, i)), atol=5e-5, rtol=1e-4)
+        assert_close(
+            features.conditioned[i], image_feature(model, images[i], prompts_of(model, batch, i)), atol=5e-5, rtol=1e-4
+        )
     assert_close(features.plain[0], image_feature(model, images[0]), atol=5e-5, rtol=1e-4)
 
 

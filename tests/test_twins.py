@@ -5,13 +5,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from support.equations.search import won_comparisons
 from support.repository import ROOT
-import torch.nn.functional as F
-from PIL import Image
 
 import amp
 from amp.data.conversion.make import make_shards
@@ -20,8 +17,8 @@ from amp.model.adapter import save_adapter
 
 sys.path.insert(0, str(ROOT / "tools" / "scenes"))
 
-import make_scenes  # noqa: E402
-import twins  # noqa: E402
+import make_scenes
+import twins
 
 MICRO_CLIP = f"local-dir:{ROOT / 'tools' / 'scenes' / 'micro-clip'}"
 SETTINGS = {"interaction": "aim", "depth": 0.667, "num_prompts": 2, "interaction_options": {"bottleneck": 2}}

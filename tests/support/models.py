@@ -112,10 +112,15 @@ def model_around(clip: torch.nn.Module, trained: bool = False, **prompt_settings
         torch.manual_seed(1)
         model = ActionAwareCLIP(clip, PromptConfig(**prompt_settings), clip_tokenizer())
         if trained:
-            for name, parameter in model.named_parameters():
-                if not name.startswith("backbone."):
-                    parameter.data += 0.1 * torch.randn_like(parameter)
+            shake(model)
     return model
+
+
+def shake(model, scale: float = 0.1, generator: torch.Generator | None = None) -> None:
+    """Adds noise to a model's own parameters, as if it had been trained."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("backbone."):
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def make_aim(variant: str = "native", trained: bool = False, clip_seed: int = 0, **settings):

@@ -38,7 +38,6 @@ def _rank(function, rank, world, folder, arguments):
 
 def forget_accelerate() -> None:
     """Resets the state that Accelerate keeps in the process."""
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()

@@ -52,7 +52,7 @@ def early_tokens(tower, image, blocks):
 
 
 def late_tokens(model, tower, tokens, joined=None):
-    """Tokens (T, d_v) after the last block; each block sees its own visual prompts, and all see the prompts `joined`."""
+    """Tokens (T, d_v) after the last block; each sees its own visual prompts, and all see the prompts `joined`."""
     length = len(tokens)
     tokens = tokens if joined is None else torch.cat([tokens, joined])
     kept = len(tokens)

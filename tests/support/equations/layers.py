@@ -76,7 +76,7 @@ def adapt(prompts, adapter):
     return linear(linear(layer_norm(prompts, adapter.norm), adapter.down).clamp(min=0), adapter.up)
 
 
-# -- eq. 7: both attentions of the interaction -----------------------------------------------------------------------------------------
+# -- eq. 7: both attentions of the interaction ------------------------------------------------------------------------
 
 
 def cross_attention(patches, prompts, layer):
@@ -93,7 +93,7 @@ def self_attention(x, layer):
     return linear(values, layer.out), sum(maps) / layer.heads
 
 
-# -- the readout -------------------------------------------------------------------------------------------------------
+# -- the readout ------------------------------------------------------------------------------------------------------
 
 
 def readout(layer, patches, text, states, triplets, mask):

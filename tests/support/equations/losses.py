@@ -41,9 +41,7 @@ def draw_probabilities(cosines, forbidden, scale, uniform=0.1):
     """Probability of each column to be the first negative drawn."""
     weight = [0.0 if no else math.exp(scale * c) for c, no in zip(cosines, forbidden, strict=True)]
     share = uniform / sum(not no for no in forbidden)
-    return [
-        0.0 if no else (1 - uniform) * w / sum(weight) + share for w, no in zip(weight, forbidden, strict=True)
-    ]
+    return [0.0 if no else (1 - uniform) * w / sum(weight) + share for w, no in zip(weight, forbidden, strict=True)]
 
 
 def confusable(base, text, owner, k):

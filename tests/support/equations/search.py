@@ -64,9 +64,7 @@ def search_split(world, direction: str, top_k: int, fusion_weight: float = 0.0):
 
     def pair(image, caption):
         captions, plain = world.captions, world.text[caption][None]
-        return pair_score(
-            world.model, world.images[image], captions.texts[caption], captions.knowledge[caption], plain
-        )
+        return pair_score(world.model, world.images[image], captions.texts[caption], captions.knowledge[caption], plain)
 
     def score(query, top):
         if direction == "t2i":
