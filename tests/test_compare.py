@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.evaluation import World
+from support.evaluation import write_world_adapter
 from support.processes import forget_accelerate
 
 from amp.commands import compare as compare_command
@@ -16,7 +16,6 @@ from amp.evaluate.compare import compare
 from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
 from amp.evaluate.results_table import print_table
-from amp.model.adapter import save_adapter
 from amp.retrieval.figures import BASE, RowKey
 from amp.retrieval.metrics import recalls
 from amp.retrieval.settings import RetrievalSettings
@@ -26,10 +25,7 @@ from amp.retrieval.settings import RetrievalSettings
 def files(clip_folder, shards, tmp_path_factory):
     """Results of the base model and one adapter: in one gallery, in three folds, and with the first stage's score."""
     folder = tmp_path_factory.mktemp("compare")
-    world = World(clip_folder, shards, folder / "cache")
-    adapter = folder / "run" / "stage1" / "adapter.safetensors"
-    adapter.parent.mkdir(parents=True)
-    save_adapter(adapter, world.model)
+    adapter = write_world_adapter(clip_folder, shards, folder)
     for name, extra in (
         ("whole", []),
         ("folds", ["--search.folds", "3", "--bootstrap", "0"]),

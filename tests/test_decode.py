@@ -14,6 +14,7 @@ import simplejpeg
 import torch
 from open_clip.transform import image_transform
 from PIL import Image, features
+from support.commands import arguments
 from support.drawn_data import draw
 from support.photos import encoded
 from support.repository import ROOT, launcher
@@ -162,24 +163,18 @@ def test_evaluation_gives_the_same_figures(phone, clip_folder, tmp_path, fresh_a
     rows = []
     for kind in ("upright", "stored"):
         launcher("amp/commands/evaluate.py").main(
-            [
-                "--config",
-                str(ROOT / "launchers/configs/flickr8k.yaml"),
-                "--model.name",
-                clip_folder,
-                "--model.pretrained",
-                "null",
-                "--shards",
-                str(phone / f"{kind} shards"),
-                "--cache",
-                str(tmp_path / "cache"),
-                "--workers",
-                "0",
-                "--split",
-                "test",
-                "--out",
-                str(tmp_path / f"{kind}.json"),
-            ]
+            arguments(
+                {
+                    "config": ROOT / "launchers/configs/flickr8k.yaml",
+                    "model.name": clip_folder,
+                    "model.pretrained": "null",
+                    "shards": phone / f"{kind} shards",
+                    "cache": tmp_path / "cache",
+                    "workers": "0",
+                    "split": "test",
+                    "out": tmp_path / f"{kind}.json",
+                }
+            )
         )
         rows.append(json.loads((tmp_path / f"{kind}.json").read_text())["rows"])
     assert rows[0][0]["t2i"]["recall"] == rows[1][0]["t2i"]["recall"]

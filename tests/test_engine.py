@@ -30,9 +30,9 @@ def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(cache_folder),
+        tmp_path,
         {"batch_size": 4},
+        cache_folder,
         stages=[1],
         stage1=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),

@@ -57,8 +57,7 @@ def test_generate_rewrite_train(tmp_path, smollm2, clip_folder):
     config = small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 4},
         stage1=StageSettings(epochs=2),
         stages=[1],

@@ -51,8 +51,7 @@ def config(shards, clip_folder, tmp_path) -> TrainConfig:
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 4, "val_split": "val"},
         stages=[1],
         mixed_precision="bf16",
@@ -151,8 +150,7 @@ def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
     config = small_run(
         shards,
         clip_folder,
-        folder / "run",
-        str(folder / "cache"),
+        folder,
         {"batch_size": 4, "val_split": "val"},
         stages=[1],
         stage1=StageSettings(epochs=3),

@@ -79,8 +79,7 @@ def config(shards, clip_folder, tmp_path, fresh_accelerate):
     config = small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 4, "val_split": "val"},
         stage1=one,
         stage2=one,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.drawn_data import draw_shards
 from support.models import write_clip_folder
 from support.processes import forget_accelerate
 from support.training_run import TrainingRun, small_run, steps_of
@@ -34,9 +35,9 @@ def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(cache_folder),
+        tmp_path,
         {"batch_size": 4, "augment": "crop"},
+        cache_folder,
         stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
         stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
         knowledge_dropout=0.2,
@@ -264,14 +265,10 @@ def test_other_settings_are_refused_by_name(short, change, said):
 
 
 def test_other_shards_are_refused(short, tmp_path):
-    from support.drawn_data import draw_dataset
-
-    from amp.data.conversion.make import make_shards
-
     again(short)
-    make_shards(**draw_dataset(tmp_path / "others", {"train": 21}), out=str(tmp_path / "shards"), workers=1)
+    others = draw_shards(tmp_path / "others", {"train": 21})
     with pytest.raises(AmpError, match="content of the training shards"):
-        again(short, data=replace(short.data, shards=str(tmp_path / "shards")))
+        again(short, data=replace(short.data, shards=str(others)))
 
 
 def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):

@@ -10,6 +10,7 @@ from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.text_features import encode_texts
+from amp.model.adapter import save_adapter
 from amp.retrieval.settings import RetrievalSettings
 from amp.retrieval.split_search import Ranking, SplitSearch
 
@@ -46,6 +47,15 @@ class World:
         """The search of the split, or of other captions."""
         settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
         return SplitSearch.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
+
+
+def write_world_adapter(clip_folder: str, shards: Path, folder: Path) -> Path:
+    """The adapter's file of a `World`, where a run in `folder` would have written it."""
+    world = World(clip_folder, shards, folder / "cache")
+    adapter = folder / "run" / "stage1" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    save_adapter(adapter, world.model)
+    return adapter
 
 
 def ranked(retrieval: SplitSearch, model, *arguments, **options) -> dict[str, Ranking]:
