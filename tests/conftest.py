@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.drawn_data import draw_shards
+from support.evaluation import World
 from support.language_models import unpacked_smollm2
 from support.models import clip_tokenizer, write_clip_folder
 from support.processes import forget_accelerate
@@ -75,6 +76,12 @@ def copied_shards(shards, tmp_path) -> Path:
 def cache_folder(tmp_path_factory) -> Path:
     """Cache of a module's tests."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def world(clip_folder, shards, cache_folder) -> World:
+    """A model and everything that a search of the drawn test split needs."""
+    return World(clip_folder, shards, cache_folder)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.drawn_data import draw
 from support.equations.search import base_score, pair_score
-from support.evaluation import World
 
 import amp
 from amp.commands.choose import main
@@ -234,11 +233,6 @@ def test_a_photo_is_there_in_either_spelling_of_its_letters(tmp_path):
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(clip_folder, shards, tmp_path_factory):
-    return World(clip_folder, shards, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

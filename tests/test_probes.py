@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.equations.search import pair_score
-from support.evaluation import TOP_K, World, ranked
+from support.evaluation import TOP_K, ranked
 from support.repository import ROOT
 
 import amp
@@ -15,11 +15,6 @@ from amp.evaluate.probes import PROBES, check_probes, probe
 from amp.evaluate.probes.knowledge import other_images, siblings
 from amp.evaluate.text_only import enriched_text
 from amp.plugins import load_plugins
-
-
-@pytest.fixture(scope="module")
-def world(clip_folder, shards, tmp_path_factory):
-    return World(clip_folder, shards, tmp_path_factory.mktemp("cache"))
 
 
 def expected(world, query, image_of, knowledge_of):

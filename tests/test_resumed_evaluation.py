@@ -16,11 +16,6 @@ PAIRS = ("t2i", "i2t pairwise")
 
 
 @pytest.fixture(scope="module")
-def world(clip_folder, shards, cache_folder):
-    return World(clip_folder, shards, cache_folder)
-
-
-@pytest.fixture(scope="module")
 def whole(world):
     return ranked(world.retrieval(batch_size=6), world.model)
 

@@ -43,6 +43,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def webp(width: int, height: int) -> bytes:
+    """A WebP file with another size in its header."""
     body = encoded(Image.new("RGB", (16, 16)), "WEBP")[12:]
     size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
     chunks = b"WEBPVP8X" + struct.pack("<II", 10, 0) + size + body
@@ -58,12 +59,14 @@ def gif(width: int, height: int) -> bytes:
 
 
 def bmp(width: int, height: int) -> bytes:
+    """A BMP file with another size in its header."""
     content = bytearray(encoded(Image.new("RGB", (16, 16)), "BMP"))
     content[18:26] = struct.pack("<ii", width, height)
     return bytes(content)
 
 
 def tiff(width: int, height: int) -> bytes:
+    """A TIFF file with another size in its header."""
     content = encoded(Image.new("RGB", (16, 16)), "TIFF")
     for tag, value in ((256, width), (257, height)):
         at = (
@@ -76,6 +79,7 @@ def tiff(width: int, height: int) -> bytes:
 
 
 def avif(width: int, height: int) -> bytes:
+    """An AVIF file with another size in its header."""
     content = encoded(Image.new("RGB", (16, 16)), "AVIF")
     at = content.index(b"ispe") + 8
     return content[:at] + struct.pack(">II", width, height) + content[at + 8 :]

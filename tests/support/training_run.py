@@ -87,6 +87,7 @@ class TrainingRun:
         return True
 
     def signal(self, number: int, ranks: range | None = None) -> None:
+        """Sends a signal to all ranks or to some."""
         for rank in ranks or range(self.world):
             process = self.processes[rank]
             if process.is_alive():
