@@ -1,10 +1,9 @@
 """The architectures of the paper's Tables 2 and 3, each against a naive reference."""
 
 import pytest
-import reference
 import torch
-from conftest import clip_config, make_aim, make_clip
-from helpers import aim_settings
+from support.equations.image_features import feature_under, sentences
+from support.models import aim_settings, clip_config, make_aim, make_clip
 from torch.testing import assert_close
 
 import amp
@@ -39,75 +38,6 @@ def label(settings: dict) -> str:
     return "-".join(str(value) for value in settings.values())
 
 
-def sentences(item, knowledge: str) -> list[str]:
-    """What the paper writes for each triplet of a caption, actions first, at most six."""
-    pairs = list(zip(item.triplets, item.states, strict=True))
-    pairs = [p for p in pairs if p[0].kind == "action"] + [p for p in pairs if p[0].kind != "action"]
-    if knowledge == "template":
-        return [
-            "A photo capturing a " + t.subject + " performing " + t.action + " in relation to " + t.object + "."
-            for t, _ in pairs[:6]
-        ]
-    return [
-        f"Fine-grained state description of action triplet <{t.subject}, {t.action}, {t.object}> is {state}"
-        for t, state in pairs[:6]
-    ]
-
-
-def prompts_of(model, item) -> list[torch.Tensor]:
-    """The existing prompts of one caption (n, d_v), a tensor a kind that the model reads: triplets, then states."""
-    kinds, knowledge = [], model.config.knowledge
-    if knowledge in ("both", "triplets"):
-        batch = model.prepare_knowledge([item])
-        embedded = model.backbone.embed_tokens(batch.triplet_tokens[0])
-        triplets = reference.triplet_prompts(model.triplet_encoder, embedded, batch.token_mask[0], batch.mask[0])
-        kinds.append(reference.adapt(triplets, model.interaction.adapter))
-    if knowledge != "triplets":
-        texts = sentences(item, knowledge)
-        states = (
-            model.backbone.clip.encode_text(model.tokenizer(texts)) if texts else model.interaction.null_state[None]
-        )
-        own = model.interaction
-        kinds.append(reference.adapt(reference.linear(states, own.state_projection), own.adapter))
-    return kinds
-
-
-def single_interaction(aim, patches, prompts, cross, attend):
-    """Eq. 7-8 with one kind of prompts: V~ = A V, V the MLP of its values alone."""
-    normed = reference.layer_norm(patches, aim.norm)
-    augmented = reference.cross_attention(normed, prompts, cross)
-    values, maps = reference.self_attention(augmented if aim.gate is None else normed + augmented, attend)
-    hidden = reference.gelu(reference.linear(values, aim.mlp[0]))
-    enhanced = torch.stack(
-        [sum(a * v for a, v in zip(row, reference.linear(hidden, aim.mlp[2]), strict=True)) for row in maps]
-    )
-    if aim.gate is None:
-        return enhanced
-    return patches + aim.gate * patches.square().mean().sqrt() * reference.layer_norm(enhanced)
-
-
-def feature(model, image, items):
-    """Feature (d,) of one image (3, H, W) under the knowledge of `items`, captions side by side, without padding."""
-    visual, first = model.backbone.clip.visual, model.tower.first
-    tokens = visual._embeds(image[None])
-    for block in visual.transformer.resblocks[:first]:
-        tokens = block(tokens)
-    tokens = tokens[0]
-    size = len(tokens)
-    kinds = [torch.cat(parts) for parts in zip(*(prompts_of(model, item) for item in items), strict=True)]
-    if model.config.interaction == "cat":
-        tokens = torch.cat([tokens, *kinds])
-    else:
-        aim, kind = model.interaction.aim, "triplet" if model.config.knowledge == "triplets" else "state"
-        parts = getattr(aim, f"cross_{kind}"), getattr(aim, f"self_{kind}")
-        tokens = torch.cat([tokens[:1], single_interaction(aim, tokens[1:], kinds[0], *parts)])
-    kept = len(tokens)
-    for i, block in enumerate(visual.transformer.resblocks[first:]):
-        tokens = block(torch.cat([tokens[:kept], model.visual_prompts.prompts[i]])[None])[0]
-    pooled, _ = visual._pool(tokens[None, :size])
-    return (pooled @ visual.proj)[0]
-
-
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 @pytest.mark.parametrize(
     ("clip", "block", "visual"),
@@ -119,7 +49,7 @@ def test_variant_is_its_naive_reference(settings, clip, block, visual, images, k
     model = make_aim(clip, trained=True, block=block, num_prompts=visual, **settings)
     features = model(images, Captions(model.prepare_knowledge(knowledge)), (IMAGE, CAPTION)).conditioned
     for row, (i, c) in enumerate(zip(IMAGE, CAPTION, strict=True)):
-        assert_close(features[row], feature(model, images[i], [knowledge[c]]), atol=5e-5, rtol=1e-5)
+        assert_close(features[row], feature_under(model, images[i], [knowledge[c]]), atol=5e-5, rtol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3  # one image, two captions
 
 
@@ -130,7 +60,7 @@ def test_variant_with_gradients_is_its_naive_reference(settings, images, knowled
     model.tower.recompute = True
     features = model.encode_image(images, knowledge)
     for i in range(4):
-        assert_close(features[i], feature(model, images[i], [knowledge[i]]), atol=5e-5, rtol=1e-5)
+        assert_close(features[i], feature_under(model, images[i], [knowledge[i]]), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
@@ -142,7 +72,7 @@ def test_union_of_captions(settings, images, knowledge):
     united = EncodedCaptions(prompts.take(torch.tensor([0, 1, 3, 2])).unite(2), None)
     features = model(images[[3, 0]], united).conditioned
     for row, (image, members) in enumerate([(3, [0, 1]), (0, [3, 2])]):
-        expected = feature(model, images[image], [knowledge[m] for m in members])
+        expected = feature_under(model, images[image], [knowledge[m] for m in members])
         assert_close(features[row], expected, atol=5e-5, rtol=1e-5)
 
 

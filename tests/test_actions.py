@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import _draw
-from test_evaluate import World
+from support.drawn_data import draw
+from support.equations.search import base_score, pair_score
 
 import amp
 from amp.commands.choose import main
@@ -236,15 +235,10 @@ def test_a_photo_is_there_in_either_spelling_of_its_letters(tmp_path):
 # -- choosing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def world(clip_folder, shards, tmp_path_factory):
-    return World(clip_folder, shards, tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
 def photos(tmp_path):
     for number in range(7):
-        _draw(number).save(tmp_path / f"{number}.png")
+        draw(number).save(tmp_path / f"{number}.png")
     return tmp_path
 
 
@@ -277,16 +271,13 @@ def test_choices_equal_the_naive_loop(world, photos):
     found = choose(choices, {"ours": world.model}, world.preprocess, open_image, batch_size=4)
     assert opened == [choice.image for choice in drawn]  # each once for its two choices
     assert list(found) == ["base CLIP", "ours"]
-    with torch.no_grad():
-        for row, choice in enumerate(choices):
-            image = open_photo(photos / choice.image)
-            image = world.preprocess(image.crop(choice.box) if choice.box else image)[None]
-            for column, (caption, item) in enumerate(zip(choice.captions, choice.knowledge, strict=True)):
-                text = world.model.encode_text(world.model.tokenizer([caption]))
-                base = float(F.cosine_similarity(world.model.encode_image(image), text))
-                new = float(F.cosine_similarity(world.model.encode_image(image, [item]), text))
-                assert found["base CLIP"].scores[row][column] == pytest.approx(base, abs=1e-5)
-                assert found["ours"].scores[row][column] == pytest.approx(new, abs=1e-5)
+    for row, choice in enumerate(choices):
+        image = open_photo(photos / choice.image)
+        image = world.preprocess(image.crop(choice.box) if choice.box else image)
+        for column, (caption, item) in enumerate(zip(choice.captions, choice.knowledge, strict=True)):
+            base, new = base_score(world.model, image, caption), pair_score(world.model, image, caption, item)
+            assert found["base CLIP"].scores[row][column] == pytest.approx(base, abs=1e-5)
+            assert found["ours"].scores[row][column] == pytest.approx(new, abs=1e-5)
     assert found["ours"].groups == [choice.group for choice in choices]
 
 

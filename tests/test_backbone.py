@@ -5,7 +5,7 @@ import copy
 import open_clip
 import pytest
 import torch
-from conftest import CLIP_VARIANTS, EMBED_DIM, TEXT, VISION, make_clip
+from support.models import CLIP_VARIANTS, EMBED_DIM, TEXT, VISION, make_clip
 from torch import nn
 from torch.testing import assert_close
 

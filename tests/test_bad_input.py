@@ -1,22 +1,22 @@
 """Wrong input through the real command lines: one clear error each, exit status 2, no traceback."""
 
-import io
 import json
 import re
-import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_clip_folder
-from helpers import draw_dataset, launcher
 from safetensors.torch import save_file
-from test_evaluate import evaluation_settings
+from support.commands import arguments, evaluation_settings, one_error, training_settings
+from support.drawn_data import draw_dataset
+from support.models import write_clip_folder
+from support.repository import launcher
+from support.tars import members_of, replace_shard
 
 import amp
 from amp.data.shards import ShardManifest
-from amp.files import sha256_of
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 TINY_PROMPT = {"knowledge": "both", "interaction": "aim", "depth": 0.34, "num_prompts": 2, "enrich": False}
 
@@ -36,11 +36,6 @@ def convert():
     return launcher("tools/make_shards.py").main
 
 
-@pytest.fixture(autouse=True)
-def _alone(fresh_accelerate):
-    pass
-
-
 @pytest.fixture
 def dataset(tmp_path):
     """Arguments of make_shards.py for a fresh small data set."""
@@ -53,22 +48,7 @@ def run(shards, clip_folder, tmp_path):
     """`run(main, **changes)` calls a launcher with settings that work but for the changes; dots are written as `__`."""
 
     def call(main, *more, **changes):
-        settings = {
-            "model.name": clip_folder,
-            "model.pretrained": "null",
-            "data.shards": shards,
-            "data.cache": tmp_path / "cache",
-            "data.batch_size": 4,
-            "data.workers": 0,
-            "data.augment": "none",
-            "data.val_split": "null",
-            "stages": "[1]",
-            "stage1.max_steps": 2,
-            "trackers": "[]",
-            "out": tmp_path / "run" / "out.json",
-        }
-        settings |= {f"prompt.{key}": value for key, value in TINY_PROMPT.items()}
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        settings = training_settings(shards, clip_folder, tmp_path, TINY_PROMPT, **changes)
         if main.__module__ == "evaluate_script":
             settings = evaluation_settings(settings)
         main([*arguments(settings), *more])
@@ -76,27 +56,10 @@ def run(shards, clip_folder, tmp_path):
     return call
 
 
-def arguments(settings: dict) -> list[str]:
-    return [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
-
-
 @pytest.fixture
 def refused(capsys):
     """`refused(call)` expects one error and returns its line."""
-
-    def expect(call) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            call()
-        assert ended.value.code == 2
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err and "Traceback" not in shown.out
-        lines = [line for line in shown.err.splitlines() if line.strip()]
-        errors = [line for line in lines if re.match(r"\S[^:]*: error: ", line)]
-        assert len(errors) == 1 and lines[-1] == errors[0], shown.err
-        return errors[0].partition(": ")[2]
-
-    return expect
+    return lambda call: one_error(call, capsys)
 
 
 def test_the_settings_work_without_changes(run, train, evaluate, tmp_path, capsys):
@@ -168,7 +131,7 @@ def test_a_caption_of_500_words_passes(convert, dataset, run, train, evaluate, t
     Path(dataset["captions"]).write_text(json.dumps(content))
     convert(arguments(dataset))
     shards = dataset["out"]
-    record = json.loads(_members(next(Path(shards).glob("test-*.tar")))[1][1])
+    record = json.loads(members_of(next(Path(shards).glob("test-*.tar")))[1][1])
     assert len(record["captions"][0]["text"].split()) == 501
     run(train, data__shards=shards, out=tmp_path / "run")
     run(evaluate, data__shards=shards, adapters=f"[{tmp_path}/run/stage1/adapter.safetensors]")
@@ -176,32 +139,6 @@ def test_a_caption_of_500_words_passes(convert, dataset, run, train, evaluate, t
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
-
-
-def _members(path: Path) -> list[tuple[str, bytes]]:
-    with tarfile.open(path) as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar]
-
-
-def _replace(shards: Path, split: str, members: list[tuple[str, bytes]], honest: bool, shard: int = 0) -> Path:
-    """Writes a shard of a split anew; with `honest` the manifest states its new size."""
-    path = ShardManifest.load(shards).split(split)[shard].path
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    if honest:
-        content = json.loads((shards / "manifest.json").read_text())
-        entry = content["splits"][split]["shards"][shard]
-        entry |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        (shards / "manifest.json").write_text(json.dumps(content))
-    return path
-
-
-@pytest.fixture
-def copied(shards, tmp_path):
-    return Path(shutil.copytree(shards, tmp_path / "copied"))
 
 
 @pytest.mark.parametrize("launched", ["train", "evaluate"])
@@ -215,22 +152,22 @@ def test_shards_are_not_given(run, train, refused):
     assert "data.shards" in refused(lambda: run(train, data__shards=None))
 
 
-def test_unfinished_shards(run, train, refused, copied):
-    (copied / "manifest.json").unlink()
-    assert "manifest.json" in refused(lambda: run(train, data__shards=copied))
+def test_unfinished_shards(run, train, refused, copied_shards):
+    (copied_shards / "manifest.json").unlink()
+    assert "manifest.json" in refused(lambda: run(train, data__shards=copied_shards))
 
 
-def test_manifest_with_a_wrong_key(run, train, refused, copied):
-    path = copied / "manifest.json"
+def test_manifest_with_a_wrong_key(run, train, refused, copied_shards):
+    path = copied_shards / "manifest.json"
     path.write_text(path.read_text().replace('"samples"', '"smaples"'))
-    line = refused(lambda: run(train, data__shards=copied))
+    line = refused(lambda: run(train, data__shards=copied_shards))
     assert str(path) in line and "'samples' is missing" in line
 
 
 @pytest.mark.parametrize(("honest", "said"), [(True, "holds no sample"), (False, "bytes; expected")])
-def test_empty_shard(run, train, refused, copied, honest, said):
-    path = _replace(copied, "train", [], honest)
-    line = refused(lambda: run(train, data__shards=copied))
+def test_empty_shard(run, train, refused, copied_shards, honest, said):
+    path = replace_shard(copied_shards, "train", [], honest=honest)
+    line = refused(lambda: run(train, data__shards=copied_shards))
     assert str(path) in line and said in line
 
 
@@ -241,15 +178,15 @@ def test_unknown_split(run, train, evaluate, refused):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("launched", ["train", "evaluate"])
-def test_truncated_image_in_a_shard(run, refused, request, copied, launched, workers):
+def test_truncated_image_in_a_shard(run, refused, request, copied_shards, launched, workers):
     split = {"train": "train", "evaluate": "test"}[launched]
-    name, content = _members(ShardManifest.load(copied).split(split)[0].path)[0]
-    members = _members(ShardManifest.load(copied).split(split)[0].path)
-    path = _replace(copied, split, [(name, content[: len(content) // 2]), *members[1:]], honest=True)
+    name, content = members_of(ShardManifest.load(copied_shards).split(split)[0].path)[0]
+    members = members_of(ShardManifest.load(copied_shards).split(split)[0].path)
+    path = replace_shard(copied_shards, split, [(name, content[: len(content) // 2]), *members[1:]])
     main = request.getfixturevalue(launched)
     # All of an epoch, so that the sample comes whatever the order.
     changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
-    line = refused(lambda: run(main, data__shards=copied, data__workers=workers, **changes))
+    line = refused(lambda: run(main, data__shards=copied_shards, data__workers=workers, **changes))
     assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "amp make_shards" in line
 
 
@@ -422,31 +359,33 @@ def test_weights_that_are_not_finite_give_no_figures(run, evaluate, refused, cli
 
 
 @pytest.mark.parametrize("kept", ["gone", "other"])
-def test_a_photo_of_the_manifest_that_is_missing(run, evaluate, refused, copied, kept):
+def test_a_photo_of_the_manifest_that_is_missing(run, evaluate, refused, copied_shards, kept):
     """Its shard is gone, or holds a sample less than the manifest says."""
-    path = ShardManifest.load(copied).split("test")[1].path
+    path = ShardManifest.load(copied_shards).split("test")[1].path
     if kept == "gone":
         Path(path).unlink()
     else:
-        _replace(copied, "test", _members(path)[2:], honest=True, shard=1)
-    assert ".tar" in refused(lambda: run(evaluate, data__shards=copied))
+        replace_shard(copied_shards, "test", members_of(path)[2:], number=1)
+    assert ".tar" in refused(lambda: run(evaluate, data__shards=copied_shards))
 
 
-def test_captions_without_knowledge_and_few_candidates_are_searched(run, evaluate, copied, clip_folder, tmp_path):
+def test_captions_without_knowledge_and_few_candidates_are_searched(
+    run, evaluate, copied_shards, clip_folder, tmp_path
+):
     """No caption has a triplet, and the gallery is smaller than k: both are ordinary input."""
-    for number, shard in enumerate(ShardManifest.load(copied).split("test")):
+    for number, shard in enumerate(ShardManifest.load(copied_shards).split("test")):
         members = []
-        for name, content in _members(shard.path):
+        for name, content in members_of(shard.path):
             if name.endswith(".json"):
                 record = json.loads(content)
                 for caption in record["captions"]:
                     caption["triplets"], caption["states"] = [], []
                 content = json.dumps(record).encode()
             members.append((name, content))
-        _replace(copied, "test", members, honest=True, shard=number)
+        replace_shard(copied_shards, "test", members, number=number)
     model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(**TINY_PROMPT))
     amp.save_adapter(tmp_path / "adapter.safetensors", model)
-    run(evaluate, data__shards=copied, adapters=f"[mine={tmp_path}/adapter.safetensors]", search__top_k=500)
+    run(evaluate, data__shards=copied_shards, adapters=f"[mine={tmp_path}/adapter.safetensors]", search__top_k=500)
     rows = json.loads((tmp_path / "run" / "out.json").read_text())["rows"]
     assert rows[1]["t2i"]["top_k"] == 12 and rows[1]["t2i"]["ceiling"]["R@1"] == 100
     assert (tmp_path / "run" / "out.verbs.csv").read_text().count("\n") == 1

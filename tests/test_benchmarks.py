@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
-from test_transformers_engine import tiny_model
+from support.language_models import tiny_language_model
+from support.repository import ROOT
 from torch import nn
 
 from amp.errors import AmpError
@@ -222,7 +222,7 @@ def test_the_roofline_counts_work():
 
 
 def test_generation_says_the_same_all_four_ways(tmp_path, smollm2):
-    model = tiny_model(tmp_path / "model", smollm2, "llama")
+    model = tiny_language_model(tmp_path / "model", smollm2, "llama")
     captions = ["A dog runs", "A man rides a horse on the beach", "A dog runs", "Two cats"]
     found = generation.run(
         Settings(language_model=str(model), max_tokens=8, naive_captions=3, model_rounds=1), captions

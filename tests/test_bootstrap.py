@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from support.equations.ranking import resampled_recalls as naive_recalls
 
 from amp.evaluate.bootstrap import interval, resampled_recalls
 
@@ -16,25 +17,11 @@ def queries():
     return generator.integers(0, 15, size=len(images)), images
 
 
-def naive(ranks, images, fold, samples, seed):
-    generator = np.random.default_rng(seed)
-    out = []
-    for _ in range(samples):
-        recalls = []
-        for number in sorted(set(fold)):
-            members = [i for i in range(IMAGES) if fold[i] == number]
-            drawn = [members[j] for j in generator.integers(len(members), size=len(members))]
-            found = [ranks[q] for image in drawn for q in range(len(ranks)) if images[q] == image]
-            recalls.append([100 * sum(r < k for r in found) / len(found) for k in (1, 5, 10)])
-        out.append(np.mean(recalls, axis=0))
-    return np.array(out)
-
-
 @pytest.mark.parametrize("folds", [1, 3])
 def test_each_draw_takes_images_with_all_their_queries(queries, folds):
     fold = np.arange(IMAGES) * folds // IMAGES
     found = resampled_recalls([queries[0]], [queries[1]], 20, fold, seed=4)
-    np.testing.assert_allclose(found[:, 0], naive(*queries, fold, 20, seed=4), atol=1e-9)
+    np.testing.assert_allclose(found[:, 0], naive_recalls(*queries, fold, 20, seed=4), atol=1e-9)
 
 
 def test_both_directions_share_the_draws(queries):

@@ -7,12 +7,11 @@ import signal
 from dataclasses import asdict, replace
 
 import pytest
-import reference
 import torch
-from conftest import make_model, write_clip_folder
-from helpers import aim_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.equations.image_features import image_feature, prompts_of
+from support.models import aim_settings, make_model, shake, write_clip_folder
 
 import amp
 from amp.errors import AmpError
@@ -28,9 +27,7 @@ def model(clip_folder):
     """A model with random weights of its own, as after training."""
     torch.manual_seed(5)
     model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=CONFIG)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("backbone."):
-            parameter.data += torch.randn_like(parameter)
+    shake(model, scale=1.0)
     return model
 
 
@@ -356,7 +353,7 @@ def test_version_1_with_some_of_the_maps_scores_as_before(tmp_path, images, know
         if len(states):
             unit = states / states.norm(dim=1, keepdim=True)
             enriched = enriched + (unit @ stored["text_enrichment.states.weight"].T).mean(dim=0)
-        image = reference.action_aware_feature(model, images[row], batch, row)
+        image = image_feature(model, images[row], prompts_of(model, batch, row))
         assert score.item() == pytest.approx(float(image @ enriched / image.norm() / enriched.norm()), abs=1e-5)
     model.base_name, model.base_hash = "tiny", header.base_hash
     with pytest.raises(AmpError, match=r"weights are missing"):  # of version 2 nothing may be

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import QUIET_ENVIRONMENT, ROOT
-from hostile_helpers import one_error
+from support.commands import one_error
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 from amp import __main__ as command
 from amp.command_line import CommandLine

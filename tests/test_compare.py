@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_evaluate import World
+from support.evaluation import write_world_adapter
+from support.processes import forget_accelerate
 
 from amp.commands import compare as compare_command
 from amp.commands import evaluate, report
@@ -15,7 +16,6 @@ from amp.evaluate.compare import compare
 from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
 from amp.evaluate.results_table import print_table
-from amp.model.adapter import save_adapter
 from amp.retrieval.figures import BASE, RowKey
 from amp.retrieval.metrics import recalls
 from amp.retrieval.settings import RetrievalSettings
@@ -24,20 +24,14 @@ from amp.retrieval.settings import RetrievalSettings
 @pytest.fixture(scope="module")
 def files(clip_folder, shards, tmp_path_factory):
     """Results of the base model and one adapter: in one gallery, in three folds, and with the first stage's score."""
-    from accelerate.state import AcceleratorState, PartialState
-
     folder = tmp_path_factory.mktemp("compare")
-    world = World(clip_folder, shards, folder / "cache")
-    adapter = folder / "run" / "stage1" / "adapter.safetensors"
-    adapter.parent.mkdir(parents=True)
-    save_adapter(adapter, world.model)
+    adapter = write_world_adapter(clip_folder, shards, folder)
     for name, extra in (
         ("whole", []),
         ("folds", ["--search.folds", "3", "--bootstrap", "0"]),
         ("fused", ["--search.fusion_weight", "3.0", "--bootstrap", "0"]),
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
+        forget_accelerate()
         evaluate.main(
             [
                 *("--shards", str(shards), "--cache", str(folder / "cache"), "--workers", "0"),
@@ -45,8 +39,7 @@ def files(clip_folder, shards, tmp_path_factory):
                 *extra,
             ]
         )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    forget_accelerate()
     return folder
 
 

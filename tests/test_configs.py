@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, launcher
+from support.repository import ROOT, launcher
 
 import amp
 from amp.data.stream import Batch

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from support.repository import ROOT
 
 from amp import cores
 from amp.cores import CoreShare, share_cores, usable_cores, use_cores

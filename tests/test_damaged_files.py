@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save
+from support.photos import encoded
 
 from amp.data.captions import load_captions
 from amp.data.captions.knowledge_file import attach_knowledge
@@ -113,12 +114,7 @@ def drawn(mode: str = "RGB", seed: int = 0) -> Image.Image:
 
 
 def saved(kind: str, *images: tuple[str, dict]) -> list[bytes]:
-    found = []
-    for mode, options in images:
-        out = io.BytesIO()
-        drawn(mode).save(out, kind, **options)
-        found.append(out.getvalue())
-    return found
+    return [encoded(drawn(mode), kind, **options) for mode, options in images]
 
 
 def exif() -> bytes:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from helpers import ROOT, _draw, launcher
-from hostile_helpers import saved
 from open_clip.transform import image_transform
 from PIL import Image, features
+from support.commands import arguments
+from support.drawn_data import draw
+from support.photos import encoded
+from support.repository import ROOT, launcher
 
 import amp
 from amp.data.conversion.make import make_shards
@@ -51,7 +53,7 @@ def tagged(pixels: np.ndarray, format: str, orientation: int, description: str =
     if description:
         exif[0x010E] = description
         exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
-    return saved(Image.fromarray(stored(pixels, orientation)), format, exif=exif.tobytes(), **options)
+    return encoded(Image.fromarray(stored(pixels, orientation)), format, exif=exif.tobytes(), **options)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -65,7 +67,7 @@ def test_a_photo_is_upright_whatever_way_it_is_stored(orientation):
         content = tagged(UPRIGHT, format, orientation, **options)
         assert np.array_equal(decode_rgb(content), UPRIGHT), (format, options)
     xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
-    lossless = saved(Image.fromarray(stored(UPRIGHT, orientation)), "WEBP", lossless=True, xmp=xmp)
+    lossless = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "WEBP", lossless=True, xmp=xmp)
     assert np.array_equal(decode_rgb(lossless), UPRIGHT)
 
 
@@ -78,7 +80,7 @@ def test_a_jpeg_is_turned_without_being_opened_by_pillow(orientation):
         assert np.array_equal(stored(decode_rgb(content), orientation), plain)
         assert jpeg_size(content) == UPRIGHT.shape[:2]
     note = f'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="{orientation}"/>'.encode()
-    whole = saved(Image.fromarray(stored(UPRIGHT, orientation)), "JPEG")
+    whole = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "JPEG")
     place = 4 + int.from_bytes(whole[4:6], "big")  # behind the first segment, with the filling that libjpeg allows
     content = whole[:place] + b"\xff\xff\xff\xe1" + (2 + len(note)).to_bytes(2, "big") + note + whole[place:]
     assert np.array_equal(stored(decode_rgb(content), orientation), simplejpeg.decode_jpeg(whole))
@@ -101,10 +103,10 @@ def test_odd_orientations_leave_the_pixels_as_they_are():
     for orientation in (0, 9, 60_000):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        assert np.array_equal(decode_rgb(saved(Image.fromarray(UPRIGHT), "PNG", exif=exif)), UPRIGHT)
-    whole = saved(Image.fromarray(UPRIGHT), "JPEG")
+        assert np.array_equal(decode_rgb(encoded(Image.fromarray(UPRIGHT), "PNG", exif=exif)), UPRIGHT)
+    whole = encoded(Image.fromarray(UPRIGHT), "JPEG")
     for exif in (b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0" + bytes(range(256))):
-        content = saved(Image.fromarray(UPRIGHT), "JPEG", exif=exif)
+        content = encoded(Image.fromarray(UPRIGHT), "JPEG", exif=exif)
         assert np.array_equal(decode_rgb(content), decode_rgb(whole)) and jpeg_size(content) == (29, 45)
 
 
@@ -116,7 +118,7 @@ def phone(tmp_path_factory):
         (root / kind).mkdir()
         lines = []
         for number in range(16):
-            pixels = np.asarray(_draw(number).resize((176, 144)))
+            pixels = np.asarray(draw(number).resize((176, 144)))
             orientation = 1 + number % 8 if kind == "stored" else 1
             (root / kind / f"{number:02d}.png").write_bytes(tagged(pixels, "PNG", orientation))
             lines.append({"image": f"{number:02d}.png", "caption": f"A dog chases ball {number}", "split": "test"})
@@ -161,24 +163,18 @@ def test_evaluation_gives_the_same_figures(phone, clip_folder, tmp_path, fresh_a
     rows = []
     for kind in ("upright", "stored"):
         launcher("amp/commands/evaluate.py").main(
-            [
-                "--config",
-                str(ROOT / "launchers/configs/flickr8k.yaml"),
-                "--model.name",
-                clip_folder,
-                "--model.pretrained",
-                "null",
-                "--shards",
-                str(phone / f"{kind} shards"),
-                "--cache",
-                str(tmp_path / "cache"),
-                "--workers",
-                "0",
-                "--split",
-                "test",
-                "--out",
-                str(tmp_path / f"{kind}.json"),
-            ]
+            arguments(
+                {
+                    "config": ROOT / "launchers/configs/flickr8k.yaml",
+                    "model.name": clip_folder,
+                    "model.pretrained": "null",
+                    "shards": phone / f"{kind} shards",
+                    "cache": tmp_path / "cache",
+                    "workers": "0",
+                    "split": "test",
+                    "out": tmp_path / f"{kind}.json",
+                }
+            )
         )
         rows.append(json.loads((tmp_path / f"{kind}.json").read_text())["rows"])
     assert rows[0][0]["t2i"]["recall"] == rows[1][0]["t2i"]["recall"]
@@ -333,7 +329,7 @@ def test_other_modes_keep_their_colours(mode, format):
 
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
-    found = decode_rgb(saved(image.convert(mode), format))
+    found = decode_rgb(encoded(image.convert(mode), format))
     assert np.abs(found[8, 8::16].astype(int) - colours).max() <= (25 if mode == "LAB" else 4)
 
 
@@ -356,9 +352,9 @@ def test_colours_that_are_not_seen_do_not_matter(hidden):
     """Every way of storing them, against white behind the picture."""
     rgba = cut_out(hidden)
     files = [
-        saved(Image.fromarray(rgba), "PNG"),
-        saved(Image.fromarray(rgba), "TIFF"),
-        saved(Image.fromarray(rgba), "WEBP", lossless=True, exact=True),
+        encoded(Image.fromarray(rgba), "PNG"),
+        encoded(Image.fromarray(rgba), "TIFF"),
+        encoded(Image.fromarray(rgba), "WEBP", lossless=True, exact=True),
         tiff(rgba.astype("<u2") * 257, (4, 1), 16, 1, 2, extra=2),
     ]
     for content in files:
@@ -368,7 +364,7 @@ def test_colours_that_are_not_seen_do_not_matter(hidden):
     premultiplied = la.copy()
     premultiplied[..., 0] = [[10, 10 * HALF // 255, 0, 0]]
     for content in (
-        saved(Image.fromarray(la, "LA"), "PNG"),
+        encoded(Image.fromarray(la, "LA"), "PNG"),
         tiff(la, (4, 1), 8, extra=2),
         tiff(premultiplied, (4, 1), 8, extra=1),
     ):
@@ -379,17 +375,17 @@ def test_transparent_palettes_and_key_colours():
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     white = [255, 255, 255]
-    assert decode_rgb(saved(palette, "PNG", transparency=bytes([255, 0, 255]))).tolist() == [
+    assert decode_rgb(encoded(palette, "PNG", transparency=bytes([255, 0, 255]))).tolist() == [
         [[10, 20, 30], white, [70, 80, 90]]
     ]
-    assert decode_rgb(saved(palette, "GIF", transparency=2)).tolist() == [[[10, 20, 30], [40, 50, 60], white]]
+    assert decode_rgb(encoded(palette, "GIF", transparency=2)).tolist() == [[[10, 20, 30], [40, 50, 60], white]]
     key = Image.fromarray(np.array([[(10, 20, 30), (1, 2, 3)]], np.uint8))
-    assert decode_rgb(saved(key, "PNG", transparency=(1, 2, 3))).tolist() == [[[10, 20, 30], white]]
+    assert decode_rgb(encoded(key, "PNG", transparency=(1, 2, 3))).tolist() == [[[10, 20, 30], white]]
     grey = Image.fromarray(np.array([[7, 9]], np.uint8))
-    assert decode_rgb(saved(grey, "PNG", transparency=7)).tolist() == [[white, [9, 9, 9]]]
+    assert decode_rgb(encoded(grey, "PNG", transparency=7)).tolist() == [[white, [9, 9, 9]]]
     deep = grey_png([0x8000, 0x8001, 0xFFFF], (b"tRNS", b"\x80\x00"))
     assert decode_rgb(deep).tolist() == [[white, [128] * 3, white]]  # 0x8001 is another value, though the same grey
-    rgb = bytearray(saved(Image.new("RGB", (1, 1)), "PNG", transparency=(0, 0, 5)))
+    rgb = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG", transparency=(0, 0, 5)))
     header = b"IHDR" + rgb[16:24] + b"\x10" + rgb[25:29]  # the same with 16 bits
     rgb[12:29], rgb[29:33] = header, struct.pack(">I", zlib.crc32(header))
     with pytest.raises(UnreadableImageError, match="16 bits per channel with a transparent colour"):
@@ -408,20 +404,20 @@ def test_suffixes():
 
 
 def test_jfif_is_stored_as_jpg(tmp_path):
-    _draw(0).save(tmp_path / "a.JFIF", "JPEG")
+    draw(0).save(tmp_path / "a.JFIF", "JPEG")
     content = (tmp_path / "a.JFIF").read_bytes()
     assert read_image(tmp_path / "a.JFIF") == (content, "jpg")
 
 
 @needs_avif
 def test_avif_is_read_turned_and_put_on_white(tmp_path):
-    pixels = np.asarray(_draw(1).resize((88, 72)))
+    pixels = np.asarray(draw(1).resize((88, 72)))
     content = tagged(pixels, "AVIF", 6, quality=100, subsampling="4:4:4")
     assert np.abs(decode_rgb(content).astype(int) - pixels).mean() < 2
     (tmp_path / "a.avif").write_bytes(content)
     assert read_image(tmp_path / "a.avif") == (content, "avif")
     clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
-    assert decode_rgb(saved(clear, "AVIF", quality=100)).min() > 250
+    assert decode_rgb(encoded(clear, "AVIF", quality=100)).min() > 250
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
@@ -447,8 +443,8 @@ def test_heic_is_read_where_its_package_is_installed():
     """All orientations: libheif turns the picture itself, which must not be done a second time."""
     pytest.importorskip("pillow_heif")
     assert ".heic" in PHOTO_SUFFIXES
-    decode_rgb(saved(_draw(0), "PNG"))  # the first call registers the decoder
-    pixels = np.asarray(_draw(1).resize((88, 72)))
+    decode_rgb(encoded(draw(0), "PNG"))  # the first call registers the decoder
+    pixels = np.asarray(draw(1).resize((88, 72)))
     for orientation in range(1, 9):
         content = tagged(pixels, "HEIF", orientation, quality=-1)
         assert np.abs(decode_rgb(content).astype(int) - pixels).mean() < 3
@@ -457,6 +453,6 @@ def test_heic_is_read_where_its_package_is_installed():
 def test_the_orientation_of_an_ordinary_jpeg_costs_microseconds():
     from amp.data.images.headers import _jpeg_orientation
 
-    content = saved(_draw(0).resize((500, 375)), "JPEG")
+    content = encoded(draw(0).resize((500, 375)), "JPEG")
     seconds = min(timeit.repeat(lambda: _jpeg_orientation(content), number=1000, repeat=3)) / 1000
     assert seconds < 1e-4  # 4e-6 on a quiet machine

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, aim_settings
 from safetensors.torch import load_file
-from training_run import TrainingRun
+from support.models import aim_settings
+from support.repository import ROOT
+from support.training_run import TrainingRun
+from support.weights import largest_difference
 
 import amp
 from amp.errors import AmpError
@@ -55,11 +57,6 @@ def finish(config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
     return weights(config, config.stages[-1])
 
 
-def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
-
-
 def under(config: TrainConfig, name: str, **changes) -> TrainConfig:
     return replace(config, out=f"{config.out}-{name}", deepspeed=f"ds_configs/{name}.json", **changes)
 
@@ -77,14 +74,14 @@ def _in_the_repository(monkeypatch):
 
 @pytest.mark.parametrize("name", ["zero1", "zero2_offload"])
 def test_zero_trains_the_weights_of_ddp(config, ddp, name):
-    assert distance(finish(under(config, name)), ddp) < ROUNDING
+    assert largest_difference(finish(under(config, name)), ddp) < ROUNDING
 
 
 @pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
     config = under(config, name)
     whole = finish(replace(config, out=config.out + "-whole"))
-    assert distance(whole, ddp) < ROUNDING
+    assert largest_difference(whole, ddp) < ROUNDING
     run = TrainingRun(config, 2, tmp_path / "audit")
     assert run.wait_for_steps(6, timeout=300)
     run.signal(signal.SIGKILL)
@@ -95,8 +92,8 @@ def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
     moved = replace(config, out=config.out + "-moved", deepspeed=None, data=replace(config.data, batch_size=4))
     shutil.copytree(config.out, moved.out)
     resumed = finish(replace(config, data=replace(config.data, workers=1)))
-    assert distance(resumed, whole) == 0
-    assert distance(finish(moved, world=1), whole) < ROUNDING
+    assert largest_difference(resumed, whole) == 0
+    assert largest_difference(finish(moved, world=1), whole) < ROUNDING
 
 
 def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
@@ -106,7 +103,7 @@ def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
     run.signal(signal.SIGUSR1)
     assert run.wait() == [75]
     rest = replace(config, deepspeed="ds_configs/zero3.json", data=replace(config.data, batch_size=2))
-    assert distance(finish(rest), ddp) < ROUNDING
+    assert largest_difference(finish(rest), ddp) < ROUNDING
 
 
 def test_stage_2_keeps_what_it_does_not_train(config, ddp):
@@ -136,7 +133,7 @@ def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
     assert newest.step >= 5 and 1 < newest.state["loss_scale"]["cur_scale"] < 2**16  # lowered in the first steps
     assert newest.state["updates"] < newest.step  # which were skipped, and are not counted as faults
     assert newest.state["skipped"] == 0 and not (Path(config.out) / "skipped.jsonl").exists()
-    assert distance(finish(config), whole) == 0
+    assert largest_difference(finish(config), whole) == 0
     assert all(value.dtype == torch.float32 for value in whole.values())
 
 

@@ -4,8 +4,8 @@ import json
 from functools import partial
 
 import pytest
-from conftest import SHARED
-from helpers import draw_dataset, run_here
+from support.drawn_data import draw_dataset
+from support.repository import SHARED, run_here
 
 from amp.data.conversion.make import make_shards
 from amp.errors import AmpError

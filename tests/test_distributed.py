@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_clip
-from helpers import aim_settings, run_ranks
+from support.models import aim_settings, make_clip
+from support.processes import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import amp

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, launcher
+from support.repository import ROOT, launcher
 
 from amp.__main__ import COMMANDS
 from amp.knowledge.schema import parse_knowledge

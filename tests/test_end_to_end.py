@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUIET_ENVIRONMENT, ROOT, launcher
 from PIL import Image
 from safetensors.torch import load_file
+from support.repository import QUIET_ENVIRONMENT, ROOT, launcher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import amp

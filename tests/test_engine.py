@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import small_run
+from support.processes import forget_accelerate
+from support.training_run import small_run
+from support.weights import largest_difference
 
 from amp import launch
 from amp.data.order import BatchOrder
@@ -19,26 +21,18 @@ from amp.train.checkpoints import open_checkpoint
 from amp.train.config import CheckpointSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 
-
-@pytest.fixture(autouse=True)
-def _alone(fresh_accelerate):
-    pass
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
-def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
+def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
     """One short stage: 5 batches of 4 an epoch."""
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        cache,
+        tmp_path,
         {"batch_size": 4},
+        cache_folder,
         stages=[1],
         stage1=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
         stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
@@ -47,21 +41,14 @@ def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
 
 
 def weights_of(config: TrainConfig, **changes) -> dict[str, torch.Tensor]:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     return load_file(train(replace(config, **changes)))
-
-
-def difference(first, second) -> float:
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def test_a_run_can_be_repeated_bit_for_bit(config):
     first = weights_of(config)
-    assert difference(first, weights_of(config)) == 0
-    assert difference(first, weights_of(config, seed=1)) > 1e-3
+    assert largest_difference(first, weights_of(config)) == 0
+    assert largest_difference(first, weights_of(config, seed=1)) > 1e-3
 
 
 @pytest.mark.parametrize("conditioning", ["control", "paired", "contrastive"])
@@ -80,21 +67,21 @@ def test_what_only_saves_memory_or_time_changes_nothing(config, conditioning):
         data=replace(config.data, cache_images=True, val_split="val"),
         validation_queries=3,
     )
-    assert difference(weights_of(changed), expected) < 2e-5
-    assert difference(weights_of(config, data=replace(config.data, workers=1)), expected) == 0
+    assert largest_difference(weights_of(changed), expected) < 2e-5
+    assert largest_difference(weights_of(config, data=replace(config.data, workers=1)), expected) == 0
 
 
 def test_random_crops_are_those_of_the_sample_whatever_worker_draws_them(config):
     data = replace(config.data, augment="crop")
-    assert difference(weights_of(config, data=data), weights_of(config, data=replace(data, workers=2))) == 0
+    assert largest_difference(weights_of(config, data=data), weights_of(config, data=replace(data, workers=2))) == 0
 
 
 def test_two_launches_of_one_stage_are_the_run_of_both(config):
     both = weights_of(config, stages=[1, 2])
     first = f"{config.out}/stage1/adapter.safetensors"
     again = weights_of(config, stages=[2], init=first, out=config.out + "-2")
-    assert difference(again, both) < 2e-5
-    assert difference(load_file(first), both) > 1e-3
+    assert largest_difference(again, both) < 2e-5
+    assert largest_difference(load_file(first), both) > 1e-3
 
 
 @pytest.mark.parametrize("cache_images", [False, True])
@@ -103,7 +90,7 @@ def test_stored_features_in_float16_are_close(config, cache_images):
     exact = weights_of(config, data=data)
     rounded = weights_of(config, data=replace(data, cache_dtype="float16"))
     # AdamW's first steps follow the sign of a gradient, so single weights may part.
-    assert 0 < difference(exact, rounded) < 3e-2
+    assert 0 < largest_difference(exact, rounded) < 3e-2
     for name, value in exact.items():
         assert float((value - rounded[name]).abs().mean()) < 1e-3, name
 
@@ -128,7 +115,7 @@ def test_mixed_precision_trains_fp32_weights(config):
     weights = weights_of(config, mixed_precision="bf16", stages=[1, 2])
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
     exact = weights_of(config, stages=[1, 2])
-    assert 0 < difference(exact, weights) < 0.1
+    assert 0 < largest_difference(exact, weights) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -173,8 +160,8 @@ def test_accumulated_parts_of_a_batch_are_the_batch(config, conditioning, stages
     start = weights_of(
         config, data=replace(config.data, batch_size=16), stage1=StageSettings(max_steps=1, lr=1e-12), stages=[1]
     )
-    assert difference(whole, start) > 1e-3
-    assert difference(whole, parts) < 2e-5
+    assert largest_difference(whole, start) > 1e-3
+    assert largest_difference(whole, parts) < 2e-5
 
 
 def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
@@ -216,11 +203,13 @@ def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
 
 
 def test_random_crops_differ_from_the_validation_transform(config):
-    assert difference(weights_of(config), weights_of(config, data=replace(config.data, augment="crop"))) > 1e-4
+    assert largest_difference(weights_of(config), weights_of(config, data=replace(config.data, augment="crop"))) > 1e-4
 
 
 def test_dropped_attributes_change_the_result(config):
-    assert difference(weights_of(config), weights_of(config, data=replace(config.data, kinds=["action"]))) > 1e-4
+    assert (
+        largest_difference(weights_of(config), weights_of(config, data=replace(config.data, kinds=["action"]))) > 1e-4
+    )
 
 
 def test_a_loss_that_stays_infinite_stops_the_run(config):
@@ -262,7 +251,7 @@ def test_a_batch_whose_loss_is_not_finite_is_skipped_and_counted(config, monkeyp
         return update(self)
 
     monkeypatch.setattr(loop.StageLoop, "update", drop)
-    assert difference(weights_of(config, max_grad_norm=max_grad_norm), skipped) == 0
+    assert largest_difference(weights_of(config, max_grad_norm=max_grad_norm), skipped) == 0
 
 
 def test_a_wrong_shards_folder_shows_before_the_model_is_built(config, monkeypatch, tmp_path):
@@ -278,6 +267,6 @@ def test_a_wrong_shards_folder_shows_before_the_model_is_built(config, monkeypat
 def test_mining_changes_the_batches_and_needs_no_stored_tokens(config):
     """Base features alone are enough to mine by; stored tokens change nothing in who comes together."""
     plain, mined = weights_of(config), weights_of(config, mined_group=2)
-    assert difference(plain, mined) > 1e-3
+    assert largest_difference(plain, mined) > 1e-3
     stored = weights_of(config, mined_group=2, data=replace(config.data, cache_images=True))
-    assert difference(stored, mined) < 1e-4
+    assert largest_difference(stored, mined) < 1e-4

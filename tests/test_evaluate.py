@@ -3,24 +3,19 @@
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import run_ranks
+from support.equations.search import search_split
+from support.evaluation import TOP_K, World, ranked
+from support.processes import forget_accelerate, run_ranks
 
 import amp
 from amp.commands.evaluate import main, parser
 from amp.commands.measuring import read_command_line
-from amp.data.frozen_features import compute_frozen_features
-from amp.data.prepare import knowledge_collator
-from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
-from amp.data.text_features import encode_texts
 from amp.errors import AmpError
 from amp.evaluate.adapters import (
     Adapter,
@@ -35,108 +30,10 @@ from amp.evaluate.per_query import load_queries
 from amp.evaluate.results import ResultFile
 from amp.evaluate.results_table import protocol_lines
 from amp.evaluate.settings import BaseSettings, EvaluationSettings
-from amp.knowledge.tensors import Captions
 from amp.model.adapter import AdapterHeader, read_adapter
-from amp.model.interactions.base import Prompts
 from amp.retrieval.metrics import recalls
-from amp.retrieval.settings import RetrievalSettings
-from amp.retrieval.split_search import Ranking, SplitSearch, spaced
+from amp.retrieval.split_search import SplitSearch, spaced
 from amp.terminal import Terminal
-
-KINDS = ("action", "attribute")
-TOP_K = 8
-
-
-class World:
-    """A model, its transform and everything a `SplitSearch` of the test split needs."""
-
-    def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
-        torch.manual_seed(3)
-        settings = {"interaction": "aim", "depth": 0.34, "num_prompts": 2, "max_triplets": 3, "enrich": False}
-        config = amp.PromptConfig(knowledge, **{**settings, **prompt})
-        self.model, _, self.preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
-        self.model.eval()
-        if hasattr(self.model.interaction, "aim"):  # far from the base model, so that knowledge shows in the scores
-            self.model.interaction.aim.gate.data.normal_(std=2.0)
-        self.split = ShardSplit(shards, "test")
-        self.captions = SplitCaptions.read(self.split, KINDS)
-        self.collate = knowledge_collator(self.model, str(cache_folder), "float32")
-        encode_texts(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
-        self.frozen = compute_frozen_features(self.split, self.model, self.preprocess, batch_size=5, workers=0)
-        self.images = torch.stack([self.preprocess(self.split.image(i)) for i in range(len(self.split))])
-        with torch.no_grad():
-            self.text = [self.model.encode_text(self.model.tokenizer([text]))[0] for text in self.captions.texts]
-
-    def retrieval(self, captions=None, **settings) -> SplitSearch:
-        settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
-        return SplitSearch.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
-
-    def pair_score(self, image: int, caption: int) -> float:
-        """Of an image conditioned on a caption's knowledge, through the public call."""
-        if self.model.interaction.conditioned:
-            feature = self.model.encode_image(self.images[[image]], [self.captions.knowledge[caption]])[0]
-        else:
-            feature = self.model.image_features(self.images[[image]])[0]
-        return float(F.cosine_similarity(feature, self.text[caption], dim=0))
-
-    def pooled_scores(self, image: int, captions: list[int]) -> list[float]:
-        """Of an image conditioned on the existing prompts of all these captions, joined without any padding."""
-        parts = []
-        for number in captions:
-            knowledge = self.model.prepare_knowledge([self.captions.knowledge[number]])
-            prompts = self.model(None, Captions(knowledge, self.text[number][None])).captions.prompts
-            # A caption without knowledge brings its null prompts.
-            parts.append([part[0][prompts.mask[0]] for part in prompts.parts])
-        joined = [torch.cat(part)[None] for part in zip(*parts, strict=True)]
-        united = Prompts(tuple(joined), torch.ones(joined[0].shape[:2], dtype=torch.bool))
-        interaction, tower = self.model.interaction, self.model.tower
-        encoded = interaction.encode_images(tower, tower.early(self.images[[image]]))
-        feature = interaction.pairs(tower, encoded, united, torch.tensor([0]))[0]
-        return [float(F.cosine_similarity(feature, self.text[caption], dim=0)) for caption in captions]
-
-
-def ranked(retrieval: SplitSearch, model, *arguments, **options) -> dict[str, Ranking]:
-    """Rankings by direction and mode: "t2i", "i2t pairwise", "i2t pooled", or "i2t" of a control."""
-    found = retrieval.rank(model, *arguments, **options)
-    return {"t2i": found.t2i, **{f"i2t {mode}".strip(): ranking for mode, ranking in found.i2t.items()}}
-
-
-def evaluation_settings(settings: dict) -> dict:
-    """Options of amp evaluate among those of a training run."""
-    known = {"config", *EvaluationSettings.__dataclass_fields__}
-    renamed = {key.removeprefix("data."): value for key, value in settings.items()}
-    return {key: value for key, value in renamed.items() if key.partition(".")[0] in known}
-
-
-@torch.no_grad()
-def naive(world: World, name: str, top_k: int, fusion_weight: float = 0.0):
-    """Scores (Q, k) and 0-based ranks (Q,) of one direction, in Python lists and stable sorts."""
-    base = world.model.encode_image(world.images, normalize=True)
-    text = F.normalize(torch.stack(world.text), dim=-1)
-    owner = world.captions.image.tolist()
-    queries = range(len(owner)) if name == "t2i" else range(len(base))
-    all_scores, ranks = [], []
-    for query in queries:
-        first = (base @ text[query] if name == "t2i" else text @ base[query]).tolist()
-        order = sorted(range(len(first)), key=lambda item: -first[item])
-        top = order[:top_k]
-        if name == "t2i":
-            scores = [world.pair_score(image, query) for image in top]
-        elif name == "i2t pooled":
-            scores = world.pooled_scores(query, top)
-        else:
-            scores = [world.pair_score(query, caption) for caption in top]
-        final = [score + fusion_weight * first[item] for score, item in zip(scores, top, strict=True)]
-        reranked = [top[i] for i in sorted(range(len(top)), key=lambda i: -final[i])] + order[top_k:]
-        hits = [owner[query] == item if name == "t2i" else owner[item] == query for item in reranked]
-        all_scores.append(scores)
-        ranks.append(hits.index(True))
-    return torch.tensor(all_scores), torch.tensor(ranks)
-
-
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +58,7 @@ def assert_same(ranking, expected):
 def test_knowledge_aware_ranking_equals_the_naive_loop(aware, name):
     rankings = ranked(aware.retrieval(batch_size=7), aware.model)
     assert list(rankings) == ["t2i", "i2t pairwise", "i2t pooled"]
-    assert_same(rankings[name], naive(aware, name, top_k=TOP_K))
+    assert_same(rankings[name], search_split(aware, name, top_k=TOP_K))
     # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
     assert (rankings[name].ranks != rankings[name].first.ranks).sum() > 2
     assert rankings[name].scores.std() > 1e-2
@@ -185,21 +82,21 @@ def test_pooled_and_pairwise_conditioning_differ(aware):
 def test_the_control_ranks_with_one_feature_an_image(control, name):
     rankings = ranked(control.retrieval(batch_size=5), control.model)
     assert list(rankings) == ["t2i", "i2t"]
-    assert_same(rankings[name], naive(control, name, top_k=TOP_K))
+    assert_same(rankings[name], search_split(control, name, top_k=TOP_K))
 
 
 @pytest.mark.parametrize("name", ["t2i", "i2t pooled"])
 def test_fewer_candidates_than_top_k(aware, name):
     world, top_k = aware, 500  # the whole gallery is re-ranked
     ranking = ranked(world.retrieval(top_k=top_k, i2t=["pooled"]), world.model)[name]
-    scores, ranks = naive(world, name, top_k)
+    scores, ranks = search_split(world, name, top_k)
     assert ranking.scores.shape == (len(ranks), 12 if name == "t2i" else len(world.captions.texts))
     assert_same(ranking, (scores, ranks))
 
 
 def test_fusion_adds_the_first_stages_score(aware):
     ranking = ranked(aware.retrieval(fusion_weight=5.0), aware.model)["t2i"]
-    assert_same(ranking, naive(aware, "t2i", top_k=TOP_K, fusion_weight=5.0))
+    assert_same(ranking, search_split(aware, "t2i", top_k=TOP_K, fusion_weight=5.0))
     assert ranking.ranks.tolist() != ranked(aware.retrieval(), aware.model)["t2i"].ranks.tolist()
 
 
@@ -377,7 +274,7 @@ def test_rows_are_saved_as_they_come_and_the_file_says_what_is_missing(command, 
     assert "the GPU is out of memory; reduce --search.batch_size and --batch_size" in said
 
     monkeypatch.undo()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     command(*arguments)
     result = ResultFile.load_json(out)
     assert [row.name for row in result.rows] == [*first, *one, *two]
@@ -439,7 +336,7 @@ def test_no_two_rows_and_no_two_adapters_have_one_name(command, clip_folder, tmp
         with pytest.raises(SystemExit):
             command(*arguments)
         assert message in capsys.readouterr().err
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerate()
     assert not (tmp_path / "out.json").exists()
 
 

@@ -6,7 +6,8 @@ import sys
 import tomllib
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, _draw
+from support.drawn_data import draw
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 import amp
 from amp.errors import AmpError, exit_on_error, require
@@ -59,7 +60,7 @@ def test_the_core_needs_no_extra_and_no_linux(clip_folder, tmp_path):
     """In an interpreter that lacks the extras' packages and what only Linux has. No other system has run this."""
     (tmp_path / "photos").mkdir()
     for number in range(3):
-        _draw(number).save(tmp_path / "photos" / f"{number}.png")
+        draw(number).save(tmp_path / "photos" / f"{number}.png")
     model, _, _ = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(depth=0.5))
     amp.save_adapter(tmp_path / "adapter.safetensors", model)
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -6,9 +6,8 @@ import shutil
 import open_clip
 import pytest
 import torch
-from conftest import make_clip, write_clip_folder
-from helpers import aim_settings
 from PIL import Image
+from support.models import aim_settings, make_clip, write_clip_folder
 
 import amp
 from amp.errors import AmpError

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import TrainingRun, small_run
+from support.drawn_data import draw_shards
+from support.training_run import TrainingRun, small_run
+from support.weights import same_bits
 
 from amp.errors import AmpError
 from amp.train.checkpoints import Checkpoints
@@ -28,8 +30,7 @@ def config(shards, clip_folder, tmp_path) -> TrainConfig:
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 2},
         stages=[1],
         stage1=StageSettings(epochs=20, lr=3e-3, warmup_steps=3),
@@ -40,10 +41,6 @@ def config(shards, clip_folder, tmp_path) -> TrainConfig:
 
 def adapter(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.out) / "stage1" / "adapter.safetensors")
-
-
-def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 # -- a process ------------------------------------------------------------------------------------------------------
@@ -184,14 +181,7 @@ def test_a_full_file_system(tmp_path):
 
 @pytest.fixture
 def own_shards(tmp_path) -> Path:
-    from helpers import draw_dataset
-
-    from amp.data.conversion.make import make_shards
-
-    make_shards(
-        **draw_dataset(tmp_path / "drawn", {"train": 22}), out=str(tmp_path / "shards"), samples_per_shard=5, workers=1
-    )
-    return tmp_path / "shards"
+    return draw_shards(tmp_path / "drawn", {"train": 22})
 
 
 def test_a_shard_that_is_cut_short_while_training_reads_it(config, own_shards, tmp_path):

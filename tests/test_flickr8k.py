@@ -1,12 +1,13 @@
-"""The base model's row on real photos against clip_benchmark; needs ../shared (see conftest.py)."""
+"""The base model's row on real photos against clip_benchmark; needs ../shared (see support/repository.py)."""
 
 import json
 
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import ROOT, launcher
 from PIL import Image
+from support.commands import arguments
+from support.repository import ROOT, launcher
 from torch.utils.data import DataLoader, Dataset
 
 import amp
@@ -38,36 +39,28 @@ def collate(samples):
 def test_base_row_equals_clip_benchmark(flickr8k, clip_small, tmp_path, fresh_accelerate):
     shards, out = tmp_path / "shards", tmp_path / "base.json"
     launcher("tools/make_shards.py").main(
-        [
-            "--captions",
-            str(flickr8k / "dataset_flickr8k.json"),
-            "--images",
-            str(flickr8k / "images"),
-            "--out",
-            str(shards),
-            "--splits",
-            "test",
-            "--workers",
-            "1",
-        ]
+        arguments(
+            {
+                "captions": flickr8k / "dataset_flickr8k.json",
+                "images": flickr8k / "images",
+                "out": shards,
+                "splits": "test",
+                "workers": "1",
+            }
+        )
     )
     launcher("amp/commands/evaluate.py").main(
-        [
-            "--config",
-            str(ROOT / "launchers/configs/flickr8k.yaml"),
-            "--model.name",
-            clip_small,
-            "--shards",
-            str(shards),
-            "--cache",
-            str(tmp_path / "cache"),
-            "--workers",
-            "0",
-            "--split",
-            "test",
-            "--out",
-            str(out),
-        ]
+        arguments(
+            {
+                "config": ROOT / "launchers/configs/flickr8k.yaml",
+                "model.name": clip_small,
+                "shards": shards,
+                "cache": tmp_path / "cache",
+                "workers": "0",
+                "split": "test",
+                "out": out,
+            }
+        )
     )
     ours = json.loads(out.read_text())["rows"][0]
 

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import make_clip
+from support.equations.image_features import early_tokens, tower_of
+from support.models import make_clip
 
 import amp
 from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folder
@@ -43,11 +44,8 @@ def test_features_equal_a_direct_computation(split, made, workers):
     assert len(features) == len(split) == 12 and features.early.dtype == features.base.dtype == np.float32
     for index in range(len(split)):
         image = preprocess(split.image(index))[None]
-        visual = model.backbone.clip.visual
-        tokens = visual._embeds(image)
-        for block in visual.transformer.resblocks[:LAYER]:
-            tokens = block(tokens)
-        torch.testing.assert_close(torch.from_numpy(features.early[index]), tokens[0], rtol=0, atol=1e-5)
+        tokens = early_tokens(tower_of(model.backbone.clip.visual), image[0], LAYER)
+        torch.testing.assert_close(torch.from_numpy(features.early[index]), tokens, rtol=0, atol=1e-5)
         base = model.backbone.clip.encode_image(image)
         torch.testing.assert_close(torch.from_numpy(features.base[index]), base[0], rtol=0, atol=1e-5)
 

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, run_here
-from scripted_model import reply_to, scripted_model
+from support.repository import QUIET_ENVIRONMENT, ROOT, run_here
+from support.scripted_model import reply_to, scripted_model
 
 from amp.data.captions.knowledge_file import attach_knowledge
 from amp.data.captions.load import load_captions

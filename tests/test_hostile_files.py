@@ -1,6 +1,5 @@
 """Tar members and image files that do harm where they are believed: refused, or skipped and listed, never followed."""
 
-import io
 import json
 import os
 import pickle
@@ -9,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import launcher
-from hostile_helpers import Canary, bad_images, captions_of, odd_images, one_error, png, training_arguments
 from PIL import Image
+from support.commands import Canary, one_error, training_arguments
+from support.drawn_data import captions_of
+from support.photos import bad_images, odd_images, png
+from support.repository import launcher
+from support.tars import members_of, replace_shard
 
 import amp
 from amp.data.conversion.make import make_shards
@@ -20,7 +22,6 @@ from amp.data.images.formats import UnreadableImageError
 from amp.data.shards import MAX_MEMBER_BYTES, ShardManifest, ShardReader
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.files import sha256_of
 from amp.search.index import PhotoIndex
 from amp.search.update import update_index
 
@@ -249,31 +250,13 @@ def test_a_photo_that_became_a_bomb_is_told_by_a_search(tmp_path, model):
 
 def rewrite(folder: Path, split: str, change) -> Path:
     """Passes the members of a split's first shard through `change` and puts size and hash right in the manifest."""
-    path = ShardManifest.load(folder).split(split)[0].path
-    with tarfile.open(path) as tar:
-        members = [(m.name, tar.extractfile(m).read()) for m in tar]
-    with tarfile.open(path, "w") as tar:
-        for name, content in change(members):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    content = json.loads((folder / "manifest.json").read_text())
-    content["splits"][split]["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (folder / "manifest.json").write_text(json.dumps(content))
-    return path
+    return replace_shard(folder, split, change(members_of(ShardManifest.load(folder).split(split)[0].path)))
 
 
-@pytest.fixture
-def own_shards(shards, tmp_path):
-    import shutil
-
-    return Path(shutil.copytree(shards, tmp_path / "shards"))
-
-
-def test_a_shard_with_them_is_refused_with_file_and_key(own_shards):
+def test_a_shard_with_them_is_refused_with_file_and_key(copied_shards):
     for name, content in bad_images().items():
-        path = rewrite(own_shards, "train", lambda members, new=content: [(members[0][0], new), *members[1:]])
-        split = ShardSplit(own_shards, "train")
+        path = rewrite(copied_shards, "train", lambda members, new=content: [(members[0][0], new), *members[1:]])
+        split = ShardSplit(copied_shards, "train")
         with pytest.raises(AmpError, match="can't be decoded") as error:
             split.image(0)
         assert "too large" not in name or "decompression bomb" in str(error.value)
@@ -283,15 +266,15 @@ def test_a_shard_with_them_is_refused_with_file_and_key(own_shards):
 
 @pytest.mark.parametrize("launched", ["train", "evaluate"])
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_training_and_evaluation_end_in_one_error(own_shards, tmp_path, clip_folder, capsys, launched):
+def test_training_and_evaluation_end_in_one_error(copied_shards, tmp_path, clip_folder, capsys, launched):
     split = {"train": "train", "evaluate": "test"}[launched]
     bomb = bad_images()["png a bit too large.png"]
-    path = rewrite(own_shards, split, lambda members: [(members[0][0], bomb), *members[1:]])
+    path = rewrite(copied_shards, split, lambda members: [(members[0][0], bomb), *members[1:]])
     changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
-    arguments = training_arguments(own_shards, clip_folder, tmp_path, **changes)
+    arguments = training_arguments(copied_shards, clip_folder, tmp_path, **changes)
     if launched == "evaluate":
         base = ["--model.name", clip_folder, "--model.pretrained", "null", "--cache", str(tmp_path / "cache")]
-        arguments = ["--shards", str(own_shards), *base, "--workers", "0", "--out", str(tmp_path / "results.json")]
+        arguments = ["--shards", str(copied_shards), *base, "--workers", "0", "--out", str(tmp_path / "results.json")]
     line = one_error(lambda: launcher(f"amp/commands/{launched}.py").main(arguments), capsys)
     assert str(path) in line and f"'{split}_" in line and "decompression bomb" in line
 

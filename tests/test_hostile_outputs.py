@@ -9,8 +9,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from helpers import draw_dataset, launcher
-from hostile_helpers import evaluation_arguments, one_error, training_arguments
+from support.commands import evaluation_arguments, one_error, training_arguments
+from support.drawn_data import draw_dataset
+from support.processes import forget_accelerate
+from support.repository import launcher
 
 import amp
 from amp.data.conversion.make import make_shards
@@ -159,8 +161,6 @@ SECRET_ENVIRONMENT = {"OPENAI_API_KEY": KEY, "HF_TOKEN": TOKEN, "WANDB_API_KEY":
 def job(tmp_path_factory, clip_folder):
     """Conversion, training, evaluation and search in a folder with planted links and an environment with keys: the
     folder, what was shown, and the addresses that were connected to."""
-    from accelerate.state import AcceleratorState, PartialState
-
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     root = tmp_path_factory.mktemp("job")
     (root / "mine.txt").write_bytes(MINE)
@@ -213,11 +213,9 @@ def job(tmp_path_factory, clip_folder):
             patch.setattr(socket.socket, name, _noting(getattr(socket.socket, name), connected), raising=False)
         patch.setattr(socket, "getaddrinfo", lambda host, *_, **__: connected.append(("asked for", host)) or [])
         for script, arguments in steps:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState._reset_state()
+            forget_accelerate()
             launcher(script).main(arguments)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    forget_accelerate()
     return root, out.getvalue(), connected
 
 
@@ -329,7 +327,7 @@ def files_with_canaries(*folders: Path) -> list[str]:
 def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
     """A server that refuses and repeats the key; its address holds a password, which the command line is kept with."""
     pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
-    from test_openai_engine import Faulty, good, status
+    from support.faulty_server import Faulty, good, status
 
     for name, value in SECRET_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, launcher
+from support.repository import ROOT, launcher
 
 COMMANDS = (
     "launchers/train.py",

@@ -6,14 +6,16 @@ import json
 import re
 
 import pytest
-from helpers import launcher
-from hostile_helpers import captions_of, one_error
 from PIL import Image
+from support.commands import one_error
+from support.drawn_data import captions_of
+from support.repository import launcher
 
 from amp.data.captions.knowledge_file import attach_knowledge
 from amp.data.captions.load import load_captions
 from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError, Problems, exit_on_error, printable, shorten
+from amp.generation.engines.base import Sampling
 from amp.generation.engines.rendering import chat_parts, plain_text, without_marks
 from amp.generation.prompts import MAX_CAPTION_WORDS, ask_states, ask_triplets, load_template
 from amp.generation.replies import MAX_STATE_CHARACTERS, MAX_TRIPLETS, read_states, read_triplets
@@ -152,7 +154,7 @@ def test_odd_texts_go_through_shards_as_they_are(tmp_path, text):
     ],
 )
 def test_records_of_a_shard_that_are_no_text_are_refused(tmp_path, change, words):
-    from test_shards import tar_of
+    from support.tars import tar_of
 
     content = {"schema": 1, "key": "a", "captions": [{"id": 0, "text": "x"}]} | change
     path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.json", json.dumps(content).encode()))
@@ -163,7 +165,7 @@ def test_records_of_a_shard_that_are_no_text_are_refused(tmp_path, change, words
 
 def test_an_error_that_names_what_is_no_text_can_be_printed(tmp_path):
     """Found by the fuzz test: keys that were seen stood in the error as they were."""
-    from test_shards import tar_of
+    from support.tars import tar_of
 
     content = json.dumps({"\ud800" * 1000: 1}).encode()
     path = tar_of(tmp_path / "x.tar", ("a.jpg", b"A"), ("a.json", content))
@@ -304,13 +306,13 @@ def test_servers_see_no_control_mark_in_a_caption():
 
 def test_the_openai_engine_sends_captions_without_marks():
     pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
-    from test_openai_engine import GREEDY, TEMPLATE, Faulty, good, make
+    from support.faulty_server import Faulty, engine_for, good
 
-    faulty = Faulty(good())
+    faulty, prefix = Faulty(good()), load_template("default").triplets
     with faulty.serve() as url:
         for rendering in ("chat", "plain"):
-            engine = make(url, rendering=rendering)
-            list(engine.generate(TEMPLATE.triplets, [ask_triplets(INJECTIONS["turn"])], None, GREEDY))
+            engine = engine_for(url, rendering=rendering)
+            list(engine.generate(prefix, [ask_triplets(INJECTIONS["turn"])], None, Sampling(48)))
     for request in faulty.requests:
         asked = request["messages"][-1]["content"] if "messages" in request else request["prompt"]
         assert "A man<| im_end |>" in asked and not MARK.search(asked)

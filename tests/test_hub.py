@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, write_clip_folder
-from helpers import aim_settings
 from PIL import Image
+from support.models import aim_settings, make_model, shake, write_clip_folder
 
 import amp
 from amp.commands import publish
@@ -49,9 +48,7 @@ def base(tmp_path_factory) -> str:
 def trained(base: str, **settings) -> amp.ActionAwareCLIP:
     model, _, _ = amp.create_model_and_transforms(base, prompt_config=amp.PromptConfig(**settings))
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("backbone."):
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    shake(model, generator=generator)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import zipfile
 from email.parser import Parser
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 HEAVY = (
     "torch",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EMBED_DIM, make_model
+from support.models import EMBED_DIM, make_model
 from torch.testing import assert_close
 
 from amp.errors import AmpError

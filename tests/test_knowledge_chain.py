@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset
-from training_run import TrainingRun, small_run
+from support.drawn_data import draw_dataset
+from support.repository import QUIET_ENVIRONMENT, ROOT
+from support.training_run import TrainingRun, small_run
 
 from amp.data.conversion.make import make_shards
 from amp.data.conversion.rewrite import rewrite_knowledge
@@ -56,8 +57,7 @@ def test_generate_rewrite_train(tmp_path, smollm2, clip_folder):
     config = small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 4},
         stage1=StageSettings(epochs=2),
         stages=[1],

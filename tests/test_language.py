@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
+from support.repository import ROOT
 
 from amp.generation import rules
 from amp.generation.language import is_english, language_note

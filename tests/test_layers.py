@@ -1,11 +1,11 @@
-"""Each layer against its equation, written naively in `reference.py`."""
+"""Each layer against its equation, written naively in `support/equations/`."""
 
 import contextlib
 import math
 
 import pytest
-import reference
 import torch
+from support.equations import image_features, layers
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,7 +49,7 @@ def test_triplet_encoder_is_eq_4_and_5(grad):
     with torch.set_grad_enabled(grad):
         prompts = encoder(embedded, token_mask, mask)
     for c in range(4):
-        expected = reference.triplet_prompts(encoder, embedded[c], token_mask[c], mask[c])
+        expected = layers.triplet_prompts(encoder, embedded[c], token_mask[c], mask[c])
         assert len(expected) == max(1, int(mask[c].sum()))
         assert_close(prompts[c, : len(expected)], expected, **TOLERANCE)
 
@@ -105,7 +105,7 @@ def test_with_null_fills_row_0_of_empty_captions_only():
 
 def test_adapter_is_eq_6():
     adapter, prompts = shaken(PromptAdapter(24, 3, 32)), torch.randn(2, 5, 24)
-    assert_close(adapter(prompts), reference.adapt(prompts, adapter), **TOLERANCE)
+    assert_close(adapter(prompts), layers.adapt(prompts, adapter), **TOLERANCE)
     assert {name for name, _ in adapter.named_parameters()} == {"norm.weight", "norm.bias", "down.weight", "up.weight"}
 
 
@@ -118,7 +118,7 @@ def test_cross_attention_lets_patches_ask_existing_prompts():
     layer, patches, prompts = shaken(CrossAttention(32, heads=4)), torch.randn(3, 6, 32), torch.randn(3, 3, 32)
     out = layer(layer.query(patches), prompts, MASK)
     for p in range(3):
-        expected = reference.cross_attention(patches[p], prompts[p][MASK[p]], layer)
+        expected = layers.cross_attention(patches[p], prompts[p][MASK[p]], layer)
         assert_close(out[p], expected, **TOLERANCE)
 
 
@@ -127,7 +127,7 @@ def test_self_attention_returns_values_and_the_map_over_all_heads():
     values, maps = layer(x)
     assert_close(maps.sum(dim=-1), torch.ones(3, 6))
     for p in range(3):
-        expected_values, expected_map = reference.self_attention(x[p], layer)
+        expected_values, expected_map = layers.self_attention(x[p], layer)
         assert_close(values[p], expected_values, **TOLERANCE)
         assert_close(maps[p], expected_map, **TOLERANCE)
 
@@ -142,7 +142,7 @@ def test_interaction_is_eq_7_and_8(residual, lam):
     out, map_t, map_s = aim(patches, triplets, states, MASK, image_index, return_maps=True)
     assert out.shape == (3, 6, 32) and map_t.shape == map_s.shape == (3, 6, 6)
     for p in range(3):
-        expected, expected_t, expected_s = reference.interact(
+        expected, expected_t, expected_s = image_features.interact(
             aim, patches[image_index[p]], triplets[p][MASK[p]], states[p][MASK[p]]
         )
         assert_close(out[p], expected, **TOLERANCE)

@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import QUIET_ENVIRONMENT, ROOT, run_ranks
+from support.processes import run_ranks
+from support.repository import QUIET_ENVIRONMENT, ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ from amp.train.objective import Objective
 from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.usefixtures("fresh_accelerate")]
 
 # Kernels make a few small tensors inside, which count where the model is tiny; a larger step is held to a tenth of it.
 TOLERANCE = 0.02
@@ -94,11 +95,6 @@ def most_allocated(function) -> tuple[int, int]:
             live += event.nbytes()
             peak = max(peak, live)
     return peak, live
-
-
-@pytest.fixture(autouse=True)
-def _alone(fresh_accelerate):
-    pass
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -4,10 +4,9 @@ import copy
 
 import open_clip
 import pytest
-import reference
 import torch
-from conftest import CLIP_VARIANTS, make_aim, make_clip, make_model
-from helpers import aim_settings
+from support.equations.image_features import image_feature, prompts_of
+from support.models import CLIP_VARIANTS, aim_settings, make_aim, make_clip, make_model
 from torch.testing import assert_close
 
 from amp.errors import AmpError
@@ -105,9 +104,9 @@ def test_whole_model_is_the_papers(variant, residual, block, images, knowledge):
     batch = model.prepare_knowledge(knowledge)
     features = model(images, Captions(batch), plain=ALL)
     for i in range(4):
-        expected = reference.action_aware_feature(model, images[i], batch, i)
+        expected = image_feature(model, images[i], prompts_of(model, batch, i))
         assert_close(features.conditioned[i], expected, atol=2e-5, rtol=1e-5)
-        expected = reference.action_aware_feature(model, images[i], batch, i, conditioned=False)
+        expected = image_feature(model, images[i])
         assert_close(features.plain[i], expected, atol=2e-5, rtol=1e-5)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.equations.losses import draw_probabilities
 from torch.testing import assert_close
 
 from amp.train.losses import candidate_contrastive_loss
@@ -31,13 +32,6 @@ def draw_often(cosines, mask, m, scale=10.0, draws=DRAWS, **options):
     """The same row drawn many times, each with its own noise."""
     noise = gumbel_noise(draws, COLUMNS, seed=1, step=2, direction=0)
     return draw_negatives(cosines.expand(draws, -1), mask.expand(draws, -1), noise, m, scale, **options)
-
-
-def probabilities(cosines, mask, scale, uniform=0.1):
-    """q, column by column."""
-    weight = [0.0 if mask[j] else math.exp(scale * cosines[j]) for j in range(COLUMNS)]
-    allowed = sum(not x for x in mask.tolist())
-    return [0.0 if mask[j] else (1 - uniform) * w / sum(weight) + uniform / allowed for j, w in enumerate(weight)]
 
 
 @pytest.mark.parametrize("m", [1, 3, 9, 11])
@@ -71,7 +65,7 @@ def test_rows_are_independent(cosines):
 def test_the_first_is_drawn_as_often_as_q_says(uniform, cosines):
     mask = forbidden(0, 3)
     drawn = draw_often(cosines, mask, 1, scale=15.0, uniform=uniform)
-    expected = torch.tensor(probabilities(cosines, mask, 15.0, uniform))
+    expected = torch.tensor(draw_probabilities(cosines.tolist(), mask.tolist(), 15.0, uniform))
     found = drawn.columns.flatten().bincount(minlength=COLUMNS) / DRAWS
     assert_close(found, expected, atol=4 * 0.5 / math.sqrt(DRAWS), rtol=0)
     assert expected[5] > 0.4  # the favourite

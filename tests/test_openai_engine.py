@@ -12,12 +12,12 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import QUIET_ENVIRONMENT
-from language_models import smollm2_gguf
-from scripted_model import scripted_model
+from support.faulty_server import Faulty, cut, engine_for, good, late, status
+from support.language_models import smollm2_gguf
+from support.repository import QUIET_ENVIRONMENT
+from support.scripted_model import scripted_model
 
 from amp.generation.engines.base import EngineError, Sampling
 from amp.generation.grammar import StateGrammar, TripletGrammar
@@ -33,102 +33,8 @@ TEMPLATE = load_template("default")
 GREEDY = Sampling(48)
 
 
-def make(url: str, **options) -> OpenAIEngine:
-    return OpenAIEngine(
-        **{"base_url": url, "model": "m", "constrained": "none", "first_wait": 0.01, "timeout": 5.0, **options}
-    )
-
-
 def ask(engine, count: int = 1, sampling: Sampling = GREEDY) -> dict:
     return dict(engine.generate(TEMPLATE.triplets, [f"Caption: a dog {n}" for n in range(count)], None, sampling))
-
-
-# --- a server that does what a script says ---
-
-
-def good(text: str = "none") -> bytes:
-    message = {"role": "assistant", "content": text}
-    answer = {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-    }
-    return json.dumps(answer).encode()
-
-
-class Faulty:
-    """Answers the n-th request as the n-th step says, then with the last; a step is bytes or a function."""
-
-    def __init__(self, *steps) -> None:
-        self.steps, self.requests, self.running, self.most = steps, [], 0, 0
-        self.times: list[float] = []
-        self.lock = threading.Lock()
-        self.models = b'{"object": "list", "data": []}'
-
-    @contextmanager
-    def serve(self):
-        faulty = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                self.reply(faulty.models)
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with faulty.lock:
-                    step = faulty.steps[min(len(faulty.requests), len(faulty.steps) - 1)]
-                    faulty.requests.append(body)
-                    faulty.times.append(time.monotonic())
-                    faulty.running += 1
-                    faulty.most = max(faulty.most, faulty.running)
-                try:
-                    step(self) if callable(step) else self.reply(step)
-                except ConnectionError:
-                    self.close_connection = True
-                finally:
-                    with faulty.lock:
-                        faulty.running -= 1
-
-            def reply(self, body: bytes, status: int = 200, length: int | None = None, **headers) -> None:
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.send_header("Content-Length", str(len(body) if length is None else length))
-                self.end_headers()
-                self.wfile.write(body)
-                self.wfile.flush()
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
-
-
-def status(code: int, **headers):
-    return lambda handler: handler.reply(b'{"error": {"message": "because"}}', code, **headers)
-
-
-def cut(handler):
-    """Half an answer, then the connection is gone."""
-    handler.reply(good()[:40], length=len(good()))
-    handler.close_connection = True
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def late(handler):
-    time.sleep(1.0)
-    handler.reply(good())
 
 
 FAULTS = {
@@ -151,7 +57,7 @@ FAULTS = {
 def test_faults_are_tried_again(fault):
     server = Faulty(FAULTS[fault], FAULTS[fault], good("action: dog | runs | -"))
     with server.serve() as url:
-        found = ask(make(url, timeout=0.3))
+        found = ask(engine_for(url, timeout=0.3))
     assert found[0].text == "action: dog | runs | -" and not found[0].error
     assert len(server.requests) == 3
 
@@ -160,28 +66,28 @@ def test_faults_are_tried_again(fault):
 def test_faults_that_stay_are_an_error_of_that_request(fault):
     server = Faulty(FAULTS[fault])
     with server.serve() as url:
-        found = ask(make(url, timeout=0.2, tries=2))
+        found = ask(engine_for(url, timeout=0.2, tries=2))
     assert found[0].text == "" and found[0].error and not found[0].refused
     assert len(server.requests) == 2
 
 
 def test_text_is_always_unicode():
     with Faulty(good("caf\\u00e9 \\ud800 x")).serve() as url:  # JSON may hold half a surrogate pair
-        text = ask(make(url))[0].text
+        text = ask(engine_for(url))[0].text
     assert text.encode("utf-8") and text.startswith("caf")
 
 
 def test_what_the_server_asks_to_wait_is_waited():
     server = Faulty(status(429, Retry_After="1"), good())
     with server.serve() as url:
-        assert not ask(make(url))[0].error
+        assert not ask(engine_for(url))[0].error
     assert server.times[1] - server.times[0] >= 1.0
 
 
 def test_waits_grow():
     server = Faulty(status(500))
     with server.serve() as url:
-        ask(make(url, tries=5, first_wait=0.1))
+        ask(engine_for(url, tries=5, first_wait=0.1))
     assert server.times[-1] - server.times[0] < 0.1 * (1 + 2 + 4 + 8) + 1.0
     assert len(server.requests) == 5
 
@@ -190,7 +96,7 @@ def test_waits_grow():
 def test_a_refused_request_isn_t_tried_again(code):
     server = Faulty(status(code), good())
     with server.serve() as url:
-        found = ask(make(url, concurrency=1), 2)
+        found = ask(engine_for(url, concurrency=1), 2)
     assert found[0].refused and str(code) in found[0].error and "because" in found[0].error
     assert found[1].text == "none" and len(server.requests) == 2
 
@@ -206,7 +112,7 @@ def test_a_refused_request_isn_t_tried_again(code):
 def test_what_concerns_every_request_stops_the_run(code, message):
     server = Faulty(status(code))
     with server.serve() as url, pytest.raises(EngineError, match=re.escape(message)):
-        ask(make(url, concurrency=2), 50)
+        ask(engine_for(url, concurrency=2), 50)
     assert len(server.requests) <= 4
 
 
@@ -214,7 +120,7 @@ def test_a_server_that_dies_stops_the_run_and_keeps_what_came():
     server = Faulty(*[good()] * 20, status(500))
     found = {}
     with server.serve() as url, pytest.raises(EngineError, match="no answer to 8 requests in a row"):
-        for number, completion in make(url, concurrency=2, tries=2).generate(
+        for number, completion in engine_for(url, concurrency=2, tries=2).generate(
             TEMPLATE.triplets, [f"Caption: {n}" for n in range(200)], None, GREEDY
         ):
             found[number] = completion
@@ -241,7 +147,7 @@ def test_so_many_at_once_and_each_once():
 
     server = Faulty(slow)
     with server.serve() as url:
-        found = list(make(url, concurrency=5).generate(TEMPLATE.triplets, ["Caption: x"] * 40, None, GREEDY))
+        found = list(engine_for(url, concurrency=5).generate(TEMPLATE.triplets, ["Caption: x"] * 40, None, GREEDY))
     assert sorted(number for number, _ in found) == list(range(40))
     assert 3 <= server.most <= 5
 
@@ -249,7 +155,7 @@ def test_so_many_at_once_and_each_once():
 def test_rate_limit():
     server = Faulty(good())
     with server.serve() as url:
-        ask(make(url, requests_per_minute=1200, concurrency=10), 20)
+        ask(engine_for(url, requests_per_minute=1200, concurrency=10), 20)
     spacing = [b - a for a, b in zip(sorted(server.times), sorted(server.times)[1:], strict=False)]
     assert sum(spacing) >= 0.9 * 19 * 0.05
 
@@ -258,7 +164,7 @@ def test_stopping_in_the_middle_leaves_nothing_running():
     server = Faulty(good(), good(), late)
     threads = threading.active_count()
     with server.serve() as url:
-        replies = make(url, concurrency=2).generate(TEMPLATE.triplets, ["Caption: x"] * 100, None, GREEDY)
+        replies = engine_for(url, concurrency=2).generate(TEMPLATE.triplets, ["Caption: x"] * 100, None, GREEDY)
         next(replies)
         replies.close()
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("openai")]
@@ -272,7 +178,7 @@ def test_stopping_in_the_middle_leaves_nothing_running():
 def test_stopping_doesn_t_wait_for_further_tries():
     server = Faulty(good(), status(429, Retry_After="30"))
     with server.serve() as url:
-        replies = make(url, concurrency=3).generate(TEMPLATE.triplets, ["Caption: x"] * 10, None, GREEDY)
+        replies = engine_for(url, concurrency=3).generate(TEMPLATE.triplets, ["Caption: x"] * 10, None, GREEDY)
         next(replies)
         while len(server.requests) < 4:
             time.sleep(0.01)
@@ -284,7 +190,7 @@ def test_stopping_doesn_t_wait_for_further_tries():
 def test_the_request():
     server = Faulty(good("<think>\nhm\n</think>\n\nnone"))
     with server.serve() as url:
-        engine = make(url)
+        engine = engine_for(url)
         assert ask(engine)[0].text == "none"  # what a model thought isn't its reply
         list(engine.generate(TEMPLATE.triplets, ["Caption: x"], None, Sampling(48, 0.7), [2**40 + 5]))
     first, second = server.requests
@@ -313,7 +219,7 @@ def test_grammars_as_each_server_takes_them(owner, version, field):
     server.models = json.dumps(models).encode()
     grammar = TripletGrammar(("dog", "runs"), 6)
     with server.serve() as url:
-        engine = make(url, constrained="auto")
+        engine = engine_for(url, constrained="auto")
         list(engine.generate(TEMPLATE.triplets, ["Caption: dog runs"], [grammar], GREEDY))
     assert engine.constrained == (field is not None) and engine.describe()["constrained"] == engine.constrained
     (request,) = server.requests
@@ -332,7 +238,7 @@ def test_grammars_as_each_server_takes_them(owner, version, field):
 def test_neither_key_nor_address_is_told(monkeypatch):
     monkeypatch.setenv("MY_KEY", "top-secret")
     with scripted_model() as model:
-        engine = make(model.url, api_key_variable="MY_KEY")
+        engine = engine_for(model.url, api_key_variable="MY_KEY")
         assert not ask(engine)[0].error
     assert "top-secret" not in json.dumps(engine.describe()) and "127" not in json.dumps(engine.describe())
 
@@ -340,7 +246,7 @@ def test_neither_key_nor_address_is_told(monkeypatch):
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"tries": 0}, {"timeout": 0.0}, {"requests_per_minute": 0.0}])
 def test_options_out_of_range(options):
     with pytest.raises(EngineError, match=f"openai.{next(iter(options))} is 0"):
-        make("http://127.0.0.1:1/v1", **options)
+        engine_for("http://127.0.0.1:1/v1", **options)
 
 
 # --- real servers ---

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import yaml
-from helpers import ROOT
+from support.repository import ROOT
 
 from amp.__main__ import COMMANDS
 

@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 from amp.data.shards import ShardManifest
 

@@ -9,6 +9,7 @@ import simplejpeg
 import torch
 from open_clip.transform import image_transform
 from PIL import Image, ImageFilter
+from support.photos import encoded
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
@@ -22,12 +23,6 @@ def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.
     """Smooth noise: a photo's neighbouring pixels are alike."""
     noise = np.random.default_rng(seed).integers(0, 255, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def by_pillow(content: bytes) -> Image.Image:

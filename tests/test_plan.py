@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import ROOT, SPLIT_SIZES, launcher
 from rich.console import Console
-from training_run import small_run
+from support.drawn_data import SPLIT_SIZES
+from support.processes import forget_accelerate
+from support.repository import ROOT, launcher
+from support.training_run import small_run
 
 import amp
 from amp.data.shards import ShardManifest
@@ -33,12 +35,9 @@ from amp.train.config import ModelSettings, StageSettings, TrainConfig
 from amp.train.engine import train
 from amp.train.resume import record
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 PAGE = ROOT / "docs/plan.md"
-
-
-@pytest.fixture(autouse=True)
-def _alone(fresh_accelerate):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +51,7 @@ def config(shards, clip_folder, tmp_path) -> TrainConfig:
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 4, "val_split": "val"},
         stages=[1],
         mixed_precision="bf16",
@@ -148,24 +146,20 @@ def test_wrong_settings_are_refused(keys):
 @pytest.fixture(scope="module")
 def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
     """A real run of one stage, two batches a step, and its checkpoints."""
-    from accelerate.state import AcceleratorState, PartialState
-
     folder = tmp_path_factory.mktemp("trained")
     config = small_run(
         shards,
         clip_folder,
-        folder / "run",
-        str(folder / "cache"),
+        folder,
         {"batch_size": 4, "val_split": "val"},
         stages=[1],
         stage1=StageSettings(epochs=3),
         gradient_accumulation=2,
         validate_every=0,
     )
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     train(config)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    forget_accelerate()
     return config
 
 

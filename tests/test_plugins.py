@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUIET_ENVIRONMENT, ROOT
 from PIL import Image
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 from amp import plugins
 from amp.data.captions import Caption, base, load_captions, register_captions_format

@@ -6,9 +6,8 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
-from helpers import aim_settings
-from training_run import small_run
+from support.models import aim_settings, make_model
+from support.training_run import small_run
 
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
@@ -80,8 +79,7 @@ def config(shards, clip_folder, tmp_path, fresh_accelerate):
     config = small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        str(tmp_path / "cache"),
+        tmp_path,
         {"batch_size": 4, "val_split": "val"},
         stage1=one,
         stage2=one,

@@ -1,12 +1,13 @@
 """Leak probes: what is spoilt is spoilt, and nothing else."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluate import TOP_K, World, ranked
+from support.equations.search import pair_score
+from support.evaluation import TOP_K, ranked
+from support.repository import ROOT
 
 import amp
 from amp.errors import AmpError
@@ -16,18 +17,11 @@ from amp.evaluate.text_only import enriched_text
 from amp.plugins import load_plugins
 
 
-@pytest.fixture(scope="module")
-def world(clip_folder, shards, tmp_path_factory):
-    return World(clip_folder, shards, tmp_path_factory.mktemp("cache"))
-
-
 def expected(world, query, image_of, knowledge_of):
     """t2i scores of one caption by the public call: `image_of` and `knowledge_of` say what is seen instead."""
     first = world.retrieval().first["t2i"].candidates[query]
-    images = torch.stack([image_of(int(i)) for i in first])
-    knowledge = [knowledge_of(query)] * len(first)
-    with torch.no_grad():
-        return F.cosine_similarity(world.model.encode_image(images, knowledge), world.text[query][None], dim=-1)
+    caption, text, knowledge = world.captions.texts[query], world.text[query][None], knowledge_of(query)
+    return torch.tensor([pair_score(world.model, image_of(int(i)), caption, knowledge, text) for i in first])
 
 
 @pytest.mark.parametrize("owner", [[0, 0, 1, 1], [2, 0, 1, 1, 0, 2, 2], [0, 0, 0, 1, 2, 3], list(range(9))])
@@ -92,7 +86,7 @@ def test_text_only_control_by_hand(world):
 
 def test_a_probe_from_outside_the_package(world, monkeypatch, tmp_path):
     """The example of docs/extending.md, found as a user's module is."""
-    page = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    page = (ROOT / "docs/extending.md").read_text()
     (code,) = re.findall(r"^```python\n# first_triplet\.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "first_triplet.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

@@ -3,11 +3,10 @@
 import math
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from conftest import make_model
-from helpers import aim_settings
+from support.equations import layers, losses
+from support.models import aim_settings, make_model
 
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.split_captions import SplitCaptions
@@ -38,24 +37,6 @@ def text(model, tokenizer):
         return model.encode_text(tokenizer(CAPTIONS))
 
 
-def naive(layer, patches, text, states, triplets, mask):
-    """f(I, K) - f(I) of one image and one caption, query by query and head by head, in float64."""
-    linear = lambda name, x: F.linear(x, layer[f"{name}.weight"], layer.get(f"{name}.bias"))  # noqa: E731
-    queries = [linear("query_text", text / text.norm())]
-    for k in mask.nonzero().flatten().tolist():
-        queries.append(linear("query_text", states[k] / states[k].norm()) + linear("query_triplet", triplets[k]))
-    key, value = linear("key", patches), linear("value", patches)
-    answers = []
-    for query in queries:
-        heads = []
-        for part in range(len(query) // layer["width"]):
-            at = slice(part * layer["width"], (part + 1) * layer["width"])
-            weights = torch.tensor([math.exp(float(query[at] @ k[at]) / math.sqrt(layer["width"])) for k in key])
-            heads.append((weights.double() / weights.sum()) @ value[:, at])
-        answers.append(torch.cat(heads))
-    return linear("out", sum(answers) / len(answers))
-
-
 @pytest.mark.parametrize(("width", "heads"), [(24, 1), (128, 2), (96, 2)])
 @torch.no_grad()
 def test_the_equation_by_a_naive_loop(width, heads):
@@ -68,7 +49,10 @@ def test_the_equation_by_a_naive_loop(width, heads):
     weights = {**layer.state_dict(), "width": width // layer.heads}
     assert layer.heads == heads
     want = torch.stack(
-        [torch.stack([naive(weights, p, text[c], states[c], triplets[c], mask[c]) for c in range(3)]) for p in patches]
+        [
+            torch.stack([layers.readout(weights, p, text[c], states[c], triplets[c], mask[c]) for c in range(3)])
+            for p in patches
+        ]
     )
     queries = layer.queries(text, states, triplets, mask)
     key, value = layer.keys_and_values(patches)
@@ -102,7 +86,7 @@ def test_the_loss_scores_every_pair_under_the_texts_own_knowledge(model, images,
         for i in range(4)
     ]
     loss, scale = Objective(stage, model.interaction, margin=0.3)(model, batch, step=0)
-    want = reference.contrastive(cosines, scale.item(), ids) if stage == 1 else reference.triplet(cosines, 0.3, ids)
+    want = losses.contrastive(cosines, scale.item(), ids) if stage == 1 else losses.triplet(cosines, 0.3, ids)
     assert loss.item() == pytest.approx(want, rel=1e-4)
 
 

@@ -9,14 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import launcher
-from test_evaluate import World
+from support.evaluation import World, write_world_adapter
+from support.processes import forget_accelerate
+from support.repository import launcher
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.evaluate.per_query import QueryResults, load_queries
 from amp.knowledge.tensors import Captions
-from amp.model.adapter import read_adapter, save_adapter, write_adapter
+from amp.model.adapter import read_adapter, write_adapter
 from amp.model.interactions.readout import read_patches
 from amp.report.attention import attention_maps
 from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
@@ -101,32 +102,26 @@ def test_models_without_maps_have_none(clip_folder, shards, tmp_path):
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
+def attack_first_caption(monkeypatch):
+    """Puts EVIL in the place of the first caption of the first image."""
+    real = ShardSplit.captions
+
+    def captions(self, record, keep=("action", "attribute")):
+        found = real(self, record, keep)
+        return [(EVIL, found[0][1]), *found[1:]] if record["key"] == self.record(0)["key"] else found
+
+    monkeypatch.setattr(ShardSplit, "captions", captions)
+
+
 @pytest.fixture(scope="module")
 def page(clip_folder, shards, tmp_path_factory):
     """A page whose first caption is an attack, with its results file."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    def forget():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-
     folder = tmp_path_factory.mktemp("report")
-    world = World(clip_folder, shards, folder / "cache")
-    adapter = folder / "run" / "stage1" / "adapter.safetensors"
-    adapter.parent.mkdir(parents=True)
-    save_adapter(adapter, world.model)
-    real = ShardSplit.captions
+    adapter = write_world_adapter(clip_folder, shards, folder)
     patch = pytest.MonkeyPatch()
-    patch.setattr(
-        ShardSplit,
-        "captions",
-        lambda self, record, keep=("action", "attribute"): [
-            (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
-            for i, (text, item) in enumerate(real(self, record, keep))
-        ],
-    )
+    attack_first_caption(patch)
     common = ["--shards", str(shards), "--adapters", f"ours={adapter}"]
-    forget()
+    forget_accelerate()
     launcher("amp/commands/evaluate.py").main(
         [
             *common,
@@ -144,7 +139,7 @@ def page(clip_folder, shards, tmp_path_factory):
             "50",
         ]
     )
-    forget()
+    forget_accelerate()
     sweep = folder / "sweep.csv"
     lines = [
         f"{row},{metric},{value},0.5,3"
@@ -279,15 +274,8 @@ def test_refusals(page, shards, tmp_path, capsys):
 
 def test_a_photo_that_cant_be_read_costs_its_queries_only(page, tmp_path, clip_folder, shards, monkeypatch, capsys):
     _, data = data_of(page)
-    captions, real = ShardSplit.captions, ShardSplit.image
-    monkeypatch.setattr(
-        ShardSplit,
-        "captions",
-        lambda self, record, keep=("action", "attribute"): [
-            (EVIL if record["key"] == self.record(0)["key"] and i == 0 else text, item)
-            for i, (text, item) in enumerate(captions(self, record, keep))
-        ],
-    )
+    attack_first_caption(monkeypatch)
+    real = ShardSplit.image
 
     def image(self, index):
         if index == 3:

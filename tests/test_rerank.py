@@ -1,4 +1,4 @@
-"""The two stages against full sorting in numpy."""
+"""The two stages against full sorting."""
 
 from itertools import pairwise
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.equations.ranking import first_positives, full_order
 
 from amp.errors import AmpError
 from amp.retrieval import first_stage as first_stage_module
@@ -40,9 +41,8 @@ def directions(gallery):
     yield images, captions, i2t_positives(caption_image, IMAGES)
 
 
-def full_order(query: torch.Tensor, items: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    scores = (F.normalize(query, dim=-1) @ F.normalize(items, dim=-1).T).numpy()
-    return scores, np.argsort(-scores, axis=1, kind="stable")
+def cosines(query: torch.Tensor, items: torch.Tensor) -> np.ndarray:
+    return (F.normalize(query, dim=-1) @ F.normalize(items, dim=-1).T).numpy()
 
 
 def test_positives_are_the_images_captions():
@@ -60,11 +60,11 @@ def test_first_stage_is_the_full_sort(gallery, k, chunk, monkeypatch):
     monkeypatch.setattr(first_stage_module, "CHUNK_SCORES", chunk)
     for query, items, positives in directions(gallery):
         found = first_stage(query, items, positives, k)
-        scores, order = full_order(query, items)
+        scores = cosines(query, items)
+        order = full_order(scores)
         assert np.array_equal(found.candidates.numpy(), order[:, :k])
         np.testing.assert_allclose(found.scores.numpy(), np.take_along_axis(scores, order[:, :k], 1), atol=1e-6)
-        answers = np.take_along_axis(positives.rows(0, len(query)).numpy(), order, 1)
-        assert found.ranks.tolist() == answers.argmax(1).tolist()
+        assert found.ranks.tolist() == first_positives(order, positives.rows(0, len(query)))
         assert 0 < recalls(found.ranks)[1] < 100
         assert found.candidates.dtype == torch.int64 and found.scores.dtype == torch.float32
 
@@ -142,14 +142,11 @@ def test_rerank_is_a_full_sort_of_the_candidates(gallery, fusion_weight, levels)
         found = rerank(first, new, positives.of(first.candidates), fusion_weight)
         order = rerank_order(first, new, fusion_weight)
 
-        _, whole = full_order(query, items)
-        answers = positives.rows(0, len(query)).numpy()
-        for q in range(len(query)):
-            final = [float(s) for s in new[q] + fusion_weight * first.scores[q]]
-            places = sorted(range(10), key=lambda j: (-final[j], j))
-            assert order[q].tolist() == places
-            ranking = [*first.candidates[q, places].tolist(), *whole[q, 10:]]  # below k the first stage's order
-            assert int(found[q]) == next(place for place, g in enumerate(ranking) if answers[q, g])
+        places = full_order(new + fusion_weight * first.scores)
+        assert np.array_equal(order.numpy(), places)
+        ranking = full_order(cosines(query, items))
+        ranking[:, :10] = np.take_along_axis(ranking[:, :10], places, 1)  # below k the first stage's order
+        assert found.tolist() == first_positives(ranking, positives.rows(0, len(query)))
         outside = first.ranks >= 10
         assert outside.any() and torch.equal(found[outside], first.ranks[outside])
 
@@ -292,11 +289,10 @@ def test_a_fold_is_a_gallery_of_its_own(gallery):
                 fold[positives.query_image] == number,
                 (fold[positives.gallery_image] == number).nonzero()[:, 0],
             )
-            scores, order = full_order(query[rows], items[kept])
+            order = full_order(cosines(query[rows], items[kept]))
             assert torch.equal(found.candidates[rows], kept[torch.from_numpy(order[:, :10].copy())])
             own = Positives(positives.query_image[rows], positives.gallery_image[kept])
-            ranks = np.take_along_axis(own.rows(0, len(scores)).numpy(), order, 1).argmax(1)
-            assert found.ranks[rows].tolist() == ranks.tolist()
+            assert found.ranks[rows].tolist() == first_positives(order, own.rows(0, len(order)))
     assert torch.equal(
         first_stage_in_folds(captions, images, t2i_positives(caption_image, IMAGES), 5, fold * 0).candidates,
         first_stage(captions, images, t2i_positives(caption_image, IMAGES), 5).candidates,

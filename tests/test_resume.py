@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import write_clip_folder
 from safetensors.torch import load_file
-from training_run import TrainingRun, small_run, steps_of
+from support.drawn_data import draw_shards
+from support.models import write_clip_folder
+from support.processes import forget_accelerate
+from support.training_run import TrainingRun, small_run, steps_of
+from support.weights import same_bits
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
@@ -26,20 +29,15 @@ from amp.train.stopping import StopRequest
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def config(shards, clip_folder, tmp_path, cache) -> TrainConfig:
+def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
     """Two stages of 5 global batches of 4 an epoch, with all that is random: crops, captions, negatives, dropout."""
     return small_run(
         shards,
         clip_folder,
-        tmp_path / "run",
-        cache,
+        tmp_path,
         {"batch_size": 4, "augment": "crop"},
+        cache_folder,
         stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
         stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
         knowledge_dropout=0.2,
@@ -53,10 +51,6 @@ def final(config: TrainConfig) -> dict[str, torch.Tensor]:
         for stage in config.stages
         for name, value in load_file(Path(config.out) / f"stage{stage}" / "adapter.safetensors").items()
     }
-
-
-def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def on_ranks(config: TrainConfig, world: int) -> TrainConfig:
@@ -194,9 +188,7 @@ def short(config, fresh_accelerate):
 
 
 def again(config: TrainConfig, **changes) -> Path:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     return train(replace(config, **changes))
 
 
@@ -273,14 +265,10 @@ def test_other_settings_are_refused_by_name(short, change, said):
 
 
 def test_other_shards_are_refused(short, tmp_path):
-    from helpers import draw_dataset
-
-    from amp.data.conversion.make import make_shards
-
     again(short)
-    make_shards(**draw_dataset(tmp_path / "others", {"train": 21}), out=str(tmp_path / "shards"), workers=1)
+    others = draw_shards(tmp_path / "others", {"train": 21})
     with pytest.raises(AmpError, match="content of the training shards"):
-        again(short, data=replace(short.data, shards=str(tmp_path / "shards")))
+        again(short, data=replace(short.data, shards=str(others)))
 
 
 def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):

@@ -5,24 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks
-from test_evaluate import World, ranked
+from support.evaluation import World, ranked
+from support.processes import run_ranks
 
 from amp.retrieval import score_store
 from amp.retrieval.score_store import ScoreStore, content_key
 from amp.retrieval.scorer import PairScorer
 
 PAIRS = ("t2i", "i2t pairwise")
-
-
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def world(clip_folder, shards, cache_folder):
-    return World(clip_folder, shards, cache_folder)
 
 
 @pytest.fixture(scope="module")

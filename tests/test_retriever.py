@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import _draw
 from PIL import Image
+from support.drawn_data import draw
+from support.equations.search import search_photos
+from support.evaluation import make_far_model
 
 import amp
 from amp.commands import search as command
@@ -38,38 +39,14 @@ def photos(tmp_path):
     (root / "below").mkdir(parents=True)
     for number in range(PHOTOS):
         folder = root / "below" if number % 3 == 0 else root
-        _draw(number).save(folder / f"photo {number:02d}.png")
+        draw(number).save(folder / f"photo {number:02d}.png")
     (root / ".hidden.png").write_bytes(b"")
     (root / "notes.txt").write_text("no photo")
     return root
 
 
-def build(clip_folder, **prompt):
-    torch.manual_seed(3)
-    settings = {"interaction": "aim", "depth": 1 / 3, "num_prompts": 2, "max_triplets": 3, "enrich": False, **prompt}
-    model, _, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=amp.PromptConfig(**settings))
-    if hasattr(model.interaction, "aim"):
-        model.interaction.aim.gate.data.normal_(std=2.0)
-    return model.eval(), preprocess
-
-
-@torch.no_grad()
-def naive(model, preprocess, root, top_k, fusion_weight=0.0):
-    """Names in order with (score, base score)."""
-    text = model.encode_text(model.tokenizer([QUERY]))
-    scored = []
-    for path in sorted(root.rglob("photo *.png")):
-        image = preprocess(Image.open(path).convert("RGB"))[None]
-        base = float(F.cosine_similarity(model.encode_image(image), text))
-        if model.interaction.conditioned:
-            feature = model.encode_image(image, [KNOWLEDGE], text=text)
-        else:
-            feature = model.image_features(image)
-        target = model.encode_text(model.tokenizer([QUERY]), knowledge=[KNOWLEDGE])
-        new = float(F.cosine_similarity(feature, target)) + fusion_weight * base
-        scored.append((path.name, new, base))
-    scored.sort(key=lambda item: -item[2])
-    return sorted(scored[:top_k], key=lambda item: -item[1]) + [(n, b, b) for n, _, b in scored[top_k:]]
+def by_hand(model, preprocess, root, top_k, fusion_weight=0.0):
+    return search_photos(model, preprocess, sorted(root.rglob("photo *.png")), QUERY, KNOWLEDGE, top_k, fusion_weight)
 
 
 @pytest.mark.parametrize(
@@ -79,15 +56,15 @@ def naive(model, preprocess, root, top_k, fusion_weight=0.0):
 )
 @pytest.mark.parametrize("fusion_weight", [0.0, 2.0])
 def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, fusion_weight):
-    model, preprocess = build(clip_folder, **prompt)
+    model, preprocess = make_far_model(clip_folder, **prompt)
     if prompt.get("interaction") == "readout":
         model.interaction.readout.out.weight.data.normal_(std=0.3)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=6, fusion_weight=fusion_weight, batch_size=4)
     update = search.update(photos, workers=0)
     assert update == Update(PHOTOS, PHOTOS, removed=0, skipped={}, hidden=1, others=1)
     found = search.search(QUERY, count=9, knowledge=KNOWLEDGE)
-    expected = naive(model, preprocess, photos, 6, fusion_weight)[:9]
-    assert [hit.path.name for hit in found.hits] == [name for name, _, _ in expected]
+    expected = by_hand(model, preprocess, photos, 6, fusion_weight)[:9]
+    assert [hit.path for hit in found.hits] == [path for path, _, _ in expected]
     np.testing.assert_allclose([h.score for h in found.hits], [score for _, score, _ in expected], atol=1e-5)
     np.testing.assert_allclose([h.base_score for h in found.hits], [base for _, _, base in expected], atol=1e-5)
     assert sorted(h.base_rank for h in found.hits[:6]) == list(range(6))
@@ -95,7 +72,7 @@ def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, f
 
 
 def test_the_generator_gives_the_querys_knowledge(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     asked = []
 
     def generator(captions):
@@ -111,14 +88,14 @@ def test_the_generator_gives_the_querys_knowledge(clip_folder, photos, tmp_path)
 
 
 def test_an_update_encodes_what_changed(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
     before = dict(zip(search.index.names, search.index.features.copy(), strict=True))
     (photos / "photo 01.png").unlink()
-    _draw(50).save(photos / "photo 02.png")
+    draw(50).save(photos / "photo 02.png")
     os.utime(photos / "photo 02.png", ns=(1, 1))
-    _draw(51).save(photos / "new.jpg")
+    draw(51).save(photos / "new.jpg")
     (photos / "cut.jpg").write_bytes((photos / "new.jpg").read_bytes()[:200])
     (photos / "text.png").write_text("no image")
     update = search.update(photos, workers=0)
@@ -135,8 +112,8 @@ def test_an_update_encodes_what_changed(clip_folder, photos, tmp_path):
 
 
 def test_photos_lie_as_their_camera_noted(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
-    image = _draw(5)
+    model, preprocess = make_far_model(clip_folder)
+    image = draw(5)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     image.transpose(Image.Transpose.ROTATE_90).save(photos / "turned.png", exif=exif)
@@ -149,10 +126,10 @@ def test_photos_lie_as_their_camera_noted(clip_folder, photos, tmp_path):
 
 @pytest.mark.parametrize("top_k", [0, 3, PHOTOS])
 def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_path, top_k):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=top_k)
     search.update(photos, workers=0)
-    order = [path for path, *_ in sorted(naive_base(model, preprocess, photos), key=lambda item: -item[1])]
+    order = [path for path, *_ in by_hand(model, preprocess, photos, top_k=0)]
     gone = [order[0], order[5]]
     for path in gone:
         path.unlink()
@@ -170,20 +147,11 @@ def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_p
         search.search(QUERY, knowledge=KNOWLEDGE)
 
 
-@torch.no_grad()
-def naive_base(model, preprocess, root):
-    """Every photo's path and cosine by the frozen CLIP."""
-    text = model.encode_text(model.tokenizer([QUERY]))
-    for path in sorted(root.rglob("photo *.png")):
-        image = preprocess(Image.open(path).convert("RGB"))[None]
-        yield path, float(F.cosine_similarity(model.encode_image(image), text))
-
-
 def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkeypatch):
     """The index folder as `kill -9` leaves it after 8 photos is copied while the update runs."""
     monkeypatch.setattr(updating, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(updating, "SAVE_SHARE", 0.0)
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     killed = tmp_path / "killed"
 
     def stop(done, total):
@@ -204,7 +172,7 @@ def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkey
 
 
 def test_an_interrupted_update_keeps_all_it_has_encoded(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index", batch_size=5)
 
     def stop(done, total):
@@ -217,10 +185,10 @@ def test_an_interrupted_update_keeps_all_it_has_encoded(clip_folder, photos, tmp
 
 
 def test_one_process_updates_an_index_and_others_search_it(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
-    _draw(50).save(photos / "new.png")
+    draw(50).save(photos / "new.png")
     seen = []
 
     def meanwhile(done, total):
@@ -234,7 +202,7 @@ def test_one_process_updates_an_index_and_others_search_it(clip_folder, photos, 
 
 @pytest.mark.parametrize("move", ["copied", "renamed", "into a folder above", "with the index"])
 def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_path, move):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     index = tmp_path / "index"
     amp.Retriever(model, preprocess, index).update(photos, workers=0)
     before = amp.Retriever(model, preprocess, index).search(QUERY, count=PHOTOS)
@@ -264,7 +232,7 @@ def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_p
 
 
 def test_a_changed_photo_is_encoded_though_another_has_its_name_and_time(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
     old, new = photos / "photo 01.png", photos / "photo 02.png"
@@ -279,8 +247,8 @@ def test_a_changed_photo_is_encoded_though_another_has_its_name_and_time(clip_fo
 
 
 def test_an_index_of_version_1_keeps_the_features_of_its_jpegs(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
-    _draw(60).save(photos / "a.jpg")
+    model, preprocess = make_far_model(clip_folder)
+    draw(60).save(photos / "a.jpg")
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
     path = tmp_path / "index" / "index.json"
@@ -301,12 +269,12 @@ def test_an_index_of_version_1_keeps_the_features_of_its_jpegs(clip_folder, phot
 
 
 def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     (photos / "phone.heic").write_bytes(b"x")
     (photos / "scan.JP2").write_bytes(b"x")
     (photos / ".thumbnails").mkdir()
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
-    _draw(70).save(tmp_path / "elsewhere" / "deep" / "linked.png")
+    draw(70).save(tmp_path / "elsewhere" / "deep" / "linked.png")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
     (photos / "a link").symlink_to(tmp_path / "elsewhere")
     (photos / "again").symlink_to(tmp_path / "elsewhere" / "deep")
@@ -328,7 +296,7 @@ def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_p
 @pytest.mark.parametrize("closed", ["below", "."])
 def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch, closed):
     """Tests run as root, whom no permission stops: the call that opens a folder is replaced."""
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
     names, scandir = set(search.index.names), os.scandir
@@ -352,7 +320,7 @@ def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, p
 
 
 def test_refusals(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     index = tmp_path / "index"
     search = amp.Retriever(model, preprocess, index)
     with pytest.raises(AmpError, match=r"index.json: can't be read .*, expected an index; make it with amp search"):
@@ -388,7 +356,7 @@ def test_refusals(clip_folder, photos, tmp_path):
 @pytest.mark.parametrize("kind", ["a file of features is gone", "cut short", "another user's", "not an index"])
 def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, tmp_path, monkeypatch, kind):
     """The index lies among the photos: advice to remove that folder would cost them."""
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, photos)
     search.update(photos, workers=0)
     (features,), file = photos.glob("features-*.npy"), photos / "index.json"
@@ -418,7 +386,7 @@ def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, 
 
 
 def test_a_photo_of_another_content_is_no_hit(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)
     search.update(photos, workers=0)
     touched, larger, as_large = sorted(photos.glob("photo *.png"))[:3]
@@ -432,7 +400,7 @@ def test_a_photo_of_another_content_is_no_hit(clip_folder, photos, tmp_path):
 
 
 def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)
     search.update(photos, workers=0)
     content = json.loads((tmp_path / "index" / "index.json").read_text())
@@ -446,7 +414,7 @@ def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
 
 def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch):
     """As in a folder that may be listed but not entered, or on a network disk that fails for a moment."""
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
     names, path_stat = set(search.index.names), Path.stat
@@ -465,7 +433,7 @@ def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tm
 
 
 def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path):
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
     (file,) = (tmp_path / "index").glob("features-*.npy")
@@ -479,7 +447,7 @@ def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path)
 def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, photos, tmp_path, monkeypatch, capsys):
     """With rules and an adapter; tests run as root, so the calls that write are replaced."""
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
-    model, preprocess = build(clip_folder)
+    model, preprocess = make_far_model(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
     index = tmp_path / "index"
     amp.Retriever(model, preprocess, index).update(photos, workers=0)
@@ -507,7 +475,7 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
 
 def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, capsys):
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
-    model, _ = build(clip_folder)
+    model, _ = make_far_model(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
     options = ["--index", str(tmp_path / "index"), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]
     with pytest.MonkeyPatch.context() as without:

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
+from support.drawn_data import draw_dataset
+from support.repository import QUIET_ENVIRONMENT, ROOT, run_here
 
 from amp.data.captions.load import load_captions
 from amp.data.conversion import rewrite

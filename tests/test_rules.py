@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from conftest import SHARED
+from support.repository import SHARED
 
 from amp.errors import AmpError
 from amp.generation.replies import MAX_TRIPLETS, triplet_line

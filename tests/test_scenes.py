@@ -3,16 +3,15 @@
 import hashlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.repository import ROOT
 
 from amp.errors import AmpError
 
-ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools" / "scenes"
 sys.path.insert(0, str(TOOLS))
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_aim
+from support.models import make_aim
 
 from amp.train.schedule import adamw, learning_rate
 from amp.train.stages import set_trainable

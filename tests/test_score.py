@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import run_here
+from support.repository import run_here
 
 from amp.generation.grammar import COPULAS
 from amp.generation.score import GoldCaption, good_states, load_gold, score_triplets

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT, draw_dataset, run_here
+from support.drawn_data import draw_dataset
+from support.repository import QUIET_ENVIRONMENT, ROOT, run_here
 
 from amp.data.conversion import write
 from amp.data.conversion.folder import lock_folder

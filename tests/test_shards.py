@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_here
 from PIL import Image
+from support.repository import SHARED, run_here
+from support.tars import tar_of
 
 from amp.data.conversion import write
 from amp.data.conversion.folder import lock_folder
@@ -29,8 +30,7 @@ from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.terminal import PlainConsole
 
-ROOT = Path(__file__).parents[1]
-FLICKR8K = ROOT.parent / "shared" / "data" / "flickr8k"
+FLICKR8K = SHARED / "data" / "flickr8k"
 
 
 def photo(path, seed=0, size=(32, 24), **options):
@@ -762,19 +762,6 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 # The reader
-
-
-def tar_of(path, *members, mode="w"):
-    """A tar by plain tarfile; a member is (name, bytes) or a ready TarInfo."""
-    with tarfile.open(path, mode) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                tar.addfile(info, io.BytesIO(member[1]))
-    return path
 
 
 def record(name, **changes):

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, draw_dataset
 from safetensors.torch import load_file
-from slurm_helpers import ACTIVE
+from support.commands import arguments
+from support.drawn_data import draw_shards
+from support.repository import ROOT
+from support.slurm import ACTIVE
 
 pytestmark = pytest.mark.system
 
@@ -28,13 +30,9 @@ STEPS = 120  # of stage 1
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, clip_folder) -> list[str]:
     """Settings of a run that is long for its size: 24 steps an epoch, five epochs of stage 1, one of stage 2."""
-    from amp.data.conversion.make import make_shards
-
     folder = tmp_path_factory.mktemp("slurm")
-    dataset = draw_dataset(folder / "drawn", {"train": 192, "test": 12})
-    make_shards(**dataset, out=str(folder / "shards"), samples_per_shard=50, workers=1)
     values = {
-        "data.shards": folder / "shards",
+        "data.shards": draw_shards(folder / "drawn", {"train": 192, "test": 12}, samples_per_shard=50),
         "data.cache": folder / "cache",
         "data.val_split": "null",
         "data.augment": "none",
@@ -48,7 +46,7 @@ def settings(tmp_path_factory, clip_folder) -> list[str]:
         "checkpoint.every_steps": 4,
         "checkpoint.keep": 2,
     }
-    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+    return arguments(values)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A dataset converted by a Slurm job array of which a task fails, is requeued or is cancelled."""
 
 import pytest
-from helpers import draw_dataset
+from support.drawn_data import draw_dataset
 
 from amp.data.conversion.make import make_shards
 from amp.data.shards import ShardManifest, ShardReader

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import draw_dataset
+from support.drawn_data import draw_dataset
 
 from amp.errors import AmpError
 from amp.generation.rules import _find

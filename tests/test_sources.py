@@ -2,9 +2,9 @@
 
 import csv
 import json
-from pathlib import Path
 
 import pytest
+from support.repository import SHARED
 
 from amp.data.captions.base import SKIP_KINDS, CaptionedImage
 from amp.data.captions.knowledge_file import attach_knowledge
@@ -12,7 +12,7 @@ from amp.data.captions.load import load_captions
 from amp.data.conversion.selection import load_image_list
 from amp.errors import AmpError
 
-FLICKR8K = Path(__file__).parents[2] / "shared" / "data" / "flickr8k"
+FLICKR8K = SHARED / "data" / "flickr8k"
 
 
 def karpathy_image(number=0, split="train", captions=("A man runs",), **changes):

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
-from conftest import make_aim
+from support.equations import losses as naive
+from support.models import make_aim
 
 from amp.data.stream import Batch
 from amp.model.similarity import similarity
@@ -107,8 +107,8 @@ def test_one_feature_an_image_is_scored_against_all_texts(stage, conditioning, b
         features = model.encode_image(batch.images, batch.knowledge)
     cosines = similarity(features, batch.text).double().tolist()
     loss, scale = objective_of(model, stage, conditioning, margin=0.3)(model, batch, step=3)
-    naive = reference.contrastive(cosines, scale.item(), IDS) if stage == 1 else reference.triplet(cosines, 0.3, IDS)
-    assert loss.item() == pytest.approx(naive, rel=1e-4)
+    expected = naive.contrastive(cosines, scale.item(), IDS) if stage == 1 else naive.triplet(cosines, 0.3, IDS)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
@@ -150,19 +150,14 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
             own = cosine_of(model, batch, i, i)
             pairs = [(i, j) if direction == 0 else (j, i) for j in drawn.columns[i].tolist()]
             others = [cosine_of(model, batch, image, caption) for image, caption in pairs]
+            row = own, others, drawn.log_weight[i].tolist()
             if stage == 1:
-                terms = sum(
-                    w * torch.tensor(scale.item() * c).exp().item()
-                    for w, c in zip(drawn.log_weight[i].exp().tolist(), others, strict=True)
-                )
-                own_term = torch.tensor(scale.item() * own).exp().item()
-                total -= torch.tensor(own_term / (own_term + terms)).log().item() / 8
+                total += naive.sampled_contrastive(*row, scale.item()) / 8
             else:
-                allowed = [c for c, w in zip(others, drawn.log_weight[i].tolist(), strict=True) if w > -1e30]
-                total += max(0.0, margin + max(allowed) - own) / 8
+                total += naive.sampled_triplet(*row, margin) / 8
     if stage == 1:  # and eq. 10 over the whole batch without knowledge
         plain = similarity(model.image_features(batch.images), batch.text)
-        total += reference.contrastive(plain.double().tolist(), scale.item(), IDS)
+        total += naive.contrastive(plain.double().tolist(), scale.item(), IDS)
     assert loss.item() == pytest.approx(total, rel=1e-3)
 
 

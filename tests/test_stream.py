@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.tars import members_of, replace_shard
 
 import amp
 from amp.data.frozen_features import compute_frozen_features
@@ -21,7 +22,6 @@ from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, stable_id, training_loader
 from amp.data.text_features import encode_texts
-from amp.files import sha256_of
 
 KINDS = ("action", "attribute")
 SEED = 3
@@ -160,18 +160,8 @@ def damaged(shards, folder, key):
     """A copy of the shards in which one training image is cut in half, with a manifest that fits it."""
     shutil.copytree(shards, folder)
     name = ShardManifest.load(folder).split("train")[0].name
-    content = json.loads((folder / "manifest.json").read_text())
-    with tarfile.open(shards / name) as source, tarfile.open(folder / name, "w") as target:
-        for member in source:
-            data = source.extractfile(member).read()
-            if member.name == f"{key}.jpg":
-                data = data[: len(data) // 2]
-                member.size = len(data)
-            target.addfile(member, io.BytesIO(data))
-    entry = content["splits"]["train"]["shards"][0]
-    entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    (folder / "manifest.json").write_text(json.dumps(content))
-    return name
+    members = [(m, data[: len(data) // 2] if m == f"{key}.jpg" else data) for m, data in members_of(shards / name)]
+    return replace_shard(folder, "train", members).name
 
 
 @pytest.mark.parametrize("workers", [0, 1])

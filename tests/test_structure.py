@@ -1,11 +1,13 @@
-"""The plan of the house (docs/architecture.md): arrows point down, files don't import each other in circles."""
+"""The plan of the house (docs/architecture.md): arrows point down, files don't import each other in circles; and
+where tests keep what they share."""
 
 import ast
+import re
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from helpers import ROOT
+from support.repository import ROOT
 
 FLOORS = (
     ("knowledge",),
@@ -73,3 +75,17 @@ def test_the_page_has_every_floor():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     for name, floor in FLOOR.items():
         assert f"| {floor} | `amp.{name}` |" in page
+
+
+def test_what_tests_share_is_in_support():
+    """A helper in a test module, or a file of helpers next to the tests, gets a second copy elsewhere."""
+    tests = ROOT / "tests"
+    modules = sorted(path for path in tests.rglob("*.py") if tests / "support" not in path.parents)
+    assert [str(path) for path in modules if not path.match("tests/test_*.py") and path.name != "conftest.py"] == []
+    taken = []
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            taken += [f"{path.name}: {name}" for name in names if re.match(r"test_|conftest\b", name)]
+    assert taken == []

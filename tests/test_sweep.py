@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
+from support.repository import ROOT
 
 from amp.commands import sweep as sweep_command
 from amp.commands import train

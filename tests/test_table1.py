@@ -9,8 +9,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from clip_benchmark.metrics import zeroshot_retrieval
-from helpers import ROOT, run_ranks
-from safetensors.torch import save_file
+from support.models import write_model_folder
+from support.processes import run_ranks
+from support.repository import ROOT
 
 import amp
 from amp.commands import evaluate, table1, train
@@ -162,7 +163,6 @@ def timm_folder(tmp_path_factory):
 
 def write_timm_folder(folder, tower):
     """A model whose image tower is timm's, in open_clip's own format; with SigLIP's bias on the logits."""
-    folder.mkdir()
     config = {
         "embed_dim": 16,
         "init_logit_bias": -10,
@@ -176,19 +176,9 @@ def write_timm_folder(folder, tower):
         },
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
-    preprocess = {
-        "size": 160,
-        "mode": "RGB",
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "interpolation": "bicubic",
-        "resize_mode": "squash",
-    }
     torch.manual_seed(0)
     clip = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+    return write_model_folder(folder, config, clip, size=160, std=0.5)
 
 
 def _evaluate(name, shards, out, *more):

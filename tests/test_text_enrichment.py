@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_aim, make_model
+from support.models import make_aim, make_model
 
 from amp.knowledge.tensors import Captions
 from amp.model.layers.text_enrichment import TextEnrichment

@@ -8,7 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import make_clip
+from support.models import make_clip
 
 from amp.data.text_features import TextFeatureStore, cut_texts, encode_texts, text_keys
 from amp.errors import AmpError

@@ -7,22 +7,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import EMBED_DIM, VISION
-from helpers import aim_settings, launcher
-from test_bad_input import arguments
-from test_evaluate import evaluation_settings
-from timm_towers import (
-    TOWERS,
-    embedded,
-    make_timm_clip,
-    make_timm_model,
-    naive_feature,
-    pooled_feature,
-    run_block,
-    tower_config,
-    write_folder,
-    write_text_tower,
-)
+from support.commands import arguments, evaluation_settings
+from support.equations.image_features import TimmTower, early_tokens, image_feature, late_tokens, prompts_of
+from support.models import EMBED_DIM, VISION, aim_settings
+from support.repository import launcher
+from support.timm_towers import TOWERS, make_timm_clip, make_timm_model, tower_config, write_folder, write_text_tower
 from torch.testing import assert_close
 
 import amp
@@ -76,10 +65,8 @@ def test_the_naive_loop_is_open_clips_tower(tower, images):
     clip = make_timm_clip(tower)
     expected = clip.encode_image(images)
     for image, want in zip(images, expected, strict=True):
-        tokens = embedded(clip.visual.trunk, image)
-        for index in range(3):
-            tokens = run_block(clip.visual.trunk, index, tokens)
-        assert_close(pooled_feature(clip.visual, tokens), want, atol=2e-5, rtol=0)
+        naive = TimmTower(clip.visual)
+        assert_close(naive.pool(early_tokens(naive, image, 3)), want, atol=2e-5, rtol=0)
     assert (expected[0] - expected[1]).abs().max() > 0.1
 
 
@@ -88,16 +75,16 @@ def test_the_naive_loop_is_open_clips_tower(tower, images):
 def test_prompts_behind_the_patches_are_not_turned_and_patches_are(tower):
     """One block on tokens with five prompts behind the patches, two of which nobody attends to."""
     backbone = make_backbone(make_timm_clip(tower))
-    trunk, tokens = backbone.visual.trunk, torch.randn(2, backbone.num_tokens + 5, 32)
+    naive, tokens = TimmTower(backbone.visual), torch.randn(2, backbone.num_tokens + 5, 32)
     absent = torch.zeros(2, tokens.shape[1], dtype=torch.bool)
     absent[1, -2:] = True
     for index in range(3):
         whole = backbone.prompted_block(index, tokens)
         assert torch.equal(whole, backbone.blocks(tokens, index, index + 1))
-        assert_close(whole[0], run_block(trunk, index, tokens[0]), atol=2e-5, rtol=0)
+        assert_close(whole[0], naive.run(index, tokens[0]), atol=2e-5, rtol=0)
         masked = backbone.prompted_block(index, tokens, absent=absent)
         assert_close(masked[0], whole[0], atol=2e-5, rtol=0)
-        assert_close(masked[1, :-2], run_block(trunk, index, tokens[1, :-2]), atol=2e-5, rtol=0)
+        assert_close(masked[1, :-2], naive.run(index, tokens[1, :-2]), atol=2e-5, rtol=0)
         assert (masked[1, :-2] - whole[1, :-2]).abs().max() > 1e-3
 
 
@@ -211,8 +198,10 @@ def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
     batch = model.prepare_knowledge(knowledge)
     features = model(images, Captions(batch), plain=ALL)
     for i in (1, 2):
-        assert_close(features.conditioned[i], naive_feature(model, images[i], batch, i), atol=5e-5, rtol=1e-4)
-    assert_close(features.plain[0], naive_feature(model, images[0], batch, 0, False), atol=5e-5, rtol=1e-4)
+        assert_close(
+            features.conditioned[i], image_feature(model, images[i], prompts_of(model, batch, i)), atol=5e-5, rtol=1e-4
+        )
+    assert_close(features.plain[0], image_feature(model, images[0]), atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])
@@ -223,23 +212,20 @@ def test_the_readout_asks_the_patches_alone(tower, blocks, images, knowledge):
     options = {"blocks": blocks}
     model = make_timm_model(tower, trained=True, depth=1 / 3, interaction_options=options, enrich=False)
     readout = model.interaction.readout
-    trunk, first = model.backbone.visual.trunk, TOWERS[tower][-1]
+    naive, first = TimmTower(model.backbone.visual), TOWERS[tower][-1]
     text = model.encode_text(model.tokenizer(CAPTIONS))
     batch = model.prepare_knowledge(knowledge)
     captions = Captions(batch, text)
     (queries,) = model(None, captions).captions.prompts.parts
     for i in (1, 3):
-        tokens = run_block(trunk, 0, embedded(trunk, images[i]))
+        tokens = early_tokens(naive, images[i], 1)
         seen = readout.blocks(tokens[None, first:])[0] if blocks else None
-        length = len(tokens)
-        for depth, index in enumerate((1, 2)):
-            tokens = run_block(trunk, index, torch.cat([tokens[:length], model.visual_prompts.prompts[depth]]))
-        tokens = tokens[:length]
-        seen = trunk.fc_norm(trunk.norm(tokens))[first:] if seen is None else seen
+        tokens = late_tokens(model, naive, tokens)
+        seen = naive.trunk.fc_norm(naive.trunk.norm(tokens))[first:] if seen is None else seen
         key, value = readout.key(seen), readout.value(seen)
         asked = queries[i][: 1 + int(batch.mask[i].sum())]
         answers = (asked @ key.T / math.sqrt(len(key.T))).softmax(dim=1) @ value  # of one head, d is below 64
-        want = pooled_feature(model.backbone.visual, tokens) + readout.out(answers.mean(dim=0))
+        want = naive.pool(tokens) + readout.out(answers.mean(dim=0))
         got = model(images, captions).conditioned[i]
         assert readout.heads == 1
         assert_close(got, want, atol=5e-5, rtol=1e-4)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from support.language_models import FAMILIES, smollm2_gguf, tiny_language_model
 
 from amp.generation.engines.base import EngineError, Message, Sampling
 from amp.generation.engines.transformers_engine import TransformersEngine
@@ -174,54 +175,20 @@ def test_out_of_memory_halves_the_batch(engine, monkeypatch):
     assert sizes == [3, 1, 1, 1, 1]
 
 
-TINY = {
-    "llama": ("LlamaConfig", {}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 16}),
-    "mistral": ("MistralConfig", {"sliding_window": 12}),
-}
-
-
-def tiny_model(folder, smollm2, family: str):
-    """Random weights, SmolLM2's tokenizer; long prompts pass the sliding windows many times."""
-    import transformers
-
-    name, own = TINY[family]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    config = getattr(transformers, name)(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.3,
-        **own,
-    )
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_equal_plain_generate(tmp_path, smollm2, family):
-    engine = TransformersEngine(model=str(tiny_model(tmp_path, smollm2, family)), batch_size=4, constrained=False)
+    engine = TransformersEngine(
+        model=str(tiny_language_model(tmp_path, smollm2, family)), batch_size=4, constrained=False
+    )
     expected = one_by_one(engine)
     assert texts(engine) == expected
     assert len(set(expected)) > 1  # the caption reaches the reply
 
 
 def test_sliding_windows_aren_t_padded(tmp_path, smollm2):
-    engine = TransformersEngine(model=str(tiny_model(tmp_path, smollm2, "gemma3")), constrained=False)
+    engine = TransformersEngine(model=str(tiny_language_model(tmp_path, smollm2, "gemma3")), constrained=False)
     assert engine._prefix(PREFIX).one_length
-    plain = TransformersEngine(model=str(tiny_model(tmp_path / "l", smollm2, "llama")), constrained=False)
+    plain = TransformersEngine(model=str(tiny_language_model(tmp_path / "l", smollm2, "llama")), constrained=False)
     assert not plain._prefix(PREFIX).one_length
 
 
@@ -319,7 +286,6 @@ def test_sentencepiece(vicuna):
 
 @pytest.mark.slow
 def test_unpacked_weights_are_those_of_the_gguf_file(smollm2):
-    from language_models import smollm2_gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = smollm2_gguf()

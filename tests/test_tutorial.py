@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import QUIET_ENVIRONMENT, ROOT
+from support.repository import QUIET_ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

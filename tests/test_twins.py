@@ -5,22 +5,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from support.equations.search import won_comparisons
+from support.repository import ROOT
 
 import amp
 from amp.data.conversion.make import make_shards
 from amp.errors import AmpError
 from amp.model.adapter import save_adapter
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools" / "scenes"))
 
-import make_scenes  # noqa: E402
-import twins  # noqa: E402
+import make_scenes
+import twins
 
 MICRO_CLIP = f"local-dir:{ROOT / 'tools' / 'scenes' / 'micro-clip'}"
 SETTINGS = {"interaction": "aim", "depth": 0.667, "num_prompts": 2, "interaction_options": {"bottleneck": 2}}
@@ -59,43 +57,6 @@ def world(tmp_path_factory):
     return folder, models, arguments
 
 
-@torch.no_grad()
-def naive(folder: Path, model=None) -> dict[str, tuple[int, int]]:
-    """Comparisons won and made by kind of change: one caption, one picture and one forward pass at a time.
-
-    Without a model it is open_clip alone, which shares no code with this package.
-    """
-    data = json.loads((folder / "scenes" / "dataset.json").read_text())["images"]
-    lines = [json.loads(line) for line in (folder / "scenes" / "knowledge.jsonl").read_text().splitlines()]
-    clip, _, preprocess = open_clip.create_model_and_transforms(MICRO_CLIP)
-    clip.eval()
-    tokenizer = open_clip.get_tokenizer(MICRO_CLIP)
-    by_name = {image["filename"]: image for image in data}
-    count = {"roles": [0, 0], "action": [0, 0]}
-
-    def score(name: str, sentence: dict) -> float:
-        picture = preprocess(Image.open(folder / "scenes" / "images" / name))[None]
-        text = tokenizer([sentence["raw"]])
-        if model is None:
-            return float(F.cosine_similarity(clip.encode_image(picture), clip.encode_text(text)))
-        line = lines[sentence["sentid"]]
-        known = amp.Knowledge(tuple(amp.Triplet(**t) for t in line["triplets"]), tuple(line["states"]))
-        if not model.interaction.conditioned:
-            adapted = model.encode_text(text, knowledge=[known])
-            return float(F.cosine_similarity(model.image_features(picture), adapted))
-        return float(
-            F.cosine_similarity(model.encode_image(picture, [known]), model.encode_text(text, knowledge=[known]))
-        )
-
-    for image in data:
-        if "twin" in image:
-            for own, other in ((image, by_name[image["twin"]]), (by_name[image["twin"]], image)):
-                for sentence in own["sentences"]:
-                    count[image["change"]][0] += score(own["filename"], sentence) > score(other["filename"], sentence)
-                    count[image["change"]][1] += 1
-    return {change: tuple(value) for change, value in count.items()}
-
-
 def rows_of(folder: Path) -> dict[str, dict]:
     return {row["name"]: row for row in json.loads((folder / "twins.json").read_text())["rows"]}
 
@@ -103,7 +64,7 @@ def rows_of(folder: Path) -> dict[str, dict]:
 @pytest.mark.parametrize("name", ["base CLIP", "control", "aware"])
 def test_won_comparisons_equal_a_naive_loop(world, name):
     folder, models, _ = world
-    row, expected = rows_of(folder)[name], naive(folder, models.get(name))
+    row, expected = rows_of(folder)[name], won_comparisons(folder / "scenes", MICRO_CLIP, models.get(name))
     for change, (won, made) in expected.items():
         assert made == 3 * 2 * 3 and row[change]["twins"] == 3
         assert (row[change]["won"], row[change]["comparisons"], row[change]["ties"]) == (won, made, 0)

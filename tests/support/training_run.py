@@ -11,26 +11,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import aim_settings
 
 from amp.model.config import PromptConfig
 from amp.train.config import DataSettings, ModelSettings, TrainConfig
+from support.models import aim_settings
 
 
-def small_run(shards: Path, clip_folder: str, out: Path, cache: str, data: dict[str, Any], **settings) -> TrainConfig:
+def small_run(
+    shards: Path, clip_folder: str, folder: Path, data: dict[str, Any], cache: Path | None = None, **settings
+) -> TrainConfig:
     """A training configuration of AIM on drawn shards and a tiny CLIP, without validation and trackers.
 
     Args:
-        shards, clip_folder: Of the fixtures with these names.
-        out, cache: Folders.
+        shards, clip_folder: The fixtures with these names.
+        folder: For the run, `folder / "run"`, and for the cache if no other is given.
         data: Further settings of its data.
+        cache: Folder of the cache.
         **settings: Further settings of the run.
     """
     return TrainConfig(
-        out=str(out),
+        out=str(folder / "run"),
         model=ModelSettings(clip_folder, None),
         prompt=PromptConfig(**aim_settings(block=1, num_prompts=2)),
-        data=DataSettings(str(shards), cache=cache, **{"val_split": None, "workers": 0, "augment": "none", **data}),
+        data=DataSettings(
+            str(shards),
+            cache=str(cache or folder / "cache"),
+            **{"val_split": None, "workers": 0, "augment": "none", **data},
+        ),
         **{"trackers": [], "mixed_precision": "no", **settings},  # equal weights are compared, on any processor
     )
 
@@ -80,6 +87,7 @@ class TrainingRun:
         return True
 
     def signal(self, number: int, ranks: range | None = None) -> None:
+        """Sends a signal to all ranks or to some."""
         for rank in ranks or range(self.world):
             process = self.processes[rank]
             if process.is_alive():

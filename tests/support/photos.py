@@ -1,78 +1,17 @@
-"""What the tests of hostile input share: files that do harm where they are believed, and commands."""
+"""Image files: encoded, with a false size in their header, broken, and strange but whole."""
 
 import io
-import json
-import os
-import re
 import struct
 import zlib
 from functools import cache
-from pathlib import Path
 
-import pytest
 from PIL import Image
 
 PNG = b"\x89PNG\r\n\x1a\n"
-SMALL_PROMPT = {"knowledge": "both", "num_prompts": 2, "depth": 0.5}
 
 
-class Canary:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
-    """Arguments of launchers/train.py that work; dots of changed settings are written as ``__``."""
-    settings = {
-        "model.name": clip_folder,
-        "model.pretrained": "null",
-        "data.shards": shards,
-        "data.cache": folder / "cache",
-        "data.batch_size": 4,
-        "data.workers": 0,
-        "data.augment": "none",
-        "data.val_split": "null",
-        "stages": "[1]",
-        "stage1.max_steps": 2,
-        "trackers": "[]",
-        "out": folder / "run" / "out.json",
-    }
-    settings |= {f"prompt.{key}": value for key, value in SMALL_PROMPT.items()}
-    settings |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-
-
-def evaluation_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
-    """The same of amp evaluate."""
-    settings = {
-        "model.name": clip_folder,
-        "shards": shards,
-        "cache": folder / "cache",
-        "batch_size": 4,
-        "workers": 0,
-        "out": folder / "run" / "out.json",
-    }
-    return [part for key, value in (settings | changes).items() for part in (f"--{key}", str(value))]
-
-
-def one_error(call, capsys) -> str:
-    """The one line that `call` ends with, without the name of the command before it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        call()
-    shown = capsys.readouterr()
-    assert ended.value.code == 2 and "Traceback" not in shown.err + shown.out, shown.err
-    errors = [line for line in shown.err.splitlines() if re.match(r"\S[^:]*: error: ", line)]
-    assert len(errors) == 1 and shown.err.splitlines()[-1] == errors[0], shown.err
-    return errors[0].partition(": ")[2]
-
-
-def saved(image: Image.Image, format: str, **options) -> bytes:
+def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    """The bytes of a file of an image."""
     out = io.BytesIO()
     image.save(out, format, **options)
     return out.getvalue()
@@ -98,13 +37,14 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 def jpeg(width: int, height: int) -> bytes:
     """A JPEG with another size in its header."""
-    content = bytearray(saved(Image.new("RGB", (16, 16)), "JPEG"))
+    content = bytearray(encoded(Image.new("RGB", (16, 16)), "JPEG"))
     content[(at := content.index(b"\xff\xc0")) + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(content)
 
 
 def webp(width: int, height: int) -> bytes:
-    body = saved(Image.new("RGB", (16, 16)), "WEBP")[12:]
+    """A WebP file with another size in its header."""
+    body = encoded(Image.new("RGB", (16, 16)), "WEBP")[12:]
     size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
     chunks = b"WEBPVP8X" + struct.pack("<II", 10, 0) + size + body
     return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
@@ -112,20 +52,22 @@ def webp(width: int, height: int) -> bytes:
 
 def gif(width: int, height: int) -> bytes:
     """Both the screen and its one frame are of that size."""
-    content = bytearray(saved(Image.new("P", (16, 16)), "GIF"))
+    content = bytearray(encoded(Image.new("P", (16, 16)), "GIF"))
     at = content.index(b"\x2c", 13)
     content[6:10] = content[at + 5 : at + 9] = struct.pack("<HH", width, height)
     return bytes(content)
 
 
 def bmp(width: int, height: int) -> bytes:
-    content = bytearray(saved(Image.new("RGB", (16, 16)), "BMP"))
+    """A BMP file with another size in its header."""
+    content = bytearray(encoded(Image.new("RGB", (16, 16)), "BMP"))
     content[18:26] = struct.pack("<ii", width, height)
     return bytes(content)
 
 
 def tiff(width: int, height: int) -> bytes:
-    content = saved(Image.new("RGB", (16, 16)), "TIFF")
+    """A TIFF file with another size in its header."""
+    content = encoded(Image.new("RGB", (16, 16)), "TIFF")
     for tag, value in ((256, width), (257, height)):
         at = (
             content.index(struct.pack("<HH", tag, 4))
@@ -137,7 +79,8 @@ def tiff(width: int, height: int) -> bytes:
 
 
 def avif(width: int, height: int) -> bytes:
-    content = saved(Image.new("RGB", (16, 16)), "AVIF")
+    """An AVIF file with another size in its header."""
+    content = encoded(Image.new("RGB", (16, 16)), "AVIF")
     at = content.index(b"ispe") + 8
     return content[:at] + struct.pack(">II", width, height) + content[at + 8 :]
 
@@ -162,7 +105,7 @@ def bad_images() -> dict[str, bytes]:
         "text.jpg": b"<html><script>alert(1)</script></html>",
         "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch canary) (w) file\n",
         "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-        "half.jpg": saved(whole, "JPEG")[:400],
+        "half.jpg": encoded(whole, "JPEG")[:400],
         "exif alone.jpg": b"\xff\xd8\xff\xe1\xff\xff" + b"Exif\0\0" + orientations,
         "zip.webp": b"PK\x05\x06" + bytes(18),
     }
@@ -176,21 +119,12 @@ def odd_images() -> dict[str, bytes]:
     exif[0x010E] = "=cmd|' /C calc'!A0 <script>alert(1)</script>" * 100
     animated = {"save_all": True, "append_images": [second] * 20}
     return {
-        "a png in truth.jpg": saved(first, "PNG"),
-        "a jpeg in truth.png": saved(first, "JPEG"),
-        "a zip behind it.jpg": saved(first, "JPEG") + b"PK\x05\x06" + bytes(18),
-        "a page behind it.png": saved(first, "PNG") + b"<script>alert(1)</script>",
-        "much exif.jpg": saved(first, "JPEG", exif=exif),
-        "animated.gif": saved(first, "GIF", **animated),
-        "animated.webp": saved(first, "WEBP", **animated),
-        "pages.tif": saved(first, "TIFF", **animated),
+        "a png in truth.jpg": encoded(first, "PNG"),
+        "a jpeg in truth.png": encoded(first, "JPEG"),
+        "a zip behind it.jpg": encoded(first, "JPEG") + b"PK\x05\x06" + bytes(18),
+        "a page behind it.png": encoded(first, "PNG") + b"<script>alert(1)</script>",
+        "much exif.jpg": encoded(first, "JPEG", exif=exif),
+        "animated.gif": encoded(first, "GIF", **animated),
+        "animated.webp": encoded(first, "WEBP", **animated),
+        "pages.tif": encoded(first, "TIFF", **animated),
     }
-
-
-def captions_of(folder: Path, names) -> Path:
-    """A captions file for these images."""
-    path = folder / "captions.jsonl"
-    path.write_text(
-        "".join(json.dumps({"image": name, "caption": f"A dog {i} runs"}) + "\n" for i, name in enumerate(names))
-    )
-    return path

@@ -8,11 +8,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import QUIET_ENVIRONMENT, ROOT
+
+from support.repository import QUIET_ENVIRONMENT, ROOT, SHARED
 
 # With our `accelerate` and `python` first on the path, as with an active environment; sbatch hands it on to the job.
 ACTIVE = {**QUIET_ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -72,11 +74,9 @@ class Slurm:
         return done
 
 
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[Slurm]:
-    """The cluster, started for the session; skips without root or without the script that starts one."""
-    from conftest import SHARED
-
+@contextmanager
+def running_cluster() -> Iterator[Slurm]:
+    """Starts the cluster for the block; skips without root or without the script that starts one."""
     script = SHARED / "tools" / "mini_slurm.sh"
     if not script.is_file():
         pytest.skip(f"needs {script}, which starts a Slurm cluster and is not in the repository; set AMP_SHARED")

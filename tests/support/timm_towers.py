@@ -1,25 +1,21 @@
-"""Tiny random CLIPs with image towers of timm and Hugging Face text towers, and a naive forward pass of the former.
+"""Tiny random CLIPs with image towers of timm and Hugging Face text towers.
 
 They come out of open_clip's own factory: the towers are registered with timm, the text tower and its tokenizer lie in
 the folder of the model.
 """
 
 import copy
-import json
-import math
 import tempfile
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import open_clip
-import reference
 import torch
-from conftest import EMBED_DIM, TEXT, clip_tokenizer
-from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
-from torch.nn import functional as F
+
+from support.models import EMBED_DIM, TEXT, model_around, write_model_config, write_model_folder
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2}  # 16 patches
 ROTARY = {"use_rot_pos_emb": True, "ref_feat_shape": (2, 2)}
@@ -130,16 +126,7 @@ def tower_config(tower: str, text: dict | None = None) -> dict:
 
 def write_folder(folder: Path, model_cfg: dict, seed: int = 0) -> str:
     """Writes a model with random weights in open_clip's own format and returns its name, ``local-dir:FOLDER``."""
-    preprocess = {
-        "size": 32,
-        "mode": "RGB",
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
-        "interpolation": "bicubic",
-        "resize_mode": "squash",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
+    write_model_config(folder, model_cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip = open_clip.create_model(
@@ -150,8 +137,7 @@ def write_folder(folder: Path, model_cfg: dict, seed: int = 0) -> str:
             if "logit" not in name and "freqs" not in name:
                 scale = 0.2 if parameter.ndim == 2 and name.startswith("visual.") else 0.1
                 parameter.data += scale * torch.randn_like(parameter)
-    save_file({name: x.contiguous() for name, x in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+    return write_model_folder(folder, model_cfg, clip)
 
 
 @cache
@@ -166,102 +152,8 @@ def make_timm_clip(tower: str, seed: int = 0):
 
 
 def make_timm_model(tower: str, trained: bool = False, **prompt_settings):
-    """An `ActionAwareCLIP` around `make_timm_clip`; `trained` shakes its own parameters."""
-    from amp.model.clip import ActionAwareCLIP
-    from amp.model.config import PromptConfig
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = ActionAwareCLIP(make_timm_clip(tower), PromptConfig(**prompt_settings), clip_tokenizer())
-        if trained:
-            for name, parameter in model.named_parameters():
-                if not name.startswith("backbone."):
-                    parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-# -- a naive forward pass ---------------------------------------------------------------------------------------------
-
-
-def embedded(trunk, image: torch.Tensor) -> torch.Tensor:
-    """What enters block 0 (F + M, d_v), by open_clip's and timm's own forward pass: a hook sees it."""
-    seen = []
-    with trunk.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])):
-        trunk(image[None])
-    return seen[0][0]
-
-
-def rotated(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Each pair of channels of (M, d_head) as a complex number, turned by its angle; angles are (sines, cosines)."""
-    sine, cosine = angles.chunk(2, dim=-1)
-    turned = torch.view_as_complex(rows.reshape(len(rows), -1, 2).contiguous()) * torch.complex(
-        cosine[:, ::2].contiguous(), sine[:, ::2].contiguous()
-    )
-    return torch.view_as_real(turned).reshape(rows.shape)
-
-
-def run_block(trunk, index: int, tokens: torch.Tensor) -> torch.Tensor:
-    """A block on tokens (T, d_v) of one image, head by head; only the M patches behind the F prefix tokens turn."""
-    block, own = trunk.blocks[index], trunk.blocks[index].attn
-    first, patches = trunk.num_prefix_tokens, trunk.patch_embed.num_patches
-    rope = getattr(trunk, "rope", None)
-    angles = None if rope is None else rope.get_embed(shape=list(trunk.patch_embed.grid_size))
-    if angles is not None and angles.ndim == 4:
-        angles = angles[index]
-
-    def attend(x):
-        if getattr(own, "q_proj", None) is not None:
-            q, k, v = own.q_proj(x), own.k_proj(x), own.v_proj(x)
-        else:
-            q, k, v = F.linear(x, own.qkv.weight, own.qkv.bias).chunk(3, dim=1)
-            if getattr(own, "q_bias", None) is not None:
-                q, v = q + own.q_bias, v + own.v_bias
-        heads = []
-        for h in range(own.num_heads):
-            part = slice(h * own.head_dim, (h + 1) * own.head_dim)
-            asks, keys = q[:, part].clone(), k[:, part].clone()
-            if angles is not None:
-                turn = partial(rotated, angles=angles[h] if angles.ndim == 3 else angles)
-                for rows in (asks, keys):
-                    rows[first : first + patches] = turn(rows[first : first + patches])
-            heads.append((asks @ keys.T / math.sqrt(own.head_dim)).softmax(dim=1) @ v[:, part])
-        return own.proj(own.norm(torch.cat(heads, dim=1)))
-
-    def scaled(x, layer, weight):
-        x = x if getattr(block, layer, None) is None else getattr(block, layer)(x)
-        return x if getattr(block, weight, None) is None else getattr(block, weight) * x
-
-    if isinstance(block, ResPostBlock) or type(block).__name__ == "EvaBlockPostNorm":
-        tokens = tokens + block.norm1(attend(tokens))
-        return tokens + block.norm2(block.mlp(tokens))
-    tokens = tokens + scaled(attend(block.norm1(tokens)), "ls1", "gamma_1")
-    return tokens + scaled(block.mlp(block.norm2(tokens)), "ls2", "gamma_2")
-
-
-def pooled_feature(visual, tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens behind the last block (F + M, d_v) to a feature (d,), by the tower's own head."""
-    return visual.head(visual.trunk.forward_head(visual.trunk.norm(tokens[None])))[0]
-
-
-def naive_feature(model, image: torch.Tensor, knowledge, row: int, conditioned: bool = True) -> torch.Tensor:
-    """Feature (d,) of one image (3, H, W) under row `row` of a KnowledgeBatch, or under visual prompts alone."""
-    visual = model.backbone.clip.visual
-    trunk, first = visual.trunk, visual.trunk.num_prefix_tokens
-    tokens, joined = embedded(trunk, image), torch.zeros(0, 32)
-    length = len(tokens)
-    for index in range(model.tower.first):
-        tokens = run_block(trunk, index, tokens)
-    if conditioned:
-        prompts = reference.prompts_of(model, knowledge, row)
-        if model.config.interaction == "aim":
-            patches, *_ = reference.interact(model.interaction.aim, tokens[first:], *prompts)
-            tokens = torch.cat([tokens[:first], patches])
-        else:
-            joined = torch.cat(prompts)
-    for depth, index in enumerate(range(model.tower.first, len(trunk.blocks))):
-        tokens = run_block(trunk, index, torch.cat([tokens, joined, model.visual_prompts.prompts[depth]]))
-        tokens, joined = tokens[:length], tokens[length : length + len(joined)]
-    return pooled_feature(visual, tokens)
+    """An `ActionAwareCLIP` around `make_timm_clip`; see `model_around`."""
+    return model_around(make_timm_clip(tower), trained, **prompt_settings)
 
 
 # -- Hugging Face text towers -----------------------------------------------------------------------------------------

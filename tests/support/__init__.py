@@ -1,0 +1,1 @@
+"""What tests share: data, models, processes, command lines, and naive reference equations."""
