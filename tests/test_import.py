@@ -50,7 +50,11 @@ def test_light_names_need_no_torch():
 
 
 def test_help_and_wrong_options_need_no_torch():
-    """Of every command but CLIP_benchmark's own."""
+    """Every command except CLIP_benchmark's own, and every script of tools/ and launchers/."""
+    scripts = [
+        str(path.relative_to(ROOT)) for folder in ("tools", "launchers") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    scripts = [path for path in scripts if "__main__" in (ROOT / path).read_text()]
     done = python(
         "import contextlib, importlib, os, sys\n"
         "from amp.__main__ import COMMANDS\n"
@@ -60,7 +64,15 @@ def test_help_and_wrong_options_need_no_torch():
         "        with contextlib.suppress(SystemExit):\n"
         "            importlib.import_module(f'amp.commands.{name}').main([option])\n"
         "    assert 'torch' not in sys.modules, name\n"
-        "print('torch' in sys.modules, file=sys.__stdout__)\n"
+        "import runpy\n"
+        "sys.path.append('tools/scenes')\n"
+        f"for script in {scripts}:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    assert 'torch' not in sys.modules, script\n"
+        "print('torch' in sys.modules, file=sys.__stdout__)\n",
+        cwd=ROOT,
     )
     assert done.stdout.strip() == "False", done.stderr
 

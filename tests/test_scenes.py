@@ -16,6 +16,7 @@ TOOLS = ROOT / "tools" / "scenes"
 sys.path.insert(0, str(TOOLS))
 
 import make_scenes  # noqa: E402
+import micro_clip_data  # noqa: E402
 import pretrain_micro_clip  # noqa: E402
 import scene_language  # noqa: E402
 import scenes  # noqa: E402
@@ -196,12 +197,12 @@ def test_contact_sheet_and_bad_arguments(tmp_path):
 
 def test_pretraining_texts_mix_alt_texts_captions_and_states():
     scene = next(s for s in PAIR_SCENES if s.actions == ("chase",))
-    plain = pretrain_micro_clip.texts(scene, 40, caption_share=0.0, state_share=0.0)
+    plain = micro_clip_data.texts(scene, 40, caption_share=0.0, state_share=0.0)
     assert not any("chas" in text or "running" in text for text in plain)
     assert all(scene.actors[0].kind in text and scene.actors[1].kind in text for text in plain)
     order = [text.index(scene.actors[0].kind) < text.index(scene.actors[1].kind) for text in plain]
     assert any(order) and not all(order)
-    full = pretrain_micro_clip.texts(scene, 40, caption_share=1.0, state_share=0.0)
+    full = micro_clip_data.texts(scene, 40, caption_share=1.0, state_share=0.0)
     assert all(any(word in text for word in ("chas", "run", "pursue")) for text in full)
 
 
@@ -216,7 +217,7 @@ def test_micro_clip_is_small_and_has_three_widths(micro_clip):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     picture = scenes.draw(scenes.make_scene(0, "test", 0))
     assert preprocess(picture).shape == (3, 72, 72)
-    expected = pretrain_micro_clip.normalise(pretrain_micro_clip.render([scenes.make_scene(0, "test", 0)]))[0]
+    expected = micro_clip_data.normalise(micro_clip_data.render([scenes.make_scene(0, "test", 0)]))[0]
     torch.testing.assert_close(preprocess(picture), expected, atol=0.02, rtol=0)
     assert tokenizer(["a red cat"]).shape == (1, 77)
 

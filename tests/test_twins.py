@@ -17,6 +17,7 @@ from amp.model.adapter import save_adapter
 
 sys.path.insert(0, str(ROOT / "tools" / "scenes"))
 
+import comparisons
 import make_scenes
 import twins
 
@@ -74,12 +75,12 @@ def test_won_comparisons_equal_a_naive_loop(world, name):
 def test_models_differ(world):
     """Else the comparison with the naive loop would say nothing about conditioning."""
     rows = rows_of(world[0])
-    assert len({tuple(rows[n][c]["won"] for c in twins.CHANGES) for n in ("base CLIP", "control", "aware")}) > 1
+    assert len({tuple(rows[n][c]["won"] for c in comparisons.CHANGES) for n in ("base CLIP", "control", "aware")}) > 1
 
 
 def test_grey_pictures_tie(world):
     row = rows_of(world[0])["aware, grey"]
-    for change in twins.CHANGES:
+    for change in comparisons.CHANGES:
         assert row[change]["accuracy"] == 50.0 and row[change]["ties"] == row[change]["comparisons"]
 
 
@@ -95,8 +96,8 @@ def test_ties_are_half_won_and_errors_are_over_twins():
     def score(images, captions):
         return torch.where(images == own[captions], table[captions], torch.where(captions == 3, 1.0, 0.0))
 
-    one = twins.Comparisons(torch.arange(6), own, other, 3)
-    row = twins.accuracy({"roles": one}, score)["roles"]
+    one = comparisons.Comparisons(torch.arange(6), own, other, 3)
+    row = comparisons.accuracy({"roles": one}, score)["roles"]
     gains = np.array([[1, 1], [1, 0], [0.5, 0.5]])
     assert (row["won"], row["ties"], row["comparisons"]) == (3, 2, 6)
     assert row["accuracy"] == pytest.approx(100 * gains.mean())
@@ -126,7 +127,7 @@ def test_wrong_files_are_named(world, tmp_path, edit, said):
     path = change(folder, tmp_path, edit)
     names = [f"test_{i:05d}.jpg" for i in range(24)]
     with pytest.raises(AmpError, match=said) as error:
-        twins.twin_comparisons(path, names, torch.arange(24))
+        comparisons.twin_comparisons(path, names, torch.arange(24))
     assert str(path) in str(error.value)
 
 
