@@ -33,7 +33,7 @@ $(VENV)/.installed-test: $(VENV)/.installed-models
 
 # The whole workflow on the demo configuration: drawn scenes -> shards -> two-stage training -> re-ranked retrieval.
 demo: $(VENV)/.installed
-	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes --train 7000
+	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes --train 8000
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
 	    --out $(SCENES)
@@ -50,7 +50,7 @@ demo: $(VENV)/.installed
 # followed by one epoch of training. Runs offline.
 KNOWLEDGE := runs/knowledge-demo
 knowledge-demo: $(VENV)/.installed-models
-	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes --train 7000
+	$(BIN)/python tools/scenes/make_scenes.py --out data/demo/scenes --train 8000
 	rm -rf $(KNOWLEDGE)
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --splits train val --limit 9 --samples_per_shard 5 --out $(KNOWLEDGE)/shards
