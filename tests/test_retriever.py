@@ -322,6 +322,9 @@ def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, p
 def test_refusals(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
     index = tmp_path / "index"
+    for wrong, message in (({"top_k": -1}, "top_k is -1"), ({"batch_size": 0}, "batch_size 0")):
+        with pytest.raises(AmpError, match=message):
+            amp.Retriever(model, preprocess, index, **wrong)
     search = amp.Retriever(model, preprocess, index)
     with pytest.raises(AmpError, match=r"index.json: can't be read .*, expected an index; make it with amp search"):
         search.search(QUERY)

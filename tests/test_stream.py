@@ -64,6 +64,16 @@ def assert_equal(first, second):
         assert torch.equal(getattr(first.knowledge, name), getattr(second.knowledge, name)), name
 
 
+def test_crops_are_normalized_on_the_device_as_open_clip_does(world):
+    """The loader gives uint8 crops; on the device they are what the transform's ToTensor and Normalize make of them."""
+    _, loader = loader_of(world, preprocess=world[1])
+    *_, to_tensor, normalize = world[1].transforms
+    batch = next(iter(loader))
+    assert batch.images.dtype == torch.uint8
+    expected = torch.stack([normalize(to_tensor(x.permute(1, 2, 0).numpy())) for x in batch.images])
+    torch.testing.assert_close(batch.to("cpu").images, expected)
+
+
 @pytest.mark.parametrize("keep", [("action", "attribute"), ("action",)])
 @torch.no_grad()
 def test_batches_hold_the_shards_content(world, tokenizer, keep):
