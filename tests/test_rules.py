@@ -40,6 +40,7 @@ CASES = {
     "A car is parked on the street": ["action: car | parked on | street"],
     "There is a dog running on the beach": ["action: dog | running on | beach"],
     "A man who plays the guitar": ["action: man | plays | guitar"],
+    "What looks like a dog jumps over a log": ["action: dog | jumps over | log"],
     "A group of people wait for a bus": ["action: people | wait for | bus"],
     "Men wearing helmets": ["attribute: men | wearing | helmets"],
     "A man in a red shirt": ["attribute: man | wearing | shirt", "attribute: shirt | is | red"],
