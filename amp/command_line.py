@@ -1,9 +1,11 @@
 """Command-line parsing with short error messages that never show secrets."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -120,6 +122,10 @@ class CommandLine(ArgumentParser):
             super().error(message, ex)
         if self._file is not None:
             message = f"{self._file}: {message}"
+        if wrong := re.match(r"unrecognized arguments: (--[\w.-]+)", str(message), re.IGNORECASE):
+            known = [option for action in self._actions for option in action.option_strings]
+            close = get_close_matches(wrong[1], known, n=1)
+            message = f"{message}{f'; did you mean {close[0]}?' if close else ''}"
         self.print_usage(sys.stderr)
         print(f"tip: {self.prog} --help lists the options", file=sys.stderr)
         complain("error: " + " ".join(line.strip() for line in str(message).split("\n")))

@@ -96,6 +96,19 @@ def test_usage_and_errors_name_the_command_as_typed(name, monkeypatch, capsys):
     assert re.match(f"amp {name}: error: .*nonsense", lines[-1])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("--data.shard", "x"), "did you mean --data.shards?"),
+        (("--config", "photo"), "config is 'photo', expected a YAML file or a recipe (paper, photos)"),
+    ],
+)
+def test_a_misspelt_option_or_recipe_gets_advice(arguments, advice, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "train", *arguments)
+    assert ended.value.code == 2 and advice in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if "reference_config" not in path])
 def test_so_does_each_script(path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -36,6 +36,11 @@ CASES = {
     "A woman buys apples and pears": ["action: woman | buys | apples", "action: woman | buys | pears"],
     "A ball is thrown by a boy": ["action: boy | thrown | ball"],
     "A ball thrown by a boy": ["action: boy | thrown | ball"],
+    "A wizard is being pushed in a cart by a yellow dog": [
+        "action: dog | pushed | wizard",
+        "attribute: dog | is | yellow",
+    ],
+    "A boy is being pulled on a sled by his father": ["action: father | pulled | boy"],
     "A dog covered in mud": ["action: dog | covered in | mud"],
     "A car is parked on the street": ["action: car | parked on | street"],
     "There is a dog running on the beach": ["action: dog | running on | beach"],

@@ -15,7 +15,7 @@ from amp.generation.states import has_verb, plain_verb
 from amp.generation.words import words_of
 from amp.knowledge.schema import Triplet
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Increase when the same tree gives other triplets."""
 
 MAX_CHARACTERS = 10_000
@@ -123,6 +123,8 @@ def _clean(triplet: Triplet) -> Triplet | None:
 def _is_verb(token) -> bool:
     if token.dep_ in ("aux", "auxpass", "amod", "compound", "punct"):
         return False
+    if token.dep_ == "pobj" and _children(token, "det") and not _children(token, "compound"):
+        return False  # "pulled on a sled", where the parser gives "sled" the tag of a participle
     return token.tag_.startswith("VB") or _mistagged(token) or _has_subject(token)
 
 
@@ -191,14 +193,23 @@ def _with_objects(verb, word: str, subjects: list, objects: list) -> Iterator[Tr
 
 
 def _of_passive(verb, word: str, sufferers: list) -> Iterator[Triplet]:
-    agents = [child for agent in _children(verb, "agent") for child in _children(agent, "pobj")]
-    doers = [noun for child in agents for noun in _joined(child)]
+    doers = [noun for child in _agents(verb) for noun in _joined(child)]
     if not doers:
         yield from _with_objects(verb, word, sufferers, [])
         return
     for doer in doers:
         for sufferer in sufferers:
             yield Triplet(_noun(doer), word, _noun(sufferer))
+
+
+def _agents(verb) -> list:
+    """The nouns after a passive's "by". Parsers attach it to the place too: "pushed in a cart by a dog"."""
+    own = [noun for by in _children(verb, "agent") for noun in _children(by, "pobj")]
+    if own:
+        return own
+    places = [noun for preposition in _children(verb, "prep") for noun in _children(preposition, "pobj")]
+    by = [child for place in places for child in _children(place, "prep", "agent") if child.lower_ == "by"]
+    return [noun for child in by for noun in _children(child, "pobj") if noun.lower_ not in words("lifeless")]
 
 
 def _subjects(verb) -> list:

@@ -13,4 +13,7 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser, cfg, values, option_string=None):
         recipe = RECIPES / f"{values}.yaml"
         installed = values.isidentifier() and not Path(values).is_file() and recipe.is_file()
+        if not installed and not Path(values).exists():
+            recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+            parser.error(f"config is {values!r}, expected a YAML file or a recipe ({recipes}); there is no such file")
         super().__call__(parser, cfg, str(recipe) if installed else values, option_string)
