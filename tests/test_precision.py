@@ -35,11 +35,12 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_a_backbone_in_low_precision_needs_no_autocast(prompt, precision, images, knowledge):
+@pytest.mark.parametrize(
+    ("precision", "name"), [*(("bf16", name) for name in PROMPTS), ("fp16", "aim"), ("fp16", "readout")]
+)
+def test_a_backbone_in_low_precision_needs_no_autocast(precision, name, images, knowledge):
     """Features and gradients, close to those of fp32."""
-    found = []
+    found, prompt = [], PROMPTS[name]
     for kind in ("fp32", precision):
         model = make_model(trained=True, **prompt).eval()
         to_precision(model.backbone.clip, kind)
