@@ -118,15 +118,6 @@ def test_whole_model_is_the_papers(variant, residual, block, images, knowledge):
 
 
 @torch.no_grad()
-def test_knowledge_counts(images, knowledge):
-    """Guards the tests that say something changes nothing: other knowledge does change features."""
-    model = make_aim(trained=True)
-    features = model.encode_image(images, knowledge)
-    other = model.encode_image(images, [*knowledge[1:], knowledge[0]])
-    assert ((features - other).abs().amax(dim=1) > 1e-3).all()
-
-
-@torch.no_grad()
 def test_states_and_triplets_both_count(images, knowledge):
     model = make_aim(trained=True)
     batch = model.prepare_knowledge(knowledge)
