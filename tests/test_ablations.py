@@ -205,7 +205,7 @@ def test_the_store_and_the_model_encode_the_same_texts(setting, knowledge, tmp_p
 def test_text_only_control_is_the_same_beside_any_model(clip_folder, shards, tmp_path):
     """It adds states to captions, also where the model in question reads none."""
     rows = []
-    for setting in ("both", "triplets", "template"):
+    for setting in ("both", "triplets"):
         config = PromptConfig(knowledge=setting)
         save_adapter(tmp_path / setting, amp.create_model_and_transforms(clip_folder, prompt_config=config)[0])
         settings = EvaluationSettings(
