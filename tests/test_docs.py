@@ -1,6 +1,7 @@
 """What README, docs and the configurations' headers tell the reader to type is understood by the scripts."""
 
 import contextlib
+import functools
 import json
 import re
 import shlex
@@ -74,24 +75,31 @@ def test_commands_are_found():
         assert {words[1] for words in ALL if words[0] == config} >= {"launchers/train.py", OF_AMP["evaluate"]}
 
 
+loaded = functools.cache(launcher)
+
+
+@functools.cache
+def parser_of(script: str):
+    return loaded(script).parser()
+
+
 def refusal(script: str, arguments: list[str], empty: Path, capsys) -> str:
     """What a script has against the arguments, empty if it understands them."""
-    module = launcher(script)
+    if script == OF_AMP["clip_benchmark"]:
+        return ""  # options of its own, which tests/test_hub.py runs
     if script.startswith("tools/") or script in (OF_AMP["generate_knowledge"], OF_AMP["make_shards"]):
         empty.mkdir()
         with contextlib.chdir(empty):  # once its options are understood, a tool misses its input
             try:
-                module.main(arguments)
+                loaded(script).main(arguments)
             except SystemExit:
                 said = " ".join(capsys.readouterr().err.split())
                 return "" if re.search("no such folder; expected|can't be read", said) else said or "ends in silence"
         return "" if "--write_captions" in arguments else "misses no input"
-    if script == OF_AMP["clip_benchmark"]:
-        return ""  # options of its own, which tests/test_hub.py runs
     # A file that a training run would leave is replaced by one of ours.
     made = re.compile(r"runs/.*\.yaml")  # `--config photos` is a recipe's name
     try:
-        module.parser().parse_args(["launchers/configs/scenes.yaml" if made.fullmatch(a) else a for a in arguments])
+        parser_of(script).parse_args(["launchers/configs/scenes.yaml" if made.fullmatch(a) else a for a in arguments])
     except SystemExit:
         return capsys.readouterr().err or "ends in silence"
     return ""
