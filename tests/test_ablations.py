@@ -32,8 +32,10 @@ VARIANTS = [{}, {"knowledge": "triplets"}, {"knowledge": "states", **LITERAL}, {
 IMAGE, CAPTION = torch.tensor([0, 0, 3, 1, 2]), torch.tensor([1, 2, 0, 3, 3])
 
 
-def label(settings) -> str:
-    return ("-".join(str(value) for value in settings.values()) or "aim") if isinstance(settings, dict) else None
+def label(settings) -> str | None:
+    if isinstance(settings, dict):
+        return "-".join("literal" if key == "options" else str(value) for key, value in settings.items()) or "aim"
+    return None
 
 
 @pytest.mark.parametrize(
