@@ -26,25 +26,40 @@ from amp.train.stages import set_trainable, trainable_names
 # -- architectures, against loops over pairs --------------------------------------------------------------------------
 
 SINGLE = ("triplets", "template", "states")
-VARIANTS = [
-    *({"knowledge": k} for k in SINGLE),
-    *({"knowledge": k, "options": {"residual": False}} for k in SINGLE),
-    *({"knowledge": k, "interaction": "cat"} for k in ("both", *SINGLE)),
-]
+LITERAL, CAT = {"options": {"residual": False}}, {"interaction": "cat"}
+# Each kind of knowledge, each interaction, and one and two kinds of prompts in AIM and in `cat`.
+VARIANTS = [{}, {"knowledge": "triplets"}, {"knowledge": "states", **LITERAL}, {"knowledge": "template", **CAT}, CAT]
 IMAGE, CAPTION = torch.tensor([0, 0, 3, 1, 2]), torch.tensor([1, 2, 0, 3, 3])
 
 
-def label(settings: dict) -> str:
-    return "-".join(str(value) for value in settings.values())
+def label(settings) -> str | None:
+    if isinstance(settings, dict):
+        return "-".join("literal" if key == "options" else str(value) for key, value in settings.items()) or "aim"
+    return None
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=label)
 @pytest.mark.parametrize(
-    ("clip", "block", "visual"),
-    [("native", 0, 3), ("native", 2, 0), ("average_pooled", 1, 2), ("attention_pooled", 1, 0), ("layer_scale", 0, 0)],
+    ("clip", "block", "visual", "settings"),
+    [
+        # AIM: what it reads, gated and literal; test_model.py has it on every tower
+        ("native", 0, 3, {}),
+        ("native", 0, 3, {"knowledge": "triplets"}),
+        ("layer_scale", 0, 0, {"knowledge": "template"}),
+        ("average_pooled", 1, 2, {"knowledge": "states"}),
+        ("attention_pooled", 1, 0, {"knowledge": "triplets", **LITERAL}),
+        ("native", 2, 0, {"knowledge": "template", **LITERAL}),
+        ("native", 0, 3, {"knowledge": "states", **LITERAL}),
+        # `cat`: what it reads, and each tower with tokens that are masked out
+        ("native", 0, 3, CAT),
+        ("native", 2, 0, {"knowledge": "triplets", **CAT}),
+        ("average_pooled", 1, 2, {"knowledge": "template", **CAT}),
+        ("attention_pooled", 1, 0, {"knowledge": "states", **CAT}),
+        ("layer_scale", 0, 0, CAT),
+    ],
+    ids=label,
 )
 @torch.no_grad()
-def test_variant_is_its_naive_reference(settings, clip, block, visual, images, knowledge):
+def test_variant_is_its_naive_reference(clip, block, visual, settings, images, knowledge):
     """Captions of 1, 3, 0 and 8 triplets. With average pooling it fails if a prompt is pooled."""
     model = make_aim(clip, trained=True, block=block, num_prompts=visual, **settings)
     features = model(images, Captions(model.prepare_knowledge(knowledge)), (IMAGE, CAPTION)).conditioned
@@ -90,10 +105,18 @@ def test_order_and_padding_change_nothing(settings, images, knowledge):
         assert_close(model(images, Captions(changed)).conditioned, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("conditioning", ["contrastive", "paired"])
 @pytest.mark.parametrize(
-    "settings",
-    [*VARIANTS, {"interaction": "cat", "num_prompts": 0}, {"knowledge": "triplets", "num_prompts": 0}],
+    ("conditioning", "settings"),
+    [
+        ("paired", {}),
+        ("contrastive", {"block": 2, **LITERAL}),
+        ("contrastive", {"knowledge": "triplets"}),
+        ("paired", {"knowledge": "triplets", "num_prompts": 0}),
+        ("paired", {"knowledge": "states", **LITERAL}),
+        ("paired", {"knowledge": "template", **CAT}),
+        ("contrastive", CAT),
+        ("contrastive", {"num_prompts": 0, **CAT}),
+    ],
     ids=label,
 )
 def test_whatever_a_stage_trains_has_a_gradient(settings, conditioning, images, knowledge, tokenizer):
@@ -107,8 +130,9 @@ def test_whatever_a_stage_trains_has_a_gradient(settings, conditioning, images, 
         set_trainable(model, stage)
         loss, _ = Objective(stage, model.interaction, conditioning, margin=2.0)(model, batch, 0)
         loss.backward()
-        moved = {name for name, p in named.items() if p.grad is not None and p.grad.abs().max() > 0}
-        assert moved == trainable_names(model, stage)
+        reached = {name: p.grad for name, p in named.items() if p.grad is not None}
+        assert {name for name, grad in reached.items() if grad.abs().max() > 0} == trainable_names(model, stage)
+        assert not {name for name in reached.keys() - trainable_names(model, stage) if named[name].numel()}
     new = {name for name, p in named.items() if not name.startswith("backbone.") and p.numel()}
     assert new == trainable_names(model, 1)
 
@@ -183,7 +207,7 @@ def test_the_store_and_the_model_encode_the_same_texts(setting, knowledge, tmp_p
 def test_text_only_control_is_the_same_beside_any_model(clip_folder, shards, tmp_path):
     """It adds states to captions, also where the model in question reads none."""
     rows = []
-    for setting in ("both", "triplets", "template"):
+    for setting in ("both", "triplets"):
         config = PromptConfig(knowledge=setting)
         save_adapter(tmp_path / setting, amp.create_model_and_transforms(clip_folder, prompt_config=config)[0])
         settings = EvaluationSettings(

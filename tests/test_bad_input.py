@@ -176,8 +176,7 @@ def test_unknown_split(run, train, evaluate, refused):
     assert "train, val, test" in refused(lambda: run(evaluate, split="tset"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("launched", ["train", "evaluate"])
+@pytest.mark.parametrize(("launched", "workers"), [("train", 1), ("evaluate", 0)])
 def test_truncated_image_in_a_shard(run, refused, request, copied_shards, launched, workers):
     split = {"train": "train", "evaluate": "test"}[launched]
     name, content = members_of(ShardManifest.load(copied_shards).split(split)[0].path)[0]
@@ -205,9 +204,9 @@ def test_unknown_key_on_the_command_line(run, refused, request, launched):
     assert "--nonsense" in refused(lambda: run(main, "--nonsense", "3"))
 
 
-@pytest.mark.parametrize("launched", ["train", "evaluate"])
 @pytest.mark.parametrize(
-    ("text", "named"), [("data:\n  shrads: x\n", "shrads"), ("learning_rate: 1\n", "learning_rate")]
+    ("launched", "text", "named"),
+    [("train", "data:\n  shrads: x\n", "shrads"), ("evaluate", "learning_rate: 1\n", "learning_rate")],
 )
 def test_unknown_key_in_the_file(run, refused, request, tmp_path, launched, text, named):
     (tmp_path / "config.yaml").write_text(text)

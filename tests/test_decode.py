@@ -56,34 +56,35 @@ def tagged(pixels: np.ndarray, format: str, orientation: int, description: str =
     return encoded(Image.fromarray(stored(pixels, orientation)), format, exif=exif.tobytes(), **options)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_upright_whatever_way_it_is_stored(orientation):
-    for format, options in (
-        ("PNG", {}),
-        ("WEBP", {"lossless": True}),
-        ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-    ):
-        content = tagged(UPRIGHT, format, orientation, **options)
-        assert np.array_equal(decode_rgb(content), UPRIGHT), (format, options)
-    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
-    lossless = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "WEBP", lossless=True, xmp=xmp)
-    assert np.array_equal(decode_rgb(lossless), UPRIGHT)
+def test_a_photo_is_upright_whatever_way_it_is_stored():
+    for orientation in range(1, 9):
+        for format, options in (
+            ("PNG", {}),
+            ("WEBP", {"lossless": True}),
+            ("TIFF", {}),
+            ("TIFF", {"compression": "tiff_lzw"}),
+        ):
+            content = tagged(UPRIGHT, format, orientation, **options)
+            assert np.array_equal(decode_rgb(content), UPRIGHT), (orientation, format, options)
+        xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+        lossless = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "WEBP", lossless=True, xmp=xmp)
+        assert np.array_equal(decode_rgb(lossless), UPRIGHT), (orientation, "XMP")
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_jpeg_is_turned_without_being_opened_by_pillow(orientation):
+def test_a_jpeg_is_turned_without_being_opened_by_pillow():
     """All the ways in which a JPEG may note it, each against the pixels that the file without the note has."""
-    for description in ("", "x" * 500):
-        content = tagged(UPRIGHT, "JPEG", orientation, description, quality=95, icc_profile=bytes(70_000))
-        plain = simplejpeg.decode_jpeg(content)  # knows of no orientation
-        assert np.array_equal(stored(decode_rgb(content), orientation), plain)
-        assert jpeg_size(content) == UPRIGHT.shape[:2]
-    note = f'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="{orientation}"/>'.encode()
-    whole = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "JPEG")
-    place = 4 + int.from_bytes(whole[4:6], "big")  # behind the first segment, with the filling that libjpeg allows
-    content = whole[:place] + b"\xff\xff\xff\xe1" + (2 + len(note)).to_bytes(2, "big") + note + whole[place:]
-    assert np.array_equal(stored(decode_rgb(content), orientation), simplejpeg.decode_jpeg(whole))
+    for orientation in range(1, 9):
+        for description in ("", "x" * 500):
+            content = tagged(UPRIGHT, "JPEG", orientation, description, quality=95, icc_profile=bytes(70_000))
+            plain = simplejpeg.decode_jpeg(content)  # knows of no orientation
+            assert np.array_equal(stored(decode_rgb(content), orientation), plain), (orientation, description)
+            assert jpeg_size(content) == UPRIGHT.shape[:2], (orientation, description)
+        note = f'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="{orientation}"/>'.encode()
+        whole = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "JPEG")
+        place = 4 + int.from_bytes(whole[4:6], "big")  # behind the first segment, with the filling that libjpeg allows
+        content = whole[:place] + b"\xff\xff\xff\xe1" + (2 + len(note)).to_bytes(2, "big") + note + whole[place:]
+        plain = simplejpeg.decode_jpeg(whole)
+        assert np.array_equal(stored(decode_rgb(content), orientation), plain), (orientation, "XMP")
 
 
 def test_smaller_decoding_has_the_layout_of_the_upright_photo():

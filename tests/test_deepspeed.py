@@ -140,8 +140,11 @@ def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
 # -- its files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("path", "precision"),
+    zip(FILES, ["no", "bf16", "fp16", "bf16"], strict=True),
+    ids=lambda x: x if isinstance(x, str) else x.stem,
+)
 def test_shipped_files_get_the_numbers_of_the_run(config, path, precision):
     run = replace(config, mixed_precision=precision, gradient_accumulation=3, max_grad_norm=0.5)
     settings = deepspeed_settings(str(path), run, world=8)

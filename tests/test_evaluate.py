@@ -54,14 +54,14 @@ def assert_same(ranking, expected):
     assert ranking.result.queries == len(ranks)
 
 
-@pytest.mark.parametrize("name", ["t2i", "i2t pairwise", "i2t pooled"])
-def test_knowledge_aware_ranking_equals_the_naive_loop(aware, name):
+def test_knowledge_aware_ranking_equals_the_naive_loop(aware):
     rankings = ranked(aware.retrieval(batch_size=7), aware.model)
     assert list(rankings) == ["t2i", "i2t pairwise", "i2t pooled"]
-    assert_same(rankings[name], search_split(aware, name, top_k=TOP_K))
-    # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
-    assert (rankings[name].ranks != rankings[name].first.ranks).sum() > 2
-    assert rankings[name].scores.std() > 1e-2
+    for name, ranking in rankings.items():
+        assert_same(ranking, search_split(aware, name, top_k=TOP_K))
+        # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
+        assert (ranking.ranks != ranking.first.ranks).sum() > 2, name
+        assert ranking.scores.std() > 1e-2, name
 
 
 def test_autocast_changes_scores_by_its_rounding_alone(aware):
@@ -78,20 +78,20 @@ def test_pooled_and_pairwise_conditioning_differ(aware):
     assert (rankings["i2t pooled"].scores - rankings["i2t pairwise"].scores).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["t2i", "i2t"])
-def test_the_control_ranks_with_one_feature_an_image(control, name):
+def test_the_control_ranks_with_one_feature_an_image(control):
     rankings = ranked(control.retrieval(batch_size=5), control.model)
     assert list(rankings) == ["t2i", "i2t"]
-    assert_same(rankings[name], search_split(control, name, top_k=TOP_K))
+    for name, ranking in rankings.items():
+        assert_same(ranking, search_split(control, name, top_k=TOP_K))
 
 
-@pytest.mark.parametrize("name", ["t2i", "i2t pooled"])
-def test_fewer_candidates_than_top_k(aware, name):
+def test_fewer_candidates_than_top_k(aware):
     world, top_k = aware, 500  # the whole gallery is re-ranked
-    ranking = ranked(world.retrieval(top_k=top_k, i2t=["pooled"]), world.model)[name]
-    scores, ranks = search_split(world, name, top_k)
-    assert ranking.scores.shape == (len(ranks), 12 if name == "t2i" else len(world.captions.texts))
-    assert_same(ranking, (scores, ranks))
+    rankings = ranked(world.retrieval(top_k=top_k, i2t=["pooled"]), world.model)
+    for name, size in (("t2i", 12), ("i2t pooled", len(world.captions.texts))):
+        scores, ranks = search_split(world, name, top_k)
+        assert rankings[name].scores.shape == (len(ranks), size)
+        assert_same(rankings[name], (scores, ranks))
 
 
 def test_fusion_adds_the_first_stages_score(aware):
@@ -100,7 +100,7 @@ def test_fusion_adds_the_first_stages_score(aware):
     assert ranking.ranks.tolist() != ranked(aware.retrieval(), aware.model)["t2i"].ranks.tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+@pytest.mark.parametrize("batch_size", [1, 1000])
 def test_the_batch_size_changes_nothing(aware, batch_size):
     expected = ranked(aware.retrieval(), aware.model)
     rankings = ranked(aware.retrieval(batch_size=batch_size), aware.model)
@@ -170,8 +170,8 @@ def test_the_base_row_equals_clip_benchmark(aware):
     assert 0 < row.t2i.recall[5] < 100 and 0 < row.i2t.recall[5] < 100
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_max_queries_search_the_whole_gallery_for_some(aware, count):
+def test_max_queries_search_the_whole_gallery_for_some(aware):
+    count = 5
     whole = ranked(aware.retrieval(), aware.model)
     retrieval = aware.retrieval(max_queries=count)
     some = ranked(retrieval, aware.model)

@@ -127,8 +127,7 @@ def test_two_builds_at_once_end_with_one_folder(split, made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["image-ab"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-@pytest.mark.parametrize("file", ["early.npy", "base.npy"])
+@pytest.mark.parametrize(("file", "damage"), [("early.npy", "cut"), ("base.npy", "gone")])
 def test_a_damaged_folder_is_refused_by_name(split, made, tmp_path, damage, file):
     folder = tmp_path / "image-ab"
     compute(split, made, folder=folder)

@@ -77,7 +77,7 @@ def test_choice_shows_a_group_once_while_others_are_left():
         choose_queries(base, new, 3, groups[:-1])
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_choice_always_confesses(seed):
     rng = np.random.default_rng(seed)
     base, new = rng.integers(0, 20, 200), rng.integers(0, 20, 200)

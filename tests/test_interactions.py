@@ -77,15 +77,6 @@ def test_images_see_no_padding(model, images, captions):
     assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-@torch.no_grad()
-def test_one_image_under_many_captions_at_once(model, images, captions):
-    """`Prompts.unite`, which i2t `pooled` asks for."""
-    encoded = model(None, captions).captions
-    united = encoded._replace(prompts=encoded.prompts.unite(2))
-    assert len(united.prompts.mask) == 2 and all(len(part) == 2 for part in united.prompts.parts)
-    assert model(images[:2], united).conditioned.shape == (2, EMBED_DIM)
-
-
 def test_stage_2_trains_what_the_interaction_names(model):
     second = trainable_names(model, 2)
     assert second and second < trainable_names(model, 1)

@@ -132,8 +132,7 @@ def test_self_attention_returns_values_and_the_map_over_all_heads():
         assert_close(maps[p], expected_map, **TOLERANCE)
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("residual", [False, True], ids=["literal", "gated"])
+@pytest.mark.parametrize(("residual", "lam"), [(False, 0.7), (True, 0.7), (False, 1.0), (True, 0.0)])
 def test_interaction_is_eq_7_and_8(residual, lam):
     aim = shaken(ActionAwareInteraction(32, heads=2, lam=lam, residual=residual))
     assert (aim.gate is not None) == residual

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -97,10 +98,17 @@ def most_allocated(function) -> tuple[int, int]:
     return peak, live
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("interaction", ["aim", "cat", "readout"])
+@pytest.mark.parametrize(
+    ("interaction", "precision", "recompute", "stage"),
+    [  # every two values of different columns meet
+        ("aim", "no", False, 1),
+        ("aim", "bf16", True, 2),
+        ("cat", "no", True, 1),
+        ("cat", "bf16", False, 2),
+        ("readout", "no", False, 2),
+        ("readout", "bf16", True, 1),
+    ],
+)
 def test_peak_of_a_step(interaction, precision, recompute, stage, clip_folder):
     config = settings(clip_folder, interaction, activation_checkpointing=recompute)
     with MATH():
@@ -146,8 +154,7 @@ def test_peak_of_a_larger_step(precision, recompute):
     assert found.peak == pytest.approx(real, rel=TOLERANCE / 10)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize(("weights", "stage"), [("fp32", 1), ("bf16", 2)])
 def test_parameters_gradients_and_moments(weights, stage, clip_folder):
     config = settings(clip_folder)
     config.model.precision = weights
@@ -338,19 +345,20 @@ def test_what_deepspeed_holds(file, clip_folder, tmp_path):
             assert real[name] == pytest.approx(getattr(found, name), rel=0.02), name
 
 
-@pytest.mark.parametrize("growth", [lambda n: 100 + 7 * n, lambda n: 100 + 7 * n + n * n // 50])
-@pytest.mark.parametrize("limit", [90, 107, 121, 310, 333, 540, 10_000])
-@pytest.mark.parametrize("start, least", [(1, 1), (2, 2), (8, 1), (32, 2)])
-def test_largest_batch(growth, limit, start, least):
+@pytest.mark.parametrize("growth", [lambda n: 100 + 7 * n, lambda n: 100 + 7 * n + n * n // 50], ids=["line", "curve"])
+def test_largest_batch(growth):
     looks = []
 
     def total(size: int) -> int:
         looks.append(size)
         return growth(size)
 
-    fitting = [n for n in range(least, 4 * start + 1) if growth(n) <= limit]
-    assert largest_batch(total, limit, start, least) == max(fitting, default=0)
-    assert len(looks) <= 7 and min(looks) >= least
+    for limit, (start, least) in product((90, 107, 121, 310, 333, 540, 10_000), ((1, 1), (2, 2), (8, 1), (32, 2))):
+        looks.clear()
+        fitting = [n for n in range(least, 4 * start + 1) if growth(n) <= limit]
+        found = largest_batch(total, limit, start, least)
+        assert found == max(fitting, default=0), (limit, start, least)
+        assert len(looks) <= 7 and min(looks) >= least, (limit, start, least)
 
 
 def test_fp16_under_deepspeed_casts_all_weights(clip_folder):

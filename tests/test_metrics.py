@@ -42,16 +42,14 @@ def test_rank_by_hand(scores, positive, rank):
     assert rank_of_best_positive(torch.tensor([scores]), torch.tensor([positive]).bool()).tolist() == [rank]
 
 
-@pytest.mark.parametrize("levels", [1, 2, 5, 10_000])
-@pytest.mark.parametrize("seed", range(3))
-def test_rank_is_brute_force_count(levels, seed):
-    scores = tied_scores(40, 60, levels, seed)
-    positive = torch.rand(40, 60, generator=torch.Generator().manual_seed(seed + 100)) < 0.08
+@pytest.mark.parametrize("levels", [1, 5, 10_000])
+def test_rank_is_brute_force_count(levels):
+    scores = tied_scores(40, 60, levels, seed=0)
+    positive = torch.rand(40, 60, generator=torch.Generator().manual_seed(100)) < 0.08
     assert rank_of_best_positive(scores, positive).tolist() == first_positives(full_order(scores), positive)
 
 
-@pytest.mark.parametrize("levels", [1, 2, 5, 10_000])
-@pytest.mark.parametrize("k", [1, 7, 60])
+@pytest.mark.parametrize(("levels", "k"), [(1, 7), (2, 1), (5, 60), (5, 7), (10_000, 7)])
 def test_topk_is_start_of_stable_sort(levels, k):
     scores = tied_scores(50, 60, levels, seed=k)
     values, columns = stable_topk(scores, k)
@@ -64,10 +62,9 @@ def test_recalls_by_hand():
     assert rsum({1: 25.0, 5: 50.0, 10: 75.0}, {1: 1.0, 5: 2.0, 10: 3.0}) == 156.0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_recalls_are_clip_benchmarks(seed):
+def test_recalls_are_clip_benchmarks():
     """Five captions an image but for some, both directions. Its top-k leaves ties open, so scores are all distinct."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     images, captions = 80, 390
     caption_image = torch.cat([torch.arange(images), torch.randint(images, (captions - images,), generator=generator)])
     scores = torch.randperm(captions * images, generator=generator).view(captions, images).float()
@@ -87,7 +84,7 @@ def test_ceilings_by_hand():
     assert ceilings(ranks, top_k=20) == {1: 100.0, 5: 100.0, 10: 100.0}
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4, 5])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_chance_is_mean_over_all_orders(top_k):
     """Every set of positives within and without the top k, every order of the top k."""
     ks = (1, 2, 3, 5, 7)

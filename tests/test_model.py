@@ -19,6 +19,8 @@ from amp.model.interactions.base import Prompts
 from amp.train.stages import set_trainable
 
 VARIANTS = sorted(CLIP_VARIANTS)
+# Every tower, prompted from its first, second or last block.
+TOWERS = [(variant, number % 3) for number, variant in enumerate(VARIANTS)]
 ALL = torch.arange(4)
 
 
@@ -30,19 +32,18 @@ def frozen_clip(variant="native"):
     return make_clip(variant).requires_grad_(False)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_without_knowledge_it_is_its_base_model(variant, normalize, images, tokenizer):
+def test_without_knowledge_it_is_its_base_model(variant, images, tokenizer):
     clip, model = frozen_clip(variant), make_aim(variant, trained=True)
     model.train()
     ids = tokenizer(["a dog jumps", "", "word " * 500])
-    assert torch.equal(model.encode_image(images, normalize=normalize), clip.encode_image(images, normalize=normalize))
-    assert torch.equal(model.encode_text(ids, normalize=normalize), clip.encode_text(ids, normalize=normalize))
+    for norm in (False, True):
+        assert torch.equal(model.encode_image(images, normalize=norm), clip.encode_image(images, normalize=norm))
+        assert torch.equal(model.encode_text(ids, normalize=norm), clip.encode_text(ids, normalize=norm))
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "block"), TOWERS)
 @torch.no_grad()
 def test_action_aware_features_start_as_the_base_models(variant, block, images, knowledge):
     clip = frozen_clip(variant)
@@ -50,8 +51,7 @@ def test_action_aware_features_start_as_the_base_models(variant, block, images, 
     assert torch.equal(model.encode_image(images, knowledge), clip.encode_image(images))
 
 
-@pytest.mark.parametrize("block", [0, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "block"), TOWERS)
 @torch.no_grad()
 def test_conditioned_features_start_as_the_prompted_ones(variant, block, images, knowledge):
     model = make_aim(variant, block=block)
@@ -61,10 +61,9 @@ def test_conditioned_features_start_as_the_prompted_ones(variant, block, images,
     assert (features.plain - model.encode_image(images)).abs().max() > 1e-4  # the visual prompts are there
 
 
-@pytest.mark.parametrize("block", [0, 2])
-def test_training_starts_at_the_base_model(block, images, knowledge):
+def test_training_starts_at_the_base_model(images, knowledge):
     """With gradients, through other kernels, equal but for rounding."""
-    model = make_aim(block=block, num_prompts=0).train()
+    model = make_aim(num_prompts=0).train()
     features = model.encode_image(images, knowledge)
     assert features.requires_grad
     assert_close(features.detach(), frozen_clip().encode_image(images), atol=1e-5, rtol=0)
@@ -94,9 +93,17 @@ def test_a_backbone_in_low_precision_starts_as_itself(dtype, images, knowledge):
 # -- the equations ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("residual", [False, True], ids=["literal", "gated"])
-@pytest.mark.parametrize("variant", ["native", "average_pooled", "attention_pooled", "layer_scale"])
+@pytest.mark.parametrize(
+    ("variant", "residual", "block"),
+    [
+        ("native", True, 0),
+        ("native", False, 2),
+        ("average_pooled", True, 2),
+        ("average_pooled", False, 1),
+        ("attention_pooled", True, 1),
+        ("layer_scale", False, 0),
+    ],
+)
 @torch.no_grad()
 def test_whole_model_is_the_papers(variant, residual, block, images, knowledge):
     """Against a naive loop over images, blocks and heads. With average pooling it fails if a prompt is pooled."""
@@ -108,15 +115,6 @@ def test_whole_model_is_the_papers(variant, residual, block, images, knowledge):
         assert_close(features.conditioned[i], expected, atol=2e-5, rtol=1e-5)
         expected = image_feature(model, images[i])
         assert_close(features.plain[i], expected, atol=2e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_knowledge_counts(images, knowledge):
-    """Guards the tests that say something changes nothing: other knowledge does change features."""
-    model = make_aim(trained=True)
-    features = model.encode_image(images, knowledge)
-    other = model.encode_image(images, [*knowledge[1:], knowledge[0]])
-    assert ((features - other).abs().amax(dim=1) > 1e-3).all()
 
 
 @torch.no_grad()
@@ -158,28 +156,6 @@ def test_padding_content_changes_nothing(grad, images, knowledge):
 
 
 @torch.no_grad()
-def test_more_padding_changes_nothing(images, knowledge):
-    """The same captions padded to K = 6 and to K = 11."""
-    model = make_aim(trained=True)
-    batch = model.prepare_knowledge(knowledge)
-    padded = batch.map(lambda x: torch.cat([x, x.new_zeros(4, 5, *x.shape[2:])], dim=1))
-    assert padded.mask.shape == (4, 11)
-    found, expected = (model(images, Captions(x)).conditioned for x in (padded, batch))
-    assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_triplets_are_a_set(images, knowledge):
-    model = make_aim(trained=True)
-    batch = model.prepare_knowledge(knowledge)
-    order = torch.tensor([4, 2, 0, 5, 3, 1])
-    shuffled = batch.map(lambda x: x[:, order])
-    assert not torch.equal(shuffled.mask, batch.mask)  # gaps between triplets are allowed
-    found, expected = (model(images, Captions(x)).conditioned for x in (shuffled, batch))
-    assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
 def test_a_triplet_keeps_its_state_whatever_the_order(images, knowledge):
     model = make_aim(trained=True)
     item = knowledge[3]
@@ -216,31 +192,7 @@ def test_null_tokens_learn_only_from_captions_without_knowledge(empty, images, k
         assert (null.grad.abs().max() > 0) == empty  # a gradient of zero, not none: DDP waits for every parameter
 
 
-def test_every_parameter_of_a_stage_has_a_gradient_and_the_backbone_none(images, knowledge):
-    """Distributed engines fail on parameters that take no part."""
-    for settings in ({}, {"num_prompts": 0}, {"options": {"residual": False}}, {"block": 2}):
-        model = make_aim(trained=True, **settings)
-        for stage in (1, 2):
-            model.zero_grad()
-            expected = {id(p) for p in set_trainable(model, stage)}
-            features = model(images, Captions(model.prepare_knowledge(knowledge)))
-            (features.logit_scale * features.conditioned.square().sum()).backward()
-            seen = {id(p) for p in model.parameters() if p.grad is not None}
-            empty = {id(p) for p in model.parameters() if p.numel() == 0}
-            assert seen | empty == expected | empty
-
-
-# -- pairs and unions -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_pairs_are_what_single_calls_give(images, knowledge):
-    model = make_aim(trained=True, block=1)
-    pairs = torch.tensor([0, 0, 3, 1, 2]), torch.tensor([1, 2, 0, 3, 3])
-    found = model(images, Captions(model.prepare_knowledge(knowledge)), pairs).conditioned
-    for row, (i, c) in enumerate(zip(*pairs, strict=True)):
-        single = model.encode_image(images[i : i + 1], [knowledge[c]])[0]
-        assert_close(found[row], single, atol=1e-5, rtol=1e-5)
+# -- unions -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -263,9 +215,8 @@ def test_union_is_the_captions_prompts_side_by_side(images, knowledge):
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [0, 2])
-def test_frozen_part_is_the_base_model_and_can_be_passed_back(block, images, knowledge):
-    model = make_aim(trained=True, block=block)
+def test_frozen_part_is_the_base_model_and_can_be_passed_back(images, knowledge):
+    model = make_aim(trained=True, block=2)
     captions = Captions(model.prepare_knowledge(knowledge))
     frozen = model(images)
     assert torch.equal(frozen.base, model.encode_image(images))
@@ -356,7 +307,7 @@ def test_knowledge_as_objects_or_tensors(images, knowledge):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "block"), [(0.0, 0), (0.16, 0), (0.34, 1), (0.667, 2), (0.99, 2)])
+@pytest.mark.parametrize(("depth", "block"), [(0.0, 0), (0.34, 1), (0.6, 2), (0.99, 2)])
 def test_depth_is_a_fraction_of_the_towers_blocks(depth, block):
     model = make_model(depth=depth)
     assert model.tower.first == block and len(model.visual_prompts.prompts) == 3 - block

@@ -34,7 +34,7 @@ def draw_often(cosines, mask, m, scale=10.0, draws=DRAWS, **options):
     return draw_negatives(cosines.expand(draws, -1), mask.expand(draws, -1), noise, m, scale, **options)
 
 
-@pytest.mark.parametrize("m", [1, 3, 9, 11])
+@pytest.mark.parametrize("m", [1, 9, 11])
 def test_forbidden_columns_are_never_drawn(m, cosines):
     """Own caption and captions of the same image, which the frozen CLIP likes best."""
     mask = forbidden(0, 3, 5)
@@ -72,8 +72,7 @@ def test_the_first_is_drawn_as_often_as_q_says(uniform, cosines):
     assert_close(drawn.log_weight.flatten(), -expected[drawn.columns.flatten()].log(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("scale", [5.0, 20.0])
-@pytest.mark.parametrize("m", [1, 2, 4, 10])
+@pytest.mark.parametrize(("m", "scale"), [(1, 20.0), (2, 5.0), (10, 20.0)])
 def test_weighted_sum_over_the_drawn_has_the_full_sum_as_its_mean(m, scale, cosines):
     """For any terms, also where the model has come to disagree with the frozen CLIP.
 
@@ -89,8 +88,7 @@ def test_weighted_sum_over_the_drawn_has_the_full_sum_as_its_mean(m, scale, cosi
         assert error < 0.1  # else the line above says nothing
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
-@pytest.mark.parametrize("m", [1, 2, 10])
+@pytest.mark.parametrize(("m", "scale"), [(1, 1000.0), (2, 1.0), (10, 100.0)])
 def test_weights_are_bounded(m, scale, cosines):
     drawn = draw_often(cosines, forbidden(0), m, scale, draws=5000)
     assert drawn.log_weight.exp().max() <= COLUMNS / (0.1 * m) + 1 and not drawn.log_weight.isnan().any()

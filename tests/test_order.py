@@ -20,8 +20,7 @@ def batches(batch_size, rank=0, world=1, seed=3, epoch=0, window=2, sizes=SIZES)
     return [[sample for sample, _ in batch] for batch in order]
 
 
-@pytest.mark.parametrize("window", [1, 2, 6, 100])
-@pytest.mark.parametrize("epoch", [0, 1, 17])
+@pytest.mark.parametrize(("window", "epoch"), [(1, 0), (2, 1), (6, 0), (100, 17)])
 def test_an_epoch_is_a_permutation_of_the_split(window, epoch):
     order = epoch_order(SIZES, seed=0, epoch=epoch, window=window)
     assert order.dtype == np.int64
@@ -42,7 +41,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert epoch_order(SIZES, seed=6, epoch=1, window=3).tolist() != first.tolist()
 
 
-@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("window", [1, 4])
 def test_no_more_shards_than_the_window_are_begun_and_unfinished(window):
     shard_of = np.repeat(np.arange(len(SIZES)), SIZES)
     most = 0
@@ -74,7 +73,7 @@ def test_what_an_epoch_leaves_out_changes():
     assert len(left_out) > 1
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_the_global_batches_of_one_process(world):
     size = 2
     whole = batches(size * world)
@@ -109,8 +108,7 @@ class _Echo(Dataset):
         return item
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(workers):
+def test_the_number_of_workers_changes_nothing():
     def read(workers):
         order = BatchOrder(SIZES, 3, 1, 2, seed=0, window=2)
         loader = DataLoader(
@@ -122,10 +120,10 @@ def test_the_number_of_workers_changes_nothing(workers):
             out.append(list(loader))
         return out
 
-    assert read(workers) == read(0)
+    assert read(2) == read(0)
 
 
-@pytest.mark.parametrize("captions", [1, 2, 5])
+@pytest.mark.parametrize("captions", [1, 5])
 def test_all_captions_are_seen_in_as_many_epochs(captions):
     for sample in range(10):
         for cycle in range(3):

@@ -29,20 +29,21 @@ def by_pillow(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (15, 17), (64, 48), (131, 77)])
 @pytest.mark.parametrize(
-    "options",
+    ("mode", "size", "options"),
     [
-        {"quality": 90},
-        {"quality": 30, "subsampling": "4:2:0"},
-        {"subsampling": "4:2:2"},
-        {"subsampling": "4:4:4"},
-        {"progressive": True},
-        {"quality": 75, "optimize": True, "restart_marker_blocks": 2},
+        ("RGB", (1, 1), {"quality": 90}),
+        ("RGB", (64, 48), {"quality": 90}),
+        ("RGB", (15, 17), {"quality": 30, "subsampling": "4:2:0"}),
+        ("RGB", (131, 77), {"subsampling": "4:2:2"}),
+        ("RGB", (15, 17), {"subsampling": "4:4:4"}),
+        ("RGB", (131, 77), {"progressive": True}),
+        ("RGB", (131, 77), {"quality": 75, "optimize": True, "restart_marker_blocks": 2}),
+        ("L", (15, 17), {"quality": 90}),
+        ("L", (131, 77), {"progressive": True}),
     ],
 )
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpeg_pixels_are_pillows_bit_for_bit(size, options, mode):
+def test_jpeg_pixels_are_pillows_bit_for_bit(mode, size, options):
     content = encoded(picture(*size, mode), **options)
     assert jpeg_size(content) == (size[1], size[0])
     assert np.array_equal(decode_rgb(content), np.asarray(by_pillow(content)))
@@ -129,7 +130,7 @@ def test_a_random_crop_is_pillows_crop_of_the_same_box():
         assert difference.abs().max() <= 1
 
 
-@pytest.mark.parametrize(("width", "height"), [(90, 70), (64, 64), (300, 40)])
+@pytest.mark.parametrize(("width", "height"), [(90, 70), (300, 40)])
 def test_random_boxes_have_torchvisions_distribution(width, height):
     """Means over 4,000 draws; 300 x 40 can't hold an allowed ratio at this scale and gets the centre."""
     scale, ratio = (0.5, 1.0), (3 / 4, 4 / 3)

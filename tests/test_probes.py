@@ -24,8 +24,10 @@ def expected(world, query, image_of, knowledge_of):
     return torch.tensor([pair_score(world.model, image_of(int(i)), caption, knowledge, text) for i in first])
 
 
-@pytest.mark.parametrize("owner", [[0, 0, 1, 1], [2, 0, 1, 1, 0, 2, 2], [0, 0, 0, 1, 2, 3], list(range(9))])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("owner", "seed"),
+    [([0, 0, 1, 1], 0), ([2, 0, 1, 1, 0, 2, 2], 1), ([0, 0, 0, 1, 2, 3], 0), (list(range(9)), 1)],
+)
 def test_shuffled_knowledge_is_each_once_and_never_of_the_same_image(owner, seed):
     owner = torch.tensor(owner)
     source = other_images(owner, seed)

@@ -110,20 +110,21 @@ def test_blocks_read_the_patches_before_the_first_prompted_block(images, knowled
 
 @pytest.mark.parametrize(
     ("knowledge_setting", "blocks"),
-    [("both", 0), ("both", 1), ("triplets", 1), ("states", 0), ("template", 0), ("caption", 0), ("none", 0)],
+    [("both", 1), ("triplets", 1), ("states", 0), ("template", 0), ("caption", 0), ("none", 0)],
 )
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_gives_each_trainable_parameter_a_gradient(stage, knowledge_setting, blocks, images, knowledge, text):
+def test_a_step_gives_each_trainable_parameter_a_gradient(knowledge_setting, blocks, images, knowledge, text):
     model = readout_model(blocks, knowledge=knowledge_setting)
-    names = trainable_names(model, stage)
-    assert {n.partition(".")[0] for n in names} == {"interaction"} if stage == 2 else "image_projection.weight" in names
-    set_trainable(model, stage)
     batch = Batch(images, None, text, model.prepare_knowledge(knowledge), torch.arange(4))
-    Objective(stage, model.interaction, margin=2.0)(model, batch, 0)[0].backward()
-    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    # A constant added to all keys changes no softmax.
-    rest = {"interaction.readout.key.bias", "triplet_encoder.null"}
-    assert moved - rest == names - rest
+    first, second = trainable_names(model, 1), trainable_names(model, 2)
+    assert "image_projection.weight" in first and {n.partition(".")[0] for n in second} == {"interaction"}
+    for stage, names in ((1, first), (2, second)):
+        model.zero_grad()
+        set_trainable(model, stage)
+        Objective(stage, model.interaction, margin=2.0)(model, batch, 0)[0].backward()
+        moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        # A constant added to all keys changes no softmax.
+        rest = {"interaction.readout.key.bias", "triplet_encoder.null"}
+        assert moved - rest == names - rest
 
 
 @torch.no_grad()

@@ -54,8 +54,7 @@ def test_positives_are_the_images_captions():
     assert i2t.of(torch.tensor([[0, 1], [3, 4], [4, 0]])).tolist() == [[False, True], [True, False], [True, True]]
 
 
-@pytest.mark.parametrize("k", [1, 5, 20])
-@pytest.mark.parametrize("chunk", [1, 200, 1 << 22])
+@pytest.mark.parametrize(("k", "chunk"), [(1, 1), (5, 1 << 22), (20, 200)])
 def test_first_stage_is_the_full_sort(gallery, k, chunk, monkeypatch):
     monkeypatch.setattr(first_stage_module, "CHUNK_SCORES", chunk)
     for query, items, positives in directions(gallery):
@@ -132,8 +131,7 @@ def test_image_without_caption_is_a_gallery_item_but_no_query():
         i2t_positives(caption_image, 4)
 
 
-@pytest.mark.parametrize("fusion_weight", [0.0, 0.7])
-@pytest.mark.parametrize("levels", [2, 1000])
+@pytest.mark.parametrize(("fusion_weight", "levels"), [(0.0, 2), (0.7, 1000)])
 def test_rerank_is_a_full_sort_of_the_candidates(gallery, fusion_weight, levels):
     for query, items, positives in directions(gallery):
         first = first_stage(query, items, positives, 10)
@@ -210,8 +208,9 @@ def candidates():
     return torch.stack([torch.randperm(30, generator=generator)[:7] for _ in range(11)])
 
 
-@pytest.mark.parametrize("group_by", ["query", "candidate"])
-@pytest.mark.parametrize("batch_size", [1, 10, 77, 1000])
+@pytest.mark.parametrize(
+    ("group_by", "batch_size"), [("query", 1), ("candidate", 10), ("query", 77), ("candidate", 1000)]
+)
 def test_pairs_come_in_full_grouped_batches(candidates, group_by, batch_size):
     calls, ticks = [], []
 
@@ -229,8 +228,7 @@ def test_pairs_come_in_full_grouped_batches(candidates, group_by, batch_size):
     assert ticks == [(min(n * batch_size, 77), 77) for n in range(1, len(calls) + 1)]
 
 
-@pytest.mark.parametrize("group_by", ["query", "candidate"])
-@pytest.mark.parametrize("world", [1, 2, 3, 80])
+@pytest.mark.parametrize(("group_by", "world"), [("query", 3), ("candidate", 2), ("query", 80)])
 def test_shards_sum_to_the_whole(candidates, group_by, world):
     whole = score_candidates(candidates, pair_score, 10, group_by)
     parts = [score_candidates(candidates, pair_score, 10, group_by, shard=(rank, world)) for rank in range(world)]

@@ -50,11 +50,10 @@ def by_hand(model, preprocess, root, top_k, fusion_weight=0.0):
 
 
 @pytest.mark.parametrize(
-    "prompt",
-    [{}, {"knowledge": "none"}, {"interaction": "readout", "enrich": True}],
+    ("prompt", "fusion_weight"),
+    [({}, 2.0), ({"knowledge": "none"}, 0.0), ({"interaction": "readout", "enrich": True}, 0.0)],
     ids=["aim", "control", "readout"],
 )
-@pytest.mark.parametrize("fusion_weight", [0.0, 2.0])
 def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, fusion_weight):
     model, preprocess = make_far_model(clip_folder, **prompt)
     if prompt.get("interaction") == "readout":

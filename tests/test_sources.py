@@ -248,19 +248,19 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_captions_as_people_have_them(tmp_path, name, encoding):
+def test_captions_as_people_have_them(tmp_path, name):
     """Separators, names of columns and Excel's habits; each also as Excel's "Unicode text", which is UTF-16."""
     file, text, note = FILES[name]
     path = tmp_path / file
-    path.write_bytes(text.encode(encoding))
-    source = load_captions(path)
-    assert flat(source.images) == [
-        ("a.jpg", "train", ["A man, running", "A dog"]),
-        ("s/b.jpg", "train", [_HATS]),
-    ]
-    assert [caption.id for caption in source.images[0].captions] == [0, 2] and source.skipped == []
-    assert note in " ".join(source.notes) and len(source.notes) == bool(note)
+    for encoding in ("utf-8", "utf-16"):
+        path.write_bytes(text.encode(encoding))
+        source = load_captions(path)
+        assert flat(source.images) == [
+            ("a.jpg", "train", ["A man, running", "A dog"]),
+            ("s/b.jpg", "train", [_HATS]),
+        ], encoding
+        assert [caption.id for caption in source.images[0].captions] == [0, 2] and source.skipped == []
+        assert note in " ".join(source.notes) and len(source.notes) == bool(note)
 
 
 @pytest.mark.parametrize("ends", ["\r", "\r\n"])

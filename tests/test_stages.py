@@ -58,8 +58,7 @@ def test_set_trainable_goes_back_and_forth():
         assert {id(p) for p in chosen} == {id(model.get_parameter(name)) for name in names}
 
 
-@pytest.mark.parametrize("conditioning", ["control", "paired", "contrastive"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "conditioning"), [(1, "control"), (2, "control"), (1, "paired"), (2, "contrastive")])
 def test_one_step_moves_exactly_the_stages_parameters(stage, conditioning, batch):
     model = make_aim(trained=True, **(CONTROL if conditioning == "control" else {})).train()
     set_trainable(model, stage)
@@ -96,8 +95,7 @@ def cosine_of(model, batch, image, caption):
     return similarity(feature, batch.text[caption : caption + 1]).item()
 
 
-@pytest.mark.parametrize("conditioning", ["control", "paired"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "conditioning"), [(2, "control"), (1, "paired"), (2, "paired")])
 @torch.no_grad()
 def test_one_feature_an_image_is_scored_against_all_texts(stage, conditioning, batch):
     model = make_aim(trained=True, **(CONTROL if conditioning == "control" else {}))
@@ -129,8 +127,7 @@ def test_knowledge_dropout_leaves_out_its_share_of_the_triplets(batch):
     assert loss(1 - 1e-12) != pytest.approx(loss(0.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["images", "early tokens"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "cached"), [(1, False), (2, True)], ids=["images", "early tokens"])
 @torch.no_grad()
 def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage, cached, batch):
     """Every pair encoded by itself, the weighted sums written out."""
@@ -161,8 +158,7 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
     assert loss.item() == pytest.approx(total, rel=1e-3)
 
 
-@pytest.mark.parametrize("negatives", [1, 3], ids=["only rows needed", "all rows"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "negatives"), [(1, 1), (2, 3)], ids=["only rows needed", "all rows"])
 @torch.no_grad()
 def test_four_ranks_of_one_make_the_loss_of_one_rank_of_four(stage, negatives, batch, monkeypatch):
     """Without processes: gathering is looked up."""

@@ -113,15 +113,14 @@ def test_batches_hold_the_shards_content(world, tokenizer, keep):
     assert captions_seen > 20 and (kinds_seen > 0) == ("attribute" in keep)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("images", ["pixels of Pillow", "crops", "stored tokens"])
-def test_the_number_of_workers_changes_nothing(world, workers, images):
+def test_the_number_of_workers_changes_nothing(world, images):
     model, train_transform, preprocess, split, *_ = world
     given = {"preprocess": train_transform if images == "crops" else None}
     if images == "stored tokens":
         given["frozen"] = compute_frozen_features(split, model, preprocess, batch_size=8, workers=0)
     order, alone = loader_of(world, **given)
-    other_order, loader = loader_of(world, workers, **given)
+    other_order, loader = loader_of(world, 2, **given)
     assert (loader.collate_fn.shared is None) == (images == "pixels of Pillow")
     for epoch in (0, 3):
         order.set_position(epoch * order.steps)

@@ -110,8 +110,7 @@ def test_a_segment_of_another_width_is_refused_by_name(store, tmp_path):
         TextFeatureStore(tmp_path, "0123456789abcdef0123", dim=7)
 
 
-@pytest.mark.parametrize("file", ["keys.npy", "features.npy"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize(("file", "damage"), [("keys.npy", "gone"), ("features.npy", "cut")])
 def test_a_damaged_segment_is_refused_by_name(store, tmp_path, file, damage):
     store.add(TEXTS, features_of(TEXTS))
     path = next(store.folder.glob("segment-*")) / file
