@@ -35,7 +35,7 @@ def write_captions(folder: Path, photos: int) -> None:
     subprocess.run(
         [sys.executable, ROOT / "tools/scenes/make_scenes.py", "--out", made, *sizes], check=True, capture_output=True
     )
-    (made / "images").rename(folder / "photos")
+    (made / "images").rename(folder / "my_photos")
     with open(folder / "captions.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
@@ -45,13 +45,13 @@ def write_captions(folder: Path, photos: int) -> None:
 
 def real_captions(flickr8k: Path, folder: Path, photos: int) -> None:
     """Photos of Flickr8k in the same form."""
-    (folder / "photos").mkdir()
+    (folder / "my_photos").mkdir()
     with open(folder / "captions.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
         for image in json.loads((flickr8k / "dataset_flickr8k.json").read_text())["images"][:photos]:
             source = next(flickr8k.rglob(image["filename"]))
-            (folder / "photos" / image["filename"]).write_bytes(source.read_bytes())
+            (folder / "my_photos" / image["filename"]).write_bytes(source.read_bytes())
             writer.writerows((image["filename"], sentence["raw"]) for sentence in image["sentences"])
 
 

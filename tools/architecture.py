@@ -7,8 +7,6 @@ from amp.errors import exit_on_error
 
 with exit_on_error():
     from jsonargparse import auto_cli
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
     from amp.command_line import CommandLine
 
@@ -67,6 +65,9 @@ def draw(out: str = "docs/architecture.png") -> None:
     Args:
         out: PNG file.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
     figure = Figure(figsize=(17, 8.6), dpi=90)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-1.6, 19.1), ylim=(-6.4, 5.9))

@@ -13,8 +13,6 @@ with exit_on_error():
 
     import scenes
     from jsonargparse import auto_cli
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
     from amp.command_line import CommandLine
 
@@ -41,6 +39,8 @@ class Canvas:
     """The axes, in units of which ten are an inch."""
 
     def __init__(self) -> None:
+        from matplotlib.figure import Figure
+
         self.figure = Figure(figsize=(WIDTH / 10, HEIGHT / 10), dpi=110, facecolor="none")
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
@@ -50,6 +50,8 @@ class Canvas:
         self, x: float, y: float, width: float, height: float, text: str = "", colour: str = "white", **style
     ) -> None:
         """A rounded box with its lower left corner at (x, y) and a text in its middle."""
+        from matplotlib.patches import FancyBboxPatch
+
         shape = {"boxstyle": "round,pad=0,rounding_size=1", "edgecolor": LINE, "linewidth": 1, **style}
         self.axes.add_patch(FancyBboxPatch((x, y), width, height, facecolor=colour, **shape))
         self.text(x + width / 2, y + height / 2, text, ha="center")
@@ -59,6 +61,8 @@ class Canvas:
 
     def arrow(self, *points: tuple[float, float], colour: str = LINE) -> None:
         """A line through the points, with a head at the last one."""
+        from matplotlib.patches import FancyArrowPatch
+
         *start, before, end = points
         bends = [*start, before]
         if len(bends) > 1:
@@ -68,6 +72,8 @@ class Canvas:
 
     def picture(self, scene: int, x: float, y: float, side: float, patches: int = 0) -> None:
         """A test scene, with a grid of patches and a green frame around the right one."""
+        from matplotlib.patches import Rectangle
+
         drawn = scenes.draw(scenes.make_scene(0, "test", scene), 288)
         self.axes.imshow(drawn, extent=(x, x + side, y, y + side), aspect="auto", interpolation="antialiased", zorder=2)
         for line in range(1, patches):
