@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 import warnings
 from contextlib import contextmanager
@@ -116,6 +117,8 @@ def training_plot(runs: dict[str, Path]) -> str | None:
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # A resumed run repeats the steps after its checkpoint. TensorBoard drops the older ones, and warns about it.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     found: dict[str, list[tuple[int, float]]] = {}
     for place in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
         log = EventAccumulator(str(place)).Reload()
