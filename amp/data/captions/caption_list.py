@@ -27,7 +27,9 @@ def list_source(content: list[Any], path: Path, splits: SplitNames) -> CaptionSo
 def _rows(path: Path, entries: list[Any], notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise AmpError(f"{path} [{number}]: {shorten(entry)}; expected an object with image and caption; correct it")
+            raise AmpError(
+                f"{path} [{number}]: {shorten(entry)}; expected an object with image and caption; correct it"
+            )
         names = tuple(entry)
         try:
             columns = find_columns(names, "key")

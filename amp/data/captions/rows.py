@@ -49,9 +49,7 @@ def read_rows(
     for line, row in rows:
         where = f"{path} {place.format(line)}"
         file = cell(row["image"], f"{where}: 'image'")
-        given = row["caption"]
-        values = {f"'caption'[{i}]": v for i, v in enumerate(given)} if isinstance(given, list) else {"'caption'": given}
-        texts = {name: cell(value, f"{where}: {name}") for name, value in values.items()}
+        texts = _texts(row["caption"], where)
         for text in texts.values():
             if _LIST.fullmatch(text):
                 raise AmpError(
@@ -77,8 +75,8 @@ def read_rows(
             )
         if "image_id" in row and image.id != image_id:
             raise AmpError(
-                f"{where}: 'image_id' is {shorten(image_id)}, but {place.format(first)} has {shorten(image.id)} for the "
-                "same image; expected one per image; correct one of them"
+                f"{where}: 'image_id' is {shorten(image_id)}, but {place.format(first)} has {shorten(image.id)} for "
+                "the same image; expected one per image; correct one of them"
             )
         for caption_id, (name, text) in zip(numbers, texts.items(), strict=True):
             if text:
@@ -86,6 +84,14 @@ def read_rows(
             else:
                 skipped.append(Skip("empty_caption", file, f"{where}: {name} is empty", split, captions=1))
     return CaptionSource(list(images.values()), skipped, notes if notes is not None else [])
+
+
+def _texts(caption: Any, where: str) -> dict[str, str]:
+    """The texts of a row's caption or list of captions, by their names in messages."""
+    named = {"'caption'": caption}
+    if isinstance(caption, list):
+        named = {f"'caption'[{i}]": value for i, value in enumerate(caption)}
+    return {name: cell(value, f"{where}: {name}") for name, value in named.items()}
 
 
 _LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)

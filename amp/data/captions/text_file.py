@@ -1,4 +1,7 @@
-"""Reads text and JSONL files in several encodings, also compressed with gzip. Error messages name the type of files that aren't text."""
+"""Reads text and JSONL files in several encodings, also compressed with gzip.
+
+Error messages name the type of files that aren't text.
+"""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def make_relative(source: CaptionSource, root: Path, captions: str) -> None:
         file = names.find(image.path)
         if file is None:
             raise AmpError(
-                f"{captions}: image file {shorten(image.path)} is not allowed; expected a path inside the images folder "
-                f"{root}; correct the path or --images"
+                f"{captions}: image file {shorten(image.path)} is not allowed; expected a path inside the images "
+                f"folder {root}; correct the path or --images"
             )
         if image.id == image.path:
             image.id = file
@@ -39,8 +39,8 @@ def make_relative(source: CaptionSource, root: Path, captions: str) -> None:
         if first is not image:
             if first.split != image.split:
                 raise AmpError(
-                    f"{captions}: image file {shorten(file)} is in the splits {first.split!r} and {image.split!r}, once "
-                    "with an absolute path; expected one split per image; correct one of them"
+                    f"{captions}: image file {shorten(file)} is in the splits {first.split!r} and {image.split!r}; "
+                    "expected one split per image; correct its absolute or its relative path's row"
                 )
             first.captions += image.captions
     source.images = list(kept.values())

@@ -54,8 +54,8 @@ def make_shards(
     """Converts a captions file and a folder of photos into shards.
 
     Args:
-        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file; it may be
-            compressed with gzip.
+        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file. It may
+            be compressed with gzip.
         images: Folder that the paths of the image files are relative to. Absolute paths must lead into it.
         out: Folder for the shards and manifest.json; created if it doesn't exist.
         knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
