@@ -48,7 +48,8 @@ def attach_knowledge(
     Args:
         images: The images with their captions.
         path: The knowledge file.
-        images_root: The images folder. If given, absolute paths in the knowledge file are made relative to it.
+        images_root: The images folder. Absolute paths in the knowledge file are made relative to it. Without it, the
+            absolute path of a record with `sentid` only has to end with the path of the image.
 
     Raises:
         AmpError: A line, its triplets or its states are malformed, two records of one caption differ, a record
@@ -140,6 +141,9 @@ class _Captions:
                 return []
             image, caption = known
             expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
+            if self._names is None and given.get("image", "").startswith("/"):
+                ends = (name for name in expected["image"] if given["image"].endswith(f"/{name}"))
+                given["image"] = next(ends, given["image"])
             for key, value in given.items():
                 if value not in expected[key]:
                     raise AmpError(

@@ -21,6 +21,8 @@ ALIASES = {
 }
 """Other accepted column names. Case, spaces, "_" and "-" are ignored."""
 
+_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
+
 
 def read_rows(
     path: Path,
@@ -92,9 +94,6 @@ def _texts(caption: Any, where: str) -> dict[str, str]:
     if isinstance(caption, list):
         named = {f"'caption'[{i}]": value for i, value in enumerate(caption)}
     return {name: cell(value, f"{where}: {name}") for name, value in named.items()}
-
-
-_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
 
 @lru_cache(maxsize=1024)
