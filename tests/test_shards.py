@@ -1101,5 +1101,5 @@ def test_absolute_paths_give_the_shards_of_relative_paths(data):
     manifest = data.make(knowledge=str(data.root / "knowledge"))
     assert manifest.captions_without_knowledge == {"train": 0}
     data.rows[0]["image"] = "/elsewhere/0.jpg"
-    with pytest.raises(AmpError, match=f"captions.jsonl: image file '/elsewhere/0.jpg' .* folder {data.images}; correct"):
+    with pytest.raises(AmpError, match=f"captions.jsonl: image file '/elsewhere/0.jpg' .* folder {data.images}; "):
         data.make()

@@ -576,7 +576,7 @@ def test_lists_of_captions(tmp_path):
         {"image": "a.jpg", "caption": ["A man", "", "A dog"], "image_id": "coco_1", "split": "dev"},
         {"image": "b.jpg", "caption": []},
         {"image": "", "caption": ["x", "y"]},
-        {"image": "a.jpg", "caption": "A cat", "image_id": "coco_1", "split": "dev"},
+        {"image": "a.jpg", "caption": "A cat", "image_id": None, "split": "dev"},
     ]
     captions = [Caption(0, "A man"), Caption(2, "A dog"), Caption(5, "A cat")]
     for path, image_id in ((write_json(tmp_path, rows), "coco_1"), (write_jsonl(tmp_path, rows), "a.jpg")):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from amp.data.captions.base import CaptionSource
+from amp.data.captions.base import CaptionSource, is_empty
 from amp.data.captions.json_file import parse_file
 from amp.data.captions.rows import find_columns, read_rows, renamed_columns
 from amp.data.captions.splits import SplitNames
@@ -38,4 +38,6 @@ def _rows(path: Path, entries: list[Any], notes: list[str]) -> Iterator[tuple[in
         if number == 0 and (renamed := renamed_columns(names, columns)):
             notes.append(f"{path}: {', '.join(renamed)}")
         row = {column: entry[names[i]] for column, i in columns.items()}
-        yield number, row | ({"image_id": entry["image_id"]} if "image_id" in entry else {})
+        if not is_empty(entry.get("image_id")):
+            row["image_id"] = entry["image_id"]
+        yield number, row
