@@ -686,14 +686,14 @@ def test_gzip_damaged(tmp_path, format):
 def test_gzip_with_an_invalid_block(tmp_path):
     path = tmp_path / "captions.csv.gz"
     path.write_bytes(gzip.compress(b"image,caption\n")[:10] + b"\xff" * 20)
-    with pytest.raises(AmpError, match="the gzip file is cut short or damaged .*invalid block type"):
+    with pytest.raises(AmpError, match=r"the gzip file is cut short or damaged .*invalid block type"):
         load_captions(path)
 
 
 def test_gzip_without_a_known_suffix_below(tmp_path):
     path = tmp_path / "c.dat.gz"
     path.write_bytes(gzip.compress(b"image,caption\na.jpg,A man\n"))
-    with pytest.raises(AmpError, match="suffix '.dat' belongs to no format"):
+    with pytest.raises(AmpError, match=r"suffix '.dat' belongs to no format"):
         load_captions(path)
     assert flat(load_captions(path, "csv").images) == [("a.jpg", "train", ["A man"])]
 
@@ -762,7 +762,7 @@ def test_an_absolute_and_a_relative_path_are_one_image(tmp_path):
     source = relative(tmp_path, *rows, skipped=[gap])
     assert flat(source.images) == [("a.jpg", "train", ["A", "C"]), ("b.jpg", "train", ["B"])]
     assert source.skipped == [Skip("empty_caption", "c.jpg", "", "train", 1)]
-    with pytest.raises(AmpError, match="image file 'a.jpg' is in the splits 'train' and 'val'"):
+    with pytest.raises(AmpError, match=r"image file 'a.jpg' is in the splits 'train' and 'val'"):
         relative(tmp_path, (f"{photos}/a.jpg", "A", "train"), ("a.jpg", "C", "val"))
 
 
@@ -854,7 +854,7 @@ def test_knowledge_with_absolute_paths_where_the_folder_is_unknown(tmp_path, ima
     """As for shards, whose knowledge is replaced."""
     record = {"sentid": 20, "image": "/photos/s/2.jpg", **TRIPLETS}
     assert attach(tmp_path, images, record).attached == 1
-    with pytest.raises(AmpError, match="'image' is '/photos/s/12.jpg'; expected '2.jpg', which sentid 20 has"):
+    with pytest.raises(AmpError, match=r"'image' is '/photos/s/12.jpg'; expected '2.jpg', which sentid 20 has"):
         attach(tmp_path, images, {**record, "image": "/photos/s/12.jpg"})
 
 
