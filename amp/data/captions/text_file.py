@@ -113,7 +113,7 @@ def inner_suffix(path: Path) -> str:
 
 
 @contextmanager
-def _open_plain(path: Path) -> Iterator[io.BufferedReader]:
+def _open_plain(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """Opens a file for reading. A gzip file, by its first bytes, is unpacked while it is read."""
     with open(path, "rb") as file:
         if file.peek()[:2] != _GZIP:  # peek leaves the bytes in place; seeking back is impossible in a pipe
