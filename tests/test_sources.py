@@ -781,6 +781,9 @@ def test_absolute_paths_through_links_and_in_decomposed_unicode(tmp_path):
     for folder in ("photos", "real", "other"):
         source = relative(tmp_path, (tmp_path / folder / "Zürich" / "a.jpg", "A", "train"))
         assert flat(source.images) == [("Zürich/a.jpg", "train", ["A"])], folder
+    (tmp_path / "photos" / "out").symlink_to(tmp_path)
+    source = relative(tmp_path, (tmp_path / "photos" / "out" / "a.jpg", "A", "train"))
+    assert source.images[0].path == "out/a.jpg"
     decomposed = unicodedata.normalize("NFD", f"{tmp_path}/real/Zürich/a.jpg")
     source = CaptionSource([CaptionedImage(decomposed, decomposed, decomposed, "train")], [])
     make_relative(source, tmp_path / "real" / "Zürich", "c.csv")
