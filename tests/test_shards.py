@@ -1075,3 +1075,31 @@ def test_texts_longer_than_clip_reads_are_counted(data):
     data.knowledge = data.knowledge[1:]
     data.knowledge[0]["states"] = [short]
     assert "longer than" not in told(data)[1]
+
+
+def test_absolute_paths_give_the_shards_of_relative_paths(data):
+    """Also with knowledge and a list of excluded images that were made from the file with absolute paths."""
+    for n in range(3):
+        data.add(f"s/{n}.jpg")
+        data.know(f"s/{n}.jpg", "A man runs", "Legs apart")
+    excluded = data.root / "excluded.txt"
+    excluded.write_text("s/2.jpg\n")
+    data.make(exclude_images=str(excluded))
+    expected = [digest for _, digest in data.tars().values()]
+    for row in (*data.rows, *data.knowledge):
+        row["image"] = f"{data.images}/{row['image']}"
+    excluded.write_text(f"{data.images}/s/2.jpg\n")
+    data.out = data.root / "absolute"
+    manifest = data.make(exclude_images=str(excluded))
+    assert [digest for _, digest in data.tars().values()] == expected
+    assert sorted(record["filename"] for _, record in everything(manifest, "train").values()) == ["s/0.jpg", "s/1.jpg"]
+    generated = run_here(
+        "tools/generate_knowledge.py", "--captions", data.root / "captions.jsonl", "--out", data.root / "knowledge"
+    )
+    assert generated.returncode == 0, generated.stderr
+    data.knowledge, data.out = [], data.root / "generated"
+    manifest = data.make(knowledge=str(data.root / "knowledge"))
+    assert manifest.captions_without_knowledge == {"train": 0}
+    data.rows[0]["image"] = "/elsewhere/0.jpg"
+    with pytest.raises(AmpError, match=f"captions.jsonl: image file '/elsewhere/0.jpg' .* folder {data.images}; "):
+        data.make()

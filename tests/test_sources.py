@@ -1,14 +1,17 @@
 """Captions and knowledge files: every format reads to the same, and a malformed line is named."""
 
 import csv
+import gzip
 import json
+import unicodedata
 
 import pytest
-from support.repository import SHARED
+from support.repository import SHARED, shared_folder
 
-from amp.data.captions.base import SKIP_KINDS, CaptionedImage
+from amp.data.captions.base import SKIP_KINDS, Caption, CaptionedImage, CaptionSource, Skip
 from amp.data.captions.knowledge_file import attach_knowledge
 from amp.data.captions.load import load_captions
+from amp.data.conversion.absolute_paths import make_relative
 from amp.data.conversion.selection import load_image_list
 from amp.errors import AmpError
 
@@ -108,11 +111,10 @@ def test_karpathy_gaps_are_counted_and_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([], "expected a JSON object"),
-        ([{"image": "a.jpg", "caption": ["A", "B"]}], "a list of objects with the keys 'image, caption'.*JSONL"),
-        ({"image": []}, "key 'images' is missing; expected a list; keys seen: 'image'"),
+        ([], "no image with a caption"),
+        (3, r": 3; expected a Karpathy file .*, COCO's annotations .* or a list .*'caption'}, ...\]\); check"),
+        ({"image": []}, "an object with the keys 'image'; expected a Karpathy file"),
         ({"images": {}}, "'images' is {}; expected a list"),
-        ({"images": [], "annotations": []}, "COCO's own annotation file"),
         ({"images": ["a.jpg"]}, r"images\[0\]: 'a.jpg'; expected an object"),
         (
             {"images": [{"file_name": "a.jpg"}]},
@@ -216,6 +218,7 @@ _TABLE = [("a.jpg", "A man, running"), ("s/b.jpg", _HATS), ("a.jpg", "A dog")]
 _COMMAS = f'a.jpg,"A man, running"\ns/b.jpg,{_HATS}\na.jpg,A dog\n'
 _SEMICOLONS = f'image;caption\na.jpg;A man, running\ns/b.jpg;"{_HATS}"\na.jpg;A dog\n'
 _TABS = f"a.jpg\tA man, running\ns/b.jpg\t{_HATS}\na.jpg\tA dog\n"
+_TOKENS = f"a.jpg#4\tA man, running\ns/b.jpg#0\t{_HATS}\n\na.jpg#1\tA dog\n"
 FILES = {
     "semicolons": ("c.csv", _SEMICOLONS, "columns separated by semicolons"),
     "Excel's first line": ("c.csv", "sep=;\n" + _SEMICOLONS, "columns separated by semicolons"),
@@ -239,6 +242,29 @@ FILES = {
         "path,text,image,caption\nx,y," + _COMMAS[:-1].replace("\n", "\nx,y,"),
         "not read: path, text",
     ),
+    "Hugging Face's image folder": (
+        "metadata.csv",
+        "file_name,text\n" + _COMMAS,
+        "image from 'file_name', caption from 'text'",
+    ),
+    "Hugging Face's image folder in JSONL": (
+        "metadata.jsonl",
+        "".join(json.dumps({"file_name": image, "text": text}) + "\n" for image, text in _TABLE),
+        "image from 'file_name', caption from 'text'",
+    ),
+    "Flickr's tokens": ("Flickr8k.token", _TOKENS, ""),
+    "Flickr's tokens in a txt": ("Flickr8k.token.txt", "\n" + _TOKENS, ""),
+    "a list": ("c.json", json.dumps([{"image": image, "caption": text} for image, text in _TABLE]), ""),
+    "a list with other names": (
+        "c.json",
+        json.dumps([{"file_name": image, "captions": [text]} for image, text in _TABLE]),
+        "image from 'file_name', caption from 'captions'",
+    ),
+    "lists of captions": (
+        "c.jsonl",
+        "".join(json.dumps({"image": image, "captions": [text]}) + "\n" for image, text in _TABLE),
+        "caption from 'captions'",
+    ),
     "JSON's other names": (
         "c.jsonl",
         "".join(json.dumps({"file_name": image, "text": text}) + "\n" for image, text in _TABLE),
@@ -252,8 +278,8 @@ def test_captions_as_people_have_them(tmp_path, name):
     """Separators, names of columns and Excel's habits; each also as Excel's "Unicode text", which is UTF-16."""
     file, text, note = FILES[name]
     path = tmp_path / file
-    for encoding in ("utf-8", "utf-16"):
-        path.write_bytes(text.encode(encoding))
+    for encoding, pack in (("utf-8", bytes), ("utf-16", bytes), ("utf-8", gzip.compress), ("utf-16", gzip.compress)):
+        path.write_bytes(pack(text.encode(encoding)))
         source = load_captions(path)
         assert flat(source.images) == [
             ("a.jpg", "train", ["A man, running", "A dog"]),
@@ -357,7 +383,7 @@ def test_paths_are_normalised_so_that_one_file_is_one_image(tmp_path):
         ("image\n", "the header has one column; column 'caption' is missing"),
         ("a.jpg,A man\nb.jpg,A dog\n", "names an image, so the header is missing; .*such as image,caption"),
         ("a.jpg\tA man\n", "names an image, so the header is missing"),
-        ("a.jpg#0\tA man\na.jpg#1\tA dog\n", "Flickr's token file"),
+        ("a.jpg#0\tA man\na.jpg#1\tA dog\n", "line 1: .*Flickr's token file.*give --format token"),
         ('{"image": "a.jpg", "caption": "A man"}\n', "is JSON, not a header; give --format jsonl"),
         ("image,caption,,\na.jpg,A man, running,\n", "line 2: 4 fields.*quotes around a caption"),
         ("image,caption,,split\na.jpg,A man, running,train\n", "line 2: 4 fields.*quotes around a caption"),
@@ -395,11 +421,10 @@ def test_csv_lines_are_counted_through_quoted_line_breaks(tmp_path):
         ('{"image": "b.jpg", "caption": "cut', r"line 3: not valid JSON \(.*\); line seen: .*cut"),
         ('["b.jpg", "A dog"]', "line 3: .*expected a JSON object"),
         ('{"image": "b.jpg"}', "line 3: key 'caption' is missing; keys seen: 'image'"),
-        ('{"image": "b.jpg", "caption": ["A dog"]}', r"line 3: 'caption' is \['A dog'\].*write one object per caption"),
-        (
-            '{"image": "b.jpg", "captions": ["A", "B"]}',
-            "line 3: .*'captions' holds a list; write one object per caption",
-        ),
+        ('{"image": "b.jpg", "caption": ["A dog", 3]}', r"line 3: 'caption'\[1\] is 3; expected a string"),
+        ('{"image": "b.jpg", "captions": [["A dog"]]}', r"line 3: 'caption'\[0\] is \['A dog'\]; expected a string"),
+        ('{"image": "b.jpg", "caption": {"en": "A"}}', "line 3: 'caption' is {'en': 'A'}; expected a string"),
+        ('{"image": ["b.jpg"], "caption": "A"}', r"line 3: 'image' is \['b.jpg'\]; expected a string"),
         ('{"image": "b.jpg", "text": "A", "title": "B"}', "line 3: the keys 'text' and 'title' could each hold"),
         ('{"image": "b.jpg", "caption": "A dog", "split": ["val"]}', r"line 3: 'split' is \['val'\]"),
         ('{"image": 3, "caption": "A dog"}', "line 3: 'image' is 3; expected a string"),
@@ -414,13 +439,13 @@ def test_jsonl_malformed(tmp_path, line, words):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "s/../../a.jpg", "s\\..\\a.jpg", "a\0.jpg", "."])
+@pytest.mark.parametrize("name", ["/", "/p/../a.jpg", "../a.jpg", "s/../../a.jpg", "s\\..\\a.jpg", "a\0.jpg", "."])
 def test_images_outside_the_folder_are_refused(tmp_path, name):
     with pytest.raises(AmpError, match=r"line 1: image file .* is not allowed"):
         load_captions(write_jsonl(tmp_path, [{"image": name, "caption": "A man"}]))
     with pytest.raises(AmpError, match=r"images\[0\]: image file .* is not allowed"):
         load_captions(write_karpathy(tmp_path, karpathy_image(filename=name)))
-    if name != ".":
+    if name not in (".", "/"):
         with pytest.raises(AmpError, match=r"images\[0\]: image file .* is not allowed"):
             load_captions(write_karpathy(tmp_path, karpathy_image(filepath=name)))
 
@@ -452,7 +477,7 @@ FOREIGN_FILES = {
     "a ZIP archive or a spreadsheet": b"PK\x03\x04\x14\0",
     "an old Excel file": b"\xd0\xcf\x11\xe0\xa1\xb1",
     "a Parquet file": b"PAR1\x15\x04",
-    "compressed with gzip": b"\x1f\x8b\x08\0",
+    "compressed with gzip twice": gzip.compress(gzip.compress(b"image,caption\na.jpg,A man\n")),
     "a tar archive": b"a.jpg".ljust(257, b"\0") + b"ustar\x0000",
     "a web page": b"<!DOCTYPE html><html>404</html>",
 }
@@ -466,6 +491,303 @@ def test_files_that_are_no_captions_file_are_named_for_what_they_are(tmp_path, w
         path.write_bytes(FOREIGN_FILES[what])
         with pytest.raises(AmpError, match=f"{path}: this is {what}.*expected a"):
             load_captions(path)
+
+
+# COCO's annotations, lists, token files
+
+
+def coco(*captions, images=((7, "a.jpg"), (9, "b.jpg"))):
+    annotations = [{"id": 100 + i, "image_id": image, "caption": text} for i, (image, text) in enumerate(captions)]
+    return {"images": [{"id": number, "file_name": name} for number, name in images], "annotations": annotations}
+
+
+def write_json(folder, content, name="captions.json"):
+    path = folder / name
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("captions_train2017.json", "train"),
+        ("captions_val2017.json", "val"),
+        ("Test.json", "test"),
+        ("captions.json", "fold"),
+        ("trainval.json", "fold"),
+        ("train_val.json", "fold"),
+    ],
+)
+def test_coco_annotations(tmp_path, name, split):
+    path = write_json(tmp_path, coco((9, "A dog"), (7, " A man "), (9, "Two dogs")), name)
+    source = load_captions(path, default_split="fold")
+    assert source.images == [
+        CaptionedImage("a.jpg", "a.jpg", 7, split, [Caption(101, "A man")]),
+        CaptionedImage("b.jpg", "b.jpg", 9, split, [Caption(100, "A dog"), Caption(102, "Two dogs")]),
+    ]
+    assert source.skipped == [] and source.notes == [f"{path}: COCO's annotations, all in split {split!r}"]
+
+
+def test_coco_gaps_are_counted_and_left_out(tmp_path):
+    names = ((1, "a.jpg"), (2, "b.jpg"), (3, ""), (4, "./a.jpg"), (5, "c.jpg"))
+    captions = ((1, "kept"), (1, " "), (8, "no image"), (3, "x"), (3, "y"), (4, "z"), (5, None))
+    path = write_json(tmp_path, coco(*captions, images=names), "val.json")
+    source = load_captions(path)
+    assert flat(source.images) == [("a.jpg", "val", ["kept"])]
+    assert source.skipped == [
+        Skip("empty_caption", "a.jpg", f"{path}: annotations[1]: 'caption' is empty", "val", 1),
+        Skip("caption_without_image", "", f"{path}: annotations[2]: 'image_id' is 8, which no image has", "val", 1),
+        Skip("empty_caption", "c.jpg", f"{path}: annotations[6]: 'caption' is empty", "val", 1),
+        Skip("caption_without_image", "", f"{path}: images[2]: 'file_name' is empty", "val", 2),
+        Skip("duplicate_key", "a.jpg", f"{path}: images[3]: images[0] is the same file and was kept", "val", 1),
+        Skip("image_without_caption", "b.jpg", "it has no caption", "val"),
+        Skip("image_without_caption", "c.jpg", "it has no caption", "val"),
+    ]
+
+
+_SAME_ANNOTATION = coco((7, "A"))["annotations"] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"annotations": []}, "key 'images' is missing; expected a list; keys seen: 'annotations'"),
+        ({"images": [], "annotations": {}}, "'annotations' is {}; expected a list"),
+        (coco(images=[(7, "a.jpg"), (7, "b.jpg")]), r"images\[1\]: 'id' is 7, the same as in .*images\[0\]"),
+        (coco() | {"annotations": _SAME_ANNOTATION}, r"annotations\[1\]: 'id' is 100, the same as in .*tions\[0\]"),
+        (coco() | {"annotations": [{"id": 1, "image_id": 7, "bbox": []}]}, "'caption' is missing.*captions_val2017"),
+        (coco((7, 3)), r"annotations\[0\]: 'caption' is 3; expected a string"),
+        (coco((None, "A")), r"annotations\[0\]: 'image_id' is None"),
+        (coco(images=[(7, "../a.jpg")]), r"images\[0\]: image file '../a.jpg' is not allowed"),
+        (coco(images=[(7, 3)]), r"images\[0\]: 'file_name' is 3"),
+        (coco(), "no image with a caption"),
+    ],
+)
+def test_coco_malformed(tmp_path, content, words):
+    path = write_json(tmp_path, content)
+    with pytest.raises(AmpError, match=words) as error:
+        load_captions(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lists_of_captions(tmp_path):
+    """Captions are numbered over the whole file; empty ones count."""
+    rows = [
+        {"image": "a.jpg", "caption": ["A man", "", "A dog"], "image_id": "coco_1", "split": "dev"},
+        {"image": "b.jpg", "caption": []},
+        {"image": "", "caption": ["x", "y"]},
+        {"image": "a.jpg", "caption": "A cat", "image_id": None, "split": "dev"},
+    ]
+    captions = [Caption(0, "A man"), Caption(2, "A dog"), Caption(5, "A cat")]
+    for path, image_id in ((write_json(tmp_path, rows), "coco_1"), (write_jsonl(tmp_path, rows), "a.jpg")):
+        source = load_captions(path)
+        assert source.images == [CaptionedImage("a.jpg", "a.jpg", image_id, "val", captions)]
+        assert [(skip.kind, skip.file, skip.captions) for skip in source.skipped] == [
+            ("empty_caption", "a.jpg", 1),
+            ("caption_without_image", "", 2),
+            ("image_without_caption", "b.jpg", 0),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("b.jpg", r"\[1\]: 'b.jpg'; expected an object"),
+        ({"image": "b.jpg"}, r"\[1\]: key 'caption' is missing; keys seen: 'image'"),
+        ({"image": "b.jpg", "caption": ["A", 3]}, r"\[1\]: 'caption'\[1\] is 3; expected a string"),
+        ({"image": "b.jpg", "caption": '["A", "B"]'}, r"\[1\]: the caption is .*, a list; expected text"),
+        ({"image": "b.jpg", "caption": "A", "image_id": 1.5}, r"\[1\]: 'image_id' is 1.5"),
+        ({"image": "a.jpg", "caption": "A", "image_id": 4}, r"\[1\]: 'image_id' is 4, but \[0\] has 3"),
+        ({"image": "a.jpg", "caption": "A", "split": "test"}, r"\[1\]: 'split' is 'test', but \[0\] puts"),
+    ],
+)
+def test_list_malformed(tmp_path, entry, words):
+    path = write_json(tmp_path, [{"image": "a.jpg", "caption": "A man", "image_id": 3}, entry])
+    with pytest.raises(AmpError, match=words) as error:
+        load_captions(path)
+    assert str(path) in str(error.value)
+
+
+def test_the_option_forces_a_format_of_json(tmp_path):
+    """Such as Karpathy's for a file that also has the key of COCO's."""
+    both = write_json(tmp_path, {"images": [karpathy_image(1)], "annotations": []})
+    assert flat(load_captions(both, "karpathy").images) == [("1.jpg", "train", ["A man runs"])]
+    with pytest.raises(AmpError, match=r"images\[0\]: key 'id' is missing"):
+        load_captions(both)
+    listed = write_json(tmp_path, [{"image": "a.jpg", "caption": "A"}], "list.dat")
+    assert flat(load_captions(listed, "list").images) == [("a.jpg", "train", ["A"])]
+    annotated = write_json(tmp_path, coco((7, "A")), "coco.dat")
+    assert flat(load_captions(annotated, "coco").images) == [("a.jpg", "train", ["A"])]
+    for path, format in ((listed, "coco"), (listed, "karpathy"), (annotated, "list")):
+        with pytest.raises(AmpError, match=r"(a list of 1 values|keys 'images, annotations'); expected a Karpathy"):
+            load_captions(path, format)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("b.jpg\tA dog", r"line 3: 'b.jpg\\tA dog'; expected IMAGE#NUMBER, a tab"),
+        ("b.jpg#x\tA dog", "line 3: .*expected IMAGE#NUMBER"),
+        ("b.jpg#0 A dog", "line 3: .*expected IMAGE#NUMBER"),
+        ("#0\tA dog", "line 3: .*expected IMAGE#NUMBER"),
+        ("a.jpg#0\tA dog", "line 3: 'a.jpg#0' is also the start of line 1; expected each number"),
+        ("../b.jpg#0\tA dog", "line 3: image file '../b.jpg' is not allowed"),
+    ],
+)
+@pytest.mark.parametrize("name", ["c.token", "c.txt"])
+def test_token_file_malformed(tmp_path, name, line, words):
+    path = tmp_path / name
+    path.write_text(f"a.jpg#0\tA man\n\n{line}\n")
+    with pytest.raises(AmpError, match=words) as error:
+        load_captions(path)
+    assert str(path) in str(error.value)
+
+
+def test_token_file_with_tabs_and_signs_in_captions(tmp_path):
+    path = tmp_path / "c.token"
+    path.write_bytes(b"a#1.jpg#00\tPlayer #7\truns #2\t\r\na#1.jpg#01\t\r\n")
+    source = load_captions(path)
+    assert flat(source.images) == [("a#1.jpg", "train", ["Player #7\truns #2"])] and kinds(source) == ["empty_caption"]
+
+
+# Compressed files
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.csv.gz", "image,caption\na.jpg,A man\n"),
+        ("c.TSV.GZ", "image\tcaption\na.jpg\tA man\n"),
+        ("c.jsonl.gz", '{"image": "a.jpg", "caption": "A man"}\n'),
+        ("c.json.gz", '[{"image": "a.jpg", "caption": "A man"}]'),
+        ("c.token.gz", "a.jpg#0\tA man\n"),
+        ("c.txt.gz", "a.jpg#0\tA man\n"),
+        ("c.csv", "image,caption\na.jpg,A man\n"),
+    ],
+)
+def test_gzip(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()))
+    source = load_captions(path)
+    assert flat(source.images) == [("a.jpg", "train", ["A man"])] and source.notes == []
+
+
+@pytest.mark.parametrize("format", ["csv", "json"])
+def test_gzip_damaged(tmp_path, format):
+    path = tmp_path / "captions"
+    whole = gzip.compress(b"image,caption\n" + b"".join(b"%d.jpg,%d dogs\n" % (n, n * n) for n in range(30_000)))
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:4], whole[:-8] + b"12345678", whole + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(AmpError, match=f"{path}: the gzip file is cut short or damaged") as error:
+            load_captions(path, format)
+        assert "\n" not in str(error.value)
+
+
+def test_gzip_with_an_invalid_block(tmp_path):
+    path = tmp_path / "captions.csv.gz"
+    path.write_bytes(gzip.compress(b"image,caption\n")[:10] + b"\xff" * 20)
+    with pytest.raises(AmpError, match=r"the gzip file is cut short or damaged .*invalid block type"):
+        load_captions(path)
+
+
+def test_gzip_without_a_known_suffix_below(tmp_path):
+    path = tmp_path / "c.dat.gz"
+    path.write_bytes(gzip.compress(b"image,caption\na.jpg,A man\n"))
+    with pytest.raises(AmpError, match=r"suffix '.dat' belongs to no format"):
+        load_captions(path)
+    assert flat(load_captions(path, "csv").images) == [("a.jpg", "train", ["A man"])]
+
+
+CASES = (
+    *("flickr8k_captions.txt", "open_clip.csv", "semicolon.csv", "tab.csv", "flickr30k_results.csv"),
+    *("captions_val2017.json", "list_of_captions.json", "list_of_captions.jsonl", "results_20130124.token"),
+)
+
+
+def test_files_of_the_same_photos_read_to_the_same():
+    folder = shared_folder("cases/captions", "capitals.csv")
+    with open(folder / "capitals.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = {name: [] for name in ("0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg")}
+    for row in rows:
+        expected[row["Image"]].append(row["Caption"].strip())
+    assert all(len(captions) == 5 for captions in expected.values())
+    for name in ("capitals.csv", *CASES):
+        source = load_captions(folder / name)
+        split = "val" if name == "captions_val2017.json" else "train"
+        assert flat(source.images) == [(image, split, captions) for image, captions in expected.items()], name
+        assert source.skipped == []
+    languages = load_captions(folder / "other_languages.csv").images
+    assert [image.path for image in languages] == list(expected)
+    assert languages[3].captions == [Caption(3, "一只狗在草地上奔跑")]
+
+
+# Absolute paths
+
+
+def relative(folder, *rows, skipped=()):
+    """What a conversion with `--images photos` makes of images, captions and splits."""
+    rows = [{"image": str(image), "caption": text, "split": split} for image, text, split in rows]
+    source = load_captions(write_jsonl(folder, rows))
+    source.skipped += skipped
+    make_relative(source, folder / "photos", "captions.jsonl")
+    return source
+
+
+def test_absolute_paths_inside_the_folder(tmp_path):
+    """Every reader keeps them. With the folder they become what a relative path is read as."""
+    photos = tmp_path / "photos"
+    name = f"{photos}/s/a.jpg"
+    (tmp_path / "c.token").write_text(f"{name}#0\tA man\n")
+    (tmp_path / "c.csv").write_text(f"image,caption\n{name},A man\n")
+    for path, image_id in (
+        (tmp_path / "c.token", "s/a.jpg"),
+        (tmp_path / "c.csv", "s/a.jpg"),
+        (write_jsonl(tmp_path, [{"image": name, "caption": "A man"}]), "s/a.jpg"),
+        (write_json(tmp_path, [{"image": name, "caption": "A man"}], "list.json"), "s/a.jpg"),
+        (write_json(tmp_path, coco((7, "A man"), images=[(7, name)]), "coco.json"), 7),
+        (write_karpathy(tmp_path, karpathy_image(1, captions=("A man",), filename=name)), 1),
+    ):
+        source = load_captions(path)
+        assert [image.path for image in source.images] == [name], path
+        make_relative(source, photos, str(path))
+        assert flat(source.images) == [("s/a.jpg", "train", ["A man"])]
+        assert (source.images[0].name, source.images[0].id) == ("s/a.jpg", image_id)
+
+
+def test_an_absolute_and_a_relative_path_are_one_image(tmp_path):
+    photos = tmp_path / "photos"
+    gap = Skip("empty_caption", f"{photos}/c.jpg", "", "train", 1)
+    rows = [(f"{photos}/a.jpg", "A", "train"), ("b.jpg", "B", "train"), ("a.jpg", "C", "train")]
+    source = relative(tmp_path, *rows, skipped=[gap])
+    assert flat(source.images) == [("a.jpg", "train", ["A", "C"]), ("b.jpg", "train", ["B"])]
+    assert source.skipped == [Skip("empty_caption", "c.jpg", "", "train", 1)]
+    with pytest.raises(AmpError, match=r"image file 'a.jpg' is in the splits 'train' and 'val'"):
+        relative(tmp_path, (f"{photos}/a.jpg", "A", "train"), ("a.jpg", "C", "val"))
+
+
+def test_absolute_paths_outside_the_folder_are_refused(tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("/etc/a.jpg", f"{photos}2/a.jpg", str(photos)):
+        with pytest.raises(AmpError, match=r"image file .* is not allowed; expected a path inside the im") as error:
+            relative(tmp_path, ("b.jpg", "B", "train"), (name, "A", "train"))
+        assert name[:60] in str(error.value) and f"folder {photos};" in str(error.value)
+
+
+def test_absolute_paths_through_links_and_in_decomposed_unicode(tmp_path):
+    (tmp_path / "real" / "Zürich").mkdir(parents=True)
+    (tmp_path / "photos").symlink_to(tmp_path / "real")
+    (tmp_path / "other").symlink_to(tmp_path / "real")
+    for folder in ("photos", "real", "other"):
+        source = relative(tmp_path, (tmp_path / folder / "Zürich" / "a.jpg", "A", "train"))
+        assert flat(source.images) == [("Zürich/a.jpg", "train", ["A"])], folder
+    (tmp_path / "photos" / "out").symlink_to(tmp_path)
+    source = relative(tmp_path, (tmp_path / "photos" / "out" / "a.jpg", "A", "train"))
+    assert source.images[0].path == "out/a.jpg"
+    decomposed = unicodedata.normalize("NFD", f"{tmp_path}/real/Zürich/a.jpg")
+    source = CaptionSource([CaptionedImage(decomposed, decomposed, decomposed, "train")], [])
+    make_relative(source, tmp_path / "real" / "Zürich", "c.csv")
+    assert source.images[0].path == "a.jpg"
 
 
 # Knowledge
@@ -517,6 +839,26 @@ def test_knowledge_names_a_caption_as_the_captions_file_spells_it(tmp_path, sent
     assert attach(tmp_path, images, {**row, **sentid, **TRIPLETS}).attached == 1
     composed = {"image": "s/1.jpg", "caption": "Un caf\u00e9"}
     assert attach(tmp_path, images, {**composed, **sentid, **TRIPLETS}).attached == 1
+
+
+@pytest.mark.parametrize("sentid", [{}, {"sentid": 0}])
+@pytest.mark.parametrize("in_captions", ["s/1.jpg", "{}/s/1.jpg"])
+@pytest.mark.parametrize("in_knowledge", ["s/1.jpg", "{}/s/1.jpg"])
+def test_knowledge_with_absolute_paths(tmp_path, in_captions, in_knowledge, sentid):
+    """One of the files may have been written before the paths changed."""
+    captions, knowledge = (name.format(tmp_path) for name in (in_captions, in_knowledge))
+    source = load_captions(write_jsonl(tmp_path, [{"image": captions, "caption": "A man"}]))
+    make_relative(source, tmp_path, "captions.jsonl")
+    records = write_jsonl(tmp_path, [{"image": knowledge, "caption": "A man", **sentid, **TRIPLETS}], "k.jsonl")
+    assert attach_knowledge(source.images, records, tmp_path).attached == 1
+
+
+def test_knowledge_with_absolute_paths_where_the_folder_is_unknown(tmp_path, images):
+    """As for shards, whose knowledge is replaced."""
+    record = {"sentid": 20, "image": "/photos/s/2.jpg", **TRIPLETS}
+    assert attach(tmp_path, images, record).attached == 1
+    with pytest.raises(AmpError, match=r"'image' is '/photos/s/12.jpg'; expected '2.jpg', which sentid 20 has"):
+        attach(tmp_path, images, {**record, "image": "/photos/s/12.jpg"})
 
 
 def test_knowledge_said_twice_is_fine_if_it_is_the_same(tmp_path, images):

@@ -15,6 +15,9 @@ from amp.data.captions.base import (
     Skip,
     register_captions_format,
 )
+from amp.data.captions.by_content import read_json, read_txt
+from amp.data.captions.caption_list import read_list
+from amp.data.captions.coco import read_coco
 from amp.data.captions.csv_table import read_csv
 from amp.data.captions.jsonl_table import read_jsonl
 from amp.data.captions.karpathy import read_karpathy
@@ -22,10 +25,16 @@ from amp.data.captions.load import load_captions
 from amp.data.captions.rows import read_rows
 from amp.data.captions.splits import SplitNames
 from amp.data.captions.text_file import text_lines
+from amp.data.captions.token_file import read_token
 
-register_captions_format("karpathy", (".json",), read_karpathy)
-register_captions_format("csv", (".csv", ".tsv", ".txt", ".token"), read_csv)
+register_captions_format("karpathy", (), read_karpathy)
+register_captions_format("csv", (".csv", ".tsv"), read_csv)
 register_captions_format("jsonl", (".jsonl", ".ndjson"), read_jsonl)
+register_captions_format("coco", (), read_coco)
+register_captions_format("list", (), read_list)
+register_captions_format("token", (".token",), read_token)
+register_captions_format("json", (".json",), read_json)
+register_captions_format("txt", (".txt",), read_txt)
 
 __all__ = [
     "Caption",

@@ -29,7 +29,7 @@ class Caption:
     """A caption.
 
     Attributes:
-        id: `sentid` in a Karpathy file; the 0-based number of the data row in other files.
+        id: `sentid` in a Karpathy file; `id` in COCO's annotations; the 0-based number of the caption in other files.
         text: Text of any length, without surrounding white space.
         knowledge: Validated knowledge as JSON text `{"triplets": ..., "states": ...}`, which takes a third of the
             memory of the objects. None if the caption has no knowledge record.
@@ -45,9 +45,10 @@ class CaptionedImage:
     """An image with all its captions.
 
     Attributes:
-        path: Path of the file relative to the images folder, with `/` as separator and without `..`.
+        path: Path of the file relative to the images folder, with `/` as separator and without `..`. A reader keeps an
+            absolute path, and the conversion, which knows the folder, makes it relative.
         name: File name as spelled in the captions file (COCO: without the `filepath` folder).
-        id: `cocoid` or `imgid` in a Karpathy file; `path` in other files.
+        id: `cocoid` or `imgid` in a Karpathy file; `id` in COCO's annotations; `image_id` in a list; otherwise `path`.
         split: Name of the image's split, such as `"train"`.
         captions: Captions in the order of the file; may be empty.
     """
@@ -144,17 +145,17 @@ def known_formats() -> tuple[list[str], list[str]]:
 
 
 def image_path(file: str, where: str) -> str:
-    """Normalizes an image's path relative to the images folder.
+    """Normalizes an image's path, which is relative to the images folder or absolute.
 
     Raises:
-        AmpError: The path leads out of that folder.
+        AmpError: A relative path leads out of that folder, or an absolute one contains `..`.
     """
     path = PurePosixPath(file)
     # On other systems a backslash is a separator, so it could hide a "..".
-    if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.parts:
+    if ".." in path.parts or "\\" in file or "\0" in file or not path.name:
         raise AmpError(
             f"{where}: image file {shorten(file)} is not allowed; expected a path inside the images folder, without "
-            "'..', a leading '/', or backslashes; correct it"
+            "'..' or backslashes; correct it"
         )
     return str(path)
 
@@ -172,4 +173,4 @@ def cell(value: Any, where: str) -> str:
     """
     if is_empty(value):
         return ""
-    return check_text(value, where, "write one object per caption" if isinstance(value, list) else "correct it").strip()
+    return check_text(value, where, "correct it").strip()

@@ -15,7 +15,8 @@ from typing import Any
 from amp.data.captions.base import CaptionSource
 from amp.data.captions.rows import find_columns, read_rows, renamed_columns
 from amp.data.captions.splits import SplitNames
-from amp.data.captions.text_file import text_lines
+from amp.data.captions.text_file import inner_suffix, text_lines
+from amp.data.captions.token_file import TOKEN_LINE
 from amp.errors import AmpError, printable, shorten
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'"}
@@ -23,17 +24,21 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'"}
 
 def read_csv(path: Path, splits: SplitNames) -> CaptionSource:
     """See `amp.data.captions.base.Reader`. Excel's first line `sep=;` sets the separator."""
+    return table(path, text_lines(path), splits)
+
+
+def table(path: Path, lines: Iterator[tuple[int, str]], splits: SplitNames) -> CaptionSource:
+    """Reads the numbered lines of a CSV file."""
     notes: list[str] = []
-    return read_rows(path, _rows(path, notes), splits, notes)
+    return read_rows(path, _rows(path, lines, notes), splits, notes)
 
 
-def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, lines: Iterator[tuple[int, str]], notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the number of each row's first line, and the row's image, caption and split.
 
     Rows without any text are ignored. If a row ends before its image or caption, the value is None. A line for the user
     is appended to `notes` if the separator or the columns are unusual.
     """
-    lines = text_lines(path)
     separators = tuple(_SEPARATORS)
     for above, line in lines:  # noqa: B007, the header's line
         declared = re.fullmatch(r'"?sep=([,;\t|])"?[,;]*', line.strip("\r\n"), re.IGNORECASE)
@@ -48,7 +53,7 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     renamed = renamed_columns(tuple(names), columns)
     unread = [printable(name) for i, name in enumerate(names) if name and i not in columns.values()]
     seen = []
-    if renamed or separator != ("\t" if path.suffix.lower() == ".tsv" else ","):
+    if renamed or separator != ("\t" if inner_suffix(path) == ".tsv" else ","):
         seen.append(", ".join([f"columns separated by {called}", *renamed]))
     if unread:  # such as caption_2
         seen.append(f"columns not read: {', '.join(unread)}")
@@ -99,16 +104,15 @@ def _read_header(where: str, line: str, separators: tuple[str, ...]) -> tuple[st
         except AmpError as error:
             failed.append((len(names), separator, names, str(error)))
     count, separator, names, reason = max(failed, key=lambda reading: reading[0])
-    if re.match(r"\S+#\d+\t", line):
+    if TOKEN_LINE.match(line):
         raise AmpError(
-            f"{where}: {shorten(line.strip())} is a line of Flickr's token file (IMAGE#NUMBER, tab, caption), which "
-            "isn't supported; expected a header; give the dataset's CSV or Karpathy JSON, or convert the file to a "
-            "table with the header image,caption"
+            f"{where}: {shorten(line.strip())} is a line of Flickr's token file (IMAGE#NUMBER, tab, caption); expected "
+            "a header; give --format token"
         )
     if line.lstrip().startswith(("{", "[")):
         raise AmpError(
             f"{where}: {shorten(line.strip())} is JSON, not a header; give --format jsonl (one object per line) or "
-            "--format karpathy"
+            "--format json"
         )
     if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", name, re.IGNORECASE) for name in names):
         raise AmpError(

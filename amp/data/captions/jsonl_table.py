@@ -1,4 +1,4 @@
-"""Reads JSONL files with one object per caption: the keys are image, caption and optionally split."""
+"""Reads JSONL files with one object per line: the keys are image, caption (a string or a list) and optionally split."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             columns = find_columns(names, "key")
         except AmpError as error:
-            lists = [key for key, value in content.items() if isinstance(value, list)]
-            hint = f" ({lists[0]!r} holds a list; write one object per caption)" if lists else ""
-            raise AmpError(f"{path} line {number}: {error}{hint}") from None
+            raise AmpError(f"{path} line {number}: {error}") from None
         if first and (renamed := renamed_columns(names, columns)):
             notes.append(f"{path}: {', '.join(renamed)}")
         first = False

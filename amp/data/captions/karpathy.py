@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from amp.data.captions.base import Caption, CaptionedImage, CaptionSource, Skip, cell, image_path
+from amp.data.captions.json_file import parse_file
 from amp.data.captions.splits import SplitNames
-from amp.data.captions.text_file import json_problem, read_text
 from amp.data.images.names import composed
 from amp.errors import AmpError, shorten
-from amp.json_text import check_id, check_text, parse_json, value_of
+from amp.json_text import check_id, check_text, value_of
 
 _CHECK, _CORRECT = "check the file's format", "correct it"
 
 
 def read_karpathy(path: Path, splits: SplitNames) -> CaptionSource:
     """See `amp.data.captions.base.Reader`."""
-    entries = value_of(_parse(path), "images", list, str(path), _CHECK)
+    return karpathy_source(parse_file(path, dict), path, splits)
+
+
+def karpathy_source(content: Any, path: Path, splits: SplitNames) -> CaptionSource:
+    """Reads the parsed content of a Karpathy file."""
+    entries = value_of(content, "images", list, str(path), _CHECK)
     images: list[CaptionedImage] = []
     skipped: list[Skip] = []
     first_with: dict[str, int] = {}
@@ -59,32 +64,3 @@ def read_karpathy(path: Path, splits: SplitNames) -> CaptionSource:
         image_id = check_id(entry.get("cocoid", entry.get("imgid", file)), f"{where}: 'imgid'", _CORRECT)
         images.append(CaptionedImage(file, name, image_id, split, captions))
     return CaptionSource(images, skipped)
-
-
-def _parse(path: Path) -> Any:
-    """Parses the file. For other formats, the error says which format the file seems to have."""
-    text = read_text(path)
-    try:
-        content = parse_json(text)
-    except ValueError as error:
-        place, reason = json_problem(error)
-        first = text.lstrip().partition("\n")[0]
-        if not first.startswith(("{", "[")):
-            advice = f"the file starts with {shorten(first)}; if it is a table, give --format csv"
-        elif reason.startswith("Extra data"):
-            advice = "if it has one object per line, give --format jsonl"
-        else:
-            advice = "download it again, or name another format with --format"
-        raise AmpError(f"{path}{place}: not valid JSON ({reason}); expected a Karpathy JSON; {advice}") from None
-    if isinstance(content, list):
-        keys = ", ".join(content[0]) if content and isinstance(content[0], dict) else ""
-        raise AmpError(
-            f"{path}: a list of objects with the keys {shorten(keys)}; expected a JSON object with the key 'images' "
-            "(Karpathy); or write one object per caption and line with the keys image and caption (JSONL)"
-        )
-    if isinstance(content, dict) and "annotations" in content:
-        raise AmpError(
-            f"{path}: key 'annotations' seen; this is COCO's own annotation file; expected the Karpathy split "
-            "(dataset_coco.json), which contains the sentences and the splits; download that file"
-        )
-    return content

@@ -10,7 +10,7 @@ from typing import Any
 
 from amp.data.captions.base import Caption, CaptionedImage
 from amp.data.captions.text_file import jsonl_objects
-from amp.data.images.names import composed
+from amp.data.images.names import RelativeNames, composed
 from amp.errors import AmpError, shorten
 from amp.json_text import check_id, check_text
 from amp.knowledge.schema import parse_knowledge, parse_origin
@@ -36,19 +36,27 @@ class KnowledgeReport:
     cut_states: int
 
 
-def attach_knowledge(images: list[CaptionedImage], path: str | Path) -> KnowledgeReport:
+def attach_knowledge(
+    images: list[CaptionedImage], path: str | Path, images_root: Path | None = None
+) -> KnowledgeReport:
     """Attaches knowledge to captions, in place, from a JSONL file.
 
     A record has `triplets` and `states`, and optionally `sources` and `empty`. It names its caption by `sentid`, or by
     `image` and `caption`. If a record with `sentid` also has `image` or `caption`, they are compared with the captions
     file, because knowledge of another dataset may use the same numbers.
 
+    Args:
+        images: The images with their captions.
+        path: The knowledge file.
+        images_root: The images folder. Absolute paths in the knowledge file are made relative to it. Without it, the
+            absolute path of a record with `sentid` only has to end with the path of the image.
+
     Raises:
         AmpError: A line, its triplets or its states are malformed, two records of one caption differ, a record
             contradicts the captions file, or no record matches a caption.
     """
     path = Path(path)
-    captions = _Captions(images)
+    captions = _Captions(images, images_root)
     records = unused = states = cut_states = 0
     lines: dict[int, int] = {}  # id() of a caption -> line that its knowledge came from
     for number, record in jsonl_objects(path):
@@ -102,7 +110,8 @@ def cut_note(images: Iterable[CaptionedImage], report: KnowledgeReport | None) -
 class _Captions:
     """Index of captions by `sentid`, and by image and text."""
 
-    def __init__(self, images: list[CaptionedImage]) -> None:
+    def __init__(self, images: list[CaptionedImage], images_root: Path | None) -> None:
+        self._names = RelativeNames(images_root) if images_root is not None else None
         self._by_id: dict[str, tuple[CaptionedImage, Caption]] = {}
         self._by_text: dict[tuple[str, str], list[Caption]] = {}
         for image in images:
@@ -124,12 +133,17 @@ class _Captions:
         }
         if "image" in given:
             given["image"] = str(PurePosixPath(given["image"]))  # normalized like `image_path`
+            if self._names is not None:
+                given["image"] = self._names.find(given["image"]) or given["image"]
         if "sentid" in record:
             known = self._by_id.get(str(check_id(record["sentid"], f"{where}: 'sentid'", "correct it")))
             if known is None:
                 return []
             image, caption = known
             expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
+            if self._names is None and given.get("image", "").startswith("/"):
+                ends = (name for name in expected["image"] if given["image"].endswith(f"/{name}"))
+                given["image"] = next(ends, given["image"])
             for key, value in given.items():
                 if value not in expected[key]:
                     raise AmpError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amp.data.captions.base import CaptionSource, Skip, find_reader, known_formats
 from amp.data.captions.splits import SplitNames
-from amp.data.captions.text_file import text_lines
+from amp.data.captions.text_file import inner_suffix, text_lines
 from amp.errors import AmpError
 
 
@@ -16,10 +16,10 @@ def load_captions(
     """Reads a captions file.
 
     Args:
-        path: A Karpathy JSON (`dataset_coco.json`, `dataset_flickr30k.json`), a CSV with a header, a JSONL file, or a
-            file in a format that a plugin registers.
-        format: Name of the format; `auto` chooses by the file's suffix.
-        default_split: Split of rows without a split.
+        path: A captions file (docs/data.md lists the formats), or a file in a format that a plugin registers. It may be
+            compressed with gzip.
+        format: Name of the format; `auto` chooses by the file's suffix, and by the content of `.json` and `.txt`.
+        default_split: Split of images without a split.
         keep_restval: Keep Karpathy's `restval` (COCO's other validation images) as a separate split. By default it
             is added to `train`, as in every published COCO result.
 
@@ -28,12 +28,12 @@ def load_captions(
     """
     path = Path(path)
     splits = SplitNames(default_split, keep_restval)
-    reader = find_reader(format, path.suffix)
+    reader = find_reader(format, inner_suffix(path))
     if reader is None:
         next(text_lines(path), None)  # raises a more specific error if the file isn't text
         names, suffixes = known_formats()
         raise AmpError(
-            f"{path}: the suffix {path.suffix!r} belongs to no format; expected one of {', '.join(suffixes)}; "
+            f"{path}: the suffix {inner_suffix(path)!r} belongs to no format; expected one of {', '.join(suffixes)}; "
             f"set --format to {', '.join(names[:-1])} or {names[-1]}, or name a plugin in AMP_PLUGINS"
         )
     source = reader(path, splits)

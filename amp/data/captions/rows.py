@@ -1,4 +1,4 @@
-"""Reads tables with one caption per row: finds the columns by name, and groups the rows by image."""
+"""Reads tables with one or several captions per row: finds the columns by name, and groups the rows by image."""
 
 from __future__ import annotations
 
@@ -12,55 +12,88 @@ from amp.data.captions.base import Caption, CaptionedImage, CaptionSource, Skip,
 from amp.data.captions.splits import SplitNames
 from amp.data.images.names import composed
 from amp.errors import AmpError, shorten
+from amp.json_text import check_id
 
 ALIASES = {
     "image": ("filepath", "filename", "file", "imagename", "imagepath", "imagefile", "path", "img", "imgpath", "photo"),
-    "caption": ("title", "text", "comment", "sentence", "description", "raw"),
+    "caption": ("title", "text", "comment", "sentence", "description", "raw", "captions"),
     "split": (),
 }
 """Other accepted column names. Case, spaces, "_" and "-" are ignored."""
 
+_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
+
 
 def read_rows(
-    path: Path, rows: Iterable[tuple[int, dict[str, Any]]], splits: SplitNames, notes: list[str] | None = None
+    path: Path,
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    splits: SplitNames,
+    notes: list[str] | None = None,
+    place: str = "line {}",
 ) -> CaptionSource:
-    """Groups the rows of a table by image. Each row of an image is one of its captions.
+    """Groups the rows of a table by image. Each row of an image has one or several of its captions.
 
     Args:
         path: The file, for messages.
-        rows: Line number of each row, and its `image`, `caption` and optionally `split`.
+        rows: Line number of each row, and its `image`, `caption` (a text or a list of texts) and optionally `split`
+            and `image_id`.
         splits: Names of the splits.
         notes: Lines for the user. `rows` may append to it while it is read.
+        place: How messages name a row, with `{}` for its number.
 
     Raises:
-        AmpError: A value can't be used, or an image is in two splits.
+        AmpError: A value can't be used, or an image has two splits or ids.
     """
     images: dict[str, CaptionedImage] = {}
     skipped: list[Skip] = []
     first_line: dict[str, int] = {}
-    for number, (line, row) in enumerate(rows):
-        where = f"{path} line {line}"
-        file, text = (cell(row[key], f"{where}: '{key}'") for key in ("image", "caption"))
-        if re.fullmatch(r"""\[\s*(["']).*\1\s*\]""", text, re.DOTALL):
-            raise AmpError(f"{where}: the caption is {shorten(text)}, a list; expected text; write one row per caption")
+    number = 0  # of the next caption; empty captions count
+    for line, row in rows:
+        where = f"{path} {place.format(line)}"
+        file = cell(row["image"], f"{where}: 'image'")
+        texts = _texts(row["caption"], where)
+        for text in texts.values():
+            if _LIST.fullmatch(text):
+                raise AmpError(
+                    f"{where}: the caption is {shorten(text)}, a list; expected text; write one row per caption"
+                )
+        numbers = range(number, number + len(texts))
+        number = numbers.stop
         split = row.get("split")
         split = splits.default if is_empty(split) else splits.normal(split, where)
         if not file:
-            skipped.append(Skip("caption_without_image", "", f"{where}: 'image' is empty", split, captions=1))
+            reason = f"{where}: 'image' is empty"
+            skipped.append(Skip("caption_without_image", "", reason, split, captions=len(texts)))
             continue
         file = image_path(file, where)
-        image = images.setdefault(composed(file), CaptionedImage(file, file, file, split))
+        image_id = row.get("image_id", file)
+        check_id(image_id, f"{where}: 'image_id'", "correct it")
+        image = images.setdefault(composed(file), CaptionedImage(file, file, image_id, split))
         first = first_line.setdefault(image.path, line)
         if image.split != split:
             raise AmpError(
-                f"{where}: 'split' is {split!r}, but line {first} puts the same image in {image.split!r}; expected one "
-                "split per image; correct one of the lines"
+                f"{where}: 'split' is {split!r}, but {place.format(first)} puts the same image in {image.split!r}; "
+                "expected one split per image; correct one of them"
             )
-        if text:
-            image.captions.append(Caption(number, text))
-        else:
-            skipped.append(Skip("empty_caption", file, f"{where}: 'caption' is empty", split, captions=1))
+        if "image_id" in row and image.id != image_id:
+            raise AmpError(
+                f"{where}: 'image_id' is {shorten(image_id)}, but {place.format(first)} has {shorten(image.id)} for "
+                "the same image; expected one per image; correct one of them"
+            )
+        for caption_id, (name, text) in zip(numbers, texts.items(), strict=True):
+            if text:
+                image.captions.append(Caption(caption_id, text))
+            else:
+                skipped.append(Skip("empty_caption", file, f"{where}: {name} is empty", split, captions=1))
     return CaptionSource(list(images.values()), skipped, notes if notes is not None else [])
+
+
+def _texts(caption: Any, where: str) -> dict[str, str]:
+    """The texts of a row's caption or list of captions, by their names in messages."""
+    named = {"'caption'": caption}
+    if isinstance(caption, list):
+        named = {f"'caption'[{i}]": value for i, value in enumerate(caption)}
+    return {name: cell(value, f"{where}: {name}") for name, value in named.items()}
 
 
 @lru_cache(maxsize=1024)

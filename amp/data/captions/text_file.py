@@ -1,22 +1,29 @@
-"""Reads text and JSONL files in several encodings. Error messages name the type of files that aren't text."""
+"""Reads text and JSONL files in several encodings, also compressed with gzip.
+
+Error messages name the type of files that aren't text.
+"""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from amp.errors import AmpError, shorten
 from amp.json_text import parse_json
 
+_GZIP = b"\x1f\x8b"
 _FOREIGN = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet; unpack it, or save the sheet as 'CSV UTF-8'"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as 'CSV UTF-8'"),
     (b"PAR1", "a Parquet file; write it as CSV or JSONL (pandas: read_parquet, to_csv)"),
     (b"ARROW1", "an Arrow file; write it as CSV or JSONL"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it"),
+    (_GZIP, "compressed with gzip twice; unpack it"),
     (b"BZh", "compressed with bzip2; unpack it"),
     (b"\xfd7zXZ", "compressed with xz; unpack it"),
     (b"SQLite format 3", "an SQLite database; write the table as CSV or JSONL"),
@@ -29,14 +36,15 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields each line with its 1-based number. Lines keep their line ending.
 
     The text is UTF-8, or UTF-16 (Excel's "Unicode text"). Lines end with "\\n" or "\\r\\n", or all lines with "\\r".
+    A gzip file is unpacked while it is read.
 
     Raises:
         AmpError: The file can't be read, or isn't text.
     """
     number = 0
     try:
-        with open(path, "rb") as file:
-            head = file.peek()  # does not consume the bytes; seeking back is impossible in a pipe
+        with _open_plain(path) as file:
+            head = file.peek()
             encoding = _encoding(path, head)
             start = head.decode(encoding, "ignore")
             if encoding.startswith("utf-16") or ("\r" in start and "\n" not in start):
@@ -50,6 +58,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         place = f" line {number}" if number else ""
         raise _not_text(f"{path}{place}", error) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from None
     except OSError as error:
         raise _cannot_open(path, error) from None
 
@@ -57,10 +67,13 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def read_text(path: Path) -> str:
     """Reads a whole text file, in the same encodings as `text_lines`."""
     try:
-        content = path.read_bytes()
+        with _open_plain(path) as file:
+            content = file.read()
         return content.decode(_encoding(path, content[:512]))
     except UnicodeDecodeError as error:
         raise _not_text(str(path), error) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from None
     except OSError as error:
         raise _cannot_open(path, error) from None
 
@@ -91,6 +104,30 @@ def json_problem(error: ValueError) -> tuple[str, str]:
     if isinstance(error, json.JSONDecodeError):
         return f" line {error.lineno}", f"{error.msg}, column {error.colno}"
     return "", str(error)
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix in lower case; that below `.gz`, if there is one."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
+
+
+@contextmanager
+def _open_plain(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    """Opens a file for reading. A gzip file, by its first bytes, is unpacked while it is read."""
+    with open(path, "rb") as file:
+        if file.peek()[:2] != _GZIP:  # peek leaves the bytes in place; seeking back is impossible in a pipe
+            yield file
+            return
+        # The buffer makes reading lines several times as fast.
+        with gzip.GzipFile(fileobj=file) as unpacked, io.BufferedReader(cast(io.RawIOBase, unpacked), 1 << 16) as lines:
+            yield lines
+
+
+def _damaged(path: Path, error: Exception) -> AmpError:
+    return AmpError(
+        f"{path}: the gzip file is cut short or damaged ({error}); expected a complete file; copy or download it again"
+    )
 
 
 def _encoding(path: Path, head: bytes) -> str:

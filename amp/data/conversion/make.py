@@ -10,6 +10,7 @@ from amp.data.captions.base import CaptionedImage, Skip
 from amp.data.captions.knowledge_file import KnowledgeReport, attach_knowledge, cut_note
 from amp.data.captions.load import load_captions
 from amp.data.captions.splits import normal_split
+from amp.data.conversion.absolute_paths import make_relative
 from amp.data.conversion.folder import clear_stale, lock_folder, surplus_shards
 from amp.data.conversion.plan import ShardPlan, assign_keys, in_stored_order, plan_split
 from amp.data.conversion.selection import choose_splits, exclude, find_samples, load_image_list, split_notes
@@ -17,6 +18,7 @@ from amp.data.conversion.skipped import by_kind, check_skipped
 from amp.data.conversion.sources import knowledge_files, load_provenance, source_file
 from amp.data.conversion.write import write_all
 from amp.data.images.file import Check, Resize
+from amp.data.images.names import RelativeNames
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
 from amp.errors import AmpError, public_command
 from amp.parts import part_of
@@ -52,16 +54,17 @@ def make_shards(
     """Converts a captions file and a folder of photos into shards.
 
     Args:
-        captions: Captions file: a Karpathy JSON, or a CSV or JSONL file with image, caption and optionally split.
-        images: Folder that the paths of the image files are relative to.
+        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file. It may
+            be compressed with gzip.
+        images: Folder that the paths of the image files are relative to. Absolute paths must lead into it.
         out: Folder for the shards and manifest.json; created if it doesn't exist.
         knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
             states), or the folder that amp generate_knowledge wrote.
         knowledge_provenance: JSON file that describes how the knowledge was made; copied into the manifest. Default:
             the file in the folder, if knowledge is a folder.
-        format: Format of the captions file: karpathy, csv, jsonl, or the name of a plugin's format; auto chooses by
-            the file's suffix.
-        default_split: Split of CSV and JSONL rows without a split.
+        format: Format of the captions file: karpathy, csv, jsonl, coco, list, token, or the name of a plugin's format;
+            auto chooses by the file's suffix and content.
+        default_split: Split of images without a split.
         keep_restval: Keep Karpathy's restval as a separate split instead of adding it to train.
         splits: Splits to convert. Default: all splits in the captions file.
         limit: Maximum number of images per split, chosen at random (see seed). Default: no limit.
@@ -107,12 +110,14 @@ def make_shards(
     with console.progress("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
         source = load_captions(captions, format, default_split, keep_restval)
-        report, provenance["knowledge"] = _attach(source.images, knowledge, knowledge_provenance)
+        make_relative(source, images_root, captions)
+        report, provenance["knowledge"] = _attach(source.images, knowledge, knowledge_provenance, images_root)
         keyed = assign_keys(source.images)
         chosen = choose_splits(source.images, splits)
         excluded: dict[str, int] = {}
         if exclude_images is not None:
-            names = set(load_image_list(exclude_images))
+            relative = RelativeNames(images_root)
+            names = {relative.find(name) or name for name in load_image_list(exclude_images)}
             exclude_split = normal_split(exclude_split, "--exclude_split", {image.split for image in source.images})
             before = len(keyed)
             keyed = exclude(keyed, names, exclude_split, exclude_images)
@@ -182,7 +187,7 @@ def make_shards(
 
 
 def _attach(
-    images: list[CaptionedImage], knowledge: str | None, knowledge_provenance: str | None
+    images: list[CaptionedImage], knowledge: str | None, knowledge_provenance: str | None, images_root: Path
 ) -> tuple[KnowledgeReport | None, dict[str, Any] | None]:
     """Attaches knowledge to the captions; returns the counts and the manifest's entry about it."""
     if knowledge is None:
@@ -190,7 +195,7 @@ def _attach(
             raise AmpError("knowledge_provenance is given without knowledge; give both or neither")
         return None, None
     file, provenance = knowledge_files(knowledge, knowledge_provenance)
-    report = attach_knowledge(images, file)
+    report = attach_knowledge(images, file, images_root)
     return report, {
         **source_file(file),
         "records": report.records,
