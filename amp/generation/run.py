@@ -58,7 +58,7 @@ def generate_knowledge(
     """Generates action triplets and states for every caption of a file.
 
     Args:
-        captions: Captions file: a Karpathy JSON, or a CSV or JSONL file with image, caption and an optional split; or a
+        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file; or a
             folder of shards.
         out: Folder for knowledge.jsonl, knowledge_provenance.json and the replies; created if it does not exist.
         engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server with
