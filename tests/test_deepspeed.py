@@ -142,7 +142,7 @@ def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "precision"),
-    zip(FILES, ["no", "bf16", "fp16", "bf16"], strict=True),
+    list(zip(FILES, ["no", "bf16", "fp16", "bf16"], strict=True)),
     ids=lambda x: x if isinstance(x, str) else x.stem,
 )
 def test_shipped_files_get_the_numbers_of_the_run(config, path, precision):
