@@ -45,7 +45,7 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def run(shards, clip_folder, tmp_path):
-    """`run(main, **changes)` calls a launcher with settings that work but for the changes; dots are written as `__`."""
+    """`run(main, **changes)` calls a launcher with valid settings except for the changes; dots are written as `__`."""
 
     def call(main, *more, **changes):
         settings = training_settings(shards, clip_folder, tmp_path, TINY_PROMPT, **changes)
@@ -183,7 +183,7 @@ def test_truncated_image_in_a_shard(run, refused, request, copied_shards, launch
     members = members_of(ShardManifest.load(copied_shards).split(split)[0].path)
     path = replace_shard(copied_shards, split, [(name, content[: len(content) // 2]), *members[1:]])
     main = request.getfixturevalue(launched)
-    # All of an epoch, so that the sample comes whatever the order.
+    # A whole epoch, so that the sample occurs in any order.
     changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
     line = refused(lambda: run(main, data__shards=copied_shards, data__workers=workers, **changes))
     assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "amp make_shards" in line

@@ -1,4 +1,4 @@
-"""What a step, a re-ranking and an epoch of reading cost, counted: a guard against work that creeps in.
+"""Counts the work of a step, a re-ranking and an epoch of reading, so that added work is noticed.
 
 Nothing here looks at the clock. Bounds are made by hand, or are the work of the plain implementations in
 `benchmarks.naive`; a change that makes one of them fail makes every run on a cluster dearer.
@@ -146,7 +146,7 @@ def test_reranking_runs_late_blocks_once_a_pair_or_once_an_image_of_a_batch(base
         group_by="candidate",
         prepare=lambda q, c: scorer.prepare(q),
     )
-    # Sorted by image, four pairs a batch: an image stands in as many batches as its pairs touch.
+    # Sorted by image, four pairs per batch: an image is in as many batches as its pairs touch.
     images = candidates.flatten().sort().values
     touched = sum(len(batch.unique()) for batch in images.split(4))
     late = range(1, model.backbone.num_layers)

@@ -298,7 +298,7 @@ def test_samples_that_cannot_be_understood_are_refused_in_words(content, words, 
     assert "0x" not in str(found.value)
     path = tmp_path / "a.tif"
     path.write_bytes(content)
-    for check in ("structure", "decode"):  # conversion leaves it out, whatever way it looks
+    for check in ("structure", "decode"):  # conversion leaves it out with each kind of check
         with pytest.raises(UnreadableImageError, match=words):
             read_image(path, check=check)
 

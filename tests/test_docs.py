@@ -115,7 +115,7 @@ def test_scripts_understand_the_commands(monkeypatch, tmp_path, capsys):
 
 
 def listed() -> list[tuple[list[str], list[str]]]:
-    """Rows of docs/commands.md: the words of a command, and the tests named beside them."""
+    """Rows of docs/commands.md: the words of a command, and the tests named in the same row."""
     rows = []
     for line in (ROOT / "docs/commands.md").read_text().splitlines():
         if line.startswith("| `"):

@@ -1,4 +1,4 @@
-"""What a run says and leaves behind when something breaks under it: a process, a disk, a shard."""
+"""Messages and files of a run when something fails: a process, a disk, a shard."""
 
 import functools
 import os

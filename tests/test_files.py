@@ -9,7 +9,7 @@ from amp.files import check_writable, refuse_device, whole_file
 
 
 def test_a_device_is_never_replaced_by_a_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # stands for /dev/null
+    os.mkfifo(tmp_path / "pipe")  # in place of /dev/null
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
         with pytest.raises(OSError, match="Not a regular file"), whole_file(tmp_path / name) as file:

@@ -32,7 +32,7 @@ SUBJECTS, VERBS, OBJECTS = (
 
 
 def write_captions(path: Path, count: int) -> Path:
-    """A CSV in which every fifth caption stands at two images."""
+    """A CSV in which every fifth caption belongs to two images."""
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "caption", "split"])

@@ -70,7 +70,7 @@ def test_regex_by_hand(reply, valid):
 
 
 def test_regex_and_strict_check_agree_on_random_replies():
-    """But for two things that no regular language can say in little space: no line twice, subject unlike object."""
+    """Except for two rules that a regular expression can't state briefly: no line twice, subject unlike object."""
     random.seed(0)
     regex = re.compile(TripletGrammar(slot_words(CAPTION), MAX_TRIPLETS).regex())
     pieces = [*WORDS[:6], *COPULAS[:2], "boy", "-", "", "girl dress"]

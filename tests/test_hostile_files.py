@@ -61,7 +61,7 @@ def with_size(raw: bytes, field: bytes) -> bytes:
     return raw[:148] + b"%06o\0 " % total + raw[156:]
 
 
-RECORD = member("b.json", GOOD["a.json"].replace(b'"a"', b'"b"'))  # whole samples but for their image
+RECORD = member("b.json", GOOD["a.json"].replace(b'"a"', b'"b"'))  # complete samples except for their image
 WHOLE = b"".join(member(name, content) for name, content in GOOD.items())
 NEGATIVE = b"\xff" * 10 + b"\xfc\x00"  # base 256, -1024
 TARS = {

@@ -430,7 +430,7 @@ EVIL_HTML = "</script><img src=x onerror=alert(1)>\"'&lt;$\\frac{<!--\u2028__DAT
 
 
 def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder):
-    """Beside captions (test_report.py): names of rows, titles, verbs, knowledge, protocol; in data and in SVG."""
+    """As for captions (test_report.py): names of rows, titles, verbs, knowledge, protocol; in data and in SVG."""
     import numpy as np
 
     from amp.data.split import ShardSplit

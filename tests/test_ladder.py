@@ -151,7 +151,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("caption", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_captions_stay_in_the_schema(caption):
-    """Whatever the model says: it echoes the caption, obeys it, or answers well."""
+    """For any reply of the model: it echoes the caption, obeys it, or answers well."""
     settings = ladder()
     for reply in (
         caption,

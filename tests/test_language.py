@@ -1,4 +1,4 @@
-"""Captions that aren't English: found without false alarms, and told where rules would read them."""
+"""Captions that aren't English: found without false alarms, and reported where rules would read them."""
 
 import importlib.util
 import io

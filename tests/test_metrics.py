@@ -63,7 +63,7 @@ def test_recalls_by_hand():
 
 
 def test_recalls_are_clip_benchmarks():
-    """Five captions an image but for some, both directions. Its top-k leaves ties open, so scores are all distinct."""
+    """Five captions for most images, both directions. Top-k leaves the order of ties open, so all scores differ."""
     generator = torch.Generator().manual_seed(0)
     images, captions = 80, 390
     caption_image = torch.cat([torch.arange(images), torch.randint(images, (captions - images,), generator=generator)])

@@ -62,7 +62,7 @@ def test_conditioned_features_start_as_the_prompted_ones(variant, block, images,
 
 
 def test_training_starts_at_the_base_model(images, knowledge):
-    """With gradients, through other kernels, equal but for rounding."""
+    """With gradients, through other kernels, equal except for rounding."""
     model = make_aim(num_prompts=0).train()
     features = model.encode_image(images, knowledge)
     assert features.requires_grad

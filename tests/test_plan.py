@@ -66,7 +66,7 @@ def found(config: TrainConfig, level: str, **settings) -> str:
 
 
 def change(config: TrainConfig, **keys) -> TrainConfig:
-    """The run with other values; `data__workers` stands for data.workers."""
+    """The run with other values; `data__workers` means data.workers."""
     for key, value in keys.items():
         outer, _, inner = key.partition("__")
         config = replace(config, **{outer: replace(getattr(config, outer), **{inner: value}) if inner else value})
@@ -145,7 +145,7 @@ def test_wrong_settings_are_refused(keys):
 
 @pytest.fixture(scope="module")
 def trained(shards, clip_folder, tmp_path_factory) -> TrainConfig:
-    """A real run of one stage, two batches a step, and its checkpoints."""
+    """A real run of one stage with two batches per step, and its checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
     config = small_run(
         shards,
@@ -337,7 +337,7 @@ def test_stages_under_deepspeed(config, tmp_path):
 
 
 def test_known_deepspeed_keys_are_deepspeeds():
-    """Each stands in DeepSpeed's own source, and all of our files' keys are among them."""
+    """Each occurs in DeepSpeed's source, and all keys of our files are among them."""
     import deepspeed
 
     source = "\n".join(path.read_text() for path in Path(deepspeed.__file__).parent.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Templates of Q1 and Q2: what ships is sound, what is wrong is told, captions become one readable line."""
+"""Templates of Q1 and Q2: the shipped ones are valid, errors are reported, captions become one readable line."""
 
 import pytest
 import yaml

@@ -74,7 +74,7 @@ def test_first_stage_ties_go_to_the_lower_index():
         torch.tensor([[2.0, 0.0]]), items, Positives(torch.tensor([1]), torch.tensor([0, 0, 0, 0, 1])), 4
     )
     assert found.candidates.tolist() == [[1, 3, 4, 0]]
-    assert found.scores.tolist() == [[1.0, 1.0, 1.0, 0.0]]  # normalised whatever came in
+    assert found.scores.tolist() == [[1.0, 1.0, 1.0, 0.0]]  # normalized for any input
     assert found.ranks.tolist() == [2]
 
 

@@ -1,4 +1,4 @@
-"""Other knowledge in shards that exist: byte for byte what make_shards would write, whatever interrupts it."""
+"""New knowledge in existing shards: the same bytes as make_shards would write, also after an interruption."""
 
 import hashlib
 import json

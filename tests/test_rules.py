@@ -197,7 +197,7 @@ def test_forty_thousand_captions_in_three_minutes(rules):
         pytest.skip("needs ../shared/data/flickr8k/dataset_flickr8k.json")
     images = json.loads(path.read_text())["images"]
     captions = [sentence["raw"] for image in images for sentence in image["sentences"]]
-    start = time.process_time()  # of this one thread, whatever else the machine does
+    start = time.process_time()  # of this thread only, independent of the machine's load
     found = list(rules.triplets(captions))
     assert time.process_time() - start < 180
     assert len(found) == len(captions) > 39_000

@@ -1033,7 +1033,7 @@ def test_flickr8k_sample(tmp_path):
                 assert caption["states"] == known[sentence["sentid"]]["states"]
 
 
-# What the user is told
+# Messages to the user
 
 
 def told(data, **options):

@@ -485,7 +485,7 @@ FOREIGN_FILES = {
 
 @pytest.mark.parametrize("what", FOREIGN_FILES)
 def test_files_that_are_no_captions_file_are_named_for_what_they_are(tmp_path, what):
-    """Whatever their suffix says."""
+    """Regardless of their suffix."""
     for suffix in (".csv", ".json", ".jsonl", ".unknown"):
         path = tmp_path / f"captions{suffix}"
         path.write_bytes(FOREIGN_FILES[what])

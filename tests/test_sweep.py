@@ -93,7 +93,7 @@ def test_the_folder_does_not_depend_on_where_results_go(config, tmp_path):
 
 
 def scripted(config, tmp_path, fails=()):
-    """A launcher that stands for `accelerate launch`: notes its arguments and leaves what amp train leaves."""
+    """A substitute for `accelerate launch`: records its arguments and writes the files of amp train."""
     script = tmp_path / "launch"
     script.write_text(
         f"#!{sys.executable}\nimport pathlib, sys\n"

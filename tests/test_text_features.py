@@ -211,7 +211,7 @@ def test_cut_texts_are_those_that_have_too_many_tokens():
 
 
 def test_a_tokenizer_whose_cuts_cannot_be_seen_is_refused():
-    def fills(texts, context_length):  # a mark of the end in the last place, whatever the text
+    def fills(texts, context_length):  # an end mark in the last place, for any text
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
         rows[:, -1] = 1
         return rows

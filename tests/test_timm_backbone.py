@@ -135,7 +135,7 @@ def test_other_towers_are_refused_by_name(name, vision, seen):
 
 
 def encoded(model, images, knowledge):
-    """Action-aware features of images with one caption's knowledge each, whatever the interaction."""
+    """Action-aware features of images with one caption's knowledge each, for any interaction."""
     return model.encode_image(images, knowledge, text=model.encode_text(model.tokenizer(CAPTIONS)))
 
 
@@ -158,7 +158,7 @@ def encoded(model, images, knowledge):
 )
 @torch.no_grad()
 def test_action_aware_features_start_as_the_base_models(tower, settings, images, knowledge):
-    """Bit for bit, and with gradients but for rounding. `cat` has no gate, here as in native towers.
+    """Bit for bit, and with gradients equal except for rounding. `cat` has no gate, here as in native towers.
 
     Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first,
     and AIM's are laid out anew: the sums are rounded in another order.

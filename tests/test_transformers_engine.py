@@ -140,7 +140,7 @@ def test_samples_depend_on_the_seed_alone(engine):
     hot = Sampling(24, temperature=0.9)
     first = texts(engine, sampling=hot, seeds=[1, 2, 3, 4])
     assert texts(engine, sampling=hot, seeds=[1, 2, 3, 4]) == first
-    for number in (0, 3):  # whatever stands beside it: in the batch above these were no first rows
+    for number in (0, 3):  # independent of the batch: above, these were not the first rows
         assert texts(engine, SUFFIXES[number : number + 1], sampling=hot, seeds=[number + 1]) == [first[number]]
     other = texts(engine, sampling=hot, seeds=[5, 6, 7, 8])
     assert sum(a != b for a, b in zip(first, other, strict=True)) >= 3

@@ -1,4 +1,4 @@
-"""Twin accuracy (tools/scenes/twins.py) against open_clip alone and against one public call a pair."""
+"""Twin accuracy (tools/scenes/twins.py) against open_clip alone and against one public call per pair."""
 
 import json
 import sys

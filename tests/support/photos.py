@@ -87,7 +87,7 @@ def avif(width: int, height: int) -> bytes:
 
 @cache
 def bad_images() -> dict[str, bytes]:
-    """By file name: none may reach a model, none may stop the files beside it."""
+    """Bad images by file name. None may reach a model, and none may stop the other files of its folder."""
     whole = Image.effect_noise((48, 36), 60).convert("RGB")
     orientations = struct.pack("<2sHIH", b"II", 42, 8, 60_000) + b"\x12\x01\x03\x00\xff\xff\xff\x7f\x06\x00\x00\x00" * 9
     return {

@@ -100,7 +100,7 @@ class TrainingRun:
 
 
 def steps_of(audit: Path) -> list[dict]:
-    """What rank 0 noted, a line a step."""
+    """The audit of rank 0, one line per step."""
     if not audit.is_file():
         return []
     lines = audit.read_text().splitlines(keepends=True)

@@ -25,7 +25,7 @@ def triplet(cosines, margin, image_ids):
 
 
 def sampled_contrastive(own, others, log_weights, scale):
-    """Eq. 10 of one row over drawn negatives, each of which stands for several."""
+    """Eq. 10 of one row over drawn negatives, each of which represents several."""
     total = math.exp(scale * own)
     total += sum(math.exp(w) * math.exp(scale * c) for w, c in zip(log_weights, others, strict=True))
     return -math.log(math.exp(scale * own) / total)
