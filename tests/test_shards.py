@@ -586,7 +586,7 @@ def test_an_interrupted_run_leaves_nothing_that_counts_and_is_resumed(ten, monke
     monkeypatch.setattr(write, "read_image", stops)
     with pytest.raises(error):
         ten.make()
-    assert sorted(path.name for path in ten.out.iterdir()) == [".plan", "train-000000.tar"]
+    assert sorted(path.name for path in ten.out.iterdir()) == [".plan", "train-000000.index.npy", "train-000000.tar"]
     before = ten.tars()
     monkeypatch.undo()
     ten.make().verify()

@@ -47,7 +47,7 @@ class ShardSplit:
         if shard not in self._readers:
             if len(self._readers) >= MAX_OPEN:
                 self._readers.popitem(last=False)[1].close()
-            reader = ShardReader(self.shards[shard].path)
+            reader = self.shards[shard].open()
             if len(reader) != self.sizes[shard]:
                 raise AmpError(
                     f"{reader.path}: holds {len(reader)} samples; expected {self.sizes[shard]} (from the manifest); "
@@ -73,7 +73,7 @@ class ShardSplit:
             return decode(reader.photo(row))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(
-                f"{reader.path}: image of sample {reader.keys[row]!r} can't be decoded ({error}); run "
+                f"{reader.path}: image of sample {reader.record(row)['key']!r} can't be decoded ({error}); run "
                 "amp make_shards again with --check decode, which skips and lists such images"
             ) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from amp.data.captions.text_file import jsonl_objects
-from amp.data.shards import ShardManifest, ShardReader
+from amp.data.shards import ShardManifest
 from amp.errors import AmpError
 from amp.generation.words import stem
 from amp.knowledge.schema import KNOWLEDGE_NAME, Knowledge, Triplet, parse_knowledge, parse_origin
@@ -139,7 +139,7 @@ def sample(names: Sequence[str], count: int, seed: int) -> list[str]:
 def _from_shards(manifest: ShardManifest) -> dict[str, Entry]:
     entries = {}
     for shard in (shard for split in manifest.splits for shard in manifest.split(split)):
-        with ShardReader(shard.path) as reader:
+        with shard.open() as reader:
             for index in range(len(reader)):
                 for caption in reader.record(index)["captions"]:
                     where = f"{shard.path}: caption {caption['id']}"

@@ -31,11 +31,12 @@ def members_of(path: Path) -> list[tuple[str, bytes]]:
 def replace_shard(
     folder: Path, split: str, members: list[tuple[str, bytes]], number: int = 0, honest: bool = True
 ) -> Path:
-    """Writes a shard of a split anew; with `honest` the manifest states its new size and hash."""
+    """Writes a shard of a split anew; with `honest` the manifest states its new size and hash, and no index."""
     path = tar_of(ShardManifest.load(folder).split(split)[number].path, *members)
     if honest:
         content = json.loads((folder / "manifest.json").read_text())
         entry = content["splits"][split]["shards"][number]
+        entry.pop("index", None)
         entry |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         (folder / "manifest.json").write_text(json.dumps(content))
     return path

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from amp.data.conversion.plan import ShardPlan
+from amp.data.shards.index import index_of
 from amp.errors import AmpError
 from amp.locks import locked_folder
 
@@ -66,6 +67,7 @@ def clear_stale(out: Path, surplus: list[str]) -> None:
     """Removes surplus shards and the temporary files of earlier runs."""
     for name in surplus:
         (out / name).unlink(missing_ok=True)
+        index_of(out / name).unlink(missing_ok=True)
         (out / ".plan" / f"{name}.json").unlink(missing_ok=True)
     for folder in (out, out / ".plan"):
         for temporary in folder.glob("*.tmp"):

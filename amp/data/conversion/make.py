@@ -19,6 +19,7 @@ from amp.data.conversion.sources import knowledge_files, load_provenance, source
 from amp.data.conversion.write import write_all
 from amp.data.images.file import Check, Resize
 from amp.data.images.names import RelativeNames
+from amp.data.shards.index import SideFile
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
 from amp.errors import AmpError, public_command
 from amp.parts import part_of
@@ -252,7 +253,8 @@ def _collect(plans: dict[str, list[ShardPlan]], images: str) -> tuple[dict[str, 
             without_knowledge[split] += sidecar["captions_without_knowledge"]
             if sidecar["samples"]:
                 counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
-                infos[split].append(ShardInfo(path=plan.path, **counts))
+                index = SideFile(**sidecar["index"]) if "index" in sidecar else None
+                infos[split].append(ShardInfo(path=plan.path, **counts, index=index))
         if not infos[split]:
             raise AmpError(f"{images}: no image of split {split!r} can be read; expected at least one")
     return infos, without_knowledge

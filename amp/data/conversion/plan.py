@@ -13,6 +13,7 @@ from typing import Any
 from amp.data.captions.base import CaptionedImage, Skip
 from amp.data.conversion.selection import Sample
 from amp.data.images.file import Check, Resize
+from amp.data.shards.index import index_of
 from amp.data.shards.record import RECORD_SCHEMA
 from amp.json_text import parse_json
 
@@ -61,11 +62,18 @@ class ShardPlan:
         """The sidecar if the shard exists as planned; None if it has to be written."""
         sidecar = self.noted()
         try:
-            whole = sidecar and (sidecar["samples"] == 0 or self.path.stat().st_size == sidecar["bytes"])
+            whole = sidecar and (sidecar["samples"] == 0 or self._has_sizes(sidecar))
             strict = self.check == "structure" or (sidecar and sidecar.get("check", "decode") == "decode")
             return sidecar if whole and strict else None
-        except (OSError, KeyError):
+        except (OSError, KeyError, TypeError):
             return None
+
+    def _has_sizes(self, sidecar: dict[str, Any]) -> bool:
+        """Whether the tar file and its index (which older releases didn't write) have the sizes in the sidecar."""
+        index = sidecar.get("index")
+        return self.path.stat().st_size == sidecar["bytes"] and (
+            index is None or index_of(self.path).stat().st_size == index["bytes"]
+        )
 
     def must_be_written(self) -> bool:
         """Whether the shard is missing, or lacks images that may be readable now."""

@@ -11,7 +11,7 @@ import shutil
 import tarfile
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from amp.data.conversion.folder import lock_folder
 from amp.data.conversion.plan import sidecar_of
 from amp.data.conversion.sources import knowledge_files, load_provenance, source_file
 from amp.data.shards.captions import load_shard_captions
+from amp.data.shards.index import SideFile, Span, index_bytes, index_of
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
 from amp.data.shards.record import record_bytes
 from amp.data.shards.tar import HashedFile, add_member, end_archive
 from amp.errors import AmpError, public_command
-from amp.files import sha256_of, write_json
+from amp.files import sha256_of, write_atomically, write_json
 from amp.json_text import parse_json
 from amp.terminal import PlainConsole
 
@@ -202,7 +203,7 @@ def _sidecar(job: _Job) -> dict[str, Any] | None:
     """The sidecar of an earlier rewrite of this shard; None if there is none."""
     try:
         sidecar = parse_json(job.sidecar.read_text(encoding="utf-8"))
-        return sidecar if {"knowledge", "sha256", "replaces"} <= sidecar.keys() else None
+        return sidecar if {"knowledge", "sha256", "replaces", "index"} <= sidecar.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -220,6 +221,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
     temporary = job.target.with_name(job.target.name + suffix)
     temporary_sidecar = job.sidecar.with_name(job.sidecar.name + suffix)
     by_key = iter(job.images)
+    spans: tuple[list[Span], list[Span]] = [], []  # of the photos, of the records
     try:
         with tarfile.open(job.source.path, "r:") as old, open(temporary, "wb") as file:
             hashed = HashedFile(file)
@@ -229,10 +231,11 @@ def _rewrite(job: _Job) -> dict[str, Any]:
                 content = inner.read()
                 if member.name.endswith(".json"):
                     content = record_bytes(parse_json(content)["key"], next(by_key))
-                add_member(hashed, member.name, content)
+                spans[member.name.endswith(".json")].append(add_member(hashed, member.name, content))
             end_archive(hashed)
             file.flush()
             os.fsync(file.fileno())
+        index = index_bytes(list(zip(*spans, strict=True)))
         sidecar = {
             # An empty plan makes amp make_shards write this shard again.
             "plan": "",
@@ -243,10 +246,12 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             "captions_without_knowledge": sum(c.knowledge is None for image in job.images for c in image.captions),
             "bytes": hashed.size,
             "sha256": hashed.sha256.hexdigest(),
+            "index": asdict(SideFile.of(index)),
         }
         # The sidecar comes first: after an interruption it tells which content the shard may have.
         write_json(temporary_sidecar, sidecar)
         os.replace(temporary_sidecar, job.sidecar)
+        write_atomically(index_of(job.target), index)
         os.replace(temporary, job.target)
     except OSError as error:
         raise AmpError(
@@ -265,7 +270,14 @@ def _new_manifest(old: ShardManifest, jobs: list[_Job], sidecars: list[dict[str,
         root=target,
         splits={
             split: [
-                ShardInfo(target / i.name, i.samples, i.captions, noted[i.name]["bytes"], noted[i.name]["sha256"])
+                ShardInfo(
+                    target / i.name,
+                    i.samples,
+                    i.captions,
+                    noted[i.name]["bytes"],
+                    noted[i.name]["sha256"],
+                    SideFile(**noted[i.name]["index"]),
+                )
                 for i in infos
             ]
             for split, infos in old.splits.items()

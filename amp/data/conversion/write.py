@@ -20,10 +20,11 @@ from amp.data.conversion.plan import ShardPlan
 from amp.data.images.file import read_image
 from amp.data.images.formats import UnreadableImageError
 from amp.data.images.names import find_file
+from amp.data.shards.index import SideFile, Span, index_bytes, index_of
 from amp.data.shards.record import record_bytes
 from amp.data.shards.tar import HashedFile, add_member, end_archive
 from amp.errors import AmpError
-from amp.files import write_json
+from amp.files import whole_file, write_json
 from amp.terminal import PlainConsole
 
 
@@ -47,7 +48,8 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
     temporary = plan.path.with_name(plan.path.name + suffix)
     temporary_sidecar = plan.sidecar.with_name(plan.sidecar.name + suffix)
     skipped: list[Skip] = []
-    samples = captions = without_knowledge = 0
+    spans: list[tuple[Span, Span]] = []
+    captions = without_knowledge = 0
     retry = False
     try:
         with open(temporary, "wb") as file:
@@ -61,9 +63,8 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
                     reason = str(error)
                     skipped.append(Skip("unreadable_image", image.path, reason, image.split, len(image.captions)))
                 else:
-                    add_member(hashed, f"{key}.{extension}", content)
-                    add_member(hashed, f"{key}.json", record_bytes(key, image))
-                    samples += 1
+                    photo = add_member(hashed, f"{key}.{extension}", content)
+                    spans.append((photo, add_member(hashed, f"{key}.json", record_bytes(key, image))))
                     captions += len(image.captions)
                     without_knowledge += sum(caption.knowledge is None for caption in image.captions)
                 progress()
@@ -72,19 +73,24 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
             os.fsync(file.fileno())
         # Remove the old sidecar first, so that a sidecar never describes a different tar file.
         plan.sidecar.unlink(missing_ok=True)
-        if not samples:
+        index = index_bytes(spans)
+        if not spans:
             plan.path.unlink(missing_ok=True)
+            index_of(plan.path).unlink(missing_ok=True)
         elif accept_gaps or not retry:
+            with whole_file(index_of(plan.path), sync=True) as index_file:
+                index_file.write(index)
             os.replace(temporary, plan.path)
         write_json(
             temporary_sidecar,
             {
                 "plan": plan.hash,
-                "samples": samples,
+                "samples": len(spans),
                 "captions": captions,
                 "captions_without_knowledge": without_knowledge,
                 "bytes": hashed.size,
                 "sha256": hashed.sha256.hexdigest(),
+                "index": asdict(SideFile.of(index)),
                 "skipped": [asdict(skip) for skip in skipped],
                 "retry": retry,
                 "check": plan.check,

@@ -1,12 +1,12 @@
 """The shard format, and readers of shards.
 
-A folder of shards contains WebDataset tar files (`train-000000.tar` and so on) and `manifest.json`. A sample is two
-members of a tar file: `KEY.jpg` (or another image extension in lower case) and its record `KEY.json`
-(`amp.data.shards.record`).
+A folder of shards contains WebDataset tar files (`train-000000.tar` and so on), an index of each
+(`train-000000.index.npy`) and `manifest.json`. A sample is two members of a tar file: `KEY.jpg` (or another image
+extension in lower case) and its record `KEY.json` (`amp.data.shards.record`).
 
 Any WebDataset reader can read these tar files. Training needs more than a sequential reader: an order that is a pure
-function of (seed, epoch), and resuming without reading the skipped samples. So the tar headers of a shard are indexed
-once, and samples are then read by number.
+function of (seed, epoch), and resuming without reading the skipped samples. So samples are read by number, with the
+shard's index (`amp.data.shards.index`).
 """
 
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest

@@ -15,7 +15,7 @@ def load_shard_captions(manifest: ShardManifest) -> dict[str, list[CaptionedImag
         AmpError: A shard is missing or damaged.
     """
     shards = [shard for split in manifest.splits for shard in manifest.split(split)]
-    return {shard.name: read_captions(ShardReader(shard.path)) for shard in shards}
+    return {shard.name: read_captions(shard.open()) for shard in shards}
 
 
 def read_captions(reader: ShardReader) -> list[CaptionedImage]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amp.data.shards.index import SideFile
+from amp.data.shards.reader import ShardReader
 from amp.data.shards.record import REMAKE
 from amp.errors import AmpError, shorten
 from amp.files import sha256_of, write_json
@@ -26,6 +28,8 @@ class ShardInfo:
         captions: Number of captions.
         bytes: Size of the tar file in bytes.
         sha256: SHA-256 of the tar file, hexadecimal.
+        index: The index of the tar file; None for shards of older releases.
+        records: The file of records next to the tar file; None if the tar file contains the records.
     """
 
     path: Path
@@ -33,19 +37,34 @@ class ShardInfo:
     captions: int
     bytes: int
     sha256: str
+    index: SideFile | None = None
+    records: SideFile | None = None
 
     @property
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def texts(self) -> str:
+        """SHA-256 of the file that contains the captions and their knowledge."""
+        return self.sha256 if self.records is None else self.records.sha256
+
+    def open(self) -> ShardReader:
+        """Opens the shard; raises like `ShardReader`."""
+        return ShardReader(self.path, self.index, self.records, self.samples)
+
     def to_dict(self) -> dict[str, Any]:
-        return {
+        entry: dict[str, Any] = {
             "name": self.name,
             "samples": self.samples,
             "captions": self.captions,
             "bytes": self.bytes,
             "sha256": self.sha256,
         }
+        for name, file in (("index", self.index), ("records", self.records)):
+            if file is not None:
+                entry[name] = asdict(file)
+        return entry
 
 
 @dataclass(slots=True)
@@ -222,7 +241,18 @@ def _shard_info(root: Path, content: Any, where: str) -> ShardInfo:
         captions=_count(content, "captions", where),
         bytes=_count(content, "bytes", where),
         sha256=value_of(content, "sha256", str, where, REMAKE),
+        index=_side_file(content, "index", where),
+        records=_side_file(content, "records", where),
     )
+
+
+def _side_file(content: Any, key: str, where: str) -> SideFile | None:
+    if key not in content:
+        if key == "index" and "records" in content:
+            raise AmpError(f"{where}: 'records' without 'index'; expected both or neither; {REMAKE}")
+        return None
+    entry, here = value_of(content, key, dict, where, REMAKE), f"{where}.{key}"
+    return SideFile(_count(entry, "bytes", here), value_of(entry, "sha256", str, here, REMAKE))
 
 
 def _count(content: Any, key: str, where: str) -> int:

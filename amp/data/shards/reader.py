@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from amp.data.images.file import MAX_FILE_BYTES
 from amp.data.images.formats import DECODER_OF
+from amp.data.shards.index import REINDEX, SideFile, index_of, parse_index, records_of
 from amp.data.shards.record import REMAKE, parse_record
 from amp.errors import AmpError, shorten
 from amp.json_text import is_unicode
@@ -23,28 +25,34 @@ MAX_MEMBER_BYTES = MAX_FILE_BYTES
 class ShardReader:
     """Random access to the samples of one shard.
 
-    The headers are read once, on construction. Reads use `os.pread`, which has no file position, so several threads and
-    forked processes can share a reader. Unpickling (in a spawned worker) opens the file again.
+    Reads use `os.pread`, which has no file position, so several threads and forked processes can share a reader.
+    Unpickling (in a spawned worker) opens the files again.
 
     Args:
         path: A tar file.
-
-    Attributes:
-        keys: Keys of the samples, in the order of the tar file.
+        index: Entry of its index in the manifest; None reads the headers of the tar file instead.
+        records: Entry of its file of records in the manifest; None if the records are in the tar file.
+        samples: Number of samples; only used with an index.
 
     Raises:
-        AmpError: The file is unreadable, truncated or empty, or contains something that doesn't belong in a shard:
-            pickles, links, devices, folders, absolute or parent paths, a repeated key, or a sample without image or
-            record.
+        AmpError: A file is unreadable, truncated or empty, the index doesn't belong to the files, or the tar file
+            contains something that doesn't belong in a shard: pickles, links, devices, folders, absolute or parent
+            paths, a repeated key, or a sample without image or record.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, index: SideFile | None = None, records: SideFile | None = None, samples: int = 0
+    ) -> None:
         self.path = Path(path)
-        self._file: int | None = None
+        self._arguments = (self.path, index, records, samples)
+        self._files: list[int] = []
+        self._keys: list[str] | None = None
         try:
-            # Non-blocking, because opening a named pipe would hang.
-            self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            self.keys, self._spans = self._index()
+            self._files.append(_open(self.path, f"expected a tar shard; {REMAKE}"))
+            if index is None:
+                self._keys, self._spans = self._read_headers()
+            else:
+                self._spans = self._read_index(index, records, samples)
         except OSError as error:
             self.close()
             raise AmpError(f"{self.path}: can't be read ({error.strerror}); expected a tar shard; {REMAKE}") from None
@@ -53,7 +61,7 @@ class ShardReader:
             raise
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._spans)
 
     def __enter__(self) -> ShardReader:
         return self
@@ -64,14 +72,19 @@ class ShardReader:
     def __del__(self) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
-        return ShardReader, (self.path,)
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Any, ...]]:
+        return ShardReader, self._arguments
 
     def close(self) -> None:
-        """Closes the file. Further calls do nothing."""
-        file, self._file = getattr(self, "_file", None), None
-        if file is not None:
+        """Closes the files. Further calls do nothing."""
+        files, self._files = getattr(self, "_files", []), []
+        for file in files:
             os.close(file)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Keys of the samples, in the order of the tar file."""
+        return self._keys if self._keys is not None else [self.record(index)["key"] for index in range(len(self))]
 
     def read(self, index: int) -> tuple[bytes, dict[str, Any]]:
         """Reads sample number `index`, 0-based: the bytes of its image file, and its record.
@@ -88,29 +101,50 @@ class ShardReader:
 
     def record(self, index: int) -> dict[str, Any]:
         """The record of a sample; raises like `read`."""
-        where = f"{self.path}: {self.keys[index]}.json"
-        return parse_record(self._bytes(index, 1), self.keys[index], where)
+        content = self._bytes(index, 1)
+        if self._keys is not None:
+            return parse_record(content, self._keys[index], f"{self.path}: {self._keys[index]}.json")
+        return parse_record(content, None, f"{self.path}: record {index}")
 
     def _bytes(self, index: int, which: int) -> bytes:
-        if not 0 <= index < len(self.keys):
-            raise IndexError(f"{self.path}: sample {index} of {len(self.keys)}")
-        if self._file is None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: sample {index} of {len(self)}")
+        if not self._files:
             raise ValueError(f"{self.path}: read after close")
         offset, size = self._spans[index, which].tolist()
-        content = os.pread(self._file, size, offset)
+        content = os.pread(self._files[-1 if which else 0], size, offset)
         if len(content) != size:
+            sample = self._keys[index] if self._keys is not None else f"sample {index}"
             raise AmpError(
-                f"{self.path}: {self.keys[index]}: {len(content)} bytes at offset {offset}; expected {size}; the file "
+                f"{self.path}: {sample}: {len(content)} bytes at offset {offset}; expected {size}; the file "
                 f"was truncated while in use; {REMAKE}"
             )
         return content
 
-    def _index(self) -> tuple[list[str], np.ndarray]:
-        """The keys (n,) and int64 (n, 2, 2): offset and size in bytes of each sample's image and record."""
-        assert self._file is not None
+    def _read_index(self, index: SideFile, records: SideFile | None, samples: int) -> np.ndarray:
+        """The spans int64 (n, 2, 2) from the index file. Opens the file of records, if there is one."""
+        path = index_of(self.path)
+        file = _open(path, REINDEX)
+        try:
+            content = os.pread(file, index.bytes + 1, 0)
+        finally:
+            os.close(file)
+        limits = [os.fstat(self._files[0]).st_size] * 2
+        if records is not None:
+            self._files.append(_open(records_of(self.path), REINDEX))
+            limits[1] = os.fstat(self._files[1]).st_size
+            if limits[1] != records.bytes:
+                raise AmpError(
+                    f"{records_of(self.path)}: {limits[1]} bytes; expected {records.bytes} (from the manifest); "
+                    f"{REINDEX}"
+                )
+        return parse_index(content, path, index, samples, (limits[0], limits[1]))
+
+    def _read_headers(self) -> tuple[list[str], np.ndarray]:
+        """The keys (n,) and spans int64 (n, 2, 2) from the headers of the tar file."""
         found: dict[str, dict[str, tuple[int, int]]] = {}
         last_key = None
-        with open(self._file, "rb", closefd=False) as file:
+        with open(self._files[0], "rb", closefd=False) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:
@@ -130,7 +164,7 @@ class ShardReader:
                 ) from None
         # tarfile silently ends at a damaged header or a missing end marker. A complete archive has at least two zero
         # blocks after its last member.
-        if os.pread(self._file, 2 * tarfile.BLOCKSIZE, end) != bytes(2 * tarfile.BLOCKSIZE):
+        if os.pread(self._files[0], 2 * tarfile.BLOCKSIZE, end) != bytes(2 * tarfile.BLOCKSIZE):
             raise AmpError(
                 f"{self.path}: damaged or truncated after {len(found)} samples (no end-of-archive marker); "
                 f"copy it again, or {REMAKE}"
@@ -165,3 +199,11 @@ class ShardReader:
                 f"(pickles are never read); {REMAKE}"
             )
         return str(name.parent / stem), slot
+
+
+def _open(path: Path, hint: str) -> int:
+    try:
+        # Non-blocking, because opening a named pipe would hang.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}); {hint}") from None

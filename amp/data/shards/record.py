@@ -40,12 +40,12 @@ def record_bytes(key: str, image: CaptionedImage) -> bytes:
     return f'{text[:-1]},"captions":[{",".join(captions)}]}}'.encode()
 
 
-def parse_record(content: bytes, key: str, where: str) -> dict[str, Any]:
+def parse_record(content: bytes, key: str | None, where: str) -> dict[str, Any]:
     """Parses and validates a sample's record, except its knowledge (see `amp.knowledge.schema.parse_knowledge`).
 
     Args:
         content: The bytes of the member.
-        key: Key of the sample, from the member's name.
+        key: Key of the sample, from the member's name; None if the sample is read by an index.
         where: Start of error messages.
 
     Raises:
@@ -57,7 +57,7 @@ def parse_record(content: bytes, key: str, where: str) -> dict[str, Any]:
         raise AmpError(f"{where}: not JSON ({error}); expected a record; {REMAKE}") from None
     if value_of(record, "schema", int, where, REMAKE) != RECORD_SCHEMA:
         raise AmpError(f"{where}: 'schema' is {record['schema']}; this release reads schema {RECORD_SCHEMA}; {REMAKE}")
-    if value_of(record, "key", str, where, REMAKE) != key:
+    if value_of(record, "key", str, where, REMAKE) != key and key is not None:
         raise AmpError(f"{where}: 'key' is {shorten(record['key'])}; expected {shorten(key)}; {REMAKE}")
     if not value_of(record, "captions", list, where, REMAKE):
         raise AmpError(f"{where}: 'captions' is empty; expected at least one caption; {REMAKE}")

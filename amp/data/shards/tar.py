@@ -19,8 +19,12 @@ class HashedFile:
         return self._file.write(block)
 
 
-def add_member(file: HashedFile, name: str, content: bytes) -> None:
-    """Appends a member to an archive in one write. `tarfile` itself writes in pieces of ten kilobytes."""
+def add_member(file: HashedFile, name: str, content: bytes) -> tuple[int, int]:
+    """Appends a member to an archive in one write. `tarfile` itself writes in pieces of ten kilobytes.
+
+    Returns:
+        Offset and size of the content in bytes.
+    """
     # Fixed owner, mode and time, so that the same input gives the same SHA-256.
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -28,7 +32,9 @@ def add_member(file: HashedFile, name: str, content: bytes) -> None:
     member.uname = member.gname = ""
     member.mode = 0o644
     header = member.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+    offset = file.size + len(header)
     file.write(b"".join((header, content, bytes(-len(content) % tarfile.BLOCKSIZE))))
+    return offset, len(content)
 
 
 def end_archive(file: HashedFile) -> None:
