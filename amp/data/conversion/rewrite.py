@@ -21,7 +21,7 @@ from amp.data.conversion.folder import lock_folder
 from amp.data.conversion.plan import sidecar_of
 from amp.data.conversion.sources import knowledge_files, load_provenance, source_file
 from amp.data.shards.captions import load_shard_captions
-from amp.data.shards.index import SideFile, Span, index_bytes, index_of
+from amp.data.shards.index import SideFile, Span, index_bytes, index_of, side_file
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
 from amp.data.shards.record import record_bytes
 from amp.data.shards.tar import HashedFile, add_member, end_archive
@@ -246,7 +246,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             "captions_without_knowledge": sum(c.knowledge is None for image in job.images for c in image.captions),
             "bytes": hashed.size,
             "sha256": hashed.sha256.hexdigest(),
-            "index": asdict(SideFile.of(index)),
+            "index": asdict(side_file(index)),
         }
         # The sidecar comes first: after an interruption it tells which content the shard may have.
         write_json(temporary_sidecar, sidecar)

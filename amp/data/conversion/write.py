@@ -20,7 +20,7 @@ from amp.data.conversion.plan import ShardPlan
 from amp.data.images.file import read_image
 from amp.data.images.formats import UnreadableImageError
 from amp.data.images.names import find_file
-from amp.data.shards.index import SideFile, Span, index_bytes, index_of
+from amp.data.shards.index import Span, index_bytes, index_of, side_file
 from amp.data.shards.record import record_bytes
 from amp.data.shards.tar import HashedFile, add_member, end_archive
 from amp.errors import AmpError
@@ -90,7 +90,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[], None] = lambda: None, ac
                 "captions_without_knowledge": without_knowledge,
                 "bytes": hashed.size,
                 "sha256": hashed.sha256.hexdigest(),
-                "index": asdict(SideFile.of(index)),
+                "index": asdict(side_file(index)),
                 "skipped": [asdict(skip) for skip in skipped],
                 "retry": retry,
                 "check": plan.check,

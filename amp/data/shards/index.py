@@ -35,10 +35,10 @@ class SideFile:
     bytes: int
     sha256: str
 
-    @classmethod
-    def of(cls, content: bytes) -> SideFile:
-        """The entry of a file with this content."""
-        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+def side_file(content: bytes) -> SideFile:
+    """The entry of a file with this content."""
+    return SideFile(len(content), hashlib.sha256(content).hexdigest())
 
 
 def index_of(shard: Path) -> Path:
@@ -71,7 +71,7 @@ def parse_index(content: bytes, path: Path, expected: SideFile, samples: int, li
     Raises:
         AmpError: The content isn't what the manifest describes, or points outside of the files.
     """
-    found = SideFile.of(content)
+    found = side_file(content)
     if found != expected:
         raise AmpError(f"{path}: sha256 is {found.sha256}; expected {expected.sha256} (from the manifest); {REINDEX}")
     try:
