@@ -27,6 +27,9 @@ _SECRET = rf"(?:{_KEY}|{_WORD})"
 _VALUE = r"[\"']?(?P<value>[^\s\"',}\])]+)"
 _SECRETS = (
     re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # NAME:PASSWORD in a URL
+    re.compile(
+        r"://[^\s?\"'<>]+\?(?P<value>[^\s\"'<>;,)]*(?i:sig|auth|token|key|credential|secret|pass)[^\s\"'<>;,)]*)"
+    ),
     re.compile(rf"(?i)(?<![\w.-])--[\w.-]*{_SECRET}[ =]+(?P<value>[^\s-]\S*)"),
     re.compile(rf"(?i){_KEY}[\"']?\s*[=:]\s*{_VALUE}"),
     re.compile(rf"(?i)(?<![\w./\\-])[\w-]*{_WORD}[\"']?\s*=\s*{_VALUE}"),

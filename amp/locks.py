@@ -48,6 +48,33 @@ def try_lock(descriptor: int, shared: bool = False) -> bool:
 
 
 @contextmanager
+def file_lock(path: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of a file, which is created and stays, while the block runs. Yields whether the lock is held.
+
+    A process that is forked meanwhile doesn't keep the lock.
+
+    Args:
+        path: File in an existing folder.
+        wait: Wait for another process or thread that holds the lock.
+
+    Raises:
+        OSError: The file can't be created.
+    """
+    descriptor = open_log(path, os.O_APPEND)
+    _held.add(descriptor)
+    try:
+        while not (held := try_lock(descriptor)) and wait:
+            time.sleep(0.02)
+        yield held
+    finally:
+        _held.discard(descriptor)
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that is being forked may still have the descriptor
+        os.close(descriptor)
+
+
+@contextmanager
 def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) -> Iterator[None]:
     """Keeps other processes out of a folder while the block runs.
 

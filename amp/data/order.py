@@ -6,17 +6,32 @@ stored state.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from amp.data.shares import Shares
 from amp.errors import AmpError
 
 WINDOW = 64  # shards that are mixed with each other, and thus files that are read at a time
 
 
+def shards_of_epoch(
+    shard_sizes: Sequence[int], seed: int, epoch: int, taken: Mapping[int, np.ndarray] | None = None
+) -> list[int]:
+    """The shards of an epoch in the order in which they are read; see `epoch_order`."""
+    shards = np.random.default_rng([seed, epoch]).permutation(len(shard_sizes)).tolist()
+    return [shard for shard in shards if taken is None or shard not in taken or len(taken[shard])]
+
+
 def epoch_order(
-    shard_sizes: Sequence[int], seed: int, epoch: int, window: int, neighbours: np.ndarray | None = None, group: int = 1
+    shard_sizes: Sequence[int],
+    seed: int,
+    epoch: int,
+    window: int,
+    neighbours: np.ndarray | None = None,
+    group: int = 1,
+    taken: Mapping[int, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Shuffled sample indices of a split, one per image.
 
@@ -30,16 +45,21 @@ def epoch_order(
         window: Number of shards that are mixed with each other.
         neighbours: Samples to be placed next to each sample, best first (I, k). Samples of other windows are ignored.
         group: Maximum number of samples that are placed next to each other because of `neighbours`.
+        taken: Samples of the shards that aren't used whole (`Shares.taken`), by the number of the shard.
 
     Returns:
-        Indices int64 (sum of sizes,) into the concatenated shards.
+        Indices int64 (sum of sizes,), fewer with `taken`, into the concatenated shards.
     """
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = rng.permutation(len(shard_sizes))
+    rng.permutation(len(shard_sizes))  # drawn in `shards_of_epoch`
+    shards = shards_of_epoch(shard_sizes, seed, epoch, taken)
+    taken = taken or {}
     parts = []
     for low in range(0, len(shards), window):
-        samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[low : low + window]])
+        samples = np.concatenate(
+            [taken[s] if s in taken else np.arange(starts[s], starts[s + 1]) for s in shards[low : low + window]]
+        )
         samples = rng.permutation(samples)
         parts.append(samples if neighbours is None or group < 2 else in_groups(samples, neighbours, group, rng))
     return np.concatenate(parts).astype(np.int64)
@@ -82,6 +102,7 @@ class BatchOrder:
         neighbours, group, window: See `epoch_order`.
         accumulation: Batches per step. An epoch is cut into whole steps, so that a step of 16 samples has the same
             samples as 1 x 16, 2 x 8 or 4 x 4.
+        shares: The samples of a mixture that take part in an epoch; None for all.
 
     Attributes:
         steps: Number of batches in a whole epoch.
@@ -101,11 +122,12 @@ class BatchOrder:
         group: int = 1,
         accumulation: int = 1,
         window: int = WINDOW,
+        shares: Shares | None = None,
     ):
         self.shard_sizes, self.batch_size, self.rank, self.world = list(shard_sizes), batch_size, rank, world
         self.seed, self.window, self.epoch, self.start = seed, window, 0, 0
-        self.neighbours, self.group = neighbours, group
-        samples = sum(self.shard_sizes)
+        self.neighbours, self.group, self.shares = neighbours, group, shares
+        samples = sum(self.shard_sizes) if shares is None else shares.samples
         self.steps = samples // (batch_size * world * accumulation) * accumulation
         if self.steps == 0:
             parts = f"{batch_size} x {world} processes x {accumulation} batches"
@@ -122,11 +144,16 @@ class BatchOrder:
         """
         self.epoch, self.start = divmod(batch, self.steps)
 
+    def taken(self, epoch: int) -> dict[int, np.ndarray] | None:
+        """See `Shares.taken`; None if all samples take part."""
+        return None if self.shares is None else self.shares.taken(self.seed, epoch)
+
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window, self.neighbours, self.group)
+        taken = self.taken(self.epoch)
+        order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window, self.neighbours, self.group, taken)
         size = self.batch_size * self.world
         for step in range(self.start, self.steps):
             start = step * size + self.rank * self.batch_size

@@ -1,18 +1,24 @@
 """Random access to the samples of a split, over all its shards."""
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from itertools import accumulate
-from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
 from amp.data.images.decode import decode_rgb
-from amp.data.shards import ShardManifest, ShardReader
+from amp.data.shards import ShardInfo, ShardManifest, ShardReader
+from amp.data.shares import Part, Shares
+from amp.data.sources import Sources, sources_of
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge, parse_knowledge
+
+if TYPE_CHECKING:
+    from amp.data.remote.cache import ShardCache
 
 MAX_OPEN = 256
 Decoded = TypeVar("Decoded")
@@ -22,17 +28,40 @@ class ShardSplit:
     """The samples of one split, indexed by their position in the concatenated shards.
 
     Args:
-        root: Folder with a `manifest.json`.
+        root: Folder with a `manifest.json`, or its URL, or several of them (`amp.data.sources`).
         split: Name of the split in the manifest.
+        weighted: Repeat the samples of each source by its weight, as training does. Otherwise each sample occurs once,
+            and sources without this split are left out.
+        cache: Cache for remote shards.
+
+    Attributes:
+        root: The folders, for messages.
+        dataset: Their names.
+        manifests: Their manifests.
+        shares: The samples that take part in an epoch; None for all.
 
     Raises:
-        AmpError: The folder or split doesn't exist, or the split can't be used.
+        AmpError: A folder or split doesn't exist, or the split can't be used.
     """
 
-    def __init__(self, root: str | Path, split: str):
-        self.root, self.name = Path(root), split
-        self.shards = ShardManifest.load(root).split(split)
+    def __init__(self, root: Sources, split: str, weighted: bool = False, cache: "ShardCache | None" = None):
+        self.name, self.cache = split, cache
+        self.shards: list[ShardInfo] = []
+        parts: list[Part] = []
+        sources = sources_of(root)
+        self.manifests = [ShardManifest.load(source.folder) for source in sources]
+        having = [split in manifest.splits for manifest in self.manifests]
+        for source, manifest, has in zip(sources, self.manifests, having, strict=True):
+            if not has and any(having) and not weighted:
+                continue
+            shards, weight = manifest.split(split), source.weight if weighted else Fraction(1)
+            self.shards += shards * math.ceil(weight)  # copies have their own captions and crops in an epoch
+            if weight.denominator != 1:
+                parts.append(Part(len(self.shards) - len(shards), len(self.shards), weight % 1))
+        self.root = ", ".join(str(source.folder) for source in sources)
+        self.dataset = " + ".join(source.folder.name for source in sources)
         self.sizes = [shard.samples for shard in self.shards]
+        self.shares = Shares(tuple(self.sizes), tuple(parts)) if parts else None
         self._starts = [0, *accumulate(self.sizes)]
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
@@ -47,7 +76,7 @@ class ShardSplit:
         if shard not in self._readers:
             if len(self._readers) >= MAX_OPEN:
                 self._readers.popitem(last=False)[1].close()
-            reader = self.shards[shard].open()
+            reader = self.shards[shard].open(self.cache)
             if len(reader) != self.sizes[shard]:
                 raise AmpError(
                     f"{reader.path}: holds {len(reader)} samples; expected {self.sizes[shard]} (from the manifest); "
@@ -56,6 +85,38 @@ class ShardSplit:
             self._readers[shard] = reader
         self._readers.move_to_end(shard)
         return self._readers[shard], index - self._starts[shard]
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of samples in an epoch."""
+        return len(self) if self.shares is None else self.shares.samples
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Reads remote samples that will be asked for next, several at a time. Does nothing for local ones."""
+        shards = {bisect_right(self._starts, index) - 1 for index in indices}
+        remote = sorted(shard for shard in shards if self.shards[shard].remote is not None)
+        if not remote:
+            return
+        from amp.data.remote.fetch import in_parallel
+        from amp.data.remote.reader import RemoteReader
+
+        missing = [shard for shard in remote if shard not in self._readers]
+        opened = in_parallel(lambda shard: self.shards[shard].open(self.cache), missing)
+        self._readers.update(zip(missing, opened, strict=True))
+        rows: dict[int, list[int]] = {shard: [] for shard in remote}
+        for index in indices:
+            shard = bisect_right(self._starts, index) - 1
+            if shard in rows:
+                rows[shard].append(index - self._starts[shard])
+
+        def prefetch(shard: int) -> None:
+            reader = self._readers[shard]
+            assert isinstance(reader, RemoteReader)
+            reader.prefetch(rows[shard])
+
+        in_parallel(prefetch, remote)
+        while len(self._readers) > MAX_OPEN:
+            self._readers.popitem(last=False)[1].close()
 
     def record(self, index: int) -> dict:
         """The JSON record of a sample."""

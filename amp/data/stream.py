@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -20,6 +20,9 @@ from amp.data.text_features import TextFeatureStore
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.tensors import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.text import tower_texts
+
+if TYPE_CHECKING:
+    from amp.data.remote.ahead import Ahead
 
 
 @dataclass
@@ -121,6 +124,12 @@ class TrainingSamples(Dataset):
             return self.frozen.tokens.shape[1:], torch.from_numpy(self.frozen.tokens[:0].copy()).dtype
         return None if self.crop is None else ((3, *self.crop.crop.size), torch.uint8)
 
+    def __getitems__(self, items: list[tuple[int, int]]) -> list:
+        """The samples of a batch, for DataLoader."""
+        if self.frozen is None:
+            self.split.prefetch([index for index, _ in items])
+        return [self[item] for item in items]
+
     def __getitem__(self, item: tuple[int, int]):
         index, epoch = item
         record = self.split.record(index)
@@ -169,6 +178,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
+    downloads: "Ahead | None" = None,
 ) -> DataLoader:
     """Makes a loader of one rank's batches, in the order given by `order`, regardless of the number of workers.
 
@@ -181,6 +191,7 @@ def training_loader(
         workers: Number of decoding processes.
         pin_memory: Whether batches are copied to page-locked memory.
         worker_init: Called in each worker with the worker's number.
+        downloads: Downloads of remote shards, which stay ahead of `order`.
     """
     workers, ahead = decoding_workers(workers, gpu=pin_memory), 4
     image, shared = samples.image_type(), None
@@ -190,7 +201,7 @@ def training_loader(
         shared = SharedImages((order.batch_size, *shape), dtype, workers, ahead + 1, pin)
     return DataLoader(
         samples,
-        batch_sampler=order,
+        batch_sampler=order if downloads is None else downloads.following(order),
         num_workers=workers,
         collate_fn=_Collate(knowledge, samples.crop, shared),
         pin_memory=pin_memory,

@@ -171,14 +171,14 @@ def kinds_of(given: Sequence[Kind] | None, adapters: dict[str, Adapter]) -> list
     return kinds
 
 
-def shards_of(given: str | None, adapters: dict[str, Adapter]) -> str:
+def shards_of(given: str | None, adapters: dict[str, Adapter]) -> str | list[str]:
     """Returns the given folder of shards, or else that of the adapters' records.
 
     Raises:
         AmpError: No folder is given or recorded, or the records differ.
     """
     found = given or agreed(adapters, "shards", "shards", lambda a: a.recorded("data", "shards"))
-    if not isinstance(found, str) or not found:
+    if not isinstance(found, str | list) or not found:
         raise AmpError("shards is missing, expected a folder written by amp make_shards; add --shards DIR")
     return found
 

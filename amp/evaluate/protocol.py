@@ -9,7 +9,6 @@ import numpy as np
 import open_clip
 import torch
 
-from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.evaluate.adapters import Adapter
@@ -36,9 +35,8 @@ def protocol(
         described: Result of `describe_clip` for the base model.
     """
     search, model, bootstrap = settings.search, settings.model, settings.bootstrap
-    manifest = ShardManifest.load(split.root)
     return {
-        "dataset": split.root.name,
+        "dataset": split.dataset,
         "split": split.name,
         "images": captions.images,
         "captions": len(captions.texts),
@@ -60,7 +58,7 @@ def protocol(
         "resize": model.resize_mode or "model default",
         "kinds": settings.kinds,
         "precision": precision,
-        "knowledge": manifest.provenance.get("knowledge"),
+        "knowledge": split.manifests[0].provenance.get("knowledge"),
         "versions": {
             "open-clip-amp": __version__,
             "open_clip": open_clip.__version__,

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
-from amp.files import sha256_of
 from amp.knowledge.text import select
 from amp.plan.findings import Finding, note, ok
 from amp.train.config import TrainConfig
@@ -58,7 +57,7 @@ class Dataset:
         Raises:
             AmpError: A shard is missing or can't be read, or its size or number of samples differs from the manifest.
         """
-        splits = [split for split in open_splits(config) if split is not None]
+        splits = [split for split in open_splits(config, cached=False) if split is not None]
         found, captions = 0, 0
         for split in splits:
             start = 0
@@ -80,7 +79,7 @@ def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[F
         return
     if verify:
         for shard in (shard for split in data.splits for shard in split.shards):
-            digest = sha256_of(shard.path)
+            digest = shard.digest()
             if digest != shard.sha256:
                 raise AmpError(
                     f"{shard.path}: sha256 is {digest[:12]}, expected the manifest's {shard.sha256[:12]}; copy it again"

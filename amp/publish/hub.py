@@ -19,7 +19,7 @@ from amp.publish.model_card import model_card
 
 CARD = "README.md"
 # Keys of a training record that contain local paths. Only the last part of each path is published.
-PATHS = (("out",), ("init",), ("deepspeed",), ("data", "shards"), ("data", "cache"))
+PATHS = (("out",), ("init",), ("deepspeed",), ("data", "shards"), ("data", "shard_cache"), ("data", "cache"))
 
 
 def save_pretrained(
@@ -104,4 +104,6 @@ def _without_paths(training: dict[str, Any]) -> dict[str, Any]:
             place = place.get(name, {})
         if isinstance(place.get(key), str):
             place[key] = Path(place[key]).name
+        elif isinstance(place.get(key), list):
+            place[key] = [Path(path).name for path in place[key]]
     return training

@@ -3,9 +3,10 @@
 Values marked "our choice" are this project's choice: the paper's supplement with its hyper-parameters is not public.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from amp.data.sources import public_sources, sources_of
 from amp.errors import AmpError
 from amp.model.config import PromptConfig
 from amp.retrieval.settings import RetrievalSettings
@@ -35,7 +36,11 @@ class DataSettings:
     """The shards and how they are read.
 
     Args:
-        shards: Folder written by amp make_shards.
+        shards: Folder written by amp make_shards, or its URL (`s3://`, `gs://`, `https://`, `hf://`). A list mixes
+            several; `data/mine@3` contains each sample of that folder three times per epoch, `@0.5` half of them.
+        shard_cache: Folder on the node's disk that keeps remote shards, shared by all processes; null reads single
+            samples from the server.
+        shard_cache_gb: Maximum size of that folder in GB of 10^9 bytes.
         train_split: Split to train on.
         val_split: Split to validate on; null disables validation.
         batch_size: Images per process and batch; an optimizer step takes `gradient_accumulation` batches.
@@ -48,7 +53,9 @@ class DataSettings:
             image. Needs `augment: none`.
     """
 
-    shards: str = ""
+    shards: list[str] | str = ""
+    shard_cache: str | None = None
+    shard_cache_gb: float = 100.0
     train_split: str = "train"
     val_split: str | None = "val"
     batch_size: int = 64
@@ -58,6 +65,10 @@ class DataSettings:
     cache: str = "data/cache"
     cache_dtype: Literal["float32", "float16"] = "float32"
     cache_images: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.shards, list) and len(self.shards) == 1:
+            (self.shards,) = self.shards
 
 
 @dataclass
@@ -192,12 +203,19 @@ class TrainConfig:
         steps = settings.epochs * steps_an_epoch
         return min(steps, settings.max_steps) if settings.max_steps else steps
 
+    def public(self) -> dict[str, Any]:
+        """All settings, without the passwords and signatures of URLs, for records."""
+        settings = asdict(self)
+        settings["data"]["shards"] = public_sources(self.data.shards)
+        return settings
+
     def check(self) -> None:
         """Raises `AmpError` if a key is out of range or contradicts another."""
         if not self.out:
             raise AmpError("out is empty, expected a folder; add --out FOLDER")
         if not self.data.shards:
             raise AmpError("data.shards is empty, expected a folder that amp make_shards wrote; add --data.shards DIR")
+        sources_of(self.data.shards)
         if self.stages not in ([1], [2], [1, 2]):
             raise AmpError(f"stages is {self.stages}, expected [1], [2] or [1, 2]")
         if self.combined and self.stages != [1]:
@@ -219,6 +237,7 @@ class TrainConfig:
         low = {
             "data.batch_size": (self.data.batch_size, 1),
             "data.workers": (self.data.workers, 0),
+            "data.shard_cache_gb": (self.data.shard_cache_gb, 0),
             "negatives": (self.negatives, 1),
             "mined_group": (self.mined_group, 1),
             "gradient_accumulation": (self.gradient_accumulation, 1),

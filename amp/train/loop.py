@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -235,7 +234,7 @@ class StageLoop:
         if not self.accelerator.is_main_process:
             return
         run, model = self.run, self.run.model
-        training = {"stage": self.stage, "step": self.step, "config": asdict(self.config)}
+        training = {"stage": self.stage, "step": self.step, "config": self.config.public()}
         state = {
             "steps": self.steps,
             "updates": self.state.updates,

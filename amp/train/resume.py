@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ FREE = (
     "gradient_accumulation",
     "data.batch_size",
     "data.shards",
+    "data.shard_cache",
+    "data.shard_cache_gb",
     "data.workers",
     "data.cache",
     "data.val_split",
@@ -51,10 +52,14 @@ def stages_left(stages: list[int], found: Checkpoint | None) -> list[int]:
 
 def identity(config: TrainConfig, split: ShardSplit, images_a_step: int) -> dict[str, Any]:
     """Returns the description of a run that checkpoints contain, as JSON values."""
+    shards = [shard.sha256 for shard in split.shards]
+    for part in () if split.shares is None else split.shares.parts:
+        for number in range(part.first, part.last):
+            shards[number] += f" x {part.fraction}"
     return {
-        "settings": asdict(config),
+        "settings": config.public(),
         "images_a_step": images_a_step,
-        "shards": [shard.sha256 for shard in split.shards],
+        "shards": shards,
     }
 
 
@@ -153,7 +158,7 @@ def record(config: TrainConfig) -> tuple[bytes, Differing]:
     Returns:
         The YAML, and the other settings in which that adapter's training differed.
     """
-    settings, differing = asdict(config), {}
+    settings, differing = config.public(), {}
     for stage in {1, 2}.difference(config.stages):
         there = settings_of(adapter_path(config.out, stage))
         if there is not None:

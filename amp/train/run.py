@@ -3,9 +3,8 @@
 import json
 import signal
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from torch.utils.data import DataLoader
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
+from amp.data.remote.location import Location
+from amp.data.sources import sources_of
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, training_loader
@@ -38,6 +39,9 @@ from amp.train.resume import (
     refuse_other_run,
 )
 from amp.train.stopping import Stopped, StopRequest, prepare_worker
+
+if TYPE_CHECKING:
+    from amp.data.remote.ahead import Ahead
 
 STOPPED, RECORD, SKIPPED = "stopped.json", "config.yaml", "skipped.jsonl"
 BUSY = "another run is training here; wait for it to end, or give another --out"
@@ -160,7 +164,7 @@ class Run:
         if found is not None and "tensorboard" in self.config.trackers:
             # Steps that are taken again replace their old points.
             options = {"tensorboard": {"purge_step": earlier + found.step + 1}}
-        self.accelerator.init_trackers("open-clip-amp", config=flat(asdict(self.config)), init_kwargs=options)
+        self.accelerator.init_trackers("open-clip-amp", config=flat(self.config.public()), init_kwargs=options)
 
     def stop(self, number: int, stage: int, step: int) -> None:
         """Ends a run after a signal, once it is saved. Writes OUT/stopped.json for the job script."""
@@ -176,6 +180,10 @@ class Run:
     def prepare_data(self, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
         """Encodes the texts of both splits once, and caches frozen image features if requested."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
+        if any(shard.remote for split in (self.split, val_split) if split is not None for shard in split.shards):
+            from amp.data.remote.retries import counts
+
+            self.held.callback(counts.report)
         self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
         with self.terminal.progress("reading captions"):
             captions = SplitCaptions.read(self.split, data.kinds)
@@ -211,12 +219,19 @@ class Run:
             neighbours,
             config.mined_group,
             config.gradient_accumulation,
+            shares=self.split.shares,
         )
         if not data.cache_images:
             frozen = None
         samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
         self.loader = training_loader(
-            samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", prepare_worker
+            samples,
+            self.order,
+            self.collate,
+            data.workers,
+            accelerator.device.type == "cuda",
+            prepare_worker,
+            self.download_ahead(),
         )
         self.retrieval = None
         if val_split is not None and val_captions is not None:
@@ -231,6 +246,17 @@ class Run:
         )
         if prompt.reads_triplets or prompt.reads_states:
             captions.say_without_knowledge(self.terminal)
+
+    def download_ahead(self) -> "Ahead | None":
+        """Downloads the next remote shards while the run lasts; None without a cache or remote shards."""
+        cache, shards = self.split.cache, [shard.remote for shard in self.split.shards]
+        if cache is None or not any(shards):
+            return None
+        from amp.data.remote.ahead import Ahead
+
+        ahead = Ahead(shards, cache)
+        self.held.callback(ahead.close)
+        return ahead
 
     def images(self, split: ShardSplit, preprocess, tokens: bool = True) -> FrozenFeatures:
         data = self.config.data
@@ -248,10 +274,19 @@ class Run:
         )
 
 
-def open_splits(config: TrainConfig) -> tuple[ShardSplit, ShardSplit | None]:
-    """The training split and, where the run validates, the validation split."""
-    data = config.data
-    train = ShardSplit(data.shards, data.train_split)
+def open_splits(config: TrainConfig, cached: bool = True) -> tuple[ShardSplit, ShardSplit | None]:
+    """The training split and, where the run validates, the validation split.
+
+    Args:
+        config: Settings of the run.
+        cached: Read remote shards through the cache, if the settings have one.
+    """
+    data, cache = config.data, None
+    if cached and data.shard_cache and any(isinstance(source.folder, Location) for source in sources_of(data.shards)):
+        from amp.data.remote.cache import ShardCache
+
+        cache = ShardCache(data.shard_cache, 1e9 * data.shard_cache_gb)
+    train = ShardSplit(data.shards, data.train_split, weighted=True, cache=cache)
     if not data.val_split or not config.validate_every:
         return train, None
-    return train, ShardSplit(data.shards, data.val_split)
+    return train, ShardSplit(data.shards, data.val_split, cache=cache)

@@ -158,7 +158,7 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Calla
     infos = [info for infos in manifest.splits.values() for info in infos]
     for info in infos:
         job = _Job(info, target / info.name, [], knowledge)
-        digest = sha256_of(info.path) if info.path.exists() else "missing"
+        digest = sha256_of(info.local) if info.local.exists() else "missing"
         sidecar = _sidecar(job) if job.in_place else None
         if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
             raise AmpError(
@@ -174,7 +174,7 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Calla
 
 
 def _as_it_is(info: ShardInfo) -> ShardInfo:
-    return ShardInfo(info.path, info.samples, info.captions, info.path.stat().st_size, "")
+    return ShardInfo(info.local, info.samples, info.captions, info.local.stat().st_size, "")
 
 
 def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str) -> None:
@@ -223,7 +223,7 @@ def _rewrite(job: _Job) -> dict[str, Any]:
     by_key = iter(job.images)
     spans: tuple[list[Span], list[Span]] = [], []  # of the photos, of the records
     try:
-        with tarfile.open(job.source.path, "r:") as old, open(temporary, "wb") as file:
+        with tarfile.open(job.source.local, "r:") as old, open(temporary, "wb") as file:
             hashed = HashedFile(file)
             for member in old:
                 inner = old.extractfile(member)

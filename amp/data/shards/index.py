@@ -12,12 +12,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from amp.data.images.file import MAX_FILE_BYTES
+from amp.data.remote.location import Location
 from amp.errors import AmpError, shorten
 
+Place = TypeVar("Place", Path, Location)
 Span = tuple[int, int]
 """Offset and size in bytes."""
 REINDEX = "copy the file again, or make the shards or their index again"
@@ -41,12 +44,12 @@ def side_file(content: bytes) -> SideFile:
     return SideFile(len(content), hashlib.sha256(content).hexdigest())
 
 
-def index_of(shard: Path) -> Path:
+def index_of(shard: Place) -> Place:
     """Path of a shard's index."""
     return shard.with_name(f"{shard.name.removesuffix('.tar')}.index.npy")
 
 
-def records_of(shard: Path) -> Path:
+def records_of(shard: Place) -> Place:
     """Path of the records of a tar file that has none."""
     return shard.with_name(f"{shard.name.removesuffix('.tar')}.records.jsonl")
 
@@ -58,7 +61,7 @@ def index_bytes(spans: Sequence[tuple[Span, Span]]) -> bytes:
     return file.getvalue()
 
 
-def parse_index(content: bytes, path: Path, expected: SideFile, samples: int, limits: Span) -> np.ndarray:
+def parse_index(content: bytes, path: Path | Location, expected: SideFile, samples: int, limits: Span) -> np.ndarray:
     """The spans int64 (samples, 2, 2) in an index file.
 
     Args:

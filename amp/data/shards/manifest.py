@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from amp.data.remote.location import Location, is_url
 from amp.data.shards.index import SideFile
 from amp.data.shards.reader import ShardReader
 from amp.data.shards.record import REMAKE
 from amp.errors import AmpError, shorten
 from amp.files import sha256_of, write_json
 from amp.json_text import parse_json, value_of
+
+if TYPE_CHECKING:
+    from amp.data.remote.cache import RemoteShard, ShardCache
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "open-clip-amp shards"
@@ -23,7 +27,7 @@ class ShardInfo:
     """The manifest's entry of a shard.
 
     Attributes:
-        path: The tar file.
+        path: The tar file, local or remote.
         samples: Number of images.
         captions: Number of captions.
         bytes: Size of the tar file in bytes.
@@ -32,7 +36,7 @@ class ShardInfo:
         records: The file of records next to the tar file; None if the tar file contains the records.
     """
 
-    path: Path
+    path: Path | Location
     samples: int
     captions: int
     bytes: int
@@ -45,13 +49,46 @@ class ShardInfo:
         return self.path.name
 
     @property
+    def local(self) -> Path:
+        """The tar file of a local shard.
+
+        Raises:
+            AmpError: The shard is remote.
+        """
+        if not isinstance(self.path, Path):
+            raise AmpError(f"{self.path}: a remote shard; expected a local one; copy the folder to a local disk first")
+        return self.path
+
+    @property
     def texts(self) -> str:
         """SHA-256 of the file that contains the captions and their knowledge."""
         return self.sha256 if self.records is None else self.records.sha256
 
-    def open(self) -> ShardReader:
-        """Opens the shard; raises like `ShardReader`."""
-        return ShardReader(self.path, self.index, self.records, self.samples)
+    @property
+    def remote(self) -> RemoteShard | None:
+        """The files of a remote shard; None for a local one."""
+        if isinstance(self.path, Path):
+            return None
+        from amp.data.remote.cache import RemoteShard
+
+        return RemoteShard(self.path, SideFile(self.bytes, self.sha256), self.index, self.records, self.samples)
+
+    def open(self, cache: ShardCache | None = None) -> ShardReader:
+        """Opens the shard; raises like `ShardReader`. A remote shard is read through `cache`, if one is given."""
+        if isinstance(self.path, Path):
+            return ShardReader(self.path, self.index, self.records, self.samples)
+        from amp.data.remote.reader import RemoteReader
+
+        assert self.remote is not None
+        return RemoteReader(self.remote, cache)
+
+    def digest(self) -> str:
+        """SHA-256 of the tar file as it is, hexadecimal, which reads all of it."""
+        if isinstance(self.path, Path):
+            return sha256_of(self.path)
+        from amp.data.remote.fetch import sha256_at
+
+        return sha256_at(self.path, self.bytes)
 
     def to_dict(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -72,7 +109,7 @@ class ShardManifest:
     """`manifest.json`: the shards of each split, what was left out, and the sources of the data.
 
     Attributes:
-        root: Folder of the shards.
+        root: Folder of the shards, local or remote.
         splits: Shards of each split, in order, by the split's name.
         captions_without_knowledge: Number of captions without a knowledge record, by split.
         skipped: What was skipped, by kind of problem: entries `{"file", "reason", ...}`.
@@ -81,7 +118,7 @@ class ShardManifest:
         created_by: Program and version.
     """
 
-    root: Path
+    root: Path | Location
     splits: dict[str, list[ShardInfo]]
     captions_without_knowledge: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -90,8 +127,8 @@ class ShardManifest:
     created_by: str = ""
 
     @classmethod
-    def load(cls, root: str | Path) -> ShardManifest:
-        """Reads a manifest, given by its folder or by its own path.
+    def load(cls, root: str | Path | Location) -> ShardManifest:
+        """Reads a manifest, given by its folder or by its own path, or by a URL of either.
 
         Raises:
             AmpError: `root` is empty or doesn't exist, or the manifest is missing (as after an unfinished conversion)
@@ -99,17 +136,20 @@ class ShardManifest:
         """
         if not str(root):
             raise AmpError("no folder of shards is given; add --data.shards DIR")
-        root = Path(root)
+        if isinstance(root, str):
+            root = Location.parse(root) if is_url(root) else Path(root)
         path = root if root.name == MANIFEST_NAME else root / MANIFEST_NAME
         root = path.parent
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            content = parse_json(_text_of(path))
         except FileNotFoundError:
-            if not root.is_dir():
+            if isinstance(root, Path) and not root.is_dir():
                 raise AmpError(f"{root}: no such folder; expected a folder of shards; {REMAKE}") from None
             raise AmpError(
                 f"{path}: no such file; expected the manifest of finished shards (it is written last); {REMAKE}"
             ) from None
+        except AmpError:
+            raise
         except (OSError, ValueError) as error:
             raise AmpError(f"{path}: can't be read as JSON ({error}); {REMAKE}") from None
         where = str(path)
@@ -146,7 +186,7 @@ class ShardManifest:
         )
 
     def split(self, name: str) -> list[ShardInfo]:
-        """The shards of a split, in order. Checks that each exists and has the size in the manifest.
+        """The shards of a split, in order. Checks that each local one exists and has the size in the manifest.
 
         Raises:
             AmpError: The split is unknown or empty, or a shard is missing or has another size.
@@ -161,6 +201,8 @@ class ShardManifest:
         if not self.samples(name):
             raise AmpError(f"{path}: split {name!r} holds no sample; expected at least one; {REMAKE}")
         for shard in self.splits[name]:
+            if not isinstance(shard.path, Path):
+                continue  # one request each; reading checks it
             try:
                 size = shard.path.stat().st_size
             except OSError as error:
@@ -190,7 +232,7 @@ class ShardManifest:
         """
         for split in self.splits:
             for shard in self.split(split):
-                digest = sha256_of(shard.path)
+                digest = shard.digest()
                 if digest != shard.sha256:
                     raise AmpError(
                         f"{shard.path}: sha256 is {digest}; expected {shard.sha256} (from {MANIFEST_NAME}); copy it "
@@ -223,6 +265,7 @@ class ShardManifest:
         Raises:
             AmpError: The folder can't be written.
         """
+        assert isinstance(self.root, Path), "remote manifests are only read"
         path = self.root / MANIFEST_NAME
         try:
             write_json(path, self.to_dict())
@@ -231,7 +274,15 @@ class ShardManifest:
         return path
 
 
-def _shard_info(root: Path, content: Any, where: str) -> ShardInfo:
+def _text_of(path: Path | Location) -> str:
+    if isinstance(path, Path):
+        return path.read_text(encoding="utf-8")
+    from amp.data.remote.fetch import read_whole
+
+    return read_whole(path).decode("utf-8")
+
+
+def _shard_info(root: Path | Location, content: Any, where: str) -> ShardInfo:
     name = value_of(content, "name", str, where, REMAKE)
     if Path(name).name != name or name in ("", ".", ".."):
         raise AmpError(f"{where}: 'name' is {shorten(name)}; expected a file name without a folder; {REMAKE}")

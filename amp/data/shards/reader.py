@@ -44,7 +44,7 @@ class ShardReader:
         self, path: str | Path, index: SideFile | None = None, records: SideFile | None = None, samples: int = 0
     ) -> None:
         self.path = Path(path)
-        self._arguments = (self.path, index, records, samples)
+        self._arguments: tuple[Any, ...] = (self.path, index, records, samples)
         self._files: list[int] = []
         self._keys: list[str] | None = None
         try:
@@ -81,6 +81,11 @@ class ShardReader:
         for file in files:
             os.close(file)
 
+    @property
+    def spans(self) -> np.ndarray:
+        """Offset and size of each sample's photo and record, int64 (n, 2, 2)."""
+        return self._spans
+
     @cached_property
     def keys(self) -> list[str]:
         """Keys of the samples, in the order of the tar file."""
@@ -109,10 +114,8 @@ class ShardReader:
     def _bytes(self, index: int, which: int) -> bytes:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: sample {index} of {len(self)}")
-        if not self._files:
-            raise ValueError(f"{self.path}: read after close")
+        content = self._pread(index, which)
         offset, size = self._spans[index, which].tolist()
-        content = os.pread(self._files[-1 if which else 0], size, offset)
         if len(content) != size:
             sample = self._keys[index] if self._keys is not None else f"sample {index}"
             raise AmpError(
@@ -120,6 +123,13 @@ class ShardReader:
                 f"was truncated while in use; {REMAKE}"
             )
         return content
+
+    def _pread(self, index: int, which: int) -> bytes:
+        """The bytes of a sample's photo (0) or record (1); fewer if a file was truncated."""
+        if not self._files:
+            raise ValueError(f"{self.path}: read after close")
+        offset, size = self._spans[index, which].tolist()
+        return os.pread(self._files[-1 if which else 0], size, offset)
 
     def _read_index(self, index: SideFile, records: SideFile | None, samples: int) -> np.ndarray:
         """The spans int64 (n, 2, 2) from the index file. Opens the file of records, if there is one."""
