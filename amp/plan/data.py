@@ -40,6 +40,11 @@ class Dataset:
     splits: list[ShardSplit] = field(default_factory=list)
 
     @property
+    def per_epoch(self) -> int:
+        """Number of training images per epoch, which the weights of the sources change."""
+        return self.splits[0].per_epoch if self.splits else self.train.images
+
+    @property
     def simulated(self) -> bool:
         return not self.splits
 

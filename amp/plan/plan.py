@@ -1,6 +1,7 @@
 """Plans a run before a GPU is requested: checks whether it would start, and estimates its steps and memory.
 
-Nothing is trained, written or downloaded, and no GPU is used. All figures are estimates; docs/plan.md explains them.
+Nothing is trained or written, of remote shards only samples are read, and no GPU is used. All figures are estimates;
+docs/plan.md explains them.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from amp.plan.launch import check_checkpoints, check_deepspeed, check_launch
 from amp.plan.memory import Estimate, Parameters, Zero, estimate, largest_batch
 from amp.plan.model import check_init, check_model, local_model
 from amp.plan.node import check_cores, check_host_memory, check_workers
+from amp.plan.remote import check_remote
 from amp.plan.settings import PlanSettings
 from amp.plan.simulator import StepSimulator
 from amp.plan.texts import check_texts
@@ -90,10 +92,11 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
             else Dataset.simulate(config, settings.images, settings.captions, settings.shards)
         )
         find.add("shards", check_shards(plan.data, config, settings.verify))
+        find.add("remote shards", check_remote(plan.data, config))
         find.add("workers", check_workers(plan.data, config, world))
         find.add("cores", check_cores(plan.data, config, settings.gpus))
         with find.about("steps"):
-            plan.steps = Steps.of(config, plan.data.train.images, world)
+            plan.steps = Steps.of(config, plan.data.per_epoch, world)
             find.add("steps", check_steps(plan.steps))
         find.add("checkpoints", check_checkpoints(plan.data, config, world))
     with find.about("prompts"):

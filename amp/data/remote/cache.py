@@ -164,7 +164,8 @@ class ShardCache:
 
     def _download(self, shard: RemoteShard, part: Path) -> None:
         for location, expected in shard.files.items():
-            fetch.check_size(location, expected.bytes)
+            if location == shard.tar:
+                fetch.check_size(location, expected.bytes)  # at once, instead of after reading gigabytes
             with open(part / location.name, "r+b") as file:
                 fetch.download(location, expected.bytes, expected.sha256, file)
                 file.flush()

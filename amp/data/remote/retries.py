@@ -106,9 +106,11 @@ def status_of(error: BaseException) -> int | None:
         if isinstance(response, dict):  # botocore
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
-            found = getattr(part, "status", None) or getattr(response, "status_code", None) or getattr(part, "code", 0)
+            found = getattr(part, "status", None) or getattr(response, "status_code", None)
+            if type(part).__name__ == "HttpError":  # gcsfs; in aiohttp, `code` isn't what the server answered
+                found = getattr(part, "code", None)
         with suppress(TypeError, ValueError):
-            if 300 <= int(found) < 600:
+            if 300 <= int(found or 0) < 600:
                 return int(found)
     return None
 
