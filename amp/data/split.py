@@ -130,8 +130,9 @@ class ShardSplit:
             AmpError: The photo can't be decoded.
         """
         reader, row = self._locate(index)
+        content = reader.photo(row)
         try:
-            return decode(reader.photo(row))
+            return decode(content)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise AmpError(
                 f"{reader.path}: image of sample {reader.record(row)['key']!r} can't be decoded ({error}); run "

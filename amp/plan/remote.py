@@ -71,7 +71,7 @@ def _check_cache(data: Dataset, config: TrainConfig, total: int) -> Iterator[Fin
     if limit < min(total, windows):
         yield warning(
             f"data.shard_cache_gb is {config.data.shard_cache_gb:g}; {min(total, windows) / 1e9:.3g} hold the shards "
-            "that are mixed with each other and the next ones; with less, samples are also read one by one from the server"
+            "that are mixed with each other and the next ones; with less, single samples are read from the server too"
         )
     else:
         how = "each shard is downloaded once" if limit >= total else "each epoch downloads shards again"

@@ -67,7 +67,8 @@ class Location:
 
     @property
     def name(self) -> str:
-        return self.url.rpartition("/")[2]
+        rest = self.url.partition("://")[2]
+        return rest.rpartition("/")[2] if "/" in rest else rest.rpartition("@")[2]
 
     @property
     def parent(self) -> Location:

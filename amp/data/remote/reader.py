@@ -60,7 +60,8 @@ class RemoteReader(ShardReader):
         """Does nothing: files are only open during a read."""
 
     def record(self, index: int) -> dict[str, Any]:
-        if index == self._next_record and (index, 1) not in self._ready and self._cached(index, 1) is None:
+        one_after_the_other = index == self._next_record
+        if one_after_the_other and (index, 1) not in self._ready and self._cached(index, 1) is None:
             self.prefetch(range(index, min(len(self), index + RECORDS_AHEAD)), photos=False)
         self._next_record = index + 1
         return super().record(index)
@@ -78,7 +79,8 @@ class RemoteReader(ShardReader):
         content = self._ready.pop((index, which), None)
         if content is None:
             content = self._cached(index, which)
-        if content is None and which == 0 and self.cache is not None and self.cache.fetch(self.shard):
+        alone = which == 1 and self.shard.records is not None  # in a small file, which is read whole
+        if content is None and not alone and self.cache is not None and self.cache.fetch(self.shard):
             content = self._cached(index, which)
         return self._range(index, which) if content is None else content
 
