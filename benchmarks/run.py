@@ -30,7 +30,7 @@ with exit_on_error():
     from benchmarks.settings import Settings
 
 # Each is a module of this folder with `run` and `TABLES`; to add one, add its name here.
-ALL = ("stream", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
+ALL = ("stream", "remote", "conversion", "step", "rerank", "evaluation", "generation", "scaling")
 RECORD, PAGE = Path("results/benchmark.json"), Path("docs/performance.md")  # tracked in git
 PATHS = ("photos", "shards", "peer_python", "language_model")  # paths of this machine, not stored
 
