@@ -1,4 +1,4 @@
-"""Figures of a version of knowledge, worked out by hand, and the report's command."""
+"""Statistics of a version of knowledge, calculated by hand, and the report's command."""
 
 import json
 from functools import partial

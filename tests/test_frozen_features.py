@@ -1,4 +1,4 @@
-"""Stored outputs of the frozen image blocks: what a direct computation gives, kept where its inputs say."""
+"""Stored outputs of the frozen image blocks: equal to a direct computation, in a folder named by their inputs."""
 
 import errno
 import os
@@ -102,7 +102,7 @@ def test_an_interrupted_build_leaves_nothing_that_counts(split, made, tmp_path):
 
 
 def test_a_full_disk_is_found_before_anything_is_encoded(split, made, tmp_path, monkeypatch):
-    """The file of tokens is mapped into memory: where the disk fills up later, the process would end by SIGBUS."""
+    """The file of tokens is memory-mapped, so a disk that fills up later would kill the process with SIGBUS."""
 
     def full(descriptor, start, length):
         assert length >= len(split) * made[0].backbone.num_tokens * made[0].backbone.vision_width * 2
@@ -148,7 +148,7 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
 
     same = [
         features_folder(tmp_path, ShardSplit(shards, "test"), *build(), "float32"),
-        # What the frozen blocks don't see: prompts of another number, and no knowledge at all.
+        # The number of prompts and the kind of knowledge don't affect the frozen blocks.
         features_folder(
             tmp_path,
             split,
@@ -173,11 +173,11 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
 @pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
 def test_the_folder_is_the_same_in_every_process(made, mode):
     _, _, preprocess = amp.create_model_and_transforms("ViT-B-32", device="meta", image_resize_mode=mode)
-    assert " at 0x" not in repr(preprocess)  # an address would make a folder of its own for each run and rank
+    assert " at 0x" not in repr(preprocess)  # an address would give each run and rank its own folder
 
 
 def test_stored_features_do_not_depend_on_mixed_precision(split, made, tmp_path, monkeypatch):
-    """The folders' names don't hold it, so an evaluation in fp32 reads what a training run in bf16 has left."""
+    """Folder names don't contain it, so an evaluation in fp32 reads the features of a training run in bf16."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 

@@ -1,4 +1,4 @@
-"""A model with everything that a search of the drawn test split needs."""
+"""A model and all inputs for searching the drawn test split."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ TOP_K = 8
 
 
 def make_far_model(clip_folder: str, **prompt):
-    """A model on a tiny CLIP, so far from it that knowledge shows in the scores, and its transform."""
+    """A model on a tiny CLIP and its transform. Its weights are far from the start, so knowledge changes the scores."""
     torch.manual_seed(3)
     settings = {"interaction": "aim", "depth": 0.34, "num_prompts": 2, "max_triplets": 3, "enrich": False}
     config = amp.PromptConfig(**{**settings, **prompt})
@@ -30,7 +30,7 @@ def make_far_model(clip_folder: str, **prompt):
 
 
 class World:
-    """A model, its transform and everything a `SplitSearch` of the test split needs."""
+    """A model, its transform and all inputs of a `SplitSearch` of the test split."""
 
     def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
         self.model, self.preprocess = make_far_model(clip_folder, knowledge=knowledge, **prompt)
@@ -44,13 +44,13 @@ class World:
             self.text = [self.model.encode_text(self.model.tokenizer([text]))[0] for text in self.captions.texts]
 
     def retrieval(self, captions=None, **settings) -> SplitSearch:
-        """The search of the split, or of other captions."""
+        """Search of the test split, by default with its own captions."""
         settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
         return SplitSearch.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
 
 
 def write_world_adapter(clip_folder: str, shards: Path, folder: Path) -> Path:
-    """The adapter's file of a `World`, where a run in `folder` would have written it."""
+    """Writes the adapter of a `World` to the file that a run in `folder` would write."""
     world = World(clip_folder, shards, folder / "cache")
     adapter = folder / "run" / "stage1" / "adapter.safetensors"
     adapter.parent.mkdir(parents=True)
