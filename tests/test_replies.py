@@ -1,4 +1,4 @@
-"""What a reply says: strict replies, replies that repair mends, replies that nothing can be made of."""
+"""Parsing of replies: strict ones, ones that can be repaired, and unusable ones."""
 
 import random
 
@@ -102,7 +102,7 @@ def test_at_most_six():
 
 
 def test_whatever_a_model_writes_keeps_to_the_caption():
-    """Random pieces of everything a model may produce, checked against the definition, not against the code."""
+    """Replies of random pieces that a model may produce, checked against the definition instead of the code."""
     random.seed(1)
     words = ["girl", "climbs", "stairs", "climbing", "boy", "is", "none", "the", "pink", "wearing", "dogs", "😀"]
     pieces = [*words, "action: ", "attribute: ", "1. ", "\u2028", "\x1b[31m", *"|,\n()<>[]{}\"'-* "]
