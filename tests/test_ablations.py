@@ -23,7 +23,7 @@ from amp.retrieval.settings import RetrievalSettings
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names
 
-# -- architectures, compared with loops over pairs ---------------------------------------------------------------------
+# -- architectures, compared with loops over pairs --------------------------------------------------------------------
 
 SINGLE = ("triplets", "template", "states")
 LITERAL, CAT = {"options": {"residual": False}}, {"interaction": "cat"}

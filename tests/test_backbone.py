@@ -59,7 +59,7 @@ def test_every_parameter_has_a_dimension_and_its_value():
     assert clip.logit_scale.tolist() == [3.25] and not clip.logit_scale.requires_grad
 
 
-# -- unsupported towers ------------------------------------------------------------------------------------------------
+# -- unsupported towers -----------------------------------------------------------------------------------------------
 
 
 def on_meta(name):

@@ -137,7 +137,7 @@ def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
     assert all(value.dtype == torch.float32 for value in whole.values())
 
 
-# -- configuration files ---------------------------------------------------------------------------------------------
+# -- configuration files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

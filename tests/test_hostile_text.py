@@ -339,13 +339,13 @@ def test_no_caption_becomes_a_special_token(smollm2):
     assert "<|im_start|>" in before and added & set(engine._ids(behind))
 
 
-# -- output ------------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 EVIL_NAME = "\x1b[2J\x1b]0;evil\x07[bold]a[/] [/nothing] [link=x]\u202egpj"
 
 
 def test_what_command_lines_show_is_plain(capsys):
-    """Escape codes in names, captions and errors don't reach the terminal, and markup is neither applied nor an error."""
+    """Escape codes in names, captions and errors don't reach the terminal, and markup is shown as plain text."""
     terminal = Terminal(True)
     terminal.say(f"skipped {EVIL_NAME}: [/]")
     with terminal.progress("{0} [/] {task.fields} " + EVIL_NAME) as report:

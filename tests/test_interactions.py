@@ -91,7 +91,7 @@ def test_stage_2_trains_what_the_interaction_names(model):
     assert {n for n, _ in model.named_parameters() if n.startswith(expected)} == second
 
 
-# -- choice of the class -------------------------------------------------------------------------
+# -- choice of the class ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,7 +50,7 @@ def test_captions_in_another_language_are_found(language):
 
 
 def test_english_captions_raise_no_alarm():
-    """Short captions, typos, names of people and places, loanwords, and captions from other test data."""
+    """Short captions, typos, names of people and places, loanwords, and the hand-labelled captions of gold.yaml."""
     gold = yaml.safe_load((ROOT / "amp/generation/gold.yaml").read_text(encoding="utf-8"))
     captions = [entry["caption"] for entry in gold]
     assert len(captions) > 100

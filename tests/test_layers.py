@@ -54,7 +54,7 @@ def test_triplet_encoder_is_eq_4_and_5(grad):
         assert_close(prompts[c, : len(expected)], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # dtype of the tokens, which may come from a linear layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # tokens may come from a linear layer
 @pytest.mark.parametrize("counted", [False, True])
 def test_autocast_means_the_same_in_training_and_in_evaluation(counted, dtype):
     """The fast path of torch's block in evaluation returns bf16 for fp32 and fails under a FLOP counter."""

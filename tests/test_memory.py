@@ -36,7 +36,7 @@ from amp.train.stages import set_trainable
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("fresh_accelerate")]
 
-# Kernels allocate a few small tensors, which matter for a tiny model. The tolerance of a larger step is a tenth of this.
+# Kernels allocate small tensors, which matter for a tiny model. The tolerance of a larger step is a tenth of this.
 TOLERANCE = 0.02
 MATH = partial(sdpa_kernel, SDPBackend.MATH)  # as in training on the CPU in bf16
 MICRO_CLIP = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"

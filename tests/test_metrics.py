@@ -63,7 +63,7 @@ def test_recalls_by_hand():
 
 
 def test_recalls_are_clip_benchmarks():
-    """Most images have five captions; both directions. All scores differ, because top-k doesn't define the order of ties."""
+    """Both directions, most images with five captions. Top-k doesn't define the order of ties, so all scores differ."""
     generator = torch.Generator().manual_seed(0)
     images, captions = 80, 390
     caption_image = torch.cat([torch.arange(images), torch.randint(images, (captions - images,), generator=generator)])
@@ -80,7 +80,7 @@ def test_recalls_are_clip_benchmarks():
 
 def test_ceilings_by_hand():
     ranks = torch.tensor([0, 2, 3, 6, 8, 11])
-    assert ceilings(ranks, top_k=4) == {1: 50.0, 5: 50.0, 10: 100 * 5 / 6}  # after top_k the first stage's order remains
+    assert ceilings(ranks, top_k=4) == {1: 50.0, 5: 50.0, 10: 100 * 5 / 6}  # after top_k first-stage order is kept
     assert ceilings(ranks, top_k=20) == {1: 100.0, 5: 100.0, 10: 100.0}
 
 

@@ -106,7 +106,7 @@ def test_a_backbone_in_low_precision_starts_as_itself(dtype, images, knowledge):
 )
 @torch.no_grad()
 def test_whole_model_is_the_papers(variant, residual, block, images, knowledge):
-    """Compared with a naive loop over images, blocks and heads. With average pooling this fails if a prompt is pooled."""
+    """Compared with a naive loop over images, blocks, heads. With average pooling this fails if a prompt is pooled."""
     model = make_aim(variant, trained=True, block=block, options={"residual": residual}, num_prompts=3)
     batch = model.prepare_knowledge(knowledge)
     features = model(images, Captions(batch), plain=ALL)

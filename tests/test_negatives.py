@@ -58,7 +58,7 @@ def test_rows_are_independent(cosines):
     mask = torch.stack([forbidden(*range(11)), forbidden(), forbidden(*range(1, 12))])
     drawn = draw_negatives(cosines.expand(3, -1), mask, gumbel_noise(3, COLUMNS, 0, 0, 0), 1, 10.0)
     assert drawn.columns[0].item() == 11 and drawn.columns[2].item() == 0
-    assert drawn.log_weight[[0, 2]].flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # always drawn: weight one
+    assert drawn.log_weight[[0, 2]].flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # always drawn: weight 1
 
 
 @pytest.mark.parametrize("uniform", [0.1, 0.5])

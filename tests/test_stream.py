@@ -1,4 +1,4 @@
-"""Training batches against the shards' members, read and decoded by hand."""
+"""Training batches compared with the shards' members, read and decoded independently."""
 
 import io
 import json
@@ -29,7 +29,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def world(shards, clip_folder, tmp_path_factory):
-    """Model, transforms, split, a collator whose store knows all texts, and the samples read with plain tarfile."""
+    """Model, transforms, split, a collator whose store contains all texts, and the samples read with plain tarfile."""
     config = amp.PromptConfig(depth=1 / 3, max_triplets=2)
     model, train_transform, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     split = ShardSplit(shards, "train")
@@ -65,7 +65,7 @@ def assert_equal(first, second):
 
 
 def test_crops_are_normalized_on_the_device_as_open_clip_does(world):
-    """The loader gives uint8 crops; on the device they are what the transform's ToTensor and Normalize make of them."""
+    """The loader returns uint8 crops. On the device they become equal to the output of ToTensor and Normalize."""
     _, loader = loader_of(world, preprocess=world[1])
     *_, to_tensor, normalize = world[1].transforms
     batch = next(iter(loader))
@@ -166,7 +166,7 @@ def test_all_captions_of_the_split_are_shown_in_turn(world):
 
 
 def damaged(shards, folder, key):
-    """A copy of the shards in which one training image is cut in half, with a manifest that fits it."""
+    """A copy of the shards in which one training image is truncated, with a matching manifest."""
     shutil.copytree(shards, folder)
     name = ShardManifest.load(folder).split("train")[0].name
     members = [(m, data[: len(data) // 2] if m == f"{key}.jpg" else data) for m, data in members_of(shards / name)]
@@ -192,7 +192,7 @@ def test_no_transform_flips(clip_folder, mode):
     _, train, val = amp.create_model_and_transforms(clip_folder, image_resize_mode=mode)
     for transform in (train, val):
         assert not re.search("flip|mirror", repr(transform), re.IGNORECASE)
-    # And by looking: dark left, bright right stays so through any number of random crops.
+    # Also check pixels: a picture that is dark on the left and bright on the right stays so in random crops.
     picture = Image.fromarray(np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2))
     for transform in (train, val):
         for _ in range(20):
@@ -204,4 +204,4 @@ def test_image_ids_are_numbers_that_fit_and_differ():
     ids = [stable_id(value) for value in [*range(1000), *(f"photo-{i}" for i in range(1000))]]
     assert len(set(ids)) == 2000 and all(0 <= i < 2**63 for i in ids)
     assert stable_id(7) == stable_id("7")
-    assert stable_id("COCO_val2014_000000391895") == 19693450838887410  # in every run and on every machine
+    assert stable_id("COCO_val2014_000000391895") == 19693450838887410  # the same in every run and on every machine
