@@ -183,7 +183,7 @@ def test_truncated_image_in_a_shard(run, refused, request, copied_shards, launch
     members = members_of(ShardManifest.load(copied_shards).split(split)[0].path)
     path = replace_shard(copied_shards, split, [(name, content[: len(content) // 2]), *members[1:]])
     main = request.getfixturevalue(launched)
-    # A whole epoch, so that the sample occurs in any order.
+    # Reads a whole epoch, which contains the sample in any order.
     changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
     line = refused(lambda: run(main, data__shards=copied_shards, data__workers=workers, **changes))
     assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "amp make_shards" in line

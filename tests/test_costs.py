@@ -103,7 +103,7 @@ def base(clip_folder):
 
 
 class Calls:
-    """Rows that pass through each image block and the text tower."""
+    """Counts the rows that pass through each image block and the text tower."""
 
     def __init__(self, model: ActionAwareCLIP):
         self.rows = Counter()

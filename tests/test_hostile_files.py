@@ -152,7 +152,7 @@ def open_photo_of(content: bytes, folder: Path) -> Image.Image:
     return open_photo(folder / "photo.jpg")
 
 
-# -- images, in all three uses ----------------------------------------------------------------------------------------
+# -- images, in conversion, index and search --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_peak_with_fused_attention(clip_folder):
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_peak_of_a_larger_step(precision, recompute):
-    """The micro CLIP of this repository with 64 images; `pytest -s` prints the figures of docs/plan.md."""
+    """The micro CLIP of this repository with 64 images. `pytest -s` prints the figures in docs/plan.md."""
     config = settings(MICRO_CLIP, "aim", 64, 1, activation_checkpointing=recompute)
     with MATH():
         real, _ = most_allocated(RealStep(config, 1, precision))

@@ -147,7 +147,7 @@ def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_p
 
 
 def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkeypatch):
-    """The index folder as `kill -9` leaves it after 8 photos is copied while the update runs."""
+    """Copies the index folder during the update, as `kill -9` would leave it after 8 photos."""
     monkeypatch.setattr(updating, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(updating, "SAVE_SHARE", 0.0)
     model, preprocess = make_far_model(clip_folder)

@@ -83,7 +83,7 @@ def test_every_action_is_drawn_inside_the_picture_and_shows_both_actors():
 
 
 def test_roles_are_drawn_not_positions():
-    """Mirroring is drawn independently: the actor of an action is on the left about as often as on the right."""
+    """Mirroring is random, so the actor of an action is on the left about as often as on the right."""
     red, purple = scenes.Actor("frog", "red", "big"), scenes.Actor("robot", "purple", "big")
     left = 0
     for trial in range(60):

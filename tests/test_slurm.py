@@ -120,7 +120,7 @@ def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm
     second = stopped(out)
     assert second["signal"] == "SIGUSR1" and second["step"] == saved_step(out)
     until(lambda: slurm.show(job)["Restarts"] == "2", "a requeue before the time limit")
-    assert "User defined signal" not in log.read_text()  # launchers survive, so ranks have KillWait to save
+    assert "User defined signal" not in log.read_text()  # no launcher may die before its ranks have saved
 
     until(lambda: saved_step(out) >= second["step"] + 10, "steps after the time limit")
     # A third node replaces it. If the node came back within a minute, Slurm 22.05 would send it the kill of the last

@@ -212,7 +212,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
     assert flat(load_captions(path).images) == [("a.jpg", "train", ["A man"]), ("b.jpg", "train", ["A dog"])]
 
 
-# Files as found in practice, all with the same three captions: name, content, description.
+# Files as found in practice, all with the same three captions: file name, content, part of the message.
 _HATS = "Zwei H\u00fcte; grau"
 _TABLE = [("a.jpg", "A man, running"), ("s/b.jpg", _HATS), ("a.jpg", "A dog")]
 _COMMAS = f'a.jpg,"A man, running"\ns/b.jpg,{_HATS}\na.jpg,A dog\n'

@@ -187,7 +187,7 @@ def test_mean_and_standard_error_by_hand():
 
 @pytest.fixture
 def partial(config):
-    """Control with two seeds, states with one of two and a probe, the rest missing."""
+    """Results of the control with both seeds, of states with one seed and a probe; all others are missing."""
     runs = plan(config)
     finish(runs["control"][0], row("control", (11, 21, 31), (6, 16, 26)))
     finish(runs["control"][1], row("control", (13, 21, 31), (6, 16, 26)))

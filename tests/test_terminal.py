@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_now_and_then_also_during_one_long_step(log, monkeypat
     monkeypatch.setattr(module, "LOG_SECONDS", 0.02)
     with log.progress("encoding photos", "photos") as report:
         report(32, 100)
-        wait_for(lambda: log.file.getvalue().count("32 of 100 photos") >= 3)  # waits without new progress
+        wait_for(lambda: log.file.getvalue().count("32 of 100 photos") >= 3)  # repeated without new progress
     assert re.fullmatch(r"encoding photos: 32 of 100 photos, \d+ s so far", lines(log)[-2])
     assert re.fullmatch(r"encoding photos: 32 of 100 photos, took \d+ s", lines(log)[-1])
     assert not report._thread.is_alive()

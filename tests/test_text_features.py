@@ -189,9 +189,9 @@ def test_ranks_share_the_work_and_report_it(tmp_path, backbone, tokenizer):
     texts = [f"text number {i}" for i in range(11)]
     stores = [TextFeatureStore(tmp_path, "ab", backbone.embed_dim) for _ in range(3)]
     progress = []
-    for rank, store in enumerate(stores):  # each counts the missing texts before the others add theirs
+    for rank, store in enumerate(stores):  # each was opened before any texts were added
         encode_texts(store, texts, backbone, tokenizer, 2, rank, 3, lambda *done: progress.append(done), segment=3)
-    assert [len(store.missing(texts)) for store in stores] == [7, 3, 0]  # other ranks' texts are missing until refresh
+    assert [len(store.missing(texts)) for store in stores] == [7, 3, 0]  # of the ranks that ran later
     stores[0].refresh()
     assert stores[0].missing(texts) == [] and len(stores[0]) == 11
     assert [done for done in progress if done[0] == done[1]] == [(4, 4), (4, 4), (3, 3)]

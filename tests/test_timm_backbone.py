@@ -43,7 +43,7 @@ def every(*names):
 def test_the_pieces_make_encode_image_bit_for_bit(tower, images):
     clip = make_timm_clip(tower)
     expected, backbone = clip.encode_image(images), make_backbone(clip.train())
-    assert (expected[0] - expected[1]).abs().max() > 0.1  # else all towers would be equal
+    assert (expected[0] - expected[1]).abs().max() > 0.1  # otherwise all towers would look equal
     first = TOWERS[tower][-1]
     assert (backbone.num_prefix, backbone.num_patches, backbone.num_tokens) == (first, 16, first + 16)
     assert (backbone.vision_width, backbone.vision_heads, backbone.num_layers) == (32, 2, 3)

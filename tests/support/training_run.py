@@ -109,7 +109,7 @@ def steps_of(audit: Path) -> list[dict]:
 
 def _train_rank(rank, config, world, port, audit, before, errors) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for decoding workers, as in a process that a user starts
+    multiprocessing.set_start_method("fork", force=True)  # start method of decoding workers, as in a user's process
     log = os.open(errors / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115, stays open until the process ends

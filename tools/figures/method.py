@@ -1,4 +1,4 @@
-"""Draws docs/method.png: a caption's knowledge, how it reads an image inside the frozen CLIP, and re-ranking.
+"""Draws docs/method.png: a caption's knowledge, how it queries an image in the frozen CLIP, and re-ranking.
 
 python tools/figures/method.py --out docs/method.png
 """
