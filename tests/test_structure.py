@@ -1,5 +1,4 @@
-"""The layers of docs/architecture.md: imports point down and have no cycles; shared test helpers are in one place.
-"""
+"""The layers of docs/architecture.md: imports point down and have no cycles; shared test helpers are in one place."""
 
 import ast
 import re

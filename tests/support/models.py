@@ -136,8 +136,8 @@ def aim_settings(block: int = 0, options: dict | None = None, **settings) -> dic
 
     Args:
         block: First prompted block.
-        options: Options of the interaction, in addition to a bottleneck of 4 (the default of
-            40 / 16 hidden units would often all be zero).
+        options: Options of the interaction, in addition to a bottleneck of 4. With the default, 40 / 16 hidden
+            units, often all units would be zero.
         **settings: Further arguments.
     """
     options = {"bottleneck": 4, **(options or {})}
