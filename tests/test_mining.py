@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from support.equations.losses import confusable as naive_confusable
+from support.order import epoch_order
 
-from amp.data.order import BatchOrder, epoch_order
+from amp.data.order import BatchOrder
 from amp.train import mining
 from amp.train.mining import confusable
 

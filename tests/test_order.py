@@ -6,9 +6,10 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from support.order import epoch_order
 from torch.utils.data import DataLoader, Dataset
 
-from amp.data.order import BatchOrder, caption_of_epoch, epoch_order
+from amp.data.order import BatchOrder, caption_of_epoch
 from amp.errors import AmpError
 
 SIZES = [5, 3, 8, 1, 7, 4]  # 28 samples

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.order import epoch_order
 from support.tars import members_of, replace_shard
 
 import amp
 from amp.data.frozen_features import compute_frozen_features
-from amp.data.order import BatchOrder, caption_of_epoch, epoch_order
+from amp.data.order import BatchOrder, caption_of_epoch
 from amp.data.prepare import knowledge_collator
 from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
