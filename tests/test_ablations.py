@@ -10,7 +10,7 @@ import amp
 from amp.data.prepare import knowledge_collator
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import Batch
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
 from amp.evaluate.settings import EvaluationSettings
@@ -195,7 +195,7 @@ def test_the_store_and_the_model_encode_the_same_texts(setting, knowledge, tmp_p
     assert texts[:4] == ["a", "b", "c", "d"]
     assert texts[4:] == ([text for item in knowledge for text in sentences(item, setting)] if reads else [])
     collate = knowledge_collator(model, str(tmp_path), "float32")
-    encode_texts(collate.store, texts, model.backbone, model.tokenizer)
+    encode_missing(collate.store, texts, model.backbone, model.tokenizer)
     collated, prepared = collate(knowledge), model.prepare_knowledge(knowledge)
     assert_close(collated.states, prepared.states, atol=1e-5, rtol=0)
     assert (prepared.states.abs().sum(-1) > 0).equal(prepared.mask & reads)

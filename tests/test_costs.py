@@ -17,7 +17,7 @@ from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, training_loader
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
@@ -172,7 +172,7 @@ def test_an_epoch_reads_each_photo_and_record_once_and_a_resumed_one_only_its_re
     split = ShardSplit(shards, "train")
     collate = knowledge_collator(model, str(tmp_path / "cache"), "float32")
     texts = SplitCaptions.read(split, ("action",)).all_texts(config.max_triplets)
-    encode_texts(collate.store, texts, model.backbone, model.tokenizer)
+    encode_missing(collate.store, texts, model.backbone, model.tokenizer)
     order = BatchOrder(split.sizes, 4, 0, 1, 0, window=2)
     loader = training_loader(TrainingSamples(split, transform, 0, ("action",), None), order, collate, 0, False)
     for index in range(len(split)):

@@ -187,9 +187,9 @@ def test_features_stored_by_another_way_of_seeing_are_not_used(phone, clip_folde
 
     model, _, preprocess = amp.create_model_and_transforms(clip_folder)
     split = ShardSplit(phone / "stored shards", "test")
-    now = frozen_features.features_folder("cache", split, model, preprocess, "float32")
+    now = frozen_features.features_folders("cache", split, model, preprocess, "float32")
     monkeypatch.setattr(frozen_features, "DECODING_VERSION", frozen_features.DECODING_VERSION - 1)
-    assert frozen_features.features_folder("cache", split, model, preprocess, "float32") != now
+    assert frozen_features.features_folders("cache", split, model, preprocess, "float32") != now
 
 
 # Samples

@@ -176,6 +176,7 @@ def test_a_checkpoint_takes_the_space_that_the_plan_says(trained):
     said = next(f.text for f in plan.findings if f.check == "disk")
     stated = float(re.search(r"checkpoints of ([\d.]+) MB", said)[1])
     newest = Checkpoints(trained.out).newest([1]).folder
+    said = said.partition(";")[0]  # without the free space, which other programs change
     assert "disk: " + said in found(trained, "ok") and f"{trained.checkpoint.keep + 1} checkpoints" in said
     real = sum((newest / name).stat().st_size for name in ("adapter.safetensors", "optimizer.safetensors"))
     assert stated == pytest.approx(real / 1e6, rel=0.1)  # headers are not negligible for a tiny model

@@ -22,7 +22,7 @@ from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, stable_id, training_loader
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 
 KINDS = ("action", "attribute")
 SEED = 3
@@ -36,7 +36,7 @@ def world(shards, clip_folder, tmp_path_factory):
     split = ShardSplit(shards, "train")
     collate = knowledge_collator(model, str(tmp_path_factory.mktemp("cache")), "float32")
     texts = SplitCaptions.read(split, KINDS).all_texts(config.max_triplets)
-    encode_texts(collate.store, texts, model.backbone, model.tokenizer)
+    encode_missing(collate.store, texts, model.backbone, model.tokenizer)
     by_hand = []
     for shard in sorted(shards.glob("train-*.tar")):
         members = defaultdict(dict)

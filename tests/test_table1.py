@@ -262,7 +262,7 @@ def _rank_row(name, shards):
     retrieval, described = baseline(settings, split, captions, Accelerator(cpu=True), terminal)
     row = retrieval.base_row()
     found = row.i2t.recall, row.t2i.recall, retrieval.first["t2i"].candidates.tolist(), described
-    return found, retrieval.text, torch.from_numpy(retrieval.frozen.base)
+    return found, retrieval.text, torch.from_numpy(retrieval.frozen.base.__array__())
 
 
 def test_two_ranks_give_the_baseline_of_one(clip_folder, shards, tmp_path, fresh_accelerate):

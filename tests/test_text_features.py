@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.models import make_clip
 
-from amp.data.text_features import TextFeatureStore, cut_texts, encode_texts, text_keys
+from amp.data.text_features import TextFeatureStore, cut_texts, encode_missing, text_keys
 from amp.errors import AmpError
 from amp.knowledge.text import surely_cut
 from amp.model.towers import make_backbone
@@ -161,7 +161,7 @@ def test_two_processes_add_at_once(tmp_path):
 def test_stored_features_are_open_clips(store, tmp_path, backbone, tokenizer):
     texts = ["a dog", "A man in a red shirt throws a ball to a small dog.", "word " * 500, "", *TEXTS]
     store = TextFeatureStore(tmp_path, backbone.weights_hash("text"), backbone.embed_dim)
-    encode_texts(store, texts, backbone, tokenizer, batch_size=3)
+    encode_missing(store, texts, backbone, tokenizer, batch_size=3)
     for text in texts:  # one at a time, padded to the full context
         expected = backbone.clip.encode_text(tokenizer([text])).numpy()
         length = np.linalg.norm(expected)
@@ -177,11 +177,11 @@ def test_each_text_is_encoded_once(tmp_path, backbone, tokenizer, monkeypatch):
 
     store = TextFeatureStore(tmp_path, "ab", backbone.embed_dim)
     monkeypatch.setattr(backbone, "encode_text", count)
-    encode_texts(store, ["a", "b", "a", "c", "b"], backbone, tokenizer, batch_size=2)
+    encode_missing(store, ["a", "b", "a", "c", "b"], backbone, tokenizer, batch_size=2)
     assert sum(encoded) == 3 and len(store) == 3
-    encode_texts(store, ["c", "d", "d", "a"], backbone, tokenizer, batch_size=2)
+    encode_missing(store, ["c", "d", "d", "a"], backbone, tokenizer, batch_size=2)
     assert sum(encoded) == 4
-    encode_texts(store, ["a", "d"], backbone, tokenizer, batch_size=2)
+    encode_missing(store, ["a", "d"], backbone, tokenizer, batch_size=2)
     assert sum(encoded) == 4 and len(store) == 4
 
 
@@ -190,7 +190,7 @@ def test_ranks_share_the_work_and_report_it(tmp_path, backbone, tokenizer):
     stores = [TextFeatureStore(tmp_path, "ab", backbone.embed_dim) for _ in range(3)]
     progress = []
     for rank, store in enumerate(stores):  # each was opened before any texts were added
-        encode_texts(store, texts, backbone, tokenizer, 2, rank, 3, lambda *done: progress.append(done), segment=3)
+        encode_missing(store, texts, backbone, tokenizer, 2, rank, 3, lambda *done: progress.append(done), segment=3)
     assert [len(store.missing(texts)) for store in stores] == [7, 3, 0]  # of the ranks that ran later
     stores[0].refresh()
     assert stores[0].missing(texts) == [] and len(stores[0]) == 11

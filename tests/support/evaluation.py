@@ -9,7 +9,7 @@ from amp.data.frozen_features import compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 from amp.model.adapter import save_adapter
 from amp.retrieval.settings import RetrievalSettings
 from amp.retrieval.split_search import Ranking, SplitSearch
@@ -37,7 +37,7 @@ class World:
         self.split = ShardSplit(shards, "test")
         self.captions = SplitCaptions.read(self.split, KINDS)
         self.collate = knowledge_collator(self.model, str(cache_folder), "float32")
-        encode_texts(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
+        encode_missing(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
         self.frozen = compute_frozen_features(self.split, self.model, self.preprocess, batch_size=5, workers=0)
         self.images = torch.stack([self.preprocess(self.split.image(i)) for i in range(len(self.split))])
         with torch.no_grad():

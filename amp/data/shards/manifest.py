@@ -49,6 +49,11 @@ class ShardInfo:
         """SHA-256 of the file that contains the captions and their knowledge."""
         return self.sha256 if self.records is None else self.records.sha256
 
+    @property
+    def photos(self) -> list[str]:
+        """Hashes of the files that determine the photos and their order."""
+        return [self.sha256] if self.records is None or self.index is None else [self.sha256, self.index.sha256]
+
     def open(self) -> ShardReader:
         """Opens the shard; raises like `ShardReader`."""
         return ShardReader(self.path, self.index, self.records, self.samples)
