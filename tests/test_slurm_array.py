@@ -1,4 +1,4 @@
-"""Conversion by a Slurm job array with tasks that fail, are requeued or are cancelled."""
+"""Slurm job arrays: conversion with tasks that fail, are requeued or are cancelled, and shared features."""
 
 import pytest
 from support.drawn_data import draw_dataset
@@ -61,3 +61,25 @@ def test_job_array(slurm, tmp_path):
     made, expected = (manifest.to_dict() for manifest in (ShardManifest.load(out), plain))
     assert made["provenance"].pop("command")[0] == "make_shards.py" and expected["provenance"].pop("command") is None
     assert made == expected
+
+
+def test_features_by_a_job_array(slurm, shards, clip_folder, tmp_path):
+    settings = {
+        "data.shards": shards,
+        "data.cache": tmp_path / "cache",
+        "data.workers": 0,
+        "model.name": clip_folder,
+        "model.pretrained": "null",
+        "prompt.depth": 0.34,
+    }
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    logs = f"--output={tmp_path}/%A_%a.log"
+    array = slurm.sbatch("--array=0-1", "--cpus-per-task=1", logs, "launchers/slurm/prepare.sbatch", *arguments)
+    for task in range(2):
+        slurm.wait(f"{array}_{task}", {"COMPLETED"})
+        assert "all features of" in (tmp_path / f"{array}_{task}.log").read_text()
+    manifest = ShardManifest.load(shards)
+    count = sum(len(manifest.split(split)) for split in ("train", "val"))
+    texts = [path.name for path in (tmp_path / "cache").glob("text-*/*")]
+    assert len(texts) == 2 * count and all(name.startswith("shard-") for name in texts)
+    assert len(list((tmp_path / "cache").glob("image-*"))) == len(manifest.split("val"))

@@ -59,9 +59,10 @@ def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Findi
         yield warning(f"{text}; this machine has {here}; decoding would limit training; give --data.workers {fewer}")
 
 
-def check_host_memory(data: Dataset, gpus: int, offloaded: int) -> Iterator[Finding]:
+def check_host_memory(data: Dataset, config: TrainConfig, gpus: int, offloaded: int) -> Iterator[Finding]:
     """Checks the host memory of a node; `offloaded` is the number of bytes that DeepSpeed offloads per process."""
-    texts = CAPTION_BYTES * (data.train.captions + (data.val.captions if data.val else 0))
+    in_memory = [data.val] if config.mined_group == 1 else [data.val, data.train]
+    texts = CAPTION_BYTES * sum(part.captions for part in in_memory if part is not None)
     wanted, here = gpus * (texts + offloaded), require("psutil", "a plan").virtual_memory().total
     parts = f"{in_bytes(texts)} of captions and knowledge"
     if offloaded:
