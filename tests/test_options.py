@@ -9,6 +9,7 @@ from support.repository import ROOT
 from amp.__main__ import COMMANDS
 
 KNOWN = yaml.safe_load((ROOT / "tests/options.yaml").read_text(encoding="utf-8"))
+KNOWN["prepare"] = [option for option in KNOWN["train"] if not option.startswith("plan")]  # the options of a run
 OF_ALL = {"-h", "--help", "--config", "--print_config"}
 
 

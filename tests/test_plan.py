@@ -280,6 +280,10 @@ def test_damaged_shards(config, shards, tmp_path):
     entry["shards"][1]["samples"] -= 1
     entry["samples"] -= 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    index = path.with_name("train-000001.index.npy")
+    assert f"{index}: an array int64 of shape (5, 2, 2); expected int64 (4, 2, 2)" in found(config, "error")
+    del entry["shards"][1]["index"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     assert f"{path}: holds 5 samples; expected 4 (from the manifest)" in found(config, "error")
 
 
