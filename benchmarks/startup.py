@@ -36,7 +36,6 @@ with exit_on_error():
 
 MODEL = "local-dir:tools/scenes/micro-clip"
 SHARD, CAPTIONS, BATCH = 1_000, 5, 128
-SIMULATED = 64  # processes
 
 
 def main(

@@ -25,6 +25,7 @@ from benchmarks import (
     rerank,
     run,
     scaling,
+    startup,
     step,
     stream,
     tables,
@@ -301,3 +302,11 @@ def test_an_evaluation_from_end_to_end(clip_folder, tmp_path, monkeypatch):
 def test_the_page_shows_the_figures_of_the_run():
     page, figures = ROOT / "docs/performance.md", ROOT / "results/benchmark.json"
     assert tables.fill(page.read_text(), json.loads(figures.read_text())) == page.read_text()
+
+
+def test_startup_reads_the_first_batch_and_prepares(tmp_path):
+    startup.main([2_000], prepared=1_000, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
+    found = json.loads((tmp_path / "startup.json").read_text())
+    (row,) = found["start"]
+    assert row["samples"] == 2_000 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
+    assert {*found["prepare"]} == {"1", "2"} and all(x["captions_per_second"] > 0 for x in found["prepare"].values())

@@ -1,6 +1,6 @@
 """Computes the stored features of a training run before it starts: texts and photos, shard by shard.
 
-    amp prepare --config coco.yaml --data.shards data/coco
+    amp prepare --config launchers/configs/coco.yaml
 
 Takes the options of amp train, which otherwise does the same work first. Start it as often as you have machines or
 GPUs, for example as a job array (launchers/slurm/prepare.sbatch): the processes share the work by files in data.cache,

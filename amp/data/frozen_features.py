@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
 from amp.data.images.decode import DECODING_VERSION
+from amp.data.recent import Recent
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.folders import build_folder
@@ -31,7 +32,7 @@ class Rows:
 
     def __init__(self, files: Sequence[Path], sizes: Sequence[int]):
         self.files, self._starts = list(files), np.concatenate([[0], np.cumsum(sizes)])
-        self._open: dict[int, np.ndarray] = {}
+        self._open: Recent[np.ndarray] = Recent()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -62,16 +63,17 @@ class Rows:
         return out
 
     def _part(self, number: int) -> np.ndarray:
-        if number not in self._open:
-            file, rows = self.files[number], int(self._starts[number + 1] - self._starts[number])
-            try:
-                found = np.load(file, mmap_mode="r", allow_pickle=False)
-                if len(found) != rows:
-                    raise ValueError(f"{len(found)} rows; expected {rows}")
-            except (OSError, ValueError, EOFError) as error:
-                raise AmpError(f"{file}: can't be read ({error}); remove its folder; it will be made again") from error
-            self._open[number] = found
-        return self._open[number]
+        return self._open.get(number, lambda: self._load(number))
+
+    def _load(self, number: int) -> np.ndarray:
+        file, rows = self.files[number], int(self._starts[number + 1] - self._starts[number])
+        try:
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+            if len(found) != rows:
+                raise ValueError(f"{len(found)} rows; expected {rows}")
+        except (OSError, ValueError, EOFError) as error:
+            raise AmpError(f"{file}: can't be read ({error}); remove its folder; it will be made again") from error
+        return found
 
 
 class FrozenFeatures:

@@ -2,14 +2,14 @@
 
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from amp.data.recent import Recent
 from amp.data.shards import ShardInfo
 from amp.data.shared_work import make_missing
-from amp.data.split import MAX_OPEN, ShardSplit
+from amp.data.split import ShardSplit
 from amp.data.text_features import Segment, lookup_rows, open_segment, texts_folder, write_segment
 from amp.knowledge.text import tower_texts
 
@@ -36,7 +36,7 @@ class ShardTexts:
     def __init__(self, root: str | os.PathLike, key: str, dim: int, dtype: str, setting: str):
         self._arguments = (root, key, dim, dtype, setting)
         self.folder, self.dim, self.dtype, self.setting = texts_folder(root, key, dtype), dim, np.dtype(dtype), setting
-        self._open: OrderedDict[str, list[Segment]] = OrderedDict()
+        self._open: Recent[list[Segment]] = Recent()
 
     def __reduce__(self):
         return ShardTexts, self._arguments
@@ -103,12 +103,9 @@ class ShardTexts:
         return out
 
     def _segments(self, shard: str) -> list[Segment]:
-        if shard not in self._open:
-            if len(self._open) >= MAX_OPEN:
-                self._open.popitem(last=False)
-            self._open[shard] = [open_segment(self.folder / _name(shard, kind), self.dim) for kind in self.kinds]
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        return self._open.get(
+            shard, lambda: [open_segment(self.folder / _name(shard, kind), self.dim) for kind in self.kinds]
+        )
 
     def _texts(self, split: ShardSplit, number: int, kind: str) -> list[str]:
         """The texts of one kind in shard `number` of a split; they may repeat."""

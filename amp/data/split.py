@@ -11,11 +11,12 @@ from typing import TypeVar
 from PIL import Image
 
 from amp.data.images.decode import decode_rgb
+from amp.data.recent import SHARDS
 from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge, parse_knowledge
 
-MAX_OPEN = 256
+MAX_OPEN = SHARDS
 Decoded = TypeVar("Decoded")
 
 
