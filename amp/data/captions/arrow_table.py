@@ -57,7 +57,7 @@ def read_tables(path: Path, tables: Iterable[ArrowTable], splits: SplitNames) ->
     def photos() -> Iterator[tuple[str, bytes]]:
         for table, chosen in zip(tables, columns, strict=True):
             for _, (value,) in _values(path, table, [chosen["image"]]):
-                content, name = _content(value)
+                content, _ = _content(value)
                 if content:
                     yield _hashed_name(content), content
 
@@ -87,7 +87,7 @@ def _columns(path: Path, table: ArrowTable, notes: list[str]) -> dict[str, str]:
 
 def _is_photo(kind: Any) -> bool:
     types = require("pyarrow.types", "this captions file")
-    return types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    return types.is_struct(kind) and any(field.name == "bytes" for field in kind)
 
 
 def _rows(
@@ -138,9 +138,9 @@ def _content(value: Any) -> tuple[bytes | None, Any]:
     """Content of an image file, if a cell has it, and the rest: the path, or None."""
     if isinstance(value, bytes):
         return value, None
-    if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
+    if isinstance(value, dict) and "bytes" in value:
         content = value["bytes"]
-        return content, value["path"] if content != b"" else None
+        return content, value.get("path") if content != b"" else None
     return None, value
 
 

@@ -36,8 +36,8 @@ def read_rows(
 
     Args:
         path: The file, for messages.
-        rows: Line number or place of each row, and its `image`, `caption` (a text or a list of texts) and optionally `split`
-            and `image_id`.
+        rows: Line number or place of each row, and its `image`, `caption` (a text or a list of texts) and optionally
+            `split` and `image_id`.
         splits: Names of the splits.
         notes: Lines for the user. `rows` may append to it while it is read.
         place: How messages name a row, with `{}` for its number or place.

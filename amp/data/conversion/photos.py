@@ -33,9 +33,7 @@ def photo_folder(images: str | None, source: CaptionSource, out: Path, captions:
     raise AmpError(f"{captions}: contains the names of photos, not the photos; expected their folder; add --images")
 
 
-def write_photos(
-    source: CaptionSource, images: Iterable[CaptionedImage], folder: Path, console: PlainConsole
-) -> None:
+def write_photos(source: CaptionSource, images: Iterable[CaptionedImage], folder: Path, console: PlainConsole) -> None:
     """Writes photos that the captions file contains as files, except those that exist.
 
     Args:
@@ -47,11 +45,11 @@ def write_photos(
     Raises:
         AmpError: A photo can't be written, or the captions file can't be read any more.
     """
-    missing = {image.path for image in images if not os.path.lexists(folder / image.path)}
+    missing = {image.path for image in images if not (folder / image.path).exists()}
     if source.photos is None or not missing:
         return
     total = len(missing)
-    with console.progress("extracting photos", "images") as report:
+    with console.progress(f"extracting photos to {folder}", "images", keep=True) as report:
         for name, content in source.photos():
             if name in missing:
                 _write(folder / name, content)
