@@ -15,7 +15,7 @@ from amp.data.captions.load import load_captions
 from amp.data.conversion.make import make_shards
 from amp.data.conversion.photos import write_photos
 from amp.data.images.formats import suffix_of
-from amp.data.shards import ShardManifest, ShardReader
+from amp.data.shards import ShardManifest
 from amp.errors import AmpError
 from amp.terminal import PlainConsole
 
@@ -81,11 +81,10 @@ def contents(out):
     manifest = ShardManifest.load(out)
     for split in manifest.splits:
         for shard in manifest.split(split):
-            with ShardReader(shard.path) as reader:
+            with shard.open() as reader:
                 for i in range(len(reader)):
-                    content, record = reader.read(i), reader.record(i)
-                    content = content[0] if isinstance(content, tuple) else content
-                    found[content] = (split, [caption["text"] for caption in record["captions"]])
+                    image, record = reader.read(i)
+                    found[image] = (split, [caption["text"] for caption in record["captions"]])
     return found
 
 
@@ -123,6 +122,12 @@ def test_parquet_with_lists_of_captions_and_dictionary_columns(tmp_path):
     source = load_captions(write(tmp_path, columns))
     assert flat(source) == [("a.jpg", "train", ["A man", "A dog"])]
     assert [caption.id for caption in source.images[0].captions] == [0, 2]
+
+
+def test_parquet_with_columns_in_any_order(tmp_path):
+    columns = {"split": ["val", "test"], **SEEN, "width": [1, 2], "image": ["a.jpg", "b.jpg"]}
+    source = load_captions(write(tmp_path, columns))
+    assert flat(source) == [("a.jpg", "val", ["A man"]), ("b.jpg", "test", ["A dog"])]
 
 
 def test_parquet_is_read_in_batches_over_row_groups(tmp_path):
@@ -435,16 +440,20 @@ def test_parts_extract_the_photos_too(tmp_path):
         assert (tmp_path / "out" / tar.name).read_bytes() == tar.read_bytes()
 
 
-def test_an_extraction_that_stops_leaves_whole_files(tmp_path):
+def test_an_extraction_that_stops_leaves_whole_files(tmp_path, monkeypatch):
     source = load_captions(with_photos(tmp_path))
     photos, folder = list(source.photos()), tmp_path / "photos"
 
-    def stopping():
-        yield from photos[:2]
+    def stop(*arguments):
         raise KeyboardInterrupt
 
-    source.photos = stopping
+    source.photos = lambda: (photo if number < 2 else stop() for number, photo in enumerate(photos))
     with pytest.raises(KeyboardInterrupt):
+        write_photos(source, source.images, folder, QUIET)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == dict(photos[:2])
+    source.photos = lambda: iter(photos)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "utime", stop)  # after the content is written
         write_photos(source, source.images, folder, QUIET)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == dict(photos[:2])
     (tmp_path / "file").write_text("")
