@@ -125,7 +125,8 @@ def test_parquet_with_lists_of_captions_and_dictionary_columns(tmp_path):
 
 
 def test_parquet_with_columns_in_any_order(tmp_path):
-    columns = {"split": ["val", "test"], **SEEN, "width": [1, 2], "image": ["a.jpg", "b.jpg"]}
+    """In Parquet, `image.width` is also how a part of `image` would be named."""
+    columns = {"split": ["val", "test"], **SEEN, "image.width": [1, 2], "image": ["a.jpg", "b.jpg"]}
     source = load_captions(write(tmp_path, columns))
     assert flat(source) == [("a.jpg", "val", ["A man"]), ("b.jpg", "test", ["A dog"])]
 

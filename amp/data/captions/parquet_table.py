@@ -19,8 +19,7 @@ def read_parquet(path: Path, splits: SplitNames) -> CaptionSource:
 
     def batches(columns: list[str]) -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                yield batch.select(columns)
+            yield from file.iter_batches(BATCH_ROWS, columns=columns)  # in this order
 
     try:
         with parquet.ParquetFile(path) as file:
