@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from PIL import Image
 from support.photos import encoded
@@ -20,7 +21,6 @@ from amp.errors import AmpError
 from amp.terminal import PlainConsole
 
 NEEDS = 'needs pyarrow and datasets: pip install "open-clip-amp[datasets]"'
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may contact the hub
 pyarrow = pytest.importorskip("pyarrow", reason=NEEDS)
 parquet = pytest.importorskip("pyarrow.parquet", reason=NEEDS)
 datasets = pytest.importorskip("datasets", reason=NEEDS)
@@ -30,9 +30,10 @@ SEEN = {"caption": ["A man", "A dog"]}
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache_and_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
 
 
@@ -318,14 +319,14 @@ def test_a_column_of_splits_goes_before_the_splits_of_the_dataset(tmp_path):
     assert [image.split for image in load_captions(f"datasets:{tmp_path}/d").images] == ["val", "test"]
 
 
-def test_a_configuration_of_a_dataset(tmp_path):
+def test_a_configuration_of_a_dataset(tmp_path, monkeypatch):
     folder = tmp_path / "cats"
     for number, config in enumerate(("small", "large")):
         (folder / config).mkdir(parents=True)
         write(folder / config, {"image": [f"{config}.jpg"], "caption": [f"{number}"]}, "train.parquet")
     configs = [{"config_name": c, "data_files": f"{c}/*.parquet"} for c in ("small", "large")]
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with_config = {name: load_captions(f"datasets:cats:{name}") for name in ("small", "large")}
     assert {name: source.images[0].path for name, source in with_config.items()} == {
         "small": "small.jpg",
