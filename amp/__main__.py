@@ -19,6 +19,7 @@ GROUPS = {
         "generate_knowledge": "generate knowledge for captions",
         "make_shards": "turn photos, captions and knowledge into shards",
         "rewrite_knowledge": "replace the knowledge in existing shards",
+        "prepare": "compute and store the features of a training run before it",
         "train": "train an adapter on shards",
         "sweep": "train and evaluate several configurations over several seeds",
     },

@@ -18,6 +18,8 @@ INSTALLED_BY = {
     "s3fs": "open-clip-amp[remote]",
     "gcsfs": "open-clip-amp[remote]",
     "aiohttp": "open-clip-amp[remote]",
+    "datasets": "open-clip-amp[datasets]",
+    "pyarrow": "open-clip-amp[datasets]",
     "pillow_heif": "open-clip-amp[heic]",
     "clip_benchmark": "clip-benchmark",
     "vllm": "vllm",

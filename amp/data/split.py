@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image
 
 from amp.data.images.decode import decode_rgb
+from amp.data.recent import SHARDS
 from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.data.shares import Part, Shares
 from amp.data.sources import Sources, sources_of
@@ -20,7 +22,7 @@ from amp.knowledge.schema import Knowledge, parse_knowledge
 if TYPE_CHECKING:
     from amp.data.remote.cache import ShardCache
 
-MAX_OPEN = 256
+MAX_OPEN = SHARDS
 Decoded = TypeVar("Decoded")
 
 
@@ -39,6 +41,9 @@ class ShardSplit:
         dataset: Their names.
         manifests: Their manifests.
         shares: The samples that take part in an epoch; None for all.
+        shards: The shards, in order.
+        sizes: Number of samples in each shard.
+        without_knowledge: Number of captions without a knowledge record.
 
     Raises:
         AmpError: A folder or split doesn't exist, or the split can't be used.
@@ -46,7 +51,7 @@ class ShardSplit:
 
     def __init__(self, root: Sources, split: str, weighted: bool = False, cache: "ShardCache | None" = None):
         self.name, self.cache = split, cache
-        self.shards: list[ShardInfo] = []
+        listed: list[ShardInfo] = []
         parts: list[Part] = []
         sources = sources_of(root)
         self.manifests = [ShardManifest.load(source.folder) for source in sources]
@@ -55,15 +60,26 @@ class ShardSplit:
             if not has and any(having) and not weighted:
                 continue
             shards, weight = manifest.split(split), source.weight if weighted else Fraction(1)
-            self.shards += shards * math.ceil(weight)  # copies have their own captions and crops in an epoch
+            listed += shards * math.ceil(weight)  # copies have their own captions and crops in an epoch
             if weight.denominator != 1:
-                parts.append(Part(len(self.shards) - len(shards), len(self.shards), weight % 1))
+                parts.append(Part(len(listed) - len(shards), len(listed), weight % 1))
         self.root = ", ".join(str(source.folder) for source in sources)
         self.dataset = " + ".join(source.folder.name for source in sources)
-        self.sizes = [shard.samples for shard in self.shards]
+        self.without_knowledge = sum(found.captions_without_knowledge.get(split, 0) for found in self.manifests)
+        self._set_shards(listed, parts)
+
+    def _set_shards(self, shards: list[ShardInfo], parts: Sequence[Part] = ()) -> None:
+        self.shards = shards
+        self.sizes = [shard.samples for shard in shards]
         self.shares = Shares(tuple(self.sizes), tuple(parts)) if parts else None
         self._starts = [0, *accumulate(self.sizes)]
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def of_shard(self, number: int) -> "ShardSplit":
+        """The samples of one shard, given by its number."""
+        part = copy(self)
+        part._set_shards([self.shards[number]])
+        return part
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -72,7 +88,7 @@ class ShardSplit:
         return {**self.__dict__, "_readers": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
-        shard = bisect_right(self._starts, index) - 1
+        shard = self.shard_of(index)
         if shard not in self._readers:
             if len(self._readers) >= MAX_OPEN:
                 self._readers.popitem(last=False)[1].close()
@@ -93,7 +109,7 @@ class ShardSplit:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Reads remote samples that will be asked for next, several at a time. Does nothing for local ones."""
-        shards = {bisect_right(self._starts, index) - 1 for index in indices}
+        shards = {self.shard_of(index) for index in indices}
         remote = sorted(shard for shard in shards if self.shards[shard].remote is not None)
         if not remote:
             return
@@ -105,7 +121,7 @@ class ShardSplit:
         self._readers.update(zip(missing, opened, strict=True))
         rows: dict[int, list[int]] = {shard: [] for shard in remote}
         for index in indices:
-            shard = bisect_right(self._starts, index) - 1
+            shard = self.shard_of(index)
             if shard in rows:
                 rows[shard].append(index - self._starts[shard])
 
@@ -157,3 +173,7 @@ class ShardSplit:
     def records(self) -> Iterator[dict]:
         """All records in order."""
         return (self.record(i) for i in range(len(self)))
+
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that contains a sample."""
+        return bisect_right(self._starts, index) - 1

@@ -91,4 +91,4 @@ def check_shards(data: Dataset, config: TrainConfig, verify: bool) -> Iterator[F
                 )
     counts = " and ".join(f"{len(split.shards):,} of {split.name}" for split in data.splits)
     how = "sha256 as in the manifest" if verify else "--plan.verify true also compares their sha256"
-    yield ok(f"{config.data.shards}: {counts}; sizes and indices match, and one sample of each can be decoded; {how}")
+    yield ok(f"{data.splits[0].root}: {counts}; sizes and indices match, and one sample of each can be decoded; {how}")

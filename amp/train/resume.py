@@ -34,6 +34,7 @@ FREE = (
     "data.shard_cache_gb",
     "data.workers",
     "data.cache",
+    "data.cache_texts",
     "data.val_split",
     "model.name",
     "model.pretrained",
@@ -52,7 +53,7 @@ def stages_left(stages: list[int], found: Checkpoint | None) -> list[int]:
 
 def identity(config: TrainConfig, split: ShardSplit, images_a_step: int) -> dict[str, Any]:
     """Returns the description of a run that checkpoints contain, as JSON values."""
-    shards = [shard.sha256 for shard in split.shards]
+    shards = [" ".join(dict.fromkeys([*shard.photos, shard.texts])) for shard in split.shards]
     for part in () if split.shares is None else split.shares.parts:
         for number in range(part.first, part.last):
             shards[number] += f" x {part.fraction}"

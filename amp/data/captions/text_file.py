@@ -21,8 +21,8 @@ _GZIP = b"\x1f\x8b"
 _FOREIGN = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet; unpack it, or save the sheet as 'CSV UTF-8'"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as 'CSV UTF-8'"),
-    (b"PAR1", "a Parquet file; write it as CSV or JSONL (pandas: read_parquet, to_csv)"),
-    (b"ARROW1", "an Arrow file; write it as CSV or JSONL"),
+    (b"PAR1", "a Parquet file; name it .parquet, or give --format parquet"),
+    (b"ARROW1", "an Arrow file; write it as Parquet, CSV or JSONL"),
     (_GZIP, "compressed with gzip twice; unpack it"),
     (b"BZh", "compressed with bzip2; unpack it"),
     (b"\xfd7zXZ", "compressed with xz; unpack it"),

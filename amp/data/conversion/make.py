@@ -12,6 +12,7 @@ from amp.data.captions.load import load_captions
 from amp.data.captions.splits import normal_split
 from amp.data.conversion.absolute_paths import make_relative
 from amp.data.conversion.folder import clear_stale, lock_folder, surplus_shards
+from amp.data.conversion.photos import photo_folder, write_photos
 from amp.data.conversion.plan import ShardPlan, assign_keys, in_stored_order, plan_split
 from amp.data.conversion.selection import choose_splits, exclude, find_samples, load_image_list, split_notes
 from amp.data.conversion.skipped import by_kind, check_skipped
@@ -29,7 +30,7 @@ from amp.version import __version__
 
 def make_shards(
     captions: str,
-    images: str,
+    images: str | None,
     out: str,
     knowledge: str | None = None,
     knowledge_provenance: str | None = None,
@@ -55,16 +56,19 @@ def make_shards(
     """Converts a captions file and a folder of photos into shards.
 
     Args:
-        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file. It may
-            be compressed with gzip.
-        images: Folder that the paths of the image files are relative to. Absolute paths must lead into it.
+        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL, token or Parquet
+            file. It may be compressed with gzip. Or datasets:NAME or datasets:NAME:CONFIG, where NAME is a folder or a
+            dataset of the Hugging Face hub.
+        images: Folder that the paths of the image files are relative to. Absolute paths must lead into it. Photos that
+            the captions file contains are written to it. None for captions with their photos: uses the dataset's
+            folder, or OUT/photos.
         out: Folder for the shards and manifest.json; created if it doesn't exist.
         knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
             states), or the folder that amp generate_knowledge wrote.
         knowledge_provenance: JSON file that describes how the knowledge was made; copied into the manifest. Default:
             the file in the folder, if knowledge is a folder.
-        format: Format of the captions file: karpathy, csv, jsonl, coco, list, token, or the name of a plugin's format;
-            auto chooses by the file's suffix and content.
+        format: Format of the captions file: karpathy, csv, jsonl, coco, list, token, parquet, datasets, or the name of
+            a plugin's format; auto chooses by the file's suffix and content.
         default_split: Split of images without a split.
         keep_restval: Keep Karpathy's restval as a separate split instead of adding it to train.
         splits: Splits to convert. Default: all splits in the captions file.
@@ -97,9 +101,9 @@ def make_shards(
         AmpError: An input can't be used. The message says which, where, and what to do.
     """
     console = console or PlainConsole(stderr=True)
-    images_root, out_root = Path(images), Path(out)
-    if not images_root.is_dir():
-        raise AmpError(f"{images_root}: no such folder; expected the folder of image files; check --images")
+    out_root = Path(out)
+    if images is not None and not Path(images).is_dir():
+        raise AmpError(f"{images}: no such folder; expected the folder of image files; check --images")
     for name, value in (("samples_per_shard", samples_per_shard), ("limit", limit), ("workers", workers)):
         if value is not None and value < 1:
             raise AmpError(f"{name} is {value}; expected 1 or more")
@@ -111,6 +115,9 @@ def make_shards(
     with console.progress("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
         source = load_captions(captions, format, default_split, keep_restval)
+        if source.sha256 is not None:
+            provenance["captions"]["sha256"] = source.sha256
+        images_root = photo_folder(images, source, out_root, captions)
         make_relative(source, images_root, captions)
         report, provenance["knowledge"] = _attach(source.images, knowledge, knowledge_provenance, images_root)
         keyed = assign_keys(source.images)
@@ -137,16 +144,20 @@ def make_shards(
     skipped = [skip for skip in source.skipped if splits is None or skip.split in chosen]
     check_skipped(skipped, wanted, max_skipped, captions)
 
+    members = {split: in_stored_order(keyed, seed, split) for split in chosen}
+    if source.photos is not None:
+        members = {split: chosen_members[:limit] for split, chosen_members in members.items()}
+        write_photos(source, [image for each in members.values() for _, image in each], images_root, console)
     with console.progress("looking for the image files"):
         plans: dict[str, list[ShardPlan]] = {}
         lost_files: list[Skip] = []
         for split in chosen:
-            samples, missing = find_samples(images_root, in_stored_order(keyed, seed, split), limit)
+            samples, missing = find_samples(images_root, members[split], limit)
             lost_files += missing
             plans[split] = plan_split(out_root, images_root, split, samples, samples_per_shard, resizing, check)
     every_plan = [plan for split_plans in plans.values() for plan in split_plans]
     planned = [image for plan in every_plan for _, image in plan.samples]
-    check_skipped(lost_files, planned, max_skipped, images)
+    check_skipped(lost_files, planned, max_skipped, str(images_root))
     _check_none_empty(plans, lost_files, excluded, captions)
 
     mine = every_plan[index::parts]
@@ -158,15 +169,15 @@ def make_shards(
         kept = [image for image in planned if image.path not in gone]
         if part is not None:
             # The limit is a fraction of the images of all parts; a part must not fail where the whole would pass.
-            check_skipped(lost_files, kept, max_skipped, f"{images} (part {part})")
+            check_skipped(lost_files, kept, max_skipped, f"{images_root} (part {part})")
             done = sum(not plan.must_be_written() for plan in mine)
             console.print(
                 f"part {part}: {done} of its {len(mine)} shards are complete, {len(unreadable)} images are unreadable; "
                 "run the same command without --part to write missing shards and the manifest"
             )
             return None
-        infos, without_knowledge = _collect(plans, images)
-        check_skipped(lost_files, kept, max_skipped, images)
+        infos, without_knowledge = _collect(plans, str(images_root))
+        check_skipped(lost_files, kept, max_skipped, str(images_root))
         manifest = ShardManifest(
             root=out_root,
             splits=infos,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from amp.data.captions.base import DATASET_PREFIX
 from amp.errors import AmpError
 from amp.files import sha256_of
 from amp.json_text import parse_json
@@ -12,11 +13,13 @@ from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 
 
 def source_file(path: str) -> dict[str, str]:
-    """Name and SHA-256 of a file.
+    """Name and SHA-256 of a file; only the name of a dataset, whose reader computes a hash.
 
     Raises:
         AmpError: The file can't be read.
     """
+    if path.startswith(DATASET_PREFIX):
+        return {"file": path}
     try:
         return {"file": Path(path).name, "sha256": sha256_of(path)}
     except OSError as error:

@@ -65,6 +65,11 @@ class ShardInfo:
         return self.sha256 if self.records is None else self.records.sha256
 
     @property
+    def photos(self) -> list[str]:
+        """Hashes of the files that determine the photos and their order."""
+        return [self.sha256] if self.records is None or self.index is None else [self.sha256, self.index.sha256]
+
+    @property
     def remote(self) -> RemoteShard | None:
         """The files of a remote shard; None for a local one."""
         if isinstance(self.path, Path):
