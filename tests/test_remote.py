@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -30,6 +32,8 @@ from amp.data.shards import ShardManifest
 from amp.data.shards.captions import load_shard_captions
 from amp.data.split import ShardSplit
 from amp.errors import AmpError, public_command, without_secrets
+from amp.plan.data import Dataset
+from amp.plan.remote import check_remote
 
 SECRETS = ("hunter2", "c0ffee")
 
@@ -467,6 +471,37 @@ def test_an_error_of_a_download_reaches_the_reader_and_not_the_thread(copied_sha
             split.decoded(5, bytes)
 
 
+# -- plan -----------------------------------------------------------------------------------------------------------
+
+
+def findings(config, folder: Path, url: str, gb: float = 0.001, cached: bool = True) -> list[str]:
+    data = {"shards": url, "shard_cache": str(folder / "shard_cache") if cached else None, "shard_cache_gb": gb}
+    config = replace(config, data=replace(config.data, **data))
+    return [f"{f.level}: {f.text}" for f in check_remote(Dataset.read(config), config)]
+
+
+def test_the_plan_checks_remote_shards(server, copied_shards, shards, clip_folder, tmp_path, monkeypatch):
+    config = small_run(shards, clip_folder, tmp_path, {"batch_size": 4, "val_split": "val"})
+    found = findings(config, tmp_path, server.url)
+    assert found[0].startswith("ok: 7 remote shards can be read, 0.12 MB") and len(server.got("HEAD /")) >= 14
+    assert re.search(r"ok: .*train-00000\d.tar: .* per second over one connection", found[1])
+    assert found[2].startswith(f"ok: {tmp_path}/shard_cache: up to 0.12 MB") and "downloaded once" in found[3]
+    assert not (tmp_path / "shard_cache").exists()
+    assert "warning: data.shard_cache_gb is 5e-05" in findings(config, tmp_path, server.url, 5e-5)[3]
+    assert "warning: data.shard_cache is null" in findings(config, tmp_path, server.url, cached=False)[2]
+    assert list(check_remote(Dataset.read(config), config)) == []  # local shards
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr("amp.plan.remote.shutil.disk_usage", lambda path: usage)
+    assert "error: " in findings(config, tmp_path, server.url)[2]
+    with RangeServer(copied_shards).serve() as other:
+        data = Dataset.read(replace(config, data=replace(config.data, shards=other.url)))
+        for number in (0, 3):
+            with open(copied_shards / f"train-{number:06d}.tar", "ab") as file:
+                file.write(bytes(512))
+        with pytest.raises(AmpError, match=r"2 errors: .*train-000000.tar: .*train-000003.tar: \d+ bytes; expected"):
+            list(check_remote(data, config))
+
+
 # -- credentials ----------------------------------------------------------------------------------------------------
 
 
@@ -555,7 +590,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 
 def test_local_shards_load_none_of_it(shards):
     program = (
-        "import sys; from amp.data.split import ShardSplit; from amp.data.stream import training_loader; "
+        "import sys; from amp.data.split import ShardSplit; "
         f"ShardSplit({str(shards)!r}, 'train').image(0); "
         "print([n for n in sys.modules if n in ('fsspec.implementations.http', 'aiohttp', 's3fs') "
         "or n.startswith('amp.data.remote.') and n != 'amp.data.remote.location'])"
