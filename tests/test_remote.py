@@ -35,6 +35,7 @@ from amp.errors import AmpError, public_command, without_secrets
 from amp.plan.data import Dataset
 from amp.plan.remote import check_remote
 
+FAULTS = ("dropped", "503", "429", "500", "cut", "short")
 SECRETS = ("hunter2", "c0ffee")
 
 
@@ -160,7 +161,7 @@ def test_a_shard_without_an_index_needs_the_cache(copied_shards, local, tmp_path
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("fault", [dropped, status(503), status(429), status(500), cut, short], ids=str)
+@pytest.mark.parametrize("fault", [dropped, status(503), status(429), status(500), cut, short], ids=FAULTS)
 def test_faults_are_retried_and_counted(server, local, tmp_path, cached, fault, capfd):
     server.match, server.faults = "train-", [fault, fault, None] * 6
     split = ShardSplit(server.url, "train", cache=ShardCache(tmp_path / "cache", 1e9) if cached else None)
@@ -386,14 +387,14 @@ def test_a_killed_download_leaves_a_temporary_folder_that_the_next_one_removes(s
     assert not list((tmp_path / "cache").glob(".*"))
 
 
-def test_a_full_disk_is_reported_and_the_run_continues_without_the_cache(server, local, tmp_path, monkeypatch, capfd):
-    def full(location, size, sha256, file):
-        if location.name.endswith(".tar"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return download(location, size, sha256, file)
+@pytest.mark.parametrize("when", ["reserved", "written"])
+def test_a_full_disk_is_reported_and_the_run_continues_without_the_cache(
+    server, local, tmp_path, monkeypatch, capfd, when
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    download = fetch.download
-    monkeypatch.setattr(fetch, "download", full)
+    monkeypatch.setattr(*((fetch, "download", full) if when == "written" else (ShardCache, "_make_room", full)))
     split = ShardSplit(server.url, "train", cache=ShardCache(tmp_path / "cache", 1e9))
     assert content_of(split) == content_of(local)
     said = capfd.readouterr().err

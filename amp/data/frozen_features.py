@@ -116,6 +116,11 @@ class SplitImages(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        """The images of a batch, for DataLoader."""
+        self.split.prefetch(indices)
+        return [self[index] for index in indices]
+
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.preprocess(self.split.image(index))
 

@@ -143,11 +143,11 @@ class ShardCache:
                 return False
             if self.find(shard) is not None:  # another process was faster
                 return True
-            if not self._make_room(shard):
-                self._full_until = time.monotonic() + FULL_SECONDS
-                return False
             part = self.folder / f"{_PART}{shard.key}"
             try:
+                if not self._make_room(shard, part):
+                    self._full_until = time.monotonic() + FULL_SECONDS
+                    return False
                 self._download(shard, part)
                 os.rename(part, self.folder / shard.key)
             except OSError as error:
@@ -156,7 +156,7 @@ class ShardCache:
                         f"{self.folder}: can't be written ({error.strerror}); expected a folder for data.shard_cache; "
                         "give one that you may write to"
                     ) from None
-                self._say_full()
+                self._disk_is_full()
                 return False
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -171,7 +171,7 @@ class ShardCache:
                 file.flush()
                 os.fsync(file.fileno())  # a power cut must not leave a complete name with missing content
 
-    def _make_room(self, shard: RemoteShard) -> bool:
+    def _make_room(self, shard: RemoteShard, part: Path) -> bool:
         """Reserves the space of a shard by files of full size. Returns False if it doesn't fit."""
         with self._lock(".room", True):
             self._remove_left_over(shard.key)
@@ -184,21 +184,10 @@ class ShardCache:
                 self._remove(folder)
             if missing > 0:
                 return False
-            part = self.folder / f"{_PART}{shard.key}"
-            try:
-                part.mkdir()
-                for location, expected in shard.files.items():
-                    with open(part / location.name, "xb") as file:
-                        file.truncate(expected.bytes)
-            except OSError as error:
-                shutil.rmtree(part, ignore_errors=True)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    self._say_full()
-                    return False
-                raise AmpError(
-                    f"{self.folder}: can't be written ({error.strerror}); expected a folder for data.shard_cache; give "
-                    "one that you may write to"
-                ) from None
+            part.mkdir()
+            for location, expected in shard.files.items():
+                with open(part / location.name, "xb") as file:
+                    file.truncate(expected.bytes)
             return True
 
     def _folders(self) -> list[Path]:
@@ -238,8 +227,8 @@ class ShardCache:
                     if held:
                         shutil.rmtree(folder, ignore_errors=True)
 
-    def _say_full(self) -> None:
-        """Makes some room on a full disk, for the next attempt, and reports it."""
+    def _disk_is_full(self) -> None:
+        """Makes some room for the next attempt, and reports it."""
         self._full_until = time.monotonic() + FULL_SECONDS
         with self._lock(".room", True):
             for _, folder in sorted(self._removable())[:1]:
