@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from support.processes import run_ranks
 from support.range_server import RangeServer, cut, dropped, short, silent, status
 from support.training_run import small_run
 
@@ -294,19 +293,15 @@ def test_a_changed_index_is_named(copied_shards):
 # -- cache ----------------------------------------------------------------------------------------------------------
 
 
-def read_all(url: str, folder: Path, limit: float) -> str:
-    split = ShardSplit(url, "train", cache=ShardCache(folder, limit))
-    return hashlib.sha256(repr(content_of(split)).encode()).hexdigest()
-
-
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_processes_share_one_download_of_each_shard(server, local, tmp_path):
+def test_readers_share_one_download_of_each_shard(server, local, tmp_path):
+    """Threads, each with a cache of its own; tests/test_remote_training.py has processes."""
     server.latency = 0.02
-    found = run_ranks(read_all, tmp_path / "ranks", server.url, tmp_path / "cache", 1e9, world=3)
-    assert set(found) == {hashlib.sha256(repr(content_of(local)).encode()).hexdigest()}
+    splits = [ShardSplit(server.url, "train", cache=ShardCache(tmp_path / "cache", 1e9)) for _ in range(3)]
+    assert fetch.in_parallel(content_of, splits) == [content_of(local)] * 3
     for name in ("train-000000.tar", "train-000004.tar"):
         assert len(server.got(f"GET /{name}")) == 1
 

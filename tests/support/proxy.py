@@ -39,6 +39,7 @@ class Proxy:
         self.port, self.latency, self.rate, self.kinds, self.path = port, latency, rate, kinds, path
         self.random, self.lock = random.Random(seed), threading.Lock()
         self.injected: Counter[str] = Counter()
+        self.in_a_row: Counter[bytes] = Counter()
         self.requests, self.url = 0, ""
 
     @contextmanager
@@ -97,6 +98,11 @@ class Proxy:
             self.requests += 1
             if not first.startswith("GET") or self.path not in first or self.random.random() >= self.rate:
                 return None
+            what = b"\r\n".join(line for line in request.split(b"\r\n") if line.lower().startswith((b"get", b"range")))
+            if self.in_a_row[what] == 5:  # an object that always fails ends the run
+                self.in_a_row[what] = 0
+                return None
+            self.in_a_row[what] += 1
             fault = self.random.choice(self.kinds)
             self.injected[fault] += 1
             return fault
