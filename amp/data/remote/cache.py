@@ -149,7 +149,8 @@ class ShardCache:
                     self._full_until = time.monotonic() + FULL_SECONDS
                     return False
                 self._download(shard, part)
-                os.rename(part, self.folder / shard.key)
+                with self._lock(".room", True):  # nobody may miss it while counting
+                    os.rename(part, self.folder / shard.key)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise AmpError(
