@@ -72,7 +72,7 @@ def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwa
     """Folder of a split's features. Its name depends on everything that determines the features."""
     parts = [model.backbone.weights_hash("vision"), str(model.tower.first), repr(preprocess), dtype]
     parts += [f"pixels {DECODING_VERSION}"]
-    parts += [shard.sha256 for shard in split.shards]
+    parts += [shard.content for shard in split.shards]
     return Path(root) / f"image-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
 
 

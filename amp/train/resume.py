@@ -54,7 +54,7 @@ def identity(config: TrainConfig, split: ShardSplit, images_a_step: int) -> dict
     return {
         "settings": asdict(config),
         "images_a_step": images_a_step,
-        "shards": [shard.sha256 for shard in split.shards],
+        "shards": [shard.content for shard in split.shards],
     }
 
 
