@@ -11,10 +11,9 @@ each sample are chosen by their keys::
 
     amp index_shards --shards dreamlip --caption_keys raw_caption longIB_captions
 
-The folder with the manifest is used like one of amp make_shards: `amp train --data.shards FOLDER`, `amp evaluate --shards
-FOLDER`, `amp generate_knowledge --captions FOLDER`, `amp rewrite_knowledge --shards FOLDER`. Run the same command again
-after an interruption; on several machines, run one part on each (`--part 0/2`, `--part 1/2`), then the command without
-`--part`.
+The folder with the manifest is used like a folder of amp make_shards by amp train, evaluate, generate_knowledge and
+rewrite_knowledge. Run the same command again after an interruption. On several machines, run one part on each (`--part
+0/2`, `--part 1/2`), then the command without `--part`.
 """
 
 from __future__ import annotations
