@@ -129,7 +129,7 @@ class _Captions:
         Raises:
             AmpError: The record doesn't name a caption, or contradicts the captions file.
         """
-        given = {
+        given: dict[str, str] = {
             key: composed(check_text(record[key], f"{where}: '{key}'", "correct it").strip())
             for key in ("image", "caption")
             if key in record
@@ -162,8 +162,8 @@ class _Captions:
         if all(contradictions):
             key, expected = contradictions[0]
             raise AmpError(
-                f"{where}: '{key}' is {shorten(given[key])}; expected {shorten(expected)}, which sentid {sentid} has in "
-                "the captions file; give the knowledge of this captions file"
+                f"{where}: '{key}' is {shorten(given[key])}; expected {shorten(expected)}, which sentid {sentid} has "
+                "in the captions file; give the knowledge of this captions file"
             )
         return [caption for (_, caption), wrong in zip(known, contradictions, strict=True) if not wrong]
 
@@ -171,9 +171,7 @@ class _Captions:
         """The first key whose given value isn't that of a caption, and the expected value; empty if there is none."""
         expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
         for key, value in given.items():
-            if self._names is None and key == "image" and value.startswith("/"):
-                if any(value.endswith(f"/{name}") for name in expected["image"]):
-                    continue
-            if value not in expected[key]:
+            relative = self._names is None and key == "image" and value.startswith("/")
+            if value not in expected[key] and not (relative and any(value.endswith(f"/{n}") for n in expected[key])):
                 return key, min(expected[key])
         return ()

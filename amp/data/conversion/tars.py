@@ -223,7 +223,7 @@ def _read(
         raise AmpError(
             f"{named}: no photo with a caption in it; expected photos with a .txt, or a .json with the key "
             f"{', '.join(JSON_KEYS[:-1])} or {JSON_KEYS[-1]}{first}; keys seen in .json: "
-            f"{', '.join(choice.keys_seen) or 'none'}; choose others with --caption_keys"
+            f"{', '.join(sorted(choice.keys_seen)) or 'none'}; choose others with --caption_keys"
         )
     for note in _notes(named, choice, unread):
         console.print(note, soft_wrap=True)

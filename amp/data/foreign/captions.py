@@ -22,12 +22,13 @@ class CaptionChoice:
 
     Attributes:
         read: Number of samples by the place of their captions.
+        keys_seen: All keys of the `.json` seen so far.
     """
 
     def __init__(self, keys: Sequence[str] | None) -> None:
         self.keys = tuple(keys) if keys is not None else None
         self.read: Counter[str] = Counter()
-        self.keys_seen: Counter[str] = Counter()
+        self.keys_seen: set[str] = set()
 
     def texts(self, txt: bytes | None, record: dict[str, Any] | None) -> list[str]:
         """The captions of a sample in order, without surrounding white space; empty ones are "".
@@ -68,10 +69,10 @@ class CaptionChoice:
             AmpError: One doesn't.
         """
         for key in self.keys or ():
-            if not self.keys_seen[key]:
+            if key not in self.keys_seen:
                 raise AmpError(
                     f"{where}: no .json has the key {key!r} of --caption_keys; keys seen: "
-                    f"{seen_keys(self.keys_seen)}; correct --caption_keys"
+                    f"{seen_keys(dict.fromkeys(sorted(self.keys_seen)))}; correct --caption_keys"
                 )
 
 
