@@ -137,8 +137,9 @@ def _encoding(path: Path, head: bytes) -> str:
             raise AmpError(f"{path}: this is {what}; expected a text file")
     if head[257:262] == b"ustar":
         raise AmpError(
-            f"{path}: this is a tar archive; expected a captions file; unpack it (photos into the folder of --images) "
-            "and write its captions as CSV or JSONL"
+            f"{path}: this is a tar archive; expected a captions file; give an uncompressed WebDataset shard called "
+            "NAME.tar to amp make_shards --captions NAME.tar or amp index_shards; unpack another archive (photos into "
+            "the folder of --images) and write its captions as CSV or JSONL"
         )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"

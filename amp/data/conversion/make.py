@@ -137,6 +137,11 @@ def make_shards(
     given = {"split": split is not None, "caption_keys": caption_keys is not None}
     _refuse(given, f"{captions}: a captions file", "this option is for tar files")
     if images is None:
+        if not Path(captions).exists():
+            raise AmpError(
+                f"{captions}: can't be read (no such file or folder); expected a captions file, or tar files of "
+                "another tool; check --captions"
+            )
         raise AmpError(f"{captions}: no folder of image files is given; expected one; add --images FOLDER")
     images_root, out_root = Path(images), Path(out)
     if not images_root.is_dir():
