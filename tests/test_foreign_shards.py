@@ -26,7 +26,7 @@ from support.photos import encoded
 from support.repository import QUIET_ENVIRONMENT, ROOT, run_here
 from support.tars import tar_of
 
-from amp.data.conversion import index_tar as index_module
+from amp.data.conversion.index_tar import index_tar
 from amp.data.conversion.make import make_shards
 from amp.data.conversion.rewrite import rewrite_knowledge
 from amp.data.conversion.tars import INDEXED, index_shards
@@ -631,8 +631,9 @@ def test_parts(tars, tmp_path, road):
 
 @pytest.mark.system
 @pytest.mark.parametrize("road", ["convert", "index"])
-def test_several_workers_write_the_same(tars, tmp_path, road):
+def test_several_workers_write_the_same(tars, tmp_path, road, monkeypatch):
     _, folder = tars
+    monkeypatch.setattr("amp.data.conversion.tars.TARS_PER_PROCESS", 1)
     for workers in (1, 2):
         out = str(tmp_path / f"out{workers}")
         convert(folder, out, workers=workers) if road == "convert" else index(str(folder), out=out, workers=workers)
@@ -642,6 +643,7 @@ def test_several_workers_write_the_same(tars, tmp_path, road):
 KILLED = """
 import os, sys, time
 from amp.data.conversion import write
+from amp.data.conversion.index_tar import index_tar
 from amp.data.conversion.make import make_shards
 from amp.data.conversion.tars import index_shards
 from amp.terminal import PlainConsole

@@ -122,26 +122,26 @@ def make_shards(
         return convert_tars(
             captions,
             out,
-            knowledge,
-            knowledge_provenance,
-            caption_keys,
-            split or "train",
-            resizing,
-            check,
-            max_skipped,
-            workers,
-            part,
-            command,
-            console,
+            knowledge=knowledge,
+            knowledge_provenance=knowledge_provenance,
+            caption_keys=caption_keys,
+            split=split or "train",
+            resize=resizing,
+            check=check,
+            max_skipped=max_skipped,
+            workers=workers,
+            part=part,
+            command=command,
+            console=console,
+        )
+    if images is None and not Path(captions).exists():
+        raise AmpError(
+            f"{captions}: can't be read (no such file or folder); expected a captions file, or tar files of another "
+            "tool; check --captions"
         )
     given = {"split": split is not None, "caption_keys": caption_keys is not None}
     _refuse(given, f"{captions}: a captions file", "this option is for tar files")
     if images is None:
-        if not Path(captions).exists():
-            raise AmpError(
-                f"{captions}: can't be read (no such file or folder); expected a captions file, or tar files of "
-                "another tool; check --captions"
-            )
         raise AmpError(f"{captions}: no folder of image files is given; expected one; add --images FOLDER")
     images_root, out_root = Path(images), Path(out)
     if not images_root.is_dir():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amp.cores import usable_cores
 from amp.data.captions.base import Caption, CaptionedImage, Skip
 from amp.data.captions.knowledge_file import cut_note
 from amp.data.captions.splits import normal_split
@@ -15,6 +17,7 @@ from amp.data.conversion.folder import INDEXES, clear_indexes, surplus_indexes
 from amp.data.conversion.index_tar import IndexPlan, index_tar
 from amp.data.conversion.knowledge import attach
 from amp.data.conversion.plan import ShardPlan, assign_keys, plan_hash
+from amp.data.conversion.processes import worker_pool
 from amp.data.conversion.run import ONE_SPLIT, Conversion, Form
 from amp.data.conversion.skipped import check_skipped
 from amp.data.foreign.captions import JSON_KEYS, CaptionChoice
@@ -27,6 +30,8 @@ from amp.errors import AmpError
 from amp.parts import part_of
 from amp.terminal import PlainConsole
 
+TARS_PER_PROCESS = 4
+"""Fewer tar files than this are scanned faster than a process starts."""
 INDEXED = Form(INDEXES, index_tar, surplus_indexes, clear_indexes, adds=True)
 
 
@@ -72,7 +77,15 @@ def convert_tars(
     """
     split = normal_split(split, "--split")
     tars, skipped, provenance = _read(
-        find_tars(captions), captions, split, caption_keys, knowledge, knowledge_provenance, max_skipped, console
+        find_tars(captions),
+        captions,
+        split,
+        caption_keys,
+        knowledge,
+        knowledge_provenance,
+        max_skipped,
+        workers,
+        console,
     )
     plans = [
         ShardPlan(
@@ -153,7 +166,7 @@ def index_shards(
         side = folder
     _check_other_splits(found, side, split)
     tars, skipped, provenance = _read(
-        found, shards, split, caption_keys, knowledge, knowledge_provenance, max_skipped, console
+        found, shards, split, caption_keys, knowledge, knowledge_provenance, max_skipped, workers, console
     )
     # In a manifest elsewhere, the folder of the tar files has to mean the same from any current folder.
     root = folder if side == folder else folder.resolve()
@@ -206,14 +219,17 @@ def _read(
     knowledge: str | None,
     knowledge_provenance: str | None,
     max_skipped: float,
+    workers: int | None,
     console: PlainConsole,
 ) -> tuple[list[TarSamples], list[Skip], dict[str, Any]]:
     """The usable samples of tar files with their knowledge, what was skipped, and the manifest's entry."""
     choice, unread = CaptionChoice(caption_keys), Counter[str]()
     scanned = []
     with console.progress("reading captions", "tar files") as report:
-        for tar in tars:
-            scanned.append(scan_tar(tar, choice, unread))
+        for found, its_choice, its_unread in _scan_all(tars, caption_keys, workers, console):
+            scanned.append(found)
+            choice.add(its_choice)
+            unread += its_unread
             report(len(scanned), len(tars))
     choice.check_keys(named)
     tars_read, skipped = number_samples(tars, scanned, split)
@@ -233,6 +249,27 @@ def _read(
         console.print(cut, soft_wrap=True)
     check_skipped(skipped, images, max_skipped, named)
     return tars_read, skipped, {"caption_keys": caption_keys, "knowledge": entry}
+
+
+Scanned = tuple[list[ForeignSample], CaptionChoice, Counter[str]]
+
+
+def _scan_all(
+    tars: list[Path], caption_keys: list[str] | None, workers: int | None, console: PlainConsole
+) -> Iterator[Scanned]:
+    """Scans tar files, in order; many of them in several processes."""
+    scan = partial(_scan, caption_keys=caption_keys)
+    workers = min(workers or usable_cores(), len(tars) // TARS_PER_PROCESS)
+    if workers < 2:
+        yield from map(scan, tars)
+        return
+    with worker_pool(workers, console, "the tar files that are being read") as (pool, _):
+        yield from pool.map(scan, tars)
+
+
+def _scan(tar: Path, caption_keys: list[str] | None) -> Scanned:
+    choice, unread = CaptionChoice(caption_keys), Counter[str]()
+    return scan_tar(tar, choice, unread), choice, unread
 
 
 def number_samples(

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 from amp.cores import usable_cores
 from amp.data.captions.base import CaptionedImage, Skip
 from amp.data.conversion.plan import ShardPlan
+from amp.data.conversion.processes import count_one, worker_pool
 from amp.data.foreign.stream import PhotoStream
 from amp.data.images.file import checked_image, read_image
 from amp.data.images.formats import UnreadableImageError
@@ -188,53 +185,14 @@ def write_all(
             for plan in plans:
                 write(plan, lambda: report(next(done), total), accept_gaps)
             return
-        # A forked process would inherit the folder's lock, and could inherit a lock of the progress bar's thread that
-        # is never released.
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("q", 0)
-        with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
+        with worker_pool(workers, console, "the shards that are being written") as (pool, counted):
             pending = {pool.submit(_write_in_worker, write, plan, accept_gaps) for plan in plans}
-            try:
-                while pending:
-                    finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    report(counter.value, total)
-                    for future in finished:
-                        future.result()
-            except KeyboardInterrupt:
-                console.say("stopping after the shards that are being written")
-                raise
-            except BrokenProcessPool:
-                raise AmpError(
-                    "a worker process was killed, most likely because memory ran out; run the same command with fewer "
-                    "--workers; finished shards are kept"
-                ) from None
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-
-_counter: Any = None  # number of finished images, shared by the workers
-
-
-def _start_worker(counter: Any) -> None:
-    global _counter
-    _counter = counter
-    # Ctrl-C reaches the whole process group, but the parent waits for the shards that are being written.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Nothing else ends this process if the parent is killed.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this runs in a worker process"
-    parent.join()
-    os._exit(1)
+            while pending:
+                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                report(counted(), total)
+                for future in finished:
+                    future.result()
 
 
 def _write_in_worker(write: Write, plan: ShardPlan, accept_gaps: bool) -> None:
-    write(plan, _count_image, accept_gaps)
-
-
-def _count_image() -> None:
-    with _counter.get_lock():
-        _counter.value += 1
+    write(plan, count_one, accept_gaps)

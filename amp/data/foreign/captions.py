@@ -30,6 +30,11 @@ class CaptionChoice:
         self.read: Counter[str] = Counter()
         self.keys_seen: set[str] = set()
 
+    def add(self, other: CaptionChoice) -> None:
+        """Adds the counts of another one."""
+        self.read += other.read
+        self.keys_seen |= other.keys_seen
+
     def texts(self, txt: bytes | None, record: dict[str, Any] | None) -> list[str]:
         """The captions of a sample in order, without surrounding white space; empty ones are "".
 
