@@ -120,6 +120,7 @@ def test_both_roads_give_the_records_of_make_shards(tars, tmp_path):
     assert manifest.splits["train"][0].sha256 == expected[0]["sha256"]
 
 
+@pytest.mark.system
 def test_training_on_both_gives_the_same_bits(tars, tmp_path, clip_folder):
     from support.training_run import small_run
 
@@ -160,7 +161,7 @@ def test_img2dataset(tmp_path):
         *img2dataset(2, PHOTOS[2], "failed", status="failed_to_download"),
         *img2dataset(3, PHOTOS[3], "  "),
         *img2dataset(4, PHOTOS[4], "no photo")[1:],
-        *img2dataset(5, PHOTOS[5], "A bird"),
+        *img2dataset(5, PHOTOS[5], "A bird", key="\ud800"),
     ]
     tar_of(tmp_path / "00000.tar", *members)
     manifest = index(str(tmp_path / "00000.tar"), max_skipped=0.7)
@@ -179,6 +180,15 @@ def test_img2dataset(tmp_path):
         "image_without_caption": ["00000.tar/000000003.jpg"],
     }
     assert "'failed_to_download'; expected 'success'" in manifest.skipped["missing_image"][0]["reason"]
+    # A tar file without a usable sample has no shard.
+    tar_of(tmp_path / "00001.tar", *img2dataset(6, PHOTOS[6], ""))
+    for manifest in (
+        index(str(tmp_path), max_skipped=0.7),
+        convert(tmp_path, tmp_path / "out", max_skipped=0.7),
+    ):
+        assert [shard.samples for shard in manifest.splits["train"]] == [3]
+        assert len(manifest.provenance["tars"]) == 2
+    assert not index_of(tmp_path / "00001.tar").exists()
     with pytest.raises(AmpError, match=r"00000.tar: 3 of 6 images .* above --max_skipped 0.01; no manifest"):
         convert(tmp_path / "00000.tar", tmp_path / "out")
 
@@ -848,6 +858,7 @@ def test_ids_of_two_splits(tmp_path):
         rewrite_knowledge(str(tmp_path), str(knowledge), console=QUIET)
 
 
+@pytest.mark.system
 def test_generated_knowledge_is_the_same_for_both(tars, tmp_path):
     _, folder = tars
     convert(folder, tmp_path / "converted")

@@ -16,6 +16,7 @@ from amp.data.shards.headers import tar_members
 from amp.data.shards.index import Span
 from amp.data.shards.reader import IMAGE_EXTENSIONS
 from amp.errors import AmpError, shorten
+from amp.json_text import is_unicode
 
 RETAR = "correct the tar file, or leave it out"
 PICKLES = ("pickle", "pkl", "pyd", "pth", "pt")
@@ -118,7 +119,7 @@ def _sample(
 def _take_from_img2dataset(sample: ForeignSample, record: dict[str, Any]) -> None:
     """Takes img2dataset's key, and its word that the download failed."""
     key, status = record.get("key"), record.get("status")
-    if not isinstance(key, str) or not key:
+    if not isinstance(key, str) or not key or not is_unicode(key):
         return
     sample.id = key
     if isinstance(status, str) and status != "success":
