@@ -140,8 +140,8 @@ def _open_plain(path: Path) -> Iterator[io.BufferedReader[Any]]:
 def _check_line(path: Path, number: int, length: int) -> None:
     if length >= MAX_LINE:
         raise AmpError(
-            f"{path} line {number}: {MAX_LINE:,} bytes or more; expected one caption or object per line; check the file "
-            "and --format"
+            f"{path} line {number}: {MAX_LINE:,} bytes or more; expected one caption or object per line; check the "
+            "file and --format"
         )
 
 
