@@ -175,6 +175,7 @@ def first_batch(folder: str) -> None:
     loaded, before = time.perf_counter(), resident_mb()
     run = Run(config, make_accelerator(config), StopRequest())
     run.split, _ = open_splits(config)
+    opened, opened_mb = time.perf_counter(), resident_mb()
     run.model = model
     run.prepare_data(None, *transforms)
     batch = run.to_device(next(iter(run.loader)))
@@ -183,8 +184,9 @@ def first_batch(folder: str) -> None:
     found = {
         "seconds": end - begin,
         "data_seconds": end - loaded,
+        "manifest_seconds": opened - loaded,
         "MB": resident_mb(),
-        "data_MB": resident_mb() - before,
+        "manifest_MB": opened_mb - before,
     }
     print(json.dumps(found))
 
