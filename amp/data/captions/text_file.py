@@ -76,13 +76,15 @@ def read_text(path: Path) -> str:
     """Reads a whole text file, in the same encodings as `text_lines`."""
     try:
         with _open_plain(path) as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
+            content = bytearray()
+            while (block := file.read(1 << 20)) and len(content) <= MAX_TEXT_BYTES:
+                content += block
         if len(content) > MAX_TEXT_BYTES:
             raise AmpError(
                 f"{path}: more than {MAX_TEXT_BYTES:,} bytes of text; expected at most that, since JSON is read as a "
                 "whole; write it as JSONL, with one object per line"
             )
-        return content.decode(_encoding(path, content[:512]))
+        return content.decode(_encoding(path, bytes(content[:512])))
     except UnicodeDecodeError as error:
         raise _not_text(str(path), error) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
