@@ -16,6 +16,8 @@ INSTALLED_BY = {
     "sentencepiece": "open-clip-amp[transformers]",
     "transformers": "open-clip-amp[transformers]",
     "matplotlib": "open-clip-amp[report]",
+    "datasets": "open-clip-amp[datasets]",
+    "pyarrow": "open-clip-amp[datasets]",
     "pillow_heif": "open-clip-amp[heic]",
     "clip_benchmark": "clip-benchmark",
     "vllm": "vllm",

@@ -79,6 +79,28 @@ def locked_folder(folder: str | os.PathLike, busy: str, shared: bool = False) ->
         os.close(descriptor)
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Yields whether this process has the lock file `path`, without waiting for it. The file is removed afterwards.
+
+    On file systems without locks every process has it; see `try_lock`.
+
+    Raises:
+        OSError: The folder can't be written.
+    """
+    descriptor = open_log(path, os.O_APPEND)
+    _held.add(descriptor)
+    mine = try_lock(descriptor) and _is_at(path, descriptor)
+    try:
+        yield mine
+    finally:
+        if mine:
+            with suppress(PermissionError):  # Windows doesn't remove open files
+                path.unlink(missing_ok=True)
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
 def _lock(path: Path, busy: str, shared: bool) -> int:
     """Opens and locks the file. Returns its descriptor."""
     deadline = time.monotonic() + (REQUEUED_SECONDS if os.environ.get("SLURM_RESTART_COUNT") else 0.0)

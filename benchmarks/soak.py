@@ -206,7 +206,7 @@ def sample(series: dict, now: float, roles: dict) -> None:
                     "children": len(process.children()),
                     "process": process.pid,
                 }
-        except psutil.NoSuchProcess:  # it has ended in between
+        except psutil.NoSuchProcess:  # the process has ended
             continue
         for name, value in held.items():
             series.setdefault(role, {}).setdefault(name, []).append((now, value))

@@ -37,8 +37,8 @@ from benchmarks.timing import in_turns, medians, ratio, rounded
 
 SHARDS = 8  # per format: enough for two workers, since open_clip_train needs at least one per worker
 RAW, PEER = "tar and Pillow", "open_clip_train"
-# OURS is uint8 batches as the workers return them. NORMALIZED adds the conversion that the device does first. PILLOW
-# replaces our decoding by Pillow and open_clip's transform.
+# OURS: uint8 batches as the workers return them. NORMALIZED: also the conversion on the device. PILLOW: decoding with
+# Pillow and open_clip's transform instead of this package's decoder.
 OURS, NORMALIZED, PILLOW = "ours", "ours, normalized", "ours, Pillow transform"
 
 

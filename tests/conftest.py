@@ -1,4 +1,4 @@
-"""Fixtures of all tests. What they are made of is in `tests/support/`."""
+"""Fixtures shared by all tests, built from the helpers in `tests/support/`."""
 
 import multiprocessing
 import shutil
@@ -18,17 +18,17 @@ from support.slurm import Slurm, running_cluster
 
 from amp.knowledge.schema import Knowledge, Triplet
 
-# Before anything starts the server: processes of several ranks are forked from it with all imports done.
+# Must run before the fork server starts. Ranks are forked from it, so the imports are done only once.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["torch", "open_clip", "amp.model.clip", "amp.retrieval.split_search", "amp.train.engine"]
 )
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, with their children
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and threads that spin stop the other tests
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and spinning threads slow down other tests
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> str:
-    """Name of a tiny base model on disk, ``local-dir:FOLDER``; read only."""
+    """Name of a tiny base model on disk, ``local-dir:FOLDER``. Read-only."""
     return write_clip_folder(tmp_path_factory.mktemp("base") / "tiny-clip")
 
 
@@ -40,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def knowledge() -> list[Knowledge]:
-    """Knowledge of four captions with 1, 3, 0 and 8 triplets; an intransitive action and attributes among them."""
+    """Knowledge of four captions with 1, 3, 0 and 8 triplets, including an intransitive action and attributes."""
 
     def item(*triplets):
         states = tuple(f"The {t[0]} is seen while it {t[1]} {t[2]}".strip() for t in triplets)
@@ -62,7 +62,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """A folder of small shards, of 5 samples at most, with the splits of `SPLIT_SIZES`; read only."""
+    """A folder of shards with at most 5 samples each and the splits of `SPLIT_SIZES`. Read-only."""
     return draw_shards(tmp_path_factory.mktemp("drawn"))
 
 
@@ -74,7 +74,7 @@ def copied_shards(shards, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def cache_folder(tmp_path_factory) -> Path:
-    """Cache of a module's tests."""
+    """Cache folder shared by the tests of a module."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -92,7 +92,7 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in the process: forgotten before and after a command line runs in here."""
+    """Resets the state that Accelerate keeps in the process, before and after a test that runs a command line."""
     forget_accelerate()
     yield
     forget_accelerate()
@@ -106,18 +106,18 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """The cluster, started for the session; skips without root or without the script that starts one."""
+    """The Slurm cluster of the test session. Skips without root or without the script that starts one."""
     with running_cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def flickr8k() -> Path:
-    """Folder of Flickr8k's photos, captions and knowledge; skips where it is absent."""
+    """Folder of Flickr8k's photos, captions and knowledge. Skips if it is missing."""
     return shared_folder("data/flickr8k", "dataset_flickr8k.json")
 
 
 @pytest.fixture(scope="session")
 def clip_small() -> str:
-    """Name of the small real CLIP, ``local-dir:FOLDER``; skips where it is absent."""
+    """Name of the small real CLIP, ``local-dir:FOLDER``. Skips if it is missing."""
     return f"local-dir:{shared_folder('models/clip-small', 'open_clip_config.json')}"

@@ -1,4 +1,4 @@
-"""The architectures of the paper's Tables 2 and 3, each against a naive reference."""
+"""Architectures of the paper's Tables 2 and 3, each compared with a naive reference."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import amp
 from amp.data.prepare import knowledge_collator
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import Batch
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 from amp.errors import AmpError
 from amp.evaluate.run import evaluate
 from amp.evaluate.settings import EvaluationSettings
@@ -23,7 +23,7 @@ from amp.retrieval.settings import RetrievalSettings
 from amp.train.objective import Objective
 from amp.train.stages import set_trainable, trainable_names
 
-# -- architectures, against loops over pairs --------------------------------------------------------------------------
+# -- architectures, compared with loops over pairs --------------------------------------------------------------------
 
 SINGLE = ("triplets", "template", "states")
 LITERAL, CAT = {"options": {"residual": False}}, {"interaction": "cat"}
@@ -41,7 +41,7 @@ def label(settings) -> str | None:
 @pytest.mark.parametrize(
     ("clip", "block", "visual", "settings"),
     [
-        # AIM: what it reads, gated and literal; test_model.py has it on every tower
+        # AIM: each kind of knowledge, gated and literal; test_model.py tests it on every tower
         ("native", 0, 3, {}),
         ("native", 0, 3, {"knowledge": "triplets"}),
         ("layer_scale", 0, 0, {"knowledge": "template"}),
@@ -49,7 +49,7 @@ def label(settings) -> str | None:
         ("attention_pooled", 1, 0, {"knowledge": "triplets", **LITERAL}),
         ("native", 2, 0, {"knowledge": "template", **LITERAL}),
         ("native", 0, 3, {"knowledge": "states", **LITERAL}),
-        # `cat`: what it reads, and each tower with tokens that are masked out
+        # `cat`: each kind of knowledge, and each tower with masked tokens
         ("native", 0, 3, CAT),
         ("native", 2, 0, {"knowledge": "triplets", **CAT}),
         ("average_pooled", 1, 2, {"knowledge": "template", **CAT}),
@@ -60,7 +60,7 @@ def label(settings) -> str | None:
 )
 @torch.no_grad()
 def test_variant_is_its_naive_reference(clip, block, visual, settings, images, knowledge):
-    """Captions of 1, 3, 0 and 8 triplets. With average pooling it fails if a prompt is pooled."""
+    """The captions have 1, 3, 0 and 8 triplets. With average pooling this fails if a prompt is pooled."""
     model = make_aim(clip, trained=True, block=block, num_prompts=visual, **settings)
     features = model(images, Captions(model.prepare_knowledge(knowledge)), (IMAGE, CAPTION)).conditioned
     for row, (i, c) in enumerate(zip(IMAGE, CAPTION, strict=True)):
@@ -70,7 +70,7 @@ def test_variant_is_its_naive_reference(clip, block, visual, settings, images, k
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 def test_variant_with_gradients_is_its_naive_reference(settings, images, knowledge):
-    """Torch takes other paths through attention where gradients are wanted; and blocks are recomputed."""
+    """With gradients, torch uses other attention kernels, and blocks are recomputed."""
     model = make_aim(trained=True, **settings).train()
     model.tower.recompute = True
     features = model.encode_image(images, knowledge)
@@ -81,7 +81,7 @@ def test_variant_with_gradients_is_its_naive_reference(settings, images, knowled
 @pytest.mark.parametrize("settings", VARIANTS, ids=label)
 @torch.no_grad()
 def test_union_of_captions(settings, images, knowledge):
-    """i2t `pooled`: captions 0 and 1 condition image 3, captions 3 and 2 image 0."""
+    """i2t `pooled`: captions 0 and 1 condition image 3; captions 3 and 2 condition image 0."""
     model = make_aim(trained=True, block=1, **settings)
     prompts = model(None, Captions(model.prepare_knowledge(knowledge))).captions.prompts
     united = EncodedCaptions(prompts.take(torch.tensor([0, 1, 3, 2])).unite(2), None)
@@ -120,7 +120,7 @@ def test_order_and_padding_change_nothing(settings, images, knowledge):
     ids=label,
 )
 def test_whatever_a_stage_trains_has_a_gradient(settings, conditioning, images, knowledge, tokenizer):
-    """Distributed engines fail on parameters that take no part. A caption is empty, so null tokens learn too."""
+    """Distributed engines fail on unused parameters. One caption has no knowledge, so null tokens get gradients too."""
     model = make_aim(trained=True, **settings).train()
     text = model.encode_text(tokenizer(["a dog jumps", "a small girl", "nothing", "men chase horses"]))
     batch = Batch(images, None, text, model.prepare_knowledge(knowledge), torch.arange(4))
@@ -195,7 +195,7 @@ def test_the_store_and_the_model_encode_the_same_texts(setting, knowledge, tmp_p
     assert texts[:4] == ["a", "b", "c", "d"]
     assert texts[4:] == ([text for item in knowledge for text in sentences(item, setting)] if reads else [])
     collate = knowledge_collator(model, str(tmp_path), "float32")
-    encode_texts(collate.store, texts, model.backbone, model.tokenizer)
+    encode_missing(collate.store, texts, model.backbone, model.tokenizer)
     collated, prepared = collate(knowledge), model.prepare_knowledge(knowledge)
     assert_close(collated.states, prepared.states, atol=1e-5, rtol=0)
     assert (prepared.states.abs().sum(-1) > 0).equal(prepared.mask & reads)
@@ -205,7 +205,7 @@ def test_the_store_and_the_model_encode_the_same_texts(setting, knowledge, tmp_p
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_text_only_control_is_the_same_beside_any_model(clip_folder, shards, tmp_path):
-    """It adds states to captions, also where the model in question reads none."""
+    """It adds states to captions even if the evaluated model reads none."""
     rows = []
     for setting in ("both", "triplets"):
         config = PromptConfig(knowledge=setting)

@@ -1,4 +1,4 @@
-"""What tells actions apart: accuracy by verb, captions with swapped roles and actions, SugarCrepe's and ARO's files."""
+"""Action benchmarks: accuracy by verb, swapped roles and actions, and the files of SugarCrepe and ARO."""
 
 import csv
 import json
@@ -114,11 +114,11 @@ def test_roles_that_cannot_be_exchanged_are_left_out():
     assert not swapped_roles(
         captions(
             ("A dog chases a dog", knowledge(("dog", "chases", "dog"))),
-            ("A dog chases a cat near a cat", knowledge(("dog", "chases", "cat"))),  # which cat?
+            ("A dog chases a cat near a cat", knowledge(("dog", "chases", "cat"))),  # ambiguous: two cats
             ("A dog runs", knowledge(("dog", "runs", ""))),
-            ("A catfish chases a dog", knowledge(("dog", "chases", "cat"))),  # no word
+            ("A catfish chases a dog", knowledge(("dog", "chases", "cat"))),  # "cat" is not a word of the caption
             ("A dog wears a hat", knowledge(("dog", "wears", "hat", "attribute"))),
-            ("A cat is in the dog bed", knowledge(("bed", "holds", "dog bed"))),  # overlap
+            ("A cat is in the dog bed", knowledge(("bed", "holds", "dog bed"))),  # overlapping names
         )
     )
 
@@ -137,7 +137,7 @@ def test_actions_are_replaced_by_others_of_their_kind():
         ("A cat is a pet", knowledge(("cat", "is", "pet"))),  # no verb: neither replaced nor a replacement
     )
     choices = {choice.image: choice for choice in swapped_actions(split)}
-    assert set(choices) == {"0", "1"}  # nothing has the ending and the object of the others
+    assert set(choices) == {"0", "1"}  # the other verbs have another ending or no object
     assert choices["0"].captions[1] == "A dog throws a cat" and choices["1"].captions[1] == "A girl chases a ball"
     assert choices["0"].group == "chase" and choices["0"].knowledge[1].triplets[0].action == "throws"
     assert swapped_actions(split) == swapped_actions(split)
@@ -208,7 +208,7 @@ BOX = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 5}
         (CREPE | {"caption": None}, "caption is None"),
         (CREPE | {"filename": 17}, "filename is 17, expected a text"),
         (CREPE | {"filename": "b.jpg"}, "no photo b.jpg in"),
-        (CREPE | {"filename": f"{'é' * 200}.jpg"}, "no photo é"),  # longer than a name may be
+        (CREPE | {"filename": f"{'é' * 200}.jpg"}, "no photo é"),  # longer than a file name may be
         (CREPE | {"filename": "../a.jpg"}, "expected a path inside the images folder"),
         (CREPE | {"negative_caption": "A  dog"}, "a wrong caption is the right one: 'a dog'"),
         ({"image_path": "a.jpg", "caption_options": ["x"]}, "caption_options is ['x'], expected a list of at least 2"),
@@ -269,7 +269,7 @@ def test_choices_equal_the_naive_loop(world, photos):
         return open_photo(photos / name)
 
     found = choose(choices, {"ours": world.model}, world.preprocess, open_image, batch_size=4)
-    assert opened == [choice.image for choice in drawn]  # each once for its two choices
+    assert opened == [choice.image for choice in drawn]  # once for both choices
     assert list(found) == ["base CLIP", "ours"]
     for row, choice in enumerate(choices):
         image = open_photo(photos / choice.image)
@@ -308,7 +308,7 @@ def test_photos_that_cant_be_read_are_skipped_up_to_a_share(world, photos):
     asked.clear()
     with pytest.raises(AmpError, match=r"photos: 2 of 7 entries \(28\.57%\) .*--max_skipped_entries 0\.29$"):
         run(1 / 7)
-    assert asked == ["0.png", "1.png", "2.png"]  # the rest would be in vain
+    assert asked == ["0.png", "1.png", "2.png"]  # the limit is exceeded, so no more are read
     with pytest.raises(AmpError, match="none of 7 choices has a photo that can be read"):
         run(1.0, photos / "no")
 
@@ -341,7 +341,7 @@ def test_the_generator_is_asked_where_a_file_brings_no_knowledge(world, photos):
 
 @pytest.fixture
 def choosing(world, clip_folder, shards, photos, tmp_path):
-    """Runs the command with an adapter; returns its CSV rows of whole tests."""
+    """Runs the command with an adapter; returns the CSV rows of complete tests."""
     save_adapter(tmp_path / "adapter.safetensors", world.model)
 
     def run(tests, *more):
@@ -390,7 +390,7 @@ def test_a_test_is_saved_when_it_is_done(choosing, tmp_path, capsys, monkeypatch
 
     def fails_later(choices, *arguments):
         if done:
-            assert len(saved(tmp_path)) == 1  # the first test, before the second ends
+            assert len(saved(tmp_path)) == 1  # the first test is saved before the second ends
             raise RuntimeError("the machine is on fire")
         done.append(choices)
         return {"base CLIP": Choices([[1.0, 0.0]] * len(choices), ["g"] * len(choices), {})}

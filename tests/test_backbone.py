@@ -1,4 +1,4 @@
-"""The wrapped open_clip model: its own numbers, cut into pieces; the towers it refuses; the hash that names it."""
+"""The wrapped open_clip model: equal outputs when run in parts, unsupported towers, and the hash of the base model."""
 
 import copy
 
@@ -24,7 +24,7 @@ TEXTS = [
 ]
 
 
-# -- what it is -------------------------------------------------------------------------------------------------------
+# -- properties -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["native", "custom_text", "quickgelu", "open_clip_4", "attention_pooled"])
@@ -50,7 +50,7 @@ def test_clip_is_frozen_and_stays_in_eval_mode():
 
 
 def test_every_parameter_has_a_dimension_and_its_value():
-    """DeepSpeed can't send those without (CLIP's temperature)."""
+    """DeepSpeed can't broadcast zero-dimensional parameters, such as CLIP's temperature."""
     clip = make_clip()
     clip.logit_scale.data.fill_(3.25)
     assert clip.logit_scale.ndim == 0
@@ -59,7 +59,7 @@ def test_every_parameter_has_a_dimension_and_its_value():
     assert clip.logit_scale.tolist() == [3.25] and not clip.logit_scale.requires_grad
 
 
-# -- what it refuses --------------------------------------------------------------------------------------------------
+# -- unsupported towers -----------------------------------------------------------------------------------------------
 
 
 def on_meta(name):
@@ -68,7 +68,7 @@ def on_meta(name):
 
 
 def test_foreign_image_towers_are_refused():
-    """Those of timm: test_timm_backbone.py."""
+    """Image towers of timm are tested in test_timm_backbone.py."""
     with pytest.raises(
         AmpError, match=r"image tower is ModifiedResNet, expected open_clip's native VisionTransformer.*ViT-B-16"
     ):
@@ -83,7 +83,7 @@ def test_text_tower_without_token_embedding_is_refused():
 
 
 def test_text_towers_of_other_architectures_are_refused():
-    """open_clip 4 has one with a token embedding, whose tokenizer isn't CLIP's (`text_arch: modern`)."""
+    """open_clip 4 has a text tower with another tokenizer than CLIP's (`text_arch: modern`)."""
     clip = make_clip("custom_text")
     clip.text = type("ModernTextTransformer", (nn.Module,), {})()
     clip.text.token_embedding = nn.Embedding(2, 2)
@@ -92,7 +92,7 @@ def test_text_towers_of_other_architectures_are_refused():
 
 
 def test_sequence_first_towers_are_refused():
-    """Of open_clip 3."""
+    """Such towers exist in open_clip 3."""
     clip = make_clip()
     clip.visual.transformer.batch_first = False
     with pytest.raises(AmpError, match="batch_first=False, expected True"):
@@ -144,7 +144,7 @@ def test_last_block_for_the_class_token_equals_the_whole_block(variant, extra):
 
 @torch.no_grad()
 def test_custom_blocks_run_whole():
-    """open_clip's CustomResidualAttentionBlock has other parts; the short last block must not guess them."""
+    """open_clip's CustomResidualAttentionBlock has other submodules, so the shortened last block can't be used."""
     config = {**VISION, "qk_norm": True, "scale_fc": True}
     clip = open_clip.CLIP(EMBED_DIM, open_clip.CLIPVisionCfg(**config), open_clip.CLIPTextCfg(**TEXT)).eval()
     backbone, tokens = make_backbone(clip), torch.randn(2, 17, 32)
@@ -170,7 +170,7 @@ def test_recomputing_changes_neither_values_nor_gradients(index, monkeypatch):
         backbone.prompted_block(index, tokens, recompute).square().sum().backward()
         found.append(tokens.grad)
     assert torch.equal(*found)
-    assert len(calls) == 3  # once, then once forward and once again backward
+    assert len(calls) == 3  # once without gradients, once in the forward and once in the backward pass
 
 
 # -- text tower -------------------------------------------------------------------------------------------------------
@@ -186,9 +186,9 @@ def text_tower(text=None, **own):
 @pytest.mark.parametrize("chosen", [slice(0, 1), slice(0, 2), slice(0, 3), slice(0, 6)], ids=["empty", "2", "3", "all"])
 @torch.no_grad()
 def test_trimmed_text_equals_full_text(chosen, tokenizer):
-    """Padding changes only the order in which sums are rounded: equal to 1e-13 in double, to 4e-6 in single precision.
+    """Padding only changes the rounding of sums: features differ by up to 1e-13 in fp64 and 4e-6 in fp32.
 
-    Features are of size 1 to 4, so that 4e-6 is about ten units in the last place.
+    Feature values are between 1 and 4, so 4e-6 is about ten units in the last place.
     """
     ids = tokenizer(TEXTS[chosen])
     longest = int(ids.argmax(dim=1).max()) + 1
@@ -206,9 +206,9 @@ def test_trimmed_text_equals_full_text(chosen, tokenizer):
 def test_trimmed_text_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
     ids = tokenizer(TEXTS)
     for clip in (
-        text_tower({"proj_bias": True}),  # a Linear
+        text_tower({"proj_bias": True}),  # the projection is a Linear module
         text_tower({"pool_type": "eos", "eos_id": 49407}),
-        text_tower({"pool_type": "eos", "eos_id": 11}),  # in no text: the first token is read
+        text_tower({"pool_type": "eos", "eos_id": 11}),  # not in any text, so the first token is pooled
         text_tower(quick_gelu=True),
     ):
         assert_close(make_backbone(clip).encode_text(ids), clip.encode_text(ids), atol=4e-6, rtol=1e-6)
@@ -216,7 +216,7 @@ def test_trimmed_text_reads_the_projection_and_the_pooling_of_the_tower(tokenize
 
 @torch.no_grad()
 def test_towers_that_cannot_be_trimmed_run_whole(tokenizer):
-    """Without a causal mask the padding is read, and pooling at the last position needs all of them."""
+    """Without a causal mask tokens attend to the padding, and pooling at the last position needs all positions."""
     ids = tokenizer(TEXTS[:3])
     for clip in (text_tower({"no_causal_mask": True}), text_tower({"pool_type": "last"}), make_clip("custom_text")):
         assert torch.equal(make_backbone(clip).encode_text(ids), clip.encode_text(ids))
@@ -281,7 +281,7 @@ def test_hash_leaves_the_temperature_out():
 
 
 def test_hash_sees_what_the_weights_do_not_say():
-    """The same weights with another activation, another shape or another type are another model."""
+    """The same weights with another activation, shape or dtype are another model."""
     clip = make_clip()
     quick = make_clip("quickgelu")
     quick.load_state_dict(clip.state_dict())

@@ -1,4 +1,4 @@
-"""Wrong input through the real command lines: one clear error each, exit status 2, no traceback."""
+"""Wrong input to the real command lines: one clear error each, exit status 2, no traceback."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def run(shards, clip_folder, tmp_path):
-    """`run(main, **changes)` calls a launcher with valid settings except for the changes; dots are written as `__`."""
+    """`run(main, **changes)` calls a launcher with valid settings and these changes; `__` stands for a dot in a key."""
 
     def call(main, *more, **changes):
         settings = training_settings(shards, clip_folder, tmp_path, TINY_PROMPT, **changes)
@@ -63,7 +63,7 @@ def refused(capsys):
 
 
 def test_the_settings_work_without_changes(run, train, evaluate, tmp_path, capsys):
-    """Otherwise every test below could pass for another reason than its own."""
+    """Otherwise the tests below could pass because of another error."""
     run(train, out=tmp_path / "run")
     assert (tmp_path / "run" / "stage1" / "adapter.safetensors").is_file()
     run(evaluate, adapters=f"[mine={tmp_path}/run/stage1/adapter.safetensors]")
@@ -183,7 +183,7 @@ def test_truncated_image_in_a_shard(run, refused, request, copied_shards, launch
     members = members_of(ShardManifest.load(copied_shards).split(split)[0].path)
     path = replace_shard(copied_shards, split, [(name, content[: len(content) // 2]), *members[1:]])
     main = request.getfixturevalue(launched)
-    # A whole epoch, so that the sample occurs in any order.
+    # Reads a whole epoch, which contains the sample in any order.
     changes = {"stage1__max_steps": 0, "stage1__epochs": 3}
     line = refused(lambda: run(main, data__shards=copied_shards, data__workers=workers, **changes))
     assert str(path) in line and repr(name.removesuffix(".jpg")) in line and "amp make_shards" in line
@@ -284,7 +284,7 @@ def test_a_value_of_the_wrong_type_names_its_key(run, train, capsys):
         run(train, stage1__lr="fast")
     shown = capsys.readouterr().err
     assert ended.value.code == 2 and "stage1.lr" in shown and "fast" in shown and "Traceback" not in shown
-    assert len(shown.splitlines()) < 6  # the usage of every key would bury it
+    assert len(shown.splitlines()) < 6  # the usage of every key would hide the error
 
 
 @pytest.mark.parametrize(("key", "value"), [("top_k", 0), ("batch_size", 0), ("i2t", "[]"), ("max_queries", -1)])
@@ -297,7 +297,7 @@ def test_search_settings_that_make_no_sense(run, evaluate, refused, key, value):
 
 @pytest.fixture(scope="module")
 def foreign_adapter(tmp_path_factory):
-    """An adapter of a base model with the same shapes and other weights."""
+    """An adapter of another base model with the same shapes but other weights."""
     folder = tmp_path_factory.mktemp("foreign")
     name = write_clip_folder(folder / "clip", seed=1)
     model, _, _ = amp.create_model_and_transforms(name, prompt_config=amp.PromptConfig(**TINY_PROMPT))
@@ -359,7 +359,7 @@ def test_weights_that_are_not_finite_give_no_figures(run, evaluate, refused, cli
 
 @pytest.mark.parametrize("kept", ["gone", "other"])
 def test_a_photo_of_the_manifest_that_is_missing(run, evaluate, refused, copied_shards, kept):
-    """Its shard is gone, or holds a sample less than the manifest says."""
+    """Its shard is missing, or has one sample less than the manifest says."""
     path = ShardManifest.load(copied_shards).split("test")[1].path
     if kept == "gone":
         Path(path).unlink()
@@ -371,7 +371,7 @@ def test_a_photo_of_the_manifest_that_is_missing(run, evaluate, refused, copied_
 def test_captions_without_knowledge_and_few_candidates_are_searched(
     run, evaluate, copied_shards, clip_folder, tmp_path
 ):
-    """No caption has a triplet, and the gallery is smaller than k: both are ordinary input."""
+    """No caption has a triplet, and the gallery is smaller than k. Both are valid input."""
     for number, shard in enumerate(ShardManifest.load(copied_shards).split("test")):
         members = []
         for name, content in members_of(shard.path):

@@ -1,4 +1,4 @@
-"""The benchmarks: their clock, their counts, and that all ways of a comparison do the same work."""
+"""The benchmarks: timing, counted work, and that all methods of a comparison do the same work."""
 
 import gc
 import json
@@ -25,6 +25,7 @@ from benchmarks import (
     rerank,
     run,
     scaling,
+    startup,
     step,
     stream,
     tables,
@@ -44,7 +45,7 @@ def base(clip_folder):
 
 
 def test_rates_by_hand(monkeypatch):
-    """Ways take turns, forwards and backwards; a ratio is the median of the rounds' ratios."""
+    """The methods take turns, in alternating order; a ratio is the median of the ratios of all rounds."""
     clock, order = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
@@ -64,7 +65,7 @@ def test_rates_by_hand(monkeypatch):
 
 
 def test_kept_bytes_by_hand():
-    """y = w2 relu(w1 x): autograd keeps x, and the output of relu once though two operations want it; no parameter."""
+    """y = w2 relu(w1 x): autograd keeps x and, once for two operations, the output of relu. Parameters don't count."""
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False))
     x = torch.randn(16, 4)
     result, kept = memory.kept_bytes(model, lambda: model(x).sum())
@@ -125,7 +126,7 @@ def test_a_step_of_every_way(base):
 
 
 def test_what_a_pass_keeps_by_hand():
-    """ViT-S-32 by open_clip: two blocks of 384 numbers, 50 + 4 tokens, the last of them for one token."""
+    """Two prompted blocks of open_clip's ViT-S-32: width 384, 50 + 4 tokens; the last block computes only one token."""
     base = create_model_and_transforms("ViT-S-32", None)[0]
     control = build(base, 10, knowledge="none")
     set_trainable(control, 1)
@@ -146,7 +147,7 @@ def test_sizes_by_hand(base):
 
 
 def test_loops_of_reranking_agree(base, monkeypatch):
-    """In fp32 and, as on processors with instructions for it, in bf16."""
+    """In fp32, and in bf16, which processors with bf16 instructions use."""
     monkeypatch.setattr(rerank, "multiplies_bf16", lambda device: True)
     settings = Settings(rerank_images=6, top_k=2, naive_queries=2, model_rounds=1, device="cpu")
     for interaction, prompt in {"aim": {}, "readout": READ_LAST}.items():
@@ -164,13 +165,13 @@ def test_loops_of_reranking_agree(base, monkeypatch):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Arguments of `make_shards` for sixteen drawn photos; read only."""
+    """Arguments of `make_shards` for sixteen drawn photos. Read-only."""
     return photos.given_or_drawn(tmp_path_factory.mktemp("photos"), None, 16)
 
 
 def test_drawn_photos_are_as_heavy_as_photos(few):
     sizes = [path.stat().st_size for path in (ROOT / few["images"]).iterdir()]
-    assert len(sizes) == 16 and 100_000 < sum(sizes) / 16 < 200_000  # COCO's: 640 x 480 in 150 kB
+    assert len(sizes) == 16 and 100_000 < sum(sizes) / 16 < 200_000  # like COCO: 640 x 480 in 150 kB
 
 
 def test_streams_read_every_photo(few, tmp_path):
@@ -195,7 +196,7 @@ def test_conversions_write_every_photo(few, tmp_path):
 
 
 def test_the_plan_of_many_ranks_by_hand():
-    """Ten images in shards of four, two ranks of two: 8 of the 10 in two steps."""
+    """Ten images in shards of four, two ranks with two images each: two steps read 8 of the 10 images."""
     found = scaling.plan_of(2, images=10, batch=2, window=3)
     assert (found["steps"], found["left_out"], found["read_twice"]) == (2, 2, 0)
     assert found["ranks_with_as_many_steps"] == 2
@@ -239,7 +240,7 @@ def test_generation_says_the_same_all_four_ways(tmp_path, smollm2):
 def test_the_command_line_writes_figures_and_names_what_it_does_not_know(tmp_path, capsys):
     out = tmp_path / "figures.json"
     run.main(["--only", "[conversion]", "--images", "4", "--rounds", "1", "--out", str(out)])
-    assert "make_shards" in capsys.readouterr().out  # its table
+    assert "make_shards" in capsys.readouterr().out  # the table of the benchmark
     found = json.loads(out.read_text())["conversion"]
     assert found["images"] == 4 and found["machine"]["torch"] == torch.__version__ and found["peak_resident_MB"] > 0
     with pytest.raises(SystemExit):
@@ -249,7 +250,7 @@ def test_the_command_line_writes_figures_and_names_what_it_does_not_know(tmp_pat
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """Copies of the release's figures and page, in the folder where a run starts; the benchmarks aren't run."""
+    """Copies of the release's figures and page in the working folder of a run. The benchmarks themselves aren't run."""
     for path in (run.RECORD, run.PAGE):
         (tmp_path / path).parent.mkdir()
         shutil.copy(ROOT / path, tmp_path / path)
@@ -301,3 +302,11 @@ def test_an_evaluation_from_end_to_end(clip_folder, tmp_path, monkeypatch):
 def test_the_page_shows_the_figures_of_the_run():
     page, figures = ROOT / "docs/performance.md", ROOT / "results/benchmark.json"
     assert tables.fill(page.read_text(), json.loads(figures.read_text())) == page.read_text()
+
+
+def test_startup_reads_the_first_batch_and_prepares(tmp_path):
+    startup.main([2_000], prepared=1_000, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
+    found = json.loads((tmp_path / "startup.json").read_text())
+    (row,) = found["start"]
+    assert row["samples"] == 2_000 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
+    assert {*found["prepare"]} == {"1", "2"} and all(x["captions_per_second"] > 0 for x in found["prepare"].values())

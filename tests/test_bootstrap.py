@@ -1,4 +1,4 @@
-"""Intervals by bootstrap over images, against plain loops and the normal approximation."""
+"""Bootstrap intervals over images, compared with plain loops and the normal approximation."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_one_query_an_image_gives_the_binomial_interval():
 
 
 def test_captions_of_one_image_are_no_independent_queries():
-    """Five queries that fare alike are worth one: the interval is as wide as with one of them, not 1 / sqrt(5)."""
+    """Five queries with equal ranks give the same interval as one query, not one narrower by sqrt(5)."""
     ranks = np.where(np.random.default_rng(0).random(400) < 0.5, 0, 99)
     widths = []
     for copies in (1, 5):

@@ -1,4 +1,4 @@
-"""Adapter files: what is in them, that they come back bit for bit, and every wrong file's own message."""
+"""Adapter files: content, bit-exact round trip, and the error message for each kind of wrong file."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TRAINING = {"stage": 2, "step": 138, "config": {"margin": 0.2, "stages": [1, 2],
 
 @pytest.fixture
 def model(clip_folder):
-    """A model with random weights of its own, as after training."""
+    """A model with random trainable weights, as after training."""
     torch.manual_seed(5)
     model, *_ = amp.create_model_and_transforms(clip_folder, prompt_config=CONFIG)
     shake(model, scale=1.0)
@@ -33,14 +33,14 @@ def model(clip_folder):
 
 @pytest.fixture
 def path(model, tmp_path):
-    """Its adapter file."""
+    """Adapter file of `model`."""
     path = tmp_path / "stage2" / "adapter.safetensors"
     save_adapter(path, model, TRAINING)
     return path
 
 
 def rewritten(path, target, change):
-    """The file with its header changed by `change(record)`; returns `target`."""
+    """Writes the file to `target` with its header changed by `change(record)`; returns `target`."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     record = json.loads(metadata["header"])
@@ -133,7 +133,7 @@ def test_a_finished_write_leaves_one_file(model, path):
     assert read_adapter(path)[0].training == {"stage": 1}
     umask = os.umask(0)
     os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # readable by whom the user lets read
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # permissions follow the umask
 
 
 # -- wrong files ------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_other_base_model(path, tmp_path):
 
 
 def test_other_activation_is_another_base_model(path, clip_folder, tmp_path):
-    """The same weights with QuickGELU."""
+    """The same weights with QuickGELU are another base model."""
     name = write_clip_folder(tmp_path / "quick", "quickgelu", seed=0)
     other, *_ = amp.create_model_and_transforms(name, prompt_config=CONFIG)
     with pytest.raises(AmpError, match="was trained on base model"):
@@ -240,7 +240,7 @@ def test_weights_that_do_not_fit(change, said, model, path, tmp_path):
 
 # -- files of version 1 -----------------------------------------------------------------------------------------------
 
-# By hand: the start of a weight's name in version 2, then in version 1.
+# Prefixes of weight names in version 2 and version 1, written by hand.
 OLD_NAMES = (
     ("interaction.readout.", "readout."),
     ("interaction.aim.", "interaction."),
@@ -257,7 +257,7 @@ def old_name(name: str) -> str:
 
 
 def write_version_1(path, model, settings, without=()):
-    """A model of version 2 in a file as open-clip-amp 0.1.0 wrote it, with its `settings` and no weight `without`."""
+    """Writes a model of version 2 like open-clip-amp 0.1.0, with these `settings` and without the weights `without`."""
     weights = {old_name(k): v.clone() for k, v in model.adapter_state().items() if not k.startswith(tuple(without))}
     if not settings.get("text_triplets") and "text_enrichment.states.weight" in weights:
         weights["text_enrichment.states.weight"] = weights["text_enrichment.states.weight"][:-1].clone()
@@ -274,14 +274,14 @@ def write_version_1(path, model, settings, without=()):
 
 
 def scores(model, images, knowledge) -> torch.Tensor:
-    """Cosines of images with captions, each pair under the caption's knowledge."""
+    """Cosines of images and captions; each pair is conditioned on the caption's knowledge."""
     text = model.encode_text(model.tokenizer(TEXTS))
     found = model.encode_image(images, knowledge, True, text=text)
     return (found * model.encode_text(model.tokenizer(TEXTS), True, knowledge)).sum(dim=1)
 
 
 def read_back(path, model):
-    """What the file makes of a fresh model of the settings that it says."""
+    """Loads the file into a new model with the settings that the file records."""
     header, weights = read_adapter(path)
     fresh = make_model(**asdict(header.prompt_config))
     load_adapter_state(fresh, header, weights, where=path)
@@ -339,7 +339,7 @@ def test_version_1_comes_back_bit_for_bit(new, old, tmp_path, images, knowledge)
 
 @torch.no_grad()
 def test_version_1_with_some_of_the_maps_scores_as_before(tmp_path, images, knowledge):
-    """Text enriched by states alone: T + U T + mean_k(W D_k), written out, with images by the paper's equations."""
+    """Text enrichment with states only, T + U T + mean_k(W D_k), written out; images follow the paper's equations."""
     model, path = make_model(trained=True, **aim_settings(block=1, enrich=True)), tmp_path / "old.safetensors"
     settings = {"bottleneck": 4, "interaction_layer": 1, "text_enrichment": True}
     write_version_1(path, model, settings, without=("text_enrichment.triplets.", "image_projection."))
@@ -356,7 +356,7 @@ def test_version_1_with_some_of_the_maps_scores_as_before(tmp_path, images, know
         image = image_feature(model, images[row], prompts_of(model, batch, row))
         assert score.item() == pytest.approx(float(image @ enriched / image.norm() / enriched.norm()), abs=1e-5)
     model.base_name, model.base_hash = "tiny", header.base_hash
-    with pytest.raises(AmpError, match=r"weights are missing"):  # of version 2 nothing may be
+    with pytest.raises(AmpError, match=r"weights are missing"):  # in version 2 no weight may be missing
         load_adapter_state(make_model(**asdict(model.config)), replace(header, partial=False), stored, where=path)
 
 

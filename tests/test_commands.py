@@ -1,4 +1,4 @@
-"""The command `amp` and the scripts: every name leads to its command line, names are those typed, endings are clean."""
+"""The command `amp` and the scripts: every name works, messages use the typed name, exits are clean."""
 
 import errno
 import io
@@ -44,7 +44,7 @@ def run_script(monkeypatch, path: str, *arguments: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-OURS = [name for name in command.COMMANDS if name != "clip_benchmark"]  # its parser is CLIP_benchmark's
+OURS = [name for name in command.COMMANDS if name != "clip_benchmark"]  # uses CLIP_benchmark's parser
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -87,7 +87,7 @@ def test_an_unknown_command(monkeypatch, capsys):
     assert last.startswith("amp: error: command is 'trian', expected one of search, publish")
 
 
-@pytest.mark.parametrize("name", ["search", "train"])  # all have the same parser's class
+@pytest.mark.parametrize("name", ["search", "train"])  # all commands use the same parser class
 def test_usage_and_errors_name_the_command_as_typed(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, name, "--nonsense", "1")
@@ -142,7 +142,7 @@ def interrupt(*arguments, **options):
 @pytest.mark.parametrize("name", [*OURS, *SCRIPTS])
 def test_ctrl_c_is_one_line_in_every_command(name, monkeypatch, capsys):
     monkeypatch.setattr(CommandLine, "parse_args", interrupt)
-    monkeypatch.setattr("docstring_parser.parse", interrupt)  # of tools/reference_config.py, which has no options
+    monkeypatch.setattr("docstring_parser.parse", interrupt)  # used by tools/reference_config.py
     with pytest.raises(SystemExit) as ended:
         run_script(monkeypatch, name) if name in SCRIPTS else call(monkeypatch, name)
     shown = capsys.readouterr()
@@ -191,7 +191,7 @@ def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch, capsys):
 
 
 def ending(action, monkeypatch, capsys, kept: str = "") -> tuple[int, str]:
-    """Exit status and stderr of a command that does this."""
+    """Exit status and standard error of a command that calls `action`."""
     monkeypatch.setattr(sys, "argv", ["amp", "search"])
     with pytest.raises(SystemExit) as ended:
         exit_on_error(kept)(action)()
@@ -212,14 +212,14 @@ def test_each_ending_is_one_line_with_its_status(monkeypatch, capsys, tmp_path):
 
     def write():
         with whole_file(tmp_path / "x.json"):
-            raise OSError(errno.ENOSPC, "No space left on device")  # as write() says it, without the file
+            raise OSError(errno.ENOSPC, "No space left on device")  # as raised by write(), without a file name
 
     assert ending(write, monkeypatch, capsys) == full
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError("hub")])
 def test_a_defect_keeps_its_traceback(error, monkeypatch, capsys):
-    """So does a broken pipe to a worker, which is no closed standard output."""
+    """A broken pipe to a worker keeps it too, because it is not a closed standard output."""
     with pytest.raises(type(error)), exit_on_error():
         raise error
 
@@ -231,14 +231,14 @@ def test_an_error_is_told_although_nobody_reads_the_output(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["amp", "search"])
     monkeypatch.setattr(sys, "stdout", Gone())
-    with pytest.raises(BrokenPipeError), exit_on_error():  # this stream has no descriptor to ask
+    with pytest.raises(BrokenPipeError), exit_on_error():  # this stream has no file descriptor
         raise AmpError("x is 1")
     assert capsys.readouterr().err == "amp search: error: x is 1\n"
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_what_a_stream_cannot_encode_is_escaped(errors, monkeypatch):
-    """PYTHONIOENCODING=ascii, and a locale that is not UTF-8."""
+    """With PYTHONIOENCODING=ascii, and with a locale that is not UTF-8."""
     from rich.table import Table
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
@@ -252,7 +252,7 @@ def test_what_a_stream_cannot_encode_is_escaped(errors, monkeypatch):
     assert "\\xe9t\\xe9.jpg" in shown and "\\u6f22\\u5b57" in shown
 
 
-HELP = [sys.executable, "-m", "amp", "compare", "--help"]  # one of the quick ones
+HELP = [sys.executable, "-m", "amp", "compare", "--help"]  # a fast command
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -300,4 +300,4 @@ def test_a_folder_of_features_on_a_full_disk_is_named(error, tmp_path):
         raise error
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BrokenPipeError), build_folder(tmp_path / "segment"):
-        raise BrokenPipeError  # of a log that nobody reads
+        raise BrokenPipeError  # the reader of the log has gone

@@ -1,4 +1,4 @@
-"""Comparison of two rows of result files, and the intervals and protocols that these hold."""
+"""Comparison of two rows of result files, and the intervals and protocols in these files."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from amp.retrieval.settings import RetrievalSettings
 
 @pytest.fixture(scope="module")
 def files(clip_folder, shards, tmp_path_factory):
-    """Results of the base model and one adapter: in one gallery, in three folds, and with the first stage's score."""
+    """Results of the base model and one adapter: in one gallery, in three folds, and with score fusion."""
     folder = tmp_path_factory.mktemp("compare")
     adapter = write_world_adapter(clip_folder, shards, folder)
     for name, extra in (
@@ -150,7 +150,7 @@ def test_both_sides_are_checked_before_a_sample_is_drawn(files, tmp_path, capsys
         compare_command.main(["--a", "none.json", "--b_row", "x", "--out", str(files / "whole.json" / "c.json")])
     assert "c.json: can't be written" in capsys.readouterr().err
     (tmp_path / "alone.json").write_bytes((files / "whole.json").read_bytes())
-    with pytest.raises(AmpError) as error:  # what both sides lack is said once
+    with pytest.raises(AmpError) as error:  # the message names once what both files lack
         compare(tmp_path / "alone.json", ROWS[0], tmp_path / "alone.json", ROWS[1])
     assert str(error.value).count("alone.npz: can't be read") == 1
 

@@ -1,4 +1,4 @@
-"""Every shipped configuration: it loads, a wrong key is refused, and the big ones take a step on meta tensors."""
+"""Every shipped configuration loads and refuses wrong keys; the big ones take a step on meta tensors."""
 
 import inspect
 import re
@@ -38,7 +38,7 @@ def name_of(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def read():
-    """`read(*arguments)`: the TrainConfig that `launchers/train.py` would train with."""
+    """`read(*arguments)` returns the TrainConfig that `launchers/train.py` would use."""
     script = launcher("launchers/train.py")
 
     def read(*arguments) -> TrainConfig:
@@ -52,7 +52,7 @@ def read():
 
 @pytest.fixture(scope="module")
 def meta_models():
-    """`meta_models(name, prompt)`: a model without weights or memory, built once a backbone."""
+    """`meta_models(name, prompt)` returns a model on the meta device, built once per backbone."""
     built = {}
 
     def model(name, prompt):
@@ -66,7 +66,7 @@ def meta_models():
 
 
 def meta_batch(model: amp.ActionAwareCLIP, size: int = 3) -> Batch:
-    """A batch of `size` images with a caption each, shapes only."""
+    """A batch of `size` images with one caption each, on the meta device."""
     config, backbone = model.config, model.backbone
     with torch.device("meta"):
         ids = torch.zeros(size, config.max_triplets, 3, SLOT_TOKENS, dtype=torch.long)
@@ -77,7 +77,7 @@ def meta_batch(model: amp.ActionAwareCLIP, size: int = 3) -> Batch:
 
 
 def step(model: amp.ActionAwareCLIP, config: TrainConfig, stage: int) -> set[str]:
-    """One optimizer step as the engine takes it; returns the names of the parameters that got a gradient."""
+    """Takes one optimizer step like the engine; returns the names of the parameters that got a gradient."""
     model.zero_grad(set_to_none=True)
     model.tower.recompute = config.activation_checkpointing
     trained = set_trainable(model, stage)
@@ -92,7 +92,7 @@ def step(model: amp.ActionAwareCLIP, config: TrainConfig, stage: int) -> set[str
     print(f"{config.model.name}, stage {stage}, {config.conditioning}: {count:,} of {total:,} parameters are trained")
     named = dict(model.named_parameters())
     got_gradient = {name for name, p in named.items() if p.grad is not None and p.grad.shape == p.shape}
-    assert got_gradient == {name for name, p in named.items() if p.requires_grad}  # none is optimised for nothing
+    assert got_gradient == {name for name, p in named.items() if p.requires_grad}  # no unused parameters
     return got_gradient
 
 
@@ -109,7 +109,7 @@ def test_config_loads_and_agrees_with_itself(path, read):
 
 
 def test_the_reference_holds_every_key_with_type_default_and_source(read):
-    """Each at its default, so that the file can be copied; each key of the other files is among them."""
+    """Each key has its default, so that the file can be copied. It contains all keys of the other files."""
     assert launcher("tools/reference_config.py").reference() == REFERENCE.read_text(), "write it again, see its header"
     assert asdict(read("--config", REFERENCE)) == asdict(TrainConfig())
     lines = REFERENCE.read_text().splitlines()
@@ -163,7 +163,7 @@ def test_numbers_out_of_range_are_refused_by_their_key(read, option, value):
 
 def test_a_recipe_goes_by_its_name_wherever_it_is_typed(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()  # the folder of the user's photos has the same name
+    (tmp_path / "photos").mkdir()  # a folder of the user's photos with the same name
     for path in (ROOT / "amp/recipes").glob("*.yaml"):
         config = read("--config", path.stem, "--data.shards", "shards")
         config.check()
@@ -173,7 +173,7 @@ def test_a_recipe_goes_by_its_name_wherever_it_is_typed(read, tmp_path, monkeypa
     assert (paper.prompt.interaction, paper.prompt.depth, paper.prompt.enrich) == ("aim", 0.0, False)
     assert inspect.signature(Aim).parameters["lam"].default == 0.7
     (tmp_path / "photos").rmdir()
-    (tmp_path / "photos").write_text("seed: 5")  # a file of that name is meant
+    (tmp_path / "photos").write_text("seed: 5")  # an existing file takes precedence
     assert read("--config", "photos").seed == 5
     with pytest.raises(SystemExit):
         read("--config", "no_such_recipe")
@@ -192,7 +192,7 @@ def test_printed_config_reads_back_equal(read, tmp_path, capsys):
 
 
 def test_saved_config_of_a_run_reads_back_equal(read, tmp_path, monkeypatch):
-    """A null must stay one: `pretrained: null` left out would be read back as OpenAI's weights."""
+    """A null must be saved: without `pretrained: null`, OpenAI's weights would be used."""
     ran = []
     monkeypatch.setattr("amp.train.engine.train", ran.append)
     arguments = [
@@ -205,7 +205,7 @@ def test_saved_config_of_a_run_reads_back_equal(read, tmp_path, monkeypatch):
     ]
     launcher("launchers/train.py").main([str(a) for a in arguments])
     assert ran[0].model.pretrained is None and ran[0].data.val_split is None
-    assert not (tmp_path / "run").exists()  # training writes it, once nothing refuses the run
+    assert not (tmp_path / "run").exists()  # only training creates it, after all checks
     (tmp_path / "config.yaml").write_bytes(record(ran[0])[0])
     assert asdict(read("--config", tmp_path / "config.yaml")) == asdict(ran[0]) == asdict(read(*arguments))
 
@@ -230,11 +230,11 @@ def test_unknown_key_or_value_is_one_error(change, read, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_header_and_comments(path):
-    """The paper's rows add up (it rounds, and misprints one Rsum), and each key says what it is and whose it is."""
+    """The paper's rows add up (up to rounding and one misprinted Rsum), and each key has a meaning and an origin."""
     lines = path.read_text().splitlines()
     header = [line for line in lines if line.startswith("#")]
     rows = [[float(x) for x in re.findall(r"\d+\.\d", line)] for line in header]
-    rows = [row for row in rows if len(row) == 14]  # of CLIP and of the paper
+    rows = [row for row in rows if len(row) == 14]  # rows of CLIP and of the paper
     assert len(rows) == 3
     misprint = [float(x) for x in re.findall(r"add up to (\d+\.\d)", "".join(header))]
     for six, total in ((row[low : low + 6], row[low + 6]) for row in rows for low in (0, 7)):
@@ -316,7 +316,7 @@ def test_accelerate_reads_the_launch_files(path):
         "several_nodes_deepspeed": ("DEEPSPEED", 16, 2),
     }[path.stem]
     assert (config.distributed_type.value, config.num_processes, config.num_machines) == (kind, processes, machines)
-    assert config.mixed_precision is None  # the run's own file decides
+    assert config.mixed_precision is None  # set in the run's own file
     if kind == "DEEPSPEED":
         assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
     if machines > 1:

@@ -1,4 +1,4 @@
-"""How the cores of a machine are shared out, and what `accelerate launch` must not decide."""
+"""How CPU cores are divided among processes, regardless of the thread count that `accelerate launch` sets."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from amp.errors import AmpError
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """machine(cores, processes, OMP_NUM_THREADS) describes the machine and the launch."""
+    """`machine(cores, processes, OMP_NUM_THREADS)` simulates a machine and a launch."""
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
 
     def describe(count: int, processes: int = 1, threads: str | None = None) -> None:
@@ -92,7 +92,7 @@ def test_it_is_said_in_one_line():
 
 @pytest.mark.parametrize("given", [None, "1"])
 def test_the_launchers_one_thread_is_not_the_users(given, tmp_path):
-    """Through `accelerate launch` itself, which sets OMP_NUM_THREADS=1 where it is not set."""
+    """Runs the real `accelerate launch`, which sets OMP_NUM_THREADS=1 if it is not set."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, amp.commands, amp.cores\n"

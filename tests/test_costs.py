@@ -1,7 +1,7 @@
 """Counts the work of a step, a re-ranking and an epoch of reading, so that added work is noticed.
 
-Nothing here looks at the clock. Bounds are made by hand, or are the work of the plain implementations in
-`benchmarks.naive`; a change that makes one of them fail makes every run on a cluster dearer.
+Nothing is timed. Bounds are calculated by hand, or are the work of the plain implementations in `benchmarks.naive`. A
+change that fails here makes every training run slower.
 """
 
 import os
@@ -17,7 +17,7 @@ from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, training_loader
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 from amp.model.clip import ActionAwareCLIP
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
@@ -35,7 +35,7 @@ IMAGES = 64
 
 @pytest.fixture(scope="module", params=["ViT-B-32", "ViT-L-14-336"])
 def large(request) -> ActionAwareCLIP:
-    """A real architecture without memory."""
+    """A real architecture on the meta device."""
     with torch.device("meta"):
         clip = open_clip.create_model(request.param, None, load_weights=False, device="meta")
         return ActionAwareCLIP(clip, PromptConfig())
@@ -55,7 +55,7 @@ def work_of(step) -> float:
 
 
 def step_work(model: ActionAwareCLIP, conditioning: str = "contrastive") -> float:
-    """FLOP of forward and backward passes of a step on stored tokens."""
+    """FLOP of the forward and backward pass of a step on stored tokens."""
     with torch.device("meta"):
         batch = random_batch(model, IMAGES)
         objective = MetaObjective(1, model.interaction, conditioning, 2)
@@ -63,7 +63,7 @@ def step_work(model: ActionAwareCLIP, conditioning: str = "contrastive") -> floa
 
 
 class MetaObjective(Objective):
-    """Draws negatives without looking at scores, which on the meta device nobody knows."""
+    """Draws negatives without their scores, which don't exist on the meta device."""
 
     def _draw(self, cosines, forbidden, own, m, step, direction):
         from amp.train.negatives import Negatives
@@ -84,7 +84,7 @@ def plain_work(model: ActionAwareCLIP) -> float:
 
 def test_a_contrastive_step_over_all_pairs_is_little_more_than_plain_prompt_tuning(large):
     plain = plain_work(built(large, knowledge="none"))
-    assert step_work(built(large, knowledge="none")) < 0.9 * plain  # the last block for one token
+    assert step_work(built(large, knowledge="none")) < 0.9 * plain  # its last block computes one token only
     assert step_work(built(large, **READ_LAST)) < 1.5 * plain
 
 
@@ -92,7 +92,7 @@ def test_a_contrastive_step_with_aim_costs_its_pairs_and_no_more(large):
     control = step_work(built(large, knowledge="none"))
     paired = step_work(built(large), "paired")
     contrastive = step_work(built(large))
-    # 1 + 2m = 5 pairs an image; all else (prompts, text) once a caption.
+    # 1 + 2m = 5 pairs per image; everything else (prompts, text) once per caption.
     assert contrastive < control + 5.05 * paired
 
 
@@ -103,12 +103,12 @@ def base(clip_folder):
 
 
 class Calls:
-    """Rows that pass through each image block and the text tower."""
+    """Counts the rows that pass through each image block and the text tower."""
 
     def __init__(self, model: ActionAwareCLIP):
         self.rows = Counter()
         for number, block in enumerate(model.backbone.visual.transformer.resblocks):
-            # The last block may be run piece by piece, its first norm always.
+            # The last block may run in parts, but its first norm always runs.
             block.ln_1.register_forward_pre_hook(lambda _, given, n=number: self.add(n, given[0]))
         model.backbone._text.transformer.register_forward_pre_hook(lambda _, given: self.add("text", given[0]))
 
@@ -125,7 +125,7 @@ def test_no_text_is_encoded_in_a_step_and_early_blocks_see_each_image_once(base)
     calls = Calls(model)
     loss, _ = Objective(1, model.interaction, negatives=2)(model, batch, 0)
     loss.backward()
-    # Once without gradients for frozen features, once under visual prompts alone, and 1 + 2m = 5 pairs.
+    # Once without gradients for frozen features, once with visual prompts only, and 1 + 2m = 5 pairs.
     assert calls.rows == {0: 6, **dict.fromkeys(range(1, last + 1), 6 + 6 + 5 * 6)}
 
 
@@ -146,7 +146,7 @@ def test_reranking_runs_late_blocks_once_a_pair_or_once_an_image_of_a_batch(base
         group_by="candidate",
         prepare=lambda q, c: scorer.prepare(q),
     )
-    # Sorted by image, four pairs per batch: an image is in as many batches as its pairs touch.
+    # Pairs are sorted by image, four per batch. With the readout each batch encodes each of its images once.
     images = candidates.flatten().sort().values
     touched = sum(len(batch.unique()) for batch in images.split(4))
     late = range(1, model.backbone.num_layers)
@@ -154,7 +154,7 @@ def test_reranking_runs_late_blocks_once_a_pair_or_once_an_image_of_a_batch(base
 
 
 def test_the_equations_cost_more_than_the_step(base):
-    """The reference of the benchmarks stays what it says: each candidate through all blocks and the text tower."""
+    """The reference of the benchmarks runs each candidate through all blocks and the text tower."""
     model = build(base, 1)
     images = torch.randn(3, 3, *model.backbone.visual.image_size)
     captions, items = drawn_captions(3, 2)
@@ -172,11 +172,11 @@ def test_an_epoch_reads_each_photo_and_record_once_and_a_resumed_one_only_its_re
     split = ShardSplit(shards, "train")
     collate = knowledge_collator(model, str(tmp_path / "cache"), "float32")
     texts = SplitCaptions.read(split, ("action",)).all_texts(config.max_triplets)
-    encode_texts(collate.store, texts, model.backbone, model.tokenizer)
+    encode_missing(collate.store, texts, model.backbone, model.tokenizer)
     order = BatchOrder(split.sizes, 4, 0, 1, 0, window=2)
     loader = training_loader(TrainingSamples(split, transform, 0, ("action",), None), order, collate, 0, False)
     for index in range(len(split)):
-        split.record(index)  # opens all shards, whose headers are read once a process
+        split.record(index)  # opens all shards; each process reads their headers once
     sizes = {
         index: tuple(int(x) for x in reader._spans[row, :, 1])
         for index in range(len(split))

@@ -1,7 +1,7 @@
 """Damaged images, shards, captions, replies and adapters: each is accepted or refused as documented, never a traceback.
 
-Hypothesis damages whole files and looks for the smallest damage that fails. Checksums are put right, so that the damage
-gets past them. `--hypothesis-seed=1` with ``HYPOTHESIS_EXAMPLES=20`` looks at twenty times as many other cases.
+Hypothesis damages valid files and looks for the smallest damage that fails a test. Checksums are corrected, so that
+they don't detect the damage. `--hypothesis-seed=1` with ``HYPOTHESIS_EXAMPLES=20`` tests twenty times as many cases.
 """
 
 import io
@@ -40,7 +40,7 @@ from amp.model.adapter import FORMAT, AdapterHeader, read_adapter
 from amp.model.config import PromptConfig
 
 MORE = int(os.environ.get("HYPOTHESIS_EXAMPLES", "1"))
-MEMORY = 3 * 2**30  # address space that cases may use in addition to that of the libraries
+MEMORY = 3 * 2**30  # address space of a case, in addition to that of the libraries
 SECONDS = 30  # for one case, on a busy machine
 NUMBERS = (0, 1, 7, 127, 128, 255, 256, 32767, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
 CHANGES = ("big", "little", "big", "little", "cut", "remove", "repeat", "insert", "splice")
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True, scope="module")
 def limited_memory():
-    """A case that wants more fails by MemoryError."""
+    """Limits the memory; a case that needs more fails with a MemoryError."""
     resource = pytest.importorskip("resource")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -62,7 +62,7 @@ def limited_memory():
 
 @st.composite
 def damaged(draw, files: list[bytes], repair=bytes) -> bytes:
-    """A file with one to four changes, half of them near its beginning, where headers are."""
+    """A file with one to four changes, half of them near its beginning, where the headers are."""
     content = draw(st.sampled_from(files))
     for change in draw(st.lists(st.sampled_from(CHANGES), min_size=1, max_size=4)):
         at = draw(st.integers(0, draw(st.sampled_from((len(content), min(len(content), 400))))))
@@ -86,7 +86,7 @@ def damaged(draw, files: list[bytes], repair=bytes) -> bytes:
 
 
 def outcomes(target, cases: st.SearchStrategy, examples: int) -> set[str]:
-    """How the cases end; an exception that `target` lets pass fails the test with the smallest such case."""
+    """Outcomes of all cases. If `target` raises, the test fails with the smallest such case."""
     seen = set()
 
     @settings(
@@ -174,11 +174,11 @@ IMAGES = {
 
 
 def documented(function, *arguments):
-    """Its result, or None after an exception that it documents."""
+    """The result of the call, or None after an exception that the function documents."""
     try:
         return function(*arguments)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        assert "MemoryError" not in str(error)  # a limit of ours must come first
+        assert "MemoryError" not in str(error)  # our own limits must apply first
         return None
 
 
@@ -204,7 +204,7 @@ def test_images(suffix, tmp_path):
                 continue
             if check == "decode":
                 outcome = "accepted"
-                decode_rgb(kept)  # what conversion has decoded must not stop a training run
+                decode_rgb(kept)  # an image that conversion could decode must not stop a training run
         return outcome
 
     repair = repaired_png if suffix == "png" else bytes
@@ -245,7 +245,7 @@ def repaired_tar(content: bytes) -> bytes:
 
 
 def refusing(target):
-    """The target with its AmpError as an outcome; the message must be printable."""
+    """Wraps the target so that an AmpError is an outcome. Its message must be printable."""
 
     def run(content) -> str:
         try:
@@ -305,7 +305,7 @@ VALUES = (
 
 @st.composite
 def edited(draw, texts: list[bytes]) -> bytes:
-    """A text with one to three tokens left out, doubled, or replaced by a value that is often handled wrongly."""
+    """A text with one to three tokens removed, doubled, or replaced by a value that is often handled wrongly."""
     content = draw(st.sampled_from(texts))
     for _ in range(draw(st.integers(1, 3))):
         tokens = [match.span() for match in TOKEN.finditer(content[:20_000])] or [(0, 0)]
@@ -382,7 +382,7 @@ def test_captions_knowledge_and_manifests(kind, tmp_path):
             images = load_captions(path, kind).images
         for image in images:
             assert not image.path.startswith("/") and ".." not in image.path.split("/")
-            parse_json(record_bytes("key", image))  # what was accepted can be written and read again
+            parse_json(record_bytes("key", image))  # an accepted image can be written and read again
 
     texts = [FILES[kind]]
     assert outcomes(read, edited(texts) | damaged(texts), 250) == {"accepted", "refused"}

@@ -1,4 +1,4 @@
-"""Photos as every part of the product sees them: orientation, kinds of samples, transparency, formats."""
+"""Decoding of photos in all commands: orientation, sample formats, transparency, file formats."""
 
 import io
 import json
@@ -36,10 +36,10 @@ UPRIGHT = np.random.default_rng(0).integers(0, 255, (29, 45, 3), dtype=np.uint8)
 
 
 def stored(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """An upright picture as a camera stores it (EXIF's tag 274): what its first row and its first column show."""
-    if orientation >= 5:  # the first row is a side
+    """An upright picture as a camera stores it for an EXIF orientation (tag 274)."""
+    if orientation >= 5:  # the first stored row is a left or right side
         pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 6, 7):  # bottom, bottom, right, right
+    if orientation in (3, 4, 6, 7):  # the first row is bottom, bottom, right, right
         pixels = pixels[::-1]
     if orientation in (2, 3, 7, 8):  # the first column is right, right, bottom, bottom
         pixels = pixels[:, ::-1]
@@ -47,7 +47,7 @@ def stored(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def tagged(pixels: np.ndarray, format: str, orientation: int, description: str = "", **options) -> bytes:
-    """A file of an upright picture, stored and tagged as a camera does it."""
+    """An image file of an upright picture, stored and tagged like a camera does."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     if description:
@@ -72,23 +72,23 @@ def test_a_photo_is_upright_whatever_way_it_is_stored():
 
 
 def test_a_jpeg_is_turned_without_being_opened_by_pillow():
-    """All the ways in which a JPEG may note it, each against the pixels that the file without the note has."""
+    """Every way to store the orientation in a JPEG, compared with the pixels of the file without orientation."""
     for orientation in range(1, 9):
         for description in ("", "x" * 500):
             content = tagged(UPRIGHT, "JPEG", orientation, description, quality=95, icc_profile=bytes(70_000))
-            plain = simplejpeg.decode_jpeg(content)  # knows of no orientation
+            plain = simplejpeg.decode_jpeg(content)  # ignores the orientation
             assert np.array_equal(stored(decode_rgb(content), orientation), plain), (orientation, description)
             assert jpeg_size(content) == UPRIGHT.shape[:2], (orientation, description)
         note = f'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="{orientation}"/>'.encode()
         whole = encoded(Image.fromarray(stored(UPRIGHT, orientation)), "JPEG")
-        place = 4 + int.from_bytes(whole[4:6], "big")  # behind the first segment, with the filling that libjpeg allows
+        place = 4 + int.from_bytes(whole[4:6], "big")  # after the first segment, with the padding that libjpeg allows
         content = whole[:place] + b"\xff\xff\xff\xe1" + (2 + len(note)).to_bytes(2, "big") + note + whole[place:]
         plain = simplejpeg.decode_jpeg(whole)
         assert np.array_equal(stored(decode_rgb(content), orientation), plain), (orientation, "XMP")
 
 
 def test_smaller_decoding_has_the_layout_of_the_upright_photo():
-    """Each quarter of the photo has a colour of its own; a side is no multiple of what it is shrunk by."""
+    """Each quarter of the photo has its own colour, and the sides are not multiples of the scale factor."""
     pixels = np.zeros((50, 94, 3), np.uint8)
     pixels[:25, :47], pixels[:25, 47:], pixels[25:, :47] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     for orientation in range(1, 9):
@@ -113,7 +113,7 @@ def test_odd_orientations_leave_the_pixels_as_they_are():
 
 @pytest.fixture(scope="module")
 def phone(tmp_path_factory):
-    """The same 16 drawn photos twice, upright and as phones store them in all orientations, with shards of both."""
+    """16 drawn photos, upright and as phones store them in all orientations, and shards of both."""
     root = tmp_path_factory.mktemp("phone")
     for kind in ("upright", "stored"):
         (root / kind).mkdir()
@@ -130,7 +130,7 @@ def phone(tmp_path_factory):
 
 
 def test_all_paths_see_the_same_array(phone, clip_folder, tmp_path):
-    """Evaluation, training, search, choice and resizing: bit for bit that of the upright photo."""
+    """Evaluation, training, search, choice and resizing see the pixels of the upright photo, bit for bit."""
     splits = [ShardSplit(phone / f"{kind} shards", "test") for kind in ("upright", "stored")]
     crops = [RandomCrop.of(image_transform(32, is_train=True), scaled=scaled) for scaled in (False, True)]
     for number in range(16):
@@ -148,7 +148,7 @@ def test_all_paths_see_the_same_array(phone, clip_folder, tmp_path):
             first, second = (read_image(phone / kind / name, resize) for kind in ("upright", "stored"))
             assert first == second
             with Image.open(io.BytesIO(second[0])) as image:
-                assert 0x0112 not in image.getexif()  # or it would be turned twice
+                assert 0x0112 not in image.getexif()  # otherwise it would be rotated twice
     first, second = ((phone / f"{kind} resized" / "test-000000.tar").read_bytes() for kind in ("upright", "stored"))
     assert first == second
     model, _, preprocess = amp.create_model_and_transforms(clip_folder)
@@ -187,9 +187,9 @@ def test_features_stored_by_another_way_of_seeing_are_not_used(phone, clip_folde
 
     model, _, preprocess = amp.create_model_and_transforms(clip_folder)
     split = ShardSplit(phone / "stored shards", "test")
-    now = frozen_features.features_folder("cache", split, model, preprocess, "float32")
+    now = frozen_features.features_folders("cache", split, model, preprocess, "float32")
     monkeypatch.setattr(frozen_features, "DECODING_VERSION", frozen_features.DECODING_VERSION - 1)
-    assert frozen_features.features_folder("cache", split, model, preprocess, "float32") != now
+    assert frozen_features.features_folders("cache", split, model, preprocess, "float32") != now
 
 
 # Samples
@@ -204,7 +204,7 @@ def tiff(
     order: str = "<",
     extra: int | None = None,
 ) -> bytes:
-    """A TIFF without compression, written by hand: Pillow writes few kinds of samples."""
+    """An uncompressed TIFF, written by hand because Pillow writes only a few sample formats."""
     content = pixels if isinstance(pixels, bytes) else pixels.tobytes()
     channels = 1 if isinstance(pixels, bytes) or pixels.ndim == 2 else pixels.shape[2]
     tags = [
@@ -241,7 +241,7 @@ def grey_tiff(values, dtype: str, **options) -> bytes:
 
 
 def grey_png(values, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of one row in grey of 16 bits."""
+    """A PNG with one row of 16-bit grey pixels."""
     rows = b"\0" + np.array(values, ">u2").tobytes()
     header = struct.pack(">IIBBBBB", len(values), 1, 16, 0, 0, 0, 0)
     found = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -298,7 +298,7 @@ def test_samples_that_cannot_be_understood_are_refused_in_words(content, words, 
     assert "0x" not in str(found.value)
     path = tmp_path / "a.tif"
     path.write_bytes(content)
-    for check in ("structure", "decode"):  # conversion leaves it out with each kind of check
+    for check in ("structure", "decode"):  # conversion skips it with each kind of check
         with pytest.raises(UnreadableImageError, match=words):
             read_image(path, check=check)
 
@@ -318,7 +318,7 @@ def test_colours_of_16_bits_are_their_upper_8():
     ],
 )
 def test_other_modes_keep_their_colours(mode, format):
-    """By a picture of primary colours, and of black and white where there is no colour."""
+    """With a picture of primary colours, or of black and white for modes without colour."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
     if mode in ("1", "L"):
         colours = [(0, 0, 0), (255, 255, 255)] * 2
@@ -341,7 +341,7 @@ HALF = 128
 
 
 def cut_out(hidden: tuple[int, int, int]) -> np.ndarray:
-    """RGBA: an opaque pixel, one half transparent, and two that are not seen and have a colour all the same."""
+    """RGBA: one opaque pixel, one half transparent, and two fully transparent pixels that have a colour."""
     return np.array([[(10, 20, 30, 255), (10, 20, 30, HALF), (*hidden, 0), (*hidden, 0)]], np.uint8)
 
 
@@ -350,7 +350,7 @@ SEEN = [[10, 20, 30], [round((c * HALF + 255 * (255 - HALF)) / 255) for c in (10
 
 @pytest.mark.parametrize("hidden", [(0, 0, 0), (200, 10, 90)])
 def test_colours_that_are_not_seen_do_not_matter(hidden):
-    """Every way of storing them, against white behind the picture."""
+    """Every way to store transparency, compared with the picture on a white background."""
     rgba = cut_out(hidden)
     files = [
         encoded(Image.fromarray(rgba), "PNG"),
@@ -385,9 +385,9 @@ def test_transparent_palettes_and_key_colours():
     grey = Image.fromarray(np.array([[7, 9]], np.uint8))
     assert decode_rgb(encoded(grey, "PNG", transparency=7)).tolist() == [[white, [9, 9, 9]]]
     deep = grey_png([0x8000, 0x8001, 0xFFFF], (b"tRNS", b"\x80\x00"))
-    assert decode_rgb(deep).tolist() == [[white, [128] * 3, white]]  # 0x8001 is another value, though the same grey
+    assert decode_rgb(deep).tolist() == [[white, [128] * 3, white]]  # 0x8001 has the same grey but isn't transparent
     rgb = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG", transparency=(0, 0, 5)))
-    header = b"IHDR" + rgb[16:24] + b"\x10" + rgb[25:29]  # the same with 16 bits
+    header = b"IHDR" + rgb[16:24] + b"\x10" + rgb[25:29]  # the same in 16 bits
     rgb[12:29], rgb[29:33] = header, struct.pack(">I", zlib.crc32(header))
     with pytest.raises(UnreadableImageError, match="16 bits per channel with a transparent colour"):
         decode_rgb(bytes(rgb))
@@ -425,7 +425,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
 
 def test_formats_that_are_not_read_are_named_by_their_content(monkeypatch):
-    """A file may have any name: an iPhone's photo is often called a.jpg."""
+    """The name may be wrong: photos of iPhones in HEIC are often called a.jpg."""
     for content, words in (
         (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60), "JPEG 2000 is not supported"),
         (b"8BPS" + bytes(60), "a drawing program's format"),
@@ -441,7 +441,7 @@ def test_formats_that_are_not_read_are_named_by_their_content(monkeypatch):
 
 
 def test_heic_is_read_where_its_package_is_installed():
-    """All orientations: libheif turns the picture itself, which must not be done a second time."""
+    """All orientations. libheif already rotates the picture, so it must not be rotated again."""
     pytest.importorskip("pillow_heif")
     assert ".heic" in PHOTO_SUFFIXES
     decode_rgb(encoded(draw(0), "PNG"))  # the first call registers the decoder

@@ -1,4 +1,4 @@
-"""ZeRO 1 to 3 over two processes: the weights of DDP, one checkpoint format, and the same bits after a kill."""
+"""ZeRO 1 to 3 over two processes: same weights as DDP, one checkpoint format, bit-exact resume after a kill."""
 
 import json
 import shutil
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.system
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
-# Adam turns the rounding of a gradient near zero into a step of its own. Ten steps of lr 3e-3 move a weight by up to
-# 3e-2; on a processor with AVX-512 some weights differ by up to 1.7e-4.
+# Adam amplifies rounding errors of gradients near zero. Ten steps with lr 3e-3 move a weight by up to 3e-2; on a
+# processor with AVX-512 some weights differ by up to 1.7e-4.
 ROUNDING = 1e-3
 
 
 @pytest.fixture(scope="module")
 def config(shards, clip_folder, tmp_path_factory) -> TrainConfig:
-    """A stage of 10 steps of two processes with two images each, validated twice."""
+    """One stage of 10 steps on two processes with two images each, validated twice."""
     folder = tmp_path_factory.mktemp("deepspeed")
     return TrainConfig(
         out=str(folder / "run"),
@@ -41,7 +41,7 @@ def config(shards, clip_folder, tmp_path_factory) -> TrainConfig:
         stages=[1],
         stage1=StageSettings(epochs=2, lr=3e-3, warmup_steps=3),
         trackers=[],
-        mixed_precision="no",  # compared with runs of DDP, on any processor
+        mixed_precision="no",  # weights are compared with DDP, on any processor
         checkpoint=CheckpointSettings(every_steps=1, keep=20),
         validation_queries=3,
     )
@@ -63,7 +63,7 @@ def under(config: TrainConfig, name: str, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def ddp(config) -> dict[str, torch.Tensor]:
-    """Stage 1 of DDP."""
+    """Weights after stage 1 with DDP."""
     return finish(config)
 
 
@@ -88,7 +88,7 @@ def test_a_killed_zero_run_ends_with_the_same_bits(config, ddp, name, tmp_path):
     run.wait()
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").glob("stage*"))
     assert "stage1-step00000003" in names and "stage1-step00000010" not in names
-    # The checkpoint goes on in one process without DeepSpeed too, with what AdamW knew.
+    # The checkpoint, with AdamW's state, can also be resumed in one process without DeepSpeed.
     moved = replace(config, out=config.out + "-moved", deepspeed=None, data=replace(config.data, batch_size=4))
     shutil.copytree(config.out, moved.out)
     resumed = finish(replace(config, data=replace(config.data, workers=1)))
@@ -107,7 +107,7 @@ def test_zero_goes_on_from_a_checkpoint_of_one_process(config, ddp, tmp_path):
 
 
 def test_stage_2_keeps_what_it_does_not_train(config, ddp):
-    """In bf16 under ZeRO-2: what stage 1 made stays in fp32, bit for bit."""
+    """In bf16 with ZeRO-2, the weights of stage 1 stay in fp32, bit for bit."""
     init = str(Path(config.out) / "stage1" / "adapter.safetensors")
     second = finish(
         under(
@@ -120,7 +120,7 @@ def test_stage_2_keeps_what_it_does_not_train(config, ddp):
 
 
 def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
-    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():  # what DeepSpeed asks
+    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():  # DeepSpeed's own check
         pytest.skip("DeepSpeed trains in fp16 on processors with AVX-512 only")
     config = under(config, "zero2", mixed_precision="fp16")
     config = replace(config, out=config.out + "-fp16")
@@ -131,13 +131,13 @@ def test_fp16_goes_on_with_its_loss_scale(config, tmp_path):
     run.wait()
     newest = Checkpoints(config.out).newest([1])
     assert newest.step >= 5 and 1 < newest.state["loss_scale"]["cur_scale"] < 2**16  # lowered in the first steps
-    assert newest.state["updates"] < newest.step  # which were skipped, and are not counted as faults
+    assert newest.state["updates"] < newest.step  # skipped steps are not counted as errors
     assert newest.state["skipped"] == 0 and not (Path(config.out) / "skipped.jsonl").exists()
     assert largest_difference(finish(config), whole) == 0
     assert all(value.dtype == torch.float32 for value in whole.values())
 
 
-# -- its files ------------------------------------------------------------------------------------------------------
+# -- configuration files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_shipped_files_get_the_numbers_of_the_run(config, path, precision):
     assert settings["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
     assert settings["train_micro_batch_size_per_gpu"] == 2 and settings["gradient_accumulation_steps"] == 3
     assert settings["train_batch_size"] == 2 * 3 * 8 and settings["gradient_clipping"] == 0.5
-    # The weights stay in fp32 under bf16: autocast instead of DeepSpeed's bf16 block.
+    # bf16 uses autocast instead of DeepSpeed's bf16 section, so the weights stay in fp32.
     assert settings["torch_autocast"]["enabled"] == (precision == "bf16")
     assert settings["bf16"] == {"enabled": False} and settings["fp16"] == {"enabled": precision == "fp16"}
 

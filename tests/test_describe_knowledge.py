@@ -1,4 +1,4 @@
-"""Figures of a version of knowledge, worked out by hand, and the report's command."""
+"""Statistics of a version of knowledge, calculated by hand, and the report's command."""
 
 import json
 from functools import partial
@@ -47,7 +47,7 @@ def write(path, records):
 def test_figures_by_hand(tmp_path):
     entries = load_entries(write(tmp_path / "a.jsonl", TWO))
     figures = describe(list(entries.values()), str.split)
-    # "Fine-grained state description of action triplet <man, runs to, dog> is He leans forward.": 14 words, 2 marks
+    # "Fine-grained state description of action triplet <man, runs to, dog> is He leans forward.": 14 words, BOS, EOS
     assert figures == {
         "captions": 2,
         "captions with an action": 0.5,

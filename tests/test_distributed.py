@@ -1,4 +1,4 @@
-"""Two gloo processes against one process that holds the whole batch: exchanged values, gradients, training."""
+"""Two gloo processes compared with one process that has the whole batch: exchanged values, gradients, training."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from amp.train.schedule import adamw
 from amp.train.stages import set_trainable
 
 BATCH, STEPS = 8, 3
-# conditioning, stage, whether the batch brings stored tokens instead of images
+# conditioning, stage, whether the batch has stored tokens instead of images
 CASES = [
     ("none", 2, False),
     ("paired", 1, False),
@@ -33,18 +33,18 @@ def tensors(seed):
 
 
 def whole_loss(first, second):
-    """A loss in which every row meets every other, so that wrong gradients of foreign rows can't hide."""
+    """A loss in which every row interacts with all others, so that wrong gradients of other ranks' rows are noticed."""
     return ((first @ second.T).softmax(dim=1) * torch.arange(36.0).view(6, 6)).sum()
 
 
 def exchange():
-    """What one rank sees of every exchange, and the gradients that DDP's mean over ranks would give."""
+    """Results of every exchange on one rank, and the gradients after DDP's mean over ranks."""
     rows = slice(3 * rank(), 3 * rank() + 3)
     first, second = (x[rows].clone().requires_grad_() for x in tensors(0))
     gathered = all_gather_with_grad(first), all_gather_with_grad(second)
     weight = torch.ones(3, requires_grad=True)
     whole_loss(gathered[0] * weight, gathered[1]).backward()
-    # The gradient of a row passes through one rank only, and the mean over ranks divides it by their number.
+    # The gradient of a row comes from one rank only, and the mean divides it by the number of ranks.
     mean = all_reduce_sum(weight.grad.clone()) / world_size()
     plain = all_gather(first)
     return {
@@ -69,7 +69,7 @@ def make_model(conditioning):
         "readout": {"depth": 1 / 3},
     }.get(conditioning, aim_settings(block=1))
     model = amp.ActionAwareCLIP(make_clip(), amp.PromptConfig(**{**settings, "num_prompts": 2, "max_triplets": 3}))
-    # Away from their start at zero, where most gradients are zero too.
+    # Most gradients are zero if these weights have their initial value zero.
     if conditioning == "readout":
         model.interaction.readout.out.weight.data.normal_()
         model.text_enrichment.triplets.weight.data.normal_()
@@ -79,7 +79,7 @@ def make_model(conditioning):
 
 
 def global_batch(step, model, stored):
-    """The same batch in every process: some images occur twice, once across the ranks' halves; one row is bare."""
+    """The same batch in every process. Some images occur twice, one of them on both ranks; one row has no knowledge."""
     generator = torch.Generator().manual_seed(100 + step)
     mask = torch.rand(BATCH, 3, generator=generator) < 0.7
     mask[0] = False
@@ -107,7 +107,7 @@ def part_of(batch):
 
 
 def train(conditioning, stage, stored):
-    """Losses of some optimizer steps, averaged over ranks, and the adapter's weights after them."""
+    """Takes some optimizer steps; returns their losses, averaged over ranks, and the final adapter weights."""
     model = make_model(conditioning)
     set_trainable(model, stage)
     optimizer = adamw(model, lr=3e-3, weight_decay=0.01)
@@ -134,7 +134,7 @@ def train(conditioning, stage, stored):
     return mean_losses, {name: value.clone() for name, value in model.adapter_state().items()}
 
 
-# With more ranks than candidates a pair, a rank keeps only the rows of the global batch that it needs.
+# With more ranks than candidates per pair, a rank keeps only the rows of the global batch that it needs.
 FOUR_RANK_CASES = [case for case in CASES if case[0] == "contrastive"]
 
 
@@ -148,7 +148,7 @@ def exchange_and_train_all():
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Results of both ranks; the processes are started once."""
+    """Results of both ranks. The processes are started only once."""
     return run_ranks(exchange_and_train_all, tmp_path_factory.mktemp("ranks"))
 
 

@@ -1,4 +1,4 @@
-"""What README, docs and the configurations' headers tell the reader to type is understood by the scripts."""
+"""Scripts accept the commands in README, docs and the headers of configurations."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ PROGRAM = re.compile(r"(?:[A-Z_]+=\$?\(?)?(?:make|pip|python|amp|accelerate|sbat
 
 
 def blocks(page: Path) -> list[str]:
-    """Code blocks of a page; of a YAML file its header."""
+    """Code blocks of a page, or the header of a YAML file."""
     text = page.read_text()
     if page.suffix == ".yaml":
         return ["\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))]
@@ -40,14 +40,14 @@ def blocks(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The calls of our scripts on a page, each as script and arguments."""
+    """Calls of this project's scripts on a page, each as (script, arguments)."""
     found = []
     for block in blocks(page):
         lines = block.replace("\\\n", " ").splitlines()
         for number, line in enumerate(lines):
             if not line.startswith(("accelerate launch ", "python ", "amp ")) or "..." in line:
                 continue
-            while line.count("'") % 2:  # a quoted list goes on in the next line
+            while line.count("'") % 2:  # a quoted list continues in the next line
                 number += 1
                 line += lines[number]
             words = shlex.split(re.sub(r"-m amp\.commands\.(\w+)", r"amp/commands/\1.py", line), comments=True)
@@ -65,7 +65,7 @@ ALL = [(page.name, *words) for page in PAGES for words in commands(page)]
 
 
 def test_commands_are_found():
-    """So that a change of style can't empty the test below."""
+    """Otherwise a change of style could make the test below pass without any command."""
     for page, count in (("README.md", 5), ("tutorial.md", 12), ("coco.md", 6)):
         assert len([words for words in ALL if words[0] == page]) >= count, page
     launchers = {f"launchers/{name}.py" for name in LAUNCHERS}
@@ -84,19 +84,19 @@ def parser_of(script: str):
 
 
 def refusal(script: str, arguments: list[str], empty: Path, capsys) -> str:
-    """What a script has against the arguments, empty if it understands them."""
+    """Error of a script for these arguments; empty if it accepts them."""
     if script == OF_AMP["clip_benchmark"]:
-        return ""  # options of its own, which tests/test_hub.py runs
+        return ""  # has its own options, tested in tests/test_hub.py
     if script.startswith("tools/") or script in (OF_AMP["generate_knowledge"], OF_AMP["make_shards"]):
         empty.mkdir()
-        with contextlib.chdir(empty):  # once its options are understood, a tool misses its input
+        with contextlib.chdir(empty):  # after parsing its options, a tool doesn't find its input
             try:
                 loaded(script).main(arguments)
             except SystemExit:
                 said = " ".join(capsys.readouterr().err.split())
                 return "" if re.search("no such folder; expected|can't be read", said) else said or "ends in silence"
         return "" if "--write_captions" in arguments else "misses no input"
-    # A file that a training run would leave is replaced by one of ours.
+    # Files that a training run would write are replaced by existing ones.
     made = re.compile(r"runs/.*\.yaml")  # `--config photos` is a recipe's name
     try:
         parser_of(script).parse_args(["launchers/configs/scenes.yaml" if made.fullmatch(a) else a for a in arguments])
@@ -115,7 +115,7 @@ def test_scripts_understand_the_commands(monkeypatch, tmp_path, capsys):
 
 
 def listed() -> list[tuple[list[str], list[str]]]:
-    """Rows of docs/commands.md: the words of a command, and the tests named in the same row."""
+    """Rows of docs/commands.md: the words of a command, and the tests listed for it."""
     rows = []
     for line in (ROOT / "docs/commands.md").read_text().splitlines():
         if line.startswith("| `"):
@@ -157,7 +157,7 @@ def test_every_documented_command_is_on_the_list_and_every_row_is_used():
 
 
 def test_python_versions_are_named_alike():
-    """Bounds, classifiers, tools, and what the pages promise."""
+    """Version bounds, classifiers, tool settings and docs agree."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     classifiers = [x.rpartition(" ")[2] for x in project["project"]["classifiers"] if ":: Python :: 3." in x]
     lowest, highest = classifiers[0], classifiers[-1]
@@ -191,7 +191,7 @@ PYTHON_BLOCKS = ("docs/extending.md",)
 def test_python_of_the_page_runs(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    found = [code for code in found if not re.match(r"# \w+\.py\n", code)]  # plugins, which test_plugins.py runs
+    found = [code for code in found if not re.match(r"# \w+\.py\n", code)]  # plugins are tested in test_plugins.py
     assert found
     for code in found:
         exec(compile(code, page, "exec"), {})
@@ -207,7 +207,7 @@ def test_knowledge_example_is_well_formed():
 def test_python_of_the_readme_runs_and_prints_clips_score_twice(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(code.split("\n\n")) == 2 and len(code.splitlines()) == 11  # ten lines and a blank one
+    assert len(code.split("\n\n")) == 2 and len(code.splitlines()) == 11  # ten lines and a blank line
     exec(compile(code, "README.md", "exec"), {})
     base, aware = map(float, re.findall(r"\[(-?\d\.\d+)\]", capsys.readouterr().out))
     assert base == aware > 0.3

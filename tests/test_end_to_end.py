@@ -1,4 +1,4 @@
-"""The whole job through the real command lines: scenes, shards, both stages, evaluation."""
+"""The complete workflow with the real command lines: scenes, shards, both stages, evaluation."""
 
 import csv
 import json
@@ -22,13 +22,13 @@ from amp.model.adapter import read_adapter
 pytestmark = pytest.mark.system
 
 BASE = "local-dir:tools/scenes/micro-clip"
-# In fp32: in bf16 two processes round other sums than one does.
+# In fp32, because in bf16 one and two processes round differently.
 CONFIG = ["--config", "launchers/configs/scenes.yaml", "--mixed_precision", "no"]
 STAGES = ("stage1", "stage2")
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
-    """A command in the repository's folder, as a user would type it."""
+    """Runs a command in the repository's folder, as a user would type it."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(folder) -> dict[str, subprocess.CompletedProcess]:
-    """Every command once. The two trainings see the same global batches, in one process and in two."""
+    """Runs every command once. The two trainings use the same global batches, in one process and in two."""
     scenes, shards = folder / "scenes", folder / "shards"
     launch = ("-m", "accelerate.commands.launch", "--config_file")
     settings = (
@@ -170,7 +170,7 @@ def test_the_log_tells_what_is_trained(ran):
         log = ran[name].stderr
         assert f"40 training images, 80 captions, 5 steps of {8 // processes} x {processes} per epoch" in log
         assert "stage 1: 6 of 6 steps" in log and "stage 2: 5 of 5 steps" in log and "images/s" in log
-        assert log.count("training images") == 1  # one process speaks
+        assert log.count("training images") == 1  # only one process logs
         assert len(re.findall("stage 1 epoch [12] validation R@1: t2i .*base", log)) == 2
 
 
@@ -186,7 +186,7 @@ def test_stage_2_trains_the_readout_alone(ran, folder):
     first, second = (adapter(folder, "one", stage) for stage in STAGES)
     moved = {name for name in first if not torch.equal(first[name], second[name])}
     assert moved and all(name.startswith("interaction.readout.") for name in moved)
-    assert first["interaction.readout.out.weight"].abs().max() > 1e-3  # it starts at zero
+    assert first["interaction.readout.out.weight"].abs().max() > 1e-3  # its initial value is zero
     assert (first["interaction.readout.out.weight"] - second["interaction.readout.out.weight"]).abs().max() > 1e-3
 
 
@@ -261,7 +261,7 @@ def test_the_adapter_loads_into_a_model(ran, folder, monkeypatch):
         expected = model.backbone.clip.encode_image(image)
     assert torch.equal(plain, expected)
     assert (conditioned - plain).abs().max() > 1e-3
-    # Evaluation puts several adapters around one base model in turn.
+    # Evaluation loads several adapters into one base model, one after the other.
     base, _, _ = amp.create_model_and_transforms(BASE)
     evaluated = adapted(base, BASE, read_adapters([f"two={path}"])["two"])
     assert evaluated.backbone.clip is base.backbone.clip and evaluated.config == model.config

@@ -1,4 +1,4 @@
-"""Training runs in this process: what a setting may change in the result, and what it may not."""
+"""Training runs in this process: which settings may change the result, and which may not."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 @pytest.fixture
 def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
-    """One short stage: 5 batches of 4 an epoch."""
+    """One short stage with 5 batches of 4 images per epoch."""
     return small_run(
         shards,
         clip_folder,
@@ -59,8 +59,8 @@ def test_what_only_saves_memory_or_time_changes_nothing(config, conditioning):
         config = replace(config, conditioning=conditioning)
     config = replace(config, stages=[1, 2])
     expected = weights_of(config)
-    # Stored features, recomputed activations; and validating, which takes no random number and must put the model back
-    # into training mode.
+    # Stored features and recomputed activations. Validation uses no random numbers, and must put the model back into
+    # training mode.
     changed = replace(
         config,
         activation_checkpointing=True,
@@ -89,7 +89,7 @@ def test_stored_features_in_float16_are_close(config, cache_images):
     data = replace(config.data, cache_images=cache_images)
     exact = weights_of(config, data=data)
     rounded = weights_of(config, data=replace(data, cache_dtype="float16"))
-    # AdamW's first steps follow the sign of a gradient, so single weights may part.
+    # AdamW's first steps follow the sign of the gradient, so single weights may differ.
     assert 0 < largest_difference(exact, rounded) < 3e-2
     for name, value in exact.items():
         assert float((value - rounded[name]).abs().mean()) < 1e-3, name
@@ -140,7 +140,7 @@ def test_no_epoch_is_refused(config):
 
 @pytest.mark.parametrize("conditioning", ["control", "paired", "readout"])
 def test_accumulated_parts_of_a_batch_are_the_batch(config, conditioning):
-    """1 x 16 and 4 x 4: the same images, negatives, losses and weights."""
+    """Batches of 1 x 16 and 4 x 4 give the same images, negatives, losses and weights."""
     prompt = {
         "control": replace(config.prompt, knowledge="none"),
         "paired": config.prompt,
@@ -164,7 +164,7 @@ def test_accumulated_parts_of_a_batch_are_the_batch(config, conditioning):
 
 
 def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
-    """`contrastive` without a readout: with plain SGD, a step of two batches moves as far as the mean of two steps."""
+    """For `contrastive` without readout and plain SGD, a step of two batches is the mean of the two single steps."""
     from amp.train import loop
 
     monkeypatch.setattr(
@@ -181,7 +181,7 @@ def test_parts_that_draw_their_own_negatives_are_averaged(config, monkeypatch):
     contrastive = loop.Objective._contrastive
 
     def only(batch):
-        """Zeroes the loss of every batch but one."""
+        """Zeroes the loss of all batches except one."""
 
         def call(self, model, data, number):
             start.update({k: v.clone() for k, v in model.adapter_state().items()})
@@ -222,7 +222,7 @@ def test_a_loss_that_stays_infinite_stops_the_run(config):
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_a_batch_whose_loss_is_not_finite_is_skipped_and_counted(config, monkeypatch, max_grad_norm):
-    """The weights are those of a run in which this step changed nothing; AdamW doesn't count it either."""
+    """The weights equal those of a run in which this step changed nothing. AdamW doesn't count the step."""
     from amp.train import loop
 
     parts = loop.Objective.parts
@@ -264,7 +264,7 @@ def test_a_wrong_shards_folder_shows_before_the_model_is_built(config, monkeypat
 
 
 def test_mining_changes_the_batches_and_needs_no_stored_tokens(config):
-    """Base features alone are enough to mine by; stored tokens change nothing in who comes together."""
+    """Mining only needs base features; stored tokens don't change the groups."""
     plain, mined = weights_of(config), weights_of(config, mined_group=2)
     assert largest_difference(plain, mined) > 1e-3
     stored = weights_of(config, mined_group=2, data=replace(config.data, cache_images=True))

@@ -1,4 +1,4 @@
-"""Re-ranked retrieval against a naive loop: one query, one candidate and one forward pass at a time."""
+"""Re-ranked retrieval compared with a naive loop: one query, one candidate and one forward pass at a time."""
 
 import json
 from dataclasses import replace
@@ -59,13 +59,13 @@ def test_knowledge_aware_ranking_equals_the_naive_loop(aware):
     assert list(rankings) == ["t2i", "i2t pairwise", "i2t pooled"]
     for name, ranking in rankings.items():
         assert_same(ranking, search_split(aware, name, top_k=TOP_K))
-        # The test can fail: re-ranking moved positives, and conditioning spreads the scores.
+        # Re-ranking moved positives, and conditioning spreads the scores; otherwise the comparison would be trivial.
         assert (ranking.ranks != ranking.first.ranks).sum() > 2, name
         assert ranking.scores.std() > 1e-2, name
 
 
 def test_autocast_changes_scores_by_its_rounding_alone(aware):
-    """As an evaluation on a processor with bf16 instructions runs (`mixed_precision: auto`)."""
+    """On processors with bf16 instructions, evaluation uses autocast (`mixed_precision: auto`)."""
     rankings = ranked(aware.retrieval(batch_size=7), aware.model, partial(torch.autocast, "cpu", torch.bfloat16))
     for name, expected in ranked(aware.retrieval(batch_size=7), aware.model).items():
         assert rankings[name].scores.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_decided_queries_can_be_skipped(aware):
     pairs = dict(zip(some, totals, strict=True))
     assert list(some) == list(whole)
     for name, ranking in some.items():
-        decided = ranking.first.ranks >= 3  # no answer among the candidates
+        decided = ranking.first.ranks >= 3  # no positive among the candidates
         assert 0 < decided.sum() < len(decided)
         assert torch.equal(ranking.ranks, whole[name].ranks) and ranking.result.recall == whole[name].result.recall
         torch.testing.assert_close(ranking.scores[~decided], whole[name].scores[~decided], rtol=0, atol=1e-5)
@@ -126,7 +126,7 @@ def test_decided_queries_can_be_skipped(aware):
 
 
 def test_no_query_may_be_left_to_score(aware):
-    """One query, and the first stage didn't find its answer."""
+    """The only query has no positive among its candidates."""
     captions = aware.captions
     lost = int((aware.retrieval().first["t2i"].ranks > 0).nonzero()[0])
     order = [lost, *(i for i in range(len(captions.texts)) if i != lost)]
@@ -231,7 +231,7 @@ def test_progress_counts_every_direction_to_its_end(aware):
 
 @pytest.fixture
 def command(aware, clip_folder, shards, cache_folder, tmp_path, fresh_accelerate):
-    """Runs the command with two adapters of one model, called one and two, whose file says what the base model is."""
+    """Runs the command with two adapters of one model, named one and two; the base model is read from their file."""
     amp.save_adapter(tmp_path / "adapter.safetensors", aware.model)
     adapters = [f"{name}={tmp_path}/adapter.safetensors" for name in ("one", "two")]
 
@@ -359,7 +359,7 @@ def test_every_adapter_that_does_not_fit_is_named(clip_folder, aware, tmp_path):
 
 
 def adapter_of(aware, **config) -> Adapter:
-    """An adapter whose record holds this configuration."""
+    """An adapter whose record contains this configuration."""
     header = AdapterHeader("local-dir:tiny", None, "a" * 64, False, aware.model.config, {"config": config})
     return Adapter("file", header, {})
 
@@ -373,7 +373,7 @@ def test_the_records_say_what_the_options_leave_out(aware):
     assert kinds_of(None, adapters) == ["action"] and kinds_of(["attribute"], adapters) == ["attribute"]
     assert shards_of(None, adapters) == "data/x" and shards_of("data/y", adapters) == "data/y"
     assert cache_dtype_of(EvaluationSettings(), adapters) == "float16"
-    bare = {"one": adapter_of(aware)}  # an adapter that was saved without a record
+    bare = {"one": adapter_of(aware)}  # an adapter saved without a record
     assert kinds_of(None, bare) == ["action", "attribute"] and base_of(BaseSettings(), bare).resize_mode is None
     with pytest.raises(AmpError, match="shards is missing, expected a folder"):
         shards_of(None, bare)
@@ -441,7 +441,7 @@ def _rank_both(clip_folder, shards, cache_folder):
 
 
 def test_two_ranks_give_the_scores_of_one(aware, control, clip_folder, shards, cache_folder, tmp_path):
-    # The store is filled by now; both ranks read it.
+    # The store is already filled; both ranks read it.
     expected = _rank_both(clip_folder, shards, cache_folder)
     for result in run_ranks(_rank_both, tmp_path, clip_folder, shards, cache_folder):
         assert result.keys() == expected.keys()

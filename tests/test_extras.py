@@ -1,4 +1,4 @@
-"""What works without the packages of the extras and without Linux, and how a missing package is reported."""
+"""The core works without the extras' packages and without Linux, and a missing package is reported."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ LINUX_NAMES = {
     "select": "poll epoll",
     "signal": "SIGUSR1 SIGUSR2 SIGHUP SIGALRM sigwaitinfo",
 }
-# The program of a user. Its decoding worker is spawned, as on macOS and Windows, and runs the upper half as well.
+# A user's program. Its decoding worker is spawned, as on macOS and Windows, so it also runs the first half.
 PROGRAM = """
 import importlib, sys
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ if __name__ == "__main__":
 
 
 def test_the_core_needs_no_extra_and_no_linux(clip_folder, tmp_path):
-    """In an interpreter that lacks the extras' packages and what only Linux has. No other system has run this."""
+    """Simulated by hiding the extras' packages and Linux-only features. This was not run on other systems."""
     (tmp_path / "photos").mkdir()
     for number in range(3):
         draw(number).save(tmp_path / "photos" / f"{number}.png")
@@ -80,7 +80,7 @@ def test_the_core_needs_no_extra_and_no_linux(clip_folder, tmp_path):
 
 
 def packages(extra: str | None = None) -> set[str]:
-    """Names of the packages that the project or an extra of it asks for, with those of extras that it takes in."""
+    """Names of the packages that the project or an extra requires, including those of nested extras."""
     lines = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
     found = set()
     for line in lines:
@@ -101,7 +101,9 @@ def test_what_an_error_names_installs_the_package(module):
 
 
 def test_every_package_of_an_extra_has_its_line():
-    asked = set().union(*(packages(extra) for extra in ("train", "generate", "transformers", "report", "heic")))
+    asked = set().union(
+        *(packages(extra) for extra in ("train", "generate", "transformers", "report", "heic", "datasets"))
+    )
     assert asked == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {
         "clip_benchmark",
         "vllm",

@@ -1,4 +1,4 @@
-"""Building models: open_clip's call and triple, its transforms, and the mistakes refused before any download."""
+"""Model creation: open_clip's signature and return value, its transforms, and errors before any download."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from amp.train.config import ModelSettings, TrainConfig
 
 @pytest.fixture
 def no_download(monkeypatch):
-    """Fails where open_clip would fetch anything."""
+    """Fails if open_clip would download anything."""
 
     def refuse(*args, **kwargs):
         pytest.fail(f"open_clip was asked to fetch {args}")
@@ -31,7 +31,7 @@ def no_download(monkeypatch):
 
 @pytest.fixture
 def photo():
-    """Left half black, right half white."""
+    """A photo whose left half is black and right half is white."""
     picture = Image.new("RGB", (40, 30), "black")
     picture.paste("white", (20, 0, 40, 30))
     return picture
@@ -157,7 +157,7 @@ def test_every_suggested_model_exists_and_is_accepted():
             refuse_quick_gelu_mismatch(name, weights)
         except AmpError as error:
             use = str(error).split("'")[-2]
-            if name.startswith("roberta"):  # its text tower isn't supported anyway
+            if name.startswith("roberta"):  # its text tower isn't supported
                 continue
             refused += 1
             refuse_quick_gelu_mismatch(use, weights)
@@ -180,7 +180,7 @@ def test_what_does_not_exist_is_refused(call, said, no_download):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    """open_clip only warns, and would train around random weights."""
+    """open_clip only warns, and training would use random weights."""
     name = write_clip_folder(tmp_path)
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(AmpError, match=r"no weights in .*open_clip_model\.safetensors"):
@@ -214,7 +214,7 @@ def test_weights_in_a_file_have_no_tag_to_compare(tmp_path):
     ],
 )
 def test_architectures_of_open_clip_4_are_refused_by_their_key(clip_folder, tmp_path, keys, said):
-    """Before weights are read or downloaded, in a run and in its plan, also if open_clip doesn't know the key."""
+    """A run and its plan refuse them before weights are read or downloaded, even if open_clip doesn't know the key."""
     shutil.copytree(clip_folder.removeprefix("local-dir:"), tmp_path / "clip")
     path = tmp_path / "clip/open_clip_config.json"
     content = json.loads(path.read_text())
@@ -227,7 +227,7 @@ def test_architectures_of_open_clip_4_are_refused_by_their_key(clip_folder, tmp_
     assert str(path.parent) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(AmpError):
         shapes_only(TrainConfig(out="runs/x", model=ModelSettings(name, None)))
-    if "Vision" in said or "hf_model" in said:  # baselines take any tower
+    if "Vision" in said or "hf_model" in said:  # baselines accept any tower
         refuse_unsupported_model(name, prompted=False)
     else:
         with pytest.raises(AmpError, match=said):

@@ -1,4 +1,4 @@
-"""Messages and files of a run when something fails: a process, a disk, a shard."""
+"""Messages and files of a run after a failure of a process, a disk or a shard."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.system
 
 @pytest.fixture
 def config(shards, clip_folder, tmp_path) -> TrainConfig:
-    """A stage of 100 steps of two processes with two images each."""
+    """One stage of 100 steps on two processes with two images each."""
     return small_run(
         shards,
         clip_folder,
@@ -57,14 +57,14 @@ def test_a_rank_that_dies_or_hangs_is_named_by_the_others(config, tmp_path, numb
         assert run.processes[rank].exitcode == 2
         last = run.said(rank).strip().splitlines()[-1]
         assert "error: rank 1 of 3 no longer answers" in last and "The same command resumes" in last
-    # At once where the connection breaks; a hung one after the time limit of 9 seconds and the patience of 5.
+    # A broken connection ends the run at once; a hung rank ends it after the time limit of 9 s and a delay of 5 s.
     assert time.monotonic() - start < (20 if number == signal.SIGKILL else 40)
     run.signal(signal.SIGKILL, range(1, 2))
     run.wait()
 
 
 def break_data(rank: int, at: int = 5) -> None:
-    """Rank 1 meets a sample that can't be read."""
+    """Makes rank 1 fail in step `at`, as if a sample were unreadable."""
     from amp.train import loop
 
     parts = loop.Objective.parts
@@ -89,7 +89,7 @@ def test_the_reason_of_a_failed_rank_reaches_the_others(config, tmp_path):
 
 
 def fill_disk(rank: int, at: int = 5, until: int = 8) -> None:
-    """From one step to another no file may grow beyond 20 kB; a checkpoint takes more."""
+    """Limits files to 20 kB between two steps. A checkpoint is larger."""
     from amp.train import loop
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_finds_no_room_is_left_out_and_training_goes_on(config
     assert "GB are free there" in said and "Training continues without this checkpoint" in said
     assert same_bits(adapter(config), adapter(alone))
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
-    assert names == ["stage1-step00000004", "stage1-step00000010"]  # 4 was kept while 6 and 8 failed
+    assert names == ["stage1-step00000004", "stage1-step00000010"]  # 4 is kept because 6 and 8 failed
 
 
 def test_the_last_save_must_find_room_and_the_rest_can_be_done_later(config, tmp_path):
@@ -137,7 +137,7 @@ def test_the_last_save_must_find_room_and_the_rest_can_be_done_later(config, tmp
 
 
 def test_a_full_file_system(tmp_path):
-    """ENOSPC itself, on a small file system of this test's own."""
+    """A real ENOSPC error on a small file system."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = (
@@ -198,7 +198,7 @@ def test_a_shard_that_is_cut_short_while_training_reads_it(config, own_shards, t
     assert run.wait() == [2, 2]
     lasts = [run.said(rank).strip().splitlines()[-1] for rank in range(2)]
     assert any("train-000002.tar" in last and "was truncated while in use" in last for last in lasts)
-    assert all("train-000002.tar" in last for last in lasts), lasts  # the other one names it too
+    assert all("train-000002.tar" in last for last in lasts), lasts  # both ranks name it
     again = TrainingRun(config, 2)
     assert again.wait() == [2, 2]
     assert f"{shard}: 1500 bytes; expected {len(content)}" in again.said(0)
@@ -208,7 +208,7 @@ def test_a_shard_that_is_cut_short_while_training_reads_it(config, own_shards, t
 
 
 def test_a_shard_that_is_deleted_while_training_reads_it_is_missed_at_the_next_start(config, own_shards, tmp_path):
-    """Files stay open, so the run itself ends well; the next one says what is missing."""
+    """Open files stay readable, so the run succeeds; the next one reports the missing shard."""
     config = replace(
         config, data=replace(config.data, shards=str(own_shards), batch_size=4), stage1=replace(config.stage1, epochs=4)
     )

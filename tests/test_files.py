@@ -1,4 +1,4 @@
-"""Files that are written whole, and names that no file may take."""
+"""Atomic writes, and names that output files may not have."""
 
 import os
 
@@ -9,7 +9,7 @@ from amp.files import check_writable, refuse_device, whole_file
 
 
 def test_a_device_is_never_replaced_by_a_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")  # in place of /dev/null
+    os.mkfifo(tmp_path / "pipe")  # stands for /dev/null
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):
         with pytest.raises(OSError, match="Not a regular file"), whole_file(tmp_path / name) as file:
@@ -18,4 +18,4 @@ def test_a_device_is_never_replaced_by_a_file(tmp_path):
             check_writable(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
     with pytest.raises(OSError, match="Not a regular file"):
-        refuse_device("/dev/stdout")  # a regular file where it is redirected to one
+        refuse_device("/dev/stdout")  # a regular file if standard output is redirected to one

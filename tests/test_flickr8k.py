@@ -1,4 +1,4 @@
-"""The base model's row on real photos against clip_benchmark; needs ../shared (see support/repository.py)."""
+"""Base model on real photos, compared with clip_benchmark. Needs ../shared (see support/repository.py)."""
 
 import json
 
@@ -22,7 +22,7 @@ from amp.files import sha256_of
 
 
 class Photos(Dataset):
-    """Test photos with all their captions, read from the Karpathy file and the image folder, not from shards."""
+    """Test photos and captions, read from the Karpathy file and the image folder instead of shards."""
 
     def __init__(self, folder, preprocess):
         records = json.loads((folder / "dataset_flickr8k.json").read_text())["images"]

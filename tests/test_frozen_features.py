@@ -1,7 +1,8 @@
-"""Stored outputs of the frozen image blocks: what a direct computation gives, kept where its inputs say."""
+"""Stored outputs of the frozen image blocks: equal to a direct computation, in a folder named by their inputs."""
 
 import errno
 import os
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from support.equations.image_features import early_tokens, tower_of
 from support.models import make_clip
 
 import amp
-from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folder
+from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folders
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
@@ -67,24 +68,36 @@ def test_float16_tokens_are_rounded_and_base_features_are_not(split, made):
     np.testing.assert_array_equal(half.base, whole.base)
 
 
-def test_a_folder_is_written_once_and_then_read(split, made, tmp_path, monkeypatch):
-    folder = tmp_path / "image-ab"
-    reports = []
-    first = compute(split, made, folder=folder, progress=lambda *done: reports.append(done))
-    assert reports == [(5, 12), (10, 12), (12, 12)]
-    assert isinstance(first.early, np.memmap) and not first.early.flags.writeable
+def prepared(split, made, cache, **options):
+    return prepare_images(Terminal(False), split, *made, cache, "float32", 5, 0, **options)
+
+
+def test_each_shard_is_written_once_and_then_read(split, made, tmp_path, monkeypatch):
+    first = prepared(split, made, tmp_path)
     direct = compute(split, made)
-    np.testing.assert_array_equal(first.early, direct.early)
-    np.testing.assert_array_equal(first.base, direct.base)
-    assert [path.name for path in tmp_path.iterdir()] == ["image-ab"]
+    assert len(split.shards) > 1 and len(list(tmp_path.iterdir())) == len(split.shards)
+    assert first.early.shape == direct.early.shape and first.early.dtype == np.float32
+    np.testing.assert_allclose(first.early, direct.early, rtol=0, atol=1e-5)  # batches end with their shard
+    np.testing.assert_allclose(first.base, direct.base, rtol=0, atol=1e-5)
 
     def no_image(*_):
         raise AssertionError("the second run decodes an image")
 
     monkeypatch.setattr(ShardSplit, "image", no_image)
-    second = compute(split, made, folder=folder)
-    np.testing.assert_array_equal(second.early, direct.early)
-    np.testing.assert_array_equal(second.base, direct.base)
+    second = prepared(split, made, tmp_path)
+    np.testing.assert_array_equal(second.early, first.early)
+    np.testing.assert_array_equal(second.base, first.base)
+    rows = np.array([11, 0, 5, 6, 0])
+    np.testing.assert_array_equal(second.early[rows], np.asarray(first.early)[rows])
+    np.testing.assert_array_equal(second.base[7], np.asarray(first.base)[7])
+
+
+def test_a_stored_folder_is_read_only_and_says_how_far_it_is(split, made, tmp_path):
+    reports = []
+    first = compute(split, made, folder=tmp_path / "image-ab", progress=lambda *done: reports.append(done))
+    assert reports == [(5, 12), (10, 12), (12, 12)]
+    assert isinstance(first.early[0].base, np.memmap) and not first.early[0].flags.writeable
+    assert [path.name for path in tmp_path.iterdir()] == ["image-ab"]
 
 
 def test_an_interrupted_build_leaves_nothing_that_counts(split, made, tmp_path):
@@ -102,7 +115,7 @@ def test_an_interrupted_build_leaves_nothing_that_counts(split, made, tmp_path):
 
 
 def test_a_full_disk_is_found_before_anything_is_encoded(split, made, tmp_path, monkeypatch):
-    """The file of tokens is mapped into memory: where the disk fills up later, the process would end by SIGBUS."""
+    """The file of tokens is memory-mapped, so a disk that fills up later would kill the process with SIGBUS."""
 
     def full(descriptor, start, length):
         assert length >= len(split) * made[0].backbone.num_tokens * made[0].backbone.vision_width * 2
@@ -133,13 +146,14 @@ def test_a_damaged_folder_is_refused_by_name(split, made, tmp_path, damage, file
     compute(split, made, folder=folder)
     path = folder / file
     path.write_bytes(path.read_bytes()[:-8]) if damage == "cut" else path.unlink()
-    with pytest.raises(amp.AmpError, match=r"image-ab.*remove the folder"):
-        FrozenFeatures.load(folder)
+    with pytest.raises(amp.AmpError, match=r"image-ab.*remove its folder"):
+        np.asarray(getattr(FrozenFeatures.load([folder], [len(split)]), file.removesuffix(".npy")))
 
 
 def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shards, clip_folder, tmp_path):
     model, preprocess = made
-    name = features_folder(tmp_path, split, model, preprocess, "float32")
+    name = features_folders(tmp_path, split, model, preprocess, "float32")
+    assert len(set(name)) == len(split.shards)
 
     def build(layer=LAYER, seed=0, **transform):
         _, _, other = amp.create_model_and_transforms(clip_folder, prompt_config=model.config, **transform)
@@ -147,9 +161,9 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
         return amp.ActionAwareCLIP(make_clip(seed=seed), config), other
 
     same = [
-        features_folder(tmp_path, ShardSplit(shards, "test"), *build(), "float32"),
-        # What the frozen blocks don't see: prompts of another number, and no knowledge at all.
-        features_folder(
+        features_folders(tmp_path, ShardSplit(shards, "test"), *build(), "float32"),
+        # The number of prompts and the kind of knowledge don't affect the frozen blocks.
+        features_folders(
             tmp_path,
             split,
             amp.ActionAwareCLIP(
@@ -159,36 +173,35 @@ def test_the_folder_depends_on_all_that_the_features_depend_on(split, made, shar
             "float32",
         ),
     ]
-    assert set(same) == {name}
+    assert same == [name, name]
     others = {
-        "layer": features_folder(tmp_path, split, *build(layer=1), "float32"),
-        "weights": features_folder(tmp_path, split, *build(seed=1), "float32"),
-        "transform": features_folder(tmp_path, split, *build(image_resize_mode="shortest"), "float32"),
-        "type": features_folder(tmp_path, split, model, preprocess, "float16"),
-        "shards": features_folder(tmp_path, ShardSplit(shards, "val"), model, preprocess, "float32"),
+        "layer": features_folders(tmp_path, split, *build(layer=1), "float32"),
+        "weights": features_folders(tmp_path, split, *build(seed=1), "float32"),
+        "transform": features_folders(tmp_path, split, *build(image_resize_mode="shortest"), "float32"),
+        "type": features_folders(tmp_path, split, model, preprocess, "float16"),
+        "shards": features_folders(tmp_path, ShardSplit(shards, "val"), model, preprocess, "float32"),
     }
-    assert len({name, *others.values()}) == 6, others
+    assert len({*name, *chain(*others.values())}) == sum(map(len, [name, *others.values()])), others
 
 
 @pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
 def test_the_folder_is_the_same_in_every_process(made, mode):
     _, _, preprocess = amp.create_model_and_transforms("ViT-B-32", device="meta", image_resize_mode=mode)
-    assert " at 0x" not in repr(preprocess)  # an address would make a folder of its own for each run and rank
+    assert " at 0x" not in repr(preprocess)  # an address would give each run and rank its own folder
 
 
 def test_stored_features_do_not_depend_on_mixed_precision(split, made, tmp_path, monkeypatch):
-    """The folders' names don't hold it, so an evaluation in fp32 reads what a training run in bf16 has left."""
+    """Folder names don't contain it, so an evaluation in fp32 reads the features of a training run in bf16."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    accelerator, terminal, (model, preprocess) = Accelerator(mixed_precision="bf16"), Terminal(False), made
-    images = prepare_images(accelerator, terminal, split, model, preprocess, tmp_path, "float32", 5, 0)
-    expected = compute(split, made)
-    np.testing.assert_array_equal(images.early, expected.early)
-    np.testing.assert_array_equal(images.base, expected.base)
+    accelerator, terminal, (model, _) = Accelerator(mixed_precision="bf16"), Terminal(False), made
+    images, expected = prepared(split, made, tmp_path), compute(split, made)
+    np.testing.assert_allclose(images.early, expected.early, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(images.base, expected.base, rtol=0, atol=1e-5)
     store, texts = knowledge_collator(model, tmp_path, "float32").store, ["A dog runs", "A red ball"]
     prepare_texts(accelerator, terminal, store, model, texts)
     with torch.no_grad():

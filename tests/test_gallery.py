@@ -1,4 +1,4 @@
-"""The picture of retrievals: which queries it shows, what it draws, what it survives."""
+"""The figure of retrievals: choice of queries, drawing, and handling of unusual input."""
 
 import warnings
 
@@ -39,25 +39,25 @@ def pixels(path, colour: str) -> int:
     return int((read(path) == ImageColor.getrgb(colour)).all(2).sum())
 
 
-# Choice
+# Choice of queries
 
 
 @pytest.mark.parametrize(
     ("base", "new", "count", "chosen"),
     [
-        # Fixed most first (from place 9, then 4), the worst broken last.
+        # The most improved first (from rank 9, then 4), the most degraded last.
         ([0, 4, 9, 0, 2, 0], [0, 0, 0, 7, 1, 3], 3, [2, 1, 3]),
-        # Room left: then the one that rose, then those that stood still, the best first.
+        # If there is room: then the other improved one, then unchanged ones, the best first.
         ([0, 4, 9, 0, 2, 5], [0, 0, 0, 7, 1, 5], 6, [2, 1, 4, 0, 5, 3]),
-        # Nothing broken: one that fell from a lower place is shown instead.
+        # No first rank is lost: one that fell from a lower rank is shown instead.
         ([3, 1, 2], [0, 6, 2], 2, [0, 1]),
-        # A lost first place weighs more than a deeper fall.
+        # A lost first rank counts more than a larger fall.
         ([1, 0, 5], [19, 2, 0], 2, [2, 1]),
         # Nothing fell.
         ([3, 1, 2], [0, 1, 2], 2, [0, 1]),
         # Ties go to the lower index.
         ([5, 5, 5, 0, 0], [0, 0, 0, 2, 2], 3, [0, 1, 3]),
-        # All fell: the worst is last.
+        # All fell: the most degraded is last.
         ([0, 0, 0], [1, 9, 3], 3, [0, 2, 1]),
         ([5, 0], [0, 5], 1, [0]),
         ([5, 0], [0, 5], 0, []),
@@ -71,7 +71,7 @@ def test_choice_by_hand(base, new, count, chosen):
 
 def test_choice_shows_a_group_once_while_others_are_left():
     base, new, groups = [9, 8, 7, 0, 0], [0, 0, 0, 0, 4], ["a", "a", "b", "c", "b"]
-    assert choose_queries(base, new, 3, groups) == [0, 3, 4]  # 1 repeats a; 2 repeats b, which is shown as broken
+    assert choose_queries(base, new, 3, groups) == [0, 3, 4]  # 1 repeats a; 2 repeats b, which is shown as degraded
     assert choose_queries(base, new, 5, groups) == [0, 3, 1, 2, 4]
     with pytest.raises(ValueError, match="differ in number"):
         choose_queries(base, new, 3, groups[:-1])
@@ -173,7 +173,7 @@ def test_text_is_one_printable_line():
 
 
 def test_text_is_drawn_as_it_is(tmp_path):
-    """Matplotlib would read "$...$" as a formula, and refuse this one."""
+    """Matplotlib would parse "$...$" as a formula, and fail on this one."""
 
     def draw(text):
         page = drawing.Page(2, 0.5)
@@ -220,7 +220,7 @@ def test_a_contact_sheet_of_any_size(tmp_path, capfd):
 
 @pytest.fixture
 def font_file(tmp_path):
-    """A font of the machine that draws one Chinese character, as a full square."""
+    """A system font with one Chinese character, drawn as a full square."""
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 
@@ -244,7 +244,7 @@ def font_file(tmp_path):
 
 @pytest.fixture
 def machine_fonts(monkeypatch):
-    """Replaces the fonts of the machine by those of a list."""
+    """Replaces the system fonts by a list of fonts."""
     files: list[str] = []
     fonts._glyph.cache_clear()
     monkeypatch.setattr(fonts, "_other_fonts", lambda: files)
@@ -257,7 +257,7 @@ def test_letters_that_dejavu_lacks_come_from_a_font_of_the_machine(machine_fonts
     machine_fonts.append(font_file)
     assert fonts.clean("a 犬 b") == "a 犬 b" and capsys.readouterr().err == ""
     assert fonts.plot_fonts("a犬") == ["DejaVu Sans", "Square"]
-    assert fonts.wrap("犬" * 5, 2.5 * 12 / 72, 12, 9) == ["犬犬", "犬犬", "犬"]  # each as wide as the font is high
+    assert fonts.wrap("犬" * 5, 2.5 * 12 / 72, 12, 9) == ["犬犬", "犬犬", "犬"]  # each is as wide as the font is high
     page = drawing.Page(2, 0.5)
     page.text(0.5, 0.1, ["犬犬"], 36)
     dark = (read(page.save(tmp_path / "page.png")) == ImageColor.getrgb(drawing.INK)).all(2)
@@ -269,12 +269,12 @@ def test_letters_that_no_font_has_are_written_as_codes_and_names(machine_fonts, 
     told = capsys.readouterr().err
     assert told.count("no font of this machine has \\u72ac (CJK UNIFIED IDEOGRAPH-72AC)") == 1
     fonts.clean("走")
-    assert capsys.readouterr().err == ""  # said once
+    assert capsys.readouterr().err == ""  # the warning is printed only once
     assert fonts.clean("Mu\u0308nchen") == "M\u00fcnchen"
 
 
 def test_plots_show_names_in_any_script(machine_fonts):
-    """Matplotlib warns of every character that it draws as a box."""
+    """Matplotlib warns about every character that it draws as a box."""
     from types import SimpleNamespace
 
     from amp.report.plots import dot_plot

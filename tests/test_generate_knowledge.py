@@ -1,4 +1,4 @@
-"""Generating, killing, resuming, dividing and merging, with the real command line."""
+"""Generating, killing, resuming, splitting into parts and merging, with the real command line."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def options_of(captions: Path, out: Path, model, *options: str) -> list[str]:
 
 
 def command(*arguments) -> list[str]:
-    """For a process of its own."""
+    """Command line of a separate process."""
     return [sys.executable, str(ROOT / SCRIPT), *options_of(*arguments)]
 
 
@@ -82,7 +82,7 @@ def read(out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, model):
-    """One undisturbed run: (captions file, its folder, its process)."""
+    """One undisturbed run: (captions file, output folder, process)."""
     root = tmp_path_factory.mktemp("whole")
     captions = write_captions(root / "captions.csv", 120)
     model.asked.clear()
@@ -104,7 +104,7 @@ def test_every_caption_has_its_record(whole):
 
 
 def test_records_say_what_the_model_said(whole):
-    """Worked out from the model's own rule: the first reply where that is good, else one of the retries."""
+    """The expected reply follows from the model's rule: the first reply if it is good, else one of the retries."""
     _, out, _, _ = whole
     first = 0
     for record in read(out):
@@ -116,7 +116,7 @@ def test_records_say_what_the_model_said(whole):
             wanted = [(t.subject, t.action, t.object, t.kind) for t in expected.triplets]
             assert kept == wanted or (
                 set(kept) < set(wanted) or record.get("empty")
-            )  # a triplet without a state is left out
+            )  # triplets without a state are excluded
             assert all(source["triplet"] == "strict" for source in record.get("sources", []))
         else:
             assert all(source["triplet"] in ("retry1", "retry2") for source in record.get("sources", []))
@@ -155,7 +155,7 @@ def test_the_same_command_again_asks_nothing(whole, model):
 
 @pytest.mark.slow
 def test_killed_twenty_times(whole, tmp_path, model):
-    """SIGKILL at random points: nothing lost, asked twice without need, or changed."""
+    """SIGKILL at random points: no reply is lost or changed, and no caption is requested again without need."""
     captions, reference, _, asked_once = whole
     random.seed(5)
     out, kills, starts = tmp_path / "out", 0, 0
@@ -171,7 +171,7 @@ def test_killed_twenty_times(whole, tmp_path, model):
             )
             cache = out / "cache"
             size = sum(file.stat().st_size for file in cache.glob("*")) if cache.exists() else 0
-            wanted = size + random.randint(1, 1500)  # bytes: some replies, at any byte
+            wanted = size + random.randint(1, 1500)  # bytes: stop at any byte after some replies
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
                 if cache.exists() and sum(file.stat().st_size for file in cache.glob("*")) >= wanted:
@@ -181,7 +181,7 @@ def test_killed_twenty_times(whole, tmp_path, model):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
-                # A kill in the middle of a write, which a local disk makes rare.
+                # Simulates a kill during a write, which is rare on a local disk.
                 if kills % 3 == 0:
                     path = next(cache.glob("*.jsonl"))
                     os.truncate(path, max(0, path.stat().st_size - random.randint(1, 60)))
@@ -197,7 +197,7 @@ def test_killed_twenty_times(whole, tmp_path, model):
         json.loads(line)["key"] for file in (out / "cache").glob("*.jsonl") for line in file.read_text().splitlines()
     ]
     assert len(lines) == len(set(lines))
-    # Only what was on its way when a kill came is asked again: at most four, and a line that was cut.
+    # Only requests that were running at a kill are repeated: at most four per kill, and lines that were cut.
     assert set(model.asked) == set(asked_once)
     assert sum(model.asked.values()) <= sum(asked_once.values()) + 20 * 4 + 6
 
@@ -235,7 +235,7 @@ def test_merge_refuses_what_is_missing(whole, tmp_path, model):
     assert process.returncode == 2
     assert "distinct captions aren't done" in process.stderr and "triplets missing in the cache" in process.stderr
     assert [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith("knowledge")] == []
-    process = run(captions, tmp_path / "out", model)  # without --part it does the rest
+    process = run(captions, tmp_path / "out", model)  # without --part it generates the rest
     assert process.returncode == 0 and (tmp_path / "out" / "knowledge.jsonl").exists()
 
 
@@ -334,7 +334,7 @@ def test_limit_and_splits(whole, tmp_path, model):
 
 
 def test_processes_of_a_launcher_divide_the_captions(whole, tmp_path, model):
-    """As `accelerate launch` starts them, one a GPU."""
+    """Processes as started by `accelerate launch`, one per GPU."""
     captions, reference, _, asked_once = whole
     model.asked.clear()
     launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -353,7 +353,7 @@ def test_processes_of_a_launcher_divide_the_captions(whole, tmp_path, model):
 
 
 def test_captions_in_other_languages_are_no_warning_to_a_model(tmp_path, model):
-    """The rules' English is not the model's."""
+    """Only rules need English captions, so a language model gets no warning."""
     captions = tmp_path / "captions.csv"
     captions.write_text("image,caption\na.jpg,Un chien brun saute par-dessus une clôture\n", encoding="utf-8")
     done = run(captions, tmp_path / "out", model, "--max_fallback", "1")

@@ -1,4 +1,4 @@
-"""The language of replies: regex, GBNF and the strict check say the same."""
+"""The grammar of replies: regex, GBNF and the strict check agree."""
 
 import random
 import re
@@ -56,12 +56,12 @@ def test_words_of_any_text(caption, words):
         ("action: girl | climbing | stairs\nattribute: girl | is | little\n\n", True),
         ("attribute: girl | wearing | pink dress", True),
         ("attribute: girl | is | -", False),
-        ("action: girl | is | stairs", False),  # a copula is no action
+        ("action: girl | is | stairs", False),  # a copula is not an action
         ("action: boy | climbing | stairs", False),
         ("action: girl | climbing | the well-worn stairs again x", False),  # five words
         ("Action: girl | climbing | stairs", False),
         ("action: girl | climbing", False),
-        ("action: girl | climbing | stairs\n", False),  # a line must follow, or the empty one
+        ("action: girl | climbing | stairs\n", False),  # another line or an empty line must follow
         ("", False),
     ],
 )
@@ -70,7 +70,7 @@ def test_regex_by_hand(reply, valid):
 
 
 def test_regex_and_strict_check_agree_on_random_replies():
-    """Except for two rules that a regular expression can't state briefly: no line twice, subject unlike object."""
+    """Two rules are excluded, because a regex for them would be long: no repeated line, subject differs from object."""
     random.seed(0)
     regex = re.compile(TripletGrammar(slot_words(CAPTION), MAX_TRIPLETS).regex())
     pieces = [*WORDS[:6], *COPULAS[:2], "boy", "-", "", "girl dress"]

@@ -1,4 +1,4 @@
-"""Output folders of others: links planted in them, folders that can't be written, permissions; and secrets in files."""
+"""Shared output folders: planted links, folders that can't be written, permissions; and secrets in output files."""
 
 import io
 import json
@@ -27,7 +27,7 @@ MINE = b"what is nobody else's business, without a newline"
 
 @pytest.fixture
 def mine(tmp_path):
-    """A file outside the output folder, at which the planted links point."""
+    """A file outside the output folder that the planted links point to."""
     path = tmp_path / "mine.txt"
     path.write_bytes(MINE)
     return path
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 
 def guessable(name: str) -> list[str]:
-    """Temporary names that could be foreseen."""
+    """Temporary names that an attacker could guess."""
     pid = os.getpid()
     return [f".{name}.tmp", f"{name}.tmp", f".{name}.{pid}.tmp", f"{name}.{pid}.tmp", f"{name}~", f".{name}.swp"]
 
@@ -68,7 +68,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_link_is_replaced_and_never_followed(folder, mine, model, name):
-    """Neither one at the file's own name nor one at a temporary name that could be foreseen."""
+    """Neither a link at the file's own name nor one at a temporary name that could be guessed."""
     file, write = WRITERS[name]
     for link in (file, *guessable(file)):
         (folder / link).symlink_to(mine)
@@ -79,7 +79,7 @@ def test_a_link_is_replaced_and_never_followed(folder, mine, model, name):
         os.umask(before)
     assert mine.read_bytes() == MINE
     assert not (folder / file).is_symlink() and (folder / file).stat().st_size > 2
-    assert (folder / file).stat().st_mode & 0o777 == 0o640  # as the umask says
+    assert (folder / file).stat().st_mode & 0o777 == 0o640  # permissions follow the umask
     if name == "an adapter":
         read_adapter(folder / file)
     left = {path.name for path in folder.iterdir() if not path.is_symlink()}
@@ -87,7 +87,7 @@ def test_a_link_is_replaced_and_never_followed(folder, mine, model, name):
 
 
 def test_files_that_grow_refuse_a_link(folder, mine):
-    """Replies, logs: a cache would cut what has no newline at its end from the file that the link points at."""
+    """Replies and logs. A cache would truncate an incomplete last line in the file that the link points to."""
     (folder / "replies.jsonl").symlink_to(mine)
     with pytest.raises(CacheError, match="Too many levels of symbolic links"):
         ReplyCache(folder, "replies")
@@ -98,7 +98,7 @@ def test_files_that_grow_refuse_a_link(folder, mine):
 
 
 def test_shards_and_knowledge_replace_links(tmp_path, folder, mine):
-    """The command lines that write most: a link at each name that they write."""
+    """Runs the commands that write the most files, with a link at each output name."""
     given = draw_dataset(tmp_path / "drawn", {"train": 3})
     names = ["manifest.json", "train-000000.tar", *guessable("manifest.json"), *guessable("train-000000.tar")]
     (folder / ".plan").mkdir()
@@ -122,7 +122,7 @@ def test_shards_and_knowledge_replace_links(tmp_path, folder, mine):
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_folder_that_cant_be_written_is_one_error(shards, clip_folder, tmp_path, capsys):
-    """/proc takes no file from anybody, not even from root; a file is no folder."""
+    """Nobody can create a file in /proc, not even root, and a file can't be used as a folder."""
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     given = draw_dataset(tmp_path / "drawn", {"train": 3})
     (tmp_path / "file").write_text("no folder")
@@ -159,8 +159,10 @@ SECRET_ENVIRONMENT = {"OPENAI_API_KEY": KEY, "HF_TOKEN": TOKEN, "WANDB_API_KEY":
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, clip_folder):
-    """Conversion, training, evaluation and search in a folder with planted links and an environment with keys: the
-    folder, what was shown, and the addresses that were connected to."""
+    """Runs conversion, training, evaluation and search in a folder with planted links and an environment with keys.
+
+    Returns the folder, the output, and the addresses of all connections.
+    """
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     root = tmp_path_factory.mktemp("job")
     (root / "mine.txt").write_bytes(MINE)
@@ -228,7 +230,7 @@ def _noting(function, connected: list):
 
 
 def test_a_job_on_local_data_uses_no_network(job):
-    """Conversion, training, evaluation, search: no name is looked up, no address but of this machine connected to."""
+    """Conversion, training, evaluation and search look up no host name and connect only to this machine."""
     _, _, connected = job
     outside = [to for to in connected if not isinstance(to, str | bytes) and to[0] not in ("127.0.0.1", "::1")]
     assert not outside
@@ -281,7 +283,7 @@ def test_secrets_are_replaced_and_nothing_else():
 
 
 def test_words_that_name_secrets_are_kept_in_messages_of_our_own(capsys):
-    """A captions file called results.token and "password:" in a caption are shown; keys in the same line are not."""
+    """A captions file named results.token and "password:" in a caption are shown; keys in the same line are not."""
     kept = (
         "/data/results_20130124.token line 1: the header has one column",
         "model '/data/results.token': no file",
@@ -325,7 +327,7 @@ def files_with_canaries(*folders: Path) -> list[str]:
 
 
 def test_generation_keeps_no_secret(tmp_path, capsys, monkeypatch):
-    """A server that refuses and repeats the key; its address holds a password, which the command line is kept with."""
+    """The server refuses and repeats the key. Its URL, part of the stored command line, contains a password."""
     pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
     from support.faulty_server import Faulty, good, status
 

@@ -1,4 +1,4 @@
-"""Configurations that would load code, and the rules of ruff that keep our own code from loading any."""
+"""Configurations can't load code, and ruff's rules forbid unsafe loading in this project."""
 
 import subprocess
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_yaml_that_no_parser_takes(tmp_path, capsys, text):
 
 @pytest.mark.parametrize("key", ["stage1", "data", "prompt", "validation", "engine_options", "adapters"])
 def test_settings_choose_no_class(tmp_path, capsys, key):
-    """jsonargparse can make any class that a ``class_path`` names, where a setting's type lets it."""
+    """For some setting types, jsonargparse creates any class that a ``class_path`` names."""
     path, canary = tmp_path / "c.yaml", tmp_path / "canary"
     (tmp_path / "evil_module.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
     chosen = "class_path: evil_module.Evil\n"

@@ -1,4 +1,4 @@
-"""Captions, knowledge, names and replies that are more than text: kept as text, or refused in one line."""
+"""Malicious captions, knowledge, names and replies: kept as plain text, or refused with a one-line error."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge
 from amp.terminal import PlainConsole, Terminal
 
 DEEP = {"lists": "[" * 100_000, "objects": '{"a":' * 100_000, "closed lists": "[" * 5000 + "]" * 5000}
-LONG_NUMBER = "9" * 5000  # more digits than Python turns into a number
+LONG_NUMBER = "9" * 5000  # more digits than Python converts to an int
 ODD_TEXTS = {
     "NUL": "a\0b",
     "escape": "\x1b[2J\x1b]0;title\x07",
@@ -41,8 +41,8 @@ ODD_TEXTS = {
 
 @pytest.mark.parametrize("text", [*DEEP.values(), LONG_NUMBER], ids=[*DEEP, "number"])
 def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys):
-    """Nested so deeply that Python's recursion ends, or with a number of more digits than it reads."""
-    import torch  # noqa: F401, of what is imported below
+    """Nested beyond Python's recursion limit, or with a number of more digits than Python converts."""
+    import torch  # noqa: F401, imported first because the modules below need it
     from safetensors.numpy import save_file
 
     from amp.evaluate.choice_files import load_choices
@@ -82,7 +82,7 @@ def test_json_that_no_parser_takes_is_refused_everywhere(tmp_path, text, capsys)
         with pytest.raises(AmpError) as error:
             read()
         assert str(tmp_path) in str(error.value) and len(str(error.value)) < 700
-    with ReplyCache(tmp_path / "cache", None) as replies:  # a damaged line there is asked again
+    with ReplyCache(tmp_path / "cache", None) as replies:  # the caption of a damaged line is queried again
         assert replies.damaged == 1 and replies.get("k").text == "r"
     for option in ("--captions", "--knowledge_provenance"):
         given = {
@@ -114,7 +114,7 @@ def test_numbers_that_are_no_id_are_refused(tmp_path, value):
 
 @pytest.mark.parametrize("key", ["sentid", "cocoid"])
 def test_an_id_that_is_no_text_is_refused(tmp_path, key):
-    """Found by the fuzz test: it went in, and ended the conversion when its record was written."""
+    """Found by the fuzz test: such an id was accepted, and ended the conversion when its record was written."""
     sentence = {"raw": "A man", "sentid": "\ud800"} if key == "sentid" else {"raw": "A man"}
     image = {"filename": "a.jpg", "split": "train", "cocoid": "\ud800" if key == "cocoid" else 3}
     image["sentences"] = [sentence]
@@ -125,7 +125,7 @@ def test_an_id_that_is_no_text_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS)
 def test_odd_texts_go_through_shards_as_they_are(tmp_path, text):
-    """Captions and knowledge of any characters but lone surrogates come out of a shard as they went in."""
+    """Shards keep captions and knowledge of any characters except lone surrogates unchanged."""
     from amp.data.conversion.make import make_shards
 
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
@@ -164,7 +164,7 @@ def test_records_of_a_shard_that_are_no_text_are_refused(tmp_path, change, words
 
 
 def test_an_error_that_names_what_is_no_text_can_be_printed(tmp_path):
-    """Found by the fuzz test: keys that were seen stood in the error as they were."""
+    """Found by the fuzz test: the error contained unprintable keys unescaped."""
     from support.tars import tar_of
 
     content = json.dumps({"\ud800" * 1000: 1}).encode()
@@ -263,7 +263,7 @@ REPLIES = [
 
 @pytest.mark.parametrize("caption", INJECTIONS.values(), ids=INJECTIONS)
 def test_a_caption_stays_in_its_line_of_the_prompt(caption):
-    """The text before and behind it is that of any caption, and it can't begin a line of its own."""
+    """The text before and after it is the same for every caption, and it can't start a new line."""
     template = load_template("default")
     triplets = (Triplet("man", "runs", ""),)
     for ask, prefix in ((ask_triplets, template.triplets), (lambda c: ask_states(c, triplets), template.states)):
@@ -296,7 +296,7 @@ MARK = re.compile(r"<\|\w+\|>|<｜[\w▁]+｜>|</?s>|\[/?INST\]|<<?/?SYS>>?|<(st
 
 
 def test_servers_see_no_control_mark_in_a_caption():
-    """They read marks of a chat template anywhere in a prompt, so spaces break them; plain text stays as it is."""
+    """Servers parse chat template marks anywhere in a prompt, so spaces are inserted; plain text is unchanged."""
     for caption in INJECTIONS.values():
         assert not MARK.search(without_marks(ask_triplets(caption)))
     for text in ("A man at 5 < 6 > 4", "I <3 you", "a [sic] b", "<a b>", "x << y >> z", "A sign that says [ STOP ]"):
@@ -319,12 +319,12 @@ def test_the_openai_engine_sends_captions_without_marks():
 
 
 def test_no_caption_becomes_a_special_token(smollm2):
-    """Neither a special token of the chat template nor another added one; the text stays the caption's."""
+    """Neither one of the chat template nor another added token. The text of the caption is unchanged."""
     from transformers import AddedToken, AutoTokenizer
 
     from amp.generation.engines.transformers_engine import TransformersEngine
 
-    engine = object.__new__(TransformersEngine)  # the weights, which take half a minute, play no part
+    engine = object.__new__(TransformersEngine)  # without weights, which take half a minute to load
     engine.tokenizer, engine._chat = AutoTokenizer.from_pretrained(smollm2), True
     engine.tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("</think>", "<tool_call>")])
     engine.watch_added_tokens()
@@ -339,13 +339,13 @@ def test_no_caption_becomes_a_special_token(smollm2):
     assert "<|im_start|>" in before and added & set(engine._ids(behind))
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------------
 
 EVIL_NAME = "\x1b[2J\x1b]0;evil\x07[bold]a[/] [/nothing] [link=x]\u202egpj"
 
 
 def test_what_command_lines_show_is_plain(capsys):
-    """No escape code reaches the terminal, no markup is obeyed or fails, from names, captions and errors alike."""
+    """Escape codes in names, captions and errors don't reach the terminal, and markup is shown as plain text."""
     terminal = Terminal(True)
     terminal.say(f"skipped {EVIL_NAME}: [/]")
     with terminal.progress("{0} [/] {task.fields} " + EVIL_NAME) as report:
@@ -371,8 +371,8 @@ def test_printable_keeps_what_people_write():
 
 
 def test_make_shards_shows_evil_names_as_they_are(tmp_path, capsys):
-    """A reason with square brackets was taken for markup."""
-    folder = tmp_path / "[" / "]"  # a path of these reads as "[/]", which ends a style that never began
+    """A reason with square brackets was once parsed as markup."""
+    folder = tmp_path / "[" / "]"  # a path that contains "[/]", which closes a style that was never opened
     folder.mkdir(parents=True)
     (folder / "[bold]evil.jpg").write_bytes(b"no image")
     Image.new("RGB", (9, 9)).save(folder / "a.png")
@@ -430,7 +430,7 @@ EVIL_HTML = "</script><img src=x onerror=alert(1)>\"'&lt;$\\frac{<!--\u2028__DAT
 
 
 def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder):
-    """As for captions (test_report.py): names of rows, titles, verbs, knowledge, protocol; in data and in SVG."""
+    """Names of rows, titles, verbs, knowledge and protocol, in data and in SVG. For captions see test_report.py."""
     import numpy as np
 
     from amp.data.split import ShardSplit
@@ -478,4 +478,4 @@ def test_the_report_escapes_names_verbs_and_plots(tmp_path, shards, clip_folder)
     for plot in data["plots"]:
         svg = plot["svg"]
         assert "&lt;img" in svg and "<img" not in svg and "<script" not in svg
-    assert "&lt;img&gt;$\\frac{" in data["plots"][1]["svg"]  # no formula, which matplotlib would refuse
+    assert "&lt;img&gt;$\\frac{" in data["plots"][1]["svg"]  # not parsed as a formula, which would fail

@@ -1,4 +1,4 @@
-"""Adapters that are shared: folder, hub cache, model card, CLIP_benchmark's own loader, and the exported graph."""
+"""Sharing adapters: folder, hub cache, model card, CLIP_benchmark's loader, and the exported graph."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ RECORD = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """Its own copy: a test moves it."""
+    """A separate copy of the base model, because a test moves it."""
     return write_clip_folder(tmp_path_factory.mktemp("hub") / "tiny-clip")
 
 
@@ -74,7 +74,7 @@ def aware(model, images, knowledge) -> torch.Tensor:
 
 
 def test_the_folder_gives_the_same_model(folder, adapter, base, images, knowledge, monkeypatch):
-    monkeypatch.setattr("socket.socket.connect", None)  # nothing here may ask a network
+    monkeypatch.setattr("socket.socket.connect", None)  # nothing here may use a network
     assert {path.name for path in folder.iterdir()} == {"adapter.safetensors", "config.json", "README.md"}
     expected, _, preprocess = amp.create_model_and_transforms(base, adapter=str(adapter), image_resize_mode="squash")
     model, _, own = amp.from_pretrained(folder)
@@ -91,7 +91,7 @@ def test_config_json_names_the_base_and_no_place_of_the_machine(folder, adapter,
     for name in ("config.json", "README.md", "adapter.safetensors"):
         for place in (b"/home/someone", b"/scratch"):
             assert place not in (folder / name).read_bytes()
-    assert RECORD["config"]["data"]["shards"] == "/home/someone/data/dogs"  # the caller's record stays as it was
+    assert RECORD["config"]["data"]["shards"] == "/home/someone/data/dogs"  # the caller's record is unchanged
 
 
 def test_config_and_weights_that_disagree_are_refused(folder):
@@ -187,7 +187,7 @@ def test_the_card_tells_the_run_and_escapes_what_it_quotes(adapter, tmp_path):
 
 
 def test_a_repository_in_the_hub_cache_loads_offline(folder, base, tmp_path, images, knowledge):
-    """What the hub's client keeps of a download, found by that client without a network."""
+    """The hub client finds its own download cache without a network."""
     repository = tmp_path / "cache" / "models--org--dogs"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)

@@ -1,4 +1,4 @@
-"""What `import amp` costs and what the wheel installs."""
+"""The cost of `import amp`, and the content of the wheel."""
 
 import re
 import subprocess
@@ -50,7 +50,7 @@ def test_light_names_need_no_torch():
 
 
 def test_help_and_wrong_options_need_no_torch():
-    """Every command except CLIP_benchmark's own, and every script of tools/ and launchers/."""
+    """Every command except that of CLIP_benchmark, and every script in tools/ and launchers/."""
     scripts = [
         str(path.relative_to(ROOT)) for folder in ("tools", "launchers") for path in ROOT.glob(f"{folder}/**/*.py")
     ]
@@ -100,9 +100,9 @@ def test_the_wheel_installs_amp_only(distributions):
     assert metadata["Name"] == "open-clip-amp"
     always = {re.match(r"[\w-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {"torch", "open_clip_torch"} <= always and not {"accelerate", "deepspeed", "matplotlib"} & always
-    # Bounded on both sides, so that an installation of next year still works.
+    # Lower and upper bounds, so that future installations still work.
     for line in metadata.get_all("Requires-Dist"):
-        if line.startswith("open-clip-amp["):  # an extra that takes in another
+        if line.startswith("open-clip-amp["):  # an extra that includes another
             continue
         assert ">=" in line and "<" in line, line
 

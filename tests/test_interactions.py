@@ -1,4 +1,4 @@
-"""Every registered interaction by the interface that the rest of the code relies on, on a tiny model."""
+"""The common interface of all registered interactions, on a tiny model."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_only_a_control_ignores_the_knowledge(model, images, captions):
 
 @torch.no_grad()
 def test_images_see_no_padding(model, images, captions):
-    """What the masks leave out may hold anything."""
+    """Masked values may be arbitrary."""
     there = captions.knowledge.mask
     tokens, states = captions.knowledge.triplet_tokens.clone(), captions.knowledge.states.clone()
     tokens[~there], states[~there] = 777, 1e3
@@ -91,7 +91,7 @@ def test_stage_2_trains_what_the_interaction_names(model):
     assert {n for n, _ in model.named_parameters() if n.startswith(expected)} == second
 
 
-# -- which class a configuration asks for -----------------------------------------------------------------------------
+# -- choice of the class ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +103,7 @@ def test_without_knowledge_a_control_is_built(name):
 def test_a_control_takes_the_options_it_has_from_the_interaction_it_stands_for():
     control = make_model(knowledge="none", interaction_options={"blocks": 2})
     assert len(control.interaction.readout.blocks) == 4  # two blocks between two norms
-    make_model(knowledge="none", interaction="aim", interaction_options={"lam": 0.5})  # of no effect
+    make_model(knowledge="none", interaction="aim", interaction_options={"lam": 0.5})  # has no effect
 
 
 def test_a_text_only_control_enriches_captions_and_shows_images_nothing(images, knowledge, tokenizer):
@@ -172,7 +172,7 @@ def test_a_readout_asks_for_the_captions_features(images, knowledge):
 
 
 def test_an_interaction_gets_only_what_it_reads():
-    """So that no parameter is unused, and no knowledge is taken for granted that isn't there."""
+    """Otherwise parameters could be unused, or an interaction could read knowledge that it doesn't have."""
 
     class OfStates(VisualPromptsOnly):
         conditioned, reads_triplets, reads_states = True, False, True
@@ -187,7 +187,7 @@ def test_an_interaction_gets_only_what_it_reads():
 
 @pytest.mark.parametrize("name", ["visual_prompts", "aim"])
 def test_the_scorer_keeps_what_is_small(name, knowledge, tokenizer, monkeypatch):
-    """A control's features are computed once for all pairs; the tokens of `aim` are encoded with each batch."""
+    """A control's features are computed once for all pairs; the prompts of `aim` are computed for each batch."""
     model = make_model(trained=True, interaction=name, depth=1 / 3, num_prompts=2)
     with torch.no_grad():
         captions = Captions(model.prepare_knowledge(knowledge), model.encode_text(tokenizer(TEXTS)))

@@ -1,4 +1,4 @@
-"""Knowledge as tensors, and the texts it becomes on the way."""
+"""Knowledge as tensors, and the texts that it is converted to."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_actions_are_kept_before_attributes(most, expected):
 
 
 def words(tokenizer, text):
-    """Ids between the start and the end mark of a whole text, as CLIP reads it."""
+    """Ids between the start and end token of a text that CLIP's tokenizer encodes as a whole."""
     ids = tokenizer([text])[0].tolist()
     return ids[1 : ids.index(49407)]
 
@@ -67,7 +67,7 @@ def test_long_slots_keep_their_first_tokens(tokenizer):
 
 
 def ids_of(triplets, text):
-    """What `slot` keeps, checked to have nothing behind it."""
+    """The tokens of `slot`; also checks that nothing follows them."""
     ids, count = triplets.slot(text)
     assert len(ids) == SLOT_TOKENS and not ids[count:].any()
     return ids[:count].tolist()
@@ -86,7 +86,7 @@ def test_the_tokenizer_keeps_actions_first(tokenizer):
 
 
 def test_tokenizers_of_hugging_face(tokenizer):
-    """open_clip wraps them and has no `encode` there; special tokens must stay out."""
+    """open_clip's wrapper of them has no `encode`. Special tokens must be excluded."""
 
     class Inner:
         def encode(self, text, add_special_tokens):

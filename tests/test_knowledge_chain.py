@@ -1,4 +1,4 @@
-"""From shards to training with a real model's knowledge: generate, rewrite, train; killed on the way as well."""
+"""From shards to training with knowledge of a real model: generate, rewrite, train; also with kills in between."""
 
 import json
 import random
@@ -68,7 +68,7 @@ def test_generate_rewrite_train(tmp_path, smollm2, clip_folder):
 
 @pytest.mark.slow
 def test_killed_with_a_real_model(tmp_path, smollm2):
-    """Five SIGKILLs in the middle of decoding; in float32 the replies are those of a run that was left alone."""
+    """Five SIGKILLs during decoding. In fp32 the replies equal those of an undisturbed run."""
     shards = draw_shards(tmp_path, 20)
 
     def command(out):

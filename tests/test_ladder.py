@@ -1,4 +1,4 @@
-"""From replies to knowledge: every rung, and the walk that asks for one reply after the other."""
+"""From replies to knowledge: every rung of the ladder, and the sequence of requests."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def ladder(**changes) -> Ladder:
 
 
 def walk(settings: Ladder, caption: str, answers: list[str | None]) -> tuple[Outcome, list[Request]]:
-    """Answers each request in turn; None refuses it."""
+    """Answers the requests in order; None refuses a request."""
     replies, asked, answers = {}, [], list(answers)
     while True:
         step = settings.resolve(caption, replies.get)
@@ -151,7 +151,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("caption", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_captions_stay_in_the_schema(caption):
-    """For any reply of the model: it echoes the caption, obeys it, or answers well."""
+    """For any reply of the model: an echo of the caption, one that obeys it, or a good one."""
     settings = ladder()
     for reply in (
         caption,
@@ -195,7 +195,7 @@ def test_keys_say_what_a_reply_depends_on():
     assert (
         key() == base == key(rules=None) == key(retries=0) == key(temperature=0.1) == key(seed=5)
     )  # the first is greedy
-    assert key(caption=f" {CAPTION}\n") == base  # as the model reads it
+    assert key(caption=f" {CAPTION}\n") == base  # the model reads it without whitespace
     assert base not in (
         key(caption=CAPTION + "s"),
         key(engine={**ENGINE, "model": "other"}),

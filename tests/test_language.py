@@ -1,4 +1,4 @@
-"""Captions that aren't English: found without false alarms, and reported where rules would read them."""
+"""Captions that aren't English are detected without false alarms, and reported if rules would read them."""
 
 import importlib.util
 import io
@@ -50,7 +50,7 @@ def test_captions_in_another_language_are_found(language):
 
 
 def test_english_captions_raise_no_alarm():
-    """Short ones, typos, names of people and places, loanwords; and captions written for another purpose."""
+    """Short captions, typos, names of people and places, loanwords, and the hand-labelled captions of gold.yaml."""
     gold = yaml.safe_load((ROOT / "amp/generation/gold.yaml").read_text(encoding="utf-8"))
     captions = [entry["caption"] for entry in gold]
     assert len(captions) > 100
@@ -58,13 +58,13 @@ def test_english_captions_raise_no_alarm():
 
 
 def test_sentences_of_others_are_told_apart():
-    """spaCy's examples, headlines and questions rather than captions, which nobody here has chosen words for."""
+    """spaCy's example sentences, which are headlines and questions, and were not written for this test."""
     spacy = importlib.util.find_spec("spacy")
     if spacy is None:
         pytest.skip('needs spaCy: pip install "open-clip-amp[generate]"')
     found = {}
     for name in ("de", "fr", "es", "it", "pt", "nl", "sv", "pl", "ru", "zh", "ja", "ar"):
-        # The file alone: importing the package takes seconds.
+        # Loads only this file, because importing the package takes seconds.
         examples = runpy.run_path(str(Path(spacy.origin).parent / "lang" / name / "examples.py"))["sentences"]
         found[name] = sum(not is_english(sentence) for sentence in examples) / len(examples)
     assert min(found.values()) > 0.6 and sum(found.values()) / len(found) > 0.85, found
@@ -81,7 +81,7 @@ def test_the_note_counts_and_a_few_are_no_reason_to_warn():
 
 
 class NoRules:
-    """In place of the rules, which need spaCy and seconds."""
+    """Replaces the rules, which need spaCy and take seconds to load."""
 
     def __init__(self, model=None):
         pass

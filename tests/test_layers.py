@@ -1,4 +1,4 @@
-"""Each layer against its equation, written naively in `support/equations/`."""
+"""Each layer compared with a naive implementation of its equation in `support/equations/`."""
 
 import contextlib
 import math
@@ -24,7 +24,7 @@ def seed():
 
 
 def shaken(layer, scale=0.2):
-    """No parameter stays at a value that hides it, such as a norm's scale of one or a gate of zero."""
+    """Adds noise, because initial values such as a norm's scale of one or a gate of zero would hide errors."""
     for parameter in layer.parameters():
         parameter.data += scale * torch.randn_like(parameter)
     return layer
@@ -34,14 +34,14 @@ def shaken(layer, scale=0.2):
 
 
 def triplets(masks, slots=3, size=4, width=24):
-    """Random embedded triplets of captions whose `masks` say which triplets exist; slots of 0 to `size` tokens."""
+    """Random embedded triplets; `masks` are the existing triplets of each caption. Slots have 0 to `size` tokens."""
     mask = torch.tensor(masks, dtype=torch.bool)
     embedded = torch.randn(*mask.shape, slots, size, width)
     lengths = torch.randint(0, size + 1, (*mask.shape, slots, 1))
     return embedded, torch.arange(size) < lengths, mask
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])  # torch has a second path for the latter
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])  # torch has a fused path for inference
 def test_triplet_encoder_is_eq_4_and_5(grad):
     encoder = shaken(TripletEncoder(24, layers=2, heads=4)).train(grad)
     embedded, token_mask, mask = triplets([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
@@ -54,10 +54,10 @@ def test_triplet_encoder_is_eq_4_and_5(grad):
         assert_close(prompts[c, : len(expected)], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of the tokens, which a linear map may precede
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # tokens may come from a linear layer
 @pytest.mark.parametrize("counted", [False, True])
 def test_autocast_means_the_same_in_training_and_in_evaluation(counted, dtype):
-    """torch's own block has a second way for evaluation: it returns bf16 for fp32, and a FLOP counter makes it fail."""
+    """The fast path of torch's block in evaluation returns bf16 for fp32 and fails under a FLOP counter."""
     block, tokens = shaken(TransformerBlock(24, heads=4)), torch.randn(3, 5, 24).to(dtype)
     absent = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 0, 0, 1]], dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
@@ -71,7 +71,7 @@ def test_autocast_means_the_same_in_training_and_in_evaluation(counted, dtype):
 
 @pytest.mark.parametrize("slot", [0, 1, 2])
 def test_triplet_encoder_tells_the_slots_apart(slot):
-    """(dog, chases, cat) is not (cat, chases, dog): each slot has its own part of the projection."""
+    """(dog, chases, cat) differs from (cat, chases, dog), because each slot has its own part of the projection."""
     encoder = shaken(TripletEncoder(24, layers=1, heads=4))
     embedded, token_mask, mask = triplets([[1]])
     token_mask[:] = True
@@ -151,7 +151,7 @@ def test_interaction_is_eq_7_and_8(residual, lam):
 
 
 def test_gate_starts_at_zero_and_learns_at_once():
-    """At step 0 patches pass through bit for bit, and the gate, through which all else learns, has a gradient."""
+    """At step 0 patches are unchanged, bit for bit. The gate has a gradient; without it no other layer would learn."""
     aim = ActionAwareInteraction(32, heads=2)
     patches, prompts = torch.randn(3, 6, 32), torch.randn(3, 3, 32)
     out = aim(patches, prompts, prompts, MASK, torch.arange(3))

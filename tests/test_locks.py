@@ -1,4 +1,4 @@
-"""Locks of folders: one process at a time, and none outlives the process that took it."""
+"""Folder locks: one process at a time, and no lock outlives its process."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from amp import locks
 from amp.errors import AmpError
 from amp.locks import locked_folder, try_lock
 
-# A process that takes the lock and forks a child, as training forks its decoding workers, which lives on.
+# Takes the lock and forks a child that outlives it, as decoding workers of a training run may.
 HOLDER = """
 import os, sys, time
 from amp.locks import locked_folder
@@ -36,7 +36,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
                 raise AssertionError("two processes hold the lock")
             holder.kill()
             holder.wait()
-            os.kill(child, 0)  # is alive, and has inherited the descriptor
+            os.kill(child, 0)  # the child is alive and has inherited the descriptor
             with locked_folder(tmp_path, "busy"):
                 pass
             assert not list(tmp_path.iterdir())
@@ -63,7 +63,7 @@ def test_a_job_that_slurm_starts_again_waits_for_its_predecessor(tmp_path, monke
     monkeypatch.setattr(time, "sleep", lambda seconds: first.__exit__(None, None, None))
     with locked_folder(tmp_path, "busy"):
         assert time.monotonic() - begin < 5
-        assert (tmp_path / locks.LOCK).is_file()  # its own, not the one that its predecessor has removed
+        assert (tmp_path / locks.LOCK).is_file()  # its own file, not the one that its predecessor has removed
     monkeypatch.setattr(locks, "REQUEUED_SECONDS", -1.0)
     with locked_folder(tmp_path, "busy"), pytest.raises(AmpError, match="busy"), locked_folder(tmp_path, "busy"):
         pass
@@ -79,7 +79,7 @@ def test_a_file_system_without_locks_takes_none(tmp_path, monkeypatch):
 
 
 def test_windows_locks_a_byte_behind_the_content(tmp_path, monkeypatch):
-    """With a stand-in for msvcrt; no Windows has run this."""
+    """Uses a stand-in for msvcrt; not run on Windows."""
     taken = {}
 
     def locking(descriptor, mode, count):

@@ -1,4 +1,4 @@
-"""Eq. 10 and 11 against hand-computed values and against naive loops."""
+"""Eq. 10 and 11, compared with values calculated by hand and with naive loops."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from amp.model.similarity import pair_similarity, similarity
 from amp.train import losses
 
-IDS = torch.tensor([7, 3, 7, 5, 3, 9])  # images 0 and 2 are one, and so are 1 and 4
+IDS = torch.tensor([7, 3, 7, 5, 3, 9])  # images 0 and 2 are the same, and so are 1 and 4
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_triplet_loss_is_eq_11(margin, cosines, ids):
 
 
 def test_a_batch_of_one_image_costs_nothing(cosines):
-    """Captions of one image are no negatives of each other, and the gradient stays a number."""
+    """Captions of one image are not negatives of each other, and the gradient is finite."""
     same = losses.same_image_mask(torch.zeros(6))
     cosines.requires_grad_()
     loss = losses.triplet_loss(cosines, 0.2, same) + losses.contrastive_loss(cosines, torch.tensor([10.0]), same)
@@ -116,7 +116,7 @@ def test_a_batch_of_one_image_costs_nothing(cosines):
 
 
 def others(cosines):
-    """Every row without its diagonal, (N, N) -> (N, N - 1)."""
+    """Each row without its diagonal element, (N, N) -> (N, N - 1)."""
     n = len(cosines)
     return cosines[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
 

@@ -1,4 +1,4 @@
-"""The estimated memory of a step against what a real one takes, as torch's profiler and the tensors themselves tell."""
+"""The estimated memory of a step, compared with a real step measured by torch's profiler and tensor sizes."""
 
 import json
 import subprocess
@@ -36,9 +36,9 @@ from amp.train.stages import set_trainable
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("fresh_accelerate")]
 
-# Kernels make a few small tensors inside, which count where the model is tiny; a larger step is held to a tenth of it.
+# Kernels allocate small tensors, which matter for a tiny model. The tolerance of a larger step is a tenth of this.
 TOLERANCE = 0.02
-MATH = partial(sdpa_kernel, SDPBackend.MATH)  # what training uses on the CPU in bf16
+MATH = partial(sdpa_kernel, SDPBackend.MATH)  # as in training on the CPU in bf16
 MICRO_CLIP = f"local-dir:{ROOT / 'tools/scenes/micro-clip'}"
 
 
@@ -50,7 +50,7 @@ def settings(name: str, interaction: str = "aim", batch_size: int = 8, layer: in
 
 
 class RealStep:
-    """A training step of a real model on the CPU, by Accelerate; its first call makes gradients and moments."""
+    """A training step of a real model on the CPU with Accelerate. The first call allocates gradients and moments."""
 
     def __init__(self, config: TrainConfig, stage: int, precision: str):
         from accelerate import Accelerator
@@ -87,7 +87,7 @@ class RealStep:
 
 
 def most_allocated(function) -> tuple[int, int]:
-    """The most bytes that a call had at a time, and those it left, from the records of the CPU's allocator."""
+    """Peak bytes during a call, and bytes left after it, from the records of the CPU allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     live = peak = 0
@@ -100,7 +100,7 @@ def most_allocated(function) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("interaction", "precision", "recompute", "stage"),
-    [  # every two values of different columns meet
+    [  # pairwise: every two values of different columns occur together
         ("aim", "no", False, 1),
         ("aim", "bf16", True, 2),
         ("cat", "no", True, 1),
@@ -121,7 +121,7 @@ def test_peak_of_a_step(interaction, precision, recompute, stage, clip_folder):
 
 @pytest.mark.parametrize("interaction", ["aim", "readout"])
 def test_peak_of_accumulated_batches(interaction, clip_folder):
-    """With a readout the rows of the other batches come from a pass without gradients."""
+    """With a readout the other micro-batches are encoded without gradients."""
     config = settings(clip_folder, interaction, gradient_accumulation=3)
     with MATH():
         real, _ = most_allocated(RealStep(config, 1, "no"))
@@ -130,7 +130,7 @@ def test_peak_of_accumulated_batches(interaction, clip_folder):
 
 
 def test_peak_with_fused_attention(clip_folder):
-    """It keeps no attention map: what a GPU does, and the estimate is made for."""
+    """No attention maps are kept, as on a GPU, for which the estimate is made."""
     config = settings(clip_folder)
     real, _ = most_allocated(RealStep(config, 1, "no"))
     simulator = StepSimulator(config, "no")
@@ -142,7 +142,7 @@ def test_peak_with_fused_attention(clip_folder):
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_peak_of_a_larger_step(precision, recompute):
-    """The micro CLIP of this repository with 64 images; `pytest -s` prints the figures of docs/plan.md."""
+    """The micro CLIP of this repository with 64 images. `pytest -s` prints the figures in docs/plan.md."""
     config = settings(MICRO_CLIP, "aim", 64, 1, activation_checkpointing=recompute)
     with MATH():
         real, _ = most_allocated(RealStep(config, 1, precision))
@@ -171,7 +171,7 @@ def test_parameters_gradients_and_moments(weights, stage, clip_folder):
 
 
 def two_ranks(name: str, interaction: str) -> list[tuple[int, int]]:
-    """Called in each of two processes: the peak of a step, and what DDP adds for exchanging gradients."""
+    """Runs in each of two processes: the peak of a step, and the memory that DDP adds for exchanging gradients."""
     config = settings(name, interaction)
     with MATH():
         step = RealStep(config, 1, "no")
@@ -196,7 +196,7 @@ def test_two_simulated_ranks_are_two_real_ones(interaction, clip_folder, tmp_pat
 
 
 def test_what_is_exchanged_grows_with_the_ranks(clip_folder):
-    """Of `contrastive` these are all ranks' early tokens, base and text features, ids and knowledge."""
+    """`contrastive` gathers early tokens, base and text features, ids and knowledge of all ranks."""
     config = settings(clip_folder)
     simulator, world, size = StepSimulator(config, "no"), 16, 8
     k, s, d = config.prompt.max_triplets, SLOT_TOKENS, 24
@@ -206,21 +206,21 @@ def test_what_is_exchanged_grows_with_the_ranks(clip_folder):
     found = simulator.step(1, world, size)
     assert found.gathered == world * size * (early + features + 8 + knowledge + scored)
     assert found.peak > simulator.step(1, 1, size).peak + world * size * early
-    # Under autocast Accelerate hands all results on in fp32, DeepSpeed leaves tokens and image features in bf16.
+    # Under autocast Accelerate converts all outputs to fp32; DeepSpeed leaves tokens and image features in bf16.
     assert StepSimulator(config, "bf16").step(1, world, size).gathered == found.gathered
     saved = world * size * (early // 2 + 2 * d + 2 * d)
     assert StepSimulator(config, "bf16", deepspeed=True).step(1, world, size).gathered == found.gathered - saved
 
 
 def test_autocast_of_a_gpu_keeps_as_much(clip_folder):
-    """Fake tensors of a GPU need one for a backward pass, but not for a forward pass."""
+    """Only the forward pass is compared: a backward pass on fake GPU tensors needs a real GPU."""
     config = settings(clip_folder)
     kept = {device: forward_on(device, config) for device in ("cpu", "cuda")}
-    assert kept["cpu"] <= kept["cuda"] < 1.05 * kept["cpu"]  # GPUs normalise in fp32
+    assert kept["cpu"] <= kept["cuda"] < 1.05 * kept["cpu"]  # GPUs compute norms in fp32
 
 
 def forward_on(device: str, config: TrainConfig) -> int:
-    """Bytes that a forward pass under bf16 autocast of a device keeps, without fused attention."""
+    """Bytes that a forward pass with bf16 autocast keeps on a device, without fused attention."""
     model = shapes_only(config)
     objective = SimulatedObjective(1, model.interaction)
     set_trainable(model, 1)
@@ -229,7 +229,7 @@ def forward_on(device: str, config: TrainConfig) -> int:
         model.to_empty(device=device)
         batch = empty_batch(model, config, 8)
         with Allocations([*model.parameters(), *model.buffers(), *tensors_of(batch)]) as counted:
-            try:  # torch.autocast would switch itself off where there is no GPU
+            try:  # torch.autocast would disable itself without a GPU
                 torch.set_autocast_enabled(device, True)
                 torch.set_autocast_dtype(device, torch.bfloat16)
                 loss = objective(model, batch, 0)[0]
@@ -254,7 +254,7 @@ def test_zero_shares_out_what_is_trained():
     }
     assert static_memory(counted, 1, None) == whole
     assert static_memory(counted, 8, None) == whole | {"buckets": 400}
-    # 12 bytes for each of 13 parameters: weights in fp32 once more, and two moments.
+    # 12 bytes for each of 13 parameters: an fp32 copy of the weights, and two moments.
     one = whole | {"buckets": 40, "optimizer": 156}
     assert static_memory(counted, 8, Zero(1, buckets=10)) == one
     assert static_memory(counted, 8, Zero(2, buckets=10)) == one | {"gradients": 50}
@@ -311,7 +311,7 @@ print("\\nFOUND", json.dumps({
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["zero1", "zero2", "zero3"])
 def test_what_deepspeed_holds(file, clip_folder, tmp_path):
-    """On two real ranks; DeepSpeed rounds a share up, and under ZeRO-3 leaves small parameters whole."""
+    """On two real ranks. DeepSpeed rounds partitions up, and ZeRO-3 doesn't partition small parameters."""
     script, path = tmp_path / "hold.py", ROOT / f"ds_configs/{file}.json"
     script.write_text(ZERO_SCRIPT)
     command = [
@@ -381,7 +381,7 @@ def test_stored_tokens_take_the_place_of_images(clip_folder):
 
 
 def test_attention_as_given(clip_folder):
-    """`nullcontext` and a fixed backend alike leave no trace in the simulator."""
+    """The attention backend around a call, fixed or not, doesn't change the simulated step."""
     simulator = StepSimulator(settings(clip_folder), "bf16")
     first = simulator.step(1, 4, 8)
     for around in (MATH, nullcontext):

@@ -1,4 +1,4 @@
-"""Recall, ceiling and chance against counting by hand, brute force, clip_benchmark, enumeration and simulation."""
+"""Recall, ceiling and chance, compared with manual counts, brute force, clip_benchmark, enumeration and simulation."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from amp.retrieval.metrics import (
 
 
 def tied_scores(queries: int, gallery: int, levels: int, seed: int) -> torch.Tensor:
-    """Scores with few distinct values, signed zeros among them, so that most places are shared."""
+    """Scores with few distinct values, including signed zeros, so that most ranks are tied."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (queries, gallery), generator=generator).float() - levels // 2
     return torch.where((scores == 0) & (torch.rand(scores.shape, generator=generator) < 0.5), -0.0, scores)
@@ -30,9 +30,9 @@ def tied_scores(queries: int, gallery: int, levels: int, seed: int) -> torch.Ten
     [
         ([0.9, 0.5, 0.1], [1, 0, 0], 0),
         ([0.9, 0.5, 0.1], [0, 0, 1], 2),
-        ([0.9, 0.5, 0.1], [0, 1, 1], 1),  # the better of two positives counts
+        ([0.9, 0.5, 0.1], [0, 1, 1], 1),  # the better-ranked of two positives counts
         ([0.5, 0.5, 0.5], [1, 0, 0], 0),  # ties: the lower gallery index is first,
-        ([0.5, 0.5, 0.5], [0, 0, 1], 2),  # so a positive does not win a tie by being a positive
+        ([0.5, 0.5, 0.5], [0, 0, 1], 2),  # so a positive with a higher index loses the tie
         ([0.5, 0.5, 0.5], [0, 1, 1], 1),
         ([0.0, -0.0, 1.0], [0, 1, 0], 2),  # signed zeros are equal
         ([-1.0, -2.0, -3.0], [0, 0, 0], 3),  # no positive: worse than every item
@@ -63,13 +63,13 @@ def test_recalls_by_hand():
 
 
 def test_recalls_are_clip_benchmarks():
-    """Five captions for most images, both directions. Top-k leaves the order of ties open, so all scores differ."""
+    """Both directions, most images with five captions. Top-k doesn't define the order of ties, so all scores differ."""
     generator = torch.Generator().manual_seed(0)
     images, captions = 80, 390
     caption_image = torch.cat([torch.arange(images), torch.randint(images, (captions - images,), generator=generator)])
     scores = torch.randperm(captions * images, generator=generator).view(captions, images).float()
     positive = caption_image[:, None] == torch.arange(images)
-    scores[positive] += scores.numel() // 20 + 0.5  # halves stay apart from the whole numbers
+    scores[positive] += scores.numel() // 20 + 0.5  # half-integers never equal the integers
     for matrix, answers in ((scores, positive), (scores.T, positive.T)):
         found = recalls(rank_of_best_positive(matrix, answers))
         for k in (1, 5, 10):
@@ -80,13 +80,13 @@ def test_recalls_are_clip_benchmarks():
 
 def test_ceilings_by_hand():
     ranks = torch.tensor([0, 2, 3, 6, 8, 11])
-    assert ceilings(ranks, top_k=4) == {1: 50.0, 5: 50.0, 10: 100 * 5 / 6}  # beyond k the first stage stays
+    assert ceilings(ranks, top_k=4) == {1: 50.0, 5: 50.0, 10: 100 * 5 / 6}  # after top_k first-stage order is kept
     assert ceilings(ranks, top_k=20) == {1: 100.0, 5: 100.0, 10: 100.0}
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_chance_is_mean_over_all_orders(top_k):
-    """Every set of positives within and without the top k, every order of the top k."""
+    """Enumerates every set of positives inside and outside the top k, and every order of the top k."""
     ks = (1, 2, 3, 5, 7)
     for outside in range(1 << 3):
         masks = [[bool(bits >> i & 1) for i in range(top_k)] for bits in range(1 << top_k) if bits or outside]

@@ -1,11 +1,12 @@
-"""First-stage mining: who is confused with whom, and how a batch order brings them together."""
+"""First-stage mining: finding confusable images, and batch orders that group them."""
 
 import numpy as np
 import pytest
 import torch
 from support.equations.losses import confusable as naive_confusable
+from support.order import epoch_order
 
-from amp.data.order import BatchOrder, epoch_order
+from amp.data.order import BatchOrder
 from amp.train import mining
 from amp.train.mining import confusable
 
@@ -19,7 +20,7 @@ def unit(*shape, seed):
 
 
 def test_confusable_is_the_mean_of_both_directions(monkeypatch):
-    """A loop over pairs; features come in any length."""
+    """Compared with a loop over pairs, for features that aren't normalized."""
     monkeypatch.setattr(mining, "CHUNK", 2)
     base, text = unit(5, 8, seed=0), unit(8, 8, seed=1)
     scales = torch.linspace(0.5, 4, 8)
@@ -34,7 +35,7 @@ def test_fewer_images_than_neighbours():
 
 @pytest.fixture
 def neighbours():
-    """Six families of four, spread over the shards: 0, 6, 12, 18 belong together, and so on."""
+    """Six groups of four, spread over the shards: 0, 6, 12, 18 are neighbours, and so on."""
     return np.array([[j for j in range(24) if j % 6 == i % 6 and j != i] for i in range(24)])
 
 
@@ -43,12 +44,12 @@ def test_neighbours_come_together(neighbours):
     assert sorted(order.tolist()) == list(range(24))
     families = (order % 6).reshape(6, 4)
     assert (families == families[:, :1]).all()
-    assert families[:, 0].tolist() != sorted(families[:, 0].tolist())  # the groups themselves are shuffled
+    assert families[:, 0].tolist() != sorted(families[:, 0].tolist())  # the order of the groups is shuffled
     assert epoch_order(SIZES, 0, 1, 4, neighbours, 4).tolist() != order.tolist()
 
 
 def test_groups_stay_within_the_window_of_shards(neighbours):
-    """Mining mustn't open more shards at a time."""
+    """Mining must not open more shards at the same time."""
     order = epoch_order(SIZES, seed=0, epoch=0, window=2, neighbours=neighbours, group=4)
     plain = epoch_order(SIZES, seed=0, epoch=0, window=2)
     shard_of = np.repeat(np.arange(4), SIZES)

@@ -1,4 +1,4 @@
-"""ActionAwareCLIP: the base model's own bits where it must be, the paper's equations where knowledge comes in."""
+"""ActionAwareCLIP: bit-exact features of the base model without knowledge, the paper's equations with knowledge."""
 
 import copy
 
@@ -19,7 +19,7 @@ from amp.model.interactions.base import Prompts
 from amp.train.stages import set_trainable
 
 VARIANTS = sorted(CLIP_VARIANTS)
-# Every tower, prompted from its first, second or last block.
+# Every tower, with prompts from its first, second or last block on.
 TOWERS = [(variant, number % 3) for number, variant in enumerate(VARIANTS)]
 ALL = torch.arange(4)
 
@@ -28,7 +28,7 @@ ALL = torch.arange(4)
 
 
 def frozen_clip(variant="native"):
-    """The base model alone; frozen as ours, since torch's kernels for weights that want gradients round differently."""
+    """The base model alone, with frozen weights, because torch's kernels for trainable weights round differently."""
     return make_clip(variant).requires_grad_(False)
 
 
@@ -58,11 +58,11 @@ def test_conditioned_features_start_as_the_prompted_ones(variant, block, images,
     features = model(images, Captions(model.prepare_knowledge(knowledge)), plain=ALL)
     assert torch.equal(features.conditioned, features.plain)
     assert torch.equal(features.plain, model.image_features(images))
-    assert (features.plain - model.encode_image(images)).abs().max() > 1e-4  # the visual prompts are there
+    assert (features.plain - model.encode_image(images)).abs().max() > 1e-4  # visual prompts have an effect
 
 
 def test_training_starts_at_the_base_model(images, knowledge):
-    """With gradients, through other kernels, equal except for rounding."""
+    """With gradients torch uses other kernels, so features are equal except for rounding."""
     model = make_aim(num_prompts=0).train()
     features = model.encode_image(images, knowledge)
     assert features.requires_grad
@@ -106,7 +106,7 @@ def test_a_backbone_in_low_precision_starts_as_itself(dtype, images, knowledge):
 )
 @torch.no_grad()
 def test_whole_model_is_the_papers(variant, residual, block, images, knowledge):
-    """Against a naive loop over images, blocks and heads. With average pooling it fails if a prompt is pooled."""
+    """Compared with a naive loop over images, blocks, heads. With average pooling this fails if a prompt is pooled."""
     model = make_aim(variant, trained=True, block=block, options={"residual": residual}, num_prompts=3)
     batch = model.prepare_knowledge(knowledge)
     features = model(images, Captions(batch), plain=ALL)
@@ -132,7 +132,7 @@ def test_states_and_triplets_both_count(images, knowledge):
 
 
 def with_padding(batch, fill):
-    """The same knowledge with other content where the masks say there is none."""
+    """The same knowledge with other content at masked positions."""
     token_there = batch.token_mask & batch.mask[..., None, None]
     return KnowledgeBatch(
         torch.where(token_there, batch.triplet_tokens, fill),
@@ -144,7 +144,7 @@ def with_padding(batch, fill):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
 def test_padding_content_changes_nothing(grad, images, knowledge):
-    """Captions with 1, 3, 0 and K triplets."""
+    """The captions have 1, 3, 0 and K triplets."""
     model = make_aim(trained=True).train(grad)
     batch = model.prepare_knowledge(knowledge)
     assert batch.mask.sum(dim=1).tolist() == [1, 3, 0, model.config.max_triplets]
@@ -167,7 +167,7 @@ def test_a_triplet_keeps_its_state_whatever_the_order(images, knowledge):
 
 @torch.no_grad()
 def test_blank_knowledge_is_no_knowledge(images, knowledge):
-    """What the leak probe compares with."""
+    """The leak probe compares with blank knowledge."""
     model = make_aim(trained=True)
     blank = model(images, Captions(model.prepare_knowledge(knowledge).blank())).conditioned
     assert_close(blank, model.encode_image(images, [Knowledge()] * 4), atol=1e-6, rtol=0)
@@ -189,7 +189,7 @@ def test_null_tokens_learn_only_from_captions_without_knowledge(empty, images, k
     model = make_aim(trained=True)
     model.encode_image(images[:2], [knowledge[0], knowledge[2] if empty else knowledge[1]]).square().sum().backward()
     for null in (model.triplet_encoder.null, model.interaction.null_state):
-        assert (null.grad.abs().max() > 0) == empty  # a gradient of zero, not none: DDP waits for every parameter
+        assert (null.grad.abs().max() > 0) == empty  # zero instead of None, because DDP waits for every parameter
 
 
 # -- unions -----------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_null_tokens_learn_only_from_captions_without_knowledge(empty, images, k
 
 @torch.no_grad()
 def test_union_is_the_captions_prompts_side_by_side(images, knowledge):
-    """i2t `pooled`: captions 0 and 1 condition image 3, captions 3 and 2 image 0, in any order."""
+    """i2t `pooled`: captions 0 and 1 condition image 3; captions 3 and 2 condition image 0, in any order."""
     model = make_aim(trained=True, block=1)
     prompts = model(None, Captions(model.prepare_knowledge(knowledge))).captions.prompts
     early = model.tower.early(images)
@@ -253,7 +253,7 @@ def test_activation_checkpointing_changes_no_gradient(settings, images, knowledg
 
 
 def test_a_copy_is_a_model_of_its_own(images, knowledge):
-    """Its tower too, which is no module but holds some."""
+    """The copy includes the tower, which is not a module but contains modules."""
     model = make_aim(trained=True, block=1)
     copied, before = copy.deepcopy(model), model.encode_image(images, knowledge)
     copied.visual_prompts.prompts.data *= -3

@@ -1,4 +1,4 @@
-"""The draw of negatives: what it may return, how often, and that its weights undo its preference."""
+"""The draw of negatives: allowed results, their frequencies, and weights that make the estimate unbiased."""
 
 import math
 
@@ -16,7 +16,7 @@ DRAWS = 40_000
 
 @pytest.fixture
 def cosines():
-    """Of one row with a clear favourite among its negatives; column 0 is its own."""
+    """Cosines of one row with one very likely negative; column 0 is the positive."""
     row = 0.3 + 0.1 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(4))
     row[0], row[5] = 0.9, 0.7
     return row
@@ -29,20 +29,20 @@ def forbidden(*columns):
 
 
 def draw_often(cosines, mask, m, scale=10.0, draws=DRAWS, **options):
-    """The same row drawn many times, each with its own noise."""
+    """Draws for the same row many times, each time with new noise."""
     noise = gumbel_noise(draws, COLUMNS, seed=1, step=2, direction=0)
     return draw_negatives(cosines.expand(draws, -1), mask.expand(draws, -1), noise, m, scale, **options)
 
 
 @pytest.mark.parametrize("m", [1, 9, 11])
 def test_forbidden_columns_are_never_drawn(m, cosines):
-    """Own caption and captions of the same image, which the frozen CLIP likes best."""
+    """The own caption and captions of the same image, which have the highest cosines of the frozen CLIP."""
     mask = forbidden(0, 3, 5)
     drawn = draw_often(cosines, mask, m, draws=500)
     assert drawn.columns.shape == drawn.log_weight.shape == (500, m)
     counts = drawn.log_weight > -math.inf
     assert not mask[drawn.columns[counts]].any()
-    assert (counts.sum(dim=1) == min(m, 9)).all()  # where more are asked than there are, the rest has no weight
+    assert (counts.sum(dim=1) == min(m, 9)).all()  # if there are fewer than m, the rest has no weight
     assert drawn.log_weight[counts].isfinite().all() and not drawn.log_weight.isnan().any()
     for row in drawn.columns[:50].tolist():
         assert len(set(row)) == m
@@ -58,7 +58,7 @@ def test_rows_are_independent(cosines):
     mask = torch.stack([forbidden(*range(11)), forbidden(), forbidden(*range(1, 12))])
     drawn = draw_negatives(cosines.expand(3, -1), mask, gumbel_noise(3, COLUMNS, 0, 0, 0), 1, 10.0)
     assert drawn.columns[0].item() == 11 and drawn.columns[2].item() == 0
-    assert drawn.log_weight[[0, 2]].flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # certain: weight one
+    assert drawn.log_weight[[0, 2]].flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # always drawn: weight 1
 
 
 @pytest.mark.parametrize("uniform", [0.1, 0.5])
@@ -68,15 +68,15 @@ def test_the_first_is_drawn_as_often_as_q_says(uniform, cosines):
     expected = torch.tensor(draw_probabilities(cosines.tolist(), mask.tolist(), 15.0, uniform))
     found = drawn.columns.flatten().bincount(minlength=COLUMNS) / DRAWS
     assert_close(found, expected, atol=4 * 0.5 / math.sqrt(DRAWS), rtol=0)
-    assert expected[5] > 0.4  # the favourite
+    assert expected[5] > 0.4  # the very likely negative
     assert_close(drawn.log_weight.flatten(), -expected[drawn.columns.flatten()].log(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("m", "scale"), [(1, 20.0), (2, 5.0), (10, 20.0)])
 def test_weighted_sum_over_the_drawn_has_the_full_sum_as_its_mean(m, scale, cosines):
-    """For any terms, also where the model has come to disagree with the frozen CLIP.
+    """Holds for any terms, even if the model disagrees with the frozen CLIP.
 
-    1 / (m q), right for a draw with replacement, fails here from m = 2 on: the favourite can't be drawn twice.
+    Weights 1 / (m q) are right for draws with replacement, but fail here from m = 2 on: nothing can be drawn twice.
     """
     mask = forbidden(0, 3)
     drawn = draw_often(cosines, mask, m, scale)
@@ -85,7 +85,7 @@ def test_weighted_sum_over_the_drawn_has_the_full_sum_as_its_mean(m, scale, cosi
         estimates = (drawn.log_weight.exp() * terms[drawn.columns]).sum(dim=1) / full
         error = 4 * estimates.std() / math.sqrt(DRAWS)
         assert abs(estimates.mean() - 1) < error.clamp(min=1e-4)
-        assert error < 0.1  # else the line above says nothing
+        assert error < 0.1  # otherwise the line above would be trivial
 
 
 @pytest.mark.parametrize(("m", "scale"), [(1, 1000.0), (2, 1.0), (10, 100.0)])
@@ -95,7 +95,7 @@ def test_weights_are_bounded(m, scale, cosines):
 
 
 def test_loss_over_all_negatives_approaches_the_full_one(cosines):
-    """With m = all the draw only orders the negatives; what is left of the weights' spread is small."""
+    """If m is the number of negatives, the draw only orders them, and their weights are almost equal."""
     mask, scale = forbidden(0), torch.tensor([10.0])
     drawn = draw_often(cosines, mask, COLUMNS - 1, draws=2000)
     loss = candidate_contrastive_loss(cosines[:1].expand(2000), cosines[drawn.columns], drawn.log_weight, scale)

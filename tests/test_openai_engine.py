@@ -1,4 +1,4 @@
-"""The openai engine against a real server (transformers serve, llama-server) and against one that fails by a script."""
+"""The openai engine with real servers (transformers serve, llama-server) and one that fails by a script."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_faults_that_stay_are_an_error_of_that_request(fault):
 
 
 def test_text_is_always_unicode():
-    with Faulty(good("caf\\u00e9 \\ud800 x")).serve() as url:  # JSON may hold half a surrogate pair
+    with Faulty(good("caf\\u00e9 \\ud800 x")).serve() as url:  # JSON may contain half a surrogate pair
         text = ask(engine_for(url))[0].text
     assert text.encode("utf-8") and text.startswith("caf")
 
@@ -191,7 +191,7 @@ def test_the_request():
     server = Faulty(good("<think>\nhm\n</think>\n\nnone"))
     with server.serve() as url:
         engine = engine_for(url)
-        assert ask(engine)[0].text == "none"  # what a model thought isn't its reply
+        assert ask(engine)[0].text == "none"  # thinking isn't part of the reply
         list(engine.generate(TEMPLATE.triplets, ["Caption: x"], None, Sampling(48, 0.7), [2**40 + 5]))
     first, second = server.requests
     assert first["messages"][0] == {"role": "system", "content": TEMPLATE.triplets[0].content}
@@ -260,7 +260,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: list[str], port: int, log):
-    """The server while the block runs, once it answers."""
+    """Runs the server inside the block, after waiting until it answers."""
     environment = {**QUIET_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
@@ -275,14 +275,14 @@ def started(command: list[str], port: int, log):
                 time.sleep(0.3)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        with suppress(ProcessLookupError):  # it failed to start, and the assertion above tells why
+        with suppress(ProcessLookupError):  # it failed to start; the assertion above shows why
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 @pytest.mark.slow
 def test_transformers_serve(smollm2, tmp_path):
-    """A real server and real weights: the same replies as the transformers engine gives by itself."""
+    """A real server with real weights gives the same replies as the transformers engine."""
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package, reason="needs transformers[serving]: the Makefile installs it")
     from amp.generation.engines.transformers_engine import TransformersEngine
@@ -306,7 +306,7 @@ def test_transformers_serve(smollm2, tmp_path):
 
 
 def test_llama_server(tmp_path):
-    """llama.cpp's own server obeys our grammar in its notation."""
+    """llama.cpp's server follows our grammar in GBNF notation."""
     program = shutil.which("llama-server")
     if program is None:
         pytest.skip("needs llama-server on PATH (llama.cpp)")

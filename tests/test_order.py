@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of seed and epoch, the same for every number of ranks and workers."""
+"""The sample order depends only on seed and epoch, not on the number of ranks and workers."""
 
 from collections import Counter
 from itertools import chain
@@ -6,9 +6,10 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from support.order import epoch_order
 from torch.utils.data import DataLoader, Dataset
 
-from amp.data.order import BatchOrder, caption_of_epoch, epoch_order
+from amp.data.order import BatchOrder, caption_of_epoch
 from amp.errors import AmpError
 
 SIZES = [5, 3, 8, 1, 7, 4]  # 28 samples
@@ -33,11 +34,11 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     first = epoch_order(SIZES, seed=5, epoch=2, window=3)
     np.random.seed(2)
     torch.manual_seed(2)
-    epoch_order(SIZES, seed=5, epoch=3, window=3)  # no state is left behind
+    epoch_order(SIZES, seed=5, epoch=3, window=3)  # must leave no state behind
     np.testing.assert_array_equal(epoch_order(SIZES, seed=5, epoch=2, window=3), first)
     assert epoch_order(SIZES, seed=5, epoch=3, window=3).tolist() != first.tolist()
     assert epoch_order(SIZES, seed=6, epoch=2, window=3).tolist() != first.tolist()
-    # (seed, epoch) are two numbers, not their sum: a run with the next seed isn't this run an epoch later.
+    # (seed, epoch) must not act as a sum: the next seed must not give the order of the next epoch.
     assert epoch_order(SIZES, seed=6, epoch=1, window=3).tolist() != first.tolist()
 
 
@@ -59,7 +60,7 @@ def test_no_more_shards_than_the_window_are_begun_and_unfinished(window):
 def test_a_window_mixes_its_shards():
     shard_of = np.repeat(np.arange(2), [50, 50])
     order = shard_of[epoch_order([50, 50], seed=0, epoch=0, window=2)]
-    assert 10 < order[:50].sum() < 40  # each half holds samples of both
+    assert 10 < order[:50].sum() < 40  # each half contains samples of both
 
 
 def test_every_sample_comes_at_most_once_and_only_the_rest_of_a_batch_is_left_out():
@@ -96,7 +97,7 @@ def test_length_is_the_number_of_batches():
 def test_an_epoch_can_be_repeated_and_continued():
     order = BatchOrder(SIZES, 4, 0, 1, seed=0, window=2)
     first = list(order)
-    assert list(order) == first  # reading it doesn't move on
+    assert list(order) == first  # iterating doesn't change the position
     order.set_position(9 * order.steps)
     assert [epoch for batch in order for _, epoch in batch] == [9] * 28
     order.set_position(0 * order.steps)

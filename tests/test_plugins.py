@@ -1,4 +1,4 @@
-"""Plugins of docs/extending.md, as modules outside the package, through the commands that use them."""
+"""The plugins of docs/extending.md, as modules outside the package, used through the commands."""
 
 import json
 import os
@@ -27,14 +27,14 @@ PAGE = (ROOT / "docs/extending.md").read_text()
 
 
 def write_plugin(folder: Path, name: str) -> None:
-    """The page's code block of that module."""
+    """Writes the page's code block for this module."""
     code = re.search(rf"^```python\n(# {name}\.py\n.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     assert code is not None
     (folder / f"{name}.py").write_text(code[1])
 
 
 def amp(folder: Path, plugin: str, *arguments: str) -> str:
-    """Runs a command in the folder with a plugin; returns what it printed."""
+    """Runs a command in the folder with a plugin; returns its output."""
     environment = {**QUIET_ENVIRONMENT, "AMP_PLUGINS": plugin, "PYTHONPATH": os.pathsep.join((".", str(ROOT)))}
     done = subprocess.run(
         [sys.executable, "-m", "amp", *arguments], cwd=folder, env=environment, capture_output=True, text=True
@@ -75,7 +75,7 @@ def test_an_engine_from_outside(tmp_path):
 
 
 def test_an_interaction_from_outside(clip_folder, shards, tmp_path):
-    """Trained, recorded in its adapter, and loaded again, without a touch of a file of the package."""
+    """It is trained, recorded in its adapter, and loaded again, without changing the package."""
     write_plugin(tmp_path, "film")
     command = " ".join(command_of("train")).replace("SHARDS", str(shards)).split()
     options = [
@@ -115,7 +115,7 @@ def test_a_tower_from_outside(fresh, clip_folder, tmp_path):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Registries that the test may change, and plugins that are not loaded yet."""
+    """Gives a test its own registries, without loaded plugins."""
     changed = [(base, "_READERS"), (base, "_SUFFIXES"), (engines, "_ENGINES"), (towers, "TOWERS")]
     for module, name in changed:
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
@@ -127,7 +127,7 @@ def fresh(monkeypatch):
 
 
 def test_an_entry_point_is_loaded(fresh, tmp_path):
-    """As an installed package has it."""
+    """An entry point as of an installed package."""
     write_plugin(tmp_path, "flickr_token")
     package = tmp_path / "toy-1.dist-info"
     package.mkdir()

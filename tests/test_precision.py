@@ -1,4 +1,4 @@
-"""Types of the frozen weights and of autocast: each pair works, or training, evaluation and the plan refuse it."""
+"""Dtypes of frozen weights and autocast: each pair works, or training, evaluation and the plan refuse it."""
 
 from dataclasses import replace
 from itertools import product
@@ -39,7 +39,7 @@ PROMPTS = {
     ("precision", "name"), [*(("bf16", name) for name in PROMPTS), ("fp16", "aim"), ("fp16", "readout")]
 )
 def test_a_backbone_in_low_precision_needs_no_autocast(precision, name, images, knowledge):
-    """Features and gradients, close to those of fp32."""
+    """Features and gradients are close to those of fp32."""
     found, prompt = [], PROMPTS[name]
     for kind in ("fp32", precision):
         model = make_model(trained=True, **prompt).eval()
@@ -75,7 +75,7 @@ def test_a_backbone_in_low_precision_can_be_exported(images, knowledge):
 
 @pytest.fixture
 def config(shards, clip_folder, tmp_path, fresh_accelerate):
-    """One step of each stage, then a validation."""
+    """One step per stage, then a validation."""
     one = StageSettings(max_steps=1)
     config = small_run(
         shards,
@@ -93,7 +93,7 @@ def plan_errors(config) -> list[str]:
 
 
 def test_low_precision_trains_and_is_evaluated(config, tmp_path):
-    """In bf16; fp16 takes the same path, and its features and gradients are tested above."""
+    """In bf16. fp16 uses the same code, and its features and gradients are tested above."""
     config = replace(config, model=replace(config.model, precision="bf16"), mixed_precision="no")
     assert plan_errors(config) == []
     adapter = train(config)
@@ -125,7 +125,7 @@ def test_two_low_types_are_refused_before_anything_is_computed(config, tmp_path,
 
 
 def test_what_is_refused(config, monkeypatch):
-    """The whole table, with a processor that has no bf16 instructions; the plan, which is for GPUs, says the same."""
+    """All pairs, on a processor without bf16 instructions. The plan, which is for GPUs, agrees."""
     monkeypatch.setattr("amp.launch.multiplies_bf16", lambda: False)
     low = {"bf16", "fp16"}
     for weights, autocast, gpu, file in product(("fp32", *low), ("auto", "no", *low), (True, False), (None, "zero2")):

@@ -1,4 +1,4 @@
-"""Leak probes: what is spoilt is spoilt, and nothing else."""
+"""Leak probes change only the input that they are meant to change."""
 
 import re
 
@@ -18,7 +18,7 @@ from amp.plugins import load_plugins
 
 
 def expected(world, query, image_of, knowledge_of):
-    """t2i scores of one caption by the public call: `image_of` and `knowledge_of` say what is seen instead."""
+    """t2i scores of one caption by public calls, with images from `image_of` and knowledge from `knowledge_of`."""
     first = world.retrieval().first["t2i"].candidates[query]
     caption, text, knowledge = world.captions.texts[query], world.text[query][None], knowledge_of(query)
     return torch.tensor([pair_score(world.model, image_of(int(i)), caption, knowledge, text) for i in first])
@@ -59,7 +59,7 @@ def test_grey_images_all_score_alike_for_one_caption_and_the_candidates_stay(wor
     scores = spoilt.rank(world.model).t2i.scores
     before, after = clean.first["t2i"], spoilt.first["t2i"]
     assert torch.equal(before.candidates.sort(dim=1).values, after.candidates.sort(dim=1).values)
-    assert not torch.equal(before.candidates, after.candidates)  # ties must not fall back on the first stage's order
+    assert not torch.equal(before.candidates, after.candidates)  # ties must not keep the first stage's order
     base = dict(zip(before.candidates[1].tolist(), before.scores[1].tolist(), strict=True))
     assert base == dict(zip(after.candidates[1].tolist(), after.scores[1].tolist(), strict=True))
     assert scores.shape[1] == TOP_K and float((scores - scores[:, :1]).abs().max()) < 1e-5
@@ -87,7 +87,7 @@ def test_text_only_control_by_hand(world):
 
 
 def test_a_probe_from_outside_the_package(world, monkeypatch, tmp_path):
-    """The example of docs/extending.md, found as a user's module is."""
+    """The example of docs/extending.md, loaded like a user's module."""
     page = (ROOT / "docs/extending.md").read_text()
     (code,) = re.findall(r"^```python\n# first_triplet\.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (tmp_path / "first_triplet.py").write_text(code)

@@ -1,4 +1,4 @@
-"""Templates of Q1 and Q2: the shipped ones are valid, errors are reported, captions become one readable line."""
+"""Templates of Q1 and Q2: shipped templates are valid, errors are reported, captions become one readable line."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ def test_shipped_templates(name):
         assert [message.role for message in prefix] == ["system", *["user", "assistant"] * (len(prefix) // 2)]
         assert len(prefix) >= 7
     assert {"default", "coco", "flickr"} <= set(SHIPPED)
-    # A reader of the samples sees the order of the slots, an action without an object and an attribute that is worn.
+    # The samples show the order of the slots, an action without an object, and a worn item as an attribute.
     replies = "\n".join(message.content for message in template.triplets if message.role == "assistant")
     assert "| - " in f"{replies} ".replace("\n", " ") and "| wearing |" in replies
 

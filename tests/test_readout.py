@@ -1,4 +1,4 @@
-"""Knowledge-conditioned readout against its equation, and what trains and ranks through it."""
+"""Knowledge-conditioned readout: compared with its equation, in training and in search."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_the_loss_scores_every_pair_under_the_texts_own_knowledge(model, images,
 
 @torch.no_grad()
 def test_blocks_read_the_patches_before_the_first_prompted_block(images, knowledge, tokenizer):
-    """By torch's own transformer in training mode, whose fused path of inference it never takes."""
+    """Compared with torch's transformer in training mode, which doesn't use the fused path."""
     model = readout_model(blocks=2)
     layer, early = model.interaction.readout, model.tower.early(images)
     first, *blocks, last = layer.blocks
@@ -122,7 +122,7 @@ def test_a_step_gives_each_trainable_parameter_a_gradient(knowledge_setting, blo
         set_trainable(model, stage)
         Objective(stage, model.interaction, margin=2.0)(model, batch, 0)[0].backward()
         moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-        # A constant added to all keys changes no softmax.
+        # A constant added to all keys doesn't change the softmax.
         rest = {"interaction.readout.key.bias", "triplet_encoder.null"}
         assert moved - rest == names - rest
 
@@ -142,7 +142,7 @@ def test_only_the_control_has_a_query_of_its_own(model, images):
 @pytest.mark.parametrize("settings", [{"depth": 1 / 3}, aim_settings(block=1, enrich=True)], ids=["readout", "aim"])
 @torch.no_grad()
 def test_search_equals_the_public_calls(settings, images, knowledge, tokenizer):
-    """Both directions against enriched captions, pair by pair, and pooled images by the joined prompts."""
+    """Both directions with enriched captions, pair by pair, and pooled images with the joined prompts."""
     model, k = make_model(trained=True, **settings).eval(), 3
     texts, items = [*CAPTIONS, "a girl studies"], [*knowledge, knowledge[1]]
     plain, batch = model.encode_text(tokenizer(texts)), model.prepare_knowledge(items)

@@ -1,4 +1,4 @@
-"""Prompts by the chat templates of several families, and plain."""
+"""Prompts rendered by the chat templates of several model families, and as plain text."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from amp.generation.engines.rendering import chat_parts, plain_prefix, plain_tex
 
 PREFIX = (Message("system", "Do it."), Message("user", "Caption: a"), Message("assistant", "none"))
 
-# As the families publish their formats, shortened to what matters.
+# The families' published formats, shortened to the relevant parts.
 LLAMA3 = (
     "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
     "{% endfor %}"
@@ -34,7 +34,7 @@ QWEN3 = (
 
 
 def tokenizer(template: str):
-    """A tokenizer that only renders."""
+    """A tokenizer that can only render chat templates."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

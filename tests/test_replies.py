@@ -1,4 +1,4 @@
-"""What a reply says: strict replies, replies that repair mends, replies that nothing can be made of."""
+"""Parsing of replies: strict ones, ones that can be repaired, and unusable ones."""
 
 import random
 
@@ -25,7 +25,7 @@ JUMP = Triplet("dogs", "jump over", "fence", "action")
 def test_strict_reply():
     reply = read_triplets("attribute: girl | is | little\naction: girl | climbs | stairs\n", CAPTION)
     assert reply.strict and reply.usable
-    assert reply.triplets == (CLIMBS, LITTLE)  # actions first
+    assert reply.triplets == (CLIMBS, LITTLE)  # actions come first
 
 
 def test_none_is_a_strict_reply():
@@ -42,9 +42,9 @@ def test_none_is_a_strict_reply():
         "- action: girl | climbs | stairs\n- attribute: girl | is | little\n",
         "Sure! Here are the triplets:\naction: girl | climbs | stairs\nattribute: girl | is | little",
         "```\naction: girl | climbs | stairs\nattribute: girl | is | little\n```",
-        "action: girl | climbs | stairs\naction: girl | climbs | stairs\nattribute: girl | is | little",  # twice
+        "action: girl | climbs | stairs\naction: girl | climbs | stairs\nattribute: girl | is | little",  # repeated
         "action: girl | climbing | stairs\nattribute: girl | is | little",  # another form of the verb
-        "action: girl | climbs | stairs\naction: boy | kicks | ball\nattribute: girl | is | little",  # invented
+        "action: girl | climbs | stairs\naction: boy | kicks | ball\nattribute: girl | is | little",  # made up
         "girl | climbs | stairs\ngirl | is | little",
         '[{"subject": "girl", "action": "climbs", "object": "stairs", "kind": "action"}, '
         '{"subject": "girl", "action": "is", "object": "little", "kind": "attribute"}]',
@@ -102,7 +102,7 @@ def test_at_most_six():
 
 
 def test_whatever_a_model_writes_keeps_to_the_caption():
-    """Random pieces of everything a model may produce, checked against the definition, not against the code."""
+    """Replies of random pieces that a model may produce, checked against the definition instead of the code."""
     random.seed(1)
     words = ["girl", "climbs", "stairs", "climbing", "boy", "is", "none", "the", "pink", "wearing", "dogs", "😀"]
     pieces = [*words, "action: ", "attribute: ", "1. ", "\u2028", "\x1b[31m", *"|,\n()<>[]{}\"'-* "]

@@ -1,4 +1,4 @@
-"""The cache of replies: torn lines, several parts, two processes at one part, a full disk."""
+"""The cache of replies: incomplete lines, several parts, two processes on one part, a full disk."""
 
 import errno
 import json
@@ -87,7 +87,7 @@ def test_text_of_any_kind_survives(tmp_path):
 def test_two_processes_at_one_part_are_refused(tmp_path):
     with ReplyCache(tmp_path, "a"), pytest.raises(CacheError, match=r"a\.jsonl: another process is writing this part"):
         ReplyCache(tmp_path, "a")
-    ReplyCache(tmp_path, "a").close()  # free again
+    ReplyCache(tmp_path, "a").close()  # the part is free again
 
 
 def test_parts_write_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""The report page: its data by hand, its attention maps against the layers' own, and the page in headless Chromium."""
+"""The report page: its data, attention maps compared with those of the layers, and the page in headless Chromium."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_queries_are_evenly_spaced_within_an_outcome():
     found = results([1] * 100 + [0] * 10, [0] * 100 + [1] * 10)
     rows = choose_rows(found, 20)
     assert len(rows) == len(set(rows)) == 20
-    assert rows == sorted(rows) and sum(row >= 100 for row in rows) == 5  # a quarter broken, the rest fixed
+    assert rows == sorted(rows) and sum(row >= 100 for row in rows) == 5  # a quarter degraded, the rest improved
     assert np.ptp(np.diff(rows[:15])) <= 1
     assert len(choose_rows(found, 500)) == 110 and choose_rows(found, 0) == []
 
@@ -103,7 +103,7 @@ def test_models_without_maps_have_none(clip_folder, shards, tmp_path):
 
 
 def attack_first_caption(monkeypatch):
-    """Puts EVIL in the place of the first caption of the first image."""
+    """Replaces the first caption of the first image by EVIL."""
     real = ShardSplit.captions
 
     def captions(self, record, keep=("action", "attribute")):
@@ -115,7 +115,7 @@ def attack_first_caption(monkeypatch):
 
 @pytest.fixture(scope="module")
 def page(clip_folder, shards, tmp_path_factory):
-    """A page whose first caption is an attack, with its results file."""
+    """A page whose first caption is an attack, and its results file."""
     folder = tmp_path_factory.mktemp("report")
     adapter = write_world_adapter(clip_folder, shards, folder)
     patch = pytest.MonkeyPatch()
@@ -176,7 +176,7 @@ def data_of(page):
 def test_the_data_are_those_of_the_results(page):
     _, data = data_of(page)
     table = load_queries(page / "results.npz")
-    assert data["row"] == "ours (pooled)"  # the last one that is no probe
+    assert data["row"] == "ours (pooled)"  # the last row that is not a probe
     assert [row["name"] for row in data["table"]] == [
         "base CLIP",
         "ours (pairwise)",
@@ -244,7 +244,7 @@ def test_refusals(page, shards, tmp_path, capsys):
         json.dumps({"format": "open-clip-amp retrieval results", "version": 1, "protocol": {}, "rows": []})
     )
     (tmp_path / "empty.npz").write_bytes((page / "results.npz").read_bytes())
-    with pytest.raises(SystemExit):  # all at once, before a model is loaded
+    with pytest.raises(SystemExit):  # all errors at once, before a model is loaded
         main(
             [
                 "--results",
@@ -370,7 +370,7 @@ def test_filters_and_their_address(page, browser):
         assert f"{expected} of {len(data['cards'])}" in browser.execute_script(
             "return document.getElementById('count').textContent"
         )
-    press(browser, "\ue00c")  # Escape
+    press(browser, "\ue00c")  # Escape key
     verb = data["verbs"][0]["verb"]
     browser.execute_script("document.querySelector('#verbs tbody button').click()")
     expected = [card for card in data["cards"] if verb in card["verbs"] and card["direction"] == "t2i"]

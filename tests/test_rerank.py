@@ -1,4 +1,4 @@
-"""The two stages against full sorting."""
+"""Two-stage search compared with full sorting."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ IMAGES, CAPTIONS, WIDTH = 37, 150, 8
 
 @pytest.fixture
 def gallery():
-    """Features of images and captions, related enough for recall to lie well between 0 and 100."""
+    """Features of images and captions, correlated so that recall is well between 0 and 100."""
     generator = torch.Generator().manual_seed(0)
     caption_image = torch.cat([torch.arange(IMAGES), torch.randint(IMAGES, (CAPTIONS - IMAGES,), generator=generator)])
     images = torch.randn(IMAGES, WIDTH, generator=generator)
@@ -136,14 +136,14 @@ def test_rerank_is_a_full_sort_of_the_candidates(gallery, fusion_weight, levels)
     for query, items, positives in directions(gallery):
         first = first_stage(query, items, positives, 10)
         generator = torch.Generator().manual_seed(levels)
-        new = torch.randint(levels, first.scores.shape, generator=generator) / 4  # few levels make many ties
+        new = torch.randint(levels, first.scores.shape, generator=generator) / 4  # few distinct values, so many ties
         found = rerank(first, new, positives.of(first.candidates), fusion_weight)
         order = rerank_order(first, new, fusion_weight)
 
         places = full_order(new + fusion_weight * first.scores)
         assert np.array_equal(order.numpy(), places)
         ranking = full_order(cosines(query, items))
-        ranking[:, :10] = np.take_along_axis(ranking[:, :10], places, 1)  # below k the first stage's order
+        ranking[:, :10] = np.take_along_axis(ranking[:, :10], places, 1)  # after k the first stage's order is kept
         assert found.tolist() == first_positives(ranking, positives.rows(0, len(query)))
         outside = first.ranks >= 10
         assert outside.any() and torch.equal(found[outside], first.ranks[outside])
@@ -198,7 +198,7 @@ def test_rerank_refuses_bad_input(gallery):
 
 
 def pair_score(query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """A score that tells every pair from every other; never 0."""
+    """A different, nonzero score for each pair."""
     return (1 + query * 1000 + candidate).float()
 
 
@@ -224,7 +224,7 @@ def test_pairs_come_in_full_grouped_batches(candidates, group_by, batch_size):
     sizes = [len(query) for query, _ in calls]
     assert sizes[:-1] == [batch_size] * (len(sizes) - 1) and 0 < sizes[-1] <= batch_size and sum(sizes) == 77
     group = torch.cat([query if group_by == "query" else candidate for query, candidate in calls])
-    assert len(group.unique_consecutive()) == len(group.unique())  # each group in one stretch
+    assert len(group.unique_consecutive()) == len(group.unique())  # each group is contiguous
     assert ticks == [(min(n * batch_size, 77), 77) for n in range(1, len(calls) + 1)]
 
 

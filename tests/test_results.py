@@ -1,4 +1,4 @@
-"""Result rows: figures that agree, files that come back, a table that shows them."""
+"""Result rows: consistent figures, files that are read back equal, and the table."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ def printed(results: ResultFile, width: int = 100, colour: bool = False) -> str:
 
 
 def test_measure_by_hand():
-    """Four queries, three candidates: found first, found third, outside at place 7, two positives."""
+    """Four queries, three candidates: found at rank 1, at rank 3, at rank 7 (no candidate), and two positives."""
     mask = torch.tensor([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 1]]).bool()
     first = torch.tensor([0, 2, 7, 1])
     found = DirectionResult.measure(torch.tensor([1, 0, 7, 0]), first, mask, seconds=0.5)
@@ -104,7 +104,7 @@ def test_a_row_is_found_by_its_words_or_by_its_method(results):
     assert [result.find(words, "x").key for words in ("base CLIP", "ours (pairwise)", "ours, grey (pairwise)")] == [
         row.key for row in result.rows
     ]
-    assert result.find("ours", "x").key == RowKey("ours", "pairwise")  # the only one that is no probe
+    assert result.find("ours", "x").key == RowKey("ours", "pairwise")  # the only row that is not a probe
     result.rows.append(replace(ours, key=RowKey("ours", "pooled")))
     names = r"expected one of 'base CLIP', 'ours \(pairwise\)', 'ours, grey \(pairwise\)', 'ours \(pooled\)'"
     for words, problem in (("ours", "several rows"), ("theirs", "no row"), ("ours, grey", "no row")):
@@ -147,7 +147,7 @@ def test_table_shows_rows_references_and_protocol(results):
     rows = [line.rsplit(maxsplit=9) for line in lines[2:4]] + [line.rsplit(maxsplit=7) for line in lines[4:]]
     table = {name.strip(): cells for name, *cells in rows}
     assert table["base CLIP"] == ["10.0", "30.0", "50.0", "11.1", "31.0", "51.0", "183.2", "80", "2.5"]
-    # A name in brackets is not taken for rich's markup.
+    # A name in brackets is not parsed as rich markup.
     assert table["action-aware [pairwise] (ä)"] == [
         "10.0",
         "33.0",
@@ -175,7 +175,7 @@ def bold_figures(text: str, name: str) -> list[str]:
 def test_best_of_each_column_is_bold(results):
     text = printed(results, colour=True)
     assert bold_figures(text, "base CLIP") == ["10.0", "50.0", "31.0"]
-    assert bold_figures(text, "action-aware") == ["10.0", "33.0", "12.0", "55.0", "189.0"]  # 10.0 twice: equal as shown
+    assert bold_figures(text, "action-aware") == ["10.0", "33.0", "12.0", "55.0", "189.0"]  # both rounded to 10.0
     assert bold_figures(text, "ceiling") == []
     assert bold_figures(printed(ResultFile({}, results.rows[:1]), colour=True), "base CLIP") == []
 

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or moved ends as one that was left alone: the same samples, the same bits."""
+"""A run that is killed, stopped or moved ends with the same samples and the same bits as an undisturbed run."""
 
 import json
 import random
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.system
 
 @pytest.fixture
 def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
-    """Two stages of 5 global batches of 4 an epoch, with all that is random: crops, captions, negatives, dropout."""
+    """Two stages with 5 global batches of 4 per epoch, and all random choices: crops, captions, negatives, dropout."""
     return small_run(
         shards,
         clip_folder,
@@ -54,7 +54,7 @@ def final(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 
 def on_ranks(config: TrainConfig, world: int) -> TrainConfig:
-    """The same global batch on `world` processes."""
+    """The run with the same global batch on `world` processes."""
     return replace(config, data=replace(config.data, batch_size=4 // world))
 
 
@@ -65,7 +65,7 @@ def undisturbed(config: TrainConfig, world: int, audit: Path) -> dict[str, torch
 
 
 def samples_by_step(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
-    """(stage, step) -> every set of samples of the global batch that was ever seen under this number."""
+    """Samples of the global batch by (stage, step). Fails if repeated steps saw different samples."""
     by_rank = defaultdict(set)
     for line in audit.read_text().splitlines():
         line = json.loads(line)
@@ -84,13 +84,13 @@ def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, most,
     expected = undisturbed(config, world, tmp_path / "audit-alone")
     draw, audit, kills = random.Random(world), tmp_path / "audit", 0
     while True:
-        # Another number of decoding workers each time: the position in the stream is none of theirs.
+        # A different number of decoding workers each time; the stream position doesn't depend on it.
         data = replace(config.data, workers=draw.choice([0, 1, 2]))
         run = TrainingRun(replace(config, data=data), world, audit)
         if kills >= most or not run.wait_for_steps(draw.randint(2, 6) * (1 if most > 5 else 2)):
             assert run.wait() == [0] * world
             break
-        time.sleep(draw.random() * 0.06)  # anywhere in a step, or in the middle of a save
+        time.sleep(draw.random() * 0.06)  # at any point of a step or a save
         run.signal(signal.SIGKILL)
         run.wait()
         kills += 1
@@ -98,7 +98,7 @@ def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, most,
     assert same_bits(final(config), expected)
     seen, alone = samples_by_step(audit), samples_by_step(tmp_path / "audit-alone")
     assert seen == alone and len(seen) == 17 * 5
-    # Zero lost, zero repeated: each epoch shows 20 distinct images of 22, five batches of four.
+    # No sample is lost or repeated: each epoch reads 20 distinct images of 22, five batches of four.
     for stage, epochs in ((1, 12), (2, 5)):
         for epoch in range(epochs):
             shown = Counter()
@@ -106,7 +106,7 @@ def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, most,
                 for _, *samples in seen[stage, step]:
                     shown.update(samples)
             assert sum(shown.values()) == len(shown) == 20
-    assert len(steps_of(audit)) > 17 * 5  # it was really set back now and then
+    assert len(steps_of(audit)) > 17 * 5  # some steps were repeated
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -126,7 +126,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, status,
     assert "the same command resumes" in run.said(0)
     assert TrainingRun(config, 2, audit).wait() == [0, 0]
     assert not (Path(config.out) / "stopped.json").exists()
-    assert len(steps_of(audit)) == 17 * 5  # no step was taken twice
+    assert len(steps_of(audit)) == 17 * 5  # no step was repeated
     assert same_bits(final(config), expected)
 
 
@@ -153,7 +153,7 @@ def test_ctrl_c_during_validation_interrupts_at_once_and_loses_no_step(config, m
 
 
 def test_it_moves_to_another_number_of_processes(config, tmp_path):
-    """Saved on two, finished on one, and the other way round: the arithmetic differs by rounding alone."""
+    """Saved on two processes and finished on one, and vice versa. The results differ only by rounding."""
     expected = undisturbed(on_ranks(config, 1), 1, tmp_path / "audit-alone")
     for first, second in ((1, 2), (2, 1)):
         moving = replace(config, out=f"{config.out}-{first}-{second}")
@@ -232,7 +232,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(short, kin
 def test_a_finished_run_has_nothing_left_to_do(short, capfd, monkeypatch):
     path = again(short)
     before = path.stat().st_mtime_ns
-    monkeypatch.setattr("amp.train.engine.create_model_and_transforms", None)  # not even the model is built
+    monkeypatch.setattr("amp.train.engine.create_model_and_transforms", None)  # the model isn't built
     assert again(short) == path and path.stat().st_mtime_ns == before
     assert "the run is finished" in " ".join(capfd.readouterr().err.split())
 
@@ -272,7 +272,7 @@ def test_other_shards_are_refused(short, tmp_path):
 
 
 def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
-    """Half of a run, then the rest with other logging, workers, recomputation and a copy of the shards."""
+    """Half of a run, then the rest with other logging, workers, recomputation, and a copy of the shards."""
     expected = load_file(again(short, out=short.out + "-alone"))
     run = TrainingRun(short, 1, tmp_path / "audit")
     assert run.wait_for_steps(5)
@@ -293,7 +293,7 @@ def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
 
 
 def test_skipping_reads_no_sample(short, tmp_path, monkeypatch):
-    """A run that goes on at step 8 of 10 decodes what is left, not what is behind it."""
+    """A run that resumes at step 8 of 10 decodes only the remaining samples."""
     again(short)
     damage("cut", Path(short.out) / "checkpoints" / "stage1-step00000010")
     decoded = []
@@ -308,7 +308,7 @@ def test_a_second_stage_in_the_same_folder_starts_from_init(short):
     both = again(short, out=short.out + "-both", stages=[1, 2])
     second = again(short, stages=[2], init=str(first))
     assert same_bits(load_file(second), load_file(both))
-    assert again(short) == first  # stage 1 is behind, and is not done again
+    assert again(short) == first  # stage 1 is finished and not repeated
 
 
 # -- the folder's record --------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def both(short):
 
 
 def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
-    """Neither the record, nor checkpoints that it would have replaced, nor curves."""
+    """It changes neither the record nor checkpoints nor curves."""
     before = content(both.out)
     assert recorded(both) == asdict(both)
     write_clip_folder(tmp_path / "other", seed=1)
@@ -395,7 +395,7 @@ def test_a_run_that_goes_on_says_what_differs_and_records_it(short, capfd):
 
 
 def test_a_stage_of_its_own_leaves_the_other_one_as_it_was_recorded(short, capfd):
-    """`--stages [1]`, then `--stages [2]`: stage1.lr of the second call has no effect, and is not recorded."""
+    """`--stages [1]`, then `--stages [2]`: stage1.lr of the second call has no effect and is not recorded."""
     first = again(short)
     capfd.readouterr()
     second = replace(
@@ -422,7 +422,7 @@ def test_adapters_without_checkpoints_are_not_replaced_in_silence(both):
     anew = replace(both, seed=1, stages=[1], checkpoint=CheckpointSettings(resume=False))
     again(anew)
     assert recorded(both) == asdict(anew)
-    assert not (Path(both.out) / "stage2" / "adapter.safetensors").exists()  # was built on the stage 1 before
+    assert not (Path(both.out) / "stage2" / "adapter.safetensors").exists()  # it was based on the previous stage 1
 
 
 def test_two_runs_in_one_folder_are_one_too_many(short, tmp_path):
@@ -442,7 +442,7 @@ def test_a_file_in_place_of_the_folder_is_no_other_run(short):
 
 
 def test_two_runs_that_begin_together_in_a_new_folder(short, monkeypatch):
-    """The second finds the folder that the first has made while both read their data."""
+    """The second finds the folder that the first created while both read their data."""
     from amp.train import engine
 
     prepare = engine.Run.prepare_data

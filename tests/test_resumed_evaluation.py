@@ -1,4 +1,4 @@
-"""An evaluation that stops in the middle goes on with the scores it has, on any number of processes."""
+"""An interrupted evaluation resumes with the stored scores, on any number of processes."""
 
 import os
 
@@ -22,7 +22,7 @@ def whole(world):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Pairs that are scored, as (image, caption); stops after `scored.limit` calls."""
+    """Scored pairs as (image, caption); stops after `scored.limit` calls."""
 
     class Calls(list):
         limit = None
@@ -37,7 +37,7 @@ def scored(monkeypatch):
         return real(self, images, captions)
 
     monkeypatch.setattr(PairScorer, "__call__", call)
-    monkeypatch.setattr(score_store, "SAVE_SECONDS", 1e9)  # what is kept is kept since it was interrupted
+    monkeypatch.setattr(score_store, "SAVE_SECONDS", 1e9)  # scores are only saved at the interruption
     return calls
 
 
@@ -136,5 +136,5 @@ def test_a_rank_dies_and_two_ranks_go_on(world, whole, clip_folder, shards, cach
             torch.testing.assert_close(scores, whole[name].scores, rtol=0, atol=1e-5)
             assert torch.equal(ranks, whole[name].ranks)
     fresh = run_ranks(_rank_or_die, tmp_path / "third", clip_folder, shards, cache_folder, tmp_path / "other", False)
-    # Rank 0 had its share of t2i, rank 1 four batches of its own.
+    # Rank 0 had finished its part of t2i, and rank 1 four batches.
     assert sum(calls for _, calls in again) <= sum(calls for _, calls in fresh) - 8

@@ -1,4 +1,4 @@
-"""Search in a folder of photos, against the naive loop: one query, one photo and one forward pass at a time."""
+"""Search in a folder of photos, compared with a naive loop: one query, one photo and one forward pass at a time."""
 
 import errno
 import json
@@ -114,7 +114,7 @@ def test_photos_lie_as_their_camera_noted(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
     image = draw(5)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # must be rotated by 90 degrees
     image.transpose(Image.Transpose.ROTATE_90).save(photos / "turned.png", exif=exif)
     image.save(photos / "upright.png")
     search = amp.Retriever(model, preprocess, tmp_path / "index")
@@ -137,7 +137,7 @@ def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_p
     by_clip = sorted(found.hits, key=lambda hit: hit.base_rank)
     assert [hit.base_rank for hit in by_clip] == list(range(8)) or top_k == PHOTOS
     assert len(found.hits) == 8 and {hit.path for hit in found.hits} <= set(left)
-    if top_k < 8:  # others took their places
+    if top_k < 8:  # other photos replaced them
         assert [hit.path for hit in by_clip] == left[:8]
     assert found.skipped == dict.fromkeys(gone, "gone since it was indexed")
     for path in left:
@@ -147,7 +147,7 @@ def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_p
 
 
 def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkeypatch):
-    """The index folder as `kill -9` leaves it after 8 photos is copied while the update runs."""
+    """Copies the index folder during the update, as `kill -9` would leave it after 8 photos."""
     monkeypatch.setattr(updating, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(updating, "SAVE_SHARE", 0.0)
     model, preprocess = make_far_model(clip_folder)
@@ -207,7 +207,7 @@ def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_p
     before = amp.Retriever(model, preprocess, index).search(QUERY, count=PHOTOS)
     root = tmp_path / "moved" / "photos"
     if move == "copied":
-        shutil.copytree(photos, root, copy_function=shutil.copyfile)  # with new times
+        shutil.copytree(photos, root, copy_function=shutil.copyfile)  # with new modification times
         shutil.rmtree(photos)
     elif move == "renamed":
         root = photos
@@ -236,7 +236,7 @@ def test_a_changed_photo_is_encoded_though_another_has_its_name_and_time(clip_fo
     search.update(photos, workers=0)
     old, new = photos / "photo 01.png", photos / "photo 02.png"
     old.unlink()
-    new.rename(old)  # keeps its own size and time
+    new.rename(old)  # keeps its size and modification time
     update = search.update(photos, workers=0)
     assert (update.photos, update.encoded, update.removed) == (PHOTOS - 1, 0, 1)
     row = search.index.features[search.index.names.index("photo 01.png")]
@@ -257,7 +257,7 @@ def test_an_index_of_version_1_keeps_the_features_of_its_jpegs(clip_folder, phot
     path.write_text(json.dumps(content))
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     assert len(search.search(QUERY, count=50).hits) == PHOTOS + 1
-    assert search.update(photos, workers=0).encoded == PHOTOS  # the PNG files, some of which version 1 saw wrongly
+    assert search.update(photos, workers=0).encoded == PHOTOS  # the PNG files, some of which version 1 decoded wrongly
     assert json.loads(path.read_text())["version"] == 2
     path.write_text(json.dumps(content | {"version": 3}))
     with pytest.raises(AmpError, match=r"photo index' 3, expected .* 1 to 2; update open-clip-amp"):
@@ -294,7 +294,7 @@ def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_p
 
 @pytest.mark.parametrize("closed", ["below", "."])
 def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch, closed):
-    """Tests run as root, whom no permission stops: the call that opens a folder is replaced."""
+    """Tests may run as root, who ignores permissions, so the call that opens a folder is replaced."""
     model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
@@ -357,7 +357,7 @@ def test_refusals(clip_folder, photos, tmp_path):
 
 @pytest.mark.parametrize("kind", ["a file of features is gone", "cut short", "another user's", "not an index"])
 def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, tmp_path, monkeypatch, kind):
-    """The index lies among the photos: advice to remove that folder would cost them."""
+    """The index is in the photos' folder, so the message must not suggest removing that folder."""
     model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, photos)
     search.update(photos, workers=0)
@@ -411,11 +411,11 @@ def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
     search._index = None
     found = search.search(QUERY, count=PHOTOS, knowledge=KNOWLEDGE)
     assert len(found.hits) == PHOTOS - 1
-    assert [reason[:14] for reason in found.skipped.values()] == ["can't be read "]  # Python's words for it differ
+    assert [reason[:14] for reason in found.skipped.values()] == ["can't be read "]  # Python's message varies
 
 
 def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch):
-    """As in a folder that may be listed but not entered, or on a network disk that fails for a moment."""
+    """Such as in a folder that can be listed but not entered, or on a network disk with a temporary failure."""
     model, preprocess = make_far_model(clip_folder)
     search = amp.Retriever(model, preprocess, tmp_path / "index")
     search.update(photos, workers=0)
@@ -447,7 +447,7 @@ def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path)
 
 
 def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, photos, tmp_path, monkeypatch, capsys):
-    """With rules and an adapter; tests run as root, so the calls that write are replaced."""
+    """With rules and an adapter. Tests may run as root, so the calls that write are replaced."""
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
     model, preprocess = make_far_model(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
@@ -481,7 +481,7 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     save_adapter(tmp_path / "adapter.safetensors", model)
     options = ["--index", str(tmp_path / "index"), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]
     with pytest.MonkeyPatch.context() as without:
-        without.setattr("amp.generation.query.KnowledgeGenerator", None)  # an index needs none
+        without.setattr("amp.generation.query.KnowledgeGenerator", None)  # indexing needs no generator
         command.main([*options, "--photos", str(photos)])
     told = capsys.readouterr().err
     assert f"{PHOTOS} photos in {tmp_path / 'index'}: {PHOTOS} encoded, 0 kept, 0 removed" in told
@@ -493,7 +493,7 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     with Image.open(tmp_path / "found.png") as sheet:
         assert sheet.format == "PNG" and len(sheet.convert("RGB").getcolors(1 << 24)) > 100
     assert list((tmp_path / "index" / "replies").glob("*.jsonl"))
-    # Without an adapter the base model alone.
+    # Without an adapter only the base model is used.
     command.main(["--index", str(tmp_path / "index"), "--model", clip_folder, "--count", "3", QUERY])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) >= 3 and lines[0].split()[:1] == ["1"]
@@ -534,7 +534,7 @@ def test_a_sheet_that_its_format_cant_hold_is_refused(tmp_path, suffix, most, st
 
 
 def test_a_sheet_says_which_photos_it_could_not_draw(photos, tmp_path, capsys):
-    """Without an adapter photos are not decoded before they are drawn."""
+    """Without an adapter photos are first decoded when they are drawn."""
     hits = [Hit(photos / f"photo {number:02d}.png", 0.5, 0.4, number) for number in (1, 2)]
     hits[1].path.write_bytes(b"no photo any more")
     draw_contact_sheet(tmp_path / "found.png", Found(QUERY, amp.Knowledge(), hits, {}))

@@ -1,4 +1,4 @@
-"""New knowledge in existing shards: the same bytes as make_shards would write, also after an interruption."""
+"""New knowledge in existing shards: the same bytes as from make_shards, also after an interruption."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ QUIET = PlainConsole(quiet=True)
 
 
 def new_knowledge(dataset: dict, path: Path, leave_out: int = 0, word: str = "new") -> Path:
-    """Other triplets and states of every caption, with their sources."""
+    """Other triplets and states for every caption, with their sources."""
     lines = []
     for image in load_captions(dataset["captions"]).images:
         for caption in image.captions:
@@ -51,7 +51,7 @@ def new_knowledge(dataset: dict, path: Path, leave_out: int = 0, word: str = "ne
 
 @pytest.fixture
 def shards(tmp_path):
-    """(arguments of make_shards, folder of shards with several of them a split)."""
+    """(arguments of make_shards, folder with several shards per split)."""
     dataset = draw_dataset(tmp_path / "drawn")
     arguments = {**dataset, "samples_per_shard": 5, "workers": 1, "console": QUIET}
     make_shards(**arguments, out=str(tmp_path / "shards"))
@@ -115,7 +115,7 @@ def test_provenance_keeps_what_was_before(shards, tmp_path):
     one, two = (new_knowledge(arguments, tmp_path / f"{word}.jsonl", word=word) for word in ("one", "two"))
     rewrite_knowledge(str(folder), str(one), str(provenance), command=["x"], console=QUIET)
     rewrite_knowledge(str(folder), str(two), console=QUIET)
-    last = rewrite_knowledge(str(folder), str(two), console=QUIET).provenance  # again: nothing to do
+    last = rewrite_knowledge(str(folder), str(two), console=QUIET).provenance  # the second call has nothing to do
     assert (
         last["knowledge"]["file"] == "two.jsonl"
         and last["knowledge"]["captions_with_knowledge"] == last["knowledge"]["records"]
@@ -135,7 +135,7 @@ def test_knowledge_may_be_the_folder_that_holds_it_and_its_provenance(shards, tm
 
 
 def test_make_shards_rewrites_what_was_rewritten(shards, tmp_path):
-    """The old plan's notes must not pass for the new shards."""
+    """Records of the old conversion must not be accepted for the new shards."""
     arguments, folder = shards
     before = digests(folder)
     rewrite_knowledge(str(folder), str(new_knowledge(arguments, tmp_path / "new.jsonl")), console=QUIET)
@@ -160,7 +160,7 @@ rewrite.rewrite_knowledge(*sys.argv[1:3], console=PlainConsole(quiet=True))
 
 
 def test_killed_and_finished(shards, tmp_path):
-    """SIGKILL at random moments, with other knowledge in between; the end is as if nothing had happened."""
+    """SIGKILL at random moments, with other knowledge in between. The result equals that of an undisturbed run."""
     arguments, folder = shards
     one, two = (new_knowledge(arguments, tmp_path / f"{word}.jsonl", word=word) for word in ("one", "two"))
     expected = from_scratch(arguments, two, tmp_path / "scratch")
@@ -184,7 +184,7 @@ def test_killed_and_finished(shards, tmp_path):
 
 
 def interrupted(folder: Path, knowledge: Path, monkeypatch, step: str, shard: int) -> None:
-    """A rewrite that stops at a moment of its n-th shard, from 1."""
+    """A rewrite that stops at a given step of its n-th shard (from 1)."""
     replace, seen = os.replace, []
 
     def stop(source, target):
@@ -213,7 +213,7 @@ def test_every_moment_of_one_shard(shards, tmp_path, monkeypatch, step, shard):
     arguments, folder = shards
     one, two = (new_knowledge(arguments, tmp_path / f"{word}.jsonl", word=word) for word in ("one", "two"))
     interrupted(folder, one, monkeypatch, "behind the shard", 2)
-    interrupted(folder, two, monkeypatch, step, shard)  # over shards that the first has rewritten
+    interrupted(folder, two, monkeypatch, step, shard)  # some shards are already rewritten
     rewrite_knowledge(str(folder), str(two), console=QUIET).verify()
     assert digests(folder) == from_scratch(arguments, two, tmp_path / "scratch")
 

@@ -1,4 +1,4 @@
-"""Triplets from spaCy's tree: constructions of captions with their triplets written by hand, and any other text."""
+"""Triplets from spaCy's parse: typical captions with triplets written by hand, and arbitrary text."""
 
 import json
 import time
@@ -77,7 +77,7 @@ CASES = {
         "action: tennis player | hits | ball",
         "action: tennis player | hits with | racket",
     ],
-    # a verb that the parser takes for a noun
+    # verbs that the parser tags as nouns
     "Two men and a dog run": ["action: men | run | -", "action: dog | run | -"],
     "Dogs running and jumping": ["action: dogs | running | -", "action: dogs | jumping | -"],
     "Boy playing on the swing .": ["action: boy | playing on | swing"],
@@ -94,7 +94,7 @@ CASES = {
         "action: people | hike on | snow",
         "attribute: people | wearing | shorts",
     ],
-    # the same words where the noun is right
+    # the same words, used as nouns
     "Two kids on a carnival ride at a park": [
         "attribute: kids | on | carnival ride",
         "attribute: carnival ride | at | park",
@@ -104,7 +104,7 @@ CASES = {
         "attribute: boy | is | small",
     ],
     "Two women in head wraps .": ["attribute: women | in | head wraps"],
-    # who does it
+    # choice of the subject
     "A woman is sitting on a bench reading a book": [
         "action: woman | sitting on | bench",
         "action: woman | reading | book",
@@ -159,7 +159,7 @@ def test_any_text(rules, caption):
     assert len(found) <= MAX_TRIPLETS and len(set(found)) == len(found)
     for triplet in found:
         assert triplet.subject and triplet.action and triplet.subject != triplet.object
-        # spaCy parts "can't" and hyphens; every piece still comes from the caption or is a copula
+        # spaCy splits "can't" and hyphens; every piece still comes from the caption or is a copula
         slots = f"{triplet.subject} {triplet.action} {triplet.object}".split()
         assert all(word in caption.lower() or word in ("is", "are", "wearing") for word in slots), slots
 
@@ -190,7 +190,7 @@ def test_describe(rules):
     assert described["model"].startswith("en_core_web") and described["version"] and described["spacy"].count(".") == 2
 
 
-@pytest.mark.slow  # a minute, or two where other work shares the machine
+@pytest.mark.slow  # one minute, or two on a busy machine
 def test_forty_thousand_captions_in_three_minutes(rules):
     path = SHARED / "data" / "flickr8k" / "dataset_flickr8k.json"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The embedded world: determinism, captions against what is drawn, knowledge, twins, files, the micro CLIP."""
+"""The drawn scenes: determinism, captions that match the picture, knowledge, twins, files, the micro CLIP."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone():
 
 
 def test_scenes_stay_what_they_were():
-    """Committed weights and published figures belong to these very scenes, on every Python."""
+    """Committed weights and published figures are for exactly these scenes, on every Python version."""
     scene = scenes.make_scene(0, "test", 0)
     assert (scene.actors, scene.actions, scene.place) == (
         (scenes.Actor("dog", "yellow", "small"), scenes.Actor("wizard", "white", "big")),
@@ -83,7 +83,7 @@ def test_every_action_is_drawn_inside_the_picture_and_shows_both_actors():
 
 
 def test_roles_are_drawn_not_positions():
-    """Mirroring is drawn independently: the actor of an action is on the left about as often as on the right."""
+    """Mirroring is random, so the actor of an action is on the left about as often as on the right."""
     red, purple = scenes.Actor("frog", "red", "big"), scenes.Actor("robot", "purple", "big")
     left = 0
     for trial in range(60):
@@ -113,7 +113,7 @@ def test_twins_swap_exactly_roles_or_action():
 
 
 def test_active_and_passive_captions_name_the_same_roles():
-    """An independent reading: in the active caption the actor comes first, in the passive one the other does."""
+    """Checked by word order: the actor is first in the active caption, and second in the passive one."""
     assert len({scene.actions for scene in PAIR_SCENES}) == len(PAIR)
     for scene in PAIR_SCENES:
         active, passive = scenes.captions(scene, 2)
@@ -224,7 +224,7 @@ def test_micro_clip_is_small_and_has_three_widths(micro_clip):
 
 
 def test_micro_clip_finds_objects_and_leaves_room(micro_clip):
-    """The committed weights give their figures, here computed another way: open_clip's transform, plain ranks."""
+    """The committed weights give the committed figures, computed here with open_clip's transform and plain ranks."""
     model, preprocess, tokenizer = micro_clip
     figures = json.loads((MICRO_CLIP / "figures.json").read_text())["demo_test"]
     world = [scenes.make_scene(0, "test", i) for i in range(figures["images"])]

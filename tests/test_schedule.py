@@ -1,4 +1,4 @@
-"""Learning rate by the step, and what decays."""
+"""Learning rate schedule, and parameters with weight decay."""
 
 import math
 

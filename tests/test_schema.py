@@ -1,4 +1,4 @@
-"""The form of action knowledge: what parses, what is refused, and with which words."""
+"""The schema of action knowledge: valid input, invalid input, and error messages."""
 
 import pytest
 

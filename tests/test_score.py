@@ -1,4 +1,4 @@
-"""The score against labels: matching by hand, a brute-force maximum, the labelled captions themselves."""
+"""The score of knowledge: matching by hand, a brute-force maximum, and the labelled captions themselves."""
 
 import itertools
 import json
@@ -79,12 +79,12 @@ def test_a_label_takes_one_triplet():
 
 
 def test_matching_is_maximal():
-    """Against every assignment there is, on small random sets."""
+    """Compared with all possible assignments of small random sets."""
     random.seed(2)
     slots = (("man", "dog"), ("runs in", "runs to", "sits in"), ("park", "old park"))
     every = [Triplet(*choice, "action") for choice in itertools.product(*slots)]
 
-    def equal(a, b):  # lenient, spelt out for these words
+    def equal(a, b):  # lenient equality, written out for these words
         return a.subject == b.subject and a.action.split()[0] == b.action.split()[0]
 
     for _ in range(200):
@@ -116,7 +116,7 @@ def test_interval_holds_the_figure_and_narrows():
         ("The girl lifts one knee high and grips the rail.", True),
         ("Knees bent and arms wide above the stairs.", True),
         ("The girl climbs stairs.", False),  # adds nothing
-        ("Knees bent, arms wide, eyes closed.", False),  # about nobody
+        ("Knees bent, arms wide, eyes closed.", False),  # names nobody
         ("Girl lifts up.", False),  # too short
         ("The girl lifts " + "one knee high and " * 10, False),
         ("The girl lifts\none knee high and grips.", False),
@@ -149,7 +149,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert len((tmp_path / "gold.csv").read_text().splitlines()) == len(load_gold()) + 1
     lines = []
     for number, label in enumerate(load_gold()):
-        kept = label.triplets[:1]  # the first of each
+        kept = label.triplets[:1]  # the first triplet of each caption
         triplets = [{"subject": t.subject, "action": t.action, "object": t.object, "kind": t.kind} for t in kept]
         states = ["It is seen well."] * len(kept)
         lines.append(json.dumps({"sentid": number, "caption": label.caption, "triplets": triplets, "states": states}))
@@ -161,6 +161,6 @@ def test_command_line(tmp_path, monkeypatch):
     (tmp_path / "part.jsonl").write_text("\n".join(lines[3:]) + "\n")
     process = run("--knowledge", "part.jsonl")
     assert process.returncode == 2 and "part.jsonl: no record for 3 of" in process.stderr
-    process = run("--knowledge", "part.jsonl", "--out", "gold.csv/scores.json")  # found before the file is read
+    process = run("--knowledge", "part.jsonl", "--out", "gold.csv/scores.json")  # reported before the file is read
     assert process.returncode == 2 and "scores.json: can't be written" in process.stderr
     assert run().returncode == 2

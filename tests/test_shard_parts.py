@@ -1,4 +1,4 @@
-"""Shards written part by part, as a job array does: in any order, again, at once, and killed."""
+"""Shards written in parts, as by a job array: in any order, repeated, at the same time, and killed."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from amp.data.shards import ShardManifest, ShardReader
 from amp.errors import AmpError
 
 SIZES = {"train": 14, "test": 5}
-# Three images a shard: train-000000 to train-000004, then test-000000 and test-000001, dealt to three parts in turn.
+# Three images per shard: train-000000 to train-000004, then test-000000 and test-000001, over three parts in turn.
 OF_PART = {
     "0/3": {"train-000000.tar", "train-000003.tar", "test-000001.tar"},
     "1/3": {"train-000001.tar", "train-000004.tar"},
@@ -26,7 +26,7 @@ OF_PART = {
 
 
 class Conversion:
-    """Drawn pictures and the folder that their shards go to; `plain` holds those of one run without parts."""
+    """Drawn pictures and the folder for their shards; `plain` contains the shards of one run without parts."""
 
     def __init__(self, root: Path):
         self.dataset = draw_dataset(root, SIZES)
@@ -45,7 +45,7 @@ class Conversion:
         return [sys.executable, str(ROOT / "tools/make_shards.py"), *given, *fixed, *options]
 
     def tars(self) -> dict[str, tuple[int, bytes]]:
-        """Name -> (mtime, content): a shard that is written again has a new mtime."""
+        """Name -> (mtime, content); a shard that is written again has a new mtime."""
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in self.out.glob("*.tar")}
 
     def image_of(self, shard: str) -> Path:
@@ -134,7 +134,7 @@ def test_a_killed_part_loses_nothing_but_itself(drawn):
 
 
 def test_tasks_at_once(drawn):
-    """The first two processes are one task twice, as when a node that was given up for lost goes on."""
+    """The first two processes are the same task, as if a node that was thought dead continues."""
     tasks = [
         subprocess.Popen(drawn.command(f"--part={part}"), env=QUIET_ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         for part in ("0/2", "0/2", "1/2")
@@ -149,7 +149,7 @@ def test_tasks_at_once(drawn):
 
 @pytest.mark.parametrize("moment", range(3))
 def test_a_task_between_the_steps_of_its_double(drawn, monkeypatch, moment):
-    """A whole task runs just before each of the three renames by which its double puts one shard in place."""
+    """A complete task runs just before one of the three renames that finish a shard in a second process."""
     real, calls = os.replace, []
 
     def replace(source, target):
@@ -192,7 +192,7 @@ def test_a_failing_part_is_named_and_the_others_stay(drawn):
 
 
 def test_a_part_leaves_out_a_shard_whose_image_could_be_read_later(drawn, monkeypatch):
-    """Otherwise two tasks at one shard, of which one meets a hiccup of the disk, would write different bytes."""
+    """Otherwise two tasks would write different bytes for a shard if one of them had a temporary read error."""
     image = drawn.image_of("train-000003.tar")
     real = read_limited
 

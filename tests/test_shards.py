@@ -1,4 +1,4 @@
-"""Shards from end to end: written, read by our reader and by plain WebDataset, resumed, refused when damaged."""
+"""Shards: writing, reading with our reader and with plain WebDataset, resuming, and errors for damaged shards."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ def photo(path, seed=0, size=(32, 24), **options):
 
 
 class DataSet:
-    """Photos on disk, their captions in a JSONL, and the conversion under test."""
+    """Photos on disk, a JSONL file with their captions, and the conversion under test."""
 
     def __init__(self, root):
         self.root = root
@@ -67,7 +67,7 @@ class DataSet:
         return make_shards(str(captions), str(self.images), str(self.out), **options)
 
     def tars(self):
-        """Name -> (mtime, sha256): a shard that is written again has a new mtime even if its bytes are equal."""
+        """Name -> (mtime, sha256); a shard that is written again has a new mtime even if its bytes are equal."""
         return {
             path.name: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
             for path in sorted(self.out.glob("*.tar"))
@@ -103,12 +103,12 @@ def everything(manifest, split):
 
 @pytest.mark.parametrize(("on_disk", "in_files"), [("NFD", "NFC"), ("NFC", "NFD")])
 def test_names_match_in_composed_and_decomposed_unicode(data, on_disk, in_files):
-    """macOS decomposes the names of files; captions, knowledge and lists mostly compose them."""
+    """macOS decomposes file names, but names in captions, knowledge and lists are usually composed."""
     folder, first, second = "Straßenfest Zürich", "é 강아지.jpg", "が.png"
     for n, name in enumerate((first, second)):
         photo(data.images / unicodedata.normalize(on_disk, f"{folder}/{name}"), n)
     paths = [unicodedata.normalize(in_files, f"{folder}/{name}") for name in (first, second)]
-    other = unicodedata.normalize(on_disk, paths[0])  # one photo, spelt in two ways
+    other = unicodedata.normalize(on_disk, paths[0])  # the same name in both forms
     rows = [(paths[0], "A man runs"), (other, "A dog sleeps"), (paths[1], "A cat jumps")]
     data.rows = [{"image": image, "caption": caption, "split": "train"} for image, caption in rows]
     data.know(other, "A man runs", "He leans forward")
@@ -236,9 +236,9 @@ def test_the_order_is_shuffled_by_the_seed_within_each_split(data):
         orders[seed] = list(everything(data.make(seed=seed, samples_per_shard=7), "train"))
     assert sorted(orders[0]) == sorted(orders[1]) == [f"{n:02d}" for n in range(40)]
     assert orders[0] != orders[1]
-    # A shard ought to be a random sample: neighbours in the file shouldn't be neighbours in the shard.
+    # A shard should be a random sample: neighbours in the file should not be neighbours in the shard.
     steps = [abs(int(a) - int(b)) for a, b in zip(orders[0], orders[0][1:], strict=False)]
-    assert 8 < np.mean(steps) < 20  # a random order: 40 / 3
+    assert 8 < np.mean(steps) < 20  # the mean of a random order is 40 / 3
 
 
 def test_files_with_the_same_stem_get_keys_of_their_own(data):
@@ -337,9 +337,9 @@ def spoil(path, how):
         path.write_bytes(b"")
     elif how == "text":
         path.write_text("<html>404</html>")
-    elif how == "flipped":  # inside the pixels of a PNG, whose checksum tells
+    elif how == "flipped":  # inside the pixels of a PNG, which its checksum detects
         path.write_bytes(content[:60] + bytes(255 - b for b in content[60:64]) + content[64:])
-    elif how == "checksum":  # of a PNG's last pixel chunk; decoding alone wouldn't tell
+    elif how == "checksum":  # of a PNG's last pixel chunk, which decoding doesn't detect
         path.write_bytes(content[:-16] + bytes([content[-16] ^ 1]) + content[-15:])
     elif how == "postscript":
         path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
@@ -373,7 +373,7 @@ def test_damaged_images_are_found(tmp_path, how, extension, words):
 
 
 def test_shards_checked_by_structure_alone_are_checked_again_where_decoding_is_asked_for(ten, monkeypatch):
-    """Not the other way round; the shards' bytes are the same."""
+    """The reverse is not necessary. The bytes of the shards are the same."""
     ten.make(check="structure")
     before, (real, seen) = ten.tars(), (write.read_image, [])
 
@@ -392,10 +392,10 @@ def test_shards_checked_by_structure_alone_are_checked_again_where_decoding_is_a
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     photo(tmp_path / "a.png", size=(64, 64))
-    # Pillow warns above its limit and raises above twice the limit; both are refusals here.
+    # Pillow warns above its limit and raises above twice the limit; both are errors here.
     for limit in (3000, 2000):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        # Pillow's own text would name twice the limit, and a photo of so many pixels would be refused again.
+        # Pillow's own message names twice the limit, but photos of that size are refused too.
         with pytest.raises(UnreadableImageError, match=f"expected at most {limit:,}: a decompression bomb, or a photo"):
             read_image(tmp_path / "a.png")
 
@@ -406,7 +406,7 @@ def test_resize_options_are_checked(bad):
         Resize(**bad)
 
 
-# What is skipped
+# Skipped images
 
 
 def test_what_is_left_out_is_listed(ten):
@@ -461,7 +461,7 @@ def test_too_much_left_out_is_an_error_and_no_manifest(ten, trouble, words):
         ten.make()
     assert "--max_skipped 0.01" in str(error.value)
     assert not (ten.out / "manifest.json").exists()
-    # The way out that the message names works, and finds the shards of the first run.
+    # The solution in the message works and reuses the shards of the first run.
     allowed = float(str(error.value).rsplit("--max_skipped ", 1)[1])
     before = ten.tars()
     ten.make(max_skipped=allowed)
@@ -485,7 +485,7 @@ def test_a_split_without_readable_images_is_an_error(ten):
 
 
 def test_a_split_that_loses_all_its_images_is_no_silence(ten):
-    """Whether its captions are empty (then no image names the split any more) or its files are missing."""
+    """Its captions may be empty (then no image belongs to the split), or its files may be missing."""
     ten.rows.append({"image": "bare.jpg", "caption": "", "split": "val"})
     with pytest.raises(AmpError, match=r"1 empty_caption, 1 image_without_caption; first: bare.jpg: .* is empty"):
         ten.make()
@@ -594,7 +594,7 @@ def test_an_interrupted_run_leaves_nothing_that_counts_and_is_resumed(ten, monke
 
 
 def test_a_killed_run_is_resumed(ten, monkeypatch):
-    """After kill -9 a temporary file stays behind; it never counts and the next run removes it."""
+    """After kill -9 a temporary file is left. It is never used, and the next run removes it."""
     code = (
         "import os, sys\n"
         "from amp.data.conversion import write\n"
@@ -782,7 +782,7 @@ GOOD = [("a.jpg", b"A"), record("a"), record("b"), ("b.PNG".lower(), b"BB")]
 
 
 def test_reader_of_a_foreign_tar(tmp_path):
-    """Any order within a sample, long names, and pax headers are fine: they are valid WebDataset."""
+    """Any order within a sample, long names, and pax headers are valid WebDataset."""
     key = "k" * 150
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = tmp_path / f"{format}.tar"
@@ -855,7 +855,7 @@ def test_reader_refuses_records(tmp_path, bad, words):
 
 
 def test_reader_notices_every_cut(tmp_path):
-    """A tar cut anywhere is refused; tarfile alone takes a cut between two members for the end."""
+    """A tar truncated anywhere is refused. tarfile accepts one that is truncated between two members."""
     path = tar_of(tmp_path / "x.tar", *GOOD)
     content = path.read_bytes()
     end = len(content.rstrip(b"\0"))
@@ -1037,7 +1037,7 @@ def test_flickr8k_sample(tmp_path):
 
 
 def told(data, **options):
-    """What a conversion prints."""
+    """Output of a conversion."""
     shown = io.StringIO()
     manifest = data.make(console=PlainConsole(file=shown, width=80), **options)
     return manifest, shown.getvalue()
@@ -1078,7 +1078,7 @@ def test_texts_longer_than_clip_reads_are_counted(data):
 
 
 def test_absolute_paths_give_the_shards_of_relative_paths(data):
-    """Also with knowledge and a list of excluded images that were made from the file with absolute paths."""
+    """Also if knowledge and the list of excluded images were made from the file with absolute paths."""
     for n in range(3):
         data.add(f"s/{n}.jpg")
         data.know(f"s/{n}.jpg", "A man runs", "Legs apart")
@@ -1093,6 +1093,13 @@ def test_absolute_paths_give_the_shards_of_relative_paths(data):
     manifest = data.make(exclude_images=str(excluded))
     assert [digest for _, digest in data.tars().values()] == expected
     assert sorted(record["filename"] for _, record in everything(manifest, "train").values()) == ["s/0.jpg", "s/1.jpg"]
+    data.rows.append({**data.rows[0], "image": "/elsewhere/0.jpg"})
+    with pytest.raises(AmpError, match=f"captions.jsonl: image file '/elsewhere/0.jpg' .* folder {data.images}; "):
+        data.make()
+    data.rows.pop()
+    pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
+    data.knowledge, data.out = [], data.root / "without"
+    data.make()  # writes the captions file
     generated = run_here(
         "tools/generate_knowledge.py", "--captions", data.root / "captions.jsonl", "--out", data.root / "knowledge"
     )
@@ -1100,6 +1107,3 @@ def test_absolute_paths_give_the_shards_of_relative_paths(data):
     data.knowledge, data.out = [], data.root / "generated"
     manifest = data.make(knowledge=str(data.root / "knowledge"))
     assert manifest.captions_without_knowledge == {"train": 0}
-    data.rows[0]["image"] = "/elsewhere/0.jpg"
-    with pytest.raises(AmpError, match=f"captions.jsonl: image file '/elsewhere/0.jpg' .* folder {data.images}; "):
-        data.make()

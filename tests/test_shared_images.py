@@ -1,4 +1,4 @@
-"""Batches that come through memory used again, against the same batches stacked in one process."""
+"""Batches from reusable shared memory, compared with the same batches stacked in one process."""
 
 import multiprocessing
 
@@ -10,7 +10,7 @@ from amp.data.shared_images import SharedImages
 
 
 class Numbers(Dataset):
-    """Image i of 2 x 3 numbers, all of them i."""
+    """Image i consists of 2 x 3 numbers, all equal to i."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.full((2, 3), index, dtype=torch.int32)
@@ -20,7 +20,7 @@ class Numbers(Dataset):
 
 
 class Collate:
-    """As the stream's; counts the batches that found no place."""
+    """Collates like the stream, and counts the batches that found no free buffer."""
 
     def __init__(self, shared: SharedImages):
         self.shared = shared
@@ -75,7 +75,7 @@ def test_an_iteration_that_is_left_holds_no_places():
 
 def test_workers_that_are_not_forked():
     usual = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("forkserver", force=True)  # Python 3.14's
+    multiprocessing.set_start_method("forkserver", force=True)  # the default of Python 3.14
     try:
         batches = list(loader(1, places=5, ahead=4))
     finally:

@@ -1,7 +1,7 @@
-"""Training as Slurm jobs over two nodes: undisturbed and disturbed runs end in the same bits; failures are failures.
+"""Training as Slurm jobs on two nodes: disturbed runs end with the same bits as undisturbed ones; errors fail the job.
 
-Disturbed are: a job that is requeued, as preemption does it; one that gets USR1, as before its time limit; one of whose
-nodes dies. Ranks talk over gloo on the CPU.
+The disturbances are a requeue as by preemption, a USR1 as before the time limit, and the death of a node. Ranks
+communicate over gloo on the CPU.
 """
 
 import json
@@ -24,12 +24,12 @@ from support.slurm import ACTIVE
 pytestmark = pytest.mark.system
 
 TRAIN, BOTH = "launchers/slurm/train.sbatch", "launchers/slurm/both_stages.sh"
-STEPS = 120  # of stage 1
+STEPS = 120  # steps of stage 1
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, clip_folder) -> list[str]:
-    """Settings of a run that is long for its size: 24 steps an epoch, five epochs of stage 1, one of stage 2."""
+    """Settings of a small run with many steps: 24 per epoch, five epochs of stage 1 and one of stage 2."""
     folder = tmp_path_factory.mktemp("slurm")
     values = {
         "data.shards": draw_shards(folder / "drawn", {"train": 192, "test": 12}, samples_per_shard=50),
@@ -51,7 +51,7 @@ def settings(tmp_path_factory, clip_folder) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> Path:
-    """Folder of the same training, without Slurm and in one go: two processes on this machine."""
+    """Folder of the same training without Slurm and without interruption: two processes on this machine."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     subprocess.run(
         [
@@ -85,19 +85,19 @@ def until(condition: Callable[[], bool], what: str, timeout: float = 240) -> Non
 
 
 def saved_step(out: Path) -> int:
-    """Step of stage 1's newest checkpoint."""
+    """Step of the newest checkpoint of stage 1."""
     return max((int(path.name[-8:]) for path in out.glob("checkpoints/stage1-step*")), default=0)
 
 
 def stopped(out: Path) -> dict:
-    """What the run wrote when it stopped; gone as soon as it starts again."""
+    """The file that the run writes when it stops, and removes when it starts again."""
     until((out / "stopped.json").is_file, "stopped.json")
     return json.loads((out / "stopped.json").read_text())
 
 
 @pytest.fixture
 def log(tmp_path) -> Iterator[Path]:
-    """Where the jobs of a test write; printed, which pytest shows of a test that fails."""
+    """Log file of a test's jobs. It is printed at the end, so that pytest shows it if the test fails."""
     path = tmp_path / "job.log"
     yield path
     print(path.read_text() if path.exists() else "no job has written")
@@ -106,25 +106,25 @@ def log(tmp_path) -> Iterator[Path]:
 @pytest.mark.slow
 def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm, settings, undisturbed, log, tmp_path):
     out = tmp_path / "run"
-    # What --checkpoint.resume says holds for the first start, not for a requeued one.
+    # --checkpoint.resume applies to the first start, but not to a requeued one.
     run = [*settings, "--out", str(out), "--checkpoint.resume", "false"]
     job, stage2, evaluation = slurm.run(BOTH, "--nodes=2", f"--output={log}", "--", *run).stdout.split()
 
     until(lambda: saved_step(out) >= 10, "the first steps")
-    slurm.run("scontrol", "requeue", job)  # what preemption with PreemptMode=REQUEUE does
+    slurm.run("scontrol", "requeue", job)  # like preemption with PreemptMode=REQUEUE
     first = stopped(out)
     assert first["signal"] == "SIGTERM" and first["step"] == saved_step(out)
 
     until(lambda: saved_step(out) >= first["step"] + 10, "steps after preemption")
-    slurm.run("scancel", "--signal=USR1", job)  # what --signal does before the time limit
+    slurm.run("scancel", "--signal=USR1", job)  # like --signal before the time limit
     second = stopped(out)
     assert second["signal"] == "SIGUSR1" and second["step"] == saved_step(out)
     until(lambda: slurm.show(job)["Restarts"] == "2", "a requeue before the time limit")
-    assert "User defined signal" not in log.read_text()  # no launcher died of it, which gives ranks KillWait to save
+    assert "User defined signal" not in log.read_text()  # no launcher may die before its ranks have saved
 
     until(lambda: saved_step(out) >= second["step"] + 10, "steps after the time limit")
-    # A third node takes its place. Were it back within a minute, Slurm 22.05 would send it the kill of the last start,
-    # which would hit the new one.
+    # A third node replaces it. If the node came back within a minute, Slurm 22.05 would send it the kill of the last
+    # start, which would hit the new one.
     slurm.crash("node2")
     until(lambda: slurm.show(job)["Restarts"] == "3", "a requeue after the loss of a node")
     third = saved_step(out)
@@ -148,7 +148,7 @@ def test_disturbed_run_ends_in_the_same_bits_and_starts_what_depends_on_it(slurm
 
 
 def test_failed_first_stage_cancels_what_depends_on_it(slurm, settings, log, tmp_path):
-    """It fails since the nodes have different numbers of GPUs: that would be an unequal number of processes."""
+    """It fails because the nodes have different numbers of GPUs, so the numbers of processes would differ."""
     chain = [BOTH, "--nodes=2", "--gpus=3", f"--output={log}", "--", *settings, "--out", str(tmp_path / "run")]
     job, stage2, evaluation = slurm.run(*chain).stdout.split()
     assert slurm.wait(job) == "FAILED"
@@ -177,7 +177,7 @@ def test_job_that_makes_no_progress_is_not_started_for_ever(slurm, settings, log
 
 
 def test_failing_node_leaves_srun_time_to_pass_its_message_on():
-    """Without a cluster; with one, messages are lost only now and then."""
+    """Simulated without a cluster, because on a cluster messages are lost only sometimes."""
     unequal = {"PROCESSES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURMD_NODENAME": "node7"}
     node = subprocess.Popen(
         ["launchers/slurm/node.sh", "launchers/train.py"],

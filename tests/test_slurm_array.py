@@ -1,4 +1,4 @@
-"""A dataset converted by a Slurm job array of which a task fails, is requeued or is cancelled."""
+"""Slurm job arrays: conversion with tasks that fail, are requeued or are cancelled, and shared features."""
 
 import pytest
 from support.drawn_data import draw_dataset
@@ -25,7 +25,7 @@ def test_job_array(slurm, tmp_path):
     def log(job: str) -> str:
         return (tmp_path / f"{job}.log").read_text()
 
-    # An image of shard 2, which is task 2's, is cut short: 1 of 60 is more than may be skipped.
+    # An image of shard 2, which belongs to task 2, is truncated: 1 of 60 is more than may be skipped.
     with ShardReader(plain.split("train")[2].path) as reader:
         image = tmp_path / "images" / reader.read(1)[1]["filename"]
     content = image.read_bytes()
@@ -41,12 +41,12 @@ def test_job_array(slurm, tmp_path):
     assert len(list(out.glob("*.tar"))) == 15
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
 
-    # A task that is requeued finds its shards and adds to its log.
+    # A requeued task finds its shards and appends to its log.
     slurm.run("scontrol", "requeue", f"{array}_0")
     slurm.wait(f"{array}_0", {"COMPLETED"})
     assert log(f"{array}_0").count(f"part 0/{TASKS}: 4 of its 4 shards are complete") == 2
 
-    # Mended and typed again; but now task 2 is cancelled before it starts, so that its shard is left to the last job.
+    # Repairs the image and submits again. Task 2 is cancelled before it starts, so the last job writes its shard.
     image.write_bytes(content)
     array = submit(f"--array=0-{TASKS - 1}", "--hold")
     last = submit(f"--dependency=afterany:{array}")
@@ -61,3 +61,25 @@ def test_job_array(slurm, tmp_path):
     made, expected = (manifest.to_dict() for manifest in (ShardManifest.load(out), plain))
     assert made["provenance"].pop("command")[0] == "make_shards.py" and expected["provenance"].pop("command") is None
     assert made == expected
+
+
+def test_features_by_a_job_array(slurm, shards, clip_folder, tmp_path):
+    settings = {
+        "data.shards": shards,
+        "data.cache": tmp_path / "cache",
+        "data.workers": 0,
+        "model.name": clip_folder,
+        "model.pretrained": "null",
+        "prompt.depth": 0.34,
+    }
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    logs = f"--output={tmp_path}/%A_%a.log"
+    array = slurm.sbatch("--array=0-1", "--cpus-per-task=1", logs, "launchers/slurm/prepare.sbatch", *arguments)
+    for task in range(2):
+        slurm.wait(f"{array}_{task}", {"COMPLETED"})
+        assert "all features of" in (tmp_path / f"{array}_{task}.log").read_text()
+    manifest = ShardManifest.load(shards)
+    count = sum(len(manifest.split(split)) for split in ("train", "val"))
+    texts = [path.name for path in (tmp_path / "cache").glob("text-*/*")]
+    assert len(texts) == 2 * count and all(name.startswith("shard-") for name in texts)
+    assert len(list((tmp_path / "cache").glob("image-*"))) == len(manifest.split("val"))

@@ -1,4 +1,4 @@
-"""Knowledge by a Slurm job array of which a task is cancelled and another requeued."""
+"""Knowledge from a Slurm job array with one cancelled and one requeued task."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_job_array(slurm, tmp_path):
         f"replies-00000-of-0000{TASKS}.jsonl",
         f"replies-00002-of-0000{TASKS}.jsonl",
     ]
-    assert sum(files.values()) == whole.distinct and all(files.values())  # the last job did what task 1 left
+    assert sum(files.values()) == whole.distinct and all(files.values())  # the last job did the rest of task 1
     assert (out / "knowledge.jsonl").read_bytes() == (tmp_path / "plain" / "knowledge.jsonl").read_bytes()
 
     slurm.run("scontrol", "requeue", f"{array}_0")
@@ -54,7 +54,7 @@ def test_job_array(slurm, tmp_path):
     assert log(f"{array}_0").count(f"part 0/{TASKS}: all") == 2
     assert {path.name: len(path.read_text().splitlines()) for path in (out / "cache").glob("*.jsonl")} == files
 
-    # A task that fails makes what depends on it by afterok never start, and the last job tells why.
+    # After a failed task, jobs that depend on it by afterok never start, and the last job reports why.
     broken = slurm.sbatch(
         f"--output={tmp_path}/%j.log",
         "launchers/slurm/generate_knowledge.sbatch",

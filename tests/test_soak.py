@@ -1,4 +1,4 @@
-"""The soak run's measurements: processes that leak on purpose are called growing, one that does not is not."""
+"""Measurements of the soak run: processes that leak are reported as growing, and one that doesn't leak is not."""
 
 import gc
 import subprocess
@@ -14,7 +14,7 @@ from benchmarks import soak
 
 pytestmark = pytest.mark.system
 
-# Each holds for a moment what it gives back; the leaks keep some of it.
+# Each process allocates and frees for a moment; leaking ones keep a part.
 CHILD = """
 import os, sys, threading, time
 kept = []
@@ -50,18 +50,18 @@ def test_leaks_are_found():
         for process in roles.values():
             process.kill()
             process.communicate()
-    soak.sample(series, time.monotonic() - start, roles)  # which has ended
+    soak.sample(series, time.monotonic() - start, roles)  # all processes have ended
     assert {role: held["process"][-1][1] for role, held in series.items()} == {r: p.pid for r, p in roles.items()}
     end = {"left": [], "continued": {"left": []}}
     found = soak.report(series | {"run": {"steps": [(0, 3)]}}, end)
     for role, names in leaks.items():
         growing = {name for name, trend in found["trends"][role].items() if trend["growing"]}
-        assert growing - {"memory_MB"} == names - {"memory_MB"} and names <= growing  # threads' stacks are memory too
+        assert growing - {"memory_MB"} == names - {"memory_MB"} and names <= growing  # thread stacks also use memory
     assert not any(trend["growing"] for trend in found["trends"]["nothing"].values())
 
 
 def test_trends_by_hand():
-    """Over an hour: noise above the floor and a warm-up are no growth, and a leak of 1 kB per step is one."""
+    """Over one hour, noise above the floor and a warm-up are not growth, but a leak of 1 kB per step is."""
     random = np.random.default_rng(0)
     seconds = np.arange(0, 3600, 5.0)
     trend = lambda values, count: soak.trend(list(zip(seconds, values, strict=True)), count)  # noqa: E731
@@ -83,10 +83,10 @@ def test_restarts_and_what_is_left_behind_are_named():
 
 
 def test_garbage_does_not_wait_for_old_objects():
-    """A run's cycles are collected though the process holds many more objects, which count again afterwards."""
+    """Cycles of a run are collected despite many older objects, which are tracked again after the block."""
     first, second, third = gc.get_threshold()
-    enough = int(1.3 * (first + 1) * (second + 1) * (third + 1))  # new objects until Python may look at all of them
-    old = [[] for _ in range(5 * enough)]  # the new ones are not a quarter of these: next to them they wouldn't count
+    enough = int(1.3 * (first + 1) * (second + 1) * (third + 1))  # new objects that can trigger a full collection
+    old = [[] for _ in range(5 * enough)]  # new ones are under a quarter: no full collection
     gc.collect()
     with pytest.raises(KeyboardInterrupt), frozen_heap():
         assert gc.get_freeze_count() > len(old)

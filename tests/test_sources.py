@@ -1,4 +1,4 @@
-"""Captions and knowledge files: every format reads to the same, and a malformed line is named."""
+"""Captions and knowledge files: all formats give the same result, and errors name the malformed line."""
 
 import csv
 import gzip
@@ -212,7 +212,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
     assert flat(load_captions(path).images) == [("a.jpg", "train", ["A man"]), ("b.jpg", "train", ["A dog"])]
 
 
-# Files as people have them, all with the same three captions: name, content, what is said of it.
+# Files as found in practice, all with the same three captions: file name, content, part of the message.
 _HATS = "Zwei H\u00fcte; grau"
 _TABLE = [("a.jpg", "A man, running"), ("s/b.jpg", _HATS), ("a.jpg", "A dog")]
 _COMMAS = f'a.jpg,"A man, running"\ns/b.jpg,{_HATS}\na.jpg,A dog\n'
@@ -275,7 +275,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_captions_as_people_have_them(tmp_path, name):
-    """Separators, names of columns and Excel's habits; each also as Excel's "Unicode text", which is UTF-16."""
+    """Separators, column names and Excel's variants; each also as Excel's "Unicode text", which is UTF-16."""
     file, text, note = FILES[name]
     path = tmp_path / file
     for encoding, pack in (("utf-8", bytes), ("utf-16", bytes), ("utf-8", gzip.compress), ("utf-16", gzip.compress)):
@@ -304,7 +304,7 @@ def test_utf_16_without_its_mark(tmp_path, encoding):
 
 
 def test_an_empty_cell_is_skipped_in_every_format(tmp_path):
-    """ "", JSON's null, pandas' NaN, a line that ends early."""
+    """Empty cells are "", JSON's null, pandas' NaN, or missing at the end of a line."""
     csv_file, jsonl, nan = tmp_path / "c.csv", tmp_path / "c.jsonl", tmp_path / "nan.jsonl"
     csv_file.write_text("split,image,caption\n,a.jpg,\n,,Lost\n,b.jpg,Kept\n,b.jpg\n")
     jsonl.write_text(
@@ -485,7 +485,7 @@ FOREIGN_FILES = {
 
 @pytest.mark.parametrize("what", FOREIGN_FILES)
 def test_files_that_are_no_captions_file_are_named_for_what_they_are(tmp_path, what):
-    """Regardless of their suffix."""
+    """Detected regardless of their suffix."""
     for suffix in (".csv", ".json", ".jsonl", ".unknown"):
         path = tmp_path / f"captions{suffix}"
         path.write_bytes(FOREIGN_FILES[what])
@@ -571,7 +571,7 @@ def test_coco_malformed(tmp_path, content, words):
 
 
 def test_lists_of_captions(tmp_path):
-    """Captions are numbered over the whole file; empty ones count."""
+    """Captions are numbered over the whole file, including empty ones."""
     rows = [
         {"image": "a.jpg", "caption": ["A man", "", "A dog"], "image_id": "coco_1", "split": "dev"},
         {"image": "b.jpg", "caption": []},
@@ -609,7 +609,7 @@ def test_list_malformed(tmp_path, entry, words):
 
 
 def test_the_option_forces_a_format_of_json(tmp_path):
-    """Such as Karpathy's for a file that also has the key of COCO's."""
+    """For example Karpathy's format for a file that also has COCO's key."""
     both = write_json(tmp_path, {"images": [karpathy_image(1)], "annotations": []})
     assert flat(load_captions(both, "karpathy").images) == [("1.jpg", "train", ["A man runs"])]
     with pytest.raises(AmpError, match=r"images\[0\]: key 'id' is missing"):
@@ -672,6 +672,23 @@ def test_gzip(tmp_path, name, text):
     assert flat(source.images) == [("a.jpg", "train", ["A man"])] and source.notes == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bomb.json.gz", b"[" + b" " * 5000 + b"]", r"more than 4,000 bytes of text.*JSONL"),
+        ("bomb.jsonl.gz", b"{" + b" " * 5000 + b"}", r"line 1: 2,000 bytes or more; expected one caption"),
+        ("bomb.csv", ("image,caption\n" + "a" * 5000).encode("utf-16"), r"line 2: 2,000 bytes or more"),
+    ],
+)
+def test_texts_without_end_are_not_read_into_memory(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr("amp.data.captions.text_file.MAX_TEXT_BYTES", 4000)
+    monkeypatch.setattr("amp.data.captions.text_file.MAX_LINE", 2000)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(AmpError, match=message):
+        load_captions(path)
+
+
 @pytest.mark.parametrize("format", ["csv", "json"])
 def test_gzip_damaged(tmp_path, format):
     path = tmp_path / "captions"
@@ -726,7 +743,7 @@ def test_files_of_the_same_photos_read_to_the_same():
 
 
 def relative(folder, *rows, skipped=()):
-    """What a conversion with `--images photos` makes of images, captions and splits."""
+    """The captions that a conversion with `--images photos` reads from (image, caption, split) rows."""
     rows = [{"image": str(image), "caption": text, "split": split} for image, text, split in rows]
     source = load_captions(write_jsonl(folder, rows))
     source.skipped += skipped
@@ -735,7 +752,7 @@ def relative(folder, *rows, skipped=()):
 
 
 def test_absolute_paths_inside_the_folder(tmp_path):
-    """Every reader keeps them. With the folder they become what a relative path is read as."""
+    """Every reader keeps absolute paths. If the folder is known, they are converted to relative paths."""
     photos = tmp_path / "photos"
     name = f"{photos}/s/a.jpg"
     (tmp_path / "c.token").write_text(f"{name}#0\tA man\n")
@@ -845,7 +862,7 @@ def test_knowledge_names_a_caption_as_the_captions_file_spells_it(tmp_path, sent
 @pytest.mark.parametrize("in_captions", ["s/1.jpg", "{}/s/1.jpg"])
 @pytest.mark.parametrize("in_knowledge", ["s/1.jpg", "{}/s/1.jpg"])
 def test_knowledge_with_absolute_paths(tmp_path, in_captions, in_knowledge, sentid):
-    """One of the files may have been written before the paths changed."""
+    """One of the files may be older than a change of the paths."""
     captions, knowledge = (name.format(tmp_path) for name in (in_captions, in_knowledge))
     source = load_captions(write_jsonl(tmp_path, [{"image": captions, "caption": "A man"}]))
     make_relative(source, tmp_path, "captions.jsonl")
@@ -854,7 +871,7 @@ def test_knowledge_with_absolute_paths(tmp_path, in_captions, in_knowledge, sent
 
 
 def test_knowledge_with_absolute_paths_where_the_folder_is_unknown(tmp_path, images):
-    """As for shards, whose knowledge is replaced."""
+    """As when knowledge in shards is replaced."""
     record = {"sentid": 20, "image": "/photos/s/2.jpg", **TRIPLETS}
     assert attach(tmp_path, images, record).attached == 1
     with pytest.raises(AmpError, match=r"'image' is '/photos/s/12.jpg'; expected '2.jpg', which sentid 20 has"):

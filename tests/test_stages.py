@@ -1,4 +1,4 @@
-"""What a stage's optimizer step moves, with each kind of conditioning; and the step's loss itself."""
+"""Parameters that an optimizer step changes in each stage and conditioning, and the loss of a step."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from amp.train.stages import set_trainable, trainable_names
 
 NEW = {"logit_scale", "visual_prompts", "triplet_encoder", "interaction"}
 CONTROL = {"knowledge": "none"}
-IDS = torch.tensor([4, 8, 4, 6])  # images 0 and 2 are one
+IDS = torch.tensor([4, 8, 4, 6])  # images 0 and 2 are the same
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def batch(images, knowledge, tokenizer):
 
 
 def objective_of(model, stage, conditioning="contrastive", negatives=2, **settings):
-    """Controls have no knowledge to condition on: any word but ``control`` would do."""
+    """The objective of a stage. Controls have no conditioning, so ``control`` is replaced by any valid value."""
     conditioning = "contrastive" if conditioning == "control" else conditioning
     return Objective(stage, model.interaction, conditioning, negatives, **settings)
 
@@ -77,7 +77,7 @@ def test_one_step_moves_exactly_the_stages_parameters(stage, conditioning, batch
 
 
 def test_stage_1_moves_only_what_the_gate_lets_through_at_first(batch):
-    """At step 0 the gate is closed: it and the visual prompts learn, the rest from step 1 on."""
+    """The gate is zero at step 0, so only the gate and the visual prompts learn; the rest learns from step 1 on."""
     model = make_aim()
     set_trainable(model, 1)
     loss, _ = objective_of(model, 1, "paired")(model, batch, step=0)
@@ -90,7 +90,7 @@ def test_stage_1_moves_only_what_the_gate_lets_through_at_first(batch):
 
 
 def cosine_of(model, batch, image, caption):
-    """One image conditioned on one caption's knowledge against that caption's text."""
+    """Cosine of a caption and one image conditioned on the caption's knowledge."""
     feature = model.encode_image(batch.images[image : image + 1], batch.knowledge[caption : caption + 1])
     return similarity(feature, batch.text[caption : caption + 1]).item()
 
@@ -130,7 +130,7 @@ def test_knowledge_dropout_leaves_out_its_share_of_the_triplets(batch):
 @pytest.mark.parametrize(("stage", "cached"), [(1, False), (2, True)], ids=["images", "early tokens"])
 @torch.no_grad()
 def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage, cached, batch):
-    """Every pair encoded by itself, the weighted sums written out."""
+    """Compared with pairs that are encoded one at a time, and weighted sums written out."""
     m, margin, sampling, step = 2, 0.3, 10.0, 5
     model = make_aim(trained=True, block=1)
     frozen = model(batch.images)
@@ -161,7 +161,7 @@ def test_contrastive_conditioning_scores_each_text_with_its_own_knowledge(stage,
 @pytest.mark.parametrize(("stage", "negatives"), [(1, 1), (2, 3)], ids=["only rows needed", "all rows"])
 @torch.no_grad()
 def test_four_ranks_of_one_make_the_loss_of_one_rank_of_four(stage, negatives, batch, monkeypatch):
-    """Without processes: gathering is looked up."""
+    """Simulated in one process: gathered tensors are looked up."""
     model = make_aim(trained=True, block=1)
     frozen = model(batch.images)
     whole = Batch(frozen.early, frozen.base, batch.text, batch.knowledge, IDS)

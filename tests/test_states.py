@@ -1,4 +1,4 @@
-"""States from the lexicon."""
+"""States generated from the lexicon."""
 
 import re
 
@@ -18,7 +18,7 @@ FORMS = """
 
 @pytest.mark.parametrize("pair", FORMS.replace(",", " ").split())
 def test_forms_of_verbs(pair):
-    """The first plain form that the lexicon knows is the right one."""
+    """The first base form that the lexicon contains is used."""
     form, verb = pair.split(":")
     assert next(stem for stem in _stems(form) if stem in _lexicon()["verbs"]) == verb
 

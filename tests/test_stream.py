@@ -1,4 +1,4 @@
-"""Training batches against the shards' members, read and decoded by hand."""
+"""Training batches compared with the shards' members, read and decoded independently."""
 
 import io
 import json
@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.order import epoch_order
 from support.tars import members_of, replace_shard
 
 import amp
 from amp.data.frozen_features import compute_frozen_features
-from amp.data.order import BatchOrder, caption_of_epoch, epoch_order
+from amp.data.order import BatchOrder, caption_of_epoch
 from amp.data.prepare import knowledge_collator
 from amp.data.shards import ShardManifest
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
 from amp.data.stream import TrainingSamples, stable_id, training_loader
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 
 KINDS = ("action", "attribute")
 SEED = 3
@@ -29,13 +30,13 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def world(shards, clip_folder, tmp_path_factory):
-    """Model, transforms, split, a collator whose store knows all texts, and the samples read with plain tarfile."""
+    """Model, transforms, split, a collator whose store contains all texts, and the samples read with plain tarfile."""
     config = amp.PromptConfig(depth=1 / 3, max_triplets=2)
     model, train_transform, preprocess = amp.create_model_and_transforms(clip_folder, prompt_config=config)
     split = ShardSplit(shards, "train")
     collate = knowledge_collator(model, str(tmp_path_factory.mktemp("cache")), "float32")
     texts = SplitCaptions.read(split, KINDS).all_texts(config.max_triplets)
-    encode_texts(collate.store, texts, model.backbone, model.tokenizer)
+    encode_missing(collate.store, texts, model.backbone, model.tokenizer)
     by_hand = []
     for shard in sorted(shards.glob("train-*.tar")):
         members = defaultdict(dict)
@@ -65,7 +66,7 @@ def assert_equal(first, second):
 
 
 def test_crops_are_normalized_on_the_device_as_open_clip_does(world):
-    """The loader gives uint8 crops; on the device they are what the transform's ToTensor and Normalize make of them."""
+    """The loader returns uint8 crops. On the device they become equal to the output of ToTensor and Normalize."""
     _, loader = loader_of(world, preprocess=world[1])
     *_, to_tensor, normalize = world[1].transforms
     batch = next(iter(loader))
@@ -166,7 +167,7 @@ def test_all_captions_of_the_split_are_shown_in_turn(world):
 
 
 def damaged(shards, folder, key):
-    """A copy of the shards in which one training image is cut in half, with a manifest that fits it."""
+    """A copy of the shards in which one training image is truncated, with a matching manifest."""
     shutil.copytree(shards, folder)
     name = ShardManifest.load(folder).split("train")[0].name
     members = [(m, data[: len(data) // 2] if m == f"{key}.jpg" else data) for m, data in members_of(shards / name)]
@@ -192,7 +193,7 @@ def test_no_transform_flips(clip_folder, mode):
     _, train, val = amp.create_model_and_transforms(clip_folder, image_resize_mode=mode)
     for transform in (train, val):
         assert not re.search("flip|mirror", repr(transform), re.IGNORECASE)
-    # And by looking: dark left, bright right stays so through any number of random crops.
+    # Also check pixels: a picture that is dark on the left and bright on the right stays so in random crops.
     picture = Image.fromarray(np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2))
     for transform in (train, val):
         for _ in range(20):
@@ -204,4 +205,4 @@ def test_image_ids_are_numbers_that_fit_and_differ():
     ids = [stable_id(value) for value in [*range(1000), *(f"photo-{i}" for i in range(1000))]]
     assert len(set(ids)) == 2000 and all(0 <= i < 2**63 for i in ids)
     assert stable_id(7) == stable_id("7")
-    assert stable_id("COCO_val2014_000000391895") == 19693450838887410  # in every run and on every machine
+    assert stable_id("COCO_val2014_000000391895") == 19693450838887410  # the same in every run and on every machine

@@ -1,5 +1,4 @@
-"""The plan of the house (docs/architecture.md): arrows point down, files don't import each other in circles; and
-where tests keep what they share."""
+"""The layers of docs/architecture.md: imports point down and have no cycles; shared test helpers are in one place."""
 
 import ast
 import re
@@ -44,7 +43,7 @@ def imports(path: Path) -> set[str]:
 
 
 def floor_of(module: str) -> int:
-    """0 for the files of `amp` itself; its command line, which starts all others, is above them."""
+    """Layer of a module: 0 for the files directly in `amp`; the command line is above all others."""
     if module == "amp.__main__":
         return len(FLOORS) + 1
     name = module.split(".")[1]
@@ -78,7 +77,7 @@ def test_the_page_has_every_floor():
 
 
 def test_what_tests_share_is_in_support():
-    """A helper in a test module, or a file of helpers next to the tests, gets a second copy elsewhere."""
+    """Test modules must not import each other, and helpers belong in `support`, so that they aren't duplicated."""
     tests = ROOT / "tests"
     modules = sorted(path for path in tests.rglob("*.py") if tests / "support" not in path.parents)
     assert [str(path) for path in modules if not path.match("tests/test_*.py") and path.name != "conftest.py"] == []

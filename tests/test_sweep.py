@@ -1,4 +1,4 @@
-"""Sweeps: which runs there are, what is skipped, and the figures and tables that come out."""
+"""Sweeps: the list of runs, skipped runs, and the resulting figures and tables."""
 
 import csv
 import io
@@ -109,7 +109,7 @@ def scripted(config, tmp_path, fails=()):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """Evaluations are counted instead of run; the end-to-end test runs one."""
+    """Counts evaluations instead of running them; the end-to-end test runs one."""
     commands, real = [], runs_module.call
 
     def call(command, log):
@@ -136,7 +136,7 @@ def test_a_run_is_trained_and_evaluated_once(config, tmp_path, evaluated):
     adapters = evaluated[0][evaluated[0].index("--adapters") + 1]
     assert json.loads(adapters) == [f"big margin={run.folder / 'stage2' / 'adapter.safetensors'}"]
     assert execute(config, run, print) == "done" and len(evaluated) == 1
-    (run.folder / RESULTS).unlink()  # trained, not evaluated: a stop between the two
+    (run.folder / RESULTS).unlink()  # trained but not evaluated, as after a stop in between
     (run.folder / "train.log").unlink()
     assert execute(config, run, print) == "done" and len(evaluated) == 2 and not (run.folder / "train.log").exists()
 
@@ -187,7 +187,7 @@ def test_mean_and_standard_error_by_hand():
 
 @pytest.fixture
 def partial(config):
-    """Control with two seeds, states with one of two and a probe, the rest missing."""
+    """Results of the control with both seeds, of states with one seed and a probe; all others are missing."""
     runs = plan(config)
     finish(runs["control"][0], row("control", (11, 21, 31), (6, 16, 26)))
     finish(runs["control"][1], row("control", (13, 21, 31), (6, 16, 26)))
@@ -220,7 +220,7 @@ def test_csv_of_partial_results(config, partial):
     assert (states["mean"], states["standard_error"], states["seeds"]) == ("117.000", "", "1")
     assert states["paper"] == "21.000" and states["over_control"] == "6.000" and states["over_control_error"] == ""
     assert table["States, alone, grey", "t2i R@5"]["mean"] == "5.000"
-    assert table["the control once more", "i2t R@1"]["mean"] == "12.000"  # shown in both tables, trained once
+    assert table["the control once more", "i2t R@1"]["mean"] == "12.000"  # in both tables, but trained once
     assert table["big margin", "Rsum"]["mean"] == "" and table["big margin", "Rsum"]["seeds"] == "0"
     assert table["base CLIP", "Rsum"]["mean"] == "105.000"
 
@@ -252,7 +252,7 @@ def test_markdown_has_rows_probes_paper_and_marks(config, partial):
 def test_results_that_cant_be_used_are_left_out_with_the_reason(config, partial):
     expected = collect(config, partial)[:2]
     big, states = partial["big margin"], partial["States, alone"]
-    finish(big[0])  # no row but base CLIP
+    finish(big[0])  # only the row of base CLIP
     big[1].folder.mkdir()
     moved, own = row("base CLIP", (10, 20, 30), (5, 15, 26)), row("big margin", (10, 20, 30), (5, 15, 26))
     ResultFile({}, [moved, own]).save_json(big[1].folder / RESULTS)
@@ -272,7 +272,7 @@ def test_results_that_cant_be_used_are_left_out_with_the_reason(config, partial)
 
 
 def test_rows_under_another_name_are_left_out(config, partial):
-    """As in results of earlier versions, which had names only."""
+    """As in results of earlier versions, which only had names."""
     finish(partial["big margin"][0], row("big margin (pairwise)", (11, 21, 31), (6, 16, 26)))
     lines, _, left_out = collect(config, partial)
     assert "has the row 'big margin (pairwise)', expected rows of 'big margin' only" in left_out[0]
@@ -383,10 +383,10 @@ def test_the_launcher_reports_a_failure_and_runs_the_rest(config, sweep, tmp_pat
     assert "2 runs, 0 done, 2 to do here" in said and "failed: big margin, seed 0" in said
     assert {p.name for p in tmp_path.glob("results.*")} == {"results.csv", "results.md", "results.png"}
     scripted(config, tmp_path)
-    assert sweep("--shard", "1/2") == 0  # one is missing, and it is the other's
+    assert sweep("--shard", "1/2") == 0  # the missing run belongs to the other shard
     assert sweep() == 0 and len(evaluated) == 2
     (next(Path(config.out).glob("big-margin-*")) / "seed0" / RESULTS).write_text("{")
-    assert sweep() == 1  # a result that can't be used
+    assert sweep() == 1  # a result that can't be read
     assert "left out: " in capfd.readouterr().err and "## Results left out" in Path(f"{config.results}.md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Table 1: published figures, anomalies by hand, runs found by name, and baselines of towers that have no prompts."""
+"""Table 1: published figures, manually checked anomalies, runs found by name, baselines with towers without prompts."""
 
 import json
 from pathlib import Path
@@ -162,7 +162,7 @@ def timm_folder(tmp_path_factory):
 
 
 def write_timm_folder(folder, tower):
-    """A model whose image tower is timm's, in open_clip's own format; with SigLIP's bias on the logits."""
+    """Writes a model with a timm image tower and SigLIP's logit bias, in open_clip's own format."""
     config = {
         "embed_dim": 16,
         "init_logit_bias": -10,
@@ -262,12 +262,12 @@ def _rank_row(name, shards):
     retrieval, described = baseline(settings, split, captions, Accelerator(cpu=True), terminal)
     row = retrieval.base_row()
     found = row.i2t.recall, row.t2i.recall, retrieval.first["t2i"].candidates.tolist(), described
-    return found, retrieval.text, torch.from_numpy(retrieval.frozen.base)
+    return found, retrieval.text, torch.from_numpy(retrieval.frozen.base.__array__())
 
 
 def test_two_ranks_give_the_baseline_of_one(clip_folder, shards, tmp_path, fresh_accelerate):
     one, *features = _rank_row(clip_folder, shards)
     for found, *of_rank in run_ranks(_rank_row, tmp_path / "ranks", clip_folder, shards):
         assert found == one
-        torch.testing.assert_close(of_rank, features, rtol=0, atol=1e-5)  # twice as long would rank alike
+        torch.testing.assert_close(of_rank, features, rtol=0, atol=1e-5)  # scaled features would give the same ranks
     assert len({tuple(row) for row in one[2]}) > 10

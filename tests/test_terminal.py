@@ -1,4 +1,4 @@
-"""Progress, lines and tables: on a terminal, in a log file, in a narrow window."""
+"""Progress, lines and tables on a terminal, in a log file and in a narrow window."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from amp.terminal import PlainConsole, Terminal, duration
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """A clock that only a test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def log(monkeypatch):
     """A console that writes to a log file, and the file."""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as some CI sets it
+    monkeypatch.setenv("FORCE_COLOR", "1")  # some CI systems set it
     monkeypatch.delenv("COLUMNS", raising=False)
     return PlainConsole(file=io.StringIO())
 
@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_now_and_then_also_during_one_long_step(log, monkeypat
     monkeypatch.setattr(module, "LOG_SECONDS", 0.02)
     with log.progress("encoding photos", "photos") as report:
         report(32, 100)
-        wait_for(lambda: log.file.getvalue().count("32 of 100 photos") >= 3)  # nothing is reported meanwhile
+        wait_for(lambda: log.file.getvalue().count("32 of 100 photos") >= 3)  # repeated without new progress
     assert re.fullmatch(r"encoding photos: 32 of 100 photos, \d+ s so far", lines(log)[-2])
     assert re.fullmatch(r"encoding photos: 32 of 100 photos, took \d+ s", lines(log)[-1])
     assert not report._thread.is_alive()
@@ -74,7 +74,7 @@ def test_nothing_follows_a_phase_that_failed(log, monkeypatch):
 
 
 def test_time_left_comes_from_a_rate_and_not_from_the_first_item(log):
-    """The first of 113 took 38 s, since a model was loaded; the others take half a second: a minute's work."""
+    """The first of 113 items took 38 s, because a model was loaded. The others take 0.5 s, about a minute in total."""
     clock = Clock()
     progress = log.progress("states (Q2)", "captions")
     progress._bar.get_time = progress._task._get_time = clock
@@ -169,7 +169,7 @@ def test_tables_and_lines_in_a_log_are_whole(log):
     for test in TESTS:
         assert f"sugarcrepe_{test} " in shown
     assert "mean of groups" in lines(log)[1] and lines(log)[-1].endswith("end")
-    assert max(map(len, lines(log)[:-1])) < 150  # no wider than what is in it
+    assert max(map(len, lines(log)[:-1])) < 150  # not wider than its content
 
 
 @pytest.mark.parametrize("width", [80, 60])
@@ -181,7 +181,7 @@ def test_a_narrow_terminal_folds_and_drops_nothing(width):
     columns = list(zip(*(re.split("[┃│]", line)[1:-1] for line in shown.splitlines() if line[0] in "┃│"), strict=True))
     joined = ["".join(cell.strip() for cell in column) for column in columns]
     assert joined[0] == "test" + "".join(f"sugarcrepe_{test}" for test in TESTS)
-    console.print("skipped /photos/" + "holiday " * 20)  # a path cut in two can't be copied
+    console.print("skipped /photos/" + "holiday " * 20)  # a wrapped path can't be copied
     assert console.file.getvalue().splitlines()[-1] == "skipped /photos/" + "holiday " * 20
     assert joined[3] == "accuracy" + "71.5" * len(TESTS) and joined[4].replace(" ", "").startswith("meanofgroups")
 

@@ -1,4 +1,4 @@
-"""Captions enriched by their knowledge: the formula, step 0, and that training and search score against them."""
+"""Captions enriched by their knowledge: the formula, step 0, and use in training and search."""
 
 import math
 
@@ -21,7 +21,7 @@ def enriched():
 
 
 def test_the_formula_by_hand():
-    """Two captions, the second without any knowledge."""
+    """Two captions; the second has no knowledge."""
     layer = TextEnrichment(2, triplet_width=1)
     layer.states.weight.data = torch.tensor([[1.0, 2.0], [0.0, -1.0], [math.log(3), 0.0]])
     layer.triplets.weight.data = torch.tensor([[0.0], [4.0], [0.0]])

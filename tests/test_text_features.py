@@ -1,4 +1,4 @@
-"""The store of text features: what goes in comes out, once a text, whoever adds it."""
+"""The store of text features: features are read back equal and stored once per text, regardless of the process."""
 
 import multiprocessing
 import pickle
@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.models import make_clip
 
-from amp.data.text_features import TextFeatureStore, cut_texts, encode_texts, text_keys
+from amp.data.text_features import TextFeatureStore, cut_texts, encode_missing, text_keys
 from amp.errors import AmpError
 from amp.knowledge.text import surely_cut
 from amp.model.towers import make_backbone
@@ -20,7 +20,7 @@ TEXTS = ["a dog", "a dog runs", "", "two cats, asleep", "un chien naïf 🐕", "
 
 
 def features_of(texts, dim=6):
-    """A feature that depends on the text alone, so that no test can mix up rows."""
+    """A feature that depends only on the text, so that swapped rows are noticed."""
     return np.stack([np.random.default_rng(int(key) % 2**32).normal(size=dim) for key in text_keys(texts)]).astype("f4")
 
 
@@ -61,7 +61,7 @@ def test_another_process_is_seen_after_a_refresh(store, tmp_path):
 def test_missing_names_each_text_once_shortest_first(store):
     store.add(["a dog"], features_of(["a dog"]))
     assert store.missing(["long text", "b", "a dog", "c", "b", "long text"]) == ["b", "c", "long text"]
-    assert store.missing(text for text in ("a dog",)) == []  # any iterable
+    assert store.missing(text for text in ("a dog",)) == []  # accepts any iterable
 
 
 def test_a_text_without_feature_is_named(store):
@@ -143,7 +143,7 @@ def test_two_processes_add_at_once(tmp_path):
     texts = [f"text {i}" for i in range(200)]
     context = multiprocessing.get_context("fork")
     start = context.Barrier(2)
-    # The first half is everybody's, in the same segments; the second half has an owner each.
+    # Both processes add the first half, in the same segments; the other texts belong to one process each.
     shares = [texts[:100] + own for own in (texts[100:150], texts[150:])]
     processes = [context.Process(target=_add_many, args=(tmp_path, share, start)) for share in shares]
     for process in processes:
@@ -161,7 +161,7 @@ def test_two_processes_add_at_once(tmp_path):
 def test_stored_features_are_open_clips(store, tmp_path, backbone, tokenizer):
     texts = ["a dog", "A man in a red shirt throws a ball to a small dog.", "word " * 500, "", *TEXTS]
     store = TextFeatureStore(tmp_path, backbone.weights_hash("text"), backbone.embed_dim)
-    encode_texts(store, texts, backbone, tokenizer, batch_size=3)
+    encode_missing(store, texts, backbone, tokenizer, batch_size=3)
     for text in texts:  # one at a time, padded to the full context
         expected = backbone.clip.encode_text(tokenizer([text])).numpy()
         length = np.linalg.norm(expected)
@@ -177,11 +177,11 @@ def test_each_text_is_encoded_once(tmp_path, backbone, tokenizer, monkeypatch):
 
     store = TextFeatureStore(tmp_path, "ab", backbone.embed_dim)
     monkeypatch.setattr(backbone, "encode_text", count)
-    encode_texts(store, ["a", "b", "a", "c", "b"], backbone, tokenizer, batch_size=2)
+    encode_missing(store, ["a", "b", "a", "c", "b"], backbone, tokenizer, batch_size=2)
     assert sum(encoded) == 3 and len(store) == 3
-    encode_texts(store, ["c", "d", "d", "a"], backbone, tokenizer, batch_size=2)
+    encode_missing(store, ["c", "d", "d", "a"], backbone, tokenizer, batch_size=2)
     assert sum(encoded) == 4
-    encode_texts(store, ["a", "d"], backbone, tokenizer, batch_size=2)
+    encode_missing(store, ["a", "d"], backbone, tokenizer, batch_size=2)
     assert sum(encoded) == 4 and len(store) == 4
 
 
@@ -189,16 +189,16 @@ def test_ranks_share_the_work_and_report_it(tmp_path, backbone, tokenizer):
     texts = [f"text number {i}" for i in range(11)]
     stores = [TextFeatureStore(tmp_path, "ab", backbone.embed_dim) for _ in range(3)]
     progress = []
-    for rank, store in enumerate(stores):  # each counts before any of the others has added
-        encode_texts(store, texts, backbone, tokenizer, 2, rank, 3, lambda *done: progress.append(done), segment=3)
-    assert [len(store.missing(texts)) for store in stores] == [7, 3, 0]  # added since each was opened
+    for rank, store in enumerate(stores):  # each was opened before any texts were added
+        encode_missing(store, texts, backbone, tokenizer, 2, rank, 3, lambda *done: progress.append(done), segment=3)
+    assert [len(store.missing(texts)) for store in stores] == [7, 3, 0]  # of the ranks that ran later
     stores[0].refresh()
     assert stores[0].missing(texts) == [] and len(stores[0]) == 11
     assert [done for done in progress if done[0] == done[1]] == [(4, 4), (4, 4), (3, 3)]
 
 
 def test_cut_texts_are_those_that_have_too_many_tokens():
-    """With CLIP's tokenizer; the count by words, which needs none, never claims more."""
+    """With CLIP's tokenizer. The estimate from words, which needs no tokenizer, is never higher."""
     tokenizer = open_clip.SimpleTokenizer()
     words = ["dog", "don't", "1984", "...", "straße", "a_b", "&amp;", "o'clock", "½", "DON'T", "犬", "skateboarder's"]
     texts = ["", "dog " * 74, "dog " * 75, "dog " * 76, "犬" * 60]
@@ -211,7 +211,7 @@ def test_cut_texts_are_those_that_have_too_many_tokens():
 
 
 def test_a_tokenizer_whose_cuts_cannot_be_seen_is_refused():
-    def fills(texts, context_length):  # an end mark in the last place, for any text
+    def fills(texts, context_length):  # end token in the last position, for any text
         rows = torch.zeros(len(texts), context_length, dtype=torch.long)
         rows[:, -1] = 1
         return rows

@@ -1,4 +1,4 @@
-"""CLIPs with image towers of timm and text towers of Hugging Face: open_clip's own numbers at step 0, naive loops"""
+"""CLIPs with timm image towers and Hugging Face text towers, compared with open_clip at step 0 and with naive loops."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def every(*names):
 def test_the_pieces_make_encode_image_bit_for_bit(tower, images):
     clip = make_timm_clip(tower)
     expected, backbone = clip.encode_image(images), make_backbone(clip.train())
-    assert (expected[0] - expected[1]).abs().max() > 0.1  # else all towers would be equal
+    assert (expected[0] - expected[1]).abs().max() > 0.1  # otherwise all towers would look equal
     first = TOWERS[tower][-1]
     assert (backbone.num_prefix, backbone.num_patches, backbone.num_tokens) == (first, 16, first + 16)
     assert (backbone.vision_width, backbone.vision_heads, backbone.num_layers) == (32, 2, 3)
@@ -58,11 +58,11 @@ def test_the_pieces_make_encode_image_bit_for_bit(tower, images):
     assert not any(module.training for module in backbone.train().modules())
 
 
-# Each kind of block, and no, one and each block's own rotary embedding.
+# Each kind of block, with no, a shared and a per-block rotary embedding.
 @every("vit_token", "vit_post_norm", "eva02", "eva01", "perception", "eva_mixed")
 @torch.no_grad()
 def test_prompts_behind_the_patches_are_not_turned_and_patches_are(tower):
-    """One block on tokens with five prompts behind the patches, two of which nobody attends to."""
+    """One block on tokens with five prompts after the patches, two of which are masked."""
     backbone = make_backbone(make_timm_clip(tower))
     naive, tokens = TimmTower(backbone.visual), torch.randn(2, backbone.num_tokens + 5, 32)
     absent = torch.zeros(2, tokens.shape[1], dtype=torch.bool)
@@ -97,10 +97,10 @@ def test_recomputing_changes_neither_values_nor_gradients(tower, monkeypatch):
         tokens = given.requires_grad_()
         backbone.prompted_block(1, tokens, recompute).square().sum().backward()
         found.append(tokens.grad)
-    assert torch.equal(*found) and len(calls) == 3  # once, then once forward and once again backward
+    assert torch.equal(*found) and len(calls) == 3  # once without gradients, then in the forward and backward pass
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def timm_clip(name, **vision):
@@ -135,7 +135,7 @@ def test_other_towers_are_refused_by_name(name, vision, seen):
 
 
 def encoded(model, images, knowledge):
-    """Action-aware features of images with one caption's knowledge each, for any interaction."""
+    """Action-aware features of images, each with the knowledge of one caption, for any interaction."""
     return model.encode_image(images, knowledge, text=model.encode_text(model.tokenizer(CAPTIONS)))
 
 
@@ -158,10 +158,10 @@ def encoded(model, images, knowledge):
 )
 @torch.no_grad()
 def test_action_aware_features_start_as_the_base_models(tower, settings, images, knowledge):
-    """Bit for bit, and with gradients equal except for rounding. `cat` has no gate, here as in native towers.
+    """Bit for bit, or with gradients except for rounding. `cat` has no gate, as in native towers.
 
-    Without a token in front of the patches open_clip averages them as the convolution laid them out, channels first,
-    and AIM's are laid out anew: the sums are rounded in another order.
+    Towers without prefix tokens differ by rounding: open_clip averages the convolution's output with channels first,
+    but AIM's patches have another memory layout, so sums have another order.
     """
     settings = {**settings, "num_prompts": 0}
     clip, model = make_timm_clip(tower), make_timm_model(tower, **settings).train()
@@ -208,7 +208,7 @@ def test_visual_prompts_are_all_that_differs_at_step_0(tower, images, knowledge)
 )
 @torch.no_grad()
 def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
-    """Without knowledge, with one triplet, and with padding that a loop doesn't have."""
+    """Without knowledge, with one triplet, and with padding, which the naive loop doesn't have."""
     model = make_timm_model(tower, trained=True, **aim_settings(1, interaction=interaction, num_prompts=3))
     batch = model.prepare_knowledge(knowledge)
     features = model(images, Captions(batch), plain=ALL)
@@ -222,7 +222,7 @@ def test_the_whole_model_is_a_naive_loop(tower, interaction, images, knowledge):
 @pytest.mark.parametrize(("tower", "blocks"), [("siglip", 0), ("eva_average", 0), ("perception", 1)])
 @torch.no_grad()
 def test_the_readout_asks_the_patches_alone(tower, blocks, images, knowledge):
-    """Of the last block, behind the norm that comes before pooling or after it; class token and registers stay out."""
+    """It attends to the last block's patches after the final norms, without class token and registers."""
     options = {"blocks": blocks}
     model = make_timm_model(tower, trained=True, depth=1 / 3, interaction_options=options, enrich=False)
     readout = model.interaction.readout
@@ -238,7 +238,7 @@ def test_the_readout_asks_the_patches_alone(tower, blocks, images, knowledge):
         seen = naive.trunk.fc_norm(naive.trunk.norm(tokens))[first:] if seen is None else seen
         key, value = readout.key(seen), readout.value(seen)
         asked = queries[i][: 1 + int(batch.mask[i].sum())]
-        answers = (asked @ key.T / math.sqrt(len(key.T))).softmax(dim=1) @ value  # of one head, d is below 64
+        answers = (asked @ key.T / math.sqrt(len(key.T))).softmax(dim=1) @ value  # one head, because d is below 64
         want = naive.pool(tokens) + readout.out(answers.mean(dim=0))
         got = model(images, captions).conditioned[i]
         assert readout.heads == 1
@@ -262,7 +262,7 @@ def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interacti
     names, moved, losses = trainable_names(model, 1), set(), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.tower.recompute = True
-    for step in range(2):  # behind a gate of zero gradients are zero before the first step
+    for step in range(2):  # with a zero gate, gradients are zero in the first step
         loss = Objective(1, model.interaction)(model, batch, step)[0]
         optimizer.zero_grad()
         loss.backward()
@@ -271,7 +271,7 @@ def test_a_training_step_moves_all_that_is_new_and_nothing_else(tower, interacti
         optimizer.step()
     assert all(math.isfinite(loss) for loss in losses)
     still = names - moved
-    # A constant added to all keys changes no softmax, and the readout asks nothing for a caption without knowledge.
+    # A constant added to all keys doesn't change the softmax, and captions without knowledge have no queries.
     assert still <= {"interaction.readout.key.bias", "triplet_encoder.null"} if interaction == "readout" else not still
     assert moved <= names
     assert not [name for name, p in model.backbone.named_parameters() if p.requires_grad or p.grad is not None]
@@ -329,7 +329,7 @@ def test_adapters_know_their_tower(tmp_path, images, knowledge):
 
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "PE-Core-T-16-384"])
 def test_shapes_of_real_models_without_their_weights(name):
-    """open_clip's own configurations on the meta device, as a plan builds them; 16-bit weights stand for all."""
+    """open_clip's configurations on the meta device, as in a plan, with 16-bit weights."""
     prefix, width, d_t, d = {
         "ViT-B-16-SigLIP": (0, 768, 768, 768),
         "PE-Core-T-16-384": (1, 192, 512, 512),
@@ -356,7 +356,7 @@ def test_shapes_of_real_models_without_their_weights(name):
 
 @pytest.fixture(scope="module")
 def text_folders(tmp_path_factory):
-    """`text_folders(kind)` names a model with that text tower behind a tower of timm."""
+    """`text_folders(kind)` returns the name of a model with this text tower and a timm image tower."""
     made = {}
 
     def named(kind, tower="siglip"):
@@ -404,7 +404,7 @@ def test_a_hugging_face_text_tower_behind_a_native_image_tower(text_folders, ima
 
 
 def test_slots_of_sentencepiece(text_folders):
-    """Without start and end marks, without marks of words that stand alone, cleaned as the captions are."""
+    """Without start and end tokens, without single word-boundary tokens, and cleaned like captions."""
     tokenizer = open_clip.get_tokenizer(text_folders("xlm-roberta"))
     vocabulary = tokenizer.tokenizer.convert_tokens_to_ids
     slots = TripletTokenizer(tokenizer, 1)
@@ -419,14 +419,14 @@ def test_slots_of_sentencepiece(text_folders):
     assert ids("cat") == vocabulary(["c", "a", "t"])
     assert ids("") == ids("  ") == []
     assert ids("犬") == [vocabulary("<unk>")]
-    tokenizer.clean_fn = open_clip.tokenizer.get_clean_fn("canonicalize")  # as SigLIP's
+    tokenizer.clean_fn = open_clip.tokenizer.get_clean_fn("canonicalize")  # like SigLIP's
     assert TripletTokenizer(tokenizer, 1).slot("Red, DOG!")[0].tolist()[:2] == vocabulary(["▁red", "▁dog"])
     assert TripletTokenizer(tokenizer, 1).slot("...")[1] == 0
 
 
 def test_an_unknown_text_configuration_is_one_clear_error(text_folders, monkeypatch):
-    """The text tower's own configuration may lie elsewhere, such as on the hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # its client tries for a minute
+    """The configuration of the text tower may be stored elsewhere, such as on the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the client retries for a minute
     folder = text_folders("bert", "eva02").removeprefix("local-dir:")
     path = Path(folder, "open_clip_config.json")
     config = json.loads(path.read_text())
@@ -439,7 +439,7 @@ def test_an_unknown_text_configuration_is_one_clear_error(text_folders, monkeypa
 
 
 def test_both_towers_from_elsewhere_are_trained_and_evaluated(text_folders, shards, tmp_path, fresh_accelerate):
-    """The whole chain by its launchers: early tokens and texts in caches, AIM, adapters read again."""
+    """The complete workflow with the launchers: cached early tokens and texts, AIM, adapters that are loaded again."""
     name = text_folders("xlm-roberta", "perception")
     common = {
         "model.name": name,

@@ -1,4 +1,4 @@
-"""The transformers engine against plain `generate` calls, with real and with tiny random weights."""
+"""The transformers engine compared with plain `generate` calls, with real and with tiny random weights."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def texts(engine, suffixes=SUFFIXES, grammar=None, sampling=SAMPLING, seeds=None
 
 
 def one_by_one(engine, suffixes=SUFFIXES, **options) -> list[str]:
-    """transformers' own `generate`, one call a caption with the whole prompt: no cache, no batch, none of our loop."""
+    """One `generate` call of transformers per caption with the whole prompt, without prefix cache and batches."""
     before, tail = engine.prefix_ids(PREFIX)
     found = []
     for suffix in suffixes:
@@ -69,7 +69,7 @@ def test_equals_plain_generate(engine):
 
 
 def test_equals_plain_generate_with_a_grammar(engine):
-    """The reference allows, token by token, what llguidance's own validation of the whole reply allows."""
+    """At each step the reference allows the tokens that llguidance's validation of the whole reply accepts."""
     from llguidance import LLMatcher
     from llguidance.hf import from_tokenizer
 
@@ -100,7 +100,7 @@ def test_grammar_holds(engine):
 
 @pytest.mark.slow
 def test_without_a_grammar_some_replies_break_the_form(engine):
-    """Else the tests above would show nothing."""
+    """Otherwise the tests above would be trivial."""
     free = texts(engine, sampling=Sampling(96))
     assert not all(re.fullmatch(g.regex(), text) for text, g in zip(free, grammars(), strict=True))
 
@@ -128,7 +128,7 @@ def test_special_tokens_in_a_caption_stay_text(engine):
 
 
 def test_prompt_is_the_chat_templates(engine):
-    """Our pieces joined are what the tokenizer makes of the whole conversation."""
+    """The joined parts equal the tokenizer's output for the whole conversation."""
     turns = [{"role": m.role, "content": m.content} for m in (*PREFIX, Message("user", SUFFIXES[0]))]
     whole = engine.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
     before, tail = engine.prefix_ids(PREFIX)
@@ -140,7 +140,7 @@ def test_samples_depend_on_the_seed_alone(engine):
     hot = Sampling(24, temperature=0.9)
     first = texts(engine, sampling=hot, seeds=[1, 2, 3, 4])
     assert texts(engine, sampling=hot, seeds=[1, 2, 3, 4]) == first
-    for number in (0, 3):  # independent of the batch: above, these were not the first rows
+    for number in (0, 3):  # independent of batch and row
         assert texts(engine, SUFFIXES[number : number + 1], sampling=hot, seeds=[number + 1]) == [first[number]]
     other = texts(engine, sampling=hot, seeds=[5, 6, 7, 8])
     assert sum(a != b for a, b in zip(first, other, strict=True)) >= 3
@@ -182,7 +182,7 @@ def test_families_equal_plain_generate(tmp_path, smollm2, family):
     )
     expected = one_by_one(engine)
     assert texts(engine) == expected
-    assert len(set(expected)) > 1  # the caption reaches the reply
+    assert len(set(expected)) > 1  # the reply depends on the caption
 
 
 def test_sliding_windows_aren_t_padded(tmp_path, smollm2):
@@ -232,7 +232,7 @@ def test_folders_that_hold_no_model(tmp_path, smollm2):
 
 @pytest.fixture(scope="module")
 def vicuna(tmp_path_factory):
-    """A folder as Llama-2 and Vicuna have it: a SentencePiece model trained here, no chat template, random weights."""
+    """A folder like those of Llama-2 and Vicuna: SentencePiece model trained here, no chat template, random weights."""
     import sentencepiece
     import transformers
 

@@ -1,4 +1,4 @@
-"""docs/tutorial.md: its commands and its Python, run in order as they stand there, on fewer scenes."""
+"""Runs the commands and Python code of docs/tutorial.md in order and unchanged, but with fewer scenes."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from support.repository import QUIET_ENVIRONMENT, ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PAGE = (ROOT / "docs/tutorial.md").read_text().split("## Your own photos")[0]
-SCENES = {"4000": "256", "400": "300"}  # one batch; the scenes that the Python block names are below 300
+SCENES = {"4000": "256", "400": "300"}  # one batch; the Python block uses scenes below 300
 LINKS = ("tools", "launchers")  # folders of the clone that the commands read
 
 

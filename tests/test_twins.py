@@ -1,4 +1,4 @@
-"""Twin accuracy (tools/scenes/twins.py) against open_clip alone and against one public call per pair."""
+"""Twin accuracy (tools/scenes/twins.py) compared with open_clip itself and with one public call per pair."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
         torch.manual_seed(1)
         config = amp.PromptConfig(knowledge, **SETTINGS)
         model, _, _ = amp.create_model_and_transforms(MICRO_CLIP, prompt_config=config)
-        if model.interaction.conditioned:  # so that knowledge shows on both sides
+        if model.interaction.conditioned:  # so that knowledge changes images and texts
             model.interaction.aim.gate.data.normal_(std=2.0)
             model.text_enrichment.states.weight.data.normal_(std=0.1)
         model.text_enrichment.adapt.weight.data.normal_(std=0.3)
@@ -73,7 +73,7 @@ def test_won_comparisons_equal_a_naive_loop(world, name):
 
 
 def test_models_differ(world):
-    """Else the comparison with the naive loop would say nothing about conditioning."""
+    """Otherwise the comparison with the naive loop would not test conditioning."""
     rows = rows_of(world[0])
     assert len({tuple(rows[n][c]["won"] for c in comparisons.CHANGES) for n in ("base CLIP", "control", "aware")}) > 1
 
@@ -89,9 +89,9 @@ def test_the_control_has_no_grey_row(world):
 
 
 def test_ties_are_half_won_and_errors_are_over_twins():
-    """Three pairs of pictures of two captions each: won 2, 1 and one tie."""
+    """Three pairs of pictures with two captions each: both won, one won, and ties."""
     own, other = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([1, 0, 3, 2, 5, 4])
-    table = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])  # how much the own picture of caption c is ahead
+    table = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])  # score of the own picture of caption c
 
     def score(images, captions):
         return torch.where(images == own[captions], table[captions], torch.where(captions == 3, 1.0, 0.0))
@@ -101,7 +101,7 @@ def test_ties_are_half_won_and_errors_are_over_twins():
     gains = np.array([[1, 1], [1, 0], [0.5, 0.5]])
     assert (row["won"], row["ties"], row["comparisons"]) == (3, 2, 6)
     assert row["accuracy"] == pytest.approx(100 * gains.mean())
-    # Equal pairs: the standard error of a mean of three pair means.
+    # All pairs have the same size, so this is the standard error of the mean of three pair means.
     assert row["standard_error"] == pytest.approx(100 * gains.mean(1).std(ddof=1) / np.sqrt(3))
 
 

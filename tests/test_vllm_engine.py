@@ -1,6 +1,6 @@
-"""The vllm engine's calls, against vLLM's interface as its documentation of 0.11 and 0.9 has it.
+"""The vllm engine's calls, checked against vLLM's documented interface (0.11 and 0.9).
 
-vLLM itself needs a GPU. What stands here for it is its signatures, not a part of ours.
+vLLM needs a GPU, so it is replaced by a stand-in with its signatures.
 """
 
 import sys

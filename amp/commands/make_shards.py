@@ -15,6 +15,10 @@ see amp index_shards)::
 
     amp make_shards --captions 'cc3m/{00000..00331}.tar' --out data/cc3m [--caption_keys raw_caption longIB_captions]
 
+A dataset of the Hugging Face hub, or a folder that its package `datasets` opens::
+
+    amp make_shards --captions datasets:NAME --out data/mine
+
 Smaller images for a slow disk, few images for a quick try, a subset of the splits::
 
     amp make_shards ... --resize 336 --limit 500 --splits train val
@@ -44,7 +48,13 @@ def parser():
         usage="%(prog)s --captions FILE|TARS [--images FOLDER] --out FOLDER [options]",
         description=__doc__.partition("\n")[0],
     )
-    parser.add_function_arguments(make_shards, skip={"splits", "command", "console"})
+    parser.add_function_arguments(make_shards, skip={"images", "splits", "command", "console"})
+    parser.add_argument(
+        "--images",
+        type=str,
+        help="folder that the paths of the image files are relative to; not needed if the captions file or dataset "
+        "contains its photos (they are written to this folder; OUT/photos by default)",
+    )
     parser.add_argument("--splits", nargs="+", type=str, help="splits to convert; all by default")
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser

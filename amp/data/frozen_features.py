@@ -6,7 +6,7 @@ never changes, so it is stored: (F + M) x d_v numbers per image, memory-mapped.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,65 @@ from torch.utils.data import DataLoader, Dataset
 
 from amp.cores import decoding_workers
 from amp.data.images.decode import DECODING_VERSION
+from amp.data.recent import Recent
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.folders import build_folder
 from amp.model.clip import ActionAwareCLIP
+
+
+class Rows:
+    """The rows of several arrays, memory-mapped when they are first needed, as one array.
+
+    Args:
+        files: One `.npy` file per part.
+        sizes: Number of rows of each file.
+    """
+
+    def __init__(self, files: Sequence[Path], sizes: Sequence[int]):
+        self.files, self._starts = list(files), np.concatenate([[0], np.cumsum(sizes)])
+        self._open: Recent[np.ndarray] = Recent()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __reduce__(self):
+        return Rows, (self.files, np.diff(self._starts))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self._part(0).shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._part(0).dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(np.concatenate([self._part(i) for i in range(len(self.files))]), dtype)
+
+    def __getitem__(self, index) -> np.ndarray:
+        """Selects one row, or the rows of an int64 array (n,)."""
+        if np.ndim(index) == 0:
+            part = int(np.searchsorted(self._starts, index, side="right")) - 1
+            return self._part(part)[index - self._starts[part]]
+        parts = np.searchsorted(self._starts, index, side="right") - 1
+        out = np.empty((len(index), *self.shape[1:]), self.dtype)
+        for part in np.unique(parts):
+            out[parts == part] = self._part(part)[index[parts == part] - self._starts[part]]
+        return out
+
+    def _part(self, number: int) -> np.ndarray:
+        return self._open.get(number, lambda: self._load(number))
+
+    def _load(self, number: int) -> np.ndarray:
+        file, rows = self.files[number], int(self._starts[number + 1] - self._starts[number])
+        try:
+            found = np.load(file, mmap_mode="r", allow_pickle=False)
+            if len(found) != rows:
+                raise ValueError(f"{len(found)} rows; expected {rows}")
+        except (OSError, ValueError, EOFError) as error:
+            raise AmpError(f"{file}: can't be read ({error}); remove its folder; it will be made again") from error
+        return found
 
 
 class FrozenFeatures:
@@ -29,30 +84,27 @@ class FrozenFeatures:
         base: The frozen CLIP's image features (I, d).
     """
 
-    def __init__(self, early: np.ndarray | None, base: np.ndarray):
+    def __init__(self, early: np.ndarray | Rows | None, base: np.ndarray | Rows):
         self.early, self.base = early, base
 
     def __len__(self) -> int:
         return len(self.base)
 
     @property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> np.ndarray | Rows:
         """`early`, which must have been loaded."""
         assert self.early is not None, "these features were loaded without their tokens"
         return self.early
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, tokens: bool = True) -> "FrozenFeatures":
-        """Memory-maps the files that `compute_frozen_features` wrote to a folder; `early` only if `tokens`.
+    def load(cls, folders: Sequence[Path], sizes: Sequence[int], tokens: bool = True) -> "FrozenFeatures":
+        """Opens folders that `compute_frozen_features` wrote, one per shard; `early` only if `tokens`.
 
         Raises:
-            AmpError: A file is missing or truncated.
+            AmpError: A file is missing or truncated. Files are opened when they are first needed.
         """
-        try:
-            early = np.load(Path(folder) / "early.npy", mmap_mode="r", allow_pickle=False) if tokens else None
-            return cls(early, np.load(Path(folder) / "base.npy", mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise AmpError(f"{folder}: can't be read ({error}); remove the folder; it will be made again") from error
+        early = Rows([folder / "early.npy" for folder in folders], sizes) if tokens else None
+        return cls(early, Rows([folder / "base.npy" for folder in folders], sizes))
 
 
 class SplitImages(Dataset):
@@ -68,12 +120,16 @@ class SplitImages(Dataset):
         return self.preprocess(self.split.image(index))
 
 
-def features_folder(root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str) -> Path:
-    """Folder of a split's features. Its name depends on everything that determines the features."""
+def features_folders(
+    root: str | os.PathLike, split: ShardSplit, model: ActionAwareCLIP, preprocess, dtype: str
+) -> list[Path]:
+    """Folder of each shard's features. Its name depends on everything that determines the features."""
     parts = [model.backbone.weights_hash("vision"), str(model.tower.first), repr(preprocess), dtype]
     parts += [f"pixels {DECODING_VERSION}"]
-    parts += [shard.content for shard in split.shards]
-    return Path(root) / f"image-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"
+    return [
+        Path(root) / f"image-{hashlib.sha256('|'.join([*parts, *shard.photos]).encode()).hexdigest()[:16]}"
+        for shard in split.shards
+    ]
 
 
 @torch.no_grad()
@@ -88,23 +144,21 @@ def compute_frozen_features(
     progress: Callable[[int, int], None] | None = None,
     tokens: bool = True,
 ) -> FrozenFeatures:
-    """Computes the frozen features of a split, or opens the stored ones if `folder` exists.
+    """Computes the frozen features of a split.
 
     The computation uses the weights' own precision, never autocast, so that runs of any mixed precision share a folder.
 
     Args:
-        split: Split with the images.
+        split: The images, of one shard if they are stored (`ShardSplit.of_shard`).
         model: Model on its device.
         preprocess: The validation transform; it must not be random.
         batch_size: Images per forward pass.
         workers: Number of decoding processes.
-        folder: Folder to store the arrays in; None keeps them in memory.
+        folder: New folder to store the arrays in; None keeps them in memory.
         dtype: Type of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
         tokens: Whether to keep the early tokens in addition to the base features.
     """
-    if folder is not None and folder.is_dir():
-        return FrozenFeatures.load(folder, tokens)
     backbone, device = model.backbone, model.logit_scale.device
     shape = (len(split), backbone.num_tokens, backbone.vision_width)
     workers = decoding_workers(workers, device.type == "cuda")
@@ -137,4 +191,4 @@ def compute_frozen_features(
         np.save(temporary / "base.npy", fill(early))
         if early is not None:
             early.flush()
-    return FrozenFeatures.load(folder, tokens)
+    return FrozenFeatures.load([folder], [len(split)], tokens)

@@ -15,13 +15,13 @@ from amp.errors import AmpError
 WINDOW = 64  # shards that are mixed with each other, and thus files that are read at a time
 
 
-def epoch_order(
+def epoch_windows(
     shard_sizes: Sequence[int], seed: int, epoch: int, window: int, neighbours: np.ndarray | None = None, group: int = 1
-) -> np.ndarray:
-    """Shuffled sample indices of a split, one per image.
+) -> Iterator[np.ndarray]:
+    """Shuffled sample indices of a split, one per image, one window of shards after the other.
 
     Shards are shuffled, then the samples within each window of `window` shards, so that a batch mixes that many shards
-    and reads from as many open files.
+    and reads from as many open files. Memory doesn't depend on the size of the split.
 
     Args:
         shard_sizes: Number of samples in each shard.
@@ -31,18 +31,18 @@ def epoch_order(
         neighbours: Samples to be placed next to each sample, best first (I, k). Samples of other windows are ignored.
         group: Maximum number of samples that are placed next to each other because of `neighbours`.
 
-    Returns:
-        Indices int64 (sum of sizes,) into the concatenated shards.
+    Yields:
+        Indices int64 (sum of the window's sizes,) into the concatenated shards.
     """
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
     shards = rng.permutation(len(shard_sizes))
-    parts = []
     for low in range(0, len(shards), window):
         samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[low : low + window]])
         samples = rng.permutation(samples)
-        parts.append(samples if neighbours is None or group < 2 else in_groups(samples, neighbours, group, rng))
-    return np.concatenate(parts).astype(np.int64)
+        if neighbours is not None and group > 1:
+            samples = in_groups(samples, neighbours, group, rng)
+        yield samples.astype(np.int64)
 
 
 def in_groups(samples: np.ndarray, neighbours: np.ndarray, group: int, rng: np.random.Generator) -> np.ndarray:
@@ -79,7 +79,7 @@ class BatchOrder:
         batch_size: Number of samples per rank and batch.
         rank, world: Rank of this process, and number of processes.
         seed: Random seed of the run.
-        neighbours, group, window: See `epoch_order`.
+        neighbours, group, window: See `epoch_windows`.
         accumulation: Batches per step. An epoch is cut into whole steps, so that a step of 16 samples has the same
             samples as 1 x 16, 2 x 8 or 4 x 4.
 
@@ -126,8 +126,15 @@ class BatchOrder:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.shard_sizes, self.seed, self.epoch, self.window, self.neighbours, self.group)
+        windows = epoch_windows(self.shard_sizes, self.seed, self.epoch, self.window, self.neighbours, self.group)
         size = self.batch_size * self.world
-        for step in range(self.start, self.steps):
-            start = step * size + self.rank * self.batch_size
-            yield [(int(i), self.epoch) for i in order[start : start + self.batch_size]]
+        left_out = self.start * size  # samples of earlier batches
+        order = np.empty(0, np.int64)
+        for _ in range(self.start, self.steps):
+            while len(order) < size:
+                window = next(windows)
+                order = np.concatenate([order, window[left_out:]])
+                left_out = max(0, left_out - len(window))
+            batch, order = order[:size], order[size:]
+            mine = batch[self.rank * self.batch_size :][: self.batch_size]
+            yield [(int(i), self.epoch) for i in mine]

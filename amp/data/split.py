@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -10,11 +11,12 @@ from typing import TypeVar
 from PIL import Image
 
 from amp.data.images.decode import decode_rgb
-from amp.data.shards import ShardManifest, ShardReader
+from amp.data.recent import SHARDS
+from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge, parse_knowledge
 
-MAX_OPEN = 256
+MAX_OPEN = SHARDS
 Decoded = TypeVar("Decoded")
 
 
@@ -25,16 +27,32 @@ class ShardSplit:
         root: Folder with a `manifest.json`.
         split: Name of the split in the manifest.
 
+    Attributes:
+        shards: The shards, in order.
+        sizes: Number of samples in each shard.
+        without_knowledge: Number of captions without a knowledge record.
+
     Raises:
         AmpError: The folder or split doesn't exist, or the split can't be used.
     """
 
     def __init__(self, root: str | Path, split: str):
         self.root, self.name = Path(root), split
-        self.shards = ShardManifest.load(root).split(split)
-        self.sizes = [shard.samples for shard in self.shards]
+        manifest = ShardManifest.load(root)
+        self._set_shards(manifest.split(split))
+        self.without_knowledge = manifest.captions_without_knowledge[split]
+
+    def _set_shards(self, shards: list[ShardInfo]) -> None:
+        self.shards = shards
+        self.sizes = [shard.samples for shard in shards]
         self._starts = [0, *accumulate(self.sizes)]
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def of_shard(self, number: int) -> "ShardSplit":
+        """The samples of one shard, given by its number."""
+        part = copy(self)
+        part._set_shards([self.shards[number]])
+        return part
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -43,7 +61,7 @@ class ShardSplit:
         return {**self.__dict__, "_readers": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[ShardReader, int]:
-        shard = bisect_right(self._starts, index) - 1
+        shard = self.shard_of(index)
         if shard not in self._readers:
             if len(self._readers) >= MAX_OPEN:
                 self._readers.popitem(last=False)[1].close()
@@ -95,3 +113,7 @@ class ShardSplit:
     def records(self) -> Iterator[dict]:
         """All records in order."""
         return (self.record(i) for i in range(len(self)))
+
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that contains a sample."""
+        return bisect_right(self._starts, index) - 1

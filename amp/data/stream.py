@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -14,12 +16,16 @@ from amp.cores import decoding_workers
 from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder, caption_of_epoch
 from amp.data.pixels import RandomCrop
+from amp.data.shard_texts import ShardTexts
 from amp.data.shared_images import SharedImages
 from amp.data.split import ShardSplit
 from amp.data.text_features import TextFeatureStore
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.tensors import KnowledgeBatch, TripletTokenizer
 from amp.knowledge.text import tower_texts
+
+TextTokenizer = Callable[[list[str]], torch.Tensor]
+"""open_clip's tokenizers: n texts to token ids int64 (n, context length)."""
 
 
 @dataclass
@@ -33,6 +39,8 @@ class Batch:
         knowledge: Knowledge of the captions.
         image_ids: Image ids int64 (B,); equal ids are the same image.
         samples: Position of each image in its split, int64 (B,); None if it is not needed.
+        tokens: Token ids of the captions and then of the P texts of their knowledge, int64 (B + P, context length), if
+            `text` and `knowledge.states` are still to be computed (`encoded`).
         crop: Crop that normalizes uint8 images on the device.
     """
 
@@ -42,6 +50,7 @@ class Batch:
     knowledge: KnowledgeBatch
     image_ids: torch.Tensor
     samples: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
     crop: RandomCrop | None = None
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
@@ -49,6 +58,15 @@ class Batch:
         if self.crop is not None and batch.images.dtype == torch.uint8:
             batch.images = self.crop.normalized(batch.images)
         return batch
+
+    def encoded(self, encode: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Fills in the features of the texts; `encode` maps token ids (n, context length) to features (n, d)."""
+        if self.tokens is None:
+            return self
+        features, captions = encode(self.tokens).to(self.text.dtype), len(self.text)
+        states = torch.zeros_like(self.knowledge.states)
+        states[self.knowledge.mask] = features[captions:]
+        return replace(self, text=features[:captions], knowledge=replace(self.knowledge, states=states), tokens=None)
 
     def pin_memory(self) -> "Batch":
         return self._map(lambda x: x.pin_memory())
@@ -83,12 +101,19 @@ class KnowledgeCollator:
         self.tokenizer, self.store, self.setting = tokenizer, store, setting
 
     def __call__(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
+        texts = [text for item in knowledge for text in self.texts(item)]
+        return self.with_states(knowledge, self.store.lookup(texts) if texts else None)
+
+    def texts(self, knowledge: Knowledge) -> list[str]:
+        """The texts of one caption's knowledge."""
+        return tower_texts(knowledge, self.tokenizer.max_triplets, self.setting)
+
+    def with_states(self, knowledge: Sequence[Knowledge], features: np.ndarray | None) -> KnowledgeBatch:
+        """Collates knowledge, given the features (P, d) of all its texts in order. None leaves the states zero."""
         tokens, token_mask, mask = self.tokenizer(knowledge)
         states = torch.zeros(*mask.shape, self.store.dim)
-        k = self.tokenizer.max_triplets
-        texts = [text for item in knowledge for text in tower_texts(item, k, self.setting)]
-        if texts:
-            states[mask] = torch.from_numpy(self.store.lookup(texts))
+        if features is not None:
+            states[mask] = torch.from_numpy(features)
         return KnowledgeBatch(tokens, token_mask, states, mask)
 
 
@@ -118,7 +143,7 @@ class TrainingSamples(Dataset):
     def image_type(self) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and type of each image; None if they depend on `preprocess`."""
         if self.frozen is not None:
-            return self.frozen.tokens.shape[1:], torch.from_numpy(self.frozen.tokens[:0].copy()).dtype
+            return self.frozen.tokens.shape[1:], torch.from_numpy(np.empty(0, self.frozen.tokens.dtype)).dtype
         return None if self.crop is None else ((3, *self.crop.crop.size), torch.uint8)
 
     def __getitem__(self, item: tuple[int, int]):
@@ -141,20 +166,46 @@ class TrainingSamples(Dataset):
 
 
 class _Collate:
-    def __init__(self, knowledge: KnowledgeCollator, crop: RandomCrop | None, shared: SharedImages | None):
-        self.knowledge, self.crop, self.shared = knowledge, crop, shared
+    def __init__(
+        self,
+        samples: TrainingSamples,
+        knowledge: KnowledgeCollator,
+        texts: ShardTexts | TextTokenizer | None,
+        shared: SharedImages | None,
+    ):
+        self.split, self.crop = samples.split, samples.crop
+        self.knowledge, self.texts, self.shared = knowledge, texts, shared
 
     def __call__(self, samples: list) -> Batch:
         images, base, texts, knowledge, ids, indices = zip(*samples, strict=True)
+        text, collated, tokens = self._texts(texts, knowledge, indices)
         return Batch(
             default_collate(list(images)) if self.shared is None else self.shared.put(images),
             None if base[0] is None else torch.stack([torch.from_numpy(b.copy()) for b in base]),
-            torch.from_numpy(self.knowledge.store.lookup(texts)),
-            self.knowledge(knowledge),
+            text,
+            collated,
             torch.tensor(ids),
             torch.tensor(indices),
+            tokens,
             self.crop,
         )
+
+    def _texts(
+        self, captions: Sequence[str], knowledge: Sequence[Knowledge], indices: Sequence[int]
+    ) -> tuple[torch.Tensor, KnowledgeBatch, torch.Tensor | None]:
+        """Caption features (B, d), knowledge, and token ids if the features are computed in the step."""
+        if self.texts is None:
+            return torch.from_numpy(self.knowledge.store.lookup(captions)), self.knowledge(knowledge), None
+        of_knowledge = [self.knowledge.texts(item) for item in knowledge]
+        texts = [*captions, *chain.from_iterable(of_knowledge)]
+        if not isinstance(self.texts, ShardTexts):
+            empty = torch.zeros(len(captions), self.knowledge.store.dim)
+            return empty, self.knowledge.with_states(knowledge, None), self.texts(texts)
+        shards = [self.split.shards[self.split.shard_of(index)].texts for index in indices]
+        owners = [shard for shard, found in zip(shards, of_knowledge, strict=True) for _ in found]
+        features = self.texts.lookup(texts, [*shards, *owners])
+        states = self.knowledge.with_states(knowledge, features[len(captions) :] if owners else None)
+        return torch.from_numpy(features[: len(captions)]), states, None
 
 
 def stable_id(image_id: int | str) -> int:
@@ -169,6 +220,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
     worker_init: Callable[[int], None] | None = None,
+    texts: ShardTexts | TextTokenizer | None = None,
 ) -> DataLoader:
     """Makes a loader of one rank's batches, in the order given by `order`, regardless of the number of workers.
 
@@ -181,6 +233,8 @@ def training_loader(
         workers: Number of decoding processes.
         pin_memory: Whether batches are copied to page-locked memory.
         worker_init: Called in each worker with the worker's number.
+        texts: Features of the split's texts by shard, or a function that returns the token ids of n texts, for
+            features that are computed in the step. None uses the collator's store.
     """
     workers, ahead = decoding_workers(workers, gpu=pin_memory), 4
     image, shared = samples.image_type(), None
@@ -192,7 +246,7 @@ def training_loader(
         samples,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_Collate(knowledge, samples.crop, shared),
+        collate_fn=_Collate(samples, knowledge, texts, shared),
         pin_memory=pin_memory,
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,  # safe, because the order and the epoch are read in the main process

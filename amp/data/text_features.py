@@ -28,7 +28,7 @@ class TextFeatureStore:
     """
 
     def __init__(self, root: str | os.PathLike, key: str, dim: int, dtype: str = "float32"):
-        self.folder = Path(root) / f"text-{key[:16]}-{dtype}"
+        self.folder = texts_folder(root, key, dtype)
         self.dim, self.dtype = dim, np.dtype(dtype)
         self._segments: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.refresh()
@@ -37,21 +37,7 @@ class TextFeatureStore:
         """Maps segments that other processes have added."""
         for path in sorted(self.folder.glob("segment-*")):
             if path.name not in self._segments:
-                try:
-                    keys, features = (
-                        np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                        for name in ("keys", "features")
-                    )
-                except (OSError, ValueError, EOFError) as error:
-                    raise AmpError(
-                        f"{path}: can't be read ({error}); remove the folder; it will be made again"
-                    ) from error
-                if features.shape != (len(keys), self.dim):
-                    raise AmpError(
-                        f"{path}: features of shape {features.shape}; expected {(len(keys), self.dim)}; remove the "
-                        "folder; it will be made again"
-                    )
-                self._segments[path.name] = (keys, features)
+                self._segments[path.name] = open_segment(path, self.dim)
 
     def __len__(self) -> int:
         return sum(len(keys) for keys, _ in self._segments.values())
@@ -61,31 +47,16 @@ class TextFeatureStore:
         root, key = self.folder.parent, self.folder.name.split("-")[1]
         return TextFeatureStore, (root, key, self.dim, self.dtype.name)
 
-    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Segment number and row of each key; -1 if it is in no segment."""
-        where, row = np.full(len(keys), -1), np.full(len(keys), -1)
-        for number, (known, _) in enumerate(self._segments.values()):
-            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            hit = (where < 0) & (known[place] == keys)
-            where[hit], row[hit] = number, place[hit]
-        return where, row
-
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The distinct texts without a feature, shortest first, so that texts of similar length share a batch."""
         distinct = list(dict.fromkeys(texts))
-        where, _ = self._find(text_keys(distinct))
+        where, _ = find_rows(list(self._segments.values()), text_keys(distinct))
         return sorted((t for t, w in zip(distinct, where, strict=True) if w < 0), key=lambda t: (len(t), t))
 
     def add(self, texts: Sequence[str], features: np.ndarray) -> None:
         """Stores features (n, d) of n distinct texts as one segment, atomically."""
-        keys = text_keys(texts)
-        order = np.argsort(keys)
-        if len(keys) and (np.diff(keys[order]) == 0).any():
-            raise AmpError("two texts have the same 64-bit hash, or a text is given twice; expected distinct texts")
-        name = f"segment-{hashlib.blake2b(keys[order].tobytes(), digest_size=8).hexdigest()}"
-        with build_folder(self.folder / name) as temporary:
-            np.save(temporary / "keys.npy", keys[order])
-            np.save(temporary / "features.npy", features[order].astype(self.dtype))
+        name = f"segment-{hashlib.blake2b(np.sort(text_keys(texts)).tobytes(), digest_size=8).hexdigest()}"
+        write_segment(self.folder / name, texts, features.astype(self.dtype))
         self.refresh()
 
     def lookup(self, texts: Sequence[str]) -> np.ndarray:
@@ -94,15 +65,79 @@ class TextFeatureStore:
         Raises:
             AmpError: A text has no stored feature.
         """
-        where, row = self._find(text_keys(texts))
-        if (where < 0).any():
-            text = texts[int(np.argmax(where < 0))]
-            raise AmpError(f"{self.folder}: no feature for {text[:80]!r}; encode the split's texts first")
-        out = np.empty((len(texts), self.dim), dtype=np.float32)
-        for number, (_, features) in enumerate(self._segments.values()):
-            rows = where == number
-            out[rows] = features[row[rows]]
-        return out
+        return lookup_rows(list(self._segments.values()), texts, self.dim, self.folder)
+
+
+Segment = tuple[np.ndarray, np.ndarray]
+"""Sorted hashes of n texts, uint64 (n,), and their features (n, d)."""
+
+
+def write_segment(folder: Path, texts: Sequence[str], features: np.ndarray) -> None:
+    """Writes features (n, d) of n distinct texts to a new folder, atomically.
+
+    Raises:
+        AmpError: A text is given twice, or the folder can't be written.
+    """
+    keys = text_keys(texts)
+    order = np.argsort(keys)
+    if len(keys) and (np.diff(keys[order]) == 0).any():
+        raise AmpError("two texts have the same 64-bit hash, or a text is given twice; expected distinct texts")
+    with build_folder(folder) as temporary:
+        np.save(temporary / "keys.npy", keys[order])
+        np.save(temporary / "features.npy", features[order])
+
+
+def open_segment(folder: Path, dim: int) -> Segment:
+    """Memory-maps a folder written by `write_segment`.
+
+    Raises:
+        AmpError: The folder is missing or damaged, or its features don't have the width `dim`.
+    """
+    try:
+        keys, features = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("keys", "features")
+        )
+    except (OSError, ValueError, EOFError) as error:
+        raise AmpError(f"{folder}: can't be read ({error}); remove the folder; it will be made again") from error
+    if features.shape != (len(keys), dim):
+        raise AmpError(
+            f"{folder}: features of shape {features.shape}; expected {(len(keys), dim)}; remove the folder; it will be "
+            "made again"
+        )
+    return keys, features
+
+
+def find_rows(segments: Sequence[Segment], keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment number and row of each key; -1 if it is in no segment."""
+    where, row = np.full(len(keys), -1), np.full(len(keys), -1)
+    for number, (known, _) in enumerate(segments):
+        if len(known):
+            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            hit = (where < 0) & (known[place] == keys)
+            where[hit], row[hit] = number, place[hit]
+    return where, row
+
+
+def lookup_rows(segments: Sequence[Segment], texts: Sequence[str], dim: int, folder: Path) -> np.ndarray:
+    """Features float32 (n, dim) of n texts in segments of `folder`.
+
+    Raises:
+        AmpError: A text has no stored feature.
+    """
+    where, row = find_rows(segments, text_keys(texts))
+    if (where < 0).any():
+        text = texts[int(np.argmax(where < 0))]
+        raise AmpError(f"{folder}: no feature for {text[:80]!r}; encode the split's texts first")
+    out = np.empty((len(texts), dim), dtype=np.float32)
+    for number, (_, features) in enumerate(segments):
+        rows = where == number
+        out[rows] = features[row[rows]]
+    return out
+
+
+def texts_folder(root: str | os.PathLike, key: str, dtype: str) -> Path:
+    """Folder of the features of a text tower in a cache folder; arguments as in `TextFeatureStore`."""
+    return Path(root) / f"text-{key[:16]}-{dtype}"
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
@@ -133,6 +168,33 @@ def cut_texts(texts: Sequence[str], tokenizer, length: int) -> int:
 
 @torch.no_grad()
 def encode_texts(
+    texts: Sequence[str],
+    backbone: Backbone,
+    tokenizer,
+    batch_size: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Features float32 (n, d) of n texts.
+
+    Args:
+        texts: The texts. Sorted by length they take less time, because a batch is padded to its longest text.
+        backbone: The frozen CLIP on its device.
+        tokenizer: Tokenizer of the base model. It truncates longer texts to its context length, as in open_clip.
+        batch_size: Texts per forward pass.
+        progress: Called after each batch with the number of texts done.
+    """
+    rows = np.empty((len(texts), backbone.embed_dim), np.float32)
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        rows[start : start + len(batch)] = (
+            backbone.encode_text(tokenizer(batch).to(backbone.device)).float().cpu().numpy()
+        )
+        if progress is not None:
+            progress(start + len(batch))
+    return rows
+
+
+def encode_missing(
     store: TextFeatureStore,
     texts: Iterable[str],
     backbone: Backbone,
@@ -150,20 +212,17 @@ def encode_texts(
     Args:
         store: Store that features are added to.
         texts: Any texts; they may repeat.
-        backbone: The frozen CLIP on its device.
-        tokenizer: Tokenizer of the base model. It truncates longer texts to its context length, as in open_clip.
-        batch_size: Texts per forward pass.
+        backbone, tokenizer, batch_size: See `encode_texts`.
         rank, world: Rank of this process, and number of processes.
         progress: Called as progress(done, total) after each batch.
         segment: Maximum number of texts per segment, which bounds memory.
     """
     mine = store.missing(texts)[rank::world]
-    device = backbone.device
     for low in range(0, len(mine), segment):
-        part, rows = mine[low : low + segment], []
-        for start in range(0, len(part), batch_size):
-            batch = part[start : start + batch_size]
-            rows.append(backbone.encode_text(tokenizer(batch).to(device)).float().cpu().numpy())
+        part = mine[low : low + segment]
+
+        def report(done: int, low: int = low) -> None:
             if progress is not None:
-                progress(low + start + len(batch), len(mine))
-        store.add(part, np.concatenate(rows))
+                progress(low + done, len(mine))
+
+        store.add(part, encode_texts(part, backbone, tokenizer, batch_size, report))

@@ -199,8 +199,9 @@ class Run:
         collate = knowledge_collator(model, cache, dtype)
         texts = self.captions.all_texts(model.config.max_triplets, model.config.knowledge)
         prepare_texts(accelerator, terminal, collate.store, model, texts)
+        batch_size, first = settings.batch_size, accelerator.process_index / accelerator.num_processes
         frozen = prepare_images(
-            accelerator, terminal, self.split, model, preprocess, cache, dtype, settings.batch_size, settings.workers
+            terminal, self.split, model, preprocess, cache, dtype, batch_size, settings.workers, first=first
         )
         with terminal.progress("searching with the base model"):
             return SplitSearch.stored(self.captions, frozen, collate, settings.search, accelerator.device)

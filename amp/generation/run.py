@@ -58,8 +58,8 @@ def generate_knowledge(
     """Generates action triplets and states for every caption of a file.
 
     Args:
-        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file; or a
-            folder of shards.
+        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL, token or Parquet
+            file; or datasets:NAME (a folder or a dataset of the Hugging Face hub); or a folder of shards.
         out: Folder for knowledge.jsonl, knowledge_provenance.json and the replies; created if it does not exist.
         engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server with
             OpenAI's API, such as vllm serve or llama-server), vllm (in this process), or an engine of a plugin.
@@ -106,7 +106,8 @@ def generate_knowledge(
     index, parts = _share(part)
     with console.progress("reading captions"):
         source = _load(captions, format, default_split, keep_restval)
-        digest = source_file(str(Path(captions) / MANIFEST_NAME if Path(captions).is_dir() else captions))["sha256"]
+        file = str(Path(captions) / MANIFEST_NAME if Path(captions).is_dir() else captions)
+        digest = source.sha256 or source_file(file)["sha256"]
         images = _choose(source.images, splits, captions)
         distinct = list(dict.fromkeys(readable(caption.text) for image in images for caption in image.captions))[:limit]
     for note in source.notes:

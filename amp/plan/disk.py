@@ -25,7 +25,8 @@ def check_disk(data: Dataset, config: TrainConfig, model: ActionAwareCLIP, train
     number = 2 if config.data.cache_dtype == "float16" else 4
     base, early = 4 * backbone.embed_dim, number * backbone.num_tokens * backbone.vision_width
     parts = [part for part in (data.train, data.val) if part is not None]
-    texts = sum(part.captions for part in parts) * (1 + (data.triplets if prompt.reads_states else 0))
+    stored = parts if config.data.cache_texts else parts[1:]
+    texts = sum(part.captions for part in stored) * (1 + (data.triplets if prompt.reads_states else 0))
     cached = {"texts": texts * (number * backbone.embed_dim + 8)}
     if data.val is not None:
         cached["validation images"] = data.val.images * (base + early)

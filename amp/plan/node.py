@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from amp.cores import usable_cores
 from amp.data.order import WINDOW
-from amp.data.split import MAX_OPEN
+from amp.data.recent import SHARDS
 from amp.errors import require
 from amp.plan.data import Dataset
 from amp.plan.findings import Finding, counted, error, in_bytes, note, ok, warning
 from amp.train.config import TrainConfig
 
+FILES_PER_SHARD = 5  # the tar file, and keys and features of its captions and of its knowledge
 TENSORS_PER_BATCH = 9  # each uses a file descriptor while a batch is queued
 PREFETCHED = 4  # batches per worker
 OTHER_FILES = 100  # libraries, logs, sockets, memory-mapped features
@@ -22,8 +23,8 @@ def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Fi
     readers = f"{counted(world, 'process')} x {counted(workers, 'worker')}"
     mixed = min(WINDOW, shards)
     yield ok(f"{readers} read {counted(shards, 'shard')} by index; a batch mixes samples of {counted(mixed, 'shard')}")
-    files = min(shards, MAX_OPEN) + OTHER_FILES + (min(data.val.shards, MAX_OPEN) if data.val else 0)
-    files += TENSORS_PER_BATCH * PREFETCHED * workers
+    files = FILES_PER_SHARD * sum(min(part.shards, SHARDS) for part in (data.train, data.val) if part is not None)
+    files += OTHER_FILES + TENSORS_PER_BATCH * PREFETCHED * workers
     limit = open_files_limit()
     if data.simulated or limit is None:
         yield note(f"a process opens up to {files} files; compare with `ulimit -n` on the nodes")
@@ -59,9 +60,12 @@ def check_cores(data: Dataset, config: TrainConfig, gpus: int) -> Iterator[Findi
         yield warning(f"{text}; this machine has {here}; decoding would limit training; give --data.workers {fewer}")
 
 
-def check_host_memory(data: Dataset, gpus: int, offloaded: int) -> Iterator[Finding]:
+def check_host_memory(data: Dataset, config: TrainConfig, gpus: int, offloaded: int) -> Iterator[Finding]:
     """Checks the host memory of a node; `offloaded` is the number of bytes that DeepSpeed offloads per process."""
-    texts = CAPTION_BYTES * (data.train.captions + (data.val.captions if data.val else 0))
+    in_memory = [data.val] if config.mined_group == 1 else [data.val, data.train]
+    texts = CAPTION_BYTES * sum(part.captions for part in in_memory if part is not None)
+    if not texts + offloaded:
+        return
     wanted, here = gpus * (texts + offloaded), require("psutil", "a plan").virtual_memory().total
     parts = f"{in_bytes(texts)} of captions and knowledge"
     if offloaded:

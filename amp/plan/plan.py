@@ -114,7 +114,7 @@ def make_plan(config: TrainConfig, settings: PlanSettings) -> Plan:
         find.add("GPU memory", check_memory(plan, simulator))
     if plan.data is not None:
         offloaded = max((found.host for found in plan.estimates.values()), default=0)
-        find.add("node memory", check_host_memory(plan.data, settings.gpus, offloaded))
+        find.add("node memory", check_host_memory(plan.data, config, settings.gpus, offloaded))
     return plan
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amp.data.frozen_features import Rows
 from amp.knowledge.tensors import Captions, KnowledgeBatch
 from amp.model.clip import EncodedCaptions
 from amp.model.interactions.base import Prompts
@@ -39,7 +40,7 @@ class PairScorer:
     def __init__(
         self,
         model,
-        early: Tensor | np.ndarray,
+        early: Tensor | np.ndarray | Rows,
         knowledge: KnowledgeBatch,
         text: Tensor,
         autocast=contextlib.nullcontext,

@@ -284,7 +284,7 @@ class SplitSearch:
         model = getattr(model, "module", model)
         state = model.adapter_state()
         assert self.knowledge is not None
-        knowledge, images = vars(self.knowledge).values(), (self.frozen.base, self.frozen.tokens[0])
+        knowledge, images = vars(self.knowledge).values(), (np.asarray(self.frozen.base), self.frozen.tokens[0])
         # Base features identify the photos. The tokens of one image identify a grey image used in place of photos.
         return content_key([repr(model.config), precision, *state, *state.values(), *knowledge, self.text, *images])
 

@@ -43,6 +43,8 @@ class DataSettings:
         augment: `none` uses the validation transform, `crop` open_clip's training transform. Neither flips images.
         kinds: Kinds of triplets to use; `[action]` is Table 3's "w/o attribute knowledge".
         cache: Folder for cached text features and frozen image features.
+        cache_texts: Encode the training texts once and store their features in `cache`. False encodes the texts of
+            each batch in its training step instead, which needs no disk space and no preparation but takes longer.
         cache_dtype: Type of cached features; float16 halves the disk space, float32 is exact.
         cache_images: Cache each image's tokens before the first prompted block on disk, (F + M) x d_v numbers per
             image. Needs `augment: none`.
@@ -56,6 +58,7 @@ class DataSettings:
     augment: Literal["none", "crop"] = "crop"
     kinds: list[Literal["action", "attribute"]] = field(default_factory=lambda: ["action", "attribute"])
     cache: str = "data/cache"
+    cache_texts: bool = True
     cache_dtype: Literal["float32", "float16"] = "float32"
     cache_images: bool = False
 
@@ -213,6 +216,11 @@ class TrainConfig:
             raise AmpError(
                 f"data.cache_images is true and data.augment is {self.data.augment!r}, expected 'none': features of "
                 "random crops can't be stored; add --data.augment none"
+            )
+        if self.mined_group > 1 and not self.data.cache_texts:
+            raise AmpError(
+                f"mined_group is {self.mined_group} and data.cache_texts is false, expected 1 or true: mining compares "
+                "the features of all captions; add --mined_group 1 or --data.cache_texts true"
             )
         if not 0.0 <= self.knowledge_dropout < 1.0:
             raise AmpError(f"knowledge_dropout is {self.knowledge_dropout}, expected a number from 0 to below 1")

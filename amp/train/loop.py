@@ -139,7 +139,7 @@ class StageLoop:
         attention = partial(sdpa_kernel, SDPBackend.MATH) if unfused else nullcontext
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.settings.warmup_steps, group["peak"])
-        parts = [next(batches).to(accelerator.device) for _ in range(self.accumulation)]
+        parts = [self.run.to_device(next(batches)) for _ in range(self.accumulation)]
         losses = self.objective.parts(self.engine, parts, self.step)
         mean = torch.zeros((), device=accelerator.device)
         for _ in parts:

@@ -33,6 +33,7 @@ FREE = (
     "data.shards",
     "data.workers",
     "data.cache",
+    "data.cache_texts",
     "data.val_split",
     "model.name",
     "model.pretrained",
@@ -54,7 +55,7 @@ def identity(config: TrainConfig, split: ShardSplit, images_a_step: int) -> dict
     return {
         "settings": asdict(config),
         "images_a_step": images_a_step,
-        "shards": [shard.content for shard in split.shards],
+        "shards": [" ".join(dict.fromkeys([*shard.photos, shard.texts])) for shard in split.shards],
     }
 
 

@@ -7,27 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
-from amp.data.frozen_features import FrozenFeatures
 from amp.data.order import BatchOrder
-from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
+from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
-from amp.data.split_captions import SplitCaptions
-from amp.data.stream import TrainingSamples, training_loader
+from amp.data.stream import Batch, TrainingSamples, training_loader
 from amp.errors import AmpError
 from amp.files import write_atomically
 from amp.locks import locked_folder
 from amp.model.clip import ActionAwareCLIP
+from amp.model.towers.base import Backbone, text_tower_of
 from amp.retrieval.split_search import SplitSearch
 from amp.terminal import Terminal
 from amp.train.checkpoints import Checkpoint, Checkpoints
 from amp.train.config import TrainConfig
-from amp.train.mining import confusable
+from amp.train.features import Features
 from amp.train.resume import (
     Differing,
     adapter_path,
@@ -41,7 +39,6 @@ from amp.train.stopping import Stopped, StopRequest, prepare_worker
 
 STOPPED, RECORD, SKIPPED = "stopped.json", "config.yaml", "skipped.jsonl"
 BUSY = "another run is training here; wait for it to end, or give another --out"
-NEIGHBOURS = 20  # as many as the first stage passes to re-ranking
 
 
 class Run:
@@ -56,6 +53,7 @@ class Run:
         split: The training split.
         order, loader: The batches of this rank.
         retrieval: Search of the validation split; None without validation.
+        text_tower: Text tower that encodes the texts of each step; None if they are stored.
     """
 
     model: ActionAwareCLIP
@@ -63,6 +61,7 @@ class Run:
     order: BatchOrder
     loader: DataLoader
     retrieval: SplitSearch | None
+    text_tower: Backbone | None
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, request: StopRequest):
         self.config, self.accelerator, self.request = config, accelerator, request
@@ -174,34 +173,15 @@ class Run:
         raise Stopped(number)
 
     def prepare_data(self, val_split: ShardSplit | None, preprocess_train, preprocess_val) -> None:
-        """Encodes the texts of both splits once, and caches frozen image features if requested."""
+        """Opens the stored features of both splits, computing missing ones, and builds the loader."""
         config, data, model, accelerator = self.config, self.config.data, self.model, self.accelerator
-        self.collate = knowledge_collator(model, data.cache, data.cache_dtype)
-        with self.terminal.progress("reading captions"):
-            captions = SplitCaptions.read(self.split, data.kinds)
-            val_captions = None
-            if val_split is not None:
-                val_captions = SplitCaptions.read(val_split, data.kinds, config.validation.captions_per_image)
-        prompt = config.prompt
-        texts = [
-            text
-            for part in (captions, val_captions)
-            if part is not None
-            for text in part.all_texts(prompt.max_triplets, prompt.knowledge)
-        ]
-        prepare_texts(accelerator, self.terminal, self.collate.store, model, texts)
-        preprocess = preprocess_val if data.augment == "none" else preprocess_train
-        mined = config.mined_group > 1
-        frozen = (
-            self.images(self.split, preprocess_val, tokens=data.cache_images) if data.cache_images or mined else None
-        )
+        first = accelerator.process_index / accelerator.num_processes
+        features = Features.prepare(config, model, self.split, val_split, preprocess_val, self.terminal, first)
+        collate = knowledge_collator(model, data.cache, data.cache_dtype)
         neighbours = None
-        if mined and frozen is not None:
-            text = torch.from_numpy(self.collate.store.lookup(captions.texts))
-            base = torch.from_numpy(np.array(frozen.base))
-            device = accelerator.device
+        if config.mined_group > 1:
             with self.terminal.progress("looking for images that are easily confused"):
-                neighbours = confusable(base.to(device), text.to(device), captions.image.to(device), NEIGHBOURS).numpy()
+                neighbours = features.confusable_images(self.split, data.kinds, accelerator.device)
         self.order = BatchOrder(
             self.split.sizes,
             data.batch_size,
@@ -212,40 +192,42 @@ class Run:
             config.mined_group,
             config.gradient_accumulation,
         )
-        if not data.cache_images:
-            frozen = None
-        samples = TrainingSamples(self.split, preprocess, config.seed, data.kinds, frozen)
-        self.loader = training_loader(
-            samples, self.order, self.collate, data.workers, accelerator.device.type == "cuda", prepare_worker
+        samples = TrainingSamples(
+            self.split,
+            preprocess_val if data.augment == "none" else preprocess_train,
+            config.seed,
+            data.kinds,
+            features.images if data.cache_images else None,
         )
+        self.loader = training_loader(
+            samples,
+            self.order,
+            collate,
+            data.workers,
+            accelerator.device.type == "cuda",
+            prepare_worker,
+            model.tokenizer if features.texts is None else features.texts,
+        )
+        self.text_tower = text_tower_of(model.backbone) if features.texts is None else None
         self.retrieval = None
-        if val_split is not None and val_captions is not None:
-            features = self.images(val_split, preprocess_val)
+        if val_split is not None:
             with self.terminal.progress("searching with the base model"):
-                self.retrieval = SplitSearch.stored(
-                    val_captions, features, self.collate, config.validation, accelerator.device
-                )
+                self.retrieval = features.validation(val_split, collate, config, accelerator.device)
+        captions = sum(shard.captions for shard in self.split.shards)
         self.terminal.say(
-            f"{len(self.split):,} training images, {len(captions.texts):,} captions, {self.order.steps:,} steps of "
+            f"{len(self.split):,} training images, {captions:,} captions, {self.order.steps:,} steps of "
             f"{data.batch_size} x {accelerator.num_processes} per epoch"
         )
-        if prompt.reads_triplets or prompt.reads_states:
-            captions.say_without_knowledge(self.terminal)
+        if self.split.without_knowledge and (config.prompt.reads_triplets or config.prompt.reads_states):
+            self.terminal.say(f"{self.split.without_knowledge:,} of {captions:,} captions without knowledge")
 
-    def images(self, split: ShardSplit, preprocess, tokens: bool = True) -> FrozenFeatures:
-        data = self.config.data
-        return prepare_images(
-            self.accelerator,
-            self.terminal,
-            split,
-            self.model,
-            preprocess,
-            data.cache,
-            data.cache_dtype,
-            data.batch_size,
-            data.workers,
-            tokens,
-        )
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch on the device, with the features of its texts."""
+        batch = batch.to(self.accelerator.device)
+        if self.text_tower is None:
+            return batch
+        with torch.no_grad(), self.accelerator.autocast():
+            return batch.encoded(self.text_tower.encode_text)
 
 
 def open_splits(config: TrainConfig) -> tuple[ShardSplit, ShardSplit | None]:

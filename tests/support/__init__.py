@@ -1,1 +1,1 @@
-"""What tests share: data, models, processes, command lines, and naive reference equations."""
+"""Shared test helpers: data, models, processes, command lines and naive reference equations."""

@@ -1,4 +1,4 @@
-"""Command lines of training and evaluation, and the one error that a wrong one ends with."""
+"""Command lines for training and evaluation, and a helper that expects exactly one error."""
 
 import os
 import re
@@ -13,13 +13,13 @@ SMALL_PROMPT = {"knowledge": "both", "num_prompts": 2, "depth": 0.5}
 
 
 def training_settings(shards, clip_folder: str, folder: Path, prompt: dict | None = None, **changes) -> dict[str, Any]:
-    """Settings of launchers/train.py that work.
+    """Valid settings of launchers/train.py.
 
     Args:
         shards, clip_folder: The fixtures with these names.
-        folder: For the cache and the output, which is `folder / "run" / "out.json"`.
-        prompt: Settings of the prompts, SMALL_PROMPT unless given.
-        **changes: Other settings, with ``__`` for the dots of their keys.
+        folder: Folder for the cache and the output; the output is `folder / "run" / "out.json"`.
+        prompt: Prompt settings; SMALL_PROMPT by default.
+        **changes: Other settings; ``__`` stands for a dot in a key.
     """
     settings = {
         "model.name": clip_folder,
@@ -40,19 +40,19 @@ def training_settings(shards, clip_folder: str, folder: Path, prompt: dict | Non
 
 
 def training_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
-    """`training_settings` as arguments."""
+    """`training_settings` as command-line arguments."""
     return arguments(training_settings(shards, clip_folder, folder, **changes))
 
 
 def evaluation_settings(settings: dict) -> dict:
-    """Options of amp evaluate among those of a training run."""
+    """The settings of a training run that `amp evaluate` also has."""
     known = {"config", *EvaluationSettings.__dataclass_fields__}
     renamed = {key.removeprefix("data."): value for key, value in settings.items()}
     return {key: value for key, value in renamed.items() if key.partition(".")[0] in known}
 
 
 def evaluation_arguments(shards, clip_folder: str, folder: Path, **changes) -> list[str]:
-    """Arguments of amp evaluate that work."""
+    """Valid arguments of `amp evaluate`."""
     settings = {
         "model.name": clip_folder,
         "shards": shards,
@@ -70,7 +70,7 @@ def arguments(settings: dict[str, Any]) -> list[str]:
 
 
 def one_error(call, capsys) -> str:
-    """The one line that `call` ends with, without the name of the command before it."""
+    """Expects `call` to exit with one line of error; returns that line without the command name."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         call()
@@ -83,7 +83,7 @@ def one_error(call, capsys) -> str:
 
 
 class Canary:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)

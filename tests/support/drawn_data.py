@@ -17,11 +17,11 @@ _THINGS = ("ball", "kite", "stick")
 def draw_dataset(root: Path, sizes: dict[str, int] = SPLIT_SIZES) -> dict:
     """Draws pictures and writes captions in the Karpathy format and their knowledge.
 
-    Images have one to three captions and these none to three triplets of both kinds; captions of the test split are
-    distinct, in the training split one occurs at several images.
+    Each image has one to three captions, and each caption zero to three triplets of both kinds. Captions of the test
+    split are distinct; one caption of the training split belongs to several images.
 
     Returns:
-        The arguments of `amp.data.conversion.make.make_shards` but `out`.
+        The arguments of `amp.data.conversion.make.make_shards`, except `out`.
     """
     (root / "images").mkdir(parents=True)
     images, knowledge = [], []
@@ -62,7 +62,7 @@ def draw_dataset(root: Path, sizes: dict[str, int] = SPLIT_SIZES) -> dict:
 
 
 def draw(number: int) -> Image.Image:
-    """Two shapes whose colours and places depend on the number, on a canvas that isn't square."""
+    """Draws two shapes on a non-square canvas. Their colours and positions depend on the number."""
     image = Image.new("RGB", (44, 36), (20 + 9 * number % 200, 90, 160))
     canvas = ImageDraw.Draw(image)
     left = 2 + 5 * number % 20
@@ -72,7 +72,7 @@ def draw(number: int) -> Image.Image:
 
 
 def draw_shards(root: Path, sizes: dict[str, int] = SPLIT_SIZES, samples_per_shard: int = 5) -> Path:
-    """Shards of `draw_dataset` in a folder of `root`, which also keeps the pictures."""
+    """Writes the shards of `draw_dataset` to a subfolder of `root`, next to the pictures."""
     from amp.data.conversion.make import make_shards
 
     make_shards(**draw_dataset(root, sizes), out=str(root / "shards"), samples_per_shard=samples_per_shard, workers=1)
@@ -80,7 +80,7 @@ def draw_shards(root: Path, sizes: dict[str, int] = SPLIT_SIZES, samples_per_sha
 
 
 def captions_of(folder: Path, names: Iterable[str]) -> Path:
-    """A captions file for these images."""
+    """Writes a captions file for these images."""
     path = folder / "captions.jsonl"
     path.write_text(
         "".join(json.dumps({"image": name, "caption": f"A dog {i} runs"}) + "\n" for i, name in enumerate(names))

@@ -1,4 +1,4 @@
-"""A model with everything that a search of the drawn test split needs."""
+"""A model and all inputs for searching the drawn test split."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from amp.data.frozen_features import compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
-from amp.data.text_features import encode_texts
+from amp.data.text_features import encode_missing
 from amp.model.adapter import save_adapter
 from amp.retrieval.settings import RetrievalSettings
 from amp.retrieval.split_search import Ranking, SplitSearch
@@ -19,7 +19,7 @@ TOP_K = 8
 
 
 def make_far_model(clip_folder: str, **prompt):
-    """A model on a tiny CLIP, so far from it that knowledge shows in the scores, and its transform."""
+    """A model on a tiny CLIP and its transform. Its weights are far from the start, so knowledge changes the scores."""
     torch.manual_seed(3)
     settings = {"interaction": "aim", "depth": 0.34, "num_prompts": 2, "max_triplets": 3, "enrich": False}
     config = amp.PromptConfig(**{**settings, **prompt})
@@ -30,27 +30,27 @@ def make_far_model(clip_folder: str, **prompt):
 
 
 class World:
-    """A model, its transform and everything a `SplitSearch` of the test split needs."""
+    """A model, its transform and all inputs of a `SplitSearch` of the test split."""
 
     def __init__(self, clip_folder: str, shards: Path, cache_folder: Path, knowledge: str = "both", **prompt):
         self.model, self.preprocess = make_far_model(clip_folder, knowledge=knowledge, **prompt)
         self.split = ShardSplit(shards, "test")
         self.captions = SplitCaptions.read(self.split, KINDS)
         self.collate = knowledge_collator(self.model, str(cache_folder), "float32")
-        encode_texts(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
+        encode_missing(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
         self.frozen = compute_frozen_features(self.split, self.model, self.preprocess, batch_size=5, workers=0)
         self.images = torch.stack([self.preprocess(self.split.image(i)) for i in range(len(self.split))])
         with torch.no_grad():
             self.text = [self.model.encode_text(self.model.tokenizer([text]))[0] for text in self.captions.texts]
 
     def retrieval(self, captions=None, **settings) -> SplitSearch:
-        """The search of the split, or of other captions."""
+        """Search of the test split, by default with its own captions."""
         settings = RetrievalSettings(**{"top_k": TOP_K, **settings})
         return SplitSearch.stored(captions or self.captions, self.frozen, self.collate, settings, torch.device("cpu"))
 
 
 def write_world_adapter(clip_folder: str, shards: Path, folder: Path) -> Path:
-    """The adapter's file of a `World`, where a run in `folder` would have written it."""
+    """Writes the adapter of a `World` to the file that a run in `folder` would write."""
     world = World(clip_folder, shards, folder / "cache")
     adapter = folder / "run" / "stage1" / "adapter.safetensors"
     adapter.parent.mkdir(parents=True)

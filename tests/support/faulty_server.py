@@ -1,4 +1,4 @@
-"""A server of OpenAI's chat interface which answers, fails or hangs as a script says, and the engine that asks it."""
+"""A server with OpenAI's chat API that answers, fails or hangs by a script, and an engine that queries it."""
 
 import json
 import socket
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def engine_for(url: str, **options):
-    """The openai engine for a server, which tries again at once."""
+    """The openai engine for a server; it retries without waiting."""
     from amp.generation.engines.openai_engine import OpenAIEngine
 
     return OpenAIEngine(
@@ -18,7 +18,7 @@ def engine_for(url: str, **options):
 
 
 def good(text: str = "none") -> bytes:
-    """The body of an answer."""
+    """The body of a valid response."""
     message = {"role": "assistant", "content": text}
     answer = {
         "id": "1",
@@ -31,7 +31,7 @@ def good(text: str = "none") -> bytes:
 
 
 class Faulty:
-    """Answers the n-th request as the n-th step says, then with the last; a step is bytes or a function."""
+    """Answers the n-th request by the n-th step, and further requests by the last. A step is bytes or a function."""
 
     def __init__(self, *steps) -> None:
         self.steps, self.requests, self.running, self.most = steps, [], 0, 0
@@ -89,18 +89,18 @@ class Faulty:
 
 
 def status(code: int, **headers):
-    """A step that answers with an error of HTTP."""
+    """A step that answers with an HTTP error."""
     return lambda handler: handler.reply(b'{"error": {"message": "because"}}', code, **headers)
 
 
 def cut(handler):
-    """Half an answer, then the connection is gone."""
+    """A step that sends half of a response, then closes the connection."""
     handler.reply(good()[:40], length=len(good()))
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 def late(handler):
-    """An answer after a second."""
+    """A step that answers after one second."""
     time.sleep(1.0)
     handler.reply(good())

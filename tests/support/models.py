@@ -1,6 +1,6 @@
 """Tiny CLIPs with random weights and action-aware models around them.
 
-The widths of the tiny CLIPs differ (vision 32, text 40, joint 24), since nothing may assume that they are equal.
+The widths of the tiny CLIPs differ (vision 32, text 40, joint 24), so code that assumes equal widths fails.
 """
 
 import json
@@ -23,7 +23,7 @@ CLIP_VARIANTS = {
     "attention_pooled": ({"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 4}, {}, {}),
     "quickgelu": ({}, {}, {"quick_gelu": True}),
     "open_clip_4": ({}, {}, {}),  # see `as_in_open_clip_4`
-    "layer_scale": ({"ls_init_value": 0.1, "no_ln_pre": True}, {}, {}),  # as clip-small's image tower
+    "layer_scale": ({"ls_init_value": 0.1, "no_ln_pre": True}, {}, {}),  # like the image tower of clip-small
 }
 
 
@@ -34,7 +34,7 @@ def clip_config(variant: str = "native") -> dict:
 
 
 def make_clip(variant: str = "native", seed: int = 0) -> torch.nn.Module:
-    """A tiny open_clip model with random weights, 3 x 32 x 32 images, in eval mode; the global seed stays as it was."""
+    """A tiny open_clip model with random weights for 3 x 32 x 32 images, in eval mode. Keeps the global seed."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
     config = clip_config(variant)
@@ -44,7 +44,7 @@ def make_clip(variant: str = "native", seed: int = 0) -> torch.nn.Module:
         torch.manual_seed(seed)
         clip = kind(vision_cfg=vision, text_cfg=text, **config).eval()
         for name, parameter in clip.named_parameters():
-            if parameter.ndim < 2 and "logit" not in name:  # no bias or norm may be an identity by its initial value
+            if parameter.ndim < 2 and "logit" not in name:  # initial biases and norms would hide errors
                 parameter.data += 0.1 * torch.randn_like(parameter)
     if variant == "open_clip_4":
         as_in_open_clip_4(clip)
@@ -52,12 +52,15 @@ def make_clip(variant: str = "native", seed: int = 0) -> torch.nn.Module:
 
 
 def as_in_open_clip_4(clip: torch.nn.Module) -> None:
-    """Stands in for a CLIP of open_clip 4 where an older one is installed: its transformers have no `batch_first`, and
-    blocks an attention of their own, with the weights of `nn.MultiheadAttention` and no fast path."""
+    """Turns a CLIP into one of open_clip 4, if an older open_clip is installed.
+
+    There, transformers have no `batch_first`, and blocks have their own attention module with the weights of
+    `nn.MultiheadAttention` and no fast path.
+    """
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
     if not hasattr(clip.transformer, "batch_first"):
-        return  # it is one
+        return  # already a CLIP of open_clip 4
 
     class Attention(torch.nn.Module):
         def __init__(self, old: torch.nn.MultiheadAttention):
@@ -101,9 +104,9 @@ def make_model(variant: str = "native", trained: bool = False, clip_seed: int = 
 
 
 def model_around(clip: torch.nn.Module, trained: bool = False, **prompt_settings):
-    """An `ActionAwareCLIP` around a CLIP, with CLIP's tokenizer; `trained` shakes its own parameters.
+    """An `ActionAwareCLIP` around a CLIP, with CLIP's tokenizer. `trained` adds noise to its own parameters.
 
-    Without that the gate is zero, behind which a test sees nothing.
+    Without this noise the gate is zero and hides everything before it.
     """
     from amp.model.clip import ActionAwareCLIP
     from amp.model.config import PromptConfig
@@ -124,16 +127,17 @@ def shake(model, scale: float = 0.1, generator: torch.Generator | None = None) -
 
 
 def make_aim(variant: str = "native", trained: bool = False, clip_seed: int = 0, **settings):
-    """`make_model` of the paper's AIM; see `aim_settings`."""
+    """`make_model` with the paper's AIM; see `aim_settings`."""
     return make_model(variant, trained, clip_seed, **aim_settings(**settings))
 
 
 def aim_settings(block: int = 0, options: dict | None = None, **settings) -> dict:
-    """`PromptConfig`'s arguments for the paper's AIM, with captions' features as they are, in CLIPs of 3 blocks.
+    """Arguments of `PromptConfig` for the paper's AIM without text enrichment, for CLIPs with 3 blocks.
 
     Args:
-        block: The first that sees prompts.
-        options: Of the interaction, beside a bottleneck of 4 (40 / 16 hidden units would often all be off).
+        block: First prompted block.
+        options: Options of the interaction, in addition to a bottleneck of 4. With the default, 40 / 16 hidden
+            units, often all units would be zero.
         **settings: Further arguments.
     """
     options = {"bottleneck": 4, **(options or {})}
@@ -156,10 +160,10 @@ def write_model_folder(folder: Path, model_cfg: dict, clip: torch.nn.Module, siz
     """Writes a model in open_clip's own format and returns its name, ``local-dir:FOLDER``.
 
     Args:
-        folder: Created if it is missing.
-        model_cfg: The model's configuration.
-        clip: Its weights.
-        size: Side of its images.
+        folder: Folder to write; created if it is missing.
+        model_cfg: Configuration of the model.
+        clip: Model whose weights are written.
+        size: Side of the images in pixels.
         std: Standard deviation by which pixels are normalized.
     """
     write_model_config(folder, model_cfg, size, std)

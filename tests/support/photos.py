@@ -1,4 +1,4 @@
-"""Image files: encoded, with a false size in their header, broken, and strange but whole."""
+"""Image files: valid ones, ones with a false size in the header, broken ones, and unusual but valid ones."""
 
 import io
 import struct
@@ -11,21 +11,21 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
-    """The bytes of a file of an image."""
+    """The bytes of an image file."""
     out = io.BytesIO()
     image.save(out, format, **options)
     return out.getvalue()
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of any declared size with right checksums and hardly any pixels."""
+    """A PNG of any declared size with correct checksums and hardly any pixel data."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
     return PNG + b"".join(_chunk(name, content) for name, content in parts)
 
 
 def whole_png(width: int, height: int) -> bytes:
-    """A PNG of one bit a pixel with all its pixels, which compress to next to nothing."""
+    """A complete PNG with one bit per pixel, whose pixels compress to almost nothing."""
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     parts = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes((1 + (width + 7) // 8) * height))), (b"IEND", b"")]
     return PNG + b"".join(_chunk(name, content) for name, content in parts)
@@ -36,14 +36,14 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def jpeg(width: int, height: int) -> bytes:
-    """A JPEG with another size in its header."""
+    """A JPEG file with a false size in its header."""
     content = bytearray(encoded(Image.new("RGB", (16, 16)), "JPEG"))
     content[(at := content.index(b"\xff\xc0")) + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(content)
 
 
 def webp(width: int, height: int) -> bytes:
-    """A WebP file with another size in its header."""
+    """A WebP file with a false size in its header."""
     body = encoded(Image.new("RGB", (16, 16)), "WEBP")[12:]
     size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
     chunks = b"WEBPVP8X" + struct.pack("<II", 10, 0) + size + body
@@ -51,7 +51,7 @@ def webp(width: int, height: int) -> bytes:
 
 
 def gif(width: int, height: int) -> bytes:
-    """Both the screen and its one frame are of that size."""
+    """A GIF file whose screen and only frame have this size."""
     content = bytearray(encoded(Image.new("P", (16, 16)), "GIF"))
     at = content.index(b"\x2c", 13)
     content[6:10] = content[at + 5 : at + 9] = struct.pack("<HH", width, height)
@@ -59,14 +59,14 @@ def gif(width: int, height: int) -> bytes:
 
 
 def bmp(width: int, height: int) -> bytes:
-    """A BMP file with another size in its header."""
+    """A BMP file with a false size in its header."""
     content = bytearray(encoded(Image.new("RGB", (16, 16)), "BMP"))
     content[18:26] = struct.pack("<ii", width, height)
     return bytes(content)
 
 
 def tiff(width: int, height: int) -> bytes:
-    """A TIFF file with another size in its header."""
+    """A TIFF file with a false size in its header."""
     content = encoded(Image.new("RGB", (16, 16)), "TIFF")
     for tag, value in ((256, width), (257, height)):
         at = (
@@ -79,7 +79,7 @@ def tiff(width: int, height: int) -> bytes:
 
 
 def avif(width: int, height: int) -> bytes:
-    """An AVIF file with another size in its header."""
+    """An AVIF file with a false size in its header."""
     content = encoded(Image.new("RGB", (16, 16)), "AVIF")
     at = content.index(b"ispe") + 8
     return content[:at] + struct.pack(">II", width, height) + content[at + 8 :]
@@ -87,7 +87,7 @@ def avif(width: int, height: int) -> bytes:
 
 @cache
 def bad_images() -> dict[str, bytes]:
-    """Bad images by file name. None may reach a model, and none may stop the other files of its folder."""
+    """Bad images by file name. None may reach a model, and none may prevent the use of other files in its folder."""
     whole = Image.effect_noise((48, 36), 60).convert("RGB")
     orientations = struct.pack("<2sHIH", b"II", 42, 8, 60_000) + b"\x12\x01\x03\x00\xff\xff\xff\x7f\x06\x00\x00\x00" * 9
     return {
@@ -113,7 +113,7 @@ def bad_images() -> dict[str, bytes]:
 
 @cache
 def odd_images() -> dict[str, bytes]:
-    """By file name: strange but whole, so they are used, and nothing but their first picture is."""
+    """Unusual but valid images by file name. They are used, but only their first frame."""
     first, second = (Image.new("RGB", (48, 36), colour) for colour in ("red", "blue"))
     exif = Image.Exif()
     exif[0x010E] = "=cmd|' /C calc'!A0 <script>alert(1)</script>" * 100

@@ -1,4 +1,4 @@
-"""Functions called in several processes joined over gloo, and Accelerate's state of this process."""
+"""Runs functions in several processes joined over gloo, and resets Accelerate's state in this process."""
 
 import multiprocessing
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The repository's folder and its scripts, called in this process, and the real data where it exists."""
+"""The repository's folder, its scripts (called in this process), and the real data if it exists."""
 
 import importlib.util
 import io
@@ -13,12 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("AMP_SHARED", ROOT.parent / "shared"))
-# Tiny models gain nothing from OpenMP's threads, and where cores are few, threads that spin stop everything else.
+# Tiny models gain nothing from OpenMP threads, and on few cores spinning threads slow down everything else.
 QUIET_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def launcher(path: str) -> ModuleType:
-    """A script of the repository as a module, whose `main` a test calls without paying for another process."""
+    """Imports a script of the repository, so that a test can call its `main` without starting a process."""
     spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,8 +26,10 @@ def launcher(path: str) -> ModuleType:
 
 
 def run_here(path: str, *arguments) -> subprocess.CompletedProcess:
-    """What a script of the repository prints and its exit status, run in this process: its imports alone take one of
-    its own ten seconds of a core. What would end in a traceback fails the test."""
+    """Runs a script of the repository in this process; returns its output and exit status.
+
+    A process of its own would need ten seconds for imports. An exception that would print a traceback fails the test.
+    """
     output, errors, status = io.StringIO(), io.StringIO(), 0
     arguments = [str(argument) for argument in arguments]
     with redirect_stdout(output), redirect_stderr(errors):
@@ -39,7 +41,7 @@ def run_here(path: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def shared_folder(folder: str, proof: str) -> Path:
-    """A folder of SHARED which contains the file `proof`; skips the test where it is absent."""
+    """A folder of SHARED that contains the file `proof`. Skips the test if it is missing."""
     path = SHARED / folder
     if not (path / proof).is_file():
         pytest.skip(f"needs {proof} in {path}, real data that is not in the repository; set AMP_SHARED to its folder")
@@ -47,7 +49,7 @@ def shared_folder(folder: str, proof: str) -> Path:
 
 
 def build_distributions(folder: Path) -> tuple[Path, Path]:
-    """Wheel and source archive, built without network from a copy, so that no build folder is left behind."""
+    """Wheel and source archive, built offline from a copy of the repository, so that no build folder is left behind."""
     pytest.importorskip("build")
     pytest.importorskip("setuptools", minversion="77")
     source = folder / "source"

@@ -1,7 +1,7 @@
-"""A server of OpenAI's chat interface whose replies are a pure function of the request: good, bad, some never.
+"""A server with OpenAI's chat API whose replies are a pure function of the request.
 
-It stands for a language model that tests can't load, so that what is tested is everything around it: engine, ladder,
-cache and merge are the real ones.
+Some replies are good, some are bad, and some captions never get a good one. The server replaces a language model that
+tests can't load. Everything around it is real: engine, ladder, cache and merge.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from amp.generation.words import slot_words
 
 
 def number_of(*content) -> int:
-    """A stable number from any texts."""
+    """A number that depends only on the arguments."""
     return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:4], "big")
 
 
 def reply_to(request: dict) -> str:
-    """By the caption's hash: three in ten replies are bad at temperature 0, one in ten at any temperature."""
+    """The reply to a request, by the caption's hash: 4 in 10 are bad at temperature 0, 1 in 10 at any temperature."""
     turn = request["messages"][-1]["content"]
     caption, *triplets = turn.removeprefix("Caption: ").split("\n")
     draw = number_of(caption, bool(triplets)) % 10
@@ -39,13 +39,13 @@ def reply_to(request: dict) -> str:
 
 
 class ScriptedModel:
-    """The running server.
+    """State and settings of the running server.
 
     Attributes:
-        url: for ``--openai.base_url``.
-        asked: the last turn of a request -> times that it was asked at temperature 0.
-        delay: seconds before each answer.
-        fails_on: a text; requests whose last turn holds it get status 500.
+        url: Value for ``--openai.base_url``.
+        asked: Number of requests at temperature 0, by the text of the last turn.
+        delay: Seconds before each response.
+        fails_on: Requests whose last turn contains this text get status 500.
     """
 
     def __init__(self, port: int) -> None:
@@ -111,7 +111,7 @@ def scripted_model():
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
-        def handle_error(self, *_):  # a killed client
+        def handle_error(self, *_):  # the client was killed
             pass
 
     server = Server(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of three nodes on this machine, where the script that starts it is there."""
+"""A real Slurm cluster of three nodes on this machine, if the script that starts it exists."""
 
 import os
 import re
@@ -16,23 +16,23 @@ from filelock import FileLock
 
 from support.repository import QUIET_ENVIRONMENT, ROOT, SHARED
 
-# With our `accelerate` and `python` first on the path, as with an active environment; sbatch hands it on to the job.
+# Puts this environment's `accelerate` and `python` first on the path; sbatch passes the path on to the job.
 ACTIVE = {**QUIET_ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 
 class Slurm:
-    """Nodes `node1` to `node3`, each with two CPUs and two GPUs that are mere files, and a login host.
+    """Nodes `node1` to `node3`, each with two CPUs and two fake GPUs, and a login host.
 
     Args:
-        script: The script that starts and disturbs the cluster.
+        script: Script that starts the cluster, and crashes and restarts its nodes.
     """
 
     def __init__(self, script: Path):
         self.script = str(script)
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
-        """Runs a command in the repository on the login host; output is captured as text, a failure raises with it."""
+        """Runs a command in the repository on the login host and captures its output. Raises if it fails."""
         return self._call("exec", *command)
 
     def sbatch(self, *arguments: str) -> str:
@@ -40,16 +40,16 @@ class Slurm:
         return self.run("sbatch", "--parsable", *arguments).stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says of a job or of one task of an array (`12_3`), by its field names."""
+        """Fields of `scontrol show job` for a job or one task of an array (`12_3`), by name."""
         text = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()[0]
         return dict(re.findall(r"(\w[\w:/]*)=(\S*)", text))
 
     def state(self, job: str) -> str:
-        """The job's state in Slurm's words: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED ..."""
+        """The job's state as Slurm names it: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED ..."""
         return self.show(job)["JobState"]
 
     def wait(self, job: str, states: set[str] | frozenset[str] = frozenset(ENDED), timeout: float = 300) -> str:
-        """Waits until the job is in one of `states`; returns which. One that ended otherwise fails at once."""
+        """Waits until the job is in one of `states` and returns it. Fails at once if the job ends in another state."""
         end = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
             assert state not in ENDED and time.monotonic() < end, f"job {job} is {state}, expected one of {states}"
@@ -57,7 +57,7 @@ class Slurm:
         return state
 
     def crash(self, node: str) -> None:
-        """The node dies with all that runs on it, as by a power cut."""
+        """Kills a node and everything that runs on it, like a power failure."""
         self._call("crash", node)
 
     def start(self, node: str) -> None:
@@ -76,17 +76,17 @@ class Slurm:
 
 @contextmanager
 def running_cluster() -> Iterator[Slurm]:
-    """Starts the cluster for the block; skips without root or without the script that starts one."""
+    """Runs the cluster inside the block. Skips without root or without the script that starts one."""
     script = SHARED / "tools" / "mini_slurm.sh"
     if not script.is_file():
         pytest.skip(f"needs {script}, which starts a Slurm cluster and is not in the repository; set AMP_SHARED")
     if os.geteuid() != 0:
         pytest.skip("needs root: the nodes are network namespaces")
-    with FileLock(Path(tempfile.gettempdir()) / "open-clip-amp-slurm.lock"):  # one cluster a machine
-        # A session that was killed leaves its jobs in Slurm's saved state, and they would take the nodes again.
+    with FileLock(Path(tempfile.gettempdir()) / "open-clip-amp-slurm.lock"):  # one cluster per machine
+        # A killed test session leaves its jobs in Slurm's saved state, and they would occupy the nodes again.
         subprocess.run([script, "down"], check=True, capture_output=True)
         size = {"MS_NODES": "3", "MS_CPUS": "2", "MS_GPUS": "2"}
-        # Not captured: the daemons inherit the pipe, and reading it would wait for their end.
+        # Output is not captured: the daemons inherit the pipe, so reading it would wait until they end.
         log = Path(tempfile.mkdtemp(prefix="slurm-")) / "up.log"
         with log.open("w") as output:
             done = subprocess.run(

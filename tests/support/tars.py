@@ -1,4 +1,4 @@
-"""Tar files, and shards that are written anew."""
+"""Builds tar files and rewrites shards."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from amp.files import sha256_of
 
 
 def tar_of(path: Path, *members: tarfile.TarInfo | tuple[str, bytes], mode: str = "w") -> Path:
-    """A tar by plain tarfile; a member is (name, bytes) or a ready TarInfo."""
+    """A tar built with plain tarfile. A member is (name, bytes) or a TarInfo."""
     with tarfile.open(path, mode) as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
@@ -31,7 +31,7 @@ def members_of(path: Path) -> list[tuple[str, bytes]]:
 def replace_shard(
     folder: Path, split: str, members: list[tuple[str, bytes]], number: int = 0, honest: bool = True
 ) -> Path:
-    """Writes a shard of a split anew; with `honest` the manifest states its new size and hash, and no index."""
+    """Rewrites a shard of a split. With `honest` the manifest gets its new size and hash, and no index."""
     path = tar_of(ShardManifest.load(folder).split(split)[number].path, *members)
     if honest:
         content = json.loads((folder / "manifest.json").read_text())

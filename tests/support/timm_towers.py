@@ -1,7 +1,7 @@
-"""Tiny random CLIPs with image towers of timm and Hugging Face text towers.
+"""Tiny random CLIPs with timm image towers and Hugging Face text towers.
 
-They come out of open_clip's own factory: the towers are registered with timm, the text tower and its tokenizer lie in
-the folder of the model.
+open_clip's own factory builds them: the image towers are registered with timm, and the text tower and its tokenizer
+are in the model's folder.
 """
 
 import copy
@@ -87,7 +87,7 @@ TOWERS = {
         2,
     ),
 }
-# Of a class that is supported, but not all of whose parts are.
+# The class is supported, but some of these parts are not.
 STRANGE = {"parallel": (VisionTransformer, {"block_fn": ParallelScalingBlock}, "token", None, 1)}
 
 
@@ -133,7 +133,7 @@ def write_folder(folder: Path, model_cfg: dict, seed: int = 0) -> str:
             f"local-dir:{folder}", load_weights=False, pretrained_image=False, pretrained_text=False
         ).eval()
         for name, parameter in clip.named_parameters():
-            # No bias, norm, token or matrix may be next to nothing by its initial value.
+            # Biases, norms, tokens and matrices that start near zero would hide errors.
             if "logit" not in name and "freqs" not in name:
                 scale = 0.2 if parameter.ndim == 2 and name.startswith("visual.") else 0.1
                 parameter.data += scale * torch.randn_like(parameter)
@@ -164,7 +164,7 @@ WORDS = ("a", "dog", "girl", "horse", "boy", "chases", "kicks", "carries", "thro
 def write_text_tower(folder: Path, kind: str) -> dict:
     """Writes configuration and tokenizer of a tiny text tower; returns the `text_cfg` of an open_clip config.
 
-    The tokenizer is SentencePiece's kind, with XLM-R's padding, token 1. ``mt5`` is an encoder out of a pair.
+    The tokenizer is a SentencePiece model with XLM-R's padding (token 1). ``mt5`` is the encoder of an encoder-decoder.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import BertConfig, MT5Config, PreTrainedTokenizerFast, XLMRobertaConfig

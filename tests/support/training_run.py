@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, to be disturbed from outside, and what each of their steps saw."""
+"""Training runs in separate processes, which tests can signal or kill, with a record of the samples of each step."""
 
 import json
 import multiprocessing
@@ -20,12 +20,12 @@ from support.models import aim_settings
 def small_run(
     shards: Path, clip_folder: str, folder: Path, data: dict[str, Any], cache: Path | None = None, **settings
 ) -> TrainConfig:
-    """A training configuration of AIM on drawn shards and a tiny CLIP, without validation and trackers.
+    """A training configuration with AIM, drawn shards and a tiny CLIP, without validation and trackers.
 
     Args:
         shards, clip_folder: The fixtures with these names.
-        folder: For the run, `folder / "run"`, and for the cache if no other is given.
-        data: Further settings of its data.
+        folder: Parent folder of the run (`folder / "run"`), and of the cache by default.
+        data: Further data settings.
         cache: Folder of the cache.
         **settings: Further settings of the run.
     """
@@ -38,7 +38,7 @@ def small_run(
             cache=str(cache or folder / "cache"),
             **{"val_split": None, "workers": 0, "augment": "none", **data},
         ),
-        **{"trackers": [], "mixed_precision": "no", **settings},  # equal weights are compared, on any processor
+        **{"trackers": [], "mixed_precision": "no", **settings},  # weights must be equal on any processor
     )
 
 
@@ -46,17 +46,17 @@ class TrainingRun:
     """The ranks of one launch of `amp.train.engine.train`, forked from a server that has imported torch.
 
     Args:
-        config: What is trained.
-        world: Processes, over gloo.
-        audit: File to which each rank adds a line a step: stage, step, rank and samples.
-        before: Called in each rank as before(rank) before training, for what a test spoils from inside.
+        config: Configuration of the run.
+        world: Number of processes, joined over gloo.
+        audit: File to which each rank appends one line per step: stage, step, rank and samples.
+        before: Called in each rank as before(rank) before training, for example to inject faults.
     """
 
     def __init__(self, config: TrainConfig, world: int = 1, audit: Path | None = None, before: Callable | None = None):
         self.audit, self.world = audit, world
         self.errors = Path(config.out).with_suffix(".errors")
         self.errors.mkdir(parents=True, exist_ok=True)
-        # As torchrun's agent does, this process keeps the store where the ranks meet, and outlives them.
+        # Like torchrun's agent, this process hosts the rendezvous store and outlives the ranks.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         arguments = (config, world, self.store.port, audit, before, self.errors)
@@ -66,7 +66,7 @@ class TrainingRun:
             process.start()
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit status of each rank; fails where one still runs after `timeout` seconds."""
+        """Exit status of each rank. Fails if one still runs after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -77,7 +77,7 @@ class TrainingRun:
         return [process.exitcode for process in self.processes]
 
     def wait_for_steps(self, steps: int, timeout: float = 60) -> bool:
-        """Waits until rank 0 has begun `steps` more steps; False if the run ends before."""
+        """Waits until rank 0 has begun `steps` more steps; returns False if the run ends first."""
         deadline = time.monotonic() + timeout
         while len(steps_of(self.audit)) < self.taken + steps:
             assert time.monotonic() < deadline, f"no {steps} steps in {timeout} s; {self.said(0)}"
@@ -87,20 +87,20 @@ class TrainingRun:
         return True
 
     def signal(self, number: int, ranks: range | None = None) -> None:
-        """Sends a signal to all ranks or to some."""
+        """Sends a signal to some or all ranks."""
         for rank in ranks or range(self.world):
             process = self.processes[rank]
             if process.is_alive():
                 os.kill(process.pid, number)
 
     def said(self, rank: int) -> str:
-        """What a rank wrote to standard error, this launch and those before."""
+        """Standard error of a rank, over this and earlier launches."""
         path = self.errors / f"{rank}.log"
         return path.read_text() if path.is_file() else ""
 
 
 def steps_of(audit: Path) -> list[dict]:
-    """The audit of rank 0, one line per step."""
+    """The audit lines of rank 0, one per step."""
     if not audit.is_file():
         return []
     lines = audit.read_text().splitlines(keepends=True)
@@ -109,10 +109,10 @@ def steps_of(audit: Path) -> list[dict]:
 
 def _train_rank(rank, config, world, port, audit, before, errors) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for decoding workers, as in a process that a user starts
+    multiprocessing.set_start_method("fork", force=True)  # start method of decoding workers, as in a user's process
     log = os.open(errors / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115, of the whole process
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115, stays open until the process ends
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -137,7 +137,7 @@ def _train_rank(rank, config, world, port, audit, before, errors) -> None:
         samples = [sample for batch in batches for sample in batch.samples.tolist()]
         line = {"stage": self.stage, "step": step, "rank": rank, "samples": samples}
         file = os.open(audit, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(file, (json.dumps(line) + "\n").encode())  # one write, which a SIGKILL can't halve
+        os.write(file, (json.dumps(line) + "\n").encode())  # one write, which a SIGKILL can't cut in two
         os.close(file)
         return parts(self, model, batches, step)
 

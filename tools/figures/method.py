@@ -1,4 +1,4 @@
-"""Draws docs/method.png: a caption's knowledge, how it reads an image inside the frozen CLIP, and re-ranking.
+"""Draws docs/method.png: a caption's knowledge, how it queries an image in the frozen CLIP, and re-ranking.
 
 python tools/figures/method.py --out docs/method.png
 """
@@ -36,7 +36,7 @@ WIDTH, HEIGHT = 160, 92
 
 
 class Canvas:
-    """The axes, in units of which ten are an inch."""
+    """The axes; ten units are one inch."""
 
     def __init__(self) -> None:
         from matplotlib.figure import Figure
@@ -186,7 +186,7 @@ def draw(out: str = "docs/method.png") -> None:
     draw_queries(canvas)
     draw_model(canvas)
     draw_search(canvas)
-    canvas.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))  # pictures have moved them
+    canvas.axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))  # drawing pictures changed the limits
     canvas.figure.savefig(out)
     print(f"{out} written")
 

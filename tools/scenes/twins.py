@@ -112,9 +112,7 @@ def measure(settings: TwinSettings) -> dict:
         texts = captions.all_texts(model.config.max_triplets, model.config.knowledge)
         prepare_texts(accelerator, terminal, collate.store, model, texts)
         batch_size, workers = settings.batch_size, settings.workers
-        frozen = prepare_images(
-            accelerator, terminal, split, model, preprocess, settings.cache, "float32", batch_size, workers
-        )
+        frozen = prepare_images(terminal, split, model, preprocess, settings.cache, "float32", batch_size, workers)
         retrieval = SplitSearch.stored(captions, frozen, collate, RetrievalSettings(), accelerator.device)
         if model is base:
             image = torch.from_numpy(np.array(frozen.base))

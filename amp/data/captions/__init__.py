@@ -19,9 +19,11 @@ from amp.data.captions.by_content import read_json, read_txt
 from amp.data.captions.caption_list import read_list
 from amp.data.captions.coco import read_coco
 from amp.data.captions.csv_table import read_csv
+from amp.data.captions.hub_dataset import read_dataset
 from amp.data.captions.jsonl_table import read_jsonl
 from amp.data.captions.karpathy import read_karpathy
 from amp.data.captions.load import load_captions
+from amp.data.captions.parquet_table import read_parquet
 from amp.data.captions.rows import read_rows
 from amp.data.captions.splits import SplitNames
 from amp.data.captions.text_file import text_lines
@@ -33,6 +35,8 @@ register_captions_format("jsonl", (".jsonl", ".ndjson"), read_jsonl)
 register_captions_format("coco", (), read_coco)
 register_captions_format("list", (), read_list)
 register_captions_format("token", (".token",), read_token)
+register_captions_format("parquet", (".parquet",), read_parquet)
+register_captions_format("datasets", (), read_dataset)
 register_captions_format("json", (".json",), read_json)
 register_captions_format("txt", (".txt",), read_txt)
 

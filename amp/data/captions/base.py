@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,9 @@ SKIP_KINDS = (
     "caption_without_image",
     "empty_caption",
 )
+DATASET_PREFIX = "datasets:"
+"""Start of the name of a dataset in place of a captions file; see `amp.data.captions.hub_dataset`."""
+
 CAPTION_KINDS = ("empty_caption", "caption_without_image")
 """Kinds in `SKIP_KINDS` that concern a single caption; the others concern an image."""
 
@@ -47,7 +50,8 @@ class CaptionedImage:
     Attributes:
         path: Path of the file relative to the images folder, with `/` as separator and without `..`. A reader keeps an
             absolute path, and the conversion, which knows the folder, makes it relative.
-        name: File name as spelled in the captions file (COCO: without the `filepath` folder).
+        name: File name as spelled in the captions file (COCO: without the `filepath` folder; of a photo that is in
+            the captions file: its original name, if it has one).
         id: `cocoid` or `imgid` in a Karpathy file; `id` in COCO's annotations; `image_id` in a list; otherwise `path`.
         split: Name of the image's split, such as `"train"`.
         captions: Captions in the order of the file; may be empty.
@@ -90,11 +94,18 @@ class CaptionSource:
         images: One entry per image file, in the order of the captions file.
         skipped: Images and captions left out.
         notes: Lines for the user about how the file was interpreted, where that isn't obvious.
+        photos: Function that yields name and content of the image files that the captions file itself contains, some
+            of them several times; None if it contains none.
+        folder: Folder of the image files if their paths are absolute and the reader knows it.
+        sha256: Hash of the content if the captions are not in one file.
     """
 
     images: list[CaptionedImage]
     skipped: list[Skip]
     notes: list[str] = field(default_factory=list)
+    photos: Callable[[], Iterator[tuple[str, bytes]]] | None = None
+    folder: Path | None = None
+    sha256: str | None = None
 
 
 Reader = Callable[[Path, SplitNames], CaptionSource]

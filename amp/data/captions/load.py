@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amp.data.captions.base import CaptionSource, Skip, find_reader, known_formats
+from amp.data.captions.base import DATASET_PREFIX, CaptionSource, Skip, find_reader, known_formats
 from amp.data.captions.splits import SplitNames
 from amp.data.captions.text_file import inner_suffix, text_lines
 from amp.errors import AmpError
@@ -17,7 +17,7 @@ def load_captions(
 
     Args:
         path: A captions file (docs/data.md lists the formats), or a file in a format that a plugin registers. It may be
-            compressed with gzip.
+            compressed with gzip. `datasets:NAME` or `datasets:NAME:CONFIG` is a dataset of Hugging Face's `datasets`.
         format: Name of the format; `auto` chooses by the file's suffix, and by the content of `.json` and `.txt`.
         default_split: Split of images without a split.
         keep_restval: Keep Karpathy's `restval` (COCO's other validation images) as a separate split. By default it
@@ -27,6 +27,8 @@ def load_captions(
         AmpError: The file can't be used.
     """
     path = Path(path)
+    if format == "auto" and str(path).startswith(DATASET_PREFIX):
+        format = "datasets"
     splits = SplitNames(default_split, keep_restval)
     reader = find_reader(format, inner_suffix(path))
     if reader is None:

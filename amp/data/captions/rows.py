@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,27 +26,30 @@ _LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
 def read_rows(
     path: Path,
-    rows: Iterable[tuple[int, dict[str, Any]]],
+    rows: Iterable[tuple[int | str, dict[str, Any]]],
     splits: SplitNames,
     notes: list[str] | None = None,
     place: str = "line {}",
+    by_content: Container[str] = (),
 ) -> CaptionSource:
     """Groups the rows of a table by image. Each row of an image has one or several of its captions.
 
     Args:
         path: The file, for messages.
-        rows: Line number of each row, and its `image`, `caption` (a text or a list of texts) and optionally `split`
-            and `image_id`.
+        rows: Line number or place of each row, and its `image`, `caption` (a text or a list of texts) and optionally
+            `split` and `image_id`.
         splits: Names of the splits.
         notes: Lines for the user. `rows` may append to it while it is read.
-        place: How messages name a row, with `{}` for its number.
+        place: How messages name a row, with `{}` for its number or place.
+        by_content: Images whose path is a hash of their content. If one is in two splits, its rows in the second split
+            are skipped: nobody chose its name, so nobody could correct it.
 
     Raises:
         AmpError: A value can't be used, or an image has two splits or ids.
     """
     images: dict[str, CaptionedImage] = {}
     skipped: list[Skip] = []
-    first_line: dict[str, int] = {}
+    first_line: dict[str, int | str] = {}
     number = 0  # of the next caption; empty captions count
     for line, row in rows:
         where = f"{path} {place.format(line)}"
@@ -70,6 +73,10 @@ def read_rows(
         check_id(image_id, f"{where}: 'image_id'", "correct it")
         image = images.setdefault(composed(file), CaptionedImage(file, file, image_id, split))
         first = first_line.setdefault(image.path, line)
+        if image.split != split and file in by_content:
+            reason = f"{where}: {place.format(first)} has the same photo in split {image.split!r} and was kept"
+            skipped.append(Skip("duplicate_key", file, reason, split, captions=len(texts)))
+            continue
         if image.split != split:
             raise AmpError(
                 f"{where}: 'split' is {split!r}, but {place.format(first)} puts the same image in {image.split!r}; "

@@ -17,12 +17,17 @@ from typing import Any, cast
 from amp.errors import AmpError, shorten
 from amp.json_text import parse_json
 
+MAX_LINE = 64 << 20
+"""Maximum bytes of a line, and characters in UTF-16. A line is in memory as a whole."""
+MAX_TEXT_BYTES = 4 << 30
+"""Maximum bytes of a file that is read as a whole, such as JSON. A small gzip file can unpack to any size."""
+
 _GZIP = b"\x1f\x8b"
 _FOREIGN = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet; unpack it, or save the sheet as 'CSV UTF-8'"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file; save the sheet as 'CSV UTF-8'"),
-    (b"PAR1", "a Parquet file; write it as CSV or JSONL (pandas: read_parquet, to_csv)"),
-    (b"ARROW1", "an Arrow file; write it as CSV or JSONL"),
+    (b"PAR1", "a Parquet file; name it .parquet, or give --format parquet"),
+    (b"ARROW1", "an Arrow file; write it as Parquet, CSV or JSONL"),
     (_GZIP, "compressed with gzip twice; unpack it"),
     (b"BZh", "compressed with bzip2; unpack it"),
     (b"\xfd7zXZ", "compressed with xz; unpack it"),
@@ -50,10 +55,13 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             if encoding.startswith("utf-16") or ("\r" in start and "\n" not in start):
                 end = "\r" if "\n" not in start else "\n"
                 with io.TextIOWrapper(file, encoding, newline=end) as lines:
-                    yield from enumerate(lines, start=1)
+                    for number, text in enumerate(iter(lambda: lines.readline(MAX_LINE), ""), start=1):
+                        _check_line(path, number, len(text))
+                        yield number, text
                 return
             # Split bytes rather than text, because a JSON string may contain Unicode line separators.
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+                _check_line(path, number, len(line))
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         place = f" line {number}" if number else ""
@@ -68,8 +76,15 @@ def read_text(path: Path) -> str:
     """Reads a whole text file, in the same encodings as `text_lines`."""
     try:
         with _open_plain(path) as file:
-            content = file.read()
-        return content.decode(_encoding(path, content[:512]))
+            content = bytearray()
+            while (block := file.read(1 << 20)) and len(content) <= MAX_TEXT_BYTES:
+                content += block
+        if len(content) > MAX_TEXT_BYTES:
+            raise AmpError(
+                f"{path}: more than {MAX_TEXT_BYTES:,} bytes of text; expected at most that, since JSON is read as a "
+                "whole; write it as JSONL, with one object per line"
+            )
+        return content.decode(_encoding(path, bytes(content[:512])))
     except UnicodeDecodeError as error:
         raise _not_text(str(path), error) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -122,6 +137,14 @@ def _open_plain(path: Path) -> Iterator[io.BufferedReader[Any]]:
         # The buffer makes reading lines several times as fast.
         with gzip.GzipFile(fileobj=file) as unpacked, io.BufferedReader(cast(io.RawIOBase, unpacked), 1 << 16) as lines:
             yield lines
+
+
+def _check_line(path: Path, number: int, length: int) -> None:
+    if length >= MAX_LINE:
+        raise AmpError(
+            f"{path} line {number}: {MAX_LINE:,} bytes or more; expected one caption or object per line; check the "
+            "file and --format"
+        )
 
 
 def _damaged(path: Path, error: Exception) -> AmpError:

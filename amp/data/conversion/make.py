@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from amp.data.captions.base import Skip
+from amp.data.captions.base import DATASET_PREFIX, Skip
 from amp.data.captions.knowledge_file import cut_note
 from amp.data.captions.load import load_captions
 from amp.data.captions.splits import normal_split
 from amp.data.conversion.absolute_paths import make_relative
 from amp.data.conversion.knowledge import attach
+from amp.data.conversion.photos import photo_folder, write_photos
 from amp.data.conversion.plan import ShardPlan, assign_keys, in_stored_order, plan_split
 from amp.data.conversion.run import Conversion
 from amp.data.conversion.selection import choose_splits, exclude, find_samples, load_image_list, split_notes
@@ -56,18 +57,20 @@ def make_shards(
     """Converts a captions file and a folder of photos, or tar files of another tool, into shards.
 
     Args:
-        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL or token file. It may
-            be compressed with gzip. Or WebDataset tar files of img2dataset, CLIP_benchmark, open_clip or FLAIR: a tar
-            file, a folder of them, a pattern such as 'FOLDER/{00000..00009}.tar', or a glob.
-        images: Folder that the paths of the image files are relative to. Absolute paths must lead into it. Not used
-            with tar files.
+        captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL, token or Parquet
+            file. It may be compressed with gzip. Or datasets:NAME or datasets:NAME:CONFIG, where NAME is a folder or a
+            dataset of the Hugging Face hub. Or WebDataset tar files of img2dataset, CLIP_benchmark, open_clip or FLAIR:
+            a tar file, a folder of them, a pattern such as 'FOLDER/{00000..00009}.tar', or a glob.
+        images: Folder that the paths of the image files are relative to. Absolute paths must lead into it. Photos that
+            the captions file contains are written to it. None for captions with their photos: uses the dataset's
+            folder, or OUT/photos. Not used with tar files.
         out: Folder for the shards and manifest.json; created if it doesn't exist.
         knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
             states), or the folder that amp generate_knowledge wrote.
         knowledge_provenance: JSON file that describes how the knowledge was made; copied into the manifest. Default:
             the file in the folder, if knowledge is a folder.
-        format: Format of the captions file: karpathy, csv, jsonl, coco, list, token, or the name of a plugin's format;
-            auto chooses by the file's suffix and content.
+        format: Format of the captions file: karpathy, csv, jsonl, coco, list, token, parquet, datasets, or the name of
+            a plugin's format; auto chooses by the file's suffix and content.
         default_split: Split of images without a split.
         keep_restval: Keep Karpathy's restval as a separate split instead of adding it to train.
         splits: Splits to convert. Default: all splits in the captions file.
@@ -104,6 +107,7 @@ def make_shards(
         AmpError: An input can't be used. The message says which, where, and what to do.
     """
     console = console or PlainConsole(stderr=True)
+    captions, out_root = str(captions), Path(out)
     for name, value in (("samples_per_shard", samples_per_shard), ("limit", limit)):
         if value is not None and value < 1:
             raise AmpError(f"{name} is {value}; expected 1 or more")
@@ -134,22 +138,18 @@ def make_shards(
             command=command,
             console=console,
         )
-    if images is None and not Path(captions).exists():
-        raise AmpError(
-            f"{captions}: can't be read (no such file or folder); expected a captions file, or tar files of another "
-            "tool; check --captions"
-        )
     given = {"split": split is not None, "caption_keys": caption_keys is not None}
-    _refuse(given, f"{captions}: a captions file", "this option is for tar files")
-    if images is None:
-        raise AmpError(f"{captions}: no folder of image files is given; expected one; add --images FOLDER")
-    images_root, out_root = Path(images), Path(out)
-    if not images_root.is_dir():
-        raise AmpError(f"{images_root}: no such folder; expected the folder of image files; check --images")
+    if Path(captions).exists() or captions.startswith(DATASET_PREFIX):
+        _refuse(given, f"{captions}: a captions file", "this option is for tar files")
+    if images is not None and not Path(images).is_dir():
+        raise AmpError(f"{images}: no such folder; expected the folder of image files; check --images")
 
     with console.progress("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
         source = load_captions(captions, format, default_split, keep_restval)
+        if source.sha256 is not None:
+            provenance["captions"]["sha256"] = source.sha256
+        images_root = photo_folder(images, source, out_root, captions)
         make_relative(source, images_root, captions)
         report, provenance["knowledge"] = attach(source.images, knowledge, knowledge_provenance, images_root)
         keyed = assign_keys(source.images)
@@ -176,21 +176,25 @@ def make_shards(
     skipped = [skip for skip in source.skipped if splits is None or skip.split in chosen]
     check_skipped(skipped, wanted, max_skipped, captions)
 
+    members = {split: in_stored_order(keyed, seed, split) for split in chosen}
+    if source.photos is not None:
+        members = {split: chosen_members[:limit] for split, chosen_members in members.items()}
+        write_photos(source, [image for each in members.values() for _, image in each], images_root, console)
     with console.progress("looking for the image files"):
         plans: dict[str, list[ShardPlan]] = {}
         lost_files: list[Skip] = []
         for split in chosen:
-            samples, missing = find_samples(images_root, in_stored_order(keyed, seed, split), limit)
+            samples, missing = find_samples(images_root, members[split], limit)
             lost_files += missing
             plans[split] = plan_split(out_root, images_root, split, samples, samples_per_shard, resizing, check)
     planned = [image for split_plans in plans.values() for plan in split_plans for _, image in plan.samples]
-    check_skipped(lost_files, planned, max_skipped, images)
+    check_skipped(lost_files, planned, max_skipped, str(images_root))
     _check_none_empty(plans, lost_files, excluded, captions)
     provenance |= {"resize": asdict(resizing) if resizing else None, "check": check, "seed": seed, "limit": limit}
     conversion = Conversion(
         out=out_root,
         plans=plans,
-        source=images,
+        source=str(images_root),
         max_skipped=max_skipped,
         lost=lost_files,
         skipped=skipped,

@@ -90,6 +90,11 @@ def decoders() -> tuple[str, ...]:
 
 
 _MAGIC = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG": ".png",
+    b"WEBP": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
     b"\0\0\0\x0cjP  ": ".jp2",
     b"\xff\x4f\xff\x51": ".j2k",
     b"\0\0\0\x0cJXL ": ".jxl",
@@ -101,10 +106,15 @@ _MAGIC = {
 }
 
 
+def suffix_of(content: bytes) -> str:
+    """Usual suffix of an image file with this content, by its first bytes; "" if they are unknown."""
+    starts = (content[:12], content[4:12] if content[4:8] == b"ftyp" else b"", content[8:12])
+    return next((_MAGIC[magic] for magic in _MAGIC if any(start.startswith(magic) for start in starts)), "")
+
+
 def why_unidentified(content: bytes) -> str:
     """Why no decoder reads a file, judged by its first bytes: an iPhone's HEIC file may be called a.jpg."""
-    head = content[:12]
-    suffix = next((_MAGIC[magic] for magic in _MAGIC if head.startswith(magic) or head[4:].startswith(magic)), "")
+    suffix = suffix_of(content)
     if suffix == ".tif":
         return "a TIFF that is damaged or has an unsupported sample type; save it with 8 bits per channel"
     return (

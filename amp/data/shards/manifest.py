@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,16 +52,14 @@ class ShardInfo:
         return self.sha256 if self.records is None else self.records.sha256
 
     @property
-    def content(self) -> str:
-        """Hash of photos, captions and knowledge."""
-        if self.records is None or self.index is None:
-            return self.sha256
-        return hashlib.sha256(f"{self.sha256} {self.index.sha256} {self.records.sha256}".encode()).hexdigest()
-
-    @property
     def beside(self) -> Path:
         """Path next to which the index and the file of records are."""
         return self.path if self.side is None else self.side / self.name
+
+    @property
+    def photos(self) -> list[str]:
+        """Hashes of the files that determine the photos and their order."""
+        return [self.sha256] if self.records is None or self.index is None else [self.sha256, self.index.sha256]
 
     def open(self) -> ShardReader:
         """Opens the shard; raises like `ShardReader`."""

@@ -4,6 +4,7 @@ Only the files in this folder use internals of open_clip (here `token_embedding`
 and of timm, so changes upstream are handled here.
 """
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -226,6 +227,16 @@ class Backbone(nn.Module, ABC):
     def weights_hash(self, tower: str = "both") -> str:
         """The function `weights_hash`, for this CLIP."""
         return weights_hash(self.clip, self.quick_gelu, tower)
+
+
+def text_tower_of(backbone: Backbone) -> Backbone:
+    """A copy of a backbone with only its text tower, so that texts can be encoded beside an engine that partitions the
+    model's weights (ZeRO-3)."""
+    visual, backbone.clip.visual = backbone.clip.visual, nn.Identity()
+    try:
+        return copy.deepcopy(backbone)
+    finally:
+        backbone.clip.visual = visual
 
 
 def unsupported_tower(seen: str) -> AmpError:

@@ -1,4 +1,4 @@
-"""The feature of one image under its captions' prompts, eq. 8 and 9, in image towers of open_clip and of timm."""
+"""The feature of one image conditioned on captions' prompts (eq. 8-9), for image towers of open_clip and timm."""
 
 import math
 from functools import partial
@@ -22,9 +22,9 @@ def image_feature(model, image, prompts=None):
     """Feature (d,) of one image (3, H, W).
 
     Args:
-        model: Of the interaction ``aim`` or ``cat``.
-        image: As the model's transform makes it.
-        prompts: Prompts (n, d_v) by their kind; without them the image sees visual prompts only.
+        model: Model with the interaction ``aim`` or ``cat``.
+        image: Output of the model's transform.
+        prompts: Prompts (n, d_v) by kind; without them only visual prompts are used.
     """
     tower = tower_of(model.backbone.clip.visual)
     tokens = early_tokens(tower, image, model.tower.first)
@@ -38,13 +38,13 @@ def image_feature(model, image, prompts=None):
 
 
 def feature_under(model, image, items):
-    """`image_feature` under the knowledge of several captions side by side, without padding."""
+    """`image_feature` for the concatenated knowledge of several captions, without padding."""
     parts = [prompts_from_text(model, item) for item in items]
     return image_feature(model, image, {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]})
 
 
 def early_tokens(tower, image, blocks):
-    """Tokens (T, d_v) of one image after so many blocks."""
+    """Tokens (T, d_v) of one image after the first `blocks` blocks."""
     tokens = tower.embed(image)
     for index in range(blocks):
         tokens = tower.run(index, tokens)
@@ -52,12 +52,12 @@ def early_tokens(tower, image, blocks):
 
 
 def late_tokens(model, tower, tokens, joined=None):
-    """Tokens (T, d_v) after the last block; each sees its own visual prompts, and all see the prompts `joined`."""
+    """Tokens (T, d_v) after the last block. Each block has its own visual prompts; `joined` runs through all."""
     length = len(tokens)
     tokens = tokens if joined is None else torch.cat([tokens, joined])
     kept = len(tokens)
     for depth, index in enumerate(range(model.tower.first, len(tower.blocks))):
-        # What a block makes of its visual prompts is dropped.
+        # A block's outputs for its visual prompts are dropped.
         tokens = tower.run(index, torch.cat([tokens[:kept], model.visual_prompts.prompts[depth]]))
     return tokens[:length]
 
@@ -66,10 +66,11 @@ def late_tokens(model, tower, tokens, joined=None):
 
 
 def interact(aim, patches, triplets=None, states=None):
-    """Conditioned patches of one image and one caption (M, d_v), and a map (M, M) per kind of prompts.
+    """Conditioned patches (M, d_v) of one image and one caption, and one map (M, M) per kind of prompts.
 
-    Without a gate the literal eq. 7-8; with one, P~ keeps the patches, and V~ is added to them, normalised and in their
-    scale. With one kind of prompts V~ is A V, where V is the MLP of its values alone.
+    Without a gate this is eq. 7-8 literally. With a gate, P~ has a residual connection to the patches, and V~ is
+    normalized, rescaled to the patches and added to them. With one kind of prompts V~ = A V, where V is the MLP of the
+    values of this kind.
     """
     normed, values, maps = layer_norm(patches, aim.norm), [], []
     for kind, prompts in (("triplet", triplets), ("state", states)):
@@ -91,7 +92,7 @@ def interact(aim, patches, triplets=None, states=None):
 
 
 def prompts_of(model, knowledge, row):
-    """Prompts (n, d_v) of row `row` of a KnowledgeBatch, by the kinds that the model reads."""
+    """Prompts (n, d_v) of row `row` of a KnowledgeBatch, for each kind that the model reads."""
     mask, kinds = knowledge.mask[row], {}
     if model.config.knowledge in ("both", "triplets"):
         embedded = model.backbone.embed_tokens(knowledge.triplet_tokens[row])
@@ -104,7 +105,7 @@ def prompts_of(model, knowledge, row):
 
 
 def prompts_from_text(model, item):
-    """`prompts_of` one caption, whose states are encoded here, from what the paper writes for each triplet."""
+    """`prompts_of` for one caption given as text; the sentence of each triplet is encoded here."""
     kinds = prompts_of(model, model.prepare_knowledge([item]), 0)
     if "states" in kinds and item.triplets:
         tokens = model.tokenizer(sentences(item, model.config.knowledge))
@@ -119,7 +120,7 @@ def _state_prompts(model, states):
 
 
 def sentences(item, knowledge: str) -> list[str]:
-    """What the paper writes for each triplet of a caption, actions first, at most six."""
+    """The paper's sentence for each triplet of a caption: actions first, at most six."""
     pairs = list(zip(item.triplets, item.states, strict=True))
     pairs = [p for p in pairs if p[0].kind == "action"] + [p for p in pairs if p[0].kind != "action"]
     if knowledge == "template":
@@ -137,16 +138,16 @@ def sentences(item, knowledge: str) -> list[str]:
 
 
 def tower_of(visual):
-    """The naive tower for the image tower of a CLIP."""
+    """The naive implementation for the image tower of a CLIP."""
     return TimmTower(visual) if hasattr(visual, "trunk") else NativeTower(visual)
 
 
 class NativeTower:
-    """open_clip's image tower, by its own blocks.
+    """open_clip's image tower, run with its own blocks.
 
     Attributes:
         prefix: Number of tokens before the patches.
-        blocks: Its transformer blocks.
+        blocks: Transformer blocks of the tower.
     """
 
     def __init__(self, visual):
@@ -157,31 +158,31 @@ class NativeTower:
         return self.visual._embeds(image[None])[0]
 
     def run(self, index, tokens):
-        """A block on the tokens of one image."""
+        """Runs a block on the tokens of one image."""
         return self.blocks[index](tokens[None])[0]
 
     def pool(self, tokens):
-        """Tokens after the last block to a feature (d,)."""
+        """Computes the feature (d,) from the tokens after the last block."""
         pooled, _ = self.visual._pool(tokens[None])
         return (pooled @ self.visual.proj)[0]
 
 
 class TimmTower:
-    """timm's image tower: its own embedding and head, and blocks head by head; see `NativeTower`."""
+    """timm's image tower: its own embedding and head, but blocks computed head by head. See `NativeTower`."""
 
     def __init__(self, visual):
         self.visual, self.trunk = visual, visual.trunk
         self.prefix, self.blocks = visual.trunk.num_prefix_tokens, visual.trunk.blocks
 
     def embed(self, image):
-        """Tokens (F + M, d_v) that enter block 0, by open_clip's and timm's own forward pass: a hook sees them."""
+        """Tokens (F + M, d_v) that enter block 0, captured by a hook in the tower's own forward pass."""
         seen = []
         with self.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0])):
             self.trunk(image[None])
         return seen[0][0]
 
     def run(self, index, tokens):
-        """A block on tokens (T, d_v) of one image; only the M patches behind the F prefix tokens turn."""
+        """Runs a block on tokens (T, d_v) of one image. Only patches, not the F prefix tokens, get rotary embedding."""
         trunk, block, own = self.trunk, self.blocks[index], self.blocks[index].attn
         first, patches = self.prefix, trunk.patch_embed.num_patches
         rope = getattr(trunk, "rope", None)
@@ -218,12 +219,12 @@ class TimmTower:
         return tokens + scaled(block.mlp(block.norm2(tokens)), "ls2", "gamma_2")
 
     def pool(self, tokens):
-        """Tokens after the last block (F + M, d_v) to a feature (d,), by the tower's own head."""
+        """Computes the feature (d,) from the tokens (F + M, d_v) after the last block, with the tower's own head."""
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(tokens[None])))[0]
 
 
 def rotated(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Each pair of channels of (M, d_head) as a complex number, turned by its angle; angles are (sines, cosines)."""
+    """Rotates each pair of channels of (M, d_head), as a complex number, by its angle; angles are (sines, cosines)."""
     sine, cosine = angles.chunk(2, dim=-1)
     turned = torch.view_as_complex(rows.reshape(len(rows), -1, 2).contiguous()) * torch.complex(
         cosine[:, ::2].contiguous(), sine[:, ::2].contiguous()

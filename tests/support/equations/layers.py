@@ -1,4 +1,4 @@
-"""The layers of the model, eq. 4-7 and the readout, one sample, one head and one row at a time."""
+"""The layers of the model (eq. 4-7 and the readout), one sample, head and row at a time."""
 
 import math
 
@@ -7,13 +7,13 @@ from torch.nn import functional as F
 
 
 def linear(x, layer):
-    """A linear layer of x (..., in)."""
+    """Applies a linear layer to x (..., in)."""
     y = torch.einsum("...i,oi->...o", x, layer.weight)
     return y if layer.bias is None else y + layer.bias
 
 
 def layer_norm(x, layer=None):
-    """With a layer its scale and shift, without one neither."""
+    """Layer norm of x, with scale and shift of `layer` if it is given."""
     centred = x - x.mean(dim=-1, keepdim=True)
     normed = centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
     return normed if layer is None else normed * layer.weight + layer.bias
@@ -25,7 +25,7 @@ def gelu(x):
 
 
 def attention(queries, keys, values, heads):
-    """Multi-head attention of one sample; queries (T, D), keys, values (S, D) -> values (T, D), map (heads, T, S)."""
+    """Multi-head attention of one sample: queries (T, D), keys/values (S, D) -> values (T, D), map (heads, T, S)."""
     size = queries.shape[1] // heads
     rows, maps = [], []
     for h in range(heads):
@@ -42,13 +42,13 @@ def attention(queries, keys, values, heads):
 
 
 def slot_mean(embedded, token_mask):
-    """Tokens of a slot (S, d_t) to their mean over those that exist; no token at all is a zero vector."""
+    """Mean over the existing tokens of a slot (S, d_t); a zero vector if there is none."""
     present = [token for token, exists in zip(embedded, token_mask, strict=True) if exists]
     return sum(present) / len(present) if present else torch.zeros_like(embedded[0])
 
 
 def transformer_block(x, block):
-    """One pre-norm transformer block over the T tokens of a set (T, d_t), every one of which exists."""
+    """One pre-norm transformer block over a set of T tokens (T, d_t), without masked tokens."""
     own = block.self_attn
     q, k, v = (torch.einsum("ti,oi->to", layer_norm(x, block.norm1), own.in_proj_weight) + own.in_proj_bias).chunk(3, 1)
     x = x + linear(attention(q, k, v, own.num_heads)[0], own.out_proj)
@@ -56,7 +56,7 @@ def transformer_block(x, block):
 
 
 def triplet_prompts(encoder, embedded, token_mask, mask):
-    """p_t of one caption: embedded (K, 3, S, d_t) -> (number of its triplets or 1 null token, d_t)."""
+    """p_t of one caption: embedded (K, 3, S, d_t) -> (n, d_t), where n is the number of triplets or 1 null token."""
     prompts = []
     for k in range(len(mask)):
         if mask[k]:
@@ -72,7 +72,7 @@ def triplet_prompts(encoder, embedded, token_mask, mask):
 
 
 def adapt(prompts, adapter):
-    """The bottleneck of the prompts of a caption (K, d_t) -> (K, d_v)."""
+    """The bottleneck adapter for the prompts of one caption: (K, d_t) -> (K, d_v)."""
     return linear(linear(layer_norm(prompts, adapter.norm), adapter.down).clamp(min=0), adapter.up)
 
 
@@ -80,14 +80,14 @@ def adapt(prompts, adapter):
 
 
 def cross_attention(patches, prompts, layer):
-    """Normalised patches (M, d_v) ask, a caption's prompts (K, d_v) answer -> (M, d_v)."""
+    """Cross attention from normalized patches (M, d_v), as queries, to a caption's prompts (K, d_v) -> (M, d_v)."""
     width = patches.shape[1]
     k, v = (linear(prompts, layer.key_value)[:, part] for part in (slice(0, width), slice(width, None)))
     return linear(attention(linear(patches, layer.query), k, v, layer.heads)[0], layer.out)
 
 
 def self_attention(x, layer):
-    """(M, d_v) -> values (M, d_v) and the map averaged over heads (M, M)."""
+    """Self attention of (M, d_v) -> values (M, d_v), and the map (M, M) averaged over heads."""
     q, k, v = linear(x, layer.qkv).chunk(3, dim=1)
     values, maps = attention(q, k, v, layer.heads)
     return linear(values, layer.out), sum(maps) / layer.heads
@@ -100,11 +100,11 @@ def readout(layer, patches, text, states, triplets, mask):
     """f(I, K) - f(I) of one image and one caption, query by query and head by head, in float64.
 
     Args:
-        layer: Its weights by their names, and its "width" per head.
-        patches: (M, d_v).
-        text: (d,).
-        states: (K, d).
-        triplets: (K, d_t).
+        layer: Weights of the readout by name, and its "width" per head.
+        patches: Patches (M, d_v).
+        text: Text feature (d,).
+        states: State features (K, d).
+        triplets: Encoded triplets (K, d_t).
         mask: Which of the K triplets exist.
     """
 

@@ -1,10 +1,10 @@
-"""Losses, eq. 10-11, and which negatives a step draws and a batch brings together, pair by pair."""
+"""Losses (eq. 10-11), draw probabilities of negatives and confusable images, computed pair by pair."""
 
 import math
 
 
 def contrastive(cosines, scale, image_ids):
-    """Eq. 10, the mean of both directions; other pairs of the same image are left out of the sums."""
+    """Eq. 10, averaged over both directions. Other pairs of the same image are excluded from the sums."""
     n, total = len(cosines), 0.0
     for i in range(n):
         others = [j for j in range(n) if j == i or image_ids[j] != image_ids[i]]
@@ -14,7 +14,7 @@ def contrastive(cosines, scale, image_ids):
 
 
 def triplet(cosines, margin, image_ids):
-    """Eq. 11 with d = 1 - cos, the mean of both directions; an image without negatives costs nothing."""
+    """Eq. 11 with d = 1 - cos, averaged over both directions. The loss of an image without negatives is zero."""
     n, total = len(cosines), 0.0
     for i in range(n):
         others = [j for j in range(n) if image_ids[j] != image_ids[i]]
@@ -25,27 +25,27 @@ def triplet(cosines, margin, image_ids):
 
 
 def sampled_contrastive(own, others, log_weights, scale):
-    """Eq. 10 of one row over drawn negatives, each of which represents several."""
+    """Eq. 10 of one row over drawn negatives, weighted by the number of negatives that each represents."""
     total = math.exp(scale * own)
     total += sum(math.exp(w) * math.exp(scale * c) for w, c in zip(log_weights, others, strict=True))
     return -math.log(math.exp(scale * own) / total)
 
 
 def sampled_triplet(own, others, log_weights, margin):
-    """Eq. 11 of one row over drawn negatives; those without a weight do not count."""
+    """Eq. 11 of one row over drawn negatives. Negatives with a log weight of -inf are ignored."""
     nearest = max((c for c, w in zip(others, log_weights, strict=True) if w > -math.inf), default=-math.inf)
     return max(0.0, margin + nearest - own)
 
 
 def draw_probabilities(cosines, forbidden, scale, uniform=0.1):
-    """Probability of each column to be the first negative drawn."""
+    """Probability that each column is the first negative drawn."""
     weight = [0.0 if no else math.exp(scale * c) for c, no in zip(cosines, forbidden, strict=True)]
     share = uniform / sum(not no for no in forbidden)
     return [0.0 if no else (1 - uniform) * w / sum(weight) + share for w, no in zip(weight, forbidden, strict=True)]
 
 
 def confusable(base, text, owner, k):
-    """The k images closest to each image, by the mean cosine of each of the two with the captions of the other.
+    """The k most confusable images of each image, by the mean cosine of either image with the other's captions.
 
     Args:
         base: Normalized image features.

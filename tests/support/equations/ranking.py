@@ -1,4 +1,4 @@
-"""Rankings, two-stage search, recall and its resampling: Python lists, stable sorts, one query at a time."""
+"""Rankings, two-stage search, recall and resampled recall, with Python lists and stable sorts, one query at a time."""
 
 from itertools import permutations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def full_order(scores) -> np.ndarray:
-    """Columns of each row of scores (Q, G) from the highest on; of equal scores the lower column is first."""
+    """Columns of each row of scores (Q, G) in descending order; ties go to the lower column."""
     rows = [sorted(range(len(row)), key=lambda g, row=row: (-row[g], g)) for row in scores.tolist()]
     return np.array(rows)
 
 
 def first_positives(order, positive) -> list[int]:
-    """Place of the first positive (Q, G) in each row of an order, or the number of columns if there is none."""
+    """Position of the first positive (Q, G) in each row of an order, or the number of columns if there is none."""
     return [
         next((place for place, g in enumerate(row) if answers[g]), len(row))
         for row, answers in zip(order.tolist(), positive.tolist(), strict=True)
@@ -20,13 +20,13 @@ def first_positives(order, positive) -> list[int]:
 
 
 def two_stages(first, top_k, score, fusion_weight=0.0):
-    """One query: the gallery ordered by the first stage, then its start by new scores.
+    """Ranks the gallery for one query by the first stage, then re-ranks the first `top_k` by new scores.
 
     Args:
-        first: First-stage score of each item.
-        top_k: Number of candidates that are scored again.
-        score: Called as `score(candidates)` for their new scores.
-        fusion_weight: Weight of the first-stage score next to the new one.
+        first: First-stage score per item.
+        top_k: Number of candidates to re-rank.
+        score: Function that returns the new scores of a list of candidates.
+        fusion_weight: Weight of the first-stage score, which is added to the new one.
 
     Returns:
         The items from best to worst, and the new score of each candidate, in the order of the first stage.
@@ -37,13 +37,13 @@ def two_stages(first, top_k, score, fusion_weight=0.0):
 
 
 def hits_over_all_orders(positive, top_k, k) -> float:
-    """Share of the orders of the first `top_k` of a gallery that have a positive among their first k."""
+    """Fraction of all orders of the first `top_k` items that have a positive among the first k."""
     orders = list(permutations(range(top_k)))
     return sum(any(([positive[i] for i in order] + positive[top_k:])[:k]) for order in orders) / len(orders)
 
 
 def resampled_recalls(ranks, images, fold, samples, seed) -> np.ndarray:
-    """Recall at 1, 5 and 10 (samples, 3) over images drawn with replacement within each fold, all their queries along.
+    """Recall at 1, 5 and 10 (samples, 3), resampled over images within each fold; a drawn image brings all its queries.
 
     Args:
         ranks: Rank of each query's first answer.

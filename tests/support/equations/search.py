@@ -1,4 +1,4 @@
-"""Searches as loops over pairs of an image and a caption, each scored by one public call of the model."""
+"""Search as a loop over (image, caption) pairs; each pair is scored by one public call of the model."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,20 @@ from support.equations.ranking import two_stages
 
 @torch.no_grad()
 def base_score(model, image, caption: str) -> float:
-    """Cosine of an image (3, H, W) and a caption by the frozen CLIP."""
+    """Cosine of an image (3, H, W) and a caption with the frozen CLIP."""
     return _cosine(model.encode_image(image[None]), model.encode_text(model.tokenizer([caption])))
 
 
 @torch.no_grad()
 def pair_score(model, image, caption: str, knowledge, text=None) -> float:
-    """Cosine of an image (3, H, W) and a caption, both under the caption's knowledge.
+    """Cosine of an image (3, H, W) and a caption, both conditioned on the caption's knowledge.
 
     Args:
-        model: An `ActionAwareCLIP`; a control reads no knowledge.
-        image: As the model's transform makes it.
-        caption: Its text.
-        knowledge: Its knowledge.
-        text: Its feature without knowledge (1, d), computed unless given.
+        model: An `ActionAwareCLIP`; controls ignore the knowledge.
+        image: Output of the model's transform.
+        caption: Text of the caption.
+        knowledge: Knowledge of the caption.
+        text: Feature (1, d) of the caption without knowledge; computed if it is not given.
     """
     tokens = model.tokenizer([caption])
     text = model.encode_text(tokens) if text is None else text
@@ -41,12 +41,12 @@ def pair_score(model, image, caption: str, knowledge, text=None) -> float:
 
 
 def pooled_scores(world, image: int, captions: list[int]) -> list[float]:
-    """Cosines of an image conditioned on the existing prompts of all these captions, joined without any padding."""
+    """Cosines of these captions and the image conditioned on all their prompts, joined without padding."""
     model, parts = world.model, []
     for number in captions:
         knowledge = model.prepare_knowledge([world.captions.knowledge[number]])
         prompts = model(None, Captions(knowledge, world.text[number][None])).captions.prompts
-        # A caption without knowledge brings its null prompts.
+        # A caption without knowledge contributes its null prompts.
         parts.append([part[0][prompts.mask[0]] for part in prompts.parts])
     joined = [torch.cat(part)[None] for part in zip(*parts, strict=True)]
     united = Prompts(tuple(joined), torch.ones(joined[0].shape[:2], dtype=torch.bool))
@@ -57,7 +57,7 @@ def pooled_scores(world, image: int, captions: list[int]) -> list[float]:
 
 @torch.no_grad()
 def search_split(world, direction: str, top_k: int, fusion_weight: float = 0.0):
-    """Scores (Q, k) and 0-based ranks (Q,) of a direction of `support.evaluation.ranked`."""
+    """Scores (Q, k) and 0-based ranks (Q,) for one direction, as named by `support.evaluation.ranked`."""
     base = world.model.encode_image(world.images, normalize=True)
     text = F.normalize(torch.stack(world.text), dim=-1)
     owner = world.captions.image.tolist()
@@ -84,7 +84,7 @@ def search_split(world, direction: str, top_k: int, fusion_weight: float = 0.0):
 
 
 def search_photos(model, preprocess, photos: list[Path], caption: str, knowledge, top_k: int, fusion_weight=0.0):
-    """Photos in order as (path, score, score of the frozen CLIP); beyond the first `top_k` both scores are CLIP's."""
+    """Ranked photos as (path, score, score of the frozen CLIP). After the first `top_k` both scores are CLIP's."""
     images = [preprocess(Image.open(path).convert("RGB")) for path in photos]
     base = [base_score(model, image, caption) for image in images]
     order, new = two_stages(
@@ -95,12 +95,12 @@ def search_photos(model, preprocess, photos: list[Path], caption: str, knowledge
 
 @torch.no_grad()
 def won_comparisons(scenes: Path, base: str, model=None) -> dict[str, tuple[int, int]]:
-    """Comparisons of drawn twins won and made, by kind of change.
+    """Numbers of comparisons between drawn twins, won and total, by kind of change.
 
     Args:
         scenes: Folder of the scenes.
         base: Name of the base model.
-        model: An `ActionAwareCLIP`; without one it is open_clip alone, which shares no code with this package.
+        model: An `ActionAwareCLIP`; without it open_clip itself is used, without any code of this package.
     """
     data = json.loads((scenes / "dataset.json").read_text())["images"]
     lines = [json.loads(line) for line in (scenes / "knowledge.jsonl").read_text().splitlines()]
