@@ -18,6 +18,7 @@ GROUPS = {
     "train": {
         "generate_knowledge": "generate knowledge for captions",
         "make_shards": "turn photos, captions and knowledge into shards",
+        "index_shards": "use WebDataset tar files of other tools as shards, as they are",
         "rewrite_knowledge": "replace the knowledge in existing shards",
         "prepare": "compute and store the features of a training run before it",
         "train": "train an adapter on shards",

@@ -5,6 +5,8 @@ INSTALLED_BY = {
     "deepspeed": "open-clip-amp[train]",
     "psutil": "open-clip-amp[train]",
     "tensorboard": "open-clip-amp[train]",
+    "webdataset": "open-clip-amp[train]",
+    "braceexpand": "open-clip-amp[train]",
     "gguf": "open-clip-amp[generate]",
     "llguidance": "open-clip-amp[generate]",
     "openai": "open-clip-amp[generate]",

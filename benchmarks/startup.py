@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from amp.errors import exit_on_error
@@ -28,6 +29,7 @@ with exit_on_error():
     from amp.data.shards.index import index_bytes, index_of, records_of, side_file
     from amp.data.shards.record import record_bytes
     from amp.data.shards.tar import HashedFile, add_member, end_archive
+    from amp.data.shared_work import make_missing
     from amp.data.text_features import write_segment
     from amp.files import write_atomically
     from amp.knowledge.schema import Triplet
@@ -173,6 +175,7 @@ def first_batch(folder: str) -> None:
     loaded, before = time.perf_counter(), resident_mb()
     run = Run(config, make_accelerator(config), StopRequest())
     run.split, _ = open_splits(config)
+    opened, opened_mb = time.perf_counter(), resident_mb()
     run.model = model
     run.prepare_data(None, *transforms)
     batch = run.to_device(next(iter(run.loader)))
@@ -181,8 +184,9 @@ def first_batch(folder: str) -> None:
     found = {
         "seconds": end - begin,
         "data_seconds": end - loaded,
+        "manifest_seconds": opened - loaded,
         "MB": resident_mb(),
-        "data_MB": resident_mb() - before,
+        "manifest_MB": opened_mb - before,
     }
     print(json.dumps(found))
 
@@ -205,7 +209,23 @@ def preparation(folder: Path, count: int) -> dict:
         for process in processes:
             process.join()
         found[str(world)] = {"captions_per_second": count * CAPTIONS / (time.perf_counter() - begin)}
-    return found
+    return {**found, "simulated": simulated()}
+
+
+def simulated(workers: int = 64, items: int = 2_000, seconds: float = 0.2) -> dict:
+    """Shares items among threads that only sleep. Returns the time relative to an even division of the items."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def make(name: str) -> None:
+            time.sleep(seconds)
+            (Path(folder) / name).touch()
+
+        names = [f"item-{number}" for number in range(items)]
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda worker: make_missing(names, Path(folder), make, worker / workers), range(workers)))
+        found = time.perf_counter() - begin
+    return {"processes": workers, "items": items, "time_over_even_division": found / (items * seconds / workers)}
 
 
 def prepare(folder: Path, cache: Path, first: float, ready, go) -> None:

@@ -104,7 +104,7 @@ def test_every_package_of_an_extra_has_its_line():
     asked = set().union(
         *(packages(extra) for extra in ("train", "generate", "transformers", "report", "heic", "datasets", "remote"))
     )
-    assert asked - {"webdataset"} == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {
+    assert asked == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {
         "clip_benchmark",
         "vllm",
     }

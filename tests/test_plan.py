@@ -398,9 +398,9 @@ def test_a_full_disk(config, monkeypatch, cached, level):
 
 
 def test_too_few_open_files(config, monkeypatch):
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (128, 4096))
-    assert "`ulimit -n` allows 128; run `ulimit -n 414` first" in found(change(config, data__workers=2), "error")
-    assert "`ulimit -n` allows 128" in found(config, "ok")
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (160, 4096))
+    assert "`ulimit -n` allows 160; run `ulimit -n 414` first" in found(change(config, data__workers=2), "error")
+    assert "`ulimit -n` allows 160" in found(config, "ok")
 
 
 def test_too_few_cores(config, monkeypatch):

@@ -672,6 +672,23 @@ def test_gzip(tmp_path, name, text):
     assert flat(source.images) == [("a.jpg", "train", ["A man"])] and source.notes == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bomb.json.gz", b"[" + b" " * 5000 + b"]", r"more than 4,000 bytes of text.*JSONL"),
+        ("bomb.jsonl.gz", b"{" + b" " * 5000 + b"}", r"line 1: 2,000 bytes or more; expected one caption"),
+        ("bomb.csv", ("image,caption\n" + "a" * 5000).encode("utf-16"), r"line 2: 2,000 bytes or more"),
+    ],
+)
+def test_texts_without_end_are_not_read_into_memory(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr("amp.data.captions.text_file.MAX_TEXT_BYTES", 4000)
+    monkeypatch.setattr("amp.data.captions.text_file.MAX_LINE", 2000)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(AmpError, match=message):
+        load_captions(path)
+
+
 @pytest.mark.parametrize("format", ["csv", "json"])
 def test_gzip_damaged(tmp_path, format):
     path = tmp_path / "captions"

@@ -10,6 +10,11 @@ Your own photos: a CSV with the header `image,caption,split` (or JSONL with thes
 
     amp make_shards --captions captions.csv --images photos --out data/mine
 
+WebDataset tar files of img2dataset, CLIP_benchmark, open_clip or FLAIR, one call per split (to use them without a copy,
+see amp index_shards)::
+
+    amp make_shards --captions 'cc3m/{00000..00331}.tar' --out data/cc3m [--caption_keys raw_caption longIB_captions]
+
 A dataset of the Hugging Face hub, or a folder that its package `datasets` opens::
 
     amp make_shards --captions datasets:NAME --out data/mine
@@ -32,6 +37,7 @@ from __future__ import annotations
 import sys
 
 from amp.data.conversion.make import make_shards
+from amp.data.shards.manifest import ShardManifest
 from amp.errors import exit_on_error
 
 
@@ -39,7 +45,7 @@ def parser():
     from amp.command_line import CommandLine  # not at the top: worker processes import this module too
 
     parser = CommandLine(
-        usage="%(prog)s --captions FILE [--images FOLDER] --out FOLDER [options]",
+        usage="%(prog)s --captions FILE|TARS [--images FOLDER] --out FOLDER [options]",
         description=__doc__.partition("\n")[0],
     )
     parser.add_function_arguments(make_shards, skip={"images", "splits", "command", "console"})
@@ -56,9 +62,6 @@ def parser():
 
 @exit_on_error("finished shards are kept; run the same command again to continue")
 def main(arguments: list[str] | None = None) -> None:
-    # Not at the top: worker processes import this module too.
-    from rich.table import Table
-
     from amp.terminal import PlainConsole
 
     options = parser().parse_args(arguments)
@@ -66,8 +69,16 @@ def main(arguments: list[str] | None = None) -> None:
     console = PlainConsole(stderr=True)
     command = ["make_shards.py", *(sys.argv[1:] if arguments is None else arguments)]
     manifest = make_shards(**options.as_dict(), command=command, console=console)
-    if manifest is None:
-        return
+    if manifest is not None:
+        show_shards(manifest)
+
+
+def show_shards(manifest: ShardManifest) -> None:
+    """Prints what the manifest of finished shards lists."""
+    # Not at the top: worker processes import this module too.
+    from rich.table import Table
+
+    from amp.terminal import PlainConsole
 
     table = Table("split", "images", "captions", "without knowledge", "shards", "MB")
     for column in table.columns[1:]:

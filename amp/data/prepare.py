@@ -5,7 +5,7 @@ What is stored per shard is shared out by files (`amp.data.shared_work`), so it 
 Both are computed without autocast, since runs of any precision share them and they give the base model's results.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -105,18 +105,21 @@ def prepare_images(
     """
     folders = features_folders(cache, split, model, preprocess, dtype if tokens else "base")
     number_of = {folder.name: number for number, folder in enumerate(folders)}
-    left: Sequence[str] = list(number_of)
+    left = len(folders)
 
-    def report(missing: Sequence[str], started: int = 0) -> None:
+    def report(missing: float) -> None:
+        show(round(len(split) * (1 - missing / len(folders))), len(split))
+
+    def count(missing: int) -> None:
         nonlocal left
         left = missing
-        show(len(split) - sum(split.sizes[number_of[name]] for name in missing) + started, len(split))
+        report(left)
 
     def make(name: str) -> None:
         part, folder = split.of_shard(number_of[name]), Path(cache) / name
-        done = lambda images, _: report(left, images)  # noqa: E731
+        done = lambda images, total: report(left - images / total)  # noqa: E731
         compute_frozen_features(part, model, preprocess, batch_size, workers, folder, dtype, done, tokens)
 
     with terminal.progress(f"encoding {split.name} images", "images") as show:
-        make_missing(list(left), Path(cache), make, first, report)
+        make_missing([folder.name for folder in folders], Path(cache), make, first, count)
     return FrozenFeatures.load(folders, split.sizes, tokens)

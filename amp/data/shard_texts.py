@@ -70,23 +70,23 @@ class ShardTexts:
             for number, shard in enumerate(split.shards)
             for kind, name in zip(self.kinds, self.names(shard), strict=True)
         }
-        left = list(jobs)
+        total, left = sum(shard.captions for shard in split.shards), len(jobs)
 
-        def report(missing: Sequence[str], started: float = 0.0) -> None:
+        def report(missing: float) -> None:
+            progress(round(total * (1 - missing / len(jobs))), total)
+
+        def count(missing: int) -> None:
             nonlocal left
-            left = list(missing)
-            captions = sum(split.shards[jobs[name][0]].captions for name in left) - started
-            total = sum(shard.captions for shard in split.shards)
-            progress(round(total - captions / len(self.kinds)), total)
+            left = missing
+            report(left)
 
         def make(name: str) -> None:
             number, kind = jobs[name]
             texts = sorted(set(self._texts(split, number, kind)), key=lambda text: (len(text), text))
-            share = split.shards[number].captions / max(1, len(texts))
-            features = encode(texts, lambda done: report(left, done * share))
+            features = encode(texts, lambda done: report(left - done / len(texts)))
             write_segment(self.folder / name, texts, features.astype(self.dtype))
 
-        make_missing(left, self.folder, make, first, report)
+        make_missing(list(jobs), self.folder, make, first, count)
 
     def lookup(self, texts: Sequence[str], shards: Sequence[str]) -> np.ndarray:
         """Features float32 (n, d) of n texts, given the `ShardInfo.texts` of each text's shard.

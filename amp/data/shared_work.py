@@ -17,7 +17,7 @@ def make_missing(
     folder: Path,
     make: Callable[[str], None],
     first: float = 0.0,
-    progress: Callable[[Sequence[str]], None] = lambda missing: None,
+    progress: Callable[[int], None] = lambda missing: None,
 ) -> None:
     """Makes the missing files or folders in `folder`, together with all processes that call this with the same names.
 
@@ -30,8 +30,8 @@ def make_missing(
         folder: Folder of the items, shared by the processes; created if it is missing.
         make: Makes one item, which must appear as a whole (`build_folder`, `whole_file`).
         first: Where in `names` this process starts, as a fraction, so that processes rarely want the same item.
-        progress: Called with the names of the items that are still missing, after each item and while this process
-            waits for others.
+        progress: Called with the number of items that are still missing: at the start, after each item, and while this
+            process waits for others.
 
     Raises:
         AmpError: The folder can't be written.
@@ -39,22 +39,26 @@ def make_missing(
     missing = _missing(names, folder)
     start = int(first * len(missing))
     missing = missing[start:] + missing[:start]
+    progress(len(missing))
     while missing:
-        made = set()
+        made, left = False, len(missing)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in missing:
+                if (folder / name).exists():  # made by another process; cheaper than its lock
+                    left -= 1
+                    continue
                 with claimed(folder / f".{name}.lock") as mine:
                     if mine and not (folder / name).exists():
                         make(name)
-                        made.add(name)
-                        progress([other for other in missing if other not in made])
+                        made, left = True, left - 1
+                        progress(left)
         except OSError as error:
             raise AmpError(
                 f"{folder}: can't be written ({error.strerror}); give a cache folder that you may write to"
             ) from None
         missing = _missing(missing, folder)
-        progress(missing)
+        progress(len(missing))
         if missing and not made:
             time.sleep(POLL_SECONDS)
 

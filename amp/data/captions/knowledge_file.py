@@ -113,10 +113,13 @@ class _Captions:
     def __init__(self, images: list[CaptionedImage], images_root: Path | None) -> None:
         self._names = RelativeNames(images_root) if images_root is not None else None
         self._by_id: dict[str, tuple[CaptionedImage, Caption]] = {}
+        # Tar files of other tools are numbered from 0 in each split, so several splits have the same ids.
+        self._same_id: dict[str, list[tuple[CaptionedImage, Caption]]] = {}
         self._by_text: dict[tuple[str, str], list[Caption]] = {}
         for image in images:
             for caption in image.captions:
-                self._by_id[str(caption.id)] = (image, caption)
+                if self._by_id.setdefault(str(caption.id), (image, caption))[1] is not caption:
+                    self._same_id.setdefault(str(caption.id), []).append((image, caption))
                 for name in {composed(image.path), composed(image.name)}:
                     self._by_text.setdefault((name, composed(caption.text)), []).append(caption)
 
@@ -126,7 +129,7 @@ class _Captions:
         Raises:
             AmpError: The record doesn't name a caption, or contradicts the captions file.
         """
-        given = {
+        given: dict[str, str] = {
             key: composed(check_text(record[key], f"{where}: '{key}'", "correct it").strip())
             for key in ("image", "caption")
             if key in record
@@ -136,24 +139,39 @@ class _Captions:
             if self._names is not None:
                 given["image"] = self._names.find(given["image"]) or given["image"]
         if "sentid" in record:
-            known = self._by_id.get(str(check_id(record["sentid"], f"{where}: 'sentid'", "correct it")))
-            if known is None:
-                return []
-            image, caption = known
-            expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
-            if self._names is None and given.get("image", "").startswith("/"):
-                ends = (name for name in expected["image"] if given["image"].endswith(f"/{name}"))
-                given["image"] = next(ends, given["image"])
-            for key, value in given.items():
-                if value not in expected[key]:
-                    raise AmpError(
-                        f"{where}: '{key}' is {shorten(value)}; expected {shorten(min(expected[key]))}, which sentid "
-                        f"{record['sentid']} has in the captions file; give the knowledge of this captions file"
-                    )
-            return [caption]
+            return self._with_id(str(check_id(record["sentid"], f"{where}: 'sentid'", "correct it")), given, where)
         if given.keys() != {"image", "caption"}:
             raise AmpError(
                 f"{where}: no key identifies the caption; keys seen: {shorten(', '.join(record))}; expected 'sentid', "
                 "or 'image' and 'caption'; add them"
             )
         return self._by_text.get((given["image"], given["caption"]), [])
+
+    def _with_id(self, sentid: str, given: dict[str, str], where: str) -> list[Caption]:
+        """The captions with a `sentid` that have the given image and text."""
+        if sentid not in self._by_id:
+            return []
+        known = [self._by_id[sentid], *self._same_id.get(sentid, ())]
+        if len(known) > 1 and not given:
+            splits = ", ".join(dict.fromkeys(image.split for image, _ in known))
+            raise AmpError(
+                f"{where}: 'sentid' is {sentid}, which {len(known)} captions have (splits {splits}); expected 'image' "
+                "and 'caption' too; add them"
+            )
+        contradictions = [self._contradiction(given, *one) for one in known]
+        if all(contradictions):
+            key, expected = contradictions[0]
+            raise AmpError(
+                f"{where}: '{key}' is {shorten(given[key])}; expected {shorten(expected)}, which sentid {sentid} has "
+                "in the captions file; give the knowledge of this captions file"
+            )
+        return [caption for (_, caption), wrong in zip(known, contradictions, strict=True) if not wrong]
+
+    def _contradiction(self, given: dict[str, str], image: CaptionedImage, caption: Caption) -> tuple[str, ...]:
+        """The first key whose given value isn't that of a caption, and the expected value; empty if there is none."""
+        expected = {"image": {composed(image.path), composed(image.name)}, "caption": {composed(caption.text)}}
+        for key, value in given.items():
+            relative = self._names is None and key == "image" and value.startswith("/")
+            if value not in expected[key] and not (relative and any(value.endswith(f"/{n}") for n in expected[key])):
+                return key, min(expected[key])
+        return ()

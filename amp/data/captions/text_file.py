@@ -17,6 +17,11 @@ from typing import Any, cast
 from amp.errors import AmpError, shorten
 from amp.json_text import parse_json
 
+MAX_LINE = 64 << 20
+"""Maximum bytes of a line, and characters in UTF-16. A line is in memory as a whole."""
+MAX_TEXT_BYTES = 4 << 30
+"""Maximum bytes of a file that is read as a whole, such as JSON. A small gzip file can unpack to any size."""
+
 _GZIP = b"\x1f\x8b"
 _FOREIGN = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet; unpack it, or save the sheet as 'CSV UTF-8'"),
@@ -50,10 +55,13 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             if encoding.startswith("utf-16") or ("\r" in start and "\n" not in start):
                 end = "\r" if "\n" not in start else "\n"
                 with io.TextIOWrapper(file, encoding, newline=end) as lines:
-                    yield from enumerate(lines, start=1)
+                    for number, text in enumerate(iter(lambda: lines.readline(MAX_LINE), ""), start=1):
+                        _check_line(path, number, len(text))
+                        yield number, text
                 return
             # Split bytes rather than text, because a JSON string may contain Unicode line separators.
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+                _check_line(path, number, len(line))
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         place = f" line {number}" if number else ""
@@ -68,8 +76,15 @@ def read_text(path: Path) -> str:
     """Reads a whole text file, in the same encodings as `text_lines`."""
     try:
         with _open_plain(path) as file:
-            content = file.read()
-        return content.decode(_encoding(path, content[:512]))
+            content = bytearray()
+            while (block := file.read(1 << 20)) and len(content) <= MAX_TEXT_BYTES:
+                content += block
+        if len(content) > MAX_TEXT_BYTES:
+            raise AmpError(
+                f"{path}: more than {MAX_TEXT_BYTES:,} bytes of text; expected at most that, since JSON is read as a "
+                "whole; write it as JSONL, with one object per line"
+            )
+        return content.decode(_encoding(path, bytes(content[:512])))
     except UnicodeDecodeError as error:
         raise _not_text(str(path), error) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -124,6 +139,14 @@ def _open_plain(path: Path) -> Iterator[io.BufferedReader[Any]]:
             yield lines
 
 
+def _check_line(path: Path, number: int, length: int) -> None:
+    if length >= MAX_LINE:
+        raise AmpError(
+            f"{path} line {number}: {MAX_LINE:,} bytes or more; expected one caption or object per line; check the "
+            "file and --format"
+        )
+
+
 def _damaged(path: Path, error: Exception) -> AmpError:
     return AmpError(
         f"{path}: the gzip file is cut short or damaged ({error}); expected a complete file; copy or download it again"
@@ -137,8 +160,9 @@ def _encoding(path: Path, head: bytes) -> str:
             raise AmpError(f"{path}: this is {what}; expected a text file")
     if head[257:262] == b"ustar":
         raise AmpError(
-            f"{path}: this is a tar archive; expected a captions file; unpack it (photos into the folder of --images) "
-            "and write its captions as CSV or JSONL"
+            f"{path}: this is a tar archive; expected a captions file; give an uncompressed WebDataset shard called "
+            "NAME.tar to amp make_shards --captions NAME.tar or amp index_shards; unpack another archive (photos into "
+            "the folder of --images) and write its captions as CSV or JSONL"
         )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"

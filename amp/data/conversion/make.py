@@ -6,26 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from amp.data.captions.base import CaptionedImage, Skip
-from amp.data.captions.knowledge_file import KnowledgeReport, attach_knowledge, cut_note
+from amp.data.captions.base import DATASET_PREFIX, Skip
+from amp.data.captions.knowledge_file import cut_note
 from amp.data.captions.load import load_captions
 from amp.data.captions.splits import normal_split
 from amp.data.conversion.absolute_paths import make_relative
-from amp.data.conversion.folder import clear_stale, lock_folder, surplus_shards
+from amp.data.conversion.knowledge import attach
 from amp.data.conversion.photos import photo_folder, write_photos
 from amp.data.conversion.plan import ShardPlan, assign_keys, in_stored_order, plan_split
+from amp.data.conversion.run import Conversion
 from amp.data.conversion.selection import choose_splits, exclude, find_samples, load_image_list, split_notes
-from amp.data.conversion.skipped import by_kind, check_skipped
-from amp.data.conversion.sources import knowledge_files, load_provenance, source_file
-from amp.data.conversion.write import write_all
+from amp.data.conversion.skipped import check_skipped
+from amp.data.conversion.sources import source_file
+from amp.data.conversion.tars import check_numbers, convert_tars
+from amp.data.foreign.names import names_tars
 from amp.data.images.file import Check, Resize
 from amp.data.images.names import RelativeNames
-from amp.data.shards.index import SideFile
-from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
-from amp.errors import AmpError, public_command
-from amp.parts import part_of
+from amp.data.shards.manifest import ShardManifest
+from amp.errors import AmpError
 from amp.terminal import PlainConsole
-from amp.version import __version__
 
 
 def make_shards(
@@ -46,6 +45,8 @@ def make_shards(
     resize_mode: Literal["shortest", "squash"] = "shortest",
     resize_quality: int = 95,
     check: Check = "structure",
+    split: str | None = None,
+    caption_keys: list[str] | None = None,
     max_skipped: float = 0.01,
     workers: int | None = None,
     seed: int = 0,
@@ -53,15 +54,16 @@ def make_shards(
     command: list[str] | None = None,
     console: PlainConsole | None = None,
 ) -> ShardManifest | None:
-    """Converts a captions file and a folder of photos into shards.
+    """Converts a captions file and a folder of photos, or tar files of another tool, into shards.
 
     Args:
         captions: Captions file: a Karpathy JSON, COCO's annotations, a JSON list, or a CSV, JSONL, token or Parquet
             file. It may be compressed with gzip. Or datasets:NAME or datasets:NAME:CONFIG, where NAME is a folder or a
-            dataset of the Hugging Face hub.
+            dataset of the Hugging Face hub. Or WebDataset tar files of img2dataset, CLIP_benchmark, open_clip or FLAIR:
+            a tar file, a folder of them, a pattern such as 'FOLDER/{00000..00009}.tar', or a glob.
         images: Folder that the paths of the image files are relative to. Absolute paths must lead into it. Photos that
             the captions file contains are written to it. None for captions with their photos: uses the dataset's
-            folder, or OUT/photos.
+            folder, or OUT/photos. Not used with tar files.
         out: Folder for the shards and manifest.json; created if it doesn't exist.
         knowledge: JSONL file of action knowledge with one caption per line (sentid, or image and caption; triplets;
             states), or the folder that amp generate_knowledge wrote.
@@ -85,6 +87,10 @@ def make_shards(
         check: How damaged images are found. structure checks the segments of JPEG files and the checksums of PNG
             files, and decodes only doubtful files and other formats. decode decodes every file; it takes several times
             as long and also finds damage inside a JPEG's scan, which would stop a training run.
+        split: Split of all samples of tar files, train by default. Run the command once for each split. Not used with a
+            captions file.
+        caption_keys: Keys of the .json in tar files that hold captions, a string or a list of strings. Default: the
+            .txt if there is one, otherwise the key caption, captions, text, texts or raw_caption.
         max_skipped: Maximum fraction of images, and of captions, that may be skipped; above it no manifest is written.
         workers: Number of processes. Default: one per usable CPU.
         seed: Random seed of the order of samples and of the choice made by limit.
@@ -101,16 +107,42 @@ def make_shards(
         AmpError: An input can't be used. The message says which, where, and what to do.
     """
     console = console or PlainConsole(stderr=True)
-    out_root = Path(out)
-    if images is not None and not Path(images).is_dir():
-        raise AmpError(f"{images}: no such folder; expected the folder of image files; check --images")
-    for name, value in (("samples_per_shard", samples_per_shard), ("limit", limit), ("workers", workers)):
+    captions, out_root = str(captions), Path(out)
+    for name, value in (("samples_per_shard", samples_per_shard), ("limit", limit)):
         if value is not None and value < 1:
             raise AmpError(f"{name} is {value}; expected 1 or more")
-    if not 0 <= max_skipped <= 1:
-        raise AmpError(f"max_skipped is {max_skipped}; expected a fraction from 0 to 1")
-    index, parts = part_of(part) if part is not None else (0, 1)
+    check_numbers(max_skipped, workers, part)
     resizing = Resize(resize, resize_mode, resize_quality) if resize is not None else None
+    if names_tars(captions):
+        given = {
+            "images": images is not None,
+            "format": format != "auto",
+            "default_split": default_split != "train",
+            "splits": splits is not None,
+            "limit": limit is not None,
+            "exclude_images": exclude_images is not None,
+        }
+        _refuse(given, f"{captions}: tar files", "all samples of tar files are taken, in their order, into --split")
+        return convert_tars(
+            captions,
+            out,
+            knowledge=knowledge,
+            knowledge_provenance=knowledge_provenance,
+            caption_keys=caption_keys,
+            split=split or "train",
+            resize=resizing,
+            check=check,
+            max_skipped=max_skipped,
+            workers=workers,
+            part=part,
+            command=command,
+            console=console,
+        )
+    given = {"split": split is not None, "caption_keys": caption_keys is not None}
+    if Path(captions).exists() or captions.startswith(DATASET_PREFIX):
+        _refuse(given, f"{captions}: a captions file", "this option is for tar files")
+    if images is not None and not Path(images).is_dir():
+        raise AmpError(f"{images}: no such folder; expected the folder of image files; check --images")
 
     with console.progress("reading captions and knowledge"):
         provenance: dict[str, Any] = {"captions": source_file(captions)}
@@ -119,7 +151,7 @@ def make_shards(
             provenance["captions"]["sha256"] = source.sha256
         images_root = photo_folder(images, source, out_root, captions)
         make_relative(source, images_root, captions)
-        report, provenance["knowledge"] = _attach(source.images, knowledge, knowledge_provenance, images_root)
+        report, provenance["knowledge"] = attach(source.images, knowledge, knowledge_provenance, images_root)
         keyed = assign_keys(source.images)
         chosen = choose_splits(source.images, splits)
         excluded: dict[str, int] = {}
@@ -155,66 +187,26 @@ def make_shards(
             samples, missing = find_samples(images_root, members[split], limit)
             lost_files += missing
             plans[split] = plan_split(out_root, images_root, split, samples, samples_per_shard, resizing, check)
-    every_plan = [plan for split_plans in plans.values() for plan in split_plans]
-    planned = [image for plan in every_plan for _, image in plan.samples]
+    planned = [image for split_plans in plans.values() for plan in split_plans for _, image in plan.samples]
     check_skipped(lost_files, planned, max_skipped, str(images_root))
     _check_none_empty(plans, lost_files, excluded, captions)
-
-    mine = every_plan[index::parts]
-    with lock_folder(out_root, shared=part is not None):
-        _write_missing(out_root, every_plan, mine, workers, console, whole=part is None)
-        unreadable = [skip for plan in mine for skip in plan.unreadable()]
-        lost_files += unreadable
-        gone = {skip.file for skip in unreadable}
-        kept = [image for image in planned if image.path not in gone]
-        if part is not None:
-            # The limit is a fraction of the images of all parts; a part must not fail where the whole would pass.
-            check_skipped(lost_files, kept, max_skipped, f"{images_root} (part {part})")
-            done = sum(not plan.must_be_written() for plan in mine)
-            console.print(
-                f"part {part}: {done} of its {len(mine)} shards are complete, {len(unreadable)} images are unreadable; "
-                "run the same command without --part to write missing shards and the manifest"
-            )
-            return None
-        infos, without_knowledge = _collect(plans, str(images_root))
-        check_skipped(lost_files, kept, max_skipped, str(images_root))
-        manifest = ShardManifest(
-            root=out_root,
-            splits=infos,
-            captions_without_knowledge=without_knowledge,
-            skipped=by_kind(skipped + lost_files),
-            excluded=excluded,
-            provenance={
-                **provenance,
-                "resize": asdict(resizing) if resizing else None,
-                "check": check,
-                "seed": seed,
-                "limit": limit,
-                "command": public_command(command) if command is not None else None,
-            },
-            created_by=f"open-clip-amp {__version__}",
-        )
-        manifest.save()
-    return manifest
+    provenance |= {"resize": asdict(resizing) if resizing else None, "check": check, "seed": seed, "limit": limit}
+    conversion = Conversion(
+        out=out_root,
+        plans=plans,
+        source=str(images_root),
+        max_skipped=max_skipped,
+        lost=lost_files,
+        skipped=skipped,
+        excluded=excluded,
+        provenance=provenance,
+    )
+    return conversion.run(part, workers, command, console)
 
 
-def _attach(
-    images: list[CaptionedImage], knowledge: str | None, knowledge_provenance: str | None, images_root: Path
-) -> tuple[KnowledgeReport | None, dict[str, Any] | None]:
-    """Attaches knowledge to the captions; returns the counts and the manifest's entry about it."""
-    if knowledge is None:
-        if knowledge_provenance is not None:
-            raise AmpError("knowledge_provenance is given without knowledge; give both or neither")
-        return None, None
-    file, provenance = knowledge_files(knowledge, knowledge_provenance)
-    report = attach_knowledge(images, file, images_root)
-    return report, {
-        **source_file(file),
-        "records": report.records,
-        "captions_with_knowledge": report.attached,
-        "records_without_caption": report.unused,
-        "provenance": load_provenance(provenance),
-    }
+def _refuse(given: dict[str, bool], what: str, why: str) -> None:
+    for name in (name for name, is_given in given.items() if is_given):
+        raise AmpError(f"{what}, but --{name} is given; expected none, because {why}; remove --{name}")
 
 
 def _check_none_empty(
@@ -228,44 +220,3 @@ def _check_none_empty(
                 f"{captions}: no image is left in split {split!r} (excluded: {excluded.get(split, 0)}){first}; "
                 "expected at least one; leave the split out with --splits, or check --images and --exclude_images"
             )
-
-
-def _write_missing(
-    out: Path, plans: list[ShardPlan], mine: list[ShardPlan], workers: int | None, console: PlainConsole, whole: bool
-) -> None:
-    """Writes the shards of `mine` that don't exist as planned; `whole` means that `mine` is all of `plans`."""
-    surplus = surplus_shards(out, plans)
-    to_write = [plan for plan in mine if plan.must_be_written()]
-    others = sum(plan.path.exists() for plan in to_write) + (len(surplus) if whole else 0)
-    if others:
-        console.print(
-            f"{out}: existing shards to be replaced, because they differ from what these options give: {others}"
-        )
-    if to_write or surplus:
-        # The old manifest describes files that are about to change.
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
-    if whole:
-        clear_stale(out, surplus)
-    done = len(mine) - len(to_write)
-    if done:
-        console.print(f"keeping {done} of {len(mine)} shards that are already complete")
-    write_all(to_write, workers, console, accept_gaps=whole)
-
-
-def _collect(plans: dict[str, list[ShardPlan]], images: str) -> tuple[dict[str, list[ShardInfo]], dict[str, int]]:
-    """The shards of each split, and its number of captions without knowledge, from the sidecars."""
-    infos: dict[str, list[ShardInfo]] = {split: [] for split in plans}
-    without_knowledge = dict.fromkeys(plans, 0)
-    for split, split_plans in plans.items():
-        for plan in split_plans:
-            sidecar = plan.finished()
-            if sidecar is None:
-                raise AmpError(f"{plan.path}: changed while the shards were being written; run the same command again")
-            without_knowledge[split] += sidecar["captions_without_knowledge"]
-            if sidecar["samples"]:
-                counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
-                index = SideFile(**sidecar["index"]) if "index" in sidecar else None
-                infos[split].append(ShardInfo(path=plan.path, **counts, index=index))
-        if not infos[split]:
-            raise AmpError(f"{images}: no image of split {split!r} can be read; expected at least one")
-    return infos, without_knowledge

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from amp.data.captions.base import CaptionedImage, Skip
 from amp.data.conversion.selection import Sample
 from amp.data.images.file import Check, Resize
-from amp.data.shards.index import index_of
+from amp.data.shards.index import SideFile, index_of
+from amp.data.shards.manifest import ShardInfo
 from amp.data.shards.record import RECORD_SCHEMA
 from amp.json_text import parse_json
 
@@ -21,9 +23,13 @@ WRITER_VERSION = 2
 """Part of every shard's plan. Raise it when the bytes written for the same input change."""
 
 
+PLANS = ".plan"
+"""Folder of the sidecars, next to the shards."""
+
+
 def sidecar_of(shard: Path) -> Path:
     """Path of the small file that records the plan a shard was written from."""
-    return shard.parent / ".plan" / f"{shard.name}.json"
+    return shard.parent / PLANS / f"{shard.name}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +38,38 @@ class ShardPlan:
 
     Attributes:
         path: The tar file.
-        images_root: Folder that the images' paths are relative to.
+        source: Folder that the images' paths are relative to; or the tar file whose members they are.
         samples: Keys and images in the order of the tar.
         resize: How images are resized; None stores them unchanged.
         hash: Hash of everything that determines the bytes.
         check: How damaged images are found.
+        from_tar: Whether `source` is a tar file.
     """
 
     path: Path
-    images_root: Path
+    source: Path
     samples: tuple[tuple[str, CaptionedImage], ...]
     resize: Resize | None
     hash: str
     check: Check
+    from_tar: bool = False
 
     @property
     def sidecar(self) -> Path:
         return sidecar_of(self.path)
+
+    def exists(self) -> bool:
+        """Whether something was written at the place of the plan."""
+        return self.path.exists()
+
+    def name_of(self, image: CaptionedImage) -> str:
+        """Name of an image for the user; in a tar file, TAR/MEMBER."""
+        return f"{self.source.name}/{image.path}" if self.from_tar else image.path
+
+    def info(self, sidecar: dict[str, Any]) -> ShardInfo:
+        """The manifest's entry of the finished shard."""
+        counts = {key: sidecar[key] for key in ("samples", "captions", "bytes", "sha256")}
+        return ShardInfo(path=self.path, **counts, index=SideFile(**sidecar["index"]) if "index" in sidecar else None)
 
     def noted(self) -> dict[str, Any] | None:
         """The sidecar, if the shard was last written from this plan; else None."""
@@ -86,23 +107,27 @@ class ShardPlan:
         return [Skip(**entry) for entry in sidecar["skipped"]] if sidecar else []
 
 
-def assign_keys(images: list[CaptionedImage]) -> list[tuple[str, CaptionedImage]]:
+def assign_keys(images: list[CaptionedImage], paths: list[str] | None = None) -> list[tuple[str, CaptionedImage]]:
     """Assigns each image a key: the stem of its file name, with `_` for all but ASCII letters, digits, `_` and `-`.
 
     If several files would share a key (`cats/1.jpg`, `dogs/1.jpg`), part of the path's hash is appended to each of
     these keys. Keys depend only on the captions file, not on which of its images are converted.
+
+    Args:
+        images: The images.
+        paths: Distinct paths of the images, if their own are not distinct.
     """
+    paths = paths or [image.path for image in images]
     stems = [re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(image.path).stem) for image in images]
     counts = Counter(stems)
     keys = [
-        stem if counts[stem] == 1 else f"{stem}-{_digest(image.path)[:8]}"
-        for stem, image in zip(stems, images, strict=True)
+        stem if counts[stem] == 1 else f"{stem}-{_digest(path)[:8]}" for stem, path in zip(stems, paths, strict=True)
     ]
     # A file's name may equal another file's key with its short hash. It can't equal a key with the whole hash.
     counts = Counter(keys)
     return [
-        (key if counts[key] == 1 else f"{key}-{_digest(image.path)}", image)
-        for key, image in zip(keys, images, strict=True)
+        (key if counts[key] == 1 else f"{key}-{_digest(path)}", image)
+        for key, path, image in zip(keys, paths, images, strict=True)
     ]
 
 
@@ -126,18 +151,31 @@ def plan_split(
     plans = []
     for number, start in enumerate(range(0, len(samples), samples_per_shard)):
         chosen = samples[start : start + samples_per_shard]
-        digest = hashlib.sha256()
-        head = [WRITER_VERSION, RECORD_SCHEMA, asdict(resize) if resize else None]
-        digest.update(json.dumps(head).encode())
-        for sample in chosen:
-            image = sample.image
-            captions = [(caption.id, caption.text, caption.knowledge) for caption in image.captions]
-            line = json.dumps([sample.key, image.path, image.id, image.split, sample.state, captions])
-            digest.update(line.encode("ascii"))
-        members = tuple((sample.key, sample.image) for sample in chosen)
         path = out / f"{split}-{number:06d}.tar"
-        plans.append(ShardPlan(path, images_root, members, resize, digest.hexdigest(), check))
+        members = tuple((sample.key, sample.image) for sample in chosen)
+        digest = plan_hash(members, [sample.state for sample in chosen], resize)
+        plans.append(ShardPlan(path, images_root, members, resize, digest, check))
     return plans
+
+
+def plan_hash(
+    samples: Sequence[tuple[str, CaptionedImage]], states: Sequence[tuple[int, ...]], resize: Resize | None
+) -> str:
+    """Hash of everything that determines the bytes of a shard.
+
+    Args:
+        samples: Keys and images in the order of the tar.
+        states: What changes with the content of each image's file.
+        resize: How images are resized.
+    """
+    digest = hashlib.sha256()
+    head = [WRITER_VERSION, RECORD_SCHEMA, asdict(resize) if resize else None]
+    digest.update(json.dumps(head).encode())
+    for (key, image), state in zip(samples, states, strict=True):
+        captions = [(caption.id, caption.text, caption.knowledge) for caption in image.captions]
+        line = json.dumps([key, image.path, image.id, image.split, state, captions])
+        digest.update(line.encode("ascii"))
+    return digest.hexdigest()
 
 
 def _digest(text: str) -> str:

@@ -1,5 +1,7 @@
 """Replaces the knowledge in existing shards. The bytes of the images do not change.
 
+The tar file of a shard is written anew. Of an indexed tar file of another tool, only the records and the index are.
+
 If the command is killed, running it again finishes the work. Each shard is replaced as a whole, after its sidecar has
 been written. A folder without a manifest isn't finished.
 """
@@ -8,25 +10,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tarfile
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from amp.data.captions.base import CaptionedImage
 from amp.data.captions.knowledge_file import attach_knowledge, cut_note
-from amp.data.conversion.folder import lock_folder
-from amp.data.conversion.plan import sidecar_of
+from amp.data.conversion.folder import INDEXES, clear_indexes, lock_folder, note_of
+from amp.data.conversion.plan import PLANS, sidecar_of
 from amp.data.conversion.sources import knowledge_files, load_provenance, source_file
-from amp.data.shards.captions import load_shard_captions
-from amp.data.shards.index import SideFile, Span, index_bytes, index_of, side_file
+from amp.data.shards.captions import captions_of, read_captions, read_records
+from amp.data.shards.index import REINDEX, SideFile, Span, index_bytes, index_of, parse_index, records_of, side_file
 from amp.data.shards.manifest import MANIFEST_NAME, ShardInfo, ShardManifest
+from amp.data.shards.reader import ShardReader
 from amp.data.shards.record import record_bytes
 from amp.data.shards.tar import HashedFile, add_member, end_archive
 from amp.errors import AmpError, public_command
-from amp.files import sha256_of, write_atomically, write_json
+from amp.files import sha256_of, whole_file, write_atomically, write_json
 from amp.json_text import parse_json
 from amp.terminal import PlainConsole
 
@@ -35,7 +39,10 @@ _BEFORE = "manifest-before.json"  # the manifest as it was before an unfinished 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A shard to rewrite: its current state, its target path, and its captions with the new knowledge."""
+    """A shard to rewrite: its current state, its target path, and its captions with the new knowledge.
+
+    The target is the tar file; for indexed tar files, a path next to which the index and the records are.
+    """
 
     source: ShardInfo
     target: Path
@@ -44,11 +51,24 @@ class _Job:
 
     @property
     def in_place(self) -> bool:
-        return self.target == self.source.path
+        return self.target == self.source.beside
+
+    @property
+    def indexed(self) -> bool:
+        return self.source.records is not None
 
     @property
     def sidecar(self) -> Path:
-        return sidecar_of(self.target)
+        return note_of(self.target) if self.indexed else sidecar_of(self.target)
+
+    @property
+    def old_texts(self) -> Path:
+        """The file that contains the captions and the old knowledge."""
+        return records_of(self.source.beside) if self.indexed else self.source.local
+
+    @property
+    def new_texts(self) -> Path:
+        return records_of(self.target) if self.indexed else self.target
 
 
 def rewrite_knowledge(
@@ -93,8 +113,11 @@ def rewrite_knowledge(
     provenance = {**source_file(knowledge), "provenance": load_provenance(knowledge_provenance)}
     if not root.is_dir():
         raise AmpError(f"{root}: no such folder; expected a folder of shards; check --shards")
-    with lock_folder(target):
-        manifest = _manifest(root, target)
+    notes = _notes(root)
+    with lock_folder(target, notes=notes):
+        manifest = _manifest(root, target, notes)
+        if notes == INDEXES:
+            clear_indexes(target, [])
         with console.progress("checking shards", "shards") as report:
             jobs = _plan(manifest, target, provenance["sha256"], report)
         with console.progress("reading captions and knowledge"):
@@ -106,7 +129,7 @@ def rewrite_knowledge(
             console.print(cut, soft_wrap=True)
         _check_room(jobs, target)
         if target == root:
-            write_json(target / ".plan" / _BEFORE, manifest.to_dict())
+            write_json(target / notes / _BEFORE, manifest.to_dict())
         (target / MANIFEST_NAME).unlink(missing_ok=True)
         sidecars = []
         with console.progress("rewriting shards", "shards") as report:
@@ -114,31 +137,48 @@ def rewrite_knowledge(
                 sidecars.append(_rewrite(job))
                 report(len(sidecars), len(jobs))
         rewritten = _new_manifest(manifest, jobs, sidecars, target)
-        before = manifest.provenance.get("knowledge") or {}
-        earlier = manifest.provenance.get("previous_knowledge", [])
-        rewritten.provenance = {
-            **manifest.provenance,
-            "knowledge": {
-                **provenance,
-                "records": found.records,
-                "captions_with_knowledge": found.attached,
-                "records_without_caption": found.unused,
-                "command": public_command(command) if command is not None else None,
-            },
-            "previous_knowledge": earlier if before.get("sha256") == provenance["sha256"] else [*earlier, before],
+        entry = {
+            **provenance,
+            "records": found.records,
+            "captions_with_knowledge": found.attached,
+            "records_without_caption": found.unused,
+            "command": public_command(command) if command is not None else None,
         }
+        rewritten.provenance = _new_provenance(manifest.provenance, entry)
         rewritten.save()
-        (target / ".plan" / _BEFORE).unlink(missing_ok=True)
+        (target / notes / _BEFORE).unlink(missing_ok=True)
     return rewritten
 
 
-def _manifest(root: Path, target: Path) -> ShardManifest:
+def _new_provenance(old: dict[str, Any], knowledge: dict[str, Any]) -> dict[str, Any]:
+    """The provenance with the new knowledge, of each split too, and a list of the old."""
+    splits = old.get("splits", {})
+    previous = list(old.get("previous_knowledge", []))
+    for place in (old, *splits.values()):
+        before = place.get("knowledge") or {}
+        if before.get("sha256") != knowledge["sha256"] and (place is old or before not in previous):
+            previous.append(before)
+    new = {**old, "knowledge": knowledge, "previous_knowledge": previous}
+    if splits:
+        new["splits"] = {split: {**entry, "knowledge": knowledge} for split, entry in splits.items()}
+    return new
+
+
+def _notes(root: Path) -> str:
+    """Name of the folder of the sidecars, by what the shards are."""
+    if not (root / MANIFEST_NAME).exists():
+        return INDEXES if (root / INDEXES).is_dir() else PLANS
+    infos = [info for infos in ShardManifest.load(root).splits.values() for info in infos]
+    return INDEXES if any(info.records is not None for info in infos) else PLANS
+
+
+def _manifest(root: Path, target: Path, notes: str) -> ShardManifest:
     """The manifest of the shards, even if an earlier rewrite in place was interrupted."""
-    kept = root / ".plan" / _BEFORE
+    kept = root / notes / _BEFORE
     if target != root or not kept.exists() or (root / MANIFEST_NAME).exists():
         return ShardManifest.load(root)
-    # The kept manifest is in .plan, but its shards are one folder up.
-    with_name = root / ".plan" / MANIFEST_NAME
+    # The kept manifest is in the folder of the sidecars, but its shards are one folder up.
+    with_name = root / notes / MANIFEST_NAME
     shutil.copyfile(kept, with_name)
     try:
         manifest = ShardManifest.load(with_name)
@@ -146,7 +186,7 @@ def _manifest(root: Path, target: Path) -> ShardManifest:
         with_name.unlink()
     manifest.root = root
     manifest.splits = {
-        split: [ShardInfo(root / i.name, i.samples, i.captions, i.bytes, i.sha256) for i in infos]
+        split: [replace(i, path=root / i.name) if i.side is None else replace(i, side=root) for i in infos]
         for split, infos in manifest.splits.items()
     }
     return manifest
@@ -158,23 +198,19 @@ def _plan(manifest: ShardManifest, target: Path, knowledge: str, progress: Calla
     infos = [info for infos in manifest.splits.values() for info in infos]
     for info in infos:
         job = _Job(info, target / info.name, [], knowledge)
-        digest = sha256_of(info.local) if info.local.exists() else "missing"
+        path = job.old_texts
+        digest = sha256_of(path) if path.exists() else "missing"
         sidecar = _sidecar(job) if job.in_place else None
-        if digest != info.sha256 and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
+        if digest != info.texts and (sidecar is None or digest not in (sidecar["sha256"], sidecar["replaces"])):
             raise AmpError(
-                f"{info.path}: sha256 is {digest}; expected {info.sha256} (from the manifest); the shard was changed "
-                "or is damaged; make the shards again with amp make_shards"
+                f"{path}: sha256 is {digest}; expected {info.texts} (from the manifest); the shard was changed or is "
+                "damaged; make the shards again with amp make_shards, or their index with amp index_shards"
             )
-        jobs.append(job)
+        # The manifest's index of a shard may be older than the shard, if a rewrite was interrupted.
+        images = captions_of(read_records(path), path) if job.indexed else read_captions(ShardReader(path))
+        jobs.append(replace(job, images=images))
         progress(len(jobs), len(infos))
-    # Shards that are already rewritten have another size than the manifest lists, and its check would reject them.
-    current = ShardManifest(manifest.root, {"all": [_as_it_is(info) for info in infos]})
-    captions = load_shard_captions(current)
-    return [_Job(job.source, job.target, captions[job.source.name], knowledge) for job in jobs]
-
-
-def _as_it_is(info: ShardInfo) -> ShardInfo:
-    return ShardInfo(info.local, info.samples, info.captions, info.local.stat().st_size, "")
+    return jobs
 
 
 def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str) -> None:
@@ -190,7 +226,7 @@ def _check_missing(images: list[CaptionedImage], allowed: float, knowledge: str)
 
 def _check_room(jobs: list[_Job], target: Path) -> None:
     """Raises AmpError early if the disk is full. A disk that fills up later does no damage, but wastes time."""
-    needed = max(job.source.bytes for job in jobs)
+    needed = max((job.source.records or job.source).bytes for job in jobs)
     free = shutil.disk_usage(target).free
     if free < needed:
         raise AmpError(
@@ -210,16 +246,78 @@ def _sidecar(job: _Job) -> dict[str, Any] | None:
 
 def _rewrite(job: _Job) -> dict[str, Any]:
     """Writes one shard unless it is already rewritten; returns its sidecar."""
-    done, present = _sidecar(job), sha256_of(job.target) if job.target.exists() else ""
+    done, present = _sidecar(job), sha256_of(job.new_texts) if job.new_texts.exists() else ""
     if (
         done is not None
         and (done["knowledge"], done["sha256"]) == (job.knowledge, present)
-        and (job.in_place or done["replaces"] == job.source.sha256)
+        and (job.in_place or done["replaces"] == job.source.texts)
+        and (not job.indexed or _hash_of(index_of(job.target)) == done["index"]["sha256"])
     ):
         return done
-    suffix = f".{uuid.uuid4().hex}.tmp"
-    temporary = job.target.with_name(job.target.name + suffix)
-    temporary_sidecar = job.sidecar.with_name(job.sidecar.name + suffix)
+    sidecar = {
+        # An empty plan makes amp make_shards and amp index_shards write this shard again.
+        "plan": "",
+        "split": job.images[0].split,
+        "knowledge": job.knowledge,
+        "replaces": present if job.in_place else job.source.texts,
+        "samples": job.source.samples,
+        "captions": job.source.captions,
+        "captions_without_knowledge": sum(c.knowledge is None for image in job.images for c in image.captions),
+    }
+    try:
+        return _rewrite_records(job, sidecar) if job.indexed else _rewrite_tar(job, sidecar)
+    except OSError as error:
+        raise AmpError(
+            f"{job.new_texts}: can't be written ({error.strerror or error}); make room or fix the folder, then run "
+            "the same command again; rewritten shards are kept"
+        ) from None
+
+
+def _rewrite_records(job: _Job, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Writes the records and the index of an indexed tar file. Only the index knows where the photos are."""
+    photos, old_index = _photo_spans(job)
+    lines = bytearray()
+    spans: list[tuple[Span, Span]] = []
+    old = read_records(job.old_texts)
+    for photo, record, image in zip(photos, old, job.images, strict=True):
+        content = record_bytes(record["key"], image)
+        spans.append((photo, (len(lines), len(content))))
+        lines += content + b"\n"
+    index, records = index_bytes(spans), bytes(lines)
+    sidecar |= asdict(side_file(records)) | {"index": asdict(side_file(index)), "replaces_index": old_index}
+    # The sidecar comes first: after an interruption it tells which content the two files may have.
+    write_json(job.sidecar, sidecar)
+    for path, content in ((index_of(job.target), index), (records_of(job.target), records)):
+        with whole_file(path, sync=True) as file:
+            file.write(content)
+    return sidecar
+
+
+def _photo_spans(job: _Job) -> tuple[list[Span], str]:
+    """Where the photos are, from the current index, and the hash of that index.
+
+    The photos are at the same places in the index before and after an interrupted rewrite.
+    """
+    path = index_of(job.source.beside)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}); {REINDEX}") from None
+    found, expected = side_file(content), job.source.index
+    assert expected is not None, "the manifest's reader requires an index with records"
+    noted = (_sidecar(job) or {}) if job.in_place else {}
+    if found.sha256 in (noted.get("replaces_index"), noted.get("index", {}).get("sha256")):
+        expected = found
+    spans = parse_index(content, path, expected, job.source.samples, (job.source.bytes, sys.maxsize))
+    return [(offset, size) for offset, size in spans[:, 0].tolist()], found.sha256
+
+
+def _hash_of(path: Path) -> str:
+    return sha256_of(path) if path.exists() else ""
+
+
+def _rewrite_tar(job: _Job, sidecar: dict[str, Any]) -> dict[str, Any]:
+    temporary = job.target.with_name(f"{job.target.name}.{uuid.uuid4().hex}.tmp")
     by_key = iter(job.images)
     spans: tuple[list[Span], list[Span]] = [], []  # of the photos, of the records
     try:
@@ -236,31 +334,17 @@ def _rewrite(job: _Job) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         index = index_bytes(list(zip(*spans, strict=True)))
-        sidecar = {
-            # An empty plan makes amp make_shards write this shard again.
-            "plan": "",
-            "knowledge": job.knowledge,
-            "replaces": present if job.in_place else job.source.sha256,
-            "samples": job.source.samples,
-            "captions": job.source.captions,
-            "captions_without_knowledge": sum(c.knowledge is None for image in job.images for c in image.captions),
+        sidecar |= {
             "bytes": hashed.size,
             "sha256": hashed.sha256.hexdigest(),
             "index": asdict(side_file(index)),
         }
         # The sidecar comes first: after an interruption it tells which content the shard may have.
-        write_json(temporary_sidecar, sidecar)
-        os.replace(temporary_sidecar, job.sidecar)
+        write_json(job.sidecar, sidecar)
         write_atomically(index_of(job.target), index)
         os.replace(temporary, job.target)
-    except OSError as error:
-        raise AmpError(
-            f"{job.target}: can't be written ({error.strerror or error}); make room or fix the folder, then run "
-            "the same command again; rewritten shards are kept"
-        ) from None
     finally:
         temporary.unlink(missing_ok=True)
-        temporary_sidecar.unlink(missing_ok=True)
     return sidecar
 
 
@@ -269,18 +353,7 @@ def _new_manifest(old: ShardManifest, jobs: list[_Job], sidecars: list[dict[str,
     return ShardManifest(
         root=target,
         splits={
-            split: [
-                ShardInfo(
-                    target / i.name,
-                    i.samples,
-                    i.captions,
-                    noted[i.name]["bytes"],
-                    noted[i.name]["sha256"],
-                    SideFile(**noted[i.name]["index"]),
-                )
-                for i in infos
-            ]
-            for split, infos in old.splits.items()
+            split: [_new_info(info, noted[info.name], target) for info in infos] for split, infos in old.splits.items()
         },
         captions_without_knowledge={
             split: sum(noted[info.name]["captions_without_knowledge"] for info in infos)
@@ -290,3 +363,12 @@ def _new_manifest(old: ShardManifest, jobs: list[_Job], sidecars: list[dict[str,
         excluded=old.excluded,
         created_by=old.created_by,
     )
+
+
+def _new_info(old: ShardInfo, noted: dict[str, Any], target: Path) -> ShardInfo:
+    texts, index = SideFile(noted["bytes"], noted["sha256"]), SideFile(**noted["index"])
+    if old.records is None:
+        return replace(old, path=target / old.name, bytes=texts.bytes, sha256=texts.sha256, index=index)
+    if target == old.beside.parent:
+        return replace(old, index=index, records=texts)
+    return replace(old, path=old.local.resolve(), index=index, records=texts, side=target)

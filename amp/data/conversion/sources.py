@@ -12,14 +12,14 @@ from amp.json_text import parse_json
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
 
 
-def source_file(path: str) -> dict[str, str]:
+def source_file(path: str | Path) -> dict[str, str]:
     """Name and SHA-256 of a file; only the name of a dataset, whose reader computes a hash.
 
     Raises:
         AmpError: The file can't be read.
     """
-    if path.startswith(DATASET_PREFIX):
-        return {"file": path}
+    if str(path).startswith(DATASET_PREFIX):
+        return {"file": str(path)}
     try:
         return {"file": Path(path).name, "sha256": sha256_of(path)}
     except OSError as error:

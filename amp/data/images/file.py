@@ -120,7 +120,24 @@ def read_image(path: Path, resize: Resize | None = None, check: Check = "decode"
         raise
     except OSError as error:
         raise UnreadableImageError(f"can't be read ({error.strerror})", may_pass=True) from None
-    suffix = path.suffix.lower()
+    return checked_image(content, path.suffix, resize, check)
+
+
+def checked_image(content: bytes, suffix: str, resize: Resize | None, check: Check) -> tuple[bytes, str]:
+    """Checks the content of an image file, and resizes it if needed.
+
+    Args:
+        content: The bytes of the file.
+        suffix: Suffix of its name, with the dot.
+        resize, check: See `read_image`.
+
+    Returns:
+        See `read_image`.
+
+    Raises:
+        UnreadableImageError: See `read_image`.
+    """
+    suffix = suffix.lower()
     extension = "jpg" if suffix in JPEG_ALIASES else suffix[1:]
     try:
         if resize is None and check == "structure" and is_whole(content):

@@ -1,10 +1,13 @@
 """Reads the captions of shards into the data classes of captions files."""
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from amp.data.captions.base import Caption, CaptionedImage
+from amp.data.shards.index import REINDEX
 from amp.data.shards.manifest import ShardManifest
 from amp.data.shards.reader import ShardReader
+from amp.data.shards.record import parse_record
 from amp.errors import AmpError
 
 
@@ -22,11 +25,37 @@ def read_captions(reader: ShardReader) -> list[CaptionedImage]:
     """The images and captions of one shard, without knowledge. Closes the reader."""
     with reader:
         records = [reader.record(index) for index in range(len(reader))]
+    return captions_of(records, reader.path)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records in a file of records, in order.
+
+    Raises:
+        AmpError: The file can't be read, or a record is invalid.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise AmpError(f"{path}: can't be read ({error.strerror}); {REINDEX}") from None
+    return [parse_record(line, None, f"{path} line {number}") for number, line in enumerate(lines, 1) if line]
+
+
+def captions_of(records: list[dict[str, Any]], path: Path) -> list[CaptionedImage]:
+    """The images and captions in records, without knowledge.
+
+    Args:
+        records: The records.
+        path: The file that contains them, for messages.
+
+    Raises:
+        AmpError: A record lacks what make_shards writes.
+    """
     for record in records:
         missing = {"filename", "image_id", "split"} - record.keys()
         if missing or not all("id" in caption for caption in record["captions"]):
             raise AmpError(
-                f"{reader.path}: {record['key']}.json: {', '.join(sorted(missing)) or 'a caption id'} is missing; "
+                f"{path}: {record['key']}.json: {', '.join(sorted(missing)) or 'a caption id'} is missing; "
                 "expected a shard written by amp make_shards; make it again"
             )
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amp.data.remote.location import Location, is_url
-from amp.data.shards.index import SideFile
+from amp.data.shards.index import SideFile, records_of
 from amp.data.shards.reader import ShardReader
 from amp.data.shards.record import REMAKE
 from amp.errors import AmpError, shorten
@@ -34,6 +34,7 @@ class ShardInfo:
         sha256: SHA-256 of the tar file, hexadecimal.
         index: The index of the tar file; None for shards of older releases.
         records: The file of records next to the tar file; None if the tar file contains the records.
+        side: Folder of the index and the file of records; None if they are next to the tar file.
     """
 
     path: Path | Location
@@ -43,6 +44,7 @@ class ShardInfo:
     sha256: str
     index: SideFile | None = None
     records: SideFile | None = None
+    side: Path | None = None
 
     @property
     def name(self) -> str:
@@ -65,6 +67,11 @@ class ShardInfo:
         return self.sha256 if self.records is None else self.records.sha256
 
     @property
+    def beside(self) -> Path:
+        """Path next to which the index and the file of records are."""
+        return self.local if self.side is None else self.side / self.name
+
+    @property
     def photos(self) -> list[str]:
         """Hashes of the files that determine the photos and their order."""
         return [self.sha256] if self.records is None or self.index is None else [self.sha256, self.index.sha256]
@@ -81,7 +88,7 @@ class ShardInfo:
     def open(self, cache: ShardCache | None = None) -> ShardReader:
         """Opens the shard; raises like `ShardReader`. A remote shard is read through `cache`, if one is given."""
         if isinstance(self.path, Path):
-            return ShardReader(self.path, self.index, self.records, self.samples)
+            return ShardReader(self.path, self.index, self.records, self.samples, self.side)
         from amp.data.remote.reader import RemoteReader
 
         assert self.remote is not None
@@ -172,7 +179,8 @@ class ShardManifest:
         for split, entry in value_of(content, "splits", dict, where, REMAKE).items():
             here = f"{where}: splits.{split}"
             shards = value_of(entry, "shards", list, here, REMAKE)
-            splits[split] = [_shard_info(root, shard, f"{here}.shards[{i}]") for i, shard in enumerate(shards)]
+            tars = _folder_of_tars(entry, here, root)
+            splits[split] = [_shard_info(root, tars, shard, f"{here}.shards[{i}]") for i, shard in enumerate(shards)]
             for key in ("samples", "captions"):
                 total = sum(getattr(shard, key) for shard in splits[split])
                 if value_of(entry, key, int, here, REMAKE) != total:
@@ -243,6 +251,13 @@ class ShardManifest:
                         f"{shard.path}: sha256 is {digest}; expected {shard.sha256} (from {MANIFEST_NAME}); copy it "
                         f"again, or {REMAKE}"
                     )
+                if shard.records is not None and shard.remote is None:
+                    path = records_of(shard.beside)
+                    if (digest := sha256_of(path)) != shard.records.sha256:
+                        raise AmpError(
+                            f"{path}: sha256 is {digest}; expected {shard.records.sha256} (from {MANIFEST_NAME}); copy "
+                            f"it again, or {REMAKE}"
+                        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
@@ -255,6 +270,7 @@ class ShardManifest:
                     "samples": self.samples(split),
                     "captions": self.captions(split),
                     "captions_without_knowledge": self.captions_without_knowledge.get(split, 0),
+                    **_tars_entry(shards),
                     "shards": [shard.to_dict() for shard in shards],
                 }
                 for split, shards in self.splits.items()
@@ -287,18 +303,45 @@ def _text_of(path: Path | Location) -> str:
     return read_whole(path).decode("utf-8")
 
 
-def _shard_info(root: Path | Location, content: Any, where: str) -> ShardInfo:
+def _tars_entry(shards: list[ShardInfo]) -> dict[str, str]:
+    """The manifest's key of the folder of the tar files, if they are not in the folder of the manifest."""
+    return {"tars": str(shards[0].path.parent)} if shards and shards[0].side is not None else {}
+
+
+def _folder_of_tars(content: dict[str, Any], where: str, root: Path | Location) -> Path | None:
+    if "tars" not in content:
+        return None
+    tars = value_of(content, "tars", str, where, REMAKE)
+    if not isinstance(root, Path):
+        raise AmpError(
+            f"{where}: 'tars' is {shorten(tars)}; expected the tar files next to a remote manifest; run amp index_shards "
+            "without --out, and upload the tar files with their indexes to one folder"
+        )
+    # A relative path would change its meaning with the current folder.
+    if not Path(tars).is_absolute() or "\0" in tars:
+        raise AmpError(
+            f"{where}: 'tars' is {shorten(tars)}; expected the absolute path of the folder of the tar files; correct "
+            "it, or run amp index_shards again"
+        )
+    return Path(tars)
+
+
+def _shard_info(root: Path | Location, tars: Path | None, content: Any, where: str) -> ShardInfo:
     name = value_of(content, "name", str, where, REMAKE)
     if Path(name).name != name or name in ("", ".", ".."):
         raise AmpError(f"{where}: 'name' is {shorten(name)}; expected a file name without a folder; {REMAKE}")
+    records = _side_file(content, "records", where)
+    if tars is not None and records is None:
+        raise AmpError(f"{where}: key 'records' is missing; expected it in a split with 'tars'; {REMAKE}")
     return ShardInfo(
-        path=root / name,
+        path=(tars or root) / name,
         samples=_count(content, "samples", where),
         captions=_count(content, "captions", where),
         bytes=_count(content, "bytes", where),
         sha256=value_of(content, "sha256", str, where, REMAKE),
         index=_side_file(content, "index", where),
-        records=_side_file(content, "records", where),
+        records=records,
+        side=root if tars is not None and isinstance(root, Path) else None,
     )
 
 

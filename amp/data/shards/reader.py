@@ -12,10 +12,10 @@ import numpy as np
 
 from amp.data.images.file import MAX_FILE_BYTES
 from amp.data.images.formats import DECODER_OF
+from amp.data.shards.headers import tar_members
 from amp.data.shards.index import REINDEX, SideFile, index_of, parse_index, records_of
 from amp.data.shards.record import REMAKE, parse_record
 from amp.errors import AmpError, shorten
-from amp.json_text import is_unicode
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in DECODER_OF)
 MAX_MEMBER_BYTES = MAX_FILE_BYTES
@@ -33,6 +33,7 @@ class ShardReader:
         index: Entry of its index in the manifest; None reads the headers of the tar file instead.
         records: Entry of its file of records in the manifest; None if the records are in the tar file.
         samples: Number of samples; only used with an index.
+        side: Folder of the index and the file of records; None if they are next to the tar file.
 
     Raises:
         AmpError: A file is unreadable, truncated or empty, the index doesn't belong to the files, or the tar file
@@ -41,10 +42,16 @@ class ShardReader:
     """
 
     def __init__(
-        self, path: str | Path, index: SideFile | None = None, records: SideFile | None = None, samples: int = 0
+        self,
+        path: str | Path,
+        index: SideFile | None = None,
+        records: SideFile | None = None,
+        samples: int = 0,
+        side: Path | None = None,
     ) -> None:
         self.path = Path(path)
-        self._arguments: tuple[Any, ...] = (self.path, index, records, samples)
+        self._arguments: tuple[Any, ...] = (self.path, index, records, samples, side)
+        self._beside = self.path if side is None else side / self.path.name
         self._files: list[int] = []
         self._keys: list[str] | None = None
         try:
@@ -133,7 +140,7 @@ class ShardReader:
 
     def _read_index(self, index: SideFile, records: SideFile | None, samples: int) -> np.ndarray:
         """The spans int64 (n, 2, 2) from the index file. Opens the file of records, if there is one."""
-        path = index_of(self.path)
+        path = index_of(self._beside)
         file = _open(path, REINDEX)
         try:
             content = os.pread(file, index.bytes + 1, 0)
@@ -141,12 +148,12 @@ class ShardReader:
             os.close(file)
         limits = [os.fstat(self._files[0]).st_size] * 2
         if records is not None:
-            self._files.append(_open(records_of(self.path), REINDEX))
+            records_path = records_of(self._beside)
+            self._files.append(_open(records_path, REINDEX))
             limits[1] = os.fstat(self._files[1]).st_size
             if limits[1] != records.bytes:
                 raise AmpError(
-                    f"{records_of(self.path)}: {limits[1]} bytes; expected {records.bytes} (from the manifest); "
-                    f"{REINDEX}"
+                    f"{records_path}: {limits[1]} bytes; expected {records.bytes} (from the manifest); {REINDEX}"
                 )
         return parse_index(content, path, index, samples, (limits[0], limits[1]))
 
@@ -155,30 +162,13 @@ class ShardReader:
         found: dict[str, dict[str, tuple[int, int]]] = {}
         last_key = None
         with open(self._files[0], "rb", closefd=False) as file:
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        key, slot = self._check_member(member)
-                        sample = found.setdefault(key, {})
-                        if slot in sample or (sample and key != last_key):
-                            raise AmpError(f"{self.path}: {member.name}: key {key!r} occurs twice; {REMAKE}")
-                        sample[slot] = (member.offset_data, member.size)
-                        last_key = key
-                    end = tar.offset  # position of the first block that isn't a header
-            except (AmpError, OSError):
-                raise
-            except Exception as error:  # tarfile raises almost any exception on damaged headers
-                raise AmpError(
-                    f"{self.path}: not a readable tar file ({error or type(error).__name__}); expected an "
-                    f"uncompressed tar shard; {REMAKE}"
-                ) from None
-        # tarfile silently ends at a damaged header or a missing end marker. A complete archive has at least two zero
-        # blocks after its last member.
-        if os.pread(self._files[0], 2 * tarfile.BLOCKSIZE, end) != bytes(2 * tarfile.BLOCKSIZE):
-            raise AmpError(
-                f"{self.path}: damaged or truncated after {len(found)} samples (no end-of-archive marker); "
-                f"copy it again, or {REMAKE}"
-            )
+            for member in tar_members(file, self.path, REMAKE):
+                key, slot = self._key_and_slot(member)
+                sample = found.setdefault(key, {})
+                if slot in sample or (sample and key != last_key):
+                    raise AmpError(f"{self.path}: {member.name}: key {key!r} occurs twice; {REMAKE}")
+                sample[slot] = (member.offset_data, member.size)
+                last_key = key
         if not found:
             raise AmpError(f"{self.path}: the shard holds no sample; expected at least one; {REMAKE}")
         for key, sample in found.items():
@@ -188,24 +178,16 @@ class ShardReader:
         spans = np.array([(sample["image"], sample["json"]) for sample in found.values()], dtype=np.int64)
         return list(found), spans
 
-    def _check_member(self, member: tarfile.TarInfo) -> tuple[str, str]:
+    def _key_and_slot(self, member: tarfile.TarInfo) -> tuple[str, str]:
         """The sample key of a member and its slot, "image" or "json"."""
-        where = f"{self.path}: member {shorten(member.name)}"
-        if not member.isreg() or member.issparse():
-            raise AmpError(f"{where} is a link, a folder or a device; expected plain files only; {REMAKE}")
-        if not 0 <= member.size <= MAX_MEMBER_BYTES:
-            raise AmpError(f"{where} has {shorten(member.size)} bytes; expected at most {MAX_MEMBER_BYTES}; {REMAKE}")
-        if not is_unicode(member.name):
-            raise AmpError(f"{where} has a name that is not UTF-8; expected a UTF-8 name; {REMAKE}")
         name = PurePosixPath(member.name)
-        if name.is_absolute() or ".." in name.parts:
-            raise AmpError(f"{where} has an absolute or parent path; expected a name inside the shard; {REMAKE}")
         # In WebDataset, the key ends at the first dot of the file name.
         stem, _, extension = name.name.partition(".")
         slot = "json" if extension == "json" else "image" if extension in IMAGE_EXTENSIONS else None
         if slot is None or not stem:
             raise AmpError(
-                f"{where} isn't part of a sample; expected KEY.json or KEY with one of {', '.join(IMAGE_EXTENSIONS)} "
+                f"{self.path}: member {shorten(member.name)} isn't part of a sample; expected KEY.json or KEY with one "
+                f"of {', '.join(IMAGE_EXTENSIONS)} "
                 f"(pickles are never read); {REMAKE}"
             )
         return str(name.parent / stem), slot
