@@ -156,6 +156,15 @@ def test_a_shard_without_an_index_needs_the_cache(copied_shards, local, tmp_path
                 ShardSplit(server.url, "train").record(0)
 
 
+def test_a_remote_manifest_names_no_local_folder(shards, tmp_path):
+    folder = records_beside(shards, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["tars"] = str(shards)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with RangeServer(folder).serve() as server, pytest.raises(AmpError, match=r"'tars' is .*next to a remote manifest"):
+        ShardSplit(server.url, "train")
+
+
 # -- retries --------------------------------------------------------------------------------------------------------
 
 

@@ -314,8 +314,8 @@ def _folder_of_tars(content: dict[str, Any], where: str, root: Path | Location) 
     tars = value_of(content, "tars", str, where, REMAKE)
     if not isinstance(root, Path):
         raise AmpError(
-            f"{where}: 'tars' is {shorten(tars)}; expected the tar files next to a remote manifest; run amp index_shards "
-            "without --out, and upload the tar files with their indexes to one folder"
+            f"{where}: 'tars' is {shorten(tars)}; expected the tar files next to a remote manifest; run amp "
+            "index_shards without --out, and upload the tar files with their indexes to one folder"
         )
     # A relative path would change its meaning with the current folder.
     if not Path(tars).is_absolute() or "\0" in tars:
