@@ -26,12 +26,19 @@ class Recent(Generic[Value]):
     def __reduce__(self):
         return Recent, (self.limit,)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value for a key, made if it isn't present."""
         if key not in self._values:
-            while len(self._values) >= self.limit:
-                dropped = self._values.popitem(last=False)[1]
-                getattr(dropped, "close", lambda: None)()
-            self._values[key] = make()
+            self.put(key, make())
         self._values.move_to_end(key)
         return self._values[key]
+
+    def put(self, key: Hashable, value: Value) -> None:
+        """Adds a value that isn't present."""
+        while len(self._values) >= self.limit:
+            dropped = self._values.popitem(last=False)[1]
+            getattr(dropped, "close", lambda: None)()
+        self._values[key] = value

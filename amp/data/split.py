@@ -2,17 +2,17 @@
 
 import math
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 
 from amp.data.images.decode import decode_rgb
-from amp.data.recent import SHARDS
+from amp.data.recent import Recent
 from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.data.shares import Part, Shares
 from amp.data.sources import Sources, sources_of
@@ -22,7 +22,6 @@ from amp.knowledge.schema import Knowledge, parse_knowledge
 if TYPE_CHECKING:
     from amp.data.remote.cache import ShardCache
 
-MAX_OPEN = SHARDS
 Decoded = TypeVar("Decoded")
 
 
@@ -73,7 +72,7 @@ class ShardSplit:
         self.sizes = [shard.samples for shard in shards]
         self.shares = Shares(tuple(self.sizes), tuple(parts)) if parts else None
         self._starts = [0, *accumulate(self.sizes)]
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._readers: Recent[ShardReader] = Recent()
 
     def of_shard(self, number: int) -> "ShardSplit":
         """The samples of one shard, given by its number."""
@@ -84,23 +83,18 @@ class ShardSplit:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getstate__(self):
-        return {**self.__dict__, "_readers": OrderedDict()}
-
     def _locate(self, index: int) -> tuple[ShardReader, int]:
         shard = self.shard_of(index)
-        if shard not in self._readers:
-            if len(self._readers) >= MAX_OPEN:
-                self._readers.popitem(last=False)[1].close()
-            reader = self.shards[shard].open(self.cache)
-            if len(reader) != self.sizes[shard]:
-                raise AmpError(
-                    f"{reader.path}: holds {len(reader)} samples; expected {self.sizes[shard]} (from the manifest); "
-                    "run amp make_shards again"
-                )
-            self._readers[shard] = reader
-        self._readers.move_to_end(shard)
-        return self._readers[shard], index - self._starts[shard]
+        return self._readers.get(shard, lambda: self._open(shard)), index - self._starts[shard]
+
+    def _open(self, shard: int) -> ShardReader:
+        reader = self.shards[shard].open(self.cache)
+        if len(reader) != self.sizes[shard]:
+            raise AmpError(
+                f"{reader.path}: holds {len(reader)} samples; expected {self.sizes[shard]} (from the manifest); "
+                "run amp make_shards again"
+            )
+        return reader
 
     @property
     def per_epoch(self) -> int:
@@ -109,30 +103,26 @@ class ShardSplit:
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Reads remote samples that will be asked for next, several at a time. Does nothing for local ones."""
-        shards = {self.shard_of(index) for index in indices}
-        remote = sorted(shard for shard in shards if self.shards[shard].remote is not None)
-        if not remote:
+        rows: dict[int, list[int]] = {}
+        for index in indices:
+            shard = self.shard_of(index)
+            if self.shards[shard].remote is not None:
+                rows.setdefault(shard, []).append(index - self._starts[shard])
+        if not rows:
             return
         from amp.data.remote.fetch import in_parallel
         from amp.data.remote.reader import RemoteReader
 
-        missing = [shard for shard in remote if shard not in self._readers]
-        opened = in_parallel(lambda shard: self.shards[shard].open(self.cache), missing)
-        self._readers.update(zip(missing, opened, strict=True))
-        rows: dict[int, list[int]] = {shard: [] for shard in remote}
-        for index in indices:
-            shard = self.shard_of(index)
-            if shard in rows:
-                rows[shard].append(index - self._starts[shard])
+        missing = [shard for shard in sorted(rows) if shard not in self._readers]
+        opened = dict(zip(missing, in_parallel(self._open, missing), strict=True))
+        readers = {shard: self._readers.get(shard, partial(opened.__getitem__, shard)) for shard in sorted(rows)}
 
         def prefetch(shard: int) -> None:
-            reader = self._readers[shard]
+            reader = readers[shard]
             assert isinstance(reader, RemoteReader)
             reader.prefetch(rows[shard])
 
-        in_parallel(prefetch, remote)
-        while len(self._readers) > MAX_OPEN:
-            self._readers.popitem(last=False)[1].close()
+        in_parallel(prefetch, readers)
 
     def record(self, index: int) -> dict:
         """The JSON record of a sample."""
