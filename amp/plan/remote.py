@@ -33,6 +33,7 @@ def check_remote(data: Dataset, config: TrainConfig) -> Iterator[Finding]:
             fetch.check_size(shard.tar, shard.tar_file.bytes)
 
     fetch.in_parallel(look_up, shards.values())
+    problems.found.sort()  # by name, not by the time of the answer
     problems.check()
     total = sum(shard.bytes for shard in shards.values())
     yield ok(f"{counted(len(shards), 'remote shard')} can be read, {in_bytes(total)}; sizes as in the manifests")
