@@ -14,7 +14,7 @@ from amp.data.order import BatchOrder, shards_of_epoch
 from amp.data.remote.cache import RemoteShard, ShardCache
 from amp.errors import AmpError
 
-AT_ONCE = 4
+AT_ONCE = 8
 """Shards that a process downloads at the same time."""
 EPOCHS = 2  # how far ahead
 SECONDS = 1.0  # between two looks at a cache that has no room
