@@ -174,9 +174,11 @@ def test_faults_are_retried_and_counted(server, local, tmp_path, cached, fault, 
     server.match, server.faults = "train-", [fault, fault, None] * 6
     split = ShardSplit(server.url, "train", cache=ShardCache(tmp_path / "cache", 1e9) if cached else None)
     assert content_of(split) == content_of(local)
-    assert server.failed == sum(retries.counts.by_kind.values()) and server.failed >= 8
+    counted = sum(retries.counts.by_kind.values())
+    # On a busy machine, a connection may also be dropped without a fault.
+    assert 8 <= server.failed <= counted <= server.failed + 2
     retries.counts.report()
-    assert f"{server.failed} retries so far: " in capfd.readouterr().err.splitlines()[-1]
+    assert f"{counted} retries so far: " in capfd.readouterr().err.splitlines()[-1]
     retries.counts.report()
     assert capfd.readouterr().err == ""  # nothing new
 
