@@ -11,7 +11,7 @@ from support.equations.image_features import early_tokens, tower_of
 from support.models import make_clip
 
 import amp
-from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folders
+from amp.data.frozen_features import FrozenFeatures, ImageBatches, compute_frozen_features, features_folders
 from amp.data.prepare import knowledge_collator, prepare_images, prepare_texts
 from amp.data.split import ShardSplit
 from amp.errors import AmpError
@@ -33,8 +33,9 @@ def split(shards):
     return ShardSplit(shards, "test")
 
 
-def compute(split, made, **options):
-    return compute_frozen_features(split, *made, **{"batch_size": 5, "workers": 0, **options})
+def compute(split, made, workers=0, **options):
+    model, preprocess = made
+    return compute_frozen_features(ImageBatches(split, preprocess, 5, workers, False), model, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,7 +15,7 @@ from support.order import epoch_order
 from support.tars import members_of, replace_shard
 
 import amp
-from amp.data.frozen_features import compute_frozen_features
+from amp.data.frozen_features import ImageBatches, compute_frozen_features
 from amp.data.order import BatchOrder, caption_of_epoch
 from amp.data.prepare import knowledge_collator
 from amp.data.shards import ShardManifest
@@ -119,7 +119,7 @@ def test_the_number_of_workers_changes_nothing(world, images):
     model, train_transform, preprocess, split, *_ = world
     given = {"preprocess": train_transform if images == "crops" else None}
     if images == "stored tokens":
-        given["frozen"] = compute_frozen_features(split, model, preprocess, batch_size=8, workers=0)
+        given["frozen"] = compute_frozen_features(ImageBatches(split, preprocess, 8, 0, False), model)
     order, alone = loader_of(world, **given)
     other_order, loader = loader_of(world, 2, **given)
     assert (loader.collate_fn.shared is None) == (images == "pixels of Pillow")
@@ -141,7 +141,7 @@ def test_two_ranks_read_the_batches_of_one_process(world):
 
 def test_stored_features_replace_decoding(world, monkeypatch):
     model, _, preprocess, split, _, _ = world
-    frozen = compute_frozen_features(split, model, preprocess, batch_size=8, workers=0)
+    frozen = compute_frozen_features(ImageBatches(split, preprocess, 8, 0, False), model)
     _, decoded = loader_of(world)
     decoded = list(decoded)
 

@@ -6,7 +6,7 @@ never changes, so it is stored: (F + M) x d_v numbers per image, memory-mapped.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,51 +137,71 @@ def features_folders(
     ]
 
 
+class ImageBatches:
+    """Batches of preprocessed images of a split. Its decoding workers stay alive from one shard to the next.
+
+    Args:
+        split: Split with the images.
+        preprocess: The validation transform; it must not be random.
+        batch_size: Images per batch. Batches end with their shard.
+        workers: Number of decoding processes.
+        gpu: Whether batches are copied to page-locked memory.
+    """
+
+    def __init__(self, split: ShardSplit, preprocess, batch_size: int, workers: int, gpu: bool):
+        workers = decoding_workers(workers, gpu)
+        self.split, self.batch_size, self._batches = split, batch_size, list[list[int]]()
+        images = SplitImages(split, preprocess)
+        self._loader = DataLoader(
+            images, batch_sampler=self._batches, num_workers=workers, pin_memory=gpu, persistent_workers=workers > 0
+        )
+
+    def of_shards(self, shards: range) -> Iterator[torch.Tensor]:
+        """The images of consecutive shards, given by their numbers."""
+        for rows in map(self.split.rows_of, shards):
+            self._batches[:] = [list(rows[low : low + self.batch_size]) for low in range(0, len(rows), self.batch_size)]
+            yield from self._loader
+
+
 @torch.no_grad()
 def compute_frozen_features(
-    split: ShardSplit,
+    images: ImageBatches,
     model: ActionAwareCLIP,
-    preprocess,
-    batch_size: int,
-    workers: int,
+    shards: range | None = None,
     folder: Path | None = None,
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
     tokens: bool = True,
 ) -> FrozenFeatures:
-    """Computes the frozen features of a split.
+    """Computes the frozen features of the images of a split.
 
     The computation uses the weights' own precision, never autocast, so that runs of any mixed precision share a folder.
 
     Args:
-        split: The images, of one shard if they are stored (`ShardSplit.of_shard`).
+        images: The preprocessed images.
         model: Model on its device.
-        preprocess: The validation transform; it must not be random.
-        batch_size: Images per forward pass.
-        workers: Number of decoding processes.
+        shards: Numbers of consecutive shards; None for all.
         folder: New folder to store the arrays in; None keeps them in memory.
         dtype: Type of the early tokens; base features are always float32.
         progress: Called as progress(done, total).
         tokens: Whether to keep the early tokens in addition to the base features.
     """
     backbone, device = model.backbone, model.logit_scale.device
-    shape = (len(split), backbone.num_tokens, backbone.vision_width)
-    workers = decoding_workers(workers, device.type == "cuda")
-    loader = DataLoader(
-        SplitImages(split, preprocess), batch_size, num_workers=workers, pin_memory=device.type == "cuda"
-    )
+    shards = range(len(images.split.shards)) if shards is None else shards
+    total = sum(images.split.sizes[number] for number in shards)
+    shape = (total, backbone.num_tokens, backbone.vision_width)
 
     def fill(early: np.ndarray | None) -> np.ndarray:
-        base, done = np.empty((len(split), backbone.embed_dim), np.float32), 0
-        for images in loader:
-            features = model(images.to(device, non_blocking=True))
-            stop = done + len(images)
+        base, done = np.empty((total, backbone.embed_dim), np.float32), 0
+        for batch in images.of_shards(shards):
+            features = model(batch.to(device, non_blocking=True))
+            stop = done + len(batch)
             if early is not None:
                 early[done:stop] = features.early.float().cpu().numpy()
             base[done:stop] = features.base.float().cpu().numpy()
             done = stop
             if progress is not None:
-                progress(done, len(split))
+                progress(done, total)
         return base
 
     if folder is None:
@@ -196,4 +216,4 @@ def compute_frozen_features(
         np.save(temporary / "base.npy", fill(early))
         if early is not None:
             early.flush()
-    return FrozenFeatures.load([folder], [len(split)], tokens)
+    return FrozenFeatures.load([folder], [total], tokens)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from amp.data.frozen_features import FrozenFeatures, compute_frozen_features, features_folders
+from amp.data.frozen_features import FrozenFeatures, ImageBatches, compute_frozen_features, features_folders
 from amp.data.shard_texts import ShardTexts
 from amp.data.shared_work import make_missing
 from amp.data.split import ShardSplit
@@ -100,12 +100,14 @@ def prepare_images(
 
     Args:
         terminal, split, model, cache, first: As in `prepare_shard_texts`.
-        preprocess, batch_size, workers, tokens: See `compute_frozen_features`.
+        preprocess, batch_size, workers: See `ImageBatches`.
+        tokens: See `compute_frozen_features`.
         dtype: Type of the stored early tokens.
     """
     folders = features_folders(cache, split, model, preprocess, dtype if tokens else "base")
     number_of = {folder.name: number for number, folder in enumerate(folders)}
     left = len(folders)
+    batches = ImageBatches(split, preprocess, batch_size, workers, model.logit_scale.device.type == "cuda")
 
     def report(missing: float) -> None:
         show(round(len(split) * (1 - missing / len(folders))), len(split))
@@ -116,9 +118,9 @@ def prepare_images(
         report(left)
 
     def make(name: str) -> None:
-        part, folder = split.of_shard(number_of[name]), Path(cache) / name
+        shards = range(number_of[name], number_of[name] + 1)
         done = lambda images, total: report(left - images / total)  # noqa: E731
-        compute_frozen_features(part, model, preprocess, batch_size, workers, folder, dtype, done, tokens)
+        compute_frozen_features(batches, model, shards, Path(cache) / name, dtype, done, tokens)
 
     with terminal.progress(f"encoding {split.name} images", "images") as show:
         make_missing([folder.name for folder in folders], Path(cache), make, first, count)

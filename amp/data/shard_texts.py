@@ -109,7 +109,7 @@ class ShardTexts:
 
     def _texts(self, split: ShardSplit, number: int, kind: str) -> list[str]:
         """The texts of one kind in shard `number` of a split; they may repeat."""
-        captions = [caption for record in split.of_shard(number).records() for caption in split.captions(record)]
+        captions = [caption for row in split.rows_of(number) for caption in split.captions(split.record(row))]
         if kind == CAPTIONS:
             return [text for text, _ in captions]
         return [text for _, item in captions for text in tower_texts(item, len(item.triplets), self.setting)]

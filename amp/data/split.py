@@ -3,7 +3,6 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
@@ -50,7 +49,7 @@ class ShardSplit:
 
     def __init__(self, root: Sources, split: str, weighted: bool = False, cache: "ShardCache | None" = None):
         self.name, self.cache = split, cache
-        listed: list[ShardInfo] = []
+        self.shards: list[ShardInfo] = []
         parts: list[Part] = []
         sources = sources_of(root)
         self.manifests = [ShardManifest.load(source.folder) for source in sources]
@@ -59,26 +58,16 @@ class ShardSplit:
             if not has and any(having) and not weighted:
                 continue
             shards, weight = manifest.split(split), source.weight if weighted else Fraction(1)
-            listed += shards * math.ceil(weight)  # copies have their own captions and crops in an epoch
+            self.shards += shards * math.ceil(weight)  # copies have their own captions and crops in an epoch
             if weight.denominator != 1:
-                parts.append(Part(len(listed) - len(shards), len(listed), weight % 1))
+                parts.append(Part(len(self.shards) - len(shards), len(self.shards), weight % 1))
         self.root = ", ".join(str(source.folder) for source in sources)
         self.dataset = " + ".join(source.folder.name for source in sources)
         self.without_knowledge = sum(found.captions_without_knowledge.get(split, 0) for found in self.manifests)
-        self._set_shards(listed, parts)
-
-    def _set_shards(self, shards: list[ShardInfo], parts: Sequence[Part] = ()) -> None:
-        self.shards = shards
-        self.sizes = [shard.samples for shard in shards]
+        self.sizes = [shard.samples for shard in self.shards]
         self.shares = Shares(tuple(self.sizes), tuple(parts)) if parts else None
         self._starts = [0, *accumulate(self.sizes)]
         self._readers: Recent[ShardReader] = Recent()
-
-    def of_shard(self, number: int) -> "ShardSplit":
-        """The samples of one shard, given by its number."""
-        part = copy(self)
-        part._set_shards([self.shards[number]])
-        return part
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -163,6 +152,10 @@ class ShardSplit:
     def records(self) -> Iterator[dict]:
         """All records in order."""
         return (self.record(i) for i in range(len(self)))
+
+    def rows_of(self, shard: int) -> range:
+        """The samples of a shard, given by its number."""
+        return range(self._starts[shard], self._starts[shard + 1])
 
     def shard_of(self, index: int) -> int:
         """Number of the shard that contains a sample."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import amp
-from amp.data.frozen_features import compute_frozen_features
+from amp.data.frozen_features import ImageBatches, compute_frozen_features
 from amp.data.prepare import knowledge_collator
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
@@ -38,7 +38,7 @@ class World:
         self.captions = SplitCaptions.read(self.split, KINDS)
         self.collate = knowledge_collator(self.model, str(cache_folder), "float32")
         encode_missing(self.collate.store, self.captions.all_texts(3), self.model.backbone, self.model.tokenizer)
-        self.frozen = compute_frozen_features(self.split, self.model, self.preprocess, batch_size=5, workers=0)
+        self.frozen = compute_frozen_features(ImageBatches(self.split, self.preprocess, 5, 0, False), self.model)
         self.images = torch.stack([self.preprocess(self.split.image(i)) for i in range(len(self.split))])
         with torch.no_grad():
             self.text = [self.model.encode_text(self.model.tokenizer([text]))[0] for text in self.captions.texts]
