@@ -104,14 +104,13 @@ class ShardSplit:
 
         missing = [shard for shard in sorted(rows) if shard not in self._readers]
         opened = dict(zip(missing, in_parallel(self._open, missing), strict=True))
-        readers = {shard: self._readers.get(shard, partial(opened.__getitem__, shard)) for shard in sorted(rows)}
-
-        def prefetch(shard: int) -> None:
-            reader = readers[shard]
+        asked: list[tuple[RemoteReader, list[int]]] = []
+        for shard in sorted(rows):
+            reader = self._readers.get(shard, partial(opened.__getitem__, shard))
             assert isinstance(reader, RemoteReader)
-            reader.prefetch(rows[shard])
-
-        in_parallel(prefetch, readers)
+            if not reader.in_cache:  # most shards are, and starting threads takes longer than looking
+                asked.append((reader, rows[shard]))
+        in_parallel(lambda one: one[0].prefetch(one[1]), asked)
 
     def record(self, index: int) -> dict:
         """The JSON record of a sample."""

@@ -66,6 +66,11 @@ class RemoteReader(ShardReader):
         self._next_record = index + 1
         return super().record(index)
 
+    @property
+    def in_cache(self) -> bool:
+        """Whether the whole shard is in the cache."""
+        return self.cache is not None and self.cache.find(self.shard) is not None
+
     def prefetch(self, rows: Sequence[int], photos: bool = True) -> None:
         """Reads samples that will be asked for next, several at a time."""
         if photos and self.cache is not None and self.cache.fetch(self.shard):
