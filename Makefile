@@ -8,6 +8,9 @@ DEMO := runs/demo
 ADAPTERS := control=$(DEMO)/control/stage2/adapter.safetensors action-aware=$(DEMO)/action-aware/stage2/adapter.safetensors
 SCENES := data/demo/drawn-scenes
 
+HALF := $(shell expr \( $$(nproc 2> /dev/null || echo 2) + 1 \) / 2)
+TRAIN := OMP_NUM_THREADS=$(HALF) $(BIN)/amp train --config launchers/configs/scenes.yaml
+
 # OpenMP threads that spin while waiting would take cores from the decoding worker.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -37,14 +40,17 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
 	    --out $(SCENES)
-	$(BIN)/amp train --config launchers/configs/scenes.yaml --out $(DEMO)/control --prompt.knowledge none
-	$(BIN)/amp train --config launchers/configs/scenes.yaml --out $(DEMO)/action-aware
+	@# The control trains in the background, on half of the cores. Both runs share the encoding of the images.
+	@mkdir -p $(DEMO)
+	$(TRAIN) --out $(DEMO)/control --prompt.knowledge none > $(DEMO)/control.log 2>&1 & control=$$!; \
+	$(TRAIN) --out $(DEMO)/action-aware && { wait $$control || { cat $(DEMO)/control.log; exit 1; }; }
 	$(BIN)/amp evaluate --shards $(SCENES) --cache data/demo/cache --workers 1 --batch_size 128 \
 	    --out $(DEMO)/results.json --gallery $(DEMO)/retrievals.png --adapters $(ADAPTERS)
+	@# The report and the twins run at the same time.
 	$(BIN)/amp report --results $(DEMO)/results.json --shards $(SCENES) --row "action-aware (pairwise)" \
-	    --out $(DEMO)/report.html --adapters $(ADAPTERS)
+	    --out $(DEMO)/report.html --adapters $(ADAPTERS) & \
 	$(BIN)/python tools/scenes/twins.py --shards $(SCENES) --cache data/demo/cache --workers 1 \
-	    --dataset data/demo/scenes/dataset.json --out $(DEMO)/twins.json --adapters $(ADAPTERS)
+	    --dataset data/demo/scenes/dataset.json --out $(DEMO)/twins.json --adapters $(ADAPTERS) && wait $$!
 
 # A small language model writes knowledge for the captions of some drawn scenes. The knowledge is put into their shards,
 # followed by one epoch of training. Runs offline.
