@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = TrainConfig(**settings)
     config.check()
     # Imported after the checks, which don't need them.
+    import torch
+
     from amp.cores import use_cores
     from amp.device import usable_device
     from amp.model.factory import create_model_and_transforms
@@ -45,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     device = usable_device()
     if device.type == "cuda" and local is not None:
-        device = usable_device(f"cuda:{local}")
+        # A task that has one GPU to itself sees it as number 0.
+        device = usable_device(f"cuda:{int(local) % torch.cuda.device_count()}")
     use_cores(config.data.workers, device.type == "cuda")
     with terminal.progress(f"loading {config.model.name}"):
         model, _, preprocess = create_model_and_transforms(
