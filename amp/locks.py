@@ -51,7 +51,7 @@ def try_lock(descriptor: int, shared: bool = False) -> bool:
 def file_lock(path: str | os.PathLike, wait: bool = True) -> Iterator[bool]:
     """Holds the lock of a file, which is created and stays, while the block runs. Yields whether the lock is held.
 
-    A process that is forked meanwhile doesn't keep the lock.
+    A process that is forked while the block runs doesn't keep the lock.
 
     Args:
         path: File in an existing folder.

@@ -101,7 +101,7 @@ def test_captions_are_read_several_at_a_time_and_download_no_shard(server, shard
 
 
 def test_records_next_to_the_tar_file_are_read_whole_and_verified(shards, tmp_path):
-    folder = records_beside(shards, tmp_path)
+    folder = indexed_shards(shards, tmp_path)
     expected = content_of(ShardSplit(folder, "train"))
     with RangeServer(folder).serve() as server:
         assert content_of(ShardSplit(server.url, "train")) == expected
@@ -116,7 +116,7 @@ def test_records_next_to_the_tar_file_are_read_whole_and_verified(shards, tmp_pa
             ShardSplit(server.url, "train").record(0)
 
 
-def records_beside(shards: Path, tmp_path: Path) -> Path:
+def indexed_shards(shards: Path, tmp_path: Path) -> Path:
     """A copy of the shards whose records are in files of their own, as for tar files of other tools."""
     import numpy as np
 
@@ -157,7 +157,7 @@ def test_a_shard_without_an_index_needs_the_cache(copied_shards, local, tmp_path
 
 
 def test_a_remote_manifest_names_no_local_folder(shards, tmp_path):
-    folder = records_beside(shards, tmp_path)
+    folder = indexed_shards(shards, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["tars"] = str(shards)
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -20,8 +20,12 @@ def shards_of_epoch(
     shard_sizes: Sequence[int], seed: int, epoch: int, taken: Mapping[int, np.ndarray] | None = None
 ) -> list[int]:
     """The shards of an epoch in the order in which they are read; see `epoch_windows`."""
-    shards = np.random.default_rng([seed, epoch]).permutation(len(shard_sizes)).tolist()
-    return [shard for shard in shards if taken is None or shard not in taken or len(taken[shard])]
+    return _shards_of_epoch(np.random.default_rng([seed, epoch]), len(shard_sizes), taken)
+
+
+def _shards_of_epoch(rng: np.random.Generator, shards: int, taken: Mapping[int, np.ndarray] | None) -> list[int]:
+    order = rng.permutation(shards).tolist()
+    return [shard for shard in order if taken is None or shard not in taken or len(taken[shard])]
 
 
 def epoch_windows(
@@ -52,8 +56,7 @@ def epoch_windows(
     """
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    rng.permutation(len(shard_sizes))  # drawn in `shards_of_epoch`
-    shards = shards_of_epoch(shard_sizes, seed, epoch, taken)
+    shards = _shards_of_epoch(rng, len(shard_sizes), taken)
     taken = taken or {}
     for low in range(0, len(shards), window):
         samples = np.concatenate(

@@ -91,7 +91,7 @@ class ShardSplit:
         return len(self) if self.shares is None else self.shares.samples
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Reads remote samples that will be asked for next, several at a time. Does nothing for local ones."""
+        """Reads remote samples that are needed next, several at a time. Does nothing for local ones."""
         rows: dict[int, list[int]] = {}
         for index in indices:
             shard = self.shard_of(index)
@@ -104,13 +104,13 @@ class ShardSplit:
 
         missing = [shard for shard in sorted(rows) if shard not in self._readers]
         opened = dict(zip(missing, in_parallel(self._open, missing), strict=True))
-        asked: list[tuple[RemoteReader, list[int]]] = []
+        unread: list[tuple[RemoteReader, list[int]]] = []
         for shard in sorted(rows):
             reader = self._readers.get(shard, partial(opened.__getitem__, shard))
             assert isinstance(reader, RemoteReader)
             if not reader.in_cache:  # most shards are, and starting threads takes longer than looking
-                asked.append((reader, rows[shard]))
-        in_parallel(lambda one: one[0].prefetch(one[1]), asked)
+                unread.append((reader, rows[shard]))
+        in_parallel(lambda one: one[0].prefetch(one[1]), unread)
 
     def record(self, index: int) -> dict:
         """The JSON record of a sample."""

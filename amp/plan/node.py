@@ -23,7 +23,10 @@ def check_workers(data: Dataset, config: TrainConfig, world: int) -> Iterator[Fi
     readers = f"{counted(world, 'process')} x {counted(workers, 'worker')}"
     mixed = min(WINDOW, shards)
     yield ok(f"{readers} read {counted(shards, 'shard')} by index; a batch mixes samples of {counted(mixed, 'shard')}")
-    files = FILES_PER_SHARD * sum(min(part.shards, SHARDS) for part in (data.train, data.val) if part is not None)
+    records = any(shard.records is not None for split in data.splits for shard in split.shards)  # one file more
+    files = (FILES_PER_SHARD + records) * sum(
+        min(part.shards, SHARDS) for part in (data.train, data.val) if part is not None
+    )
     files += OTHER_FILES + TENSORS_PER_BATCH * PREFETCHED * workers
     limit = open_files_limit()
     if data.simulated or limit is None:

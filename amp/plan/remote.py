@@ -16,7 +16,7 @@ MEASURED_BYTES = 64 << 20
 
 
 def check_remote(data: Dataset, config: TrainConfig) -> Iterator[Finding]:
-    """Asks for the size of each remote shard, measures the bandwidth on one, and compares the cache with the shards.
+    """Requests the size of each remote shard, measures the bandwidth on one, and compares the cache with the shards.
 
     Raises:
         AmpError: A shard can't be read, or its size isn't that in the manifest.

@@ -70,7 +70,7 @@ def _columns(path: Path, table: ArrowTable, notes: list[str]) -> dict[str, str]:
     """The column's name for `image`, `caption` and, if present, `split`."""
     names = tuple(table.schema.names)
     photos = [field.name for field in table.schema if _is_photo(field.type)]
-    # The only column of photos is the image column, whatever its name ("jpg"), unless another one is called so.
+    # The only column of photos is the image column, regardless of its name ("jpg"), unless another one is called so.
     only = photos[0] if len(photos) == 1 and "image" not in names else None
     try:
         found = find_columns(tuple("image" if name == only else name for name in names))

@@ -16,9 +16,9 @@ INDEXES = ".index"
 """Folder of the sidecars of indexed tar files. It isn't that of shards, which make_shards replaces and removes."""
 
 
-def note_of(beside: Path) -> Path:
-    """Path of the sidecar of an indexed tar file; `beside` is a path next to its index."""
-    return beside.parent / INDEXES / f"{beside.name}.json"
+def note_of(indexed_path: Path) -> Path:
+    """Path of the sidecar of an indexed tar file (`ShardInfo.indexed_path`)."""
+    return indexed_path.parent / INDEXES / f"{indexed_path.name}.json"
 
 
 @contextmanager

@@ -31,16 +31,16 @@ class IndexPlan(ShardPlan):
     split: str = ""
 
     @property
-    def beside(self) -> Path:
+    def indexed_path(self) -> Path:
         """Path next to which the index and the records are."""
         return self.side / self.path.name
 
     @property
     def sidecar(self) -> Path:
-        return note_of(self.beside)
+        return note_of(self.indexed_path)
 
     def exists(self) -> bool:
-        return index_of(self.beside).exists()
+        return index_of(self.indexed_path).exists()
 
     def info(self, sidecar: dict[str, Any]) -> ShardInfo:
         return ShardInfo(
@@ -55,7 +55,7 @@ class IndexPlan(ShardPlan):
         )
 
     def _has_sizes(self, sidecar: dict[str, Any]) -> bool:
-        sizes = {self.path: "tar", index_of(self.beside): "index", records_of(self.beside): "records"}
+        sizes = {self.path: "tar", index_of(self.indexed_path): "index", records_of(self.indexed_path): "records"}
         return all(path.stat().st_size == sidecar[key]["bytes"] for path, key in sizes.items())
 
 
@@ -76,7 +76,7 @@ def index_tar(plan: IndexPlan, progress: Callable[[], None] = lambda: None, acce
         record = record_bytes(key, image)
         spans.append((place[image.path], (len(records), len(record))))
         records += record + b"\n"
-    contents = {index_of(plan.beside): index_bytes(spans), records_of(plan.beside): bytes(records)}
+    contents = {index_of(plan.indexed_path): index_bytes(spans), records_of(plan.indexed_path): bytes(records)}
     try:
         # Remove the old sidecar first, so that a sidecar never describes other files.
         plan.sidecar.unlink(missing_ok=True)
@@ -89,4 +89,4 @@ def index_tar(plan: IndexPlan, progress: Callable[[], None] = lambda: None, acce
         index, written = (asdict(side_file(content)) for content in contents.values())
         photos.write_sidecar({"split": plan.split, "index": index, "records": written})
     except OSError as error:
-        raise cannot_write(plan.beside, error) from None
+        raise cannot_write(plan.indexed_path, error) from None

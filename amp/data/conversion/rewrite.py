@@ -51,7 +51,7 @@ class _Job:
 
     @property
     def in_place(self) -> bool:
-        return self.target == self.source.beside
+        return self.target == self.source.indexed_path
 
     @property
     def indexed(self) -> bool:
@@ -64,7 +64,7 @@ class _Job:
     @property
     def old_texts(self) -> Path:
         """The file that contains the captions and the old knowledge."""
-        return records_of(self.source.beside) if self.indexed else self.source.local
+        return records_of(self.source.indexed_path) if self.indexed else self.source.local
 
     @property
     def new_texts(self) -> Path:
@@ -298,7 +298,7 @@ def _photo_spans(job: _Job) -> tuple[list[Span], str]:
 
     The photos are at the same places in the index before and after an interrupted rewrite.
     """
-    path = index_of(job.source.beside)
+    path = index_of(job.source.indexed_path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -369,6 +369,6 @@ def _new_info(old: ShardInfo, noted: dict[str, Any], target: Path) -> ShardInfo:
     texts, index = SideFile(noted["bytes"], noted["sha256"]), SideFile(**noted["index"])
     if old.records is None:
         return replace(old, path=target / old.name, bytes=texts.bytes, sha256=texts.sha256, index=index)
-    if target == old.beside.parent:
+    if target == old.indexed_path.parent:
         return replace(old, index=index, records=texts)
     return replace(old, path=old.local.resolve(), index=index, records=texts, side=target)

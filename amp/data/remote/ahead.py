@@ -91,13 +91,11 @@ class Ahead:
             while not self._stopped:
                 self._changed.clear()
                 missing = [shard for shard in self.upcoming() if self.cache.find(shard) is None]
-                tried = 0
                 for shard in missing:
                     if len(running) >= AT_ONCE:
                         break
                     if shard.key not in running and shard.key not in self._failed:
                         running[shard.key] = pool.submit(self._fetch, shard)
-                        tried += 1
                 if running:
                     wait(running.values(), SECONDS, FIRST_COMPLETED)
                 done = {key: future for key, future in running.items() if future.done()}

@@ -215,7 +215,7 @@ class ShardCache:
         shutil.rmtree(gone, ignore_errors=True)
 
     def _remove_left_over(self, mine: str) -> None:
-        """Removes what killed processes left behind. The caller holds the locks `.room` and `mine`."""
+        """Removes the temporary folders of killed processes. The caller holds the locks `.room` and `mine`."""
         for folder in self._folders():
             if folder.name.startswith(_GONE):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -72,7 +72,7 @@ class RemoteReader(ShardReader):
         return self.cache is not None and self.cache.find(self.shard) is not None
 
     def prefetch(self, rows: Sequence[int], photos: bool = True) -> None:
-        """Reads samples that will be asked for next, several at a time."""
+        """Reads samples that are needed next, several at a time."""
         if photos and self.cache is not None and self.cache.fetch(self.shard):
             return
         parts = [(row, which) for row in rows for which in ((0, 1) if photos else (1,))]

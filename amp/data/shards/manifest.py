@@ -67,7 +67,7 @@ class ShardInfo:
         return self.sha256 if self.records is None else self.records.sha256
 
     @property
-    def beside(self) -> Path:
+    def indexed_path(self) -> Path:
         """Path next to which the index and the file of records are."""
         return self.local if self.side is None else self.side / self.name
 
@@ -252,7 +252,7 @@ class ShardManifest:
                         f"again, or {REMAKE}"
                     )
                 if shard.records is not None and shard.remote is None:
-                    path = records_of(shard.beside)
+                    path = records_of(shard.indexed_path)
                     if (digest := sha256_of(path)) != shard.records.sha256:
                         raise AmpError(
                             f"{path}: sha256 is {digest}; expected {shard.records.sha256} (from {MANIFEST_NAME}); copy "

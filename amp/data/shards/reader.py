@@ -51,7 +51,7 @@ class ShardReader:
     ) -> None:
         self.path = Path(path)
         self._arguments: tuple[Any, ...] = (self.path, index, records, samples, side)
-        self._beside = self.path if side is None else side / self.path.name
+        self._indexed_path = self.path if side is None else side / self.path.name
         self._files: list[int] = []
         self._keys: list[str] | None = None
         try:
@@ -140,7 +140,7 @@ class ShardReader:
 
     def _read_index(self, index: SideFile, records: SideFile | None, samples: int) -> np.ndarray:
         """The spans int64 (n, 2, 2) from the index file. Opens the file of records, if there is one."""
-        path = index_of(self._beside)
+        path = index_of(self._indexed_path)
         file = _open(path, REINDEX)
         try:
             content = os.pread(file, index.bytes + 1, 0)
@@ -148,7 +148,7 @@ class ShardReader:
             os.close(file)
         limits = [os.fstat(self._files[0]).st_size] * 2
         if records is not None:
-            records_path = records_of(self._beside)
+            records_path = records_of(self._indexed_path)
             self._files.append(_open(records_path, REINDEX))
             limits[1] = os.fstat(self._files[1]).st_size
             if limits[1] != records.bytes:
