@@ -230,8 +230,7 @@ class Backbone(nn.Module, ABC):
 
 
 def text_tower_of(backbone: Backbone) -> Backbone:
-    """A copy of a backbone with only its text tower, which can encode texts while an engine partitions the model's weights
-    (ZeRO-3)."""
+    """A copy of a backbone with only its text tower. It can encode texts even if ZeRO-3 partitions the model's weights."""
     visual, backbone.clip.visual = backbone.clip.visual, nn.Identity()
     try:
         return copy.deepcopy(backbone)
