@@ -230,7 +230,7 @@ class Backbone(nn.Module, ABC):
 
 
 def text_tower_of(backbone: Backbone) -> Backbone:
-    """A copy of a backbone with only its text tower. It can encode texts even if ZeRO-3 partitions the model's weights."""
+    """A copy of a backbone's text tower, which encodes texts even if ZeRO-3 partitions the model's own weights."""
     visual, backbone.clip.visual = backbone.clip.visual, nn.Identity()
     try:
         return copy.deepcopy(backbone)
