@@ -104,6 +104,15 @@ def test_an_epoch_can_be_repeated_and_continued():
     assert list(order) == first
 
 
+def test_an_epoch_can_be_entered_at_any_batch():
+    order = BatchOrder(SIZES, 2, 1, 2, seed=0, window=2)  # windows end within batches
+    order.set_position(3 * order.steps)
+    whole = list(order)
+    for start in range(order.steps):
+        order.set_position(3 * order.steps + start)
+        assert list(order) == whole[start:]
+
+
 class _Echo(Dataset):
     def __getitem__(self, item):
         return item

@@ -27,6 +27,7 @@ from amp.data.conversion.make import make_shards
 from amp.data.images.file import Resize, read_image, read_limited
 from amp.data.images.formats import UnreadableImageError
 from amp.data.shards import ShardInfo, ShardManifest, ShardReader
+from amp.data.shards.index import index_of, side_file
 from amp.errors import AmpError
 from amp.terminal import PlainConsole
 
@@ -1107,3 +1108,34 @@ def test_absolute_paths_give_the_shards_of_relative_paths(data):
     data.knowledge, data.out = [], data.root / "generated"
     manifest = data.make(knowledge=str(data.root / "knowledge"))
     assert manifest.captions_without_knowledge == {"train": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spans: spans[:-1], r"shape \(1, 2, 2\); expected int64 \(2, 2, 2\)"),
+        (lambda spans: spans.astype("<i4"), "an array int32 of shape"),
+        (lambda spans: spans * [1, 10**6], "sample 0 is at .* expected offsets and sizes inside of the files"),
+        (lambda spans: spans - [10**6, 0], "sample 0 is at .* expected offsets and sizes inside of the files"),
+        (lambda spans: spans + [1 << 40, 0], "sample 0 is at .* expected offsets and sizes inside of the files"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shard_is_refused(tmp_path, change, message):
+    """Also if the manifest has the hash of the wrong index."""
+    records = {key: json.dumps({"schema": 1, "key": key, "captions": [{"text": "x"}]}).encode() for key in "ab"}
+    members = [(f"{key}.{kind}", record) for key, record in records.items() for kind in ("jpg", "json")]
+    path = tar_of(tmp_path / "x.tar", *members)
+    with ShardReader(path) as reader:
+        spans = reader.spans
+    for wanted, problem in ((spans, None), (change(spans), message)):
+        file = io.BytesIO()
+        np.save(file, wanted)
+        index_of(path).write_bytes(file.getvalue())
+        if problem is None:
+            with ShardReader(path, side_file(file.getvalue()), None, 2) as reader:
+                assert reader.keys == ["a", "b"] and reader.photo(1) == members[2][1]
+            continue
+        with pytest.raises(AmpError, match=problem):
+            ShardReader(path, side_file(file.getvalue()), None, 2)
+    with pytest.raises(AmpError, match=r"x.index.npy: sha256 is \w+; expected"):
+        ShardReader(path, side_file(b"another"), None, 2)
