@@ -20,6 +20,7 @@ from support.training_run import small_run
 
 import amp
 from amp.data.shards import ShardManifest
+from amp.data.shards.index import side_file
 from amp.errors import AmpError
 from amp.knowledge.text import state_texts
 from amp.plan import model as plan_model
@@ -27,6 +28,7 @@ from amp.plan import node as plan_node
 from amp.plan.data import Dataset
 from amp.plan.findings import counted, in_bytes
 from amp.plan.launch import DEEPSPEED_KEYS
+from amp.plan.node import check_workers
 from amp.plan.plan import PlanSettings, Steps, make_plan
 from amp.plan.tables import steps_table
 from amp.plan.texts import check_texts
@@ -401,6 +403,17 @@ def test_too_few_open_files(config, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (160, 4096))
     assert "`ulimit -n` allows 160; run `ulimit -n 414` first" in found(change(config, data__workers=2), "error")
     assert "`ulimit -n` allows 160" in found(config, "ok")
+
+
+def test_indexed_shards_have_one_file_more(config):
+    def files() -> int:
+        return int(re.search(r"up to (\d+) files", " ".join(f.text for f in check_workers(data, config, 1)))[1])
+
+    data = Dataset.read(config)
+    plain, shards = files(), sum(len(split.shards) for split in data.splits)
+    for split in data.splits:
+        split.shards = [replace(shard, records=side_file(b"")) for shard in split.shards]
+    assert files() == plain + shards
 
 
 def test_too_few_cores(config, monkeypatch):
