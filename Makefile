@@ -40,8 +40,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/make_shards.py --captions data/demo/scenes/dataset.json --images data/demo/scenes/images \
 	    --knowledge data/demo/scenes/knowledge.jsonl --knowledge_provenance data/demo/scenes/knowledge_provenance.json \
 	    --out $(SCENES)
-	@# The control trains in the background, on half of the cores. Both runs share the encoding of the images.
+	@# The control trains in the background, on half of the cores. Both runs share the encoding of texts and images.
 	@mkdir -p $(DEMO)
+	@echo "Training the control (its output is in $(DEMO)/control.log) and the action-aware adapter at the same time:"
 	$(TRAIN) --out $(DEMO)/control --prompt.knowledge none > $(DEMO)/control.log 2>&1 & control=$$!; \
 	$(TRAIN) --out $(DEMO)/action-aware && { wait $$control || { cat $(DEMO)/control.log; exit 1; }; }
 	$(BIN)/amp evaluate --shards $(SCENES) --cache data/demo/cache --workers 1 --batch_size 128 \
