@@ -5,15 +5,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torchvision.transforms import Compose
 
 from amp.data.split import ShardSplit
 from amp.data.split_captions import SplitCaptions
@@ -24,7 +22,7 @@ from amp.evaluate.verbs import by_verb, verbs_of
 from amp.files import write_atomically
 from amp.knowledge.text import select
 from amp.model.clip import ActionAwareCLIP
-from amp.report.attention import attention_maps
+from amp.report.attention import attention_maps, model_view
 from amp.report.choice import OUTCOMES, choose_rows, counts, outcomes
 from amp.retrieval.figures import RowKey
 from amp.retrieval.metrics import KS
@@ -136,9 +134,7 @@ class _Page:
         self.given = given
         self.photos: dict[str, str] = {}
         self._early: dict[int, torch.Tensor] = {}
-        # The model's crop, so that attention maps fit, at a higher resolution.
-        cfg = replace(PreprocessCfg(**given.preprocess_cfg), size=THUMB)
-        self._fit = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
+        self._fit = model_view(given.preprocess_cfg, THUMB)
 
     def card(self, direction: str, row: int) -> dict:
         """Returns one query with the first results of the base model and of the compared row."""

@@ -1,0 +1,109 @@
+"""Runs the application on a port until it is stopped."""
+
+import asyncio
+import errno
+import ipaddress
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from amp.errors import AmpError
+from amp.serve.limits import CONNECTIONS, HEADER_SECONDS, STOP_SECONDS
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class Protocol(H11Protocol):
+    """uvicorn's protocol, which closes a connection whose request has no complete header in time."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_header()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait_for_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _wait_for_header(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        self._late = self.loop.call_later(HEADER_SECONDS, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Takes a port. Connections are refused until the server runs.
+
+    Raises:
+        AmpError: The address doesn't exist, or the port is in use or not allowed.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except BaseException:
+            found.close()
+            raise
+        return found
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise AmpError(f"port is {port}, which is in use, expected a free port; choose another with --port") from None
+        reason = getattr(error, "strerror", None) or error
+        raise AmpError(
+            f"host is {host!r} and port is {port}, expected an address of this machine and a port ({reason})"
+        ) from None
+
+
+def address_of(found: socket.socket) -> str:
+    """The address to open in a browser."""
+    host, port = found.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def accepted_names(found: socket.socket) -> frozenset[str] | None:
+    """Hosts that requests may name, see `Guard`: those of this machine if it serves only itself, otherwise all."""
+    return LOOPBACK if ipaddress.ip_address(found.getsockname()[0]).is_loopback else None
+
+
+def run(app, found: socket.socket, started) -> None:
+    """Serves until SIGINT or SIGTERM. Requests that are being handled are answered first.
+
+    Args:
+        app: ASGI application.
+        found: Socket of `bound_socket`.
+        started: Called when the server accepts connections.
+    """
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            started()
+
+    Server(config).run([found])
