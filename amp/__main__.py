@@ -13,6 +13,7 @@ from amp.errors import WRONG_INPUT, complain, exit_on_error
 GROUPS = {
     "use": {
         "search": "find photos in a folder by text",
+        "serve": "serve re-ranking, search and a search page over HTTP",
         "publish": "export an adapter with a model card to a folder or the Hugging Face Hub",
     },
     "train": {

@@ -14,7 +14,7 @@ from amp.errors import AmpError, exit_on_error, require
 from amp.extras import INSTALLED_BY
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"pillow_heif": "pillow-heif"}
+DISTRIBUTIONS = {"pillow_heif": "pillow-heif", "prometheus_client": "prometheus-client"}
 LINUX_MODULES = ("fcntl", "resource", "termios", "pwd", "grp")
 LINUX_NAMES = {
     "os": "sched_getaffinity register_at_fork O_NOFOLLOW O_CLOEXEC O_NONBLOCK pread sysconf fork getuid mkfifo",
@@ -102,7 +102,7 @@ def test_what_an_error_names_installs_the_package(module):
 
 def test_every_package_of_an_extra_has_its_line():
     asked = set().union(
-        *(packages(extra) for extra in ("train", "generate", "transformers", "report", "heic", "datasets", "remote"))
+        *(packages(extra) for extra in ("train", "generate", "transformers", "report", "serve", "heic", "datasets", "remote"))
     )
     assert asked == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {
         "clip_benchmark",

@@ -16,7 +16,7 @@ FLOORS = (
     ("train", "generation"),
     ("plan", "evaluate", "search"),
     ("report", "publish"),
-    ("sweep",),
+    ("sweep", "serve"),
     ("commands",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}

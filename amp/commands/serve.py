@@ -71,6 +71,8 @@ def check(settings: ServeSettings) -> None:
     Raises:
         AmpError: A setting is missing or out of range.
     """
+    from amp.serve.fetch import is_host
+
     if not settings.adapter:
         raise AmpError("adapter is empty, expected an adapter; add --adapter FILE")
     if settings.photos is not None and settings.index is None:
@@ -78,6 +80,12 @@ def check(settings: ServeSettings) -> None:
     for key, least in (("top_k", 0), ("max_mb", 1), ("queue", 1), ("timeout", 1)):
         if (value := getattr(settings, key)) < least:
             raise AmpError(f"{key} is {value}, expected at least {least}")
+    for host in settings.allow_hosts:
+        if not is_host(host):
+            raise AmpError(
+                f"allow_hosts contains {host!r}, expected a host such as images.example.org or 10.0.0.5:9000, without "
+                "http:// and path"
+            )
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "amp serve")
 
@@ -86,7 +94,7 @@ def check(settings: ServeSettings) -> None:
 def main(arguments: list[str] | None = None) -> None:
     settings = ServeSettings(**vars(parser().parse_args(arguments)))
     check(settings)
-    from amp.serve.server import accepted_names, address_of, bound_socket, run
+    from amp.serve.server import Server, accepted_names, address_of, bound_socket
     from amp.terminal import Terminal, load_open_clip
 
     listening = bound_socket(settings.host, settings.port)
@@ -113,8 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"warning: everybody who can reach {address_of(listening)} can search and see the photos; docs/serve.md "
             "says how to protect them"
         )
-    run(app, listening, lambda: terminal.say(f"serving {address_of(listening)} (Ctrl-C stops)"))
-    terminal.say("stopped")
+    try:
+        Server(app, lambda: terminal.say(f"serving {address_of(listening)} (Ctrl-C stops)")).run([listening])
+    except KeyboardInterrupt:  # uvicorn has stopped, and repeats the signal
+        terminal.say("stopped")
 
 
 def make_service(settings: ServeSettings):

@@ -24,7 +24,7 @@ from amp.data.images.formats import DECODER_OF, UnreadableImageError
 from amp.errors import AmpError, shorten
 from amp.search.retriever import Found
 from amp.serve.bodies import KnowledgeBody, RerankBody, SearchBody
-from amp.serve.guard import Guard
+from amp.serve.guard import Guard, Unread
 from amp.serve.images import Images
 from amp.serve.items import other_kind, read_documents, read_image, read_query
 from amp.serve.limits import Limits
@@ -54,8 +54,8 @@ class Defaults:
 
 def make_app(
     service: Service,
-    defaults: Defaults = Defaults(),
-    limits: Limits = Limits(),
+    defaults: Defaults,
+    limits: Limits,
     names: frozenset[str] | None = None,
     allowed: frozenset[str] = frozenset(),
 ):
@@ -175,15 +175,18 @@ def make_app(
                 "reranked": min(top_k, len(found.hits)),
                 "knowledge": found.knowledge.to_dict(),
                 "hits": _hits(found),
-                "skipped": [{"name": path.name, "reason": reason} for path, reason in found.skipped.items()],
+                "skipped": [{"name": _name(path), "reason": reason} for path, reason in found.skipped.items()],
             }
         )
 
-    def _hits(found: Found) -> list[dict]:
+    def _name(path: Path) -> str:
         assert index is not None
+        return path.relative_to(index.root).as_posix()
+
+    def _hits(found: Found) -> list[dict]:
         hits = []
         for rank, hit in enumerate(found.hits, start=1):
-            name = hit.path.relative_to(index.root).as_posix()
+            name = _name(hit.path)
             hits.append(
                 {
                     "photo": images.numbers[name],
@@ -223,7 +226,7 @@ def make_app(
         try:
             read = KnowledgeBody.model_validate_json(knowledge)
         except ValidationError as error:
-            raise Refusal(400, f"knowledge: {_in_words(error.errors()[0])}") from None
+            raise Refusal(400, _in_words(error.errors()[0], "knowledge")) from None
         maps = await model.run(service.attention, photo, read.knowledge())
         return JSONResponse({"photo": photo, "maps": [{**one, "triplet": asdict(one["triplet"])} for one in maps]})
 
@@ -272,18 +275,20 @@ def _answer_errors(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
-        logging.getLogger("amp.serve").error("a request failed", exc_info=error)
+        if not isinstance(error, Unread):
+            logging.getLogger("amp.serve").error("a request failed", exc_info=error)
         return reply(500, "the server has an error; its log says more")
 
 
-def _in_words(error: Any) -> str:
-    """One error of pydantic as a sentence."""
-    place = [str(part) for part in error["loc"] if part not in ("body", "query_params")]
+def _in_words(error: Any, whole: str = "the body") -> str:
+    """One error of pydantic as a sentence; `whole` names what was read."""
+    where = ".".join(str(part) for part in error["loc"] if part != "body")
     if error["type"] == "json_invalid":
-        return f"the body is not JSON ({error.get('ctx', {}).get('error', error['msg'])})"
-    if error["loc"] == ("body",):
-        return "the body is not a JSON object; send one with the header Content-Type: application/json"
-    where = ".".join(place)
+        return f"{whole} is not JSON ({error.get('ctx', {}).get('error', error['msg'])})"
+    if not where:
+        return f"{whole} is {shorten(error['input'], 60)}, expected a JSON object, with Content-Type: application/json"
+    if whole != "the body":
+        where = f"{whole}.{where}"
     if error["type"] == "missing":
         return f"{where} is missing"
     if error["type"] == "extra_forbidden":

@@ -4,7 +4,6 @@ Without `--allow_hosts`, nothing is fetched. A host's name is resolved once, all
 connection goes to the address that was checked, so a name server can't direct the request into the local network.
 """
 
-import http.client  # noqa: TID251, connects to an address that was checked before
 import ipaddress
 import socket
 import ssl
@@ -12,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import closing
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection  # noqa: TID251
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -52,7 +52,7 @@ def fetch(url: str, hosts: Collection[str], limit: int, seconds: float = FETCH_S
             content, target = _get(place, _address(place, resolve or socket.getaddrinfo), limit, end)
         except FetchError:
             raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise FetchError(f"{host} can't be read ({getattr(error, 'strerror', None) or error})") from None
         if target is None:
             return content
@@ -75,6 +75,16 @@ def host_of(url: str) -> str:
         raise FetchError(f"{shorten(url, 60)} is not a URL with http or https and without a password")
     name = f"[{name}]" if ":" in name else name
     return name if port in (None, _PORTS[place.scheme]) else f"{name}:{port}"
+
+
+def is_host(text: str) -> bool:
+    """Whether a text is a host as `host_of` names it."""
+    if "*" in text:  # patterns are not supported
+        return False
+    try:
+        return text in (host_of(f"http://{text}"), host_of(f"https://{text}"))
+    except FetchError:
+        return False
 
 
 def _address(place: SplitResult, resolve: Callable) -> str:
@@ -105,7 +115,7 @@ def _is_public(address: str) -> bool:
 def _get(place: SplitResult, address: str, limit: int, end: float) -> tuple[bytes, str | None]:
     """Content of a URL; or the target of a redirect."""
     port = place.port or _PORTS[place.scheme]
-    kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
+    kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
     connection = kind(place.hostname or "", port)
     with socket.create_connection((address, port), _left(end)) as plain, closing(connection):
         # A server that sends one byte at a time never exceeds a time limit of the socket, so a timer ends everything.
@@ -125,7 +135,7 @@ def _get(place: SplitResult, address: str, limit: int, end: float) -> tuple[byte
             _left(end)
 
 
-def _read(reply: http.client.HTTPResponse, limit: int) -> tuple[bytes, str | None]:
+def _read(reply: HTTPResponse, limit: int) -> tuple[bytes, str | None]:
     if reply.status in (301, 302, 303, 307, 308) and (target := reply.getheader("Location")):
         return b"", target
     if reply.status != 200:

@@ -19,6 +19,10 @@ HEADERS = {
 """Added to each answer, unless it has its own."""
 
 
+class Unread(Exception):
+    """The client doesn't read its answer."""
+
+
 class Guard:
     """ASGI middleware. It reads the whole body before the application sees the request.
 
@@ -49,6 +53,8 @@ class Guard:
             await self.app(scope, _replayed(body, receive), _careful(send))
         except Refusal as refusal:
             await _refuse(_careful(send), refusal)
+        except Unread:
+            pass  # uvicorn closes the connection
         finally:
             self.requests -= not free
             held.release()
@@ -128,7 +134,10 @@ def _careful(send):
             given = {name for name, _ in message["headers"]}
             added = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in given]
             message = {**message, "headers": [*message["headers"], *added]}
-        await asyncio.wait_for(send(message), ANSWER_SECONDS)
+        try:
+            await asyncio.wait_for(send(message), ANSWER_SECONDS)
+        except TimeoutError:
+            raise Unread from None
 
     return sending
 

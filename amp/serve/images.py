@@ -104,9 +104,9 @@ def _decoded(value: str) -> bytes:
     """The content of a data URI or of base64 without a header."""
     header, comma, data = value.partition(",") if value[:5].lower() == "data:" else ("", "", value)
     with suppress(binascii.Error, ValueError):  # ValueError: letters that are not ASCII
-        if (not comma or header.endswith(";base64")) and (content := base64.b64decode(data, validate=True)):
-            if comma or len(content) > 100:  # a short text without a header is rather a path
-                return content
+        content = base64.b64decode(data, validate=True)
+        if header.endswith(";base64") or (not comma and len(content) > 100):  # a short text is rather a path
+            return content
     if comma:
         raise UnreadableImageError("a data URI that can't be read, expected data:image/jpeg;base64,...")
     raise UnreadableImageError(f"{shorten(value, 60)} is neither a photo of the index nor base64 of an image")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from amp.errors import shorten
+from amp.json_text import is_unicode
 from amp.serve.limits import DOCUMENTS, QUERY
 from amp.serve.refusal import Refusal
 
@@ -75,11 +76,18 @@ def other_kind(items: Sequence[Item], query: Item) -> dict[int, str]:
 
 
 def _read(value: Any, where: str, bare: Literal["text", "image"]) -> Item:
+    item = _item(value, where, bare)
+    if not is_unicode(item.value):
+        raise Refusal(400, f"{where} is not valid Unicode, expected a text without single surrogates")
+    return item
+
+
+def _item(value: Any, where: str, bare: Literal["text", "image"]) -> Item:
     if isinstance(value, str):
         return Item(bare, value)
     if isinstance(value, dict):
         if isinstance(parts := value.get("content"), list) and len(parts) == 1:
-            return _read(parts[0], f"{where}: content[0]", bare)
+            return _item(parts[0], f"{where}: content[0]", bare)
         image = value.get("image", value.get("image_url"))
         if isinstance(image, dict):
             image = image.get("url")

@@ -23,9 +23,7 @@ class Metrics:
         self.app = app
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._requests = Counter(
-            "amp_requests", "Answered requests", ["path", "status"], registry=self.registry
-        )
+        self._requests = Counter("amp_requests", "Answered requests", ["path", "status"], registry=self.registry)
         self._seconds = Histogram(
             "amp_request_seconds", "Time to answer a request", ["path"], buckets=SECONDS, registry=self.registry
         )

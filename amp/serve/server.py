@@ -4,6 +4,7 @@ import asyncio
 import errno
 import ipaddress
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -16,31 +17,39 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol, which closes a connection whose request has no complete header in time."""
+    """uvicorn's protocol, which also closes connections of clients that are too slow.
 
-    _late: asyncio.TimerHandle | None = None
+    A connection is closed when no request has a complete header in time, and aborted when the client doesn't read the
+    rest of an answer.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait_for_header()
+        self._check_later()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._wait_for_header()
+        self._check_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._late is not None:
-            self._late.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def _wait_for_header(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-        self._late = self.loop.call_later(HEADER_SECONDS, self._close_without_request)
+    def _check_later(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(HEADER_SECONDS, self._check)
 
-    def _close_without_request(self) -> None:
+    def _check(self) -> None:
+        if self.transport.is_closing():  # it waits for the client to read
+            self.transport.abort()
+            return
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
+        self._check_later()
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -61,7 +70,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         return found
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise AmpError(f"port is {port}, which is in use, expected a free port; choose another with --port") from None
+            raise AmpError(f"port is {port}, which is in use, expected a free one; add --port NUMBER") from None
         reason = getattr(error, "strerror", None) or error
         raise AmpError(
             f"host is {host!r} and port is {port}, expected an address of this machine and a port ({reason})"
@@ -81,29 +90,31 @@ def accepted_names(found: socket.socket) -> frozenset[str] | None:
     return LOOPBACK if ipaddress.ip_address(found.getsockname()[0]).is_loopback else None
 
 
-def run(app, found: socket.socket, started) -> None:
-    """Serves until SIGINT or SIGTERM. Requests that are being handled are answered first.
+class Server(uvicorn.Server):
+    """Serves an application until SIGINT or SIGTERM. Requests that are being handled are answered first.
 
     Args:
         app: ASGI application.
-        found: Socket of `bound_socket`.
         started: Called when the server accepts connections.
     """
-    config = uvicorn.Config(
-        app,
-        http=Protocol,
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=STOP_SECONDS,
-    )
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None) -> None:
-            await super().startup(sockets)
-            started()
+    def __init__(self, app, started: Callable[[], object]):
+        self._started = started
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                log_config=None,
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=STOP_SECONDS,
+            )
+        )
 
-    Server(config).run([found])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._started()

@@ -107,7 +107,7 @@ class Service:
         try:
             image = self.index.image(number_in(self.index, photo))
         except UnreadableImageError as error:
-            raise Refusal(410, f"photo {photo} {error}") from None
+            raise Refusal(410, f"photo {photo} is {error}") from None
         if not model.interaction.conditioned:
             return []
         early = model.tower.early(self.reranker.preprocess(image)[None].to(model.logit_scale.device))
