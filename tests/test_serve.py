@@ -13,7 +13,6 @@ from support.drawn_data import draw
 from support.serving import KNOWLEDGE, PHOTOS, QUERY, data_uri, make_app, make_service
 
 import amp
-from amp.knowledge.tensors import Captions
 from amp.report.attention import attention_maps
 
 pytest.importorskip("fastapi")
@@ -131,6 +130,8 @@ def test_an_image_ranks_texts(service, client):
         assert [x["index"] for x in results] == [x["corpus_id"] for x in expected]
         np.testing.assert_allclose([x["relevance_score"] for x in results], [x["score"] for x in expected], atol=1e-4)
         assert results[0]["document"] == {"text": texts[results[0]["index"]]}
+    found = client.post("/v1/rerank", json={"query": {"image": "photo 01.png"}, "documents": ["a", " "]}).json()
+    assert found["skipped"] == [{"index": 1, "reason": "is empty"}] and len(found["results"]) == 1
 
 
 def test_unusable_documents_are_reported_and_the_others_ranked(service, client):
@@ -175,9 +176,19 @@ def test_a_photo_whose_pixels_are_damaged_is_reported(client):
         ({"query": "a", "documents": ["b"] * 1001}, "documents has 1,001 entries, expected at most 1,000"),
         ({"query": "a", "documents": ["b", 3]}, 'documents[1] is 3, expected a text, {"text": ...}, {"image": ...}'),
         ({"query": "a", "documents": [{"content": [{"text": "a"}, {"text": "b"}]}]}, "documents[0] is {'content'"),
-        ({"query": "a", "documents": [{"text": "b"}]}, "no document can be ranked; the first is a text, expected an im"),
-        ({"query": {"image": "photo 01.png"}, "documents": [{"image": "photo 01.png"}]}, "no document can be ranked; the first is an im"),
+        (
+            {"query": "a", "documents": [{"text": "b"}]},
+            "no document can be ranked; the first is a text, expected an im",
+        ),
+        (
+            {"query": {"image": "photo 01.png"}, "documents": [{"image": "photo 01.png"}]},
+            "no document can be ranked; the first is an im",
+        ),
         ({"query": {"image": "gone"}, "documents": ["a"]}, "the image 'gone' is neither a photo of the index nor"),
+        (
+            {"query": {"image": "photo 01.png"}, "documents": ["a"], "knowledge": NONE},
+            "knowledge is given for an image query, expected none",
+        ),
         ({"query": 5, "documents": ["a"]}, "query is 5, expected a text"),
         ({"query": "a", "documents": ["b"], "top_n": -1}, "top_n is -1: Input should be greater than or equal to 0"),
         ({"query": "a\ud800", "documents": ["b"]}, "query is not valid Unicode"),
@@ -213,7 +224,9 @@ def test_a_search_is_that_of_the_retriever(service, client):
     ]
     assert [service.index.names[x["photo"]] for x in found["hits"]] == [x["name"] for x in found["hits"]]
     np.testing.assert_allclose([x["score"] for x in found["hits"]], [hit.score for hit in expected.hits], atol=1e-4)
-    np.testing.assert_allclose([x["base_score"] for x in found["hits"]], [h.base_score for h in expected.hits], atol=1e-4)
+    np.testing.assert_allclose(
+        [x["base_score"] for x in found["hits"]], [h.base_score for h in expected.hits], atol=1e-4
+    )
     assert [x["rank"] for x in found["hits"]] == list(range(1, 10))
     assert [x["base_rank"] for x in found["hits"]] == [hit.base_rank + 1 for hit in expected.hits]
     assert found["knowledge"] == KNOWLEDGE.to_dict() and found["reranked"] == 6

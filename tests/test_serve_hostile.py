@@ -168,7 +168,7 @@ def test_other_names_of_this_machine_are_refused(service):
 
 
 def test_the_names_that_are_accepted():
-    for host, expected in (("127.0.0.1", server.LOOPBACK), ("localhost", server.LOOPBACK), ("0.0.0.0", None)):
+    for host, expected in (("127.0.0.1", server.LOOPBACK), ("localhost", server.LOOPBACK), ("0.0.0.0", None)):  # noqa: S104
         with server.bound_socket(host, 0) as found:
             assert server.accepted_names(found) == expected
             assert server.address_of(found).startswith("http://") and server.address_of(found).endswith("/")
@@ -440,7 +440,7 @@ def test_what_a_server_may_not_answer(web):
 
 @pytest.mark.parametrize(
     "address", ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "fd00::1",
-                "::ffff:127.0.0.1", "2002:7f00:1::", "0.0.0.0", "100.64.0.1"]
+                "::ffff:127.0.0.1", "2002:7f00:1::", "0.0.0.0", "100.64.0.1"]  # noqa: S104
 )  # fmt: skip
 def test_names_that_lead_into_the_local_network(address):
     def resolve(name, port, **_):

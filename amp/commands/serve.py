@@ -134,7 +134,7 @@ def make_service(settings: ServeSettings):
         AmpError: One of them can't be loaded.
     """
     from amp.device import usable_device
-    from amp.rerank import Reranker
+    from amp.search.reranker import Reranker
     from amp.search.retriever import Retriever
     from amp.serve.service import Service
 

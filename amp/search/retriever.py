@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from amp.data.images.formats import UnreadableImageError
 from amp.data.text_features import cut_texts
@@ -151,23 +152,50 @@ class Retriever:
         """
         if not query.strip():
             raise AmpError("the query is empty, expected text")
+        model = self.reranker.model
+        with torch.no_grad():
+            text = model.encode_text(model.tokenizer([query]).to(self.reranker.device))
+        return self._search(query, text, count, self.top_k, knowledge)
+
+    def search_by_image(
+        self, image: Any, query: str = "", count: int = 20, knowledge: Knowledge | None = None
+    ) -> Found:
+        """Finds the photos that are most similar to an image in the frozen CLIP, and re-ranks them by a text.
+
+        Args:
+            image: The image, in any form of `Reranker`.
+            query: The text. Without it, there is no knowledge that photos could be conditioned on, so they keep the
+                frozen CLIP's order.
+            count, knowledge: See `search`.
+
+        Returns:
+            The photos found; their `base_score` is the cosine similarity to the image.
+
+        Raises:
+            AmpError: The image can't be read, or as for `search`.
+        """
+        feature = self.reranker.encode_images([image]).base
+        return self._search(query, feature, count, self.top_k if query.strip() else 0, knowledge)
+
+    def _search(self, query: str, feature: torch.Tensor, count: int, top_k: int, knowledge: Knowledge | None) -> Found:
+        """Selects photos by their cosine to a feature (1, d), and re-ranks the first ones by the query."""
         if count < 1:
             raise AmpError(f"count is {count}, expected at least 1")
         images: list[Any] = []
         present: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
         skipped: dict[Path, str] = {}
-        index, key = self.index, self.reranker.packer.key if self.top_k else ""
-        scores = self._base_scores(query)
+        index, key = self.index, self.reranker.packer.key if top_k else ""
+        scores = self._base_scores(feature)
         for number in np.argsort(-scores, kind="stable").tolist():
             try:
                 index.check_there(number)
-                if len(present) < self.top_k:
+                if len(present) < top_k:
                     state = index.state(number, key)
                     images.append(index.image(number) if state is None else state)
                 present.append((index.path(number), float(scores[number])))
             except UnreadableImageError as error:  # the next one takes its place
                 skipped[index.path(number)] = str(error)
-            if len(present) == max(count, self.top_k):
+            if len(present) == max(count, top_k):
                 break
         if not present:
             raise AmpError(
@@ -176,21 +204,21 @@ class Retriever:
             )
         if knowledge is None:
             (knowledge,) = self.reranker.knowledge_of([query]) if images else (Knowledge(),)
-        first = [score for _, score in present[: len(images)]]
-        ranking = self.reranker.rank(
-            query, images, knowledge=knowledge, fusion_weight=self.fusion_weight, first_scores=first
-        )
-        ranked = [(entry["corpus_id"], entry["score"]) for entry in ranking]
+        ranked: list[tuple[int, float]] = []
+        if images:
+            first = [score for _, score in present[: len(images)]]
+            ranking = self.reranker.rank(
+                query, images, knowledge=knowledge, fusion_weight=self.fusion_weight, first_scores=first
+            )
+            ranked = [(entry["corpus_id"], entry["score"]) for entry in ranking]
         ranked += [(place, present[place][1]) for place in range(len(images), len(present))]
         hits = [Hit(present[place][0], score, present[place][1], place) for place, score in ranked[:count]]
         return Found(query, knowledge, hits, skipped)
 
-    def _base_scores(self, query: str) -> np.ndarray:
-        """The frozen CLIP's cosine of every photo and the query (N,), in one pass over the memory-mapped features."""
-        index, model = self.index, self.reranker.model
-        with torch.no_grad():
-            text = model.encode_text(model.tokenizer([query]).to(self.reranker.device), normalize=True)
-        scores = np.concatenate([rows @ text[0].float().cpu().numpy() for rows in _blocks(index)]) / self._lengths
+    def _base_scores(self, feature: torch.Tensor) -> np.ndarray:
+        """Cosine (N,) of every photo and a feature (1, d), in one pass over the memory-mapped features."""
+        index, query = self.index, F.normalize(feature[0].float(), dim=-1).cpu().numpy()
+        scores = np.concatenate([rows @ query for rows in _blocks(index)]) / self._lengths
         if not np.isfinite(scores).all():
             raise AmpError(
                 f"{index.file}: {int((~np.isfinite(scores)).sum()):,} scores are not finite, expected none; "

@@ -26,13 +26,13 @@ from amp.search.retriever import Found
 from amp.serve.bodies import KnowledgeBody, RerankBody, SearchBody
 from amp.serve.guard import Guard, Unread
 from amp.serve.images import Images
-from amp.serve.items import other_kind, read_documents, read_image, read_query
+from amp.serve.items import read_documents, read_image, read_query, unfit
 from amp.serve.limits import Limits
 from amp.serve.metrics import TYPE, Metrics
 from amp.serve.model_thread import ModelThread
 from amp.serve.photos import SIZES, Photos
 from amp.serve.refusal import Refusal, answer
-from amp.serve.service import Search, Service, number_in
+from amp.serve.service import Search, Service, no_index, number_in
 
 DECODING_THREADS = 2
 """Threads that read and shrink images, apart from the thread of the model."""
@@ -113,7 +113,7 @@ def make_app(
     async def rerank(body: RerankBody) -> Response:
         query = read_query(body.query)
         documents = read_documents(body.documents, query)
-        skipped = other_kind(documents, query)
+        skipped = unfit(documents, query)
         if len(skipped) == len(documents):
             raise Refusal(400, f"no document can be ranked; the first {skipped[0]}")
         knowledge = None if body.knowledge is None else body.knowledge.knowledge()
@@ -121,17 +121,17 @@ def make_app(
         if query.kind == "text":
             found, reasons = await decode(images.get_all, {index: documents[index] for index in kept})
             kept = sorted(found)
-            ranking = []
-            if kept:
-                given = [found[index] for index in kept]
-                ranking = await model.run(service.rank_images, query.value, given, knowledge)
-                reasons |= {kept[place]: reason for place, reason in ranking.skipped.items()}
+            given = [found[index] for index in kept]
+            ranking = await model.run(service.rank_images, query.value, given, knowledge)
+            reasons |= {kept[place]: reason for place, reason in ranking.skipped.items()}
             skipped |= reasons
             metrics.images.inc(len(ranking))
         else:
+            if knowledge is not None:
+                raise Refusal(400, "knowledge is given for an image query, expected none; each text has its own")
             image = await decode(images.get, query)
             texts = [documents[index].value for index in kept]
-            ranking = await model.run(service.rank_texts, image, texts, knowledge)
+            ranking = await model.run(service.rank_texts, image, texts)
             metrics.images.inc()
         results = []
         for entry in ranking[: body.top_n or None]:
@@ -153,7 +153,7 @@ def make_app(
         if not body.query and body.image is None:
             raise Refusal(400, "query and image are both missing, expected a text, an image or both")
         if index is None:
-            raise Refusal(404, "this server has no index of photos; start it with --index FOLDER")
+            raise no_index()
         image = None if body.image is None else await decode(images.get, read_image(body.image, "image"))
         asked = Search(
             body.query,
@@ -202,7 +202,7 @@ def make_app(
     @api.get("/v1/photos/{number}")
     async def photo(number: int, request: Request, size: int | None = None, crop: bool = False) -> Response:
         if photos is None or index is None:
-            raise Refusal(404, "this server has no index of photos; start it with --index FOLDER")
+            raise no_index()
         number_in(index, number)
         if size is not None and not SIZES[0] <= size <= SIZES[1]:
             raise Refusal(400, f"size is {size}, expected {SIZES[0]} to {SIZES[1]} pixels")

@@ -67,12 +67,13 @@ def read_image(value: Any, where: str) -> Item:
     return item
 
 
-def other_kind(items: Sequence[Item], query: Item) -> dict[int, str]:
-    """Why documents of the query's own kind can't be ranked, by their index."""
+def unfit(items: Sequence[Item], query: Item) -> dict[int, str]:
+    """Why documents of the query's own kind and empty texts can't be ranked, by their index."""
     names = {"text": "a text", "image": "an image"}
     wanted = "image" if query.kind == "text" else "text"
     reason = f"is {names[query.kind]}, expected {names[wanted]}, because the query is {names[query.kind]}"
-    return {index: reason for index, item in enumerate(items) if item.kind != wanted}
+    empty = {index: "is empty" for index, item in enumerate(items) if item.kind == "text" and not item.value.strip()}
+    return empty | {index: reason for index, item in enumerate(items) if item.kind != wanted}
 
 
 def _read(value: Any, where: str, bare: Literal["text", "image"]) -> Item:

@@ -7,16 +7,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from amp.data.images.decode import decode_rgb
-from amp.data.images.file import read_limited
 from amp.data.images.formats import UnreadableImageError
+from amp.data.images.inputs import read_rgb
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.text import select
 from amp.report.attention import attention_maps
 from amp.search.index import PhotoIndex
+from amp.search.reranker import Ranking, Reranker
 from amp.search.retriever import Found, Retriever
 from amp.serve.refusal import Refusal
-from amp.serve.similar import search_by_image
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,11 @@ class Service:
     """Ranks images and texts, searches the index, and computes attention maps.
 
     Args:
-        reranker: An `amp.Reranker`.
+        reranker: The model.
         retriever: Search in the index with this re-ranker; None without an index.
     """
 
-    def __init__(self, reranker, retriever: Retriever | None):
+    def __init__(self, reranker: Reranker, retriever: Retriever | None):
         self.reranker, self.retriever = reranker, retriever
 
     @property
@@ -59,39 +58,31 @@ class Service:
             Refusal: The server has none.
         """
         if self.retriever is None:
-            raise Refusal(404, "this server has no index of photos; start it with --index FOLDER")
+            raise no_index()
         return self.retriever.index
 
-    def rank_images(self, query: str, images: Sequence[Path | bytes], knowledge: Knowledge | None):
+    def rank_images(self, query: str, images: Sequence[Path | bytes], knowledge: Knowledge | None) -> Ranking:
         """Ranks images for a text; see `amp.Reranker.rank`."""
         return self.reranker.rank(query, list(images), knowledge=knowledge)
 
-    def rank_texts(self, image: Path | bytes, texts: Sequence[str], knowledge: Knowledge | None):
+    def rank_texts(self, image: Path | bytes, texts: Sequence[str]) -> Ranking:
         """Ranks texts for an image; see `amp.Reranker.rank_texts`."""
-        return self.reranker.rank_texts(decoded(image), list(texts), knowledge=knowledge)
+        return self.reranker.rank_texts(decoded(image), list(texts))
 
     def search(self, asked: Search) -> tuple[Found, bool]:
-        """Searches the index by a text, by an image, or by both.
-
-        With an image, the first stage is its similarity to the photos in the frozen CLIP. A text then re-ranks the
-        first photos by the knowledge of the text; without a text there is no knowledge, and CLIP's order stays.
+        """Searches the index by a text, by an image, or by both; see `amp.Retriever`.
 
         Returns:
             The photos found, and whether the query is longer than the model reads.
         """
-        index, retriever = self.index, self.retriever
-        assert retriever is not None
+        retriever = self.retriever
+        if retriever is None:
+            raise no_index()
+        retriever.top_k, retriever.fusion_weight = asked.top_k, asked.fusion_weight
         cut = bool(asked.query) and retriever.cuts(asked.query)
         if asked.image is None:
-            retriever.top_k, retriever.fusion_weight = asked.top_k, asked.fusion_weight
             return retriever.search(asked.query, asked.count, asked.knowledge), cut
-        knowledge = asked.knowledge
-        if asked.query and knowledge is None:
-            knowledge = self.reranker.knowledge_of([asked.query])[0]
-        feature = self.reranker.encode_images([decoded(asked.image)]).base
-        return search_by_image(
-            self.reranker, index, feature, asked.query, asked.count, asked.top_k, asked.fusion_weight, knowledge
-        ), cut
+        return retriever.search_by_image(decoded(asked.image), asked.query, asked.count, asked.knowledge), cut
 
     @torch.no_grad()
     def attention(self, photo: int, knowledge: Knowledge) -> list[dict]:
@@ -122,6 +113,11 @@ class Service:
         ]
 
 
+def no_index() -> Refusal:
+    """The error of a server that only re-ranks."""
+    return Refusal(404, "this server has no index of photos; start it with --index FOLDER")
+
+
 def number_in(index: PhotoIndex, number: int) -> int:
     """Checks the number of a photo.
 
@@ -140,6 +136,6 @@ def decoded(image: Path | bytes) -> Image.Image:
         Refusal: It can't be read.
     """
     try:
-        return Image.fromarray(decode_rgb(image if isinstance(image, bytes) else read_limited(image)))
-    except Exception as error:  # decoders raise almost any exception on damaged data
-        raise Refusal(400, f"the image can't be read ({getattr(error, 'strerror', None) or error})") from None
+        return read_rgb(image)
+    except UnreadableImageError as error:
+        raise Refusal(400, f"the image {error}") from None

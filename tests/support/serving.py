@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import amp
 from support.drawn_data import draw
 from support.evaluation import make_far_model
-
-import amp
 
 PHOTOS = 14
 QUERY = "A red dog chases a ball"
@@ -36,7 +35,7 @@ def make_service(clip_folder: str, folder: Path, knowledge=KNOWLEDGE):
     model, preprocess = make_far_model(clip_folder)
     reranker = amp.Reranker(model, preprocess, knowledge=lambda captions: [knowledge] * len(captions))
     search = amp.Retriever(reranker, folder / "index", top_k=6)
-    search.update(write_photos(folder / "photos"), workers=0)
+    search.update(write_photos(folder / "photos"), workers=0, states=None)  # stored states are rounded
     return Service(reranker, search)
 
 
