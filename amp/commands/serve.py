@@ -6,6 +6,7 @@
 The first command updates the index before it serves it. The second one only re-ranks the images of requests.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     use_cores(0 if settings.photos is None else settings.workers, gpu)
     with terminal.progress("loading the model"):
         service = make_service(settings)
+    with terminal.progress("loading the source of knowledge"):
+        service.reranker.knowledge_of(["a dog jumps"])
     if settings.photos is not None and service.retriever is not None:
         with terminal.progress("encoding photos", "photos") as report:
             update = service.retriever.update(settings.photos, settings.workers, report)
@@ -121,10 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"warning: everybody who can reach {address_of(listening)} can search and see the photos; docs/serve.md "
             "says how to protect them"
         )
-    try:
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped
         Server(app, lambda: terminal.say(f"serving {address_of(listening)} (Ctrl-C stops)")).run([listening])
-    except KeyboardInterrupt:  # uvicorn has stopped, and repeats the signal
-        terminal.say("stopped")
+    terminal.say("stopped")
 
 
 def make_service(settings: ServeSettings):

@@ -58,6 +58,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     Raises:
         AmpError: The address doesn't exist, or the port is in use or not allowed.
     """
+    if not 0 <= port < 1 << 16:
+        raise AmpError(f"port is {port}, expected 0 to 65535; add --port NUMBER")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
@@ -68,13 +70,10 @@ def bound_socket(host: str, port: int) -> socket.socket:
             found.close()
             raise
         return found
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise AmpError(f"port is {port}, which is in use, expected a free one; add --port NUMBER") from None
-        reason = getattr(error, "strerror", None) or error
-        raise AmpError(
-            f"host is {host!r} and port is {port}, expected an address of this machine and a port ({reason})"
-        ) from None
+        raise AmpError(f"host is {host!r}, expected an address of this machine ({error.strerror})") from None
 
 
 def address_of(found: socket.socket) -> str:
