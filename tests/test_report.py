@@ -2,13 +2,13 @@
 
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from support.browser import chromium, press
 from support.evaluation import World, write_world_adapter
 from support.processes import forget_accelerate
 from support.repository import launcher
@@ -314,36 +314,9 @@ def test_a_photo_that_cant_be_read_costs_its_queries_only(page, tmp_path, clip_f
 
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("needs chromium and chromedriver, e.g. apt install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-sync",
-        "disable-background-networking",
-        "disable-component-update",
-        "window-size=1280,900",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    found.get(f"file://{page}/report.html")
-    yield found
-    found.quit()
-
-
-def press(browser, keys):
-    from selenium.webdriver import ActionChains
-
-    ActionChains(browser).send_keys(keys).perform()
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        found.get(f"file://{page}/report.html")
+        yield found
 
 
 def shown(browser):
