@@ -154,7 +154,7 @@ class Retriever:
             raise AmpError("the query is empty, expected text")
         model = self.reranker.model
         with torch.no_grad():
-            text = model.encode_text(model.tokenizer([query]).to(self.reranker.device))
+            text = model.backbone.encode_text(model.tokenizer([query]).to(self.reranker.device))
         return self._search(query, text, count, self.top_k, knowledge)
 
     def search_by_image(
