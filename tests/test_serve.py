@@ -1,9 +1,11 @@
 """The endpoints of `amp serve`, compared with direct calls of the re-ranker and the search."""
 
+import asyncio
 import base64
 import io
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from amp.report.attention import attention_maps
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
+
+httpx = pytest.importorskip("httpx2")
 
 NONE = {"triplets": [], "states": []}
 
@@ -134,6 +138,20 @@ def test_an_image_ranks_texts(service, client):
     assert found["skipped"] == [{"index": 1, "reason": "is empty"}] and len(found["results"]) == 1
 
 
+def test_packed_states_are_documents_too(service, client):
+    paths = [service.index.path(number) for number in range(4)]
+    blobs = service.reranker.pack(service.reranker.encode_images(paths), "fp16")
+    body = {"query": QUERY, "documents": [{"image": base64.b64encode(blob).decode()} for blob in blobs]}
+    results = client.post("/v1/rerank", json=body).json()["results"]
+    expected = service.reranker.rank(QUERY, blobs)
+    assert [x["index"] for x in results] == [x["corpus_id"] for x in expected]
+    np.testing.assert_allclose([x["relevance_score"] for x in results], [x["score"] for x in expected], atol=1e-4)
+    cut = {"query": QUERY, "documents": [{"image": base64.b64encode(blobs[0][:-9]).decode()}]}
+    assert "of a packed image state" in client.post("/v1/rerank", json=cut).json()["skipped"][0]["reason"]
+    other = {"query": QUERY, "documents": [{"image": base64.b64encode(blobs[0][:8] + bytes(200)).decode()}]}
+    assert "packed with another adapter" in message(client.post("/v1/rerank", json=other))
+
+
 def test_unusable_documents_are_reported_and_the_others_ranked(service, client):
     documents = [
         "photo 01.png",
@@ -155,10 +173,13 @@ def test_unusable_documents_are_reported_and_the_others_ranked(service, client):
     assert reasons[5] == "example.org may not be contacted, expected a host of --allow_hosts"
 
 
+def cut_image():
+    """An image whose header is complete."""
+    return base64.b64encode(base64.b64decode(data_uri(draw(1)).partition(",")[2])[:-60]).decode()
+
+
 def test_a_photo_whose_pixels_are_damaged_is_reported(client):
-    buffer = io.BytesIO()
-    draw(1).save(buffer, "png")
-    cut = base64.b64encode(buffer.getvalue()[:-60]).decode()
+    cut = cut_image()
     found = client.post("/v1/rerank", json={"query": QUERY, "documents": [{"image": cut}, "photo 01.png"]}).json()
     assert [x["index"] for x in found["results"]] == [1] and [x["index"] for x in found["skipped"]] == [0]
     alone = client.post("/v1/rerank", json={"query": QUERY, "documents": ["gone.png"]}).json()
@@ -448,3 +469,45 @@ def test_the_page_may_only_contact_its_server(client):
     assert api["cross-origin-resource-policy"] == "same-origin" and "access-control-allow-origin" not in api
     for address in ("/docs", "/redoc"):  # pages of FastAPI that load scripts from another host
         assert client.get(address).status_code == 404
+
+
+def test_searches_that_wait_together_are_one_batch(service, monkeypatch):
+    """Each request gets its own result or error, equal to that of a search alone."""
+    release, batches, search_all = threading.Event(), [], service.search_all
+
+    def counted(asked):
+        batches.append(len(asked))
+        assert release.wait(30)
+        return search_all(asked)
+
+    monkeypatch.setattr(service, "search_all", counted)
+    bodies = [{"query": f"A dog chases {n} balls", "top_k": n, "fusion_weight": n / 4} for n in range(10)]
+    bodies += [{"image": data_uri(draw(3)), "query": QUERY, "knowledge": NONE}, {"query": "b", "image": cut_image()}]
+
+    async def both(client):
+        first = asyncio.create_task(client.post("/v1/search", json=bodies[0]))
+        while not batches:
+            await asyncio.sleep(0.01)
+        others = [asyncio.create_task(client.post("/v1/search", json=body)) for body in bodies[1:]]
+        await asyncio.sleep(0.5)  # now they wait
+        release.set()
+        return [await task for task in (first, *others)]
+
+    async def run():
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await both(client)
+
+    replies = asyncio.run(run())
+    assert batches == [1, 8, 3]
+    assert message(replies[-1]).startswith("the image can't be read (")
+    monkeypatch.setattr(service, "search_all", search_all)
+    with TestClient(make_app(service)) as client:
+        for body, reply in zip(bodies[:-1], replies[:-1], strict=True):
+            alone, together = client.post("/v1/search", json=body).json(), reply.json()
+            assert [x["photo"] for x in together["hits"]] == [x["photo"] for x in alone["hits"]]
+            for key in ("score", "base_score"):
+                np.testing.assert_allclose(
+                    [x[key] for x in together["hits"]], [x[key] for x in alone["hits"]], atol=1e-5
+                )
+            assert together["knowledge"] == alone["knowledge"]

@@ -1,7 +1,7 @@
 """Searches a folder of photos: the frozen CLIP pre-selects, the action-aware model re-ranks (paper, sec. 3.5)."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,37 @@ class Found:
     knowledge: Knowledge
     hits: list[Hit]
     skipped: dict[Path, str]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Photos that the first stage of a search selected.
+
+    Attributes:
+        query, knowledge, skipped: See `Found`.
+        count: Number of photos to return.
+        fusion_weight: Weight of the first stage's score.
+        images: The photos to re-rank, as states or decoded.
+        present: Path and first score of the photos, those of `images` first.
+    """
+
+    query: str
+    knowledge: Knowledge
+    count: int
+    fusion_weight: float
+    images: list[Any]
+    present: list[tuple[Path, float]]
+    skipped: dict[Path, str]
+
+    def found(self, new: torch.Tensor) -> Found:
+        """The result for the new scores of `images`."""
+        first = torch.tensor([score for _, score in self.present[: len(new)]])
+        fused = new + self.fusion_weight * first if self.fusion_weight else new
+        order = fused.sort(descending=True, stable=True)
+        ranked = list(zip(order.indices.tolist(), order.values.tolist(), strict=True))
+        ranked += [(place, self.present[place][1]) for place in range(len(new), len(self.present))]
+        hits = [Hit(self.present[place][0], score, self.present[place][1], place) for place, score in ranked]
+        return Found(self.query, self.knowledge, hits[: self.count], self.skipped)
 
 
 class Retriever:
@@ -152,10 +183,8 @@ class Retriever:
         """
         if not query.strip():
             raise AmpError("the query is empty, expected text")
-        model = self.reranker.model
-        with torch.no_grad():
-            text = model.backbone.encode_text(model.tokenizer([query]).to(self.reranker.device))
-        return self._search(query, text, count, self.top_k, knowledge)
+        (found,) = self.rank([self.select(query, count=count, knowledge=knowledge)])
+        return found
 
     def search_by_image(
         self, image: Any, query: str = "", count: int = 20, knowledge: Knowledge | None = None
@@ -174,13 +203,35 @@ class Retriever:
         Raises:
             AmpError: The image can't be read, or as for `search`.
         """
-        feature = self.reranker.encode_images([image]).base
-        return self._search(query, feature, count, self.top_k if query.strip() else 0, knowledge)
+        (found,) = self.rank([self.select(query, image, count, knowledge)])
+        return found
 
-    def _search(self, query: str, feature: torch.Tensor, count: int, top_k: int, knowledge: Knowledge | None) -> Found:
-        """Selects photos by their cosine to a feature (1, d), and re-ranks the first ones by the query."""
+    @torch.no_grad()
+    def select(
+        self,
+        query: str,
+        image: Any = None,
+        count: int = 20,
+        knowledge: Knowledge | None = None,
+        top_k: int | None = None,
+        fusion_weight: float | None = None,
+    ) -> Selected:
+        """The first part of a search, without re-ranking.
+
+        Args:
+            query, count, knowledge: See `search`.
+            image: See `search_by_image`; None selects by the query.
+            top_k, fusion_weight: Settings of this search; None takes those of the retriever.
+        """
         if count < 1:
             raise AmpError(f"count is {count}, expected at least 1")
+        top_k = self.top_k if top_k is None else top_k
+        top_k = top_k if query.strip() else 0
+        model = self.reranker.model
+        if image is None:
+            feature = model.backbone.encode_text(model.tokenizer([query]).to(self.reranker.device))
+        else:
+            feature = self.reranker.encode_images([image]).base
         images: list[Any] = []
         present: list[tuple[Path, float]] = []  # in the frozen CLIP's order, without photos that are gone
         skipped: dict[Path, str] = {}
@@ -204,16 +255,19 @@ class Retriever:
             )
         if knowledge is None:
             (knowledge,) = self.reranker.knowledge_of([query]) if images else (Knowledge(),)
-        ranked: list[tuple[int, float]] = []
-        if images:
-            first = [score for _, score in present[: len(images)]]
-            ranking = self.reranker.rank(
-                query, images, knowledge=knowledge, fusion_weight=self.fusion_weight, first_scores=first
-            )
-            ranked = [(entry["corpus_id"], entry["score"]) for entry in ranking]
-        ranked += [(place, present[place][1]) for place in range(len(images), len(present))]
-        hits = [Hit(present[place][0], score, present[place][1], place) for place, score in ranked[:count]]
-        return Found(query, knowledge, hits, skipped)
+        weight = self.fusion_weight if fusion_weight is None else fusion_weight
+        return Selected(query, knowledge, count, weight, images, present, skipped)
+
+    def rank(self, searches: Sequence[Selected]) -> list[Found]:
+        """Re-ranks the photos of several searches in one batch, which takes less time than one after another.
+
+        Raises:
+            AmpError: A score is not finite.
+        """
+        pairs = [(search.query, image) for search in searches for image in search.images]
+        knowledge = [search.knowledge for search in searches for _ in search.images]
+        scores = torch.from_numpy(self.reranker.predict(pairs, knowledge)).split([len(x.images) for x in searches])
+        return [search.found(new) for search, new in zip(searches, scores, strict=True)]
 
     def _base_scores(self, feature: torch.Tensor) -> np.ndarray:
         """Cosine (N,) of every photo and a feature (1, d), in one pass over the memory-mapped features."""

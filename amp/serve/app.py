@@ -163,7 +163,7 @@ def make_app(
             defaults.fusion_weight if body.fusion_weight is None else body.fusion_weight,
             None if body.knowledge is None else body.knowledge.knowledge(),
         )
-        found, cut = await model.run(service.search, asked)
+        found, cut = await model.run_together(service.search_all, asked)
         top_k = asked.top_k if body.query else 0
         metrics.images.inc(min(top_k, len(index)))
         return JSONResponse(

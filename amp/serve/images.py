@@ -12,6 +12,7 @@ from PIL import Image
 from amp.data.images.decode import opened
 from amp.data.images.formats import UnreadableImageError
 from amp.errors import shorten
+from amp.search.image_states import is_packed
 from amp.search.index import PhotoIndex
 from amp.serve.fetch import fetch
 from amp.serve.items import Item
@@ -58,7 +59,7 @@ class Images:
         """Gets one image, and checks its format and its number of pixels without decoding it.
 
         Returns:
-            The path of a photo in the index, or the content of an image file.
+            The path of a photo in the index, the content of an image file, or a packed state; see `amp.Reranker.pack`.
 
         Raises:
             UnreadableImageError: The image isn't there, or can't be used.
@@ -75,7 +76,8 @@ class Images:
                 raise UnreadableImageError(str(error)) from None
         else:
             content = _decoded(value)
-        check(content)
+        if not is_packed(content):  # the re-ranker checks packed states
+            check(content)
         return content
 
 

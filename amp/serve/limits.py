@@ -6,6 +6,8 @@ PIXELS = 50_000_000
 """Largest image in a request: 50 megapixels. It is decoded to 150 MB."""
 DOCUMENTS = 1_000
 """Largest number of candidates of a request."""
+TOGETHER = 8
+"""Largest number of searches in one batch."""
 QUERY, WORDS, TRIPLETS = 2_000, 500, 32
 """Largest number of characters of a query and of a text of knowledge, and largest number of triplets."""
 BODIES = 8

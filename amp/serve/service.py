@@ -14,7 +14,7 @@ from amp.knowledge.text import select
 from amp.report.attention import attention_maps
 from amp.search.index import PhotoIndex
 from amp.search.reranker import Ranking, Reranker
-from amp.search.retriever import Found, Retriever
+from amp.search.retriever import Found, Retriever, Selected
 from amp.serve.refusal import Refusal
 
 
@@ -69,20 +69,29 @@ class Service:
         """Ranks texts for an image; see `amp.Reranker.rank_texts`."""
         return self.reranker.rank_texts(decoded(image), list(texts))
 
-    def search(self, asked: Search) -> tuple[Found, bool]:
-        """Searches the index by a text, by an image, or by both; see `amp.Retriever`.
+    def search_all(self, asked: Sequence[Search]) -> list[tuple[Found, bool] | Exception]:
+        """Searches the index for several requests; see `amp.Retriever`.
 
         Returns:
-            The photos found, and whether the query is longer than the model reads.
+            The photos found, and whether the query is longer than the model reads; or the error of a request.
         """
-        retriever = self.retriever
-        if retriever is None:
+        if self.retriever is None:
             raise no_index()
-        retriever.top_k, retriever.fusion_weight = asked.top_k, asked.fusion_weight
-        cut = bool(asked.query) and retriever.cuts(asked.query)
-        if asked.image is None:
-            return retriever.search(asked.query, asked.count, asked.knowledge), cut
-        return retriever.search_by_image(decoded(asked.image), asked.query, asked.count, asked.knowledge), cut
+        outcomes: dict[int, Exception] = {}
+        selected: dict[int, Selected] = {}
+        for number, one in enumerate(asked):
+            try:
+                image = None if one.image is None else decoded(one.image)
+                selected[number] = self.retriever.select(
+                    one.query, image, one.count, one.knowledge, one.top_k, one.fusion_weight
+                )
+            except Exception as error:  # the other requests are answered
+                outcomes[number] = error
+        found = dict(zip(selected, self.retriever.rank(list(selected.values())), strict=True))
+        return [
+            outcomes[n] if n in outcomes else (found[n], bool(one.query) and self.retriever.cuts(one.query))
+            for n, one in enumerate(asked)
+        ]
 
     @torch.no_grad()
     def attention(self, photo: int, knowledge: Knowledge) -> list[dict]:
