@@ -14,4 +14,4 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, which is ten ti
 @cache
 def read_lexicon(name: str) -> dict[str, Any]:
     """Content of the file `name` next to this module. Do not change it, because it is cached."""
-    return yaml.load(Path(__file__).with_name(name).read_text(encoding="utf-8"), _LOADER)
+    return yaml.load(Path(__file__).with_name(name).read_text(encoding="utf-8"), _LOADER)  # noqa: S506, both are safe
