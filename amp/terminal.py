@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amp.errors import printable
+from amp.heap import loading
 
 LOG_SECONDS = 10.0  # between two log lines of a phase
 _NO_LIMIT = 10_000  # width of a file, which has no edge
@@ -118,7 +119,8 @@ def load_open_clip() -> None:
         return
     with Terminal(os.environ.get("RANK", "0") == "0").progress("loading PyTorch and open_clip") as report:
         report.log()
-        import open_clip  # noqa: F401
+        with loading():
+            import open_clip  # noqa: F401
 
 
 class Progress:
