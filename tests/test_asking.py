@@ -23,13 +23,12 @@ READ = "from amp.commands.asking import read_queries; print(list(read_queries('x
 def test_lines_of_a_pipe_are_queries():
     done = subprocess.run(
         [sys.executable, "-c", READ],
-        input="a dog\n\n  a cat \nno newline",
+        input=b"a dog\n\n  a cat \n\xff\nno newline",
         cwd=ROOT,
         env=QUIET_ENVIRONMENT,
-        text=True,
         capture_output=True,
     )
-    assert done.stdout == "['a dog', 'a cat', 'no newline']\n", done.stderr
+    assert done.stdout == rb"['a dog', 'a cat', '\\xff', 'no newline']" + b"\n", done.stderr
 
 
 @pytest.mark.parametrize("stdin", [None, io.StringIO(""), io.StringIO("\n \n")], ids=["closed", "empty", "blank"])

@@ -24,8 +24,9 @@ def read_queries(example: str) -> Iterator[str]:
     """
     if on_terminal():
         return _typed()
-    lines = iter(()) if sys.stdin is None else iter(sys.stdin)
-    queries = (line.strip() for line in lines if line.strip())
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="backslashreplace")  # bytes that are no text
+    queries = (line.strip() for line in sys.stdin or () if line.strip())
     first = next(queries, None)
     if first is None:
         raise AmpError(
