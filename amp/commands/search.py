@@ -126,9 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
         picture_format(settings.sheet)  # said before minutes of work
         require("matplotlib", "--sheet")
     rules = RulesProcess() if asks and settings.adapter is not None and settings.knowledge == "rules" else None
+    from amp.model.needs import needs_transformers
     from amp.terminal import PlainConsole, Terminal, load_open_clip
 
-    load_open_clip()
+    load_open_clip(needs_transformers(settings.model, settings.adapter))
     import torch
 
     from amp.cores import use_cores

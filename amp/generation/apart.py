@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from amp.errors import AmpError
+from amp.imports import left_out, loading
 
 if TYPE_CHECKING:
     from amp.knowledge.schema import Knowledge
@@ -78,13 +78,13 @@ def _ended() -> AmpError:
 
 def _serve(pipe: Connection) -> None:
     """Loads the rules, says so, and answers lists of captions until the other end of the pipe is closed."""
-    # spaCy imports PyTorch if it is installed, but the rules don't need it. Python takes None as not installed.
-    sys.modules["torch"] = None  # type: ignore[assignment]
     from amp.generation.query import KnowledgeGenerator
 
     with suppress(EOFError, ConnectionError):  # the other process has ended
         try:
-            generate = KnowledgeGenerator("rules")
+            # spaCy imports PyTorch if it is installed, but the rules don't need it.
+            with loading(), left_out("torch"):
+                generate = KnowledgeGenerator("rules")
         except AmpError as error:
             pipe.send(error)
             return
