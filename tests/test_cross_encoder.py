@@ -45,10 +45,14 @@ def photos(tmp_path_factory) -> list[str]:
     return [str(root / f"{number}.jpg") for number in range(7)]
 
 
+def no_knowledge(pairs) -> list[amp.Knowledge]:
+    return [amp.Knowledge()] * len(pairs)
+
+
 def test_scores_are_those_of_the_reranker(encoder, reranker, photos):
     pairs = [(caption, photo) for photo in photos for caption in CAPTIONS]
     expected = reranker.predict(pairs)
-    assert expected.std() > 0.01 and np.ptp(reranker.predict(pairs, knowledge=amp.Knowledge()) - expected) > 1e-3
+    assert expected.std() > 0.01 and np.ptp(reranker.predict(pairs, no_knowledge(pairs)) - expected) > 1e-3
     opened = [(caption, Image.open(photo)) for caption, photo in pairs]
     for given in (
         pairs,
@@ -57,8 +61,9 @@ def test_scores_are_those_of_the_reranker(encoder, reranker, photos):
         [pair[::-1] for pair in opened],
         [({"text": caption}, {"image": image}) for caption, image in opened],
         [(caption, np.array(image.convert("RGB"))) for caption, image in opened],
+        [(caption, reranker.pack(reranker.encode_images([photo]), "fp16")[0]) for caption, photo in pairs],
     ):
-        np.testing.assert_allclose(encoder.predict(given, batch_size=4), expected, atol=1e-5)
+        np.testing.assert_allclose(encoder.predict(given, batch_size=4), expected, atol=1e-4)
     assert encoder.predict(pairs[0]) == pytest.approx(expected[0], abs=1e-5)
     assert encoder.predict(pairs, convert_to_tensor=True).shape == (len(pairs),)
     assert len(encoder.predict([])) == 0
@@ -76,15 +81,17 @@ def test_ranks_images_for_a_caption_and_captions_for_an_image(encoder, reranker,
 
 def test_an_unreadable_image_ranks_last(encoder, photos, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing")
-    with pytest.warns(UserWarning, match=r"broken\.png"):
+    with pytest.warns(UserWarning, match="1 images have no score"):
         found = encoder.rank(CAPTIONS[0], [photos[0], str(tmp_path / "broken.png"), photos[1]])
     assert found[-1] == {"corpus_id": 1, "score": -np.inf} and found[0]["score"] > found[1]["score"] > -1
 
 
 def test_model_kwargs_are_settings_of_the_reranker(folder, reranker, photos):
     pairs = [(caption, photos[0]) for caption in CAPTIONS]
-    plain = load(folder, model_kwargs={"knowledge": None})
-    np.testing.assert_allclose(plain.predict(pairs), reranker.predict(pairs, knowledge=amp.Knowledge()), atol=1e-5)
+    plain = load(folder, model_kwargs={"knowledge": "none"})
+    np.testing.assert_allclose(plain.predict(pairs), reranker.predict(pairs, no_knowledge(pairs)), atol=1e-5)
+    with pytest.raises(amp.AmpError, match=r"model_kwargs has torch_dtype, expected only base, .*precision"):
+        load(folder, model_kwargs={"torch_dtype": "float16"})
 
 
 def test_a_prompt_goes_in_front_of_the_caption(encoder, reranker, photos):

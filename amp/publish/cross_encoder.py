@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers.base.modules import InputModule
 
@@ -17,6 +16,9 @@ from amp.errors import AmpError
 from amp.files import write_atomically
 from amp.model.pretrained import CONFIG, WEIGHTS
 from amp.search.reranker import Reranker
+
+SETTINGS = ("base", "base_pretrained", "precision", "knowledge", "engine_options", "batch_size")
+"""Arguments of `Reranker.from_pretrained` that `CrossEncoder(model_kwargs=...)` accepts."""
 
 
 class RerankerModule(InputModule):
@@ -43,19 +45,22 @@ class RerankerModule(InputModule):
 
         Args:
             model_name_or_path, subfolder: Folder or repository, and the folder inside it.
-            model_kwargs: Arguments of `Reranker.from_pretrained`, such as `base`, `precision` and `knowledge`.
+            model_kwargs: Arguments of `Reranker.from_pretrained`; see `SETTINGS`.
             **options: Of a download: `token`, `cache_folder`, `revision`, `local_files_only`. Others are ignored.
 
         Raises:
-            AmpError: There is no adapter, or `Reranker.from_pretrained` rejects it.
+            AmpError: There is no adapter, an argument is unknown, or `Reranker.from_pretrained` rejects one.
         """
+        settings = model_kwargs or {}
+        if unknown := sorted(settings.keys() - set(SETTINGS)):
+            raise AmpError(f"model_kwargs has {', '.join(unknown)}, expected only {', '.join(SETTINGS)}")
         names = ("token", "cache_folder", "revision", "local_files_only")
         download = {name: options[name] for name in names if name in options}
         cls.load_file_path(model_name_or_path, CONFIG, subfolder, **download)  # a download next to the weights
         file = cls.load_file_path(model_name_or_path, WEIGHTS, subfolder, **download)
         if file is None:
             raise AmpError(f"{model_name_or_path}: no {WEIGHTS}, expected a folder written by amp publish")
-        return cls(Reranker.from_pretrained(file, **(model_kwargs or {})), Path(file).parent)
+        return cls(Reranker.from_pretrained(file, **settings), Path(file).parent)
 
     def preprocess(self, inputs, prompt: str | None = None, **kwargs) -> dict[str, Any]:
         """Returns the pairs as (caption, image), with the prompt, if any, in front of the caption."""
@@ -64,9 +69,8 @@ class RerankerModule(InputModule):
 
     def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
         """Adds the `scores` (P,) of P pairs. An image that can't be read scores minus infinity and ranks last."""
-        scores = self.reranker.predict(features["pairs"])
-        scores = torch.from_numpy(np.where(np.isnan(scores), np.float32("-inf"), scores))
-        return features | {"scores": scores.to(next(self.clip.parameters()).device)}
+        scores = torch.from_numpy(self.reranker.predict(features["pairs"])).nan_to_num(nan=-torch.inf)
+        return features | {"scores": scores.to(self.reranker.device)}
 
     def save(self, output_path: str, *args, **kwargs) -> None:
         """Copies the adapter and its settings."""
