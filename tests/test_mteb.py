@@ -60,6 +60,7 @@ def local_task(folder):
     return DrawnScenes()
 
 
+@pytest.mark.system
 def test_the_documented_two_stages_rank_like_the_reranker(tmp_path, monkeypatch):
     make_scenes.make_scenes(out=tmp_path / "scenes", train=0, val=0, test=PHOTOS)
     publish_random_adapter(MICRO_CLIP, tmp_path / "models" / "mine")

@@ -200,8 +200,10 @@ def publish_random_adapter(base: str, folder: Path, seed: int = 2) -> Path:
     import amp
 
     config = amp.PromptConfig(interaction_options={"blocks": 1}, depth=1 / 3, num_prompts=4)
-    model, _, _ = amp.create_model_and_transforms(base, prompt_config=config)
-    shake(model, scale=0.3, generator=torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, _, _ = amp.create_model_and_transforms(base, prompt_config=config)
+        shake(model, scale=0.3)
     folder.mkdir(parents=True)
     amp.save_adapter(folder / "adapter.safetensors", model)
     return amp.save_pretrained(folder, folder)
