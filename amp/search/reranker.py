@@ -302,7 +302,7 @@ class Reranker:
         first = new.clone()
         if not len(new):
             return new, first, skipped
-        features = self.model.encode_text(self.model.tokenizer(list(texts)).to(self.device))
+        features = self.model.backbone.encode_text(self.model.tokenizer(list(texts)).to(self.device))
         prepared = self.model.prepare_knowledge(self.knowledge_of(texts) if knowledge is None else knowledge)
         for low in range(0, len(images), IMAGES_AT_ONCE):
             states, places, unread = self._states_of(images[low : low + IMAGES_AT_ONCE])

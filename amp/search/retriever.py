@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from amp.data.images.formats import UnreadableImageError
 from amp.data.text_features import cut_texts
@@ -189,8 +190,8 @@ class Retriever:
         """The frozen CLIP's cosine of every photo and the query (N,), in one pass over the memory-mapped features."""
         index, model = self.index, self.reranker.model
         with torch.no_grad():
-            text = model.encode_text(model.tokenizer([query]).to(self.reranker.device), normalize=True)
-        scores = np.concatenate([rows @ text[0].float().cpu().numpy() for rows in _blocks(index)]) / self._lengths
+            text = F.normalize(model.backbone.encode_text(model.tokenizer([query]).to(self.reranker.device)).float())
+        scores = np.concatenate([rows @ text[0].cpu().numpy() for rows in _blocks(index)]) / self._lengths
         if not np.isfinite(scores).all():
             raise AmpError(
                 f"{index.file}: {int((~np.isfinite(scores)).sum()):,} scores are not finite, expected none; "
