@@ -13,6 +13,7 @@ _EXPORTS = {
     "Knowledge": "amp.knowledge.schema",
     "KnowledgeBatch": "amp.knowledge.tensors",
     "PromptConfig": "amp.model.config",
+    "Reranker": "amp.search.reranker",
     "Retriever": "amp.search.retriever",
     "Triplet": "amp.knowledge.schema",
     "create_model_and_transforms": "amp.model.factory",

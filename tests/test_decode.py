@@ -154,7 +154,7 @@ def test_all_paths_see_the_same_array(phone, clip_folder, tmp_path):
     model, _, preprocess = amp.create_model_and_transforms(clip_folder)
     features = []
     for kind in ("upright", "stored"):
-        search = amp.Retriever(model.eval(), preprocess, tmp_path / kind)
+        search = amp.Retriever(amp.Reranker(model.eval(), preprocess), tmp_path / kind)
         search.update(phone / kind, workers=0)
         features.append(np.array(search.index.features))
     assert np.array_equal(*features)

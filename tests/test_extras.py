@@ -46,7 +46,7 @@ if __name__ == "__main__":
     amp.cores.decoding_workers = lambda wanted, gpu: wanted
     model, _, preprocess = amp.from_pretrained(f"{folder}/adapter.safetensors")
     knowledge = amp.Knowledge((amp.Triplet("dog", "jumps", ""),), ("The dog is in the air",))
-    search = amp.Retriever(model, preprocess, f"{folder}/index", top_k=2)
+    search = amp.Retriever(amp.Reranker(model, preprocess), f"{folder}/index", top_k=2)
     search.update(f"{folder}/photos", workers=0)
     assert len(search.search("A dog jumps", knowledge=knowledge).hits) == 3
     options = ["--index", f"{folder}/index", "--adapter", f"{folder}/adapter.safetensors", "--workers", "1"]

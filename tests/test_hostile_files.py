@@ -241,7 +241,7 @@ def test_a_photo_that_became_a_bomb_is_told_by_a_search(tmp_path, model):
     root.mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(root / name)
-    search = amp.Retriever(*model, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(*model), tmp_path / "index")
     search.update(root, workers=0)
     (root / "a.png").write_bytes(bad_images()["png a bit too large.png"])
     found = search.search("a dog")

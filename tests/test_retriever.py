@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +55,22 @@ def by_hand(model, preprocess, root, top_k, fusion_weight=0.0):
     [({}, 2.0), ({"knowledge": "none"}, 0.0), ({"interaction": "readout", "enrich": True}, 0.0)],
     ids=["aim", "control", "readout"],
 )
-def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, fusion_weight):
+@pytest.mark.parametrize(("states", "tolerance"), [(None, 1e-5), ("fp16", 2e-4), ("int8", 4e-3)])
+def test_a_search_equals_the_naive_loop(clip_folder, photos, tmp_path, prompt, fusion_weight, states, tolerance):
     model, preprocess = make_far_model(clip_folder, **prompt)
     if prompt.get("interaction") == "readout":
         model.interaction.readout.out.weight.data.normal_(std=0.3)
-    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=6, fusion_weight=fusion_weight, batch_size=4)
-    update = search.update(photos, workers=0)
+    search = amp.Retriever(
+        amp.Reranker(model, preprocess, batch_size=4), tmp_path / "index", top_k=6, fusion_weight=fusion_weight
+    )
+    update = search.update(photos, workers=0, states=states)
     assert update == Update(PHOTOS, PHOTOS, removed=0, skipped={}, hidden=1, others=1)
     found = search.search(QUERY, count=9, knowledge=KNOWLEDGE)
     expected = by_hand(model, preprocess, photos, 6, fusion_weight)[:9]
-    assert [hit.path for hit in found.hits] == [path for path, _, _ in expected]
-    np.testing.assert_allclose([h.score for h in found.hits], [score for _, score, _ in expected], atol=1e-5)
-    np.testing.assert_allclose([h.base_score for h in found.hits], [base for _, _, base in expected], atol=1e-5)
+    seen, naive = ({path: scores for path, *scores in rows} for rows in (map(astuple, found.hits), expected))
+    assert list(seen) == list(naive) or states == "int8"
+    for path, (score, base) in naive.items():
+        assert seen[path][:2] == [pytest.approx(score, abs=tolerance), pytest.approx(base, abs=1e-5)], path
     assert sorted(h.base_rank for h in found.hits[:6]) == list(range(6))
     assert [h.base_rank for h in found.hits[6:]] == [6, 7, 8]
 
@@ -78,17 +83,17 @@ def test_the_generator_gives_the_querys_knowledge(clip_folder, photos, tmp_path)
         asked.extend(captions)
         return [KNOWLEDGE] * len(captions)
 
-    search = amp.Retriever(model, preprocess, tmp_path / "index", knowledge=generator, top_k=5)
+    search = amp.Retriever(amp.Reranker(model, preprocess, knowledge=generator), tmp_path / "index", top_k=5)
     search.update(photos, workers=0)
     found, given = search.search(QUERY), search.search(QUERY, knowledge=KNOWLEDGE)
     assert asked == [QUERY] and found.knowledge == KNOWLEDGE and found.hits == given.hits
-    none = amp.Retriever(model, preprocess, tmp_path / "index", top_k=5).search(QUERY)
+    none = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index", top_k=5).search(QUERY)
     assert none.knowledge == amp.Knowledge() and [h.score for h in none.hits] != [h.score for h in found.hits]
 
 
 def test_an_update_encodes_what_changed(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     before = dict(zip(search.index.names, search.index.features.copy(), strict=True))
     (photos / "photo 01.png").unlink()
@@ -117,7 +122,7 @@ def test_photos_lie_as_their_camera_noted(clip_folder, photos, tmp_path):
     exif[0x0112] = 6  # must be rotated by 90 degrees
     image.transpose(Image.Transpose.ROTATE_90).save(photos / "turned.png", exif=exif)
     image.save(photos / "upright.png")
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     rows = [search.index.features[search.index.names.index(name)] for name in ("turned.png", "upright.png")]
     assert np.array_equal(*rows)
@@ -126,7 +131,7 @@ def test_photos_lie_as_their_camera_noted(clip_folder, photos, tmp_path):
 @pytest.mark.parametrize("top_k", [0, 3, PHOTOS])
 def test_photos_that_are_gone_are_no_hits_at_any_rank(clip_folder, photos, tmp_path, top_k):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=top_k)
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index", top_k=top_k)
     search.update(photos, workers=0)
     order = [path for path, *_ in by_hand(model, preprocess, photos, top_k=0)]
     gone = [order[0], order[5]]
@@ -158,9 +163,9 @@ def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkey
             (tmp_path / "index" / ".features-0.npy.tmp").write_bytes(b"half a file")
             shutil.copytree(tmp_path / "index", killed)
 
-    whole = amp.Retriever(model, preprocess, tmp_path / "index", batch_size=4)
+    whole = amp.Retriever(amp.Reranker(model, preprocess, batch_size=4), tmp_path / "index")
     whole.update(photos, workers=0, progress=stop)
-    search = amp.Retriever(model, preprocess, killed, batch_size=4)
+    search = amp.Retriever(amp.Reranker(model, preprocess, batch_size=4), killed)
     assert (len(search.index), search.index.pending) == (8, PHOTOS - 8)
     assert len(search.search(QUERY, count=50).hits) == 8
     update = search.update(photos, workers=0)
@@ -172,7 +177,7 @@ def test_an_update_that_was_killed_goes_on(clip_folder, photos, tmp_path, monkey
 
 def test_an_interrupted_update_keeps_all_it_has_encoded(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index", batch_size=5)
+    search = amp.Retriever(amp.Reranker(model, preprocess, batch_size=5), tmp_path / "index")
 
     def stop(done, total):
         if done == 10:
@@ -185,7 +190,7 @@ def test_an_interrupted_update_keeps_all_it_has_encoded(clip_folder, photos, tmp
 
 def test_one_process_updates_an_index_and_others_search_it(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     draw(50).save(photos / "new.png")
     seen = []
@@ -193,7 +198,9 @@ def test_one_process_updates_an_index_and_others_search_it(clip_folder, photos, 
     def meanwhile(done, total):
         with pytest.raises(AmpError, match="another process is updating this index; wait"):
             search.update(photos, workers=0)
-        seen.append(len(amp.Retriever(model, preprocess, tmp_path / "index").search(QUERY, count=50).hits))
+        seen.append(
+            len(amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index").search(QUERY, count=50).hits)
+        )
 
     search.update(photos, workers=0, progress=meanwhile)
     assert seen == [PHOTOS]
@@ -203,8 +210,8 @@ def test_one_process_updates_an_index_and_others_search_it(clip_folder, photos, 
 def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_path, move):
     model, preprocess = make_far_model(clip_folder)
     index = tmp_path / "index"
-    amp.Retriever(model, preprocess, index).update(photos, workers=0)
-    before = amp.Retriever(model, preprocess, index).search(QUERY, count=PHOTOS)
+    amp.Retriever(amp.Reranker(model, preprocess), index).update(photos, workers=0)
+    before = amp.Retriever(amp.Reranker(model, preprocess), index).search(QUERY, count=PHOTOS)
     root = tmp_path / "moved" / "photos"
     if move == "copied":
         shutil.copytree(photos, root, copy_function=shutil.copyfile)  # with new modification times
@@ -217,12 +224,12 @@ def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_p
         root.parent.mkdir()
         photos.rename(root)
         index = index.rename(tmp_path / "moved" / "index")
-        assert len(amp.Retriever(model, preprocess, index).search(QUERY, count=PHOTOS).hits) == PHOTOS
+        assert len(amp.Retriever(amp.Reranker(model, preprocess), index).search(QUERY, count=PHOTOS).hits) == PHOTOS
     else:
         root = root.parent
         root.mkdir()
         photos.rename(root / "photos")
-    search = amp.Retriever(model, preprocess, index)
+    search = amp.Retriever(amp.Reranker(model, preprocess), index)
     update = search.update(root, workers=0)
     assert (update.photos, update.encoded, update.removed) == (PHOTOS, 0, 0)
     after = search.search(QUERY, count=PHOTOS)
@@ -232,7 +239,7 @@ def test_photos_that_were_moved_are_not_encoded_again(clip_folder, photos, tmp_p
 
 def test_a_changed_photo_is_encoded_though_another_has_its_name_and_time(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     old, new = photos / "photo 01.png", photos / "photo 02.png"
     old.unlink()
@@ -248,16 +255,17 @@ def test_a_changed_photo_is_encoded_though_another_has_its_name_and_time(clip_fo
 def test_an_index_of_version_1_keeps_the_features_of_its_jpegs(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
     draw(60).save(photos / "a.jpg")
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     path = tmp_path / "index" / "index.json"
     content = json.loads(path.read_text())
     content |= {"version": 1, "skipped": {}, "photos": [entry[:3] for entry in content["photos"]]}
     del content["beside"], content["pending"]
     path.write_text(json.dumps(content))
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     assert len(search.search(QUERY, count=50).hits) == PHOTOS + 1
-    assert search.update(photos, workers=0).encoded == PHOTOS  # the PNG files, some of which version 1 decoded wrongly
+    update = search.update(photos, workers=0, states=None)
+    assert update.encoded == PHOTOS  # the PNG files, some of which version 1 decoded wrongly
     assert json.loads(path.read_text())["version"] == 2
     path.write_text(json.dumps(content | {"version": 3}))
     with pytest.raises(AmpError, match=r"photo index' 3, expected .* 1 to 2; update open-clip-amp"):
@@ -279,7 +287,7 @@ def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_p
     (photos / "again").symlink_to(tmp_path / "elsewhere" / "deep")
     (photos / "up").symlink_to(tmp_path)
     (photos / "disk").symlink_to(tmp_path / "not attached")
-    update = amp.Retriever(model, preprocess, tmp_path / "index").update(photos, workers=0)
+    update = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index").update(photos, workers=0)
     assert (update.photos, update.hidden, update.others) == (PHOTOS + 1, 2, 1)
     assert "a link/deep/linked.png" in PhotoIndex(tmp_path / "index").names
     twice = "a folder that was already read under another name"
@@ -296,7 +304,7 @@ def test_what_a_walk_leaves_out_is_listed_and_counted(clip_folder, photos, tmp_p
 def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch, closed):
     """Tests may run as root, who ignores permissions, so the call that opens a folder is replaced."""
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     names, scandir = set(search.index.names), os.scandir
 
@@ -321,10 +329,11 @@ def test_photos_of_a_folder_that_cant_be_opened_stay_in_the_index(clip_folder, p
 def test_refusals(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
     index = tmp_path / "index"
-    for wrong, message in (({"top_k": -1}, "top_k is -1"), ({"batch_size": 0}, "batch_size 0")):
-        with pytest.raises(AmpError, match=message):
-            amp.Retriever(model, preprocess, index, **wrong)
-    search = amp.Retriever(model, preprocess, index)
+    with pytest.raises(AmpError, match="top_k is -1"):
+        amp.Retriever(amp.Reranker(model, preprocess), index, top_k=-1)
+    with pytest.raises(AmpError, match="batch_size is 0"):
+        amp.Reranker(model, preprocess, batch_size=0)
+    search = amp.Retriever(amp.Reranker(model, preprocess), index)
     with pytest.raises(AmpError, match=r"index.json: can't be read .*, expected an index; make it with amp search"):
         search.search(QUERY)
     (tmp_path / "empty").mkdir()
@@ -347,7 +356,7 @@ def test_refusals(clip_folder, photos, tmp_path):
     with pytest.raises(AmpError, match="was made with another model or transform"):
         search.update(photos, workers=0)
     with pytest.raises(AmpError, match="was made by a model with weights"):
-        amp.Retriever(model, preprocess, index).search(QUERY)
+        amp.Retriever(amp.Reranker(model, preprocess), index).search(QUERY)
     content = json.loads((index / "index.json").read_text())
     for change in ({"photos": content["photos"][:-1]}, {"features": 3}, {"version": 9}):
         (index / "index.json").write_text(json.dumps(content | change))
@@ -359,7 +368,7 @@ def test_refusals(clip_folder, photos, tmp_path):
 def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, tmp_path, monkeypatch, kind):
     """The index is in the photos' folder, so the message must not suggest removing that folder."""
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, photos)
+    search = amp.Retriever(amp.Reranker(model, preprocess), photos)
     search.update(photos, workers=0)
     (features,), file = photos.glob("features-*.npy"), photos / "index.json"
     if kind == "a file of features is gone":
@@ -389,7 +398,7 @@ def test_a_broken_index_says_what_can_be_done_and_it_helps(clip_folder, photos, 
 
 def test_a_photo_of_another_content_is_no_hit(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index", top_k=3)
     search.update(photos, workers=0)
     touched, larger, as_large = sorted(photos.glob("photo *.png"))[:3]
     os.utime(touched, ns=(0, 0))
@@ -403,7 +412,7 @@ def test_a_photo_of_another_content_is_no_hit(clip_folder, photos, tmp_path):
 
 def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index", top_k=3)
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index", top_k=3)
     search.update(photos, workers=0)
     content = json.loads((tmp_path / "index" / "index.json").read_text())
     content["photos"][0][0] = "a\0b.png"
@@ -417,7 +426,7 @@ def test_a_name_that_no_file_can_have_is_skipped(clip_folder, photos, tmp_path):
 def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tmp_path, monkeypatch):
     """Such as in a folder that can be listed but not entered, or on a network disk with a temporary failure."""
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     names, path_stat = set(search.index.names), Path.stat
 
@@ -436,14 +445,14 @@ def test_photos_that_cant_be_looked_at_stay_in_the_index(clip_folder, photos, tm
 
 def test_features_that_are_not_finite_are_refused(clip_folder, photos, tmp_path):
     model, preprocess = make_far_model(clip_folder)
-    search = amp.Retriever(model, preprocess, tmp_path / "index")
+    search = amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index")
     search.update(photos, workers=0)
     (file,) = (tmp_path / "index").glob("features-*.npy")
     features = np.load(file)
     features[2, 0] = np.nan
     np.save(file, features)
     with pytest.raises(AmpError, match="1 scores are not finite"):
-        amp.Retriever(model, preprocess, tmp_path / "index").search(QUERY)
+        amp.Retriever(amp.Reranker(model, preprocess), tmp_path / "index").search(QUERY)
 
 
 def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, photos, tmp_path, monkeypatch, capsys):
@@ -452,7 +461,7 @@ def test_a_search_writes_nothing_into_an_index_that_is_read_only(clip_folder, ph
     model, preprocess = make_far_model(clip_folder)
     save_adapter(tmp_path / "adapter.safetensors", model)
     index = tmp_path / "index"
-    amp.Retriever(model, preprocess, index).update(photos, workers=0)
+    amp.Retriever(amp.Reranker(model, preprocess), index).update(photos, workers=0)
     before = {path: path.stat().st_mtime_ns for path in (index, *index.iterdir())}
 
     def read_only(function):

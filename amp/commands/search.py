@@ -11,7 +11,7 @@ is the one that the adapter was trained on.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from amp.command_line import CommandLine
 from amp.errors import AmpError, exit_on_error, printable, require
@@ -34,6 +34,8 @@ class SearchSettings:
         knowledge: Source of the query's triplets and states: an engine of amp generate_knowledge, or none.
         engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
         sheet: File for a contact sheet of the photos found, such as found.png or found.jpg; null draws none.
+        states: How `--photos` stores what re-ranking needs of each photo, so that a search decodes no photo: `int8`,
+            `fp16` (twice the size), or `none`, with which each search decodes the photos that it re-ranks.
         device: Device of the model; null takes a GPU if there is one.
         batch_size: Number of photos per forward pass.
         workers: Number of decoding processes.
@@ -50,6 +52,7 @@ class SearchSettings:
     knowledge: str = "rules"
     engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     sheet: str | None = None
+    states: Literal["int8", "fp16", "none"] = "int8"
     device: str | None = None
     batch_size: int = 32
     workers: int = 4
@@ -76,10 +79,10 @@ def retriever(settings: SearchSettings, asks: bool):
     from amp.device import usable_device
     from amp.generation.query import KnowledgeGenerator
     from amp.model.factory import create_model_and_transforms, refuse_unknown_model
+    from amp.search.reranker import Reranker
     from amp.search.retriever import Retriever
 
     device = usable_device(settings.device)
-    common: dict[str, Any] = {"fusion_weight": settings.fusion_weight, "batch_size": settings.batch_size}
     if settings.adapter is None:
         if settings.model is None:
             raise AmpError("adapter and model are both missing, expected one of them; add --adapter FILE")
@@ -90,22 +93,20 @@ def retriever(settings: SearchSettings, asks: bool):
                 "results; add --pretrained FILE, or --pretrained TAG with a tag of open_clip.list_pretrained()"
             )
         model, _, preprocess = create_model_and_transforms(settings.model, settings.pretrained, device=device)
-        return Retriever(model, preprocess, settings.index, top_k=0, **common)
-    knowledge = None
-    if asks and settings.knowledge != "none":
-        knowledge = KnowledgeGenerator(
-            settings.knowledge, engine_options=settings.engine_options, cache=Path(settings.index) / "replies"
-        )
-    return Retriever.from_adapter(
+        return Retriever(Reranker(model, preprocess, batch_size=settings.batch_size), settings.index, top_k=0)
+    reranker = Reranker.from_pretrained(
         settings.adapter,
-        settings.index,
         settings.model,
         settings.pretrained,
         device,
-        knowledge=knowledge,
-        top_k=settings.top_k,
-        **common,
+        knowledge="none",
+        batch_size=settings.batch_size,
     )
+    if asks and settings.knowledge != "none":
+        reranker.knowledge = KnowledgeGenerator(
+            settings.knowledge, engine_options=settings.engine_options, cache=Path(settings.index) / "replies"
+        )
+    return Retriever(reranker, settings.index, settings.top_k, settings.fusion_weight)
 
 
 @exit_on_error("run the same command again to continue")
@@ -140,7 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
         search = retriever(settings, asks=query is not None)
     if settings.photos is not None:
         with terminal.progress("encoding photos", "photos") as report:
-            update = search.update(settings.photos, settings.workers, report)
+            states = None if settings.states == "none" or settings.adapter is None else settings.states
+            update = search.update(settings.photos, settings.workers, report, states)
         tell_update(terminal.say, update, settings.index)
     if query is not None:
         if search.index.pending:
@@ -154,9 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "outside the folder of photos"
             )
         if search.cuts(query):
+            limit = search.reranker.model.backbone.context_length
             terminal.say(
-                f"the query is longer than the {search.model.backbone.context_length} tokens that the model reads; its "
-                "end is ignored; shorten it"
+                f"the query is longer than the {limit} tokens that the model reads; its end is ignored; shorten it"
             )
         show(console, search.search(query, settings.count), settings.sheet)
 

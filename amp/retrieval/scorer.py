@@ -26,8 +26,8 @@ class PairScorer:
 
     Args:
         model: `ActionAwareCLIP` in eval mode, or an engine around it, on the device of `text`.
-        early: Tokens of I images before the first prompted block (I, F + M, d_v): a tensor, or an array that may be
-            memory-mapped.
+        images: I images: tokens before the first prompted block (I, F + M, d_v), as a tensor or an array that may be
+            memory-mapped; or the interaction's encoding of the images, tensors with I rows on the model's device.
         knowledge: Knowledge of the C captions.
         text: The frozen caption features (C, d).
         autocast: Returns the context manager of a forward pass.
@@ -40,20 +40,26 @@ class PairScorer:
     def __init__(
         self,
         model,
-        early: Tensor | np.ndarray | Rows,
+        images: Tensor | np.ndarray | Rows | tuple[Tensor, ...],
         knowledge: KnowledgeBatch,
         text: Tensor,
         autocast=contextlib.nullcontext,
         batch_size: int = 128,
     ):
-        self.model, self.early, self.knowledge, self._frozen_text = model, early, knowledge, text
+        self.model, self.knowledge, self._frozen_text = model, knowledge, text
         self.autocast, self.batch_size, self.device = autocast, batch_size, text.device
         self.text = text
         if getattr(model, "module", model).text_enrichment is not None:
             with torch.no_grad():
                 rows = torch.arange(len(text)).split(TEXT_ROWS)
                 self.text = torch.cat([model(None, self._captions_of(part)).captions.text for part in rows])
-        self._images = self._small_images()
+        self._early: Tensor | np.ndarray | Rows = torch.empty(0)
+        self._encoded: tuple[Tensor, ...] | None = None
+        if isinstance(images, tuple):
+            self._encoded = images
+        else:
+            self._early = images
+            self._encoded = self._small_images()
         self._prepared = torch.empty(0, dtype=torch.int64)
         self._prompts: Prompts | None = None
 
@@ -78,13 +84,8 @@ class PairScorer:
         distinct, image_index = images.unique(return_inverse=True)
         assert self._prompts is not None
         with torch.no_grad(), self.autocast():
-            features = self.model(
-                self._early_of(distinct)
-                if self._images is None
-                else tuple(x[distinct.to(self.device)] for x in self._images),
-                EncodedCaptions(self._prompts, None),
-                (image_index.to(self.device), rows.to(self.device)),
-            ).conditioned
+            pairs = (image_index.to(self.device), rows.to(self.device))
+            features = self.model(self._images_of(distinct), EncodedCaptions(self._prompts, None), pairs).conditioned
         return pair_similarity(features, self.text[captions.to(self.device)])
 
     def pooled(self, images: Tensor, captions: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class PairScorer:
         with torch.no_grad(), self.autocast():
             encoded = self.model(None, self._captions_of(flat)).captions
             united = EncodedCaptions(encoded.prompts.unite(captions.shape[1]), None)
-            features = self.model(self._early_of(images), united).conditioned
+            features = self.model(self._images_of(images), united).conditioned
         return pair_similarity(features[:, None], self.text[captions.to(self.device)])
 
     def _small_images(self) -> tuple[Tensor, ...] | None:
@@ -110,7 +111,7 @@ class PairScorer:
         one = torch.zeros(1, dtype=torch.int64)
         if SMALL * sum(x.nbytes for x in encode(one)) > self._early_of(one).nbytes:
             return None
-        batches = [encode(part) for part in torch.arange(len(self.early)).split(self.batch_size)]
+        batches = [encode(part) for part in torch.arange(len(self._early)).split(self.batch_size)]
         return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
     def _captions_of(self, captions: Tensor) -> Captions:
@@ -120,8 +121,14 @@ class PairScorer:
         with torch.no_grad(), self.autocast():
             return self.model(None, self._captions_of(captions)).captions.prompts
 
+    def _images_of(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images as input of the model: their encoding if it is known, otherwise their early tokens."""
+        if self._encoded is None:
+            return self._early_of(images)
+        return tuple(x[images.to(self.device)] for x in self._encoded)
+
     def _early_of(self, images: Tensor) -> Tensor:
         """Early tokens of images on the device, float32."""
-        if isinstance(self.early, Tensor):
-            return self.early[images.to(self.early.device)].to(self.device, torch.float32)
-        return torch.from_numpy(np.asarray(self.early[images.numpy()], dtype=np.float32)).to(self.device)
+        if isinstance(self._early, Tensor):
+            return self._early[images.to(self._early.device)].to(self.device, torch.float32)
+        return torch.from_numpy(np.asarray(self._early[images.numpy()], dtype=np.float32)).to(self.device)

@@ -18,6 +18,7 @@ from amp.data.images.formats import UnreadableImageError
 from amp.errors import AmpError
 from amp.files import write_atomically
 from amp.json_text import parse_json
+from amp.search.state_file import StateFile
 from amp.search.walk import Stamp, digest_of
 
 FORMAT, VERSION = "open-clip-amp photo index", 2  # version 1 lacks `digest`, `beside` and `pending`
@@ -36,6 +37,8 @@ class PhotoIndex:
         stamps: `Stamp` of each photo when it was encoded, by name.
         pending: Number of photos that an interrupted update has not encoded.
         features: The frozen CLIP's features, float32 (N, d), not normalized, memory-mapped.
+        states: Packed states of the photos; None if the index has none.
+        state_rows: Row in `states` of each photo, by name.
         base_hash: SHA-256 of the CLIP's weights.
         transform: Image transform of the CLIP, as text.
         version: Version of the index's format.
@@ -59,6 +62,10 @@ class PhotoIndex:
             self.stamps = {name: Stamp(*stamp) for name, *stamp in content["photos"]}
             self.pending = int(content.get("pending", 0))
             self.names = list(self.stamps)
+            rows = content["state_rows"] if self.states is not None else []
+            self.state_rows: dict[str, int] = {n: row for n, row in zip(self.names, rows, strict=False) if row >= 0}
+            if self.states is not None and max(self.state_rows.values(), default=-1) >= self.states.count:
+                raise ValueError(f"state_rows exceeds {self.states.count}, the number of states")
         except OSError as error:
             name = error.filename or path
             if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -87,6 +94,8 @@ class PhotoIndex:
                 raise AmpError(f"{path}: format {kind!r} {version!r}, expected {FORMAT!r} 1 to {VERSION}; {step}")
             try:
                 self.features = np.load(path.parent / content["features"], mmap_mode="r", allow_pickle=False)
+                states = content.get("states")
+                self.states = None if states is None else StateFile.open(path.parent, states)
                 break
             except FileNotFoundError:
                 if attempt == 4:
@@ -117,6 +126,11 @@ class PhotoIndex:
             return open_photo(self.path(number))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadableImageError(f"can't be read ({getattr(error, 'strerror', None) or error})") from error
+
+    def state(self, number: int, key: str) -> np.ndarray | None:
+        """Packed state of a photo, uint8 (R,); None if the index has none from the model with this key."""
+        row = self.state_rows.get(self.names[number])
+        return None if row is None or self.states is None or self.states.key != key else self.states.rows[row]
 
     def check_there(self, number: int) -> None:
         """Checks without decoding that a photo still exists and is the one that was encoded.
@@ -149,7 +163,14 @@ class PhotoIndex:
 
 
 def write_index(
-    folder: Path, root: Path, base_hash: str, transform: str, rows: dict[str, tuple[Stamp, np.ndarray]], pending: int
+    folder: Path,
+    root: Path,
+    base_hash: str,
+    transform: str,
+    rows: dict[str, tuple[Stamp, np.ndarray]],
+    pending: int,
+    states: StateFile | None = None,
+    state_rows: dict[str, int] | None = None,
 ) -> None:
     """Writes an index, replacing the one in `folder`. Processes that have opened the old index can still use it.
 
@@ -159,6 +180,8 @@ def write_index(
         base_hash, transform: See `PhotoIndex`.
         rows: Stamp and feature (d,) of each photo by name.
         pending: Number of photos that are not encoded yet.
+        states: Packed states, already on disk; None if the index has none.
+        state_rows: Row in `states` of each photo that has one, by name.
     """
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -171,10 +194,14 @@ def write_index(
         "photos": [[name, *stamp] for name, (stamp, _) in rows.items()],
         "pending": pending,
     }
+    if states is not None:
+        places = state_rows or {}
+        content |= {"states": states.describe(), "state_rows": [places.get(name, -1) for name in rows]}
     buffer = io.BytesIO()
     np.save(buffer, np.stack([row for _, row in rows.values()]).astype(np.float32))
     write_atomically(folder / content["features"], buffer.getbuffer())
     write_atomically(folder / "index.json", json.dumps(content, ensure_ascii=False).encode())
-    for path in folder.glob("features-*.npy"):  # processes that have an old file open can still read it
-        if path.name != content["features"]:
+    kept = (content["features"], None if states is None else states.path.name)
+    for path in (*folder.glob("features-*.npy"), *folder.glob("states-*.bin")):
+        if path.name not in kept:  # processes that have an old file open can still read it
             path.unlink(missing_ok=True)

@@ -20,8 +20,10 @@ from amp.data.images.formats import PHOTO_SUFFIXES
 from amp.errors import AmpError, printable
 from amp.files import write_atomically
 from amp.locks import locked_folder
-from amp.model.clip import ActionAwareCLIP
+from amp.search.image_states import StateType
 from amp.search.index import PhotoIndex, write_index
+from amp.search.reranker import Reranker
+from amp.search.state_file import StateFile
 from amp.search.walk import Stamp, Walk, digest_of
 
 SKIPPED = "skipped.txt"
@@ -53,9 +55,8 @@ class Update:
 def update_index(
     folder: str | os.PathLike,
     photos: str | os.PathLike,
-    model: ActionAwareCLIP,
-    preprocess,
-    batch_size: int = 64,
+    reranker: Reranker,
+    states: StateType | None = None,
     workers: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Update:
@@ -69,9 +70,9 @@ def update_index(
     Args:
         folder: Folder of the index; `skipped.txt` in it lists the skipped files.
         photos: Folder of photos, with sub-folders and links to folders.
-        model: Model on its device; only its frozen CLIP is used.
-        preprocess: The validation transform.
-        batch_size: Images per forward pass.
+        reranker: Encodes the photos.
+        states: How the photos' states for re-ranking are stored; None stores only the frozen CLIP's features. States of
+            another adapter or type are replaced.
         workers: Number of decoding processes.
         progress: Called as progress(done, total).
 
@@ -97,21 +98,20 @@ def update_index(
             ) from error
         for path in folder.glob(".*.tmp"):  # left by an update that was killed
             path.unlink(missing_ok=True)
-        workers = decoding_workers(workers, model.logit_scale.device.type == "cuda")
-        return _update(folder, walk, model, preprocess, batch_size, workers, progress)
+        workers = decoding_workers(workers, reranker.device.type == "cuda")
+        return _update(folder, walk, reranker, states, workers, progress)
 
 
 @torch.no_grad()
 def _update(
     folder: Path,
     walk: Walk,
-    model: ActionAwareCLIP,
-    preprocess,
-    batch_size: int,
+    reranker: Reranker,
+    kind: StateType | None,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> Update:
-    base_hash, transform = model.backbone.weights_hash(), repr(preprocess)
+    base_hash, transform = reranker.model.backbone.weights_hash(), repr(reranker.preprocess)
     old = PhotoIndex(folder) if (folder / "index.json").exists() else None
     rows: dict[str, tuple[Stamp, np.ndarray]] = {}
     if old is not None:
@@ -130,16 +130,36 @@ def _update(
         }
         walk.keep_closed({name: stamp for name, (stamp, _) in rows.items()})
     known = {stamp.digest: row for stamp, row in rows.values() if stamp.digest}
-    wanted = [name for name, stamp in walk.stamps.items() if name not in rows or rows[name][0][:2] != stamp[:2]]
+    states, state_of = _states(folder, old, reranker, kind)
+    if states is not None:  # photos without a state are encoded again
+        known = {digest: row for digest, row in known.items() if digest in state_of}
+    wanted = [
+        name
+        for name, stamp in walk.stamps.items()
+        if name not in rows
+        or rows[name][0][:2] != stamp[:2]
+        or (states is not None and rows[name][0].digest not in known)
+    ]
     skipped = dict(walk.skipped)
+    unsaved: list[np.ndarray] = []
 
     def save(pending: int) -> None:
+        nonlocal states, state_of
         kept = {name: rows[name] for name in walk.stamps if name in rows}
-        if kept:
-            write_index(folder, walk.root, base_hash, transform, kept, pending)
+        if not kept:
+            return
+        if states is not None:
+            if unsaved:
+                states.append(np.concatenate(unsaved))
+                unsaved.clear()
+            used = {stamp.digest: state_of[stamp.digest] for stamp, _ in kept.values() if stamp.digest in state_of}
+            if pending == 0 and 2 * len(used) < states.count:  # mostly rows of photos that are gone
+                states, state_of = states.compacted(used.values()), {digest: row for row, digest in enumerate(used)}
+        places = {name: state_of[stamp.digest] for name, (stamp, _) in kept.items() if stamp.digest in state_of}
+        write_index(folder, walk.root, base_hash, transform, kept, pending, states, places)
 
-    reader = _Photos(walk.root, wanted, preprocess, frozenset(known))
-    loader = DataLoader(reader, batch_size, num_workers=workers, collate_fn=list)
+    reader = _Photos(walk.root, wanted, reranker.preprocess, frozenset(known))
+    loader = DataLoader(reader, reranker.batch_size, num_workers=workers, collate_fn=list)
     done = encoded = 0
     saved, pause = time.monotonic(), SAVE_SECONDS
     try:
@@ -147,9 +167,15 @@ def _update(
             named = dict(zip(wanted[done : done + len(batch)], batch, strict=True))
             new = {photo.digest: photo.pixels for photo in batch if photo.pixels is not None}
             if new:
-                images = torch.stack(list(new.values())).to(model.logit_scale.device)
-                base = model(images).base.float().cpu().numpy()
-                known |= zip(new, base, strict=True)
+                pixels = torch.stack(list(new.values()))
+                if states is None:
+                    base = reranker.model(pixels.to(reranker.device)).base
+                else:
+                    images = reranker.encode_pixels(pixels)
+                    base = images.base
+                    state_of |= zip(new, range(states.count + sum(map(len, unsaved)), 1 << 62), strict=False)
+                    unsaved.append(reranker.packer.pack(images, states.kind))
+                known |= zip(new, base.float().cpu().numpy(), strict=True)
             for name, photo in named.items():
                 if photo.reason:
                     skipped[name] = photo.reason
@@ -178,6 +204,19 @@ def _update(
     added = {rows[name][0].digest for name in names - before.keys()}  # renamed photos don't count as removed
     removed = sum(name not in walk.stamps and stamp.digest not in added for name, stamp in before.items())
     return Update(len(names), encoded, removed, skipped, walk.hidden, walk.others)
+
+
+def _states(
+    folder: Path, old: PhotoIndex | None, reranker: Reranker, kind: StateType | None
+) -> tuple[StateFile | None, dict[str, int]]:
+    """The file of states to append to, and the row of each photo in it by digest; None and {} to store none."""
+    if kind is None:
+        return None, {}
+    packer = reranker.packer
+    if old is not None and old.states is not None and (old.states.key, old.states.kind) == (packer.key, kind):
+        rows = {old.stamps[name].digest: row for name, row in old.state_rows.items()}
+        return old.states, {digest: row for digest, row in rows.items() if digest}
+    return StateFile.create(folder, packer.key, kind, packer.row_bytes(kind)), {}
 
 
 def _check_moved(folder: Path, old: PhotoIndex, walk: Walk) -> None:

@@ -1,7 +1,7 @@
 """Converts images of any mode and bit depth to RGB with 8 bits per channel."""
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from amp.data.images.formats import UnreadableImageError
 
@@ -12,13 +12,14 @@ were trained on, and because web pages usually show such images on white."""
 _SIGNED = 2  # a value of TIFF's tag SampleFormat
 
 
-def to_rgb(file: ImageFile.ImageFile) -> Image.Image:
+def to_rgb(file: Image.Image) -> Image.Image:
     """Decodes an image of any mode to RGB.
 
     Raises:
         UnreadableImageError: The meaning of the sample values is ambiguous.
     """
-    if file.format == "PNG" and file.mode == "RGB" and "transparency" in file.info and "16" in str(file.tile[0][3]):
+    modes = [str(entry[3]) for entry in getattr(file, "tile", ())]  # of the file, before it is decoded
+    if file.format == "PNG" and file.mode == "RGB" and "transparency" in file.info and any("16" in m for m in modes):
         raise UnreadableImageError(
             "a PNG of 16 bits per channel with a transparent colour, which Pillow misreads; save it with 8 bits"
         )
