@@ -40,7 +40,7 @@ def export_onnx(model: ActionAwareCLIP, folder: str | os.PathLike, int8: bool = 
     Args:
         model: Model in eval mode with fp32 weights.
         folder: Folder to create.
-        int8: Quantize the weights of all matrix products to 8 bits, with onnxruntime's dynamic quantization.
+        int8: Quantize the weights of matrix products and embeddings to 8 bits, with onnxruntime's dynamic quantization.
 
     Returns:
         The folder.
@@ -92,7 +92,12 @@ def write_graph(
     program = export_graph(module, list(inputs.values()), sizes)
     with quiet():
         exported = torch.onnx.export(
-            program, input_names=list(inputs), output_names=outputs, dynamic_shapes=list(sizes), verbose=False
+            program,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=list(sizes),  # only for their names
+            dynamo=True,
+            verbose=False,
         )
         assert exported is not None
         if not int8:
