@@ -315,6 +315,11 @@ def test_startup_reads_the_first_batch_and_prepares(tmp_path):
     assert {*prepared} == {"1", "2", "simulated"} and all(prepared[n]["captions_per_second"] > 0 for n in "12")
 
 
+def test_the_table_of_onnx_graphs_is_that_of_the_run():
+    found = json.loads((ROOT / "results/onnx.json").read_text())
+    assert "\n".join(onnx.lines(found)) in (ROOT / "docs/sharing.md").read_text()
+
+
 def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_path):
     from amp.data.split import ShardSplit
     from amp.model.adapter import save_adapter

@@ -89,6 +89,7 @@ def test_int8_graphs_are_smaller_and_close(clip_folder, images, tmp_path):
     model = native(clip_folder, **READOUT)
     folders = [amp.export_onnx(model, tmp_path / str(int8), int8) for int8 in (False, True)]
     files = [sorted(file.name for file in folder.iterdir()) for folder in folders]
+    assert len({file.stat().st_mode for folder in folders for file in folder.iterdir()}) == 1
     assert files[0] == files[1] and "image.onnx.data" in files[0] and "preprocess.json" in files[0]
     for name, inputs in {"image": {"pixels": images}, "text": {"tokens": model.tokenizer(TEXTS)}}.items():
         sizes = [(folder / f"{name}.onnx.data").stat().st_size for folder in folders]

@@ -126,6 +126,7 @@ def write_graph(
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
             )
+            path.with_name(f"{path.name}.data").chmod(path.stat().st_mode)  # onnxruntime writes it for its owner only
 
 
 @contextmanager
