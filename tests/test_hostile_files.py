@@ -218,10 +218,10 @@ def model(clip_folder):
 
 
 def test_the_search_index_skips_and_lists_them(photos, tmp_path, model):
-    update = update_index(tmp_path / "index", photos, *model, workers=0)
+    update = update_index(tmp_path / "index", photos, amp.Reranker(*model), workers=0)
     assert set(update.skipped) == {*bad_images(), *SPECIAL, "above"}  # a link to the parent folder
     assert set(PhotoIndex(tmp_path / "index").names) == set(odd_images())
-    again = update_index(tmp_path / "index", photos, *model, workers=0)
+    again = update_index(tmp_path / "index", photos, amp.Reranker(*model), workers=0)
     assert again.encoded == 0 and set(again.skipped) == set(update.skipped)
 
 
@@ -231,7 +231,7 @@ def test_a_name_that_is_no_text_is_listed(tmp_path, model):
     whole = odd_images()["animated.gif"]
     (root / "a.gif").write_bytes(whole)
     Path(os.fsdecode(os.fsencode(root) + b"/\xff.gif")).write_bytes(whole)
-    update = update_index(tmp_path / "index", root, *model, workers=0)
+    update = update_index(tmp_path / "index", root, amp.Reranker(*model), workers=0)
     assert update.skipped == {"\\udcff.gif": "its name is not valid UTF-8"}
 
 

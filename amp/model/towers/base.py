@@ -57,6 +57,7 @@ class Backbone(nn.Module, ABC):
     patch_size: tuple[int, int]
     num_prefix: int
     embed_dim: int
+    _known_hash: str | None = None  # see `remember_hash`
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__()
@@ -235,7 +236,24 @@ class Backbone(nn.Module, ABC):
 
     def weights_hash(self, tower: str = "both") -> str:
         """The function `weights_hash`, for this CLIP."""
+        if tower == "both" and self._known_hash is not None:
+            return self._known_hash
         return weights_hash(self.clip, self.quick_gelu, tower)
+
+    def remember_hash(self, known: str) -> None:
+        """Makes `weights_hash` return a known hash of both towers until weights are loaded, cast or moved.
+
+        Hashing takes a second per 500 MB, and a search needs the hash three times.
+        """
+        self._known_hash = known
+
+    def _apply(self, *arguments, **options):
+        self._known_hash = None
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments, **options):
+        self._known_hash = None
+        return super()._load_from_state_dict(*arguments, **options)
 
 
 def text_tower_of(backbone: Backbone) -> Backbone:
