@@ -102,7 +102,10 @@ def test_what_an_error_names_installs_the_package(module):
 
 def test_every_package_of_an_extra_has_its_line():
     asked = set().union(
-        *(packages(extra) for extra in ("train", "generate", "transformers", "report", "heic", "datasets", "remote"))
+        *(
+            packages(extra)
+            for extra in ("train", "generate", "transformers", "report", "heic", "datasets", "remote", "onnx")
+        )
     )
     assert asked == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {
         "clip_benchmark",

@@ -208,13 +208,22 @@ class Backbone(nn.Module, ABC):
         If the tower is causal, padding is cut to the longest text of the batch. No token up to the end-of-text token,
         where the feature is read, attends to padding, so the result is exact.
         """
-        text = self._text
-        if not (isinstance(self.clip, CLIP) and self.causal_text and text.text_pool_type in ("argmax", "eos")):
+        if not self.cuts_padding:
             return self.clip.encode_text(ids)
+        text = self._text
         at_end = ids if text.text_pool_type == "argmax" else (ids == text.text_eos_id).int()
         ends = at_end.argmax(dim=-1)
         length = int(ends.max()) + 1 if ids.device.type != "meta" else ids.shape[1]
-        ids = ids[:, :length]
+        return self.encode_cut_text(ids[:, :length])
+
+    @property
+    def cuts_padding(self) -> bool:
+        """Whether texts can be encoded without the padding after their end."""
+        return isinstance(self.clip, CLIP) and self.causal_text and self._text.text_pool_type in ("argmax", "eos")
+
+    def encode_cut_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to features (B, d), with T at most the context length; needs `cuts_padding`."""
+        text, length = self._text, ids.shape[1]
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
         x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
