@@ -49,7 +49,7 @@ slow = pytest.mark.slow  # exports take some ten seconds each
 @pytest.mark.parametrize(
     ("tower", "settings"),
     [
-        pytest.param(None, READOUT, id="readout"),
+        pytest.param(None, READOUT, id="readout", marks=pytest.mark.system),
         pytest.param(None, {**READOUT, "interaction_options": {"blocks": 0}}, id="readout-0", marks=slow),
         pytest.param(None, aim_settings(enrich=True), id="aim", marks=slow),
         pytest.param(None, aim_settings(interaction="cat"), id="cat", marks=slow),
