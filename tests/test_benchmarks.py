@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import shutil
 import time
 from functools import partial
@@ -306,6 +307,8 @@ def test_the_page_shows_the_figures_of_the_run():
 
 
 def test_startup_reads_the_first_batch_and_prepares(tmp_path, monkeypatch):
+    forkserver = multiprocessing.get_context("forkserver")  # it has imported torch
+    monkeypatch.setattr(startup.multiprocessing, "get_context", lambda method: forkserver)
     monkeypatch.setattr(startup, "SHARD", 100)
     monkeypatch.setattr(startup, "simulated", partial(startup.simulated, workers=8, items=40, seconds=0.02))
     startup.main([200], prepared=100, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
