@@ -2,8 +2,10 @@
 
 import gc
 import json
+import multiprocessing
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -306,11 +308,15 @@ def test_the_page_shows_the_figures_of_the_run():
     assert tables.fill(page.read_text(), json.loads(figures.read_text())) == page.read_text()
 
 
-def test_startup_reads_the_first_batch_and_prepares(tmp_path):
-    startup.main([2_000], prepared=1_000, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
+def test_startup_reads_the_first_batch_and_prepares(tmp_path, monkeypatch):
+    forkserver = multiprocessing.get_context("forkserver")  # it has imported torch
+    monkeypatch.setattr(startup.multiprocessing, "get_context", lambda method: forkserver)
+    monkeypatch.setattr(startup, "SHARD", 100)
+    monkeypatch.setattr(startup, "simulated", partial(startup.simulated, workers=8, items=40, seconds=0.02))
+    startup.main([200], prepared=100, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
     found = json.loads((tmp_path / "startup.json").read_text())
     (row,) = found["start"]
-    assert row["samples"] == 2_000 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
+    assert row["samples"] == 200 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
     prepared = found["prepare"]
     assert {*prepared} == {"1", "2", "simulated"} and all(prepared[n]["captions_per_second"] > 0 for n in "12")
 
@@ -346,3 +352,4 @@ def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_p
     many = torch.arange(len(texts))
     expected = scorer(torch.full_like(many, 3), many).numpy()
     assert pairs(np.array([3]), many.numpy()) == pytest.approx(expected, abs=1e-5)
+    assert prepared["simulated"]["time_over_even_division"] >= 1
