@@ -319,6 +319,7 @@ def test_startup_reads_the_first_batch_and_prepares(tmp_path, monkeypatch):
     assert row["samples"] == 200 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
     prepared = found["prepare"]
     assert {*prepared} == {"1", "2", "simulated"} and all(prepared[n]["captions_per_second"] > 0 for n in "12")
+    assert prepared["simulated"]["time_over_even_division"] >= 1
 
 
 def test_the_table_of_onnx_graphs_is_that_of_the_run():
@@ -352,4 +353,3 @@ def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_p
     many = torch.arange(len(texts))
     expected = scorer(torch.full_like(many, 3), many).numpy()
     assert pairs(np.array([3]), many.numpy()) == pytest.approx(expected, abs=1e-5)
-    assert prepared["simulated"]["time_over_even_division"] >= 1
