@@ -15,6 +15,9 @@ TRAIN := OMP_NUM_THREADS=$(HALF) $(BIN)/amp train --config launchers/configs/sce
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
+# Containers often set this; then every process would compile the source of all packages that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo knowledge-demo test test-system test-slow bench soak lint wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt

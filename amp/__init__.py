@@ -18,6 +18,7 @@ _EXPORTS = {
     "Triplet": "amp.knowledge.schema",
     "create_model_and_transforms": "amp.model.factory",
     "export_image_encoder": "amp.publish.export",
+    "export_onnx": "amp.publish.onnx",
     "from_pretrained": "amp.model.pretrained",
     "get_tokenizer": "amp.model.factory",
     "load_adapter": "amp.model.adapter",

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amp.errors import printable
+from amp.imports import left_out, loading
 
 LOG_SECONDS = 10.0  # between two log lines of a phase
 _NO_LIMIT = 10_000  # width of a file, which has no edge
@@ -112,13 +113,19 @@ class Terminal(PlainConsole):
             yield show
 
 
-def load_open_clip() -> None:
-    """Imports PyTorch and open_clip, which takes 5 to 15 seconds, and shows so at once, in a log file too."""
+def load_open_clip(transformers: bool = True) -> None:
+    """Imports PyTorch and open_clip, which takes 5 to 15 seconds, and shows so at once, in a log file too.
+
+    Args:
+        transformers: Whether open_clip may import `transformers`, without which no model with a text tower or tokenizer
+            of Hugging Face can be loaded in this process.
+    """
     if "open_clip" in sys.modules:
         return
     with Terminal(os.environ.get("RANK", "0") == "0").progress("loading PyTorch and open_clip") as report:
         report.log()
-        import open_clip  # noqa: F401
+        with loading(), left_out(*(() if transformers else ("transformers",))):
+            import open_clip  # noqa: F401
 
 
 class Progress:

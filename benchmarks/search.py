@@ -56,7 +56,7 @@ def main(
         queries: Number of queries.
         large: Number of photos of the simulated large index.
         threads: Threads of PyTorch.
-        index: Folder of the indexes; one that exists is used again, and its time is not measured.
+        index: Folder of the index; one that exists is used again, and its time is not measured.
         out: File of the figures.
     """
     torch.set_num_threads(threads)
@@ -64,32 +64,27 @@ def main(
     split = ShardSplit(shards, "test")
     captions = SplitCaptions.read(split, ["action", "attribute"])
     texts = random.Random(0).sample(captions.texts, queries)
-    found: dict = {"threads": threads, "states": {}}
-    for kind in ("int8", "fp16"):
-        search = amp.Retriever(reranker, index / kind)
-        found["states"][kind] = indexed(search, photos, kind)
-        found["states"][kind]["latency"] = {str(k): latency(search, texts, k) for k in CANDIDATES}
-    found["decoding"] = decoding(reranker, index / "int8", texts[:20])
-    found["large"] = repeated(reranker, index / "int8", large, texts)
+    search = amp.Retriever(reranker, index)
+    found: dict = {"threads": threads, "index": indexed(search, photos)}
+    found["bytes_per_state"] = {kind: reranker.packer.row_bytes(kind) for kind in ("int8", "fp16")}
+    found["latency"] = {str(count): latency(search, texts, count) for count in CANDIDATES}
+    found["decoding"] = decoding(reranker, index, texts[:20])
+    found["large"] = repeated(reranker, index, large, texts)
     found["recall"] = recalls(reranker, split, captions, index / "texts")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
     print(json.dumps(found, indent=1))
 
 
-def indexed(search: amp.Retriever, photos: Path, kind: str) -> dict:
-    """Makes an index. Returns its time and sizes."""
+def indexed(search: amp.Retriever, photos: Path) -> dict:
+    """Makes an index, with one process. Returns its time and size."""
     new, begin = not (search.folder / "index.json").exists(), time.perf_counter()
     if new:
-        search.update(photos, workers=0, states=kind)
+        search.update(photos, workers=0)
     seconds = time.perf_counter() - begin
-    sizes = {path.suffix: path.stat().st_size for path in search.folder.iterdir()}
+    size = sum(path.stat().st_size for path in search.folder.iterdir() if path.is_file())
     count = len(search.index)
-    return {
-        "photos": count,
-        "seconds": seconds if new else None,
-        "bytes_per_photo": {"states": sizes[".bin"] / count, "features": sizes[".npy"] / count},
-    }
+    return {"photos": count, "seconds": seconds if new else None, "bytes_per_photo": size / count}
 
 
 def latency(search: amp.Retriever, texts: list[str], top_k: int) -> dict:

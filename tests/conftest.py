@@ -18,9 +18,10 @@ from support.slurm import Slurm, running_cluster
 
 from amp.knowledge.schema import Knowledge, Triplet
 
-# Must run before the fork server starts. Ranks are forked from it, so the imports are done only once.
+# Must run before the fork server starts. Ranks are forked from it, so the imports are done only once, also those of
+# packages that ranks import themselves: Accelerate imports DeepSpeed, and shards on S3 need s3fs.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "open_clip", "amp.model.clip", "amp.retrieval.split_search", "amp.train.engine"]
+    ["torch", "open_clip", "deepspeed", "s3fs", "amp.model.clip", "amp.retrieval.split_search", "amp.train.engine"]
 )
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and spinning threads slow down other tests

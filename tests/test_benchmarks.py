@@ -2,10 +2,13 @@
 
 import gc
 import json
+import multiprocessing
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.language_models import tiny_language_model
@@ -21,6 +24,7 @@ from benchmarks import (
     evaluation,
     generation,
     memory,
+    onnx,
     photos,
     rerank,
     run,
@@ -304,10 +308,48 @@ def test_the_page_shows_the_figures_of_the_run():
     assert tables.fill(page.read_text(), json.loads(figures.read_text())) == page.read_text()
 
 
-def test_startup_reads_the_first_batch_and_prepares(tmp_path):
-    startup.main([2_000], prepared=1_000, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
+def test_startup_reads_the_first_batch_and_prepares(tmp_path, monkeypatch):
+    forkserver = multiprocessing.get_context("forkserver")  # it has imported torch
+    monkeypatch.setattr(startup.multiprocessing, "get_context", lambda method: forkserver)
+    monkeypatch.setattr(startup, "SHARD", 100)
+    monkeypatch.setattr(startup, "simulated", partial(startup.simulated, workers=8, items=40, seconds=0.02))
+    startup.main([200], prepared=100, rounds=1, out=tmp_path / "startup.json", folder=tmp_path)
     found = json.loads((tmp_path / "startup.json").read_text())
     (row,) = found["start"]
-    assert row["samples"] == 2_000 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
+    assert row["samples"] == 200 and 0 < row["data_seconds"] < row["seconds"] and row["MB"] > 100
     prepared = found["prepare"]
     assert {*prepared} == {"1", "2", "simulated"} and all(prepared[n]["captions_per_second"] > 0 for n in "12")
+    assert prepared["simulated"]["time_over_even_division"] >= 1
+
+
+def test_the_table_of_onnx_graphs_is_that_of_the_run():
+    found = json.loads((ROOT / "results/onnx.json").read_text())
+    assert "\n".join(onnx.lines(found)) in (ROOT / "docs/sharing.md").read_text()
+
+
+def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_path):
+    from amp.data.split import ShardSplit
+    from amp.model.adapter import save_adapter
+    from amp.retrieval.scorer import PairScorer
+
+    model, _, preprocess = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig(num_prompts=0))
+    with torch.no_grad():
+        model.interaction.readout.out.weight.normal_(std=0.1)
+    save_adapter(tmp_path / "adapter.safetensors", model)
+    onnx.main(tmp_path / "adapter.safetensors", shards, images=6, rounds=1, out=tmp_path / "onnx.json")
+    found = json.loads((tmp_path / "onnx.json").read_text())["variants"]
+    assert found["PyTorch"]["recall"] == found["ONNX"]["recall"]
+    assert all(rate["median"] > 0 for variant in found.values() for rate in variant["per_second"].values())
+    assert sum(found["ONNX, int8"]["MB"].values()) < 0.5 * sum(found["ONNX"]["MB"].values())
+
+    data = onnx.read(model.eval(), preprocess, ShardSplit(shards, "test"), 6)
+    pairs, texts = onnx.Pairs(onnx.torch_graphs(model), data), data.captions.texts
+    with torch.no_grad():
+        early = model(torch.from_numpy(data.pixels)).early
+        text = model.encode_text(model.tokenizer(texts))
+    scorer = PairScorer(model, early, model.prepare_knowledge(data.captions.knowledge), text)
+    images, captions = torch.arange(6), torch.full((6,), 2)
+    assert pairs(images.numpy(), captions[:1].numpy()) == pytest.approx(scorer(images, captions).numpy(), abs=1e-5)
+    many = torch.arange(len(texts))
+    expected = scorer(torch.full_like(many, 3), many).numpy()
+    assert pairs(np.array([3]), many.numpy()) == pytest.approx(expected, abs=1e-5)

@@ -104,7 +104,7 @@ def test_every_package_of_an_extra_has_its_line():
     asked = set().union(
         *(
             packages(extra)
-            for extra in ("train", "generate", "transformers", "report", "serve", "heic", "datasets", "remote")
+            for extra in ("train", "generate", "transformers", "report", "serve", "heic", "datasets", "remote", "onnx")
         )
     )
     assert asked == {DISTRIBUTIONS.get(name, name) for name in INSTALLED_BY} - {

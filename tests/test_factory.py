@@ -14,6 +14,8 @@ from amp.errors import AmpError
 from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig
 from amp.model.factory import load_clip, refuse_quick_gelu_mismatch, refuse_unsupported_model
+from amp.model.towers import base
+from amp.model.towers.base import weights_hash
 from amp.plan.simulator import shapes_only
 from amp.train.config import ModelSettings, TrainConfig
 
@@ -49,7 +51,24 @@ def test_mirrors_open_clips_call_and_triple(clip_folder, tokenizer, images):
     assert torch.equal(model.encode_text(ids), clip.encode_text(ids))
     assert model.logit_scale.item() == pytest.approx(clip.logit_scale.item())
     assert (model.base_name, model.base_pretrained) == (clip_folder, None)
-    assert model.base_hash == model.backbone.weights_hash()
+    assert model.base_hash == model.backbone.weights_hash() == weights_hash(clip, quick_gelu=False)
+
+
+def test_the_hash_of_the_weights_is_computed_once_until_they_change(clip_folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(base, "weights_hash", lambda *arguments: calls.append(arguments) or weights_hash(*arguments))
+    model, *_ = amp.create_model_and_transforms(clip_folder)
+    backbone = model.backbone
+    assert backbone.weights_hash() == model.base_hash and len(calls) == 1
+    assert backbone.weights_hash("text") != model.base_hash
+    changed = {name: weight + 1 for name, weight in model.state_dict().items()}
+    model.load_state_dict(changed)
+    loaded = backbone.weights_hash()
+    backbone.remember_hash(loaded)
+    model.half()
+    assert len({model.base_hash, loaded, backbone.weights_hash()}) == 3
+    model, *_ = amp.create_model_and_transforms(clip_folder, precision="bf16")
+    assert model.backbone.weights_hash() != model.base_hash
 
 
 def test_options_go_to_open_clip(clip_folder):

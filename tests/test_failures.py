@@ -24,19 +24,32 @@ from amp.train.engine import train
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture
-def config(shards, clip_folder, tmp_path) -> TrainConfig:
-    """One stage of 100 steps on two processes with two images each."""
+def configured(shards, clip_folder, folder: Path, epochs: int) -> TrainConfig:
+    """One stage with 5 steps per epoch on two processes with two images each."""
     return small_run(
         shards,
         clip_folder,
-        tmp_path,
+        folder,
         {"batch_size": 2},
         stages=[1],
-        stage1=StageSettings(epochs=20, lr=3e-3, warmup_steps=3),
+        stage1=StageSettings(epochs=epochs, lr=3e-3, warmup_steps=3),
         checkpoint=CheckpointSettings(every_steps=2, keep=2),
         timeout_minutes=0.15,
     )
+
+
+@pytest.fixture
+def config(shards, clip_folder, tmp_path) -> TrainConfig:
+    """See `configured`; 100 steps."""
+    return configured(shards, clip_folder, tmp_path, epochs=20)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, clip_folder, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Weights after two epochs of an undisturbed run."""
+    alone = configured(shards, clip_folder, tmp_path_factory.mktemp("alone"), epochs=2)
+    assert TrainingRun(alone, 2).wait() == [0, 0]
+    return adapter(alone)
 
 
 def adapter(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -106,22 +119,20 @@ def fill_disk(rank: int, at: int = 5, until: int = 8) -> None:
     loop.StageLoop.save = limited
 
 
-def test_a_checkpoint_that_finds_no_room_is_left_out_and_training_goes_on(config, tmp_path):
+def test_a_checkpoint_that_finds_no_room_is_left_out_and_training_goes_on(config, undisturbed):
     config = replace(config, stage1=replace(config.stage1, epochs=2))
-    alone = replace(config, out=config.out + "-alone")
-    assert TrainingRun(alone, 2).wait() == [0, 0]
     run = TrainingRun(config, 2, before=fill_disk)
     assert run.wait() == [0, 0]
     said = run.said(0)
     for step in (6, 8):
         assert f"stage1-step{step:08d}: can't be written" in said
     assert "GB are free there" in said and "Training continues without this checkpoint" in said
-    assert same_bits(adapter(config), adapter(alone))
+    assert same_bits(adapter(config), undisturbed)
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
     assert names == ["stage1-step00000004", "stage1-step00000010"]  # 4 is kept because 6 and 8 failed
 
 
-def test_the_last_save_must_find_room_and_the_rest_can_be_done_later(config, tmp_path):
+def test_the_last_save_must_find_room_and_the_rest_can_be_done_later(config, undisturbed):
     config = replace(config, stage1=replace(config.stage1, epochs=2))
     run = TrainingRun(config, 2, before=functools.partial(fill_disk, until=10))
     assert run.wait() == [2, 2]
@@ -131,9 +142,7 @@ def test_the_last_save_must_find_room_and_the_rest_can_be_done_later(config, tmp
     names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
     assert names == ["stage1-step00000002", "stage1-step00000004"]
     assert TrainingRun(config, 2).wait() == [0, 0]
-    alone = replace(config, out=config.out + "-alone")
-    assert TrainingRun(alone, 2).wait() == [0, 0]
-    assert same_bits(adapter(config), adapter(alone))
+    assert same_bits(adapter(config), undisturbed)
 
 
 def test_a_full_file_system(tmp_path):

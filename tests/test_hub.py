@@ -75,7 +75,13 @@ def aware(model, images, knowledge) -> torch.Tensor:
 
 def test_the_folder_gives_the_same_model(folder, adapter, base, images, knowledge, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", None)  # nothing here may use a network
-    assert {path.name for path in folder.iterdir()} == {"adapter.safetensors", "config.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter.safetensors",
+        "config.json",
+        "README.md",
+        "modules.json",  # these two for sentence-transformers; see test_cross_encoder.py
+        "config_sentence_transformers.json",
+    }
     expected, _, preprocess = amp.create_model_and_transforms(base, adapter=str(adapter), image_resize_mode="squash")
     model, _, own = amp.from_pretrained(folder)
     assert not model.training and repr(own) == repr(preprocess)
@@ -198,7 +204,7 @@ def test_a_repository_in_the_hub_cache_loads_offline(folder, base, tmp_path, ima
         amp.from_pretrained("hf-hub:org/cats", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
-def test_push_uploads_three_files_and_refuses_a_local_base(folder, adapter, tmp_path, monkeypatch):
+def test_push_uploads_the_written_files_and_refuses_a_local_base(folder, adapter, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: calls.append((a, k)))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: calls.append(k) or "address")
@@ -212,6 +218,8 @@ def test_push_uploads_three_files_and_refuses_a_local_base(folder, adapter, tmp_
     assert upload["repo_id"] == "org/dogs" and sorted(upload["allow_patterns"]) == sorted(
         path.name for path in public.iterdir()
     )
+    (public / "modules.json").unlink()  # as in a folder of an older version
+    assert amp.push_to_hub(public, "org/dogs") == "address"
     (public / "README.md").unlink()
     with pytest.raises(amp.AmpError, match=r"no README\.md"):
         amp.push_to_hub(public, "org/dogs")

@@ -58,11 +58,11 @@ def real_captions(flickr8k: Path, folder: Path, photos: int) -> None:
 class Environment:
     """A virtual environment, and a user's folder in which commands run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_pip: bool = True) -> None:
         self.bin = folder / "venv" / "bin"
         self.folder = folder / "user"
         self.folder.mkdir()
-        venv.create(folder / "venv", with_pip=True)
+        venv.create(folder / "venv", with_pip=with_pip)
         kept = ("PATH", "LANG", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PIP_", "http", "SSL", "HF_HUB_OFFLINE")
         self.variables = {key: value for key, value in QUIET_ENVIRONMENT.items() if key.startswith(kept)}
         self.variables |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -75,7 +75,7 @@ class Environment:
         return done.stdout + done.stderr
 
     def borrow_packages(self) -> None:
-        """Makes the dependencies of this interpreter available, but not its editable installation of `amp`."""
+        """Makes pip and the dependencies of this interpreter available, but not its editable installation of `amp`."""
         site = next((self.bin.parent / "lib").glob("python3*/site-packages"))
         (site / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
 
@@ -112,7 +112,7 @@ def test_there_are_four_commands_and_an_installation(distributions):
 
 def test_200_drawn_photos_from_nothing_to_a_search(distributions, tmp_path):
     pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
-    environment = Environment(tmp_path)
+    environment = Environment(tmp_path, with_pip=False)
     environment.borrow_packages()
     environment.type(["python", "-m", "pip", "install", "--no-deps", "--no-index", str(distributions[0])])
     write_captions(environment.folder, 200)

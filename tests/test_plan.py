@@ -30,6 +30,7 @@ from amp.plan.findings import counted, in_bytes
 from amp.plan.launch import DEEPSPEED_KEYS
 from amp.plan.node import check_workers
 from amp.plan.plan import PlanSettings, Steps, make_plan
+from amp.plan.simulator import StepSimulator
 from amp.plan.tables import steps_table
 from amp.plan.texts import check_texts
 from amp.train.checkpoints import Checkpoints
@@ -40,6 +41,26 @@ from amp.train.resume import record
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 PAGE = ROOT / "docs/plan.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_steps_are_simulated_once():
+    """Most tests plan the same run with other data. tests/test_memory.py compares the simulation with real steps."""
+    step, known = StepSimulator.step, {}
+
+    def once(self, *given):
+        config = self.config
+        data = replace(config.data, shards="", cache="", train_split="", val_split=None)
+        run = repr(replace(config, out="", init=None, deepspeed=None, data=data))
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        key = run, self.deepspeed, self.autocast, frozenset(dtypes), given
+        if key not in known:
+            known[key] = step(self, *given)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepSimulator, "step", once)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from PIL import Image
 from support.drawn_data import draw
 from support.equations.search import base_score, pair_score, pooled_scores
 from support.evaluation import World, make_far_model
+from support.models import publish_random_adapter
+from support.repository import python_of
 
 import amp
 from amp.errors import AmpError
@@ -234,3 +236,22 @@ def test_an_adapter_is_loaded_with_its_generator(clip_folder, photos, tmp_path):
     assert scores(reranker.rank("A dog chases a ball.", photos)) == pytest.approx(
         scores(reranker.rank("A dog chases a ball.", photos, knowledge=knowledge))
     )
+
+
+PAGE = "docs/reranker.md"
+
+
+def test_the_code_of_the_page_runs(clip_folder, photos, tmp_path, monkeypatch, capsys):
+    publish_random_adapter(clip_folder, tmp_path / "runs/demo/action-aware/stage2")
+    folder = tmp_path / "data/demo/scenes/images"
+    folder.mkdir(parents=True)
+    for number in range(20):
+        draw(number).save(folder / f"test_{number:05d}.jpg")
+    monkeypatch.chdir(tmp_path)
+    ranking, states = python_of(PAGE)
+    ran = {}
+    exec(compile(ranking.replace("stage2/adapter.safetensors", "stage2"), PAGE, "exec"), ran)
+    exec(compile(states, PAGE, "exec"), ran)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [int(number) for number, *_ in printed] == [entry["corpus_id"] for entry in ran["ranking"]][:5]
+    assert ran["scores"].shape == (2,) and len(ran["texts"]) == 3 and ran["vectors"].shape[0] == 20

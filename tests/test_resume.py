@@ -1,5 +1,6 @@
 """A run that is killed, stopped or moved ends with the same samples and the same bits as an undisturbed run."""
 
+import functools
 import json
 import random
 import shutil
@@ -29,20 +30,29 @@ from amp.train.stopping import StopRequest
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture
-def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
+STAGES = ("stage1", "stage2")
+EPOCHS = (2, 6)  # of both stages, with 5 steps each
+
+
+def configured(shards, clip_folder, folder: Path, cache: Path, epochs: tuple[int, int] = EPOCHS) -> TrainConfig:
     """Two stages with 5 global batches of 4 per epoch, and all random choices: crops, captions, negatives, dropout."""
     return small_run(
         shards,
         clip_folder,
-        tmp_path,
+        folder,
         {"batch_size": 4, "augment": "crop"},
-        cache_folder,
-        stage1=StageSettings(epochs=12, lr=3e-3, warmup_steps=3),
-        stage2=StageSettings(epochs=5, lr=3e-3, warmup_steps=3),
+        cache,
+        stage1=StageSettings(epochs=epochs[0], lr=3e-3, warmup_steps=3),
+        stage2=StageSettings(epochs=epochs[1], lr=3e-3, warmup_steps=3),
         knowledge_dropout=0.2,
         checkpoint=CheckpointSettings(every_steps=2, keep=2),
     )
+
+
+@pytest.fixture
+def config(shards, clip_folder, tmp_path, cache_folder) -> TrainConfig:
+    """See `configured`."""
+    return configured(shards, clip_folder, tmp_path, cache_folder)
 
 
 def final(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -58,10 +68,18 @@ def on_ranks(config: TrainConfig, world: int) -> TrainConfig:
     return replace(config, data=replace(config.data, batch_size=4 // world))
 
 
-def undisturbed(config: TrainConfig, world: int, audit: Path) -> dict[str, torch.Tensor]:
-    alone = replace(config, out=config.out + "-alone")
-    assert TrainingRun(alone, world, audit).wait() == [0] * world
-    return final(alone)
+@pytest.fixture(scope="module")
+def undisturbed(shards, clip_folder, cache_folder, tmp_path_factory):
+    """A function of (world, epochs) that returns the final weights and the audit of an undisturbed run."""
+
+    @functools.cache
+    def trained(world: int, epochs: tuple[int, int]) -> tuple[dict[str, torch.Tensor], Path]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        alone = on_ranks(configured(shards, clip_folder, folder, cache_folder, epochs), world)
+        assert TrainingRun(alone, world, folder / "audit").wait() == [0] * world
+        return final(alone), folder / "audit"
+
+    return trained
 
 
 def samples_by_step(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
@@ -78,16 +96,18 @@ def samples_by_step(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("most", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, most, tmp_path):
-    config = on_ranks(config, world)
-    expected = undisturbed(config, world, tmp_path / "audit-alone")
+@pytest.mark.parametrize(("most", "epochs"), [(3, EPOCHS), pytest.param(20, (12, 5), marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_ends_as_if_never_killed(config, undisturbed, world, most, epochs, tmp_path):
+    """In stage 1 and in stage 2."""
+    stages = {stage: replace(getattr(config, stage), epochs=n) for stage, n in zip(STAGES, epochs, strict=True)}
+    config = on_ranks(replace(config, **stages), world)
+    expected, audit_alone = undisturbed(world, epochs)
     draw, audit, kills = random.Random(world), tmp_path / "audit", 0
     while True:
         # A different number of decoding workers each time; the stream position doesn't depend on it.
         data = replace(config.data, workers=draw.choice([0, 1, 2]))
         run = TrainingRun(replace(config, data=data), world, audit)
-        if kills >= most or not run.wait_for_steps(draw.randint(2, 6) * (1 if most > 5 else 2)):
+        if kills >= most or not run.wait_for_steps(draw.randint(2, 6)):
             assert run.wait() == [0] * world
             break
         time.sleep(draw.random() * 0.06)  # at any point of a step or a save
@@ -96,27 +116,27 @@ def test_killed_at_random_points_it_ends_as_if_never_killed(config, world, most,
         kills += 1
     assert kills >= most
     assert same_bits(final(config), expected)
-    seen, alone = samples_by_step(audit), samples_by_step(tmp_path / "audit-alone")
-    assert seen == alone and len(seen) == 17 * 5
+    seen, alone = samples_by_step(audit), samples_by_step(audit_alone)
+    assert seen == alone and len(seen) == 5 * sum(epochs)
     # No sample is lost or repeated: each epoch reads 20 distinct images of 22, five batches of four.
-    for stage, epochs in ((1, 12), (2, 5)):
-        for epoch in range(epochs):
+    for stage, count in zip((1, 2), epochs, strict=True):
+        for epoch in range(count):
             shown = Counter()
             for step in range(5 * epoch, 5 * epoch + 5):
                 for _, *samples in seen[stage, step]:
                     shown.update(samples)
             assert sum(shown.values()) == len(shown) == 20
-    assert len(steps_of(audit)) > 17 * 5  # some steps were repeated
+    assert len(steps_of(audit)) > 5 * sum(epochs)  # some steps were repeated
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, status, tmp_path):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, undisturbed, number, status, tmp_path):
     config = on_ranks(replace(config, checkpoint=CheckpointSettings(every_steps=0, keep=2)), 2)
     config = replace(config, data=replace(config.data, workers=1))
-    expected = undisturbed(config, 2, tmp_path / "audit-alone")
+    expected, _ = undisturbed(2, EPOCHS)
     audit = tmp_path / "audit"
     run = TrainingRun(config, 2, audit)
-    assert run.wait_for_steps(7)
+    assert run.wait_for_steps(3)
     run.signal(number, range(1, 2))
     assert run.wait() == [status, status]
     stopped = json.loads((Path(config.out) / "stopped.json").read_text())
@@ -126,7 +146,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(config, number, status,
     assert "the same command resumes" in run.said(0)
     assert TrainingRun(config, 2, audit).wait() == [0, 0]
     assert not (Path(config.out) / "stopped.json").exists()
-    assert len(steps_of(audit)) == 17 * 5  # no step was repeated
+    assert len(steps_of(audit)) == 5 * sum(EPOCHS)  # no step was repeated
     assert same_bits(final(config), expected)
 
 
@@ -152,9 +172,9 @@ def test_ctrl_c_during_validation_interrupts_at_once_and_loses_no_step(config, m
     assert same_bits(final(config), final(replace(config, out=config.out + "-alone")))
 
 
-def test_it_moves_to_another_number_of_processes(config, tmp_path):
+def test_it_moves_to_another_number_of_processes(config, undisturbed, tmp_path):
     """Saved on two processes and finished on one, and vice versa. The results differ only by rounding."""
-    expected = undisturbed(on_ranks(config, 1), 1, tmp_path / "audit-alone")
+    expected, _ = undisturbed(1, EPOCHS)
     for first, second in ((1, 2), (2, 1)):
         moving = replace(config, out=f"{config.out}-{first}-{second}")
         run = TrainingRun(on_ranks(moving, first), first, tmp_path / f"audit-{first}")
@@ -168,7 +188,7 @@ def test_it_moves_to_another_number_of_processes(config, tmp_path):
             key: sorted(sample for _, *samples in parts for sample in samples)
             for key, parts in samples_by_step_of_any(tmp_path / f"audit-{first}").items()
         }
-        assert all(len(samples) == len(set(samples)) == 4 for samples in seen.values()) and len(seen) == 17 * 5
+        assert all(len(samples) == len(set(samples)) == 4 for samples in seen.values()) and len(seen) == 5 * sum(EPOCHS)
 
 
 def samples_by_step_of_any(audit: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
@@ -181,15 +201,63 @@ def samples_by_step_of_any(audit: Path) -> dict[tuple[int, int], set[tuple[int, 
 # -- in this process ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def short(config, fresh_accelerate):
+def one_short_stage(config: TrainConfig) -> TrainConfig:
     """One stage of 10 steps."""
-    return replace(config, stages=[1], stage1=StageSettings(epochs=2, lr=3e-3, warmup_steps=1))
+    stage1, stage2 = (StageSettings(epochs=epochs, lr=3e-3, warmup_steps=1) for epochs in (2, 1))
+    return replace(config, stages=[1], stage1=stage1, stage2=stage2)
+
+
+def two_short_stages(config: TrainConfig) -> TrainConfig:
+    """Two stages of 5 steps."""
+    stage = StageSettings(epochs=1, lr=3e-3, warmup_steps=1)
+    return replace(config, stage1=stage, stage2=stage, trackers=["tensorboard"])
+
+
+@pytest.fixture
+def short(config, fresh_accelerate) -> TrainConfig:
+    """See `one_short_stage`; not trained yet."""
+    return one_short_stage(config)
+
+
+@pytest.fixture(scope="module")
+def originals(shards, clip_folder, cache_folder, tmp_path_factory) -> dict[str, TrainConfig]:
+    """Finished runs of short stages, with copies of their folders."""
+    configs = {}
+    for name, change in (("one", one_short_stage), ("both", two_short_stages)):
+        folder = tmp_path_factory.mktemp(name)
+        configs[name] = change(configured(shards, clip_folder, folder, cache_folder))
+        again(configs[name])
+        shutil.copytree(configs[name].out, folder / "original")
+    forget_accelerate()
+    return configs
+
+
+def restored(config: TrainConfig) -> TrainConfig:
+    """Restores the folder of one of the `originals`, which tests change."""
+    shutil.rmtree(config.out)
+    shutil.copytree(Path(config.out).with_name("original"), config.out)
+    return config
+
+
+@pytest.fixture
+def trained(originals, fresh_accelerate) -> TrainConfig:
+    """A finished run of one stage of 10 steps."""
+    return restored(originals["one"])
+
+
+@pytest.fixture
+def both(originals, fresh_accelerate) -> TrainConfig:
+    """A finished run of two stages of 5 steps."""
+    return restored(originals["both"])
 
 
 def again(config: TrainConfig, **changes) -> Path:
     forget_accelerate()
     return train(replace(config, **changes))
+
+
+def adapter_of(config: TrainConfig) -> Path:
+    return Path(config.out) / "stage1" / "adapter.safetensors"
 
 
 def folders(config: TrainConfig) -> list[str]:
@@ -215,33 +283,33 @@ def damage(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "bit", "empty state", "no state", "other version"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(short, kind, capfd):
-    expected = load_file(again(short))
-    newest = Path(short.out) / "checkpoints" / folders(short)[-1]
-    assert folders(short) == ["stage1-step00000008", "stage1-step00000010"]
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(trained, kind, capfd):
+    expected = load_file(adapter_of(trained))
+    newest = Path(trained.out) / "checkpoints" / folders(trained)[-1]
+    assert folders(trained) == ["stage1-step00000008", "stage1-step00000010"]
     damage(kind, newest)
-    (Path(short.out) / "checkpoints" / ".tmp-left-by-a-killed-process").mkdir()
+    (Path(trained.out) / "checkpoints" / ".tmp-left-by-a-killed-process").mkdir()
     capfd.readouterr()
-    assert same_bits(load_file(again(short)), expected)
+    assert same_bits(load_file(again(trained)), expected)
     said = " ".join(capfd.readouterr().err.split())
     assert "stage1-step00000010" in said and "The checkpoint before it is used" in said
     assert "resuming from" in said and "step 9/10" not in said.partition("resuming")[0]
-    assert folders(short) == ["stage1-step00000008", "stage1-step00000010"]
+    assert folders(trained) == ["stage1-step00000008", "stage1-step00000010"]
 
 
-def test_a_finished_run_has_nothing_left_to_do(short, capfd, monkeypatch):
-    path = again(short)
+def test_a_finished_run_has_nothing_left_to_do(trained, capfd, monkeypatch):
+    path = adapter_of(trained)
     before = path.stat().st_mtime_ns
     monkeypatch.setattr("amp.train.engine.create_model_and_transforms", None)  # the model isn't built
-    assert again(short) == path and path.stat().st_mtime_ns == before
+    assert again(trained) == path and path.stat().st_mtime_ns == before
     assert "the run is finished" in " ".join(capfd.readouterr().err.split())
 
 
-def test_a_removed_adapter_is_written_again_from_the_checkpoint(short):
-    path = again(short)
+def test_a_removed_adapter_is_written_again_from_the_checkpoint(trained):
+    path = adapter_of(trained)
     expected = load_file(path)
     path.unlink()
-    assert same_bits(load_file(again(short)), expected)
+    assert same_bits(load_file(again(trained)), expected)
 
 
 @pytest.mark.parametrize(
@@ -253,22 +321,20 @@ def test_a_removed_adapter_is_written_again_from_the_checkpoint(short):
         ({"batch_size": 5}, "images per step .* was 4 and is now 5"),
     ],
 )
-def test_other_settings_are_refused_by_name(short, change, said):
-    again(short)
+def test_other_settings_are_refused_by_name(trained, change, said):
     if "batch_size" in change:
-        change = {"data": replace(short.data, **change)}
+        change = {"data": replace(trained.data, **change)}
     with pytest.raises(AmpError, match=f"{said}.*--checkpoint.resume false"):
-        again(short, **change)
-    assert len(folders(short)) == 2
-    again(short, **change, checkpoint=CheckpointSettings(resume=False, keep=5))
-    assert all("step0000001" in name or "step0000000" in name for name in folders(short))
+        again(trained, **change)
+    assert len(folders(trained)) == 2
+    again(trained, **change, checkpoint=CheckpointSettings(resume=False, keep=5))
+    assert all("step0000001" in name or "step0000000" in name for name in folders(trained))
 
 
-def test_other_shards_are_refused(short, tmp_path):
-    again(short)
+def test_other_shards_are_refused(trained, tmp_path):
     others = draw_shards(tmp_path / "others", {"train": 21})
     with pytest.raises(AmpError, match="content of the training shards"):
-        again(short, data=replace(short.data, shards=str(others)))
+        again(trained, data=replace(trained.data, shards=str(others)))
 
 
 def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
@@ -292,23 +358,22 @@ def test_what_may_change_on_the_way_does_not_matter(short, tmp_path):
     assert folders(short) == ["stage1-step00000010"]
 
 
-def test_skipping_reads_no_sample(short, tmp_path, monkeypatch):
+def test_skipping_reads_no_sample(trained, tmp_path, monkeypatch):
     """A run that resumes at step 8 of 10 decodes only the remaining samples."""
-    again(short)
-    damage("cut", Path(short.out) / "checkpoints" / "stage1-step00000010")
+    damage("cut", Path(trained.out) / "checkpoints" / "stage1-step00000010")
     decoded = []
     photo = ShardSplit.decoded
     monkeypatch.setattr(ShardSplit, "decoded", lambda self, i, decode: decoded.append(i) or photo(self, i, decode))
-    again(short)
+    again(trained)
     assert len(decoded) == 2 * 4
 
 
-def test_a_second_stage_in_the_same_folder_starts_from_init(short):
-    first = again(short)
-    both = again(short, out=short.out + "-both", stages=[1, 2])
-    second = again(short, stages=[2], init=str(first))
+def test_a_second_stage_in_the_same_folder_starts_from_init(trained):
+    first = adapter_of(trained)
+    both = again(trained, out=trained.out + "-both", stages=[1, 2])
+    second = again(trained, stages=[2], init=str(first))
     assert same_bits(load_file(second), load_file(both))
-    assert again(short) == first  # stage 1 is finished and not repeated
+    assert again(trained) == first  # stage 1 is finished and not repeated
 
 
 # -- the folder's record --------------------------------------------------------------------------------------------
@@ -320,20 +385,6 @@ def recorded(config: TrainConfig) -> dict:
 
 def content(folder: str) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
-
-
-@pytest.fixture
-def both(short):
-    """A finished run of two short stages."""
-    both = replace(
-        short,
-        stages=[1, 2],
-        stage1=replace(short.stage1, epochs=1),
-        stage2=StageSettings(epochs=1, lr=3e-3, warmup_steps=1),
-        trackers=["tensorboard"],
-    )
-    again(both)
-    return both
 
 
 def test_a_refused_call_changes_nothing_in_the_folder(both, tmp_path):
@@ -385,26 +436,25 @@ def test_a_finished_run_keeps_its_record_and_says_what_has_no_effect(both, tmp_p
     assert content(both.out) == before
 
 
-def test_a_run_that_goes_on_says_what_differs_and_records_it(short, capfd):
-    again(short)
-    damage("cut", Path(short.out) / "checkpoints" / folders(short)[-1])
+def test_a_run_that_goes_on_says_what_differs_and_records_it(trained, capfd):
+    damage("cut", Path(trained.out) / "checkpoints" / folders(trained)[-1])
     capfd.readouterr()
-    again(short, log_every=3)
+    again(trained, log_every=3)
     assert "step00000008; log_every was 10 and is now 3" in " ".join(capfd.readouterr().err.split())
-    assert recorded(short) == asdict(replace(short, log_every=3))
+    assert recorded(trained) == asdict(replace(trained, log_every=3))
 
 
-def test_a_stage_of_its_own_leaves_the_other_one_as_it_was_recorded(short, capfd):
+def test_a_stage_of_its_own_leaves_the_other_one_as_it_was_recorded(trained, capfd):
     """`--stages [1]`, then `--stages [2]`: stage1.lr of the second call has no effect and is not recorded."""
-    first = again(short)
+    first = adapter_of(trained)
     capfd.readouterr()
     second = replace(
-        short, stages=[2], init=str(first), seed=5, stage1=StageSettings(lr=0.1), stage2=StageSettings(epochs=1)
+        trained, stages=[2], init=str(first), seed=5, stage1=StageSettings(lr=0.1), stage2=StageSettings(epochs=1)
     )
     again(second)
-    assert recorded(short) == {**asdict(second), "stage1": asdict(short.stage1)}
+    assert recorded(trained) == {**asdict(second), "stage1": asdict(trained.stage1)}
     said = " ".join(capfd.readouterr().err.split())
-    assert f"the other stage in {short.out} was trained with other settings: seed was 0 and is now 5" in said
+    assert f"the other stage in {trained.out} was trained with other settings: seed was 0 and is now 5" in said
 
 
 def test_adapters_without_checkpoints_are_not_replaced_in_silence(both):

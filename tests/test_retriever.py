@@ -352,7 +352,8 @@ def test_refusals(clip_folder, photos, tmp_path):
     (tmp_path / "empty" / "photo 01.png").write_bytes(b"another file of the same name")
     with pytest.raises(AmpError, match=f"only 0 of the {PHOTOS} indexed photos of {photos} are in {tmp_path}/empty"):
         search.update(tmp_path / "empty", workers=0)
-    model.backbone.clip.visual.proj.data += 1
+    proj = model.backbone.clip.visual.proj + 1
+    model.load_state_dict({"backbone.clip.visual.proj": proj}, strict=False)
     with pytest.raises(AmpError, match="was made with another model or transform"):
         search.update(photos, workers=0)
     with pytest.raises(AmpError, match="was made by a model with weights"):
@@ -501,7 +502,7 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     assert len([line for line in out.splitlines() if line.endswith(".png") and str(photos) in line]) == 7
     with Image.open(tmp_path / "found.png") as sheet:
         assert sheet.format == "PNG" and len(sheet.convert("RGB").getcolors(1 << 24)) > 100
-    assert list((tmp_path / "index" / "replies").glob("*.jsonl"))
+    assert not (tmp_path / "index" / "replies").exists()  # rules keep no replies
     # Without an adapter only the base model is used.
     command.main(["--index", str(tmp_path / "index"), "--model", clip_folder, "--count", "3", QUERY])
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -568,7 +569,6 @@ def test_a_sheet_replaces_no_photo_and_a_long_query_is_mentioned(clip_folder, ph
     ("arguments", "message"),
     [
         (["a dog"], "index is empty"),
-        (["--index", "x"], "neither query nor photos"),
         (["--index", "x", "a dog"], "adapter and model are both missing"),
         (["--index", "x", "--model", "ViT-B-32", "a dog"], "pretrained is missing, expected the weights of ViT-B-32"),
         (["--index", "x", "--model", "ViT-B-23", "a dog"], "model 'ViT-B-23' is unknown to open_clip"),

@@ -8,7 +8,7 @@ from support.repository import SHARED
 
 from amp.errors import AmpError
 from amp.generation.replies import MAX_TRIPLETS, triplet_line
-from amp.generation.rules import MODELS, RuleTriplets, _find
+from amp.generation.rules import _UNUSED, MODELS, RuleTriplets, _find
 
 pytest.importorskip("spacy", reason='needs spaCy: pip install "open-clip-amp[generate]"')
 try:
@@ -183,6 +183,13 @@ def test_a_missing_model_is_told(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AmpError, match=f"no spaCy model named {name} is installed; expected one"):
         RuleTriplets(name)
+
+
+def test_the_parts_that_are_not_loaded_change_nothing(rules, monkeypatch):
+    monkeypatch.setattr("amp.generation.rules._UNUSED", ())
+    texts = [*CASES, "Ünïcode dögs, 12:30pm", "THE MAN'S gonna x 🐕"]
+    assert list(rules.triplets(texts)) == list(RuleTriplets().triplets(texts))
+    assert "strings" in _UNUSED and len(rules._nlp.vocab.strings) < 100_000
 
 
 def test_describe(rules):

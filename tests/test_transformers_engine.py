@@ -160,7 +160,9 @@ def test_describe(engine, smollm2):
     assert str(smollm2.parent) not in json.dumps(described)
 
 
-def test_out_of_memory_halves_the_batch(engine, monkeypatch):
+def test_out_of_memory_halves_the_batch(tmp_path, smollm2, monkeypatch):
+    model = tiny_language_model(tmp_path, smollm2, "llama")
+    engine = TransformersEngine(model=str(model), batch_size=3, constrained=False)
     expected, decode, sizes = texts(engine), engine._decode, []
 
     def small(shared, rows, *rest):

@@ -3,18 +3,23 @@
     amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --photos ~/Pictures
     amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors --sheet found.png \\
         "a dog jumps over a hurdle"
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors
+    amp search --index runs/index --adapter runs/mine/stage2/adapter.safetensors < queries.txt
 
-The first command creates the index, or updates it after photos have changed. It can also take a query. The base model
+The first command creates the index, or updates it after photos have changed. It can also take a query. The third asks
+for queries until an empty line, and the fourth reads one query per line. Both load the model only once. The base model
 is the one that the adapter was trained on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from amp.command_line import CommandLine
-from amp.errors import AmpError, exit_on_error, printable, require
+from amp.commands.asking import on_terminal, read_queries
+from amp.errors import WRONG_INPUT, AmpError, complain, exit_on_error, printable, require
+from amp.generation.apart import RulesProcess
 
 
 @dataclass
@@ -33,7 +38,8 @@ class SearchSettings:
         fusion_weight: Weight of the base model's score, which is added to the re-ranking score.
         knowledge: Source of the query's triplets and states: an engine of amp generate_knowledge, or none.
         engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
-        sheet: File for a contact sheet of the photos found, such as found.png or found.jpg; null draws none.
+        sheet: File for a contact sheet of the photos found, such as found.png or found.jpg; null draws none. Each query
+            replaces it.
         states: How `--photos` stores what re-ranking needs of each photo, so that a search decodes no photo: `int8`,
             `fp16` (twice the size), or `none`, with which each search decodes the photos that it re-ranks.
         device: Device of the model; null takes a GPU if there is one.
@@ -61,23 +67,23 @@ class SearchSettings:
 def parser() -> CommandLine:
     usage = '%(prog)s --index FOLDER [--KEY VALUE ...] "QUERY"'
     parser = CommandLine(usage=usage, description=__doc__.split("\n")[0])
-    parser.add_argument("query", nargs="?", default=None, help="description of the photo")
+    parser.add_argument(
+        "query",
+        nargs="?",
+        default=None,
+        help="description of the photo; if it and --photos are missing, queries are read from standard input",
+    )
     parser.add_class_arguments(SearchSettings, as_group=False)
     return parser
 
 
-def retriever(settings: SearchSettings, asks: bool):
-    """Makes the `Retriever` of the settings.
-
-    Args:
-        settings: Settings of the search.
-        asks: Whether there is a query, which needs a generator of knowledge.
+def retriever(settings: SearchSettings):
+    """Makes the `Retriever` of the settings, without a source of knowledge.
 
     Raises:
         AmpError: Adapter and model are both missing, or can't be loaded.
     """
     from amp.device import usable_device
-    from amp.generation.query import KnowledgeGenerator
     from amp.model.factory import create_model_and_transforms, refuse_unknown_model
     from amp.search.reranker import Reranker
     from amp.search.retriever import Retriever
@@ -102,10 +108,6 @@ def retriever(settings: SearchSettings, asks: bool):
         knowledge="none",
         batch_size=settings.batch_size,
     )
-    if asks and settings.knowledge != "none":
-        reranker.knowledge = KnowledgeGenerator(
-            settings.knowledge, engine_options=settings.engine_options, cache=Path(settings.index) / "replies"
-        )
     return Retriever(reranker, settings.index, settings.top_k, settings.fusion_weight)
 
 
@@ -116,18 +118,18 @@ def main(arguments: list[str] | None = None) -> None:
     settings = SearchSettings(**vars(parsed))
     if not settings.index:
         raise AmpError("index is empty, expected a folder; add --index FOLDER")
-    if query is None and settings.photos is None:
-        raise AmpError(
-            'neither query nor photos, expected one of them; for example amp search --index FOLDER "a dog jumps"'
-        )
+    asks = query is not None or settings.photos is None
+    queries = read_queries('amp search --index FOLDER "a dog jumps"') if asks and query is None else iter(())
     if settings.sheet is not None:
         from amp.report.drawing import picture_format
 
         picture_format(settings.sheet)  # said before minutes of work
         require("matplotlib", "--sheet")
+    rules = RulesProcess() if asks and settings.adapter is not None and settings.knowledge == "rules" else None
+    from amp.model.needs import needs_transformers
     from amp.terminal import PlainConsole, Terminal, load_open_clip
 
-    load_open_clip()
+    load_open_clip(needs_transformers(settings.model, settings.adapter))
     import torch
 
     from amp.cores import use_cores
@@ -138,29 +140,70 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")
     use_cores(0 if settings.photos is None else settings.workers, gpu)
     with terminal.progress("loading the model"):
-        search = retriever(settings, asks=query is not None)
+        search = retriever(settings)
+        if asks and settings.adapter is not None and settings.knowledge != "none":
+            search.reranker.knowledge = rules or language_model(settings)
+        if rules is not None:
+            rules.check()
     if settings.photos is not None:
         with terminal.progress("encoding photos", "photos") as report:
             states = None if settings.states == "none" or settings.adapter is None else settings.states
             update = search.update(settings.photos, settings.workers, report, states)
         tell_update(terminal.say, update, settings.index)
-    if query is not None:
-        if search.index.pending:
-            terminal.say(
-                f"{search.index.pending:,} photos are not searched, because their encoding was interrupted; add "
-                "--photos FOLDER to encode them"
-            )
-        if settings.sheet is not None and search.index.holds(settings.sheet):
-            raise AmpError(
-                f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; choose a path "
-                "outside the folder of photos"
-            )
-        if search.cuts(query):
-            limit = search.reranker.model.backbone.context_length
-            terminal.say(
-                f"the query is longer than the {limit} tokens that the model reads; its end is ignored; shorten it"
-            )
-        show(console, search.search(query, settings.count), settings.sheet)
+    if asks:
+        check_index(search, settings, terminal.say)
+        if query is None:
+            answer_all(search, queries, settings, terminal.say, console)
+        else:
+            answer(search, query, settings, terminal.say, console)
+
+
+def language_model(settings: SearchSettings):
+    """The generator of knowledge that asks a language model."""
+    from amp.generation.query import KnowledgeGenerator
+
+    return KnowledgeGenerator(
+        settings.knowledge, engine_options=settings.engine_options, cache=Path(settings.index) / "replies"
+    )
+
+
+def check_index(search, settings: SearchSettings, say: Callable[[str], None]) -> None:
+    """Reports photos that are missing in the index, and refuses to replace a photo by a contact sheet."""
+    if search.index.pending:
+        say(
+            f"{search.index.pending:,} photos are not searched, because their encoding was interrupted; add "
+            "--photos FOLDER to encode them"
+        )
+    if settings.sheet is not None and search.index.holds(settings.sheet):
+        raise AmpError(
+            f"{settings.sheet}: is a photo of the index {settings.index}, expected a new file; choose a path outside "
+            "the folder of photos"
+        )
+
+
+def answer_all(search, queries: Iterable[str], settings: SearchSettings, say: Callable[[str], None], console) -> None:
+    """Answers the queries on standard input. An error of one query is printed, and the others are answered."""
+    typed, failed = on_terminal(), False
+    if typed:
+        say(f"{len(search.index):,} photos; an empty line or Ctrl-D ends")
+    for query in queries:
+        if not typed:
+            console.print(f"\n{query}")
+        try:
+            answer(search, query, settings, say, console)
+        except AmpError as error:
+            complain(f"error: {error}", outside=False)
+            failed = True
+    if failed and not typed:
+        raise SystemExit(WRONG_INPUT)
+
+
+def answer(search, query: str, settings: SearchSettings, say: Callable[[str], None], console) -> None:
+    """Searches for one query and shows the result."""
+    if search.cuts(query):
+        limit = search.reranker.model.backbone.context_length
+        say(f"the query is longer than the {limit} tokens that the model reads; its end is ignored; shorten it")
+    show(console, search.search(query, settings.count), settings.sheet)
 
 
 def tell_update(say: Callable[[str], None], update, index: str) -> None:
@@ -193,8 +236,6 @@ def show(console, found, sheet: str | None) -> None:
     """Prints the results and draws the contact sheet."""
     from rich.text import Text
 
-    from amp.report.contact_sheet import draw_contact_sheet
-
     def line(text: str, style: str = "") -> None:
         console.print(
             Text(printable(text), style=style), soft_wrap=True
@@ -209,6 +250,8 @@ def show(console, found, sheet: str | None) -> None:
     for text in skipped_lines(found.skipped):
         line(text, "yellow")
     if sheet is not None:
+        from amp.report.contact_sheet import draw_contact_sheet
+
         line(f"{draw_contact_sheet(sheet, found)} written")
 
 

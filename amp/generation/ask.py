@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from amp.generation.cache import Reply, ReplyCache
+from amp.generation.cache import Replies, Reply
 from amp.generation.ladder import Ladder, Outcome, Request, dump_triplets
 from amp.generation.makers import Makers
 from amp.generation.progress import Counts
@@ -14,7 +14,7 @@ STAGES = ("triplets", "rules", "states")
 
 
 def ask_all(
-    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: ReplyCache, console: PlainConsole
+    captions: list[str], ladder: Ladder, makers: Callable[[], Makers], replies: Replies, console: PlainConsole
 ) -> int:
     """Sends requests until every caption has an outcome or has failed. Returns the number of failed requests.
 
@@ -52,7 +52,7 @@ def ask_all(
             lost |= _ask_model(group, ladder, engines, replies, counts)
 
 
-def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, counts: Counts) -> None:
+def _apply_rules(group: list[Request], makers: Makers, replies: Replies, counts: Counts) -> None:
     assert makers.rules is not None, "the ladder uses the rules only if there are some"
     found = makers.rules.triplets(request.caption for request in group)
     with counts.replies("rules", 0, len(group)) as reply:
@@ -61,7 +61,7 @@ def _apply_rules(group: list[Request], makers: Makers, replies: ReplyCache, coun
             reply()
 
 
-def _ask_model(group: list[Request], ladder: Ladder, makers: Makers, replies: ReplyCache, counts: Counts) -> set[str]:
+def _ask_model(group: list[Request], ladder: Ladder, makers: Makers, replies: Replies, counts: Counts) -> set[str]:
     stage, attempt = group[0].stage, group[0].attempt
     engine, lost = makers.engine, set()
     assert engine is not None, "the ladder calls a model only if there is one"

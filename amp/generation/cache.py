@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from amp.errors import AmpError
 from amp.files import open_log
@@ -41,7 +41,33 @@ def key_of(**content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-class ReplyCache:
+class Replies:
+    """Replies by key, kept in memory. If a key is stored twice, the first reply is used."""
+
+    def __init__(self) -> None:
+        self._replies: dict[str, Reply] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, key: str) -> Reply | None:
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: Reply, **notes: Any) -> None:
+        """Stores a reply. `notes` are for people who read the file of `ReplyCache`."""
+        self._replies.setdefault(key, reply)
+
+    def close(self) -> None:
+        """Does nothing. A `ReplyCache` closes its file."""
+
+
+class ReplyCache(Replies):
     """All replies of a folder. New replies are appended to the file of one part.
 
     Each part writes its own file and reads only complete lines of the others, so parts need no lock between them. An
@@ -59,7 +85,7 @@ class ReplyCache:
     """
 
     def __init__(self, folder: Path, part: str | None) -> None:
-        self._replies: dict[str, Reply] = {}
+        super().__init__()
         self.damaged = 0
         self._file = -1  # no file is open
         self._path = folder / f"{part}.jsonl"
@@ -81,18 +107,6 @@ class ReplyCache:
             self.close()
             raise
         self._synced = time.monotonic()
-
-    def __enter__(self) -> ReplyCache:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        return len(self._replies)
-
-    def get(self, key: str) -> Reply | None:
-        return self._replies.get(key)
 
     def put(self, key: str, reply: Reply, **notes: Any) -> None:
         """Stores a reply. It then survives a crash of this process, and a few seconds later a crash of the machine.

@@ -7,15 +7,12 @@ words of the caption.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
-import yaml
-
+from amp.generation.lexicon_files import read_lexicon
 from amp.generation.states import plain_verb
 
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 
-_WORDS = Path(__file__).with_name("rule_words.yaml")
 _FOLLOWERS = frozenset({"IN", "TO", "RP", "DT", "RB", "PRP$", "VBG", "."})
 _VOWELS = "aeiou"
 
@@ -34,7 +31,7 @@ def fix_parse(doc, parse):
 @cache
 def words(name: str) -> frozenset[str]:
     """Returns a word list of rule_words.yaml."""
-    return frozenset(yaml.safe_load(_WORDS.read_text(encoding="utf-8"))[name])
+    return frozenset(read_lexicon("rule_words.yaml")[name])
 
 
 def _hidden_verb(doc) -> int | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from amp.errors import AmpError
 from amp.generation.ask import ask_all
-from amp.generation.cache import CacheError, ReplyCache
+from amp.generation.cache import CacheError, Replies, ReplyCache
 from amp.generation.ladder import Ladder, Outcome
 from amp.generation.language import language_note
 from amp.generation.makers import Makers
@@ -24,8 +23,8 @@ class KnowledgeGenerator:
     Args:
         engine, template, retries, temperature, seed, fallback, spacy_model, engine_options: As for
             `amp.generation.run.generate_knowledge`.
-        cache: Folder that keeps the replies for later processes. With None, or if the folder can't be written or
-            another process is writing to it, replies are discarded at the end.
+        cache: Folder that keeps the replies of a model for later processes. With None, or if the folder can't be
+            written or another process is writing to it, they are kept in memory. Those of the rules are not kept.
         console: Where to warn about captions that are not in English; stderr by default.
 
     Raises:
@@ -46,14 +45,14 @@ class KnowledgeGenerator:
         console: PlainConsole | None = None,
     ) -> None:
         self._console = console or PlainConsole(stderr=True)
-        self._warns = engine == "rules"
+        self._by_rules = self._warns = engine == "rules"
         self._makers = Makers(engine, engine_options or {}, fallback, spacy_model)
         described = self._makers.describe()
         self._ladder = Ladder(
             described["engine"], load_template(template), described["rules"], retries, temperature, seed
         )
         self._cache = None if cache is None else Path(cache)
-        self._temporary: tempfile.TemporaryDirectory | None = None  # deleted with this object
+        self._in_memory = Replies()
 
     def describe(self) -> dict[str, Any]:
         """Everything that determines the knowledge of a caption."""
@@ -80,12 +79,12 @@ class KnowledgeGenerator:
             )
         return found
 
-    def _open_cache(self) -> ReplyCache:
+    def _open_cache(self) -> Replies:
+        if self._by_rules:
+            return Replies()
         if self._cache is not None:
             try:
                 return ReplyCache(self._cache, "queries")
             except CacheError:
                 pass  # the index is read-only, or another process is searching it
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory()
-        return ReplyCache(Path(self._temporary.name), "queries")
+        return self._in_memory

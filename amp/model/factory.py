@@ -87,7 +87,10 @@ def create_model_and_transforms(
         model.base_name, model.base_pretrained, model.base_hash = model_name, pretrained, base_hash
         if adapter is not None:
             load_adapter_state(model, header, weights, where=adapter)
-    return model.to(device), preprocess_train, preprocess_val
+    model.to(device)
+    if precision == "fp32":
+        model.backbone.remember_hash(base_hash)
+    return model, preprocess_train, preprocess_val
 
 
 def load_clip(model_name: str, pretrained: str | None = None, meta: bool = False, **open_clip_kwargs):

@@ -10,10 +10,10 @@ import torch.nn as nn
 from amp.errors import AmpError
 from amp.files import write_atomically
 from amp.knowledge.tensors import Captions, KnowledgeBatch
-from amp.knowledge.text import SLOT_TOKENS
 from amp.model.clip import ActionAwareCLIP
+from amp.publish.graphs import CAPTION_INPUTS, PAIRS, example_captions, example_images, export_graph
 
-INPUTS = ("images", "triplet_tokens", "token_mask", "states", "mask", "text")
+INPUTS = ("images", *CAPTION_INPUTS)
 
 
 class ImageEncoder(nn.Module):
@@ -72,21 +72,8 @@ def export_image_encoder(model: ActionAwareCLIP, path: str | os.PathLike | None 
     Raises:
         AmpError: The model does not condition images on knowledge, or the path can't be written.
     """
-    encoder, backbone, config = ImageEncoder(model).eval(), model.backbone, model.config
-    device, size = model.logit_scale.device, backbone.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    rows, slots = 2, (config.max_triplets, 3, SLOT_TOKENS)
-    example = (
-        torch.zeros(rows, 3, height, width, device=device),
-        torch.zeros(rows, *slots, dtype=torch.int64, device=device),
-        torch.ones(rows, *slots, dtype=torch.bool, device=device),
-        torch.zeros(rows, config.max_triplets, backbone.embed_dim, device=device),
-        torch.ones(rows, config.max_triplets, dtype=torch.bool, device=device),
-        torch.zeros(rows, backbone.embed_dim, device=device),
-    )
-    batch = torch.export.Dim("batch", min=1, max=65_536)
-    with torch.no_grad():
-        program = torch.export.export(encoder, example, dynamic_shapes=tuple({0: batch} for _ in example))
+    inputs = (example_images(model, 2), *example_captions(model, 2))
+    program = export_graph(ImageEncoder(model), inputs, [PAIRS] * len(inputs))
     if path is not None:
         buffer = io.BytesIO()
         torch.export.save(program, buffer)

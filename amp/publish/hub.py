@@ -1,7 +1,7 @@
 """Writes an adapter as a folder for `amp.from_pretrained`, and uploads the folder to the Hugging Face hub.
 
 The folder contains `adapter.safetensors` (only the trained weights), `config.json` (settings, name and hash of the base
-model) and `README.md` (the model card). It does not contain the base model.
+model), `README.md` (the model card) and two files that sentence-transformers reads. It does not contain the base model.
 """
 
 import json
@@ -18,6 +18,14 @@ from amp.model.pretrained import CONFIG, WEIGHTS, adapter_file, config_of
 from amp.publish.model_card import model_card
 
 CARD = "README.md"
+# Files with which sentence-transformers opens the folder as a CrossEncoder. Its default activation would be a sigmoid.
+CROSS_ENCODER: dict[str, Any] = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "amp.publish.cross_encoder.RerankerModule"}],
+    "config_sentence_transformers.json": {
+        "model_type": "CrossEncoder",
+        "activation_fn": "torch.nn.modules.linear.Identity",
+    },
+}
 # Keys of a training record that contain local paths. Only the last part of each path is published.
 PATHS = (("out",), ("init",), ("deepspeed",), ("data", "shards"), ("data", "shard_cache"), ("data", "cache"))
 
@@ -32,7 +40,7 @@ def save_pretrained(
     """Writes the folder of an adapter.
 
     Args:
-        folder: Folder to write, created if missing. The three files are replaced if they exist; other files are kept.
+        folder: Folder to write, created if missing. Its five files are replaced if they exist; other files are kept.
         adapter: `adapter.safetensors` of a run, or a folder written by this function.
         results: JSON file of an evaluation of this adapter, whose table is added to the model card; None adds none.
         base, base_pretrained: Published name and weights of the base model, such as `ViT-B-16-quickgelu` and `openai`;
@@ -53,10 +61,11 @@ def save_pretrained(
         header = replace(header, base_name=base, base_pretrained=base_pretrained)
     header = replace(header, training=_without_paths(header.training))
     folder = Path(folder)
-    check_writable(folder / WEIGHTS, folder / CONFIG, folder / CARD)
+    check_writable(*(folder / name for name in (WEIGHTS, CONFIG, CARD, *CROSS_ENCODER)))
     write_adapter(folder / WEIGHTS, header, weights)
     parameters = sum(tensor.numel() for tensor in weights.values())
-    write_atomically(folder / CONFIG, (json.dumps(config_of(header), indent=1) + "\n").encode())
+    for name, content in {CONFIG: config_of(header), **CROSS_ENCODER}.items():
+        write_atomically(folder / name, (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(folder / CARD, model_card(header, parameters, table).encode())
     return folder
 
@@ -65,7 +74,7 @@ def push_to_hub(folder: str | os.PathLike, repository: str, private: bool = Fals
     """Uploads a folder written by `save_pretrained` and returns the URL of the commit.
 
     Args:
-        folder: Folder written by `save_pretrained`. Only its three files are uploaded.
+        folder: Folder written by `save_pretrained`. Only the files that it wrote are uploaded.
         repository: Repository `ORG/REPO`, created if missing.
         private: Whether a newly created repository is private.
         token: Access token; None uses the token of `hf auth login` or HF_TOKEN.
@@ -89,7 +98,8 @@ def push_to_hub(folder: str | os.PathLike, repository: str, private: bool = Fals
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repository, allow_patterns=[WEIGHTS, CONFIG, CARD]))
+        files = [WEIGHTS, CONFIG, CARD, *CROSS_ENCODER]
+        return str(api.upload_folder(folder_path=folder, repo_id=repository, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise AmpError(f"{repository}: the hub rejected the upload ({reason}); log in with `hf auth login`") from error

@@ -11,6 +11,15 @@ from amp.model.adapter import AdapterHeader
 from amp.retrieval.metrics import KS
 
 PAPER = "https://arxiv.org/abs/2506.23502"
+TAGS = (
+    "clip",
+    "open_clip",
+    "image-text-retrieval",
+    "action-aware",
+    "sentence-transformers",
+    "cross-encoder",
+    "reranker",
+)
 
 
 def model_card(header: AdapterHeader, parameters: int, results: ResultFile | None = None) -> str:
@@ -22,7 +31,7 @@ def model_card(header: AdapterHeader, parameters: int, results: ResultFile | Non
         results: Results of an evaluation of the adapter; with None, the card states that there are none.
     """
     config = header.prompt_config
-    metadata = {"library_name": "open-clip-amp", "tags": ["clip", "open_clip", "image-text-retrieval", "action-aware"]}
+    metadata = {"library_name": "open-clip-amp", "tags": [*TAGS]}
     if header.base_name.startswith("hf-hub:"):
         metadata["base_model"] = header.base_name.removeprefix("hf-hub:")
     base = _text(header.base_name) + (f", weights `{_text(header.base_pretrained)}`" if header.base_pretrained else "")
@@ -54,6 +63,15 @@ def model_card(header: AdapterHeader, parameters: int, results: ResultFile | Non
             "",
             "```",
             'amp search --index INDEX --photos PHOTOS --adapter FOLDER "a dog jumps over a fence"',
+            "```",
+            "",
+            "With sentence-transformers, which imports a class of open-clip-amp and no code of this repository:",
+            "",
+            "```python",
+            "from sentence_transformers import CrossEncoder",
+            "",
+            'model = CrossEncoder("FOLDER", trust_remote_code=True)  # or ORG/REPO',
+            'ranking = model.rank("a dog jumps over a fence", ["photos/1.jpg", "photos/2.jpg"])',
             "```",
             "",
             f"The base model's weights must have the SHA-256 hash `{header.base_hash}`, computed from names, shapes",

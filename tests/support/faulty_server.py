@@ -5,7 +5,8 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from support.http_server import QuietHandler, serving
 
 
 def engine_for(url: str, **options):
@@ -44,9 +45,7 @@ class Faulty:
         """Serves on a free port while the block runs; yields the URL."""
         faulty = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(QuietHandler):
             def do_GET(self):
                 self.reply(faulty.models)
 
@@ -75,17 +74,8 @@ class Faulty:
                 self.wfile.write(body)
                 self.wfile.flush()
 
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
+        with serving(Handler) as url:
+            yield f"{url}/v1"
 
 
 def status(code: int, **headers):

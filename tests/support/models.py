@@ -184,3 +184,26 @@ def write_model_config(folder: Path, model_cfg: dict, size: int = 32, std: float
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
+
+
+def publish_random_adapter(base: str, folder: Path, seed: int = 2) -> Path:
+    """Writes the published folder of an action-aware adapter with random weights for a base model.
+
+    Args:
+        base: Name of the base model, such as ``local-dir:FOLDER``.
+        folder: Folder to write.
+        seed: Seed of the weights.
+
+    Returns:
+        The folder.
+    """
+    import amp
+
+    config = amp.PromptConfig(interaction_options={"blocks": 1}, depth=1 / 3, num_prompts=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, _, _ = amp.create_model_and_transforms(base, prompt_config=config)
+        shake(model, scale=0.3)
+    folder.mkdir(parents=True)
+    amp.save_adapter(folder / "adapter.safetensors", model)
+    return amp.save_pretrained(folder, folder)

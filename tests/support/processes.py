@@ -1,5 +1,6 @@
 """Runs functions in several processes joined over gloo, and resets Accelerate's state in this process."""
 
+import gc
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,12 @@ def _rank(function, rank, world, folder, arguments):
 
 
 def forget_accelerate() -> None:
-    """Resets the state that Accelerate keeps in the process."""
+    """Resets the state that Accelerate keeps in the process.
+
+    Also excludes existing objects from garbage collection until a training run ends: it begins with two collections,
+    which would visit the imports of all tests.
+    """
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    gc.freeze()

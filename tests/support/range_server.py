@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-Fault = Callable[["BaseHTTPRequestHandler", bytes], None]
+from support.http_server import QuietHandler, serving
+
+Fault = Callable[[QuietHandler, bytes], None]
 
 
 class RangeServer:
@@ -42,10 +43,7 @@ class RangeServer:
         """Serves on a free port while the block runs."""
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
+        class Handler(QuietHandler):
             def do_HEAD(self):
                 self.answer(False)
 
@@ -90,18 +88,8 @@ class RangeServer:
                     self.wfile.write(content)
                     self.wfile.flush()
 
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
-        try:
+        with serving(Handler) as self.url:
             yield self
-        finally:
-            server.shutdown()
-            server.server_close()
 
 
 def status(code: int) -> Fault:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -38,6 +39,14 @@ def run_here(path: str, *arguments) -> subprocess.CompletedProcess:
         except SystemExit as end:
             status = int(end.code or 0)
     return subprocess.CompletedProcess([path, *arguments], status, output.getvalue(), errors.getvalue())
+
+
+def python_of(page: str, section: str = "") -> list[str]:
+    """Python examples of a page of the repository, or of one of its sections, given by its heading."""
+    text = (ROOT / page).read_text()
+    if section:
+        text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def shared_folder(folder: str, proof: str) -> Path:

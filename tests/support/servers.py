@@ -1,4 +1,4 @@
-"""nginx and an S3 server on this machine, started for tests and stopped afterwards."""
+"""nginx and servers of S3 and Google Cloud Storage on this machine, started for tests and stopped afterwards."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,28 @@ def s3(shards: Path, folder: Path) -> Iterator[int]:
         for path in sorted(path for path in shards.iterdir() if path.is_file()):
             client.upload_file(str(path), "bucket", f"shards/{path.name}")
         yield port
+
+
+@contextmanager
+def gcs(shards: Path, folder: Path) -> Iterator[str]:
+    """An emulator of Google Cloud Storage with the files of `shards` in `gs://bucket/shards`. Yields its URL."""
+    for package in ("gcsfs", "gcp_storage_emulator"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: pip install {package.replace('_', '-')}")
+    folder.mkdir(parents=True)
+    port = free_port()
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with _running([*command, "--in-memory", "--default-bucket", "bucket"], port, folder / "emulator.log"):
+        url = f"http://127.0.0.1:{port}"
+        for path in sorted(path for path in shards.iterdir() if path.is_file()):
+            upload_to_gcs(url, path)
+        yield url
+
+
+def upload_to_gcs(url: str, path: Path) -> None:
+    """Uploads a file to `gs://bucket/shards` of an emulator, in place of one with the same name."""
+    connection = HTTPConnection(url.partition("://")[2], timeout=60)
+    target = f"/upload/storage/v1/b/bucket/o?uploadType=media&name=shards/{path.name}"
+    connection.request("POST", target, path.read_bytes(), {"Content-Type": "application/octet-stream"})
+    assert connection.getresponse().status == 200
+    connection.close()

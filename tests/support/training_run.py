@@ -1,5 +1,6 @@
 """Training runs in separate processes, which tests can signal or kill, with a record of the samples of each step."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -109,6 +110,7 @@ def steps_of(audit: Path) -> list[dict]:
 
 def _train_rank(rank, config, world, port, audit, before, errors) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # so that collections don't visit what the fork server has imported
     multiprocessing.set_start_method("fork", force=True)  # start method of decoding workers, as in a user's process
     log = os.open(errors / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
-from amp.data.remote.location import Location, file_system
+from amp.data.remote.location import INFO_OPTIONS, READ_OPTIONS, Location, file_system
 from amp.data.remote.retries import FIRST_TRIES, TRIES, ShortBody, retrying
 from amp.errors import AmpError
 
@@ -46,15 +46,17 @@ def look_up(location: Location, tries: int = FIRST_TRIES) -> Found:
     """Size and tag of an object, without its content; raises like `retrying`."""
 
     def request() -> Found:
-        system = file_system(location)
-        system.invalidate_cache()
+        system, options = file_system(location), INFO_OPTIONS.get(location.scheme, {})
+        if not options.get("refresh"):
+            system.invalidate_cache()
         try:
-            info = system.info(location.full)
+            info = system.info(location.full, **options)
         except FileNotFoundError as error:  # fsspec's HTTP file system reports every failed request as a missing file
             if isinstance(error.__cause__, Exception):
                 raise error.__cause__ from None
             raise
-        return Found(info.get("size"), info.get("ETag"))
+        tag = next((info[name] for name in ("ETag", "etag", "blob_id") if info.get(name)), None)  # S3 and HTTP, gs, hf
+        return Found(info.get("size"), tag)
 
     return retrying(location, request, tries)
 
@@ -69,7 +71,8 @@ def read_range(location: Location, start: int, stop: int) -> bytes:
         return b""
 
     def request() -> bytes:
-        content = bytes(file_system(location).cat_file(location.full, start=start, end=stop))
+        options = READ_OPTIONS.get(location.scheme, {})
+        content = bytes(file_system(location).cat_file(location.full, start=start, end=stop, **options))
         if len(content) > stop - start:
             raise AmpError(
                 f"{location}: the server sent {len(content)} bytes; expected {stop - start} (bytes {start} to {stop}); "

@@ -12,6 +12,10 @@ from amp.errors import AmpError, require, without_secrets
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 # What each kind of URL needs in addition to fsspec.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+# Arguments of `cat_file` and `info`. Otherwise huggingface_hub reads 5 MB more than the range, and lists the whole
+# folder for the size of one file.
+READ_OPTIONS: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
+INFO_OPTIONS: dict[str, dict[str, Any]] = {"hf": {"expand_info": True, "refresh": True}}
 CONNECT_SECONDS, READ_SECONDS = 30, 60
 _systems: dict[tuple[int, str], Any] = {}
 
@@ -127,7 +131,11 @@ def file_system(location: Location) -> Any:
             "max_pool_connections": 32,
         }
     try:
-        system = fsspec.filesystem(scheme, **options)
+        if scheme in ("gs", "gcs"):
+            # fsspec would choose a subclass that first looks up the bucket's type, again for each read if that fails.
+            system = require("gcsfs", who).core.GCSFileSystem()
+        else:
+            system = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         raise AmpError(f"{location}: {who} needs another package ({error})") from None
     except ValueError as error:

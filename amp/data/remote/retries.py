@@ -109,6 +109,8 @@ def status_of(error: BaseException) -> int | None:
             found = getattr(part, "status", None) or getattr(response, "status_code", None)
             if type(part).__name__ == "HttpError":  # gcsfs; in aiohttp, `code` isn't what the server answered
                 found = getattr(part, "code", None)
+        if type(part) is OSError and str(part).startswith("Forbidden: "):  # gcsfs
+            return 403
         with suppress(TypeError, ValueError):
             if 300 <= int(found or 0) < 600:
                 return int(found)

@@ -133,8 +133,9 @@ class KnowledgeReadout(nn.Module):
     def unconditioned(self, patches: torch.Tensor) -> torch.Tensor:
         """The control's addition (B, d), from its learned query."""
         assert self.query is not None, "only the control has a learned query"
-        queries = self.query.to(patches.dtype).expand(len(patches), 1, -1)
-        ones = torch.ones(len(patches), 1, dtype=torch.bool, device=patches.device)
+        count = patches.shape[0]  # not `len`, which would make it constant in exports
+        queries = self.query.to(patches.dtype).expand(count, 1, -1)
+        ones = torch.ones(count, 1, dtype=torch.bool, device=patches.device)
         return self.pairs(*self.keys_and_values(patches), queries, ones)
 
     def attention(

@@ -57,6 +57,7 @@ class Backbone(nn.Module, ABC):
     patch_size: tuple[int, int]
     num_prefix: int
     embed_dim: int
+    _known_hash: str | None = None  # see `remember_hash`
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__()
@@ -207,13 +208,22 @@ class Backbone(nn.Module, ABC):
         If the tower is causal, padding is cut to the longest text of the batch. No token up to the end-of-text token,
         where the feature is read, attends to padding, so the result is exact.
         """
-        text = self._text
-        if not (isinstance(self.clip, CLIP) and self.causal_text and text.text_pool_type in ("argmax", "eos")):
+        if not self.cuts_padding:
             return self.clip.encode_text(ids)
+        text = self._text
         at_end = ids if text.text_pool_type == "argmax" else (ids == text.text_eos_id).int()
         ends = at_end.argmax(dim=-1)
         length = int(ends.max()) + 1 if ids.device.type != "meta" else ids.shape[1]
-        ids = ids[:, :length]
+        return self.encode_cut_text(ids[:, :length])
+
+    @property
+    def cuts_padding(self) -> bool:
+        """Whether texts can be encoded without the padding after their end."""
+        return isinstance(self.clip, CLIP) and self.causal_text and self._text.text_pool_type in ("argmax", "eos")
+
+    def encode_cut_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to features (B, d), with T at most the context length; needs `cuts_padding`."""
+        text, length = self._text, ids.shape[1]
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
         x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
@@ -226,7 +236,24 @@ class Backbone(nn.Module, ABC):
 
     def weights_hash(self, tower: str = "both") -> str:
         """The function `weights_hash`, for this CLIP."""
+        if tower == "both" and self._known_hash is not None:
+            return self._known_hash
         return weights_hash(self.clip, self.quick_gelu, tower)
+
+    def remember_hash(self, known: str) -> None:
+        """Makes `weights_hash` return a known hash of both towers until weights are loaded, cast or moved.
+
+        Hashing takes a second per 500 MB, and a search needs the hash three times.
+        """
+        self._known_hash = known
+
+    def _apply(self, *arguments, **options):
+        self._known_hash = None
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments, **options):
+        self._known_hash = None
+        return super()._load_from_state_dict(*arguments, **options)
 
 
 def text_tower_of(backbone: Backbone) -> Backbone:
