@@ -95,11 +95,12 @@ def check(settings: ServeSettings) -> None:
 def main(arguments: list[str] | None = None) -> None:
     settings = ServeSettings(**vars(parser().parse_args(arguments)))
     check(settings)
+    from amp.model.needs import needs_transformers
     from amp.serve.server import Server, accepted_names, address_of, bound_socket
     from amp.terminal import Terminal, load_open_clip
 
     listening = bound_socket(settings.host, settings.port)
-    load_open_clip()
+    load_open_clip(needs_transformers(settings.model, settings.adapter))
     import torch
 
     from amp.commands.search import tell_update
@@ -118,6 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
         with terminal.progress("encoding photos", "photos") as report:
             update = service.retriever.update(settings.photos, settings.workers, report)
         tell_update(terminal.say, update, str(settings.index))
+    if service.retriever is not None and (pending := service.index.pending):
+        terminal.say(
+            f"{pending:,} photos are not searched, because their encoding was interrupted; add --photos FOLDER"
+        )
     app = make_application(settings, service, accepted_names(listening))
     if accepted_names(listening) is None:
         terminal.say(
