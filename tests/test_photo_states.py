@@ -115,3 +115,17 @@ def test_a_damaged_file_of_states_is_refused(search):
     path.unlink()
     with pytest.raises(AmpError, match=r"damaged .*states-"):
         PhotoIndex(search.folder)
+
+
+def test_a_photo_with_a_damaged_state_is_skipped(search):
+    expected = hits(search)
+    first = next(iter(expected))
+    row = search.index.names.index(first)
+    (path,) = search.folder.glob("states-*.bin")
+    with path.open("r+b") as file:
+        file.seek(row * search.index.states.row_bytes)
+        file.write(b"\0" * 8)
+    found = amp.Retriever(search.reranker, search.folder, top_k=5).search(QUERY, knowledge=KNOWLEDGE)
+    assert {path.name: reason for path, reason in found.skipped.items()} == {first: "not a packed image state"}
+    seen = [hit.path.name for hit in found.hits if hit.base_rank < 4]
+    assert seen == [name for name in expected if name in seen] and first not in seen

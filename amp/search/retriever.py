@@ -242,6 +242,8 @@ class Retriever:
                 index.check_there(number)
                 if len(present) < top_k:
                     state = index.state(number, key)
+                    if state is not None:
+                        self.reranker.packer.check(state)
                     images.append(index.image(number) if state is None else state)
                 present.append((index.path(number), float(scores[number])))
             except UnreadableImageError as error:  # the next one takes its place
