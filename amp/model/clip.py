@@ -148,12 +148,16 @@ class ActionAwareCLIP(nn.Module):
         """Features (B, d) of images (B, 3, H, W) without knowledge, with visual prompts."""
         return self.interaction.image_features(self.tower, self.tower.early(images))
 
-    @torch.no_grad()
     def prepare_knowledge(self, knowledge: Sequence[Knowledge]) -> KnowledgeBatch:
         """Converts knowledge of C captions to tensors on the model's device.
 
         The text tower encodes the texts that the model reads (states or template sentences).
         """
+        return self.prepare_captions([], knowledge).knowledge
+
+    @torch.no_grad()
+    def prepare_captions(self, texts: Sequence[str], knowledge: Sequence[Knowledge]) -> Captions:
+        """Converts C captions and their knowledge to tensors on the model's device, in one pass of the text tower."""
         if self.tokenizer is None:
             raise AmpError("this model was built without a tokenizer; pass tokenizer=amp.get_tokenizer(model_name)")
         for item in knowledge:
@@ -162,12 +166,14 @@ class ActionAwareCLIP(nn.Module):
         device, k = self.logit_scale.device, self.config.max_triplets
         tokens, token_mask, mask = TripletTokenizer(self.tokenizer, k)(knowledge)
         states = torch.zeros(*mask.shape, self.backbone.embed_dim, device=device)
-        texts = [text for item in knowledge for text in tower_texts(item, k, self.config.knowledge)]
-        if texts:
-            encoded = self.backbone.encode_text(self.tokenizer(texts).to(device))
-            states = states.to(encoded.dtype)
-            states[mask.to(device)] = encoded
-        return KnowledgeBatch(tokens.to(device), token_mask.to(device), states, mask.to(device))
+        read = [*texts, *(text for item in knowledge for text in tower_texts(item, k, self.config.knowledge))]
+        features = states[:0, 0]
+        if read:
+            encoded = self.backbone.encode_text(self.tokenizer(read).to(device))
+            features, states = encoded[: len(texts)], states.to(encoded.dtype)
+            if len(read) > len(texts):
+                states[mask.to(device)] = encoded[len(texts) :]
+        return Captions(KnowledgeBatch(tokens.to(device), token_mask.to(device), states, mask.to(device)), features)
 
     def _prepared(self, knowledge: KnowledgeBatch | Sequence[Knowledge], count: int, of: str) -> KnowledgeBatch:
         if len(knowledge) != count:

@@ -60,6 +60,7 @@ class PairScorer:
         else:
             self._early = images
             self._encoded = self._small_images()
+        self._one_for_all = len(text) == 1 and getattr(model, "module", model).interaction.scores_all_pairs
         self._prepared = torch.empty(0, dtype=torch.int64)
         self._prompts: Prompts | None = None
 
@@ -83,9 +84,13 @@ class PairScorer:
             rows = torch.searchsorted(self._prepared, captions)
         distinct, image_index = images.unique(return_inverse=True)
         assert self._prompts is not None
+        given, encoded = self._images_of(distinct), EncodedCaptions(self._prompts, None)
+        image_index = image_index.to(self.device)
         with torch.no_grad(), self.autocast():
-            pairs = (image_index.to(self.device), rows.to(self.device))
-            features = self.model(self._images_of(distinct), EncodedCaptions(self._prompts, None), pairs).conditioned
+            if self._one_for_all:  # without a copy of each image's encoding per pair
+                features = self.model(given, encoded, "all").conditioned[image_index, 0]
+            else:
+                features = self.model(given, encoded, (image_index, rows.to(self.device))).conditioned
         return pair_similarity(features, self.text[captions.to(self.device)])
 
     def pooled(self, images: Tensor, captions: Tensor) -> Tensor:
@@ -125,6 +130,8 @@ class PairScorer:
         """Images as input of the model: their encoding if it is known, otherwise their early tokens."""
         if self._encoded is None:
             return self._early_of(images)
+        if len(images) == len(self._encoded[0]) and (images == torch.arange(len(images))).all():
+            return self._encoded
         return tuple(x[images.to(self.device)] for x in self._encoded)
 
     def _early_of(self, images: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class ImageStates:
     @staticmethod
     def cat(states: Sequence["ImageStates"]) -> "ImageStates":
         """Concatenates the images of several states."""
+        if len(states) == 1:
+            return states[0]
         parts = zip(*(x.parts for x in states), strict=True)
         return ImageStates(torch.cat([x.base for x in states]), tuple(map(torch.cat, parts)))
 
@@ -132,14 +134,14 @@ class StatePacker:
             stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
             part = np.ascontiguousarray(packed[:, start:stop]).view(dtype).reshape(len(packed), *shape)
             start = stop
-            return part.astype(np.float32)
+            return part
 
         for shape, dtype in self._tensors:
             if kind == "int8" and len(shape) > 1:
-                values = take(shape, np.int8)
-                values *= take((*shape[:-1], 1), np.float16)
+                whole = take(shape, np.int8)
+                values = np.multiply(whole, take((*shape[:-1], 1), np.float16), dtype=np.float32)
             else:
-                values = take(shape, np.float16)
+                values = take(shape, np.float16).astype(np.float32)
             tensors.append(torch.from_numpy(values).to(dtype))
         return ImageStates(tensors[0], tuple(tensors[1:]))
 

@@ -302,8 +302,8 @@ class Reranker:
         first = new.clone()
         if not len(new):
             return new, first, skipped
-        features = self.model.backbone.encode_text(self.model.tokenizer(list(texts)).to(self.device))
-        prepared = self.model.prepare_knowledge(self.knowledge_of(texts) if knowledge is None else knowledge)
+        captions = self.model.prepare_captions(texts, self.knowledge_of(texts) if knowledge is None else knowledge)
+        assert captions.text is not None
         for low in range(0, len(images), IMAGES_AT_ONCE):
             states, places, unread = self._states_of(images[low : low + IMAGES_AT_ONCE])
             skipped |= {low + place: reason for place, reason in unread.items()}
@@ -312,14 +312,14 @@ class Reranker:
             row_of = torch.full((len(images),), -1)
             row_of[low + torch.tensor(places)] = torch.arange(len(places))
             rows = (row_of[image_of] >= 0).nonzero()[:, 0]
-            scorer = PairScorer(self.model, states.parts, prepared, features, batch_size=self.batch_size)
+            scorer = PairScorer(self.model, states.parts, captions.knowledge, captions.text, batch_size=self.batch_size)
             if pooled:
                 new[rows] = scorer.pooled(row_of[image_of[:1]], text_of[None])[0].cpu()
             else:
                 for part in rows.split(self.batch_size):
                     new[part] = scorer(row_of[image_of[part]], text_of[part]).cpu()
             base = states.base[row_of[image_of[rows]].to(self.device)]
-            first[rows] = pair_similarity(base, features[text_of[rows].to(self.device)]).cpu()
+            first[rows] = pair_similarity(base, captions.text[text_of[rows].to(self.device)]).cpu()
         return new, first, skipped
 
     def _states_of(self, images: Sequence[Any] | ImageStates) -> tuple[ImageStates | None, list[int], dict[int, str]]:
