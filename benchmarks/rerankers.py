@@ -28,6 +28,7 @@ with exit_on_error():
     transformers = require("transformers", "this benchmark")
 
 MODEL, SIZE = "ViT-B-16", 224
+PATCH, WIDTH, LAYERS = 16, 768, 12  # of both towers of BLIP, as in a ViT-B/16 and in BERT's base size
 QUERY = "A brown dog jumps over a wooden fence while a man in a red shirt watches"
 KNOWLEDGE = amp.Knowledge(
     (
@@ -63,8 +64,9 @@ class Blip:
     """BLIP's image-text matching head: a text encoder with cross-attention to each image's tokens."""
 
     def __init__(self):
-        vision = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 16, "image_size": SIZE}
-        text = {"encoder_hidden_size": 768}  # the other defaults are BERT's base size
+        common = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "intermediate_size": 4 * WIDTH}
+        vision = {**common, "patch_size": PATCH, "image_size": SIZE}
+        text = {**common, "encoder_hidden_size": WIDTH, "num_attention_heads": 12}
         config = transformers.BlipConfig(vision_config=vision, text_config=text)
         self.model = transformers.BlipForImageTextRetrieval(config).eval()
         self.ids = torch.arange(20)[None] + 1000  # QUERY has 20 word pieces
@@ -85,7 +87,7 @@ class TextConditioned:
     def __init__(self):
         self.clip, _, _ = amp.create_model_and_transforms(MODEL, prompt_config=amp.PromptConfig(knowledge="none"))
         self.tokenizer = amp.get_tokenizer(MODEL)
-        self.pool = nn.MultiheadAttention(512, 8, kdim=512, vdim=512, batch_first=True).eval()
+        self.pool = nn.MultiheadAttention(self.clip.backbone.embed_dim, 8, batch_first=True).eval()
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         visual = self.clip.backbone.visual

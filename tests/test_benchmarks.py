@@ -16,6 +16,7 @@ from support.repository import ROOT
 from torch import nn
 
 from amp.errors import AmpError
+from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
 from amp.train.stages import set_trainable
@@ -27,8 +28,10 @@ from benchmarks import (
     onnx,
     photos,
     rerank,
+    rerankers,
     run,
     scaling,
+    search,
     startup,
     step,
     stream,
@@ -329,7 +332,6 @@ def test_the_table_of_onnx_graphs_is_that_of_the_run():
 
 def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_path):
     from amp.data.split import ShardSplit
-    from amp.model.adapter import save_adapter
     from amp.retrieval.scorer import PairScorer
 
     model, _, preprocess = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig(num_prompts=0))
@@ -353,3 +355,27 @@ def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_p
     many = torch.arange(len(texts))
     expected = scorer(torch.full_like(many, 3), many).numpy()
     assert pairs(np.array([3]), many.numpy()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_searches_are_timed(shards, clip_folder, tmp_path, capsys):
+    model, _, _ = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig(num_prompts=0))
+    save_adapter(tmp_path / "adapter.safetensors", model)
+    photos, out = shards.parent / "images", tmp_path / "search.json"
+    search.main(tmp_path / "adapter.safetensors", photos, shards, 3, large=50, index=tmp_path / "index", out=out)
+    found = json.loads(out.read_text())
+    count = len(list(photos.iterdir()))
+    assert found["index"]["photos"] == count and found["index"]["seconds"] > 0
+    assert found["large"]["photos"] == 50 > count
+    assert all(x["p95_ms"] >= x["median_ms"] > 0 for x in (*found["latency"].values(), found["large"]["latency"]))
+    assert found["recall"]["exact"] == found["recall"]["fp16"] and 0 < found["recall"]["int8"]["t2i"]["10"] <= 100
+
+
+def test_rerankers_are_timed(clip_folder, tmp_path, monkeypatch, capsys):
+    for name, small in {"MODEL": clip_folder, "SIZE": 32, "PATCH": 8, "WIDTH": 24, "LAYERS": 2}.items():
+        monkeypatch.setattr(rerankers, name, small)
+    rerankers.main([2, 3], rounds=1, out=tmp_path / "rerankers.json")
+    found = json.loads((tmp_path / "rerankers.json").read_text())
+    rows = [(row["reranker"], row["candidates"]) for row in found["seconds"]]
+    assert rows == [(name, count) for count in (2, 3) for name in rerankers.RERANKERS]
+    assert all(row["stored"] > 0 and row["not_stored"] > 0 for row in found["seconds"])
+    assert found["bytes_per_image"]["BLIP, matching head"] == 4 * 24 * (1 + 16)
