@@ -84,7 +84,7 @@ def test_an_unknown_command(monkeypatch, capsys):
         call(monkeypatch, "trian")
     assert ended.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("amp: error: command is 'trian', expected one of search, publish")
+    assert last.startswith("amp: error: command is 'trian', expected one of search, serve, publish")
 
 
 @pytest.mark.parametrize("name", ["search", "train"])  # all commands use the same parser class

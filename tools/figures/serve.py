@@ -14,10 +14,13 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from jsonargparse import auto_cli
-from PIL import Image
-
 from amp.errors import AmpError, exit_on_error, require
+
+with exit_on_error():
+    from jsonargparse import auto_cli
+    from PIL import Image
+
+    from amp.command_line import CommandLine
 
 
 def main(
@@ -63,4 +66,4 @@ def main(
 
 if __name__ == "__main__":
     with exit_on_error():
-        auto_cli(main, as_positional=False)
+        auto_cli(main, as_positional=False, parser_class=CommandLine)
