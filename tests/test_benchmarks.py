@@ -330,6 +330,7 @@ def test_the_table_of_onnx_graphs_is_that_of_the_run():
     assert "\n".join(onnx.lines(found)) in (ROOT / "docs/sharing.md").read_text()
 
 
+@pytest.mark.slow
 def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_path):
     from amp.data.split import ShardSplit
     from amp.retrieval.scorer import PairScorer

@@ -49,10 +49,8 @@ def settings(tmp_path_factory, clip_folder) -> list[str]:
     return arguments(values)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> Path:
-    """Folder of the same training without Slurm and without interruption: two processes on this machine."""
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
+def run_alone(settings: list[str], out: Path) -> Path:
+    """Runs stage 1 without Slurm and without interruption: two processes on this machine. Returns its folder."""
     subprocess.run(
         [
             "accelerate",
@@ -75,6 +73,12 @@ def undisturbed(settings, tmp_path_factory) -> Path:
         check=True,
     )
     return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory) -> Path:
+    """Folder of the training, see `run_alone`."""
+    return run_alone(settings, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 def until(condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
@@ -157,8 +161,9 @@ def test_failed_first_stage_cancels_what_depends_on_it(slurm, settings, log, tmp
     assert not list(tmp_path.glob("run/stage*"))
 
 
-def test_other_number_of_images_a_step_than_the_checkpoint_fails(slurm, settings, undisturbed, log, tmp_path):
-    before_the_end = sorted((undisturbed / "checkpoints").iterdir())[0]
+def test_other_number_of_images_a_step_than_the_checkpoint_fails(slurm, settings, log, tmp_path):
+    started = run_alone([*settings, "--stage1.max_steps", "8"], tmp_path / "started")
+    before_the_end = sorted((started / "checkpoints").iterdir())[0]
     shutil.copytree(before_the_end, tmp_path / "run" / "checkpoints" / before_the_end.name)
     run = [*settings, "--stages", "[1]", "--out", str(tmp_path / "run")]
     job = slurm.sbatch("--nodes=1", f"--output={log}", TRAIN, *run)

@@ -71,14 +71,14 @@ class HubServer:
 
             def content(self, path: Path, span: str) -> None:
                 content = path.read_bytes()
-                if found := re.fullmatch(r"bytes=(\d+)-(\d+)", span):
-                    low, high = int(found[1]), min(int(found[2]), len(content) - 1)
-                    part = content[low : high + 1]
+                found = re.fullmatch(r"bytes=(\d+)-(\d+)", span)
+                low, high = (int(found[1]), min(int(found[2]), len(content) - 1)) if found else (0, len(content) - 1)
+                part = content[low : high + 1]
+                hub.sent += len(part)  # before the client can go on
+                if found:
                     self.reply(206, part, **{"Content-Range": f"bytes {low}-{high}/{len(content)}"})
                 else:
-                    part = content
                     self.reply(200, part)
-                hub.sent += len(part)
 
             def json(self, value) -> None:
                 self.reply(200, json.dumps(value).encode(), **{"Content-Type": "application/json"})
