@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException  # noqa: TID251, to this machine
 from itertools import cycle
@@ -164,7 +165,8 @@ def main(
         adapter, index, photos: Options of `amp serve`.
         clients: Number of clients.
         seconds: Duration of the load.
-        restart_seconds: Duration of the load during which the server is killed and started again; 0 skips this.
+        restart_seconds: Duration of a second load, in which the server is killed and started again, without the seconds
+            that it is down; 0 skips this.
         documents: Number of images in a re-ranking request.
         out: File of the figures.
     """
@@ -174,23 +176,22 @@ def main(
         state = server.wait()
         images = [image_of(server.port, number) for number in range(documents)]
 
-        def load(duration: float, events=()) -> Answers:
+        def load(*events: tuple[float, Callable[[], None]]) -> Answers:
+            """Runs the clients. Each event has the seconds to wait before it."""
             answers, stop = Answers(), threading.Event()
             threads = [Client(n, server.port, images, state["photos"], answers, stop) for n in range(clients)]
-            begin = time.monotonic()
             for thread in threads:
                 thread.start()
-            for share, event in (*events, (1, stop.set)):
-                time.sleep(max(0.0, begin + share * duration - time.monotonic()))
+            for wait, event in events:
+                time.sleep(wait)
                 event()
+            stop.set()
             for thread in threads:
                 thread.join()
             return answers
 
         memory = [server.memory()]
-        middle = [(share, lambda: memory.append(server.memory())) for share in (0.25, 0.5, 0.75)]
-        answers = load(seconds, middle)
-        memory.append(server.memory())
+        answers = load(*[(seconds / 4, lambda: memory.append(server.memory()))] * 4)
         found = {
             "clients": clients,
             "seconds": seconds,
@@ -219,7 +220,7 @@ def restart(server: Server, load, seconds: float) -> dict:
         server.wait()
         times["back"] = time.time()
 
-    entries = load(seconds, [(0.2, kill_and_start)]).entries
+    entries = load((0.2 * seconds, kill_and_start), (0.8 * seconds, lambda: None)).entries
     wrong = [entry for entry in entries if entry[3] != "200"]
     return {
         "seconds": seconds,

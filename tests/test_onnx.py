@@ -43,26 +43,51 @@ class Graphs:
         return [torch.from_numpy(x) for x in found]
 
 
-slow = pytest.mark.slow  # exports take some ten seconds each
+@pytest.fixture(scope="module")
+def documented(clip_folder, tmp_path_factory):
+    """Folder in which docs/sharing.md's export was run for a published adapter, its names, and its second script."""
+    folder = tmp_path_factory.mktemp("documented")
+    page = (ROOT / "docs/sharing.md").read_text()
+    export, score = (
+        re.findall(rf"^```python\n# {name}\.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
+        for name in ("export", "score")
+    )
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        amp.save_adapter("adapter.safetensors", native(clip_folder, **READOUT))
+        amp.save_pretrained("models/mine", "adapter.safetensors")
+        exec(compile(export, "export.py", "exec"), names)
+    return folder, names, score
 
 
+@pytest.mark.system
+def test_graphs_give_the_scores_of_the_model(documented, images, knowledge):
+    folder, names, _ = documented
+    compare(names["model"], folder / "graphs", images, knowledge)
+
+
+@pytest.mark.slow  # exports take some ten seconds each
 @pytest.mark.parametrize(
     ("tower", "settings"),
     [
-        pytest.param(None, READOUT, id="readout", marks=pytest.mark.system),
-        pytest.param(None, {**READOUT, "interaction_options": {"blocks": 0}}, id="readout-0", marks=slow),
-        pytest.param(None, aim_settings(enrich=True), id="aim", marks=slow),
-        pytest.param(None, aim_settings(interaction="cat"), id="cat", marks=slow),
-        pytest.param(None, {**READOUT, "knowledge": "none"}, id="control", marks=slow),
-        pytest.param(None, {**READOUT, "interaction": "visual_prompts"}, id="visual-prompts", marks=slow),
-        pytest.param("siglip", aim_settings(block=1, enrich=True), id="siglip", marks=slow),
-        pytest.param("eva02", READOUT, id="eva02", marks=slow),
+        pytest.param(None, {**READOUT, "interaction_options": {"blocks": 0}}, id="readout-0"),
+        pytest.param(None, aim_settings(enrich=True), id="aim"),
+        pytest.param(None, aim_settings(interaction="cat"), id="cat"),
+        pytest.param(None, {**READOUT, "knowledge": "none"}, id="control"),
+        pytest.param(None, {**READOUT, "interaction": "visual_prompts"}, id="visual-prompts"),
+        pytest.param("siglip", aim_settings(block=1, enrich=True), id="siglip"),
+        pytest.param("eva02", READOUT, id="eva02"),
     ],
 )
-def test_graphs_give_the_scores_of_the_model(tower, settings, clip_folder, images, knowledge, tmp_path):
-    """For other numbers of images, captions, pairs and tokens than those of the export's examples."""
+def test_graphs_of_every_kind_give_the_scores_of_the_model(tower, settings, clip_folder, images, knowledge, tmp_path):
     model = native(clip_folder, **settings) if tower is None else make_timm_model(tower, True, **settings).eval()
-    graphs = Graphs(amp.export_onnx(model, tmp_path / "graphs"))
+    compare(model, amp.export_onnx(model, tmp_path / "graphs"), images, knowledge)
+
+
+def compare(model, folder, images, knowledge) -> None:
+    """For other numbers of images, captions, pairs and tokens than those of the export's examples."""
+    graphs = Graphs(folder)
     tokens, batch = model.tokenizer(TEXTS), model.prepare_knowledge(knowledge)
     for count, captions in ((4, 4), (1, 1), (3, 1), (1, 3), (2, 3)):
         with torch.no_grad():
@@ -123,22 +148,14 @@ def test_a_missing_package_is_named(clip_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.system
-def test_the_documented_example_ranks_like_the_reranker_without_torch(clip_folder, tmp_path, monkeypatch):
-    page = (ROOT / "docs/sharing.md").read_text()
-    export, score = (
-        re.findall(rf"^```python\n# {name}\.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
-        for name in ("export", "score")
-    )
-    monkeypatch.chdir(tmp_path)
-    amp.save_adapter("adapter.safetensors", native(clip_folder, **READOUT))
-    amp.save_pretrained("models/mine", "adapter.safetensors")
-    (tmp_path / "photos").mkdir()
+def test_the_documented_example_ranks_like_the_reranker_without_torch(documented, monkeypatch):
+    folder, names, score = documented
+    monkeypatch.chdir(folder)
+    (folder / "photos").mkdir()
     random = np.random.default_rng(0)
     for number in range(5):
         content = random.integers(0, 255, (4, 6, 3), np.uint8)
         Image.fromarray(content).resize((60, 40)).save(f"photos/{number}.jpg")
-    given: dict = {}
-    exec(compile(export, "export.py", "exec"), given)
     hidden = "import sys; sys.modules.update(dict.fromkeys(('torch', 'open_clip', 'amp')))\n"
     shown = subprocess.run(
         [sys.executable, "-c", f"{hidden}{score}\nprint(json.dumps(scores.tolist()))"],
@@ -147,8 +164,8 @@ def test_the_documented_example_ranks_like_the_reranker_without_torch(clip_folde
         check=True,
     ).stdout.splitlines()
     model, _, preprocess = amp.from_pretrained("models/mine")
-    photos = sorted(tmp_path.glob("photos/*.jpg"))
-    ranking = amp.Reranker(model, preprocess).rank(given["caption"], photos, knowledge=given["knowledge"])
+    photos = sorted(folder.glob("photos/*.jpg"))
+    ranking = amp.Reranker(model, preprocess).rank(names["caption"], photos, knowledge=names["knowledge"])
     expected = {found["corpus_id"]: found["score"] for found in ranking}
     scores = json.loads(shown[-1])
     assert scores == pytest.approx([expected[n] for n in range(5)], abs=1e-4)

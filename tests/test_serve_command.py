@@ -141,7 +141,7 @@ def test_load_with_few_clients(folder):
         [
             *(sys.executable, "-m", "benchmarks.serve", "--adapter", folder / "adapter.safetensors"),
             *("--index", folder / "index", "--photos", folder / "photos", "--out", out),
-            *("--clients", "5", "--seconds", "5", "--restart_seconds", "20"),
+            *("--clients", "5", "--seconds", "5", "--restart_seconds", "5"),
         ],
         cwd=ROOT,
         env=ENVIRONMENT,
