@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from amp.errors import AmpError
 from amp.model.towers import make_backbone
+from amp.model.towers.residual_block import residual_block
 
 VARIANTS = sorted(CLIP_VARIANTS)
 TEXTS = [
@@ -137,9 +138,22 @@ def test_last_block_for_the_class_token_equals_the_whole_block(variant, extra):
     assert short.shape == (4, 1 if only_class else 17 + extra, 32)
     assert_close(short, whole[:, : short.shape[1]], atol=1e-5, rtol=1e-5)
     assert_close(backbone.pool(short), backbone.pool(whole), atol=1e-5, rtol=1e-5)
-    assert_close(backbone._last_block(tokens), whole[:, :1], atol=1e-5, rtol=1e-5)
+    first = residual_block(backbone.visual.transformer.resblocks[2], tokens, queries=1)
+    assert_close(first, whole[:, :1], atol=1e-5, rtol=1e-5)
     for index in (0, 1):
         assert torch.equal(backbone.prompted_block(index, tokens), backbone.blocks(tokens, index, index + 1))
+
+
+def test_blocks_are_those_of_the_base_model_in_training():
+    """Also their gradients, with prompts behind the patches."""
+    clip = make_clip("layer_scale")
+    backbone, tokens = make_backbone(clip), torch.randn(4, 17 + 3, 32, requires_grad=True)
+    found, expected = backbone.blocks(tokens, 0, 2), tokens
+    for block in clip.visual.transformer.resblocks[:2]:
+        expected = block(expected)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(x.square().sum(), tokens)[0] for x in (found, expected)]
+    assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -197,7 +211,8 @@ def test_trimmed_text_equals_full_text(chosen, tokenizer):
         clip = make_clip().to(dtype)
         expected, lengths = clip.encode_text(ids), []
         assert 0.1 < expected.abs().max() < 10
-        clip.transformer.register_forward_hook(lambda _, args, out, seen=lengths: seen.append(args[0].shape[1]))
+        first = clip.transformer.resblocks[0].ln_1
+        first.register_forward_hook(lambda _, args, out, seen=lengths: seen.append(args[0].shape[1]))
         assert_close(make_backbone(clip).encode_text(ids), expected, atol=tolerance, rtol=0)
         assert lengths == [longest]
 

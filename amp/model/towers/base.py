@@ -15,6 +15,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
+    ResidualAttentionBlock,
     TextTransformer,
     VisionTransformer,
     text_global_pool,
@@ -22,6 +23,7 @@ from open_clip.transformer import (
 from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
+from amp.model.towers.residual_block import residual_block
 
 CHOOSE = "Choose another model, for example ViT-B-16, ViT-B-16-SigLIP or EVA02-B-16"
 
@@ -226,7 +228,10 @@ class Backbone(nn.Module, ABC):
         text, length = self._text, ids.shape[1]
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
-        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
+        mask = text.attn_mask[:length, :length]
+        for block in text.transformer.resblocks:
+            plain = type(block) is ResidualAttentionBlock
+            x = residual_block(block, x, mask.to(x.dtype)) if plain else block(x, attn_mask=mask)
         x = text_global_pool(text.ln_final(x), ids, text.text_pool_type, eos_token_id=text.text_eos_id)
         if text.text_projection is None:
             return x

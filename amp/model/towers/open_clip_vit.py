@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 
 from amp.errors import AmpError
 from amp.model.towers.base import Backbone
+from amp.model.towers.residual_block import residual_block
 
 
 class OpenClipBackbone(Backbone):
@@ -53,9 +53,16 @@ class OpenClipBackbone(Backbone):
         return self.visual._embeds(images.to(self.dtype))
 
     def blocks(self, tokens: torch.Tensor, start: int, stop: int, recompute: bool = False) -> torch.Tensor:
-        for block in self._layers[start:stop]:
-            tokens = self._run(block, tokens, recompute)
+        for index in range(start, stop):
+            tokens = self._run(self._block(index), tokens, recompute)
         return tokens
+
+    def _block(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The block, bit for bit as in the base model where it is evaluated."""
+        block = self._layers[index]
+        if torch.is_grad_enabled() and type(block) is ResidualAttentionBlock:
+            return partial(residual_block, block)
+        return block
 
     def prompted_block(
         self,
@@ -65,11 +72,13 @@ class OpenClipBackbone(Backbone):
         absent: torch.Tensor | None = None,
         all_tokens: bool = False,
     ) -> torch.Tensor:
-        block: Callable[[torch.Tensor], torch.Tensor] = self._layers[index]
-        if index == self.num_layers - 1 and self._reads_only_class_token and not all_tokens:
-            block = partial(self._last_block, absent=absent)
-        elif absent is not None:
-            block = partial(self._plain_block, block, absent=absent)
+        # If features come only from the class token, only that token needs to be a query of the last block and to pass
+        # through its MLP. This costs about a fifth of a block, which matters if few blocks run per pair.
+        only_class = index == self.num_layers - 1 and self._reads_only_class_token and not all_tokens
+        block = self._block(index)
+        if only_class or absent is not None:
+            present = None if absent is None else ~absent[:, None, None, :]
+            block = partial(residual_block, self._layers[index], mask=present, queries=1 if only_class else None)
         return self._run(block, tokens, recompute)
 
     @property
@@ -85,40 +94,6 @@ class OpenClipBackbone(Backbone):
     @property
     def masks_tokens(self) -> bool:
         return all(type(block) is ResidualAttentionBlock for block in self._layers)
-
-    def _last_block(self, tokens: torch.Tensor, absent: torch.Tensor | None = None) -> torch.Tensor:
-        """Computes the last block only for the class token, (B, T, d_v) -> (B, 1, d_v).
-
-        All tokens are keys and values, but only the class token is a query and passes through the MLP. This costs about
-        a fifth of a block, which matters if few blocks run per pair. The result equals that of the whole block, except
-        for rounding.
-        """
-        return self._plain_block(self._layers[-1], tokens, 1, absent)
-
-    @staticmethod
-    def _plain_block(
-        block: ResidualAttentionBlock,
-        tokens: torch.Tensor,
-        queries: int | None = None,
-        absent: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Computes a block for the first `queries` tokens, or for all, (B, T, d_v) -> (B, queries, d_v).
-
-        No token attends to `absent` ones, bool (B, T).
-        """
-        attention = block.attn
-        normed = block.ln_1(tokens)
-        # With fewer queries than keys, nn.MultiheadAttention copies its weights once per token on the CPU (a third of
-        # the time of a pair), so its projections are applied here.
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        width, heads = normed.shape[-1], attention.num_heads
-        query = F.linear(normed[:, :queries], weight[:width], bias[:width])
-        key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
-        query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        present = None if absent is None else ~absent[:, None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=present)
-        x = tokens[:, :queries] + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
 
     def pooled(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.visual._pool(tokens[:, : self.num_tokens])
