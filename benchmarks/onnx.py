@@ -88,7 +88,8 @@ def main(
     """
     torch.set_num_threads(1)
     model, _, preprocess = from_pretrained(adapter, base)
-    data = read(model, preprocess, ShardSplit(shards, "test"), images)
+    split = ShardSplit(shards, "test")
+    data = read(model, preprocess, split, first_images(split, images))
     with tempfile.TemporaryDirectory() as folder:
         variants = {"PyTorch": torch_graphs(model)}
         sizes: dict[str, dict[str, float]] = {}
@@ -123,13 +124,18 @@ def lines(found: dict) -> list[str]:
     )
 
 
-def read(model, preprocess, split: ShardSplit, images: int) -> Data:
-    """Reads a split, and tokenizes its captions and knowledge."""
-    config = model.config
+def first_images(split: ShardSplit, images: int) -> SplitCaptions:
+    """Returns the captions of the first images of a split; 0 means all."""
     captions = SplitCaptions.read(split, ("action", "attribute"))
-    if images:
-        kept = int((captions.image < images).sum())
-        captions = SplitCaptions(captions.texts[:kept], captions.knowledge[:kept], captions.image[:kept], images)
+    if not images:
+        return captions
+    kept = int((captions.image < images).sum())
+    return SplitCaptions(captions.texts[:kept], captions.knowledge[:kept], captions.image[:kept], images)
+
+
+def read(model, preprocess, split: ShardSplit, captions: SplitCaptions) -> Data:
+    """Reads the images of a split, and tokenizes captions and knowledge."""
+    config = model.config
     pixels = np.stack([preprocess(split.image(i)).numpy() for i in range(captions.images)])
     states = [text for item in captions.knowledge for text in tower_texts(item, config.max_triplets, config.knowledge)]
     texts = sorted(set(captions.texts + states), key=len)

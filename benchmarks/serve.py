@@ -140,6 +140,12 @@ class Server:
                 time.sleep(0.1)
         raise AmpError(f"amp serve doesn't answer after {seconds:g} s, expected an answer; see its output above")
 
+    def post(self, path: str, body: dict) -> dict:
+        """Sends a request. Returns the answer."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection.request("POST", path, json.dumps(body), JSON)
+        return json.loads(connection.getresponse().read())
+
     def memory(self) -> float:
         """Resident memory in MB."""
         return psutil.Process(self.process.pid).memory_info().rss / 1e6

@@ -31,6 +31,7 @@ from benchmarks import (
     rerankers,
     run,
     scaling,
+    scores,
     search,
     startup,
     step,
@@ -345,7 +346,8 @@ def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_p
     assert all(rate["median"] > 0 for variant in found.values() for rate in variant["per_second"].values())
     assert sum(found["ONNX, int8"]["MB"].values()) < 0.5 * sum(found["ONNX"]["MB"].values())
 
-    data = onnx.read(model.eval(), preprocess, ShardSplit(shards, "test"), 6)
+    split = ShardSplit(shards, "test")
+    data = onnx.read(model.eval(), preprocess, split, onnx.first_images(split, 6))
     pairs, texts = onnx.Pairs(onnx.torch_graphs(model), data), data.captions.texts
     with torch.no_grad():
         early = model(torch.from_numpy(data.pixels)).early
@@ -356,6 +358,19 @@ def test_onnx_graphs_and_pytorch_score_the_same_pairs(shards, clip_folder, tmp_p
     many = torch.arange(len(texts))
     expected = scorer(torch.full_like(many, 3), many).numpy()
     assert pairs(np.array([3]), many.numpy()) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_every_way_gives_the_same_scores(shards, clip_folder, tmp_path):
+    model, _, _ = create_model_and_transforms(clip_folder, None, prompt_config=PromptConfig(num_prompts=0))
+    with torch.no_grad():
+        model.interaction.readout.out.weight.normal_(std=0.1)
+    save_adapter(tmp_path / "adapter.safetensors", model)
+    scores.main(tmp_path / "adapter.safetensors", shards, 6, 3, tmp_path / "scores.json")
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["pairs"] == 18 and found["spread"] > 1e-3 and len(found["greatest_difference"]) == 8
+    for way, difference in found["greatest_difference"].items():
+        assert difference <= (0.1 if way == "ONNX, int8" else 1e-4), way
 
 
 def test_searches_are_timed(shards, clip_folder, tmp_path, capsys):
