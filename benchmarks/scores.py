@@ -3,8 +3,8 @@
     python -m benchmarks.scores --adapter runs/flickr8k/ours/stage2/adapter.safetensors --shards data/flickr8k \
         --out results/scores.json
 
-All ways use knowledge by rules. The pairs are those of the first images of the split `test` with the first caption of
-some of them.
+All ways use knowledge by rules. The pairs are all pairs of the first images of the split `test` and their first
+captions.
 """
 
 import base64
@@ -34,25 +34,22 @@ with exit_on_error():
     sentence_transformers = require("sentence_transformers", "this benchmark")
 
 
-def main(
-    adapter: Path, shards: Path, images: int = 12, captions: int = 5, out: Path = Path("runs/scores.json")
-) -> None:
-    """Scores all pairs of some images and captions in every way.
+def main(adapter: Path, shards: Path, images: int = 8, out: Path = Path("runs/scores.json")) -> None:
+    """Scores all pairs of some images and their captions in every way.
 
     Args:
         adapter: Adapter file with its base model.
         shards: Folder of shards with a split `test`.
         images: Number of images.
-        captions: Number of captions.
         out: File of the figures.
     """
     torch.set_num_threads(1)
     reranker, split = amp.Reranker.from_pretrained(adapter), ShardSplit(shards, "test")
-    texts = [split.captions(split.record(number), ("action", "attribute"))[0][0] for number in range(captions)]
-    chosen = SplitCaptions(texts, reranker.knowledge_of(texts), torch.arange(captions), images)
+    texts = [split.captions(split.record(number), ("action", "attribute"))[0][0] for number in range(images)]
+    chosen = SplitCaptions(texts, reranker.knowledge_of(texts), torch.arange(images), images)
     photos = [split.decoded(number, bytes) for number in range(images)]
     pairs = [(text, photo) for text in texts for photo in photos]
-    expected = reranker.predict(pairs).reshape(captions, images)
+    expected = reranker.predict(pairs).reshape(images, images)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         amp.save_pretrained(folder / "model", adapter)
@@ -62,7 +59,7 @@ def main(
             "rank, states in fp16": ranked(reranker, texts, reranker.pack(reranker.encode_images(photos), "fp16")),
             "rank, states in int8": ranked(reranker, texts, reranker.pack(reranker.encode_images(photos), "int8")),
             "amp evaluate": evaluated(reranker, split, chosen, folder / "texts"),
-            "CrossEncoder": cross_encoder.predict(pairs).reshape(captions, images),
+            "CrossEncoder": cross_encoder.predict(pairs).reshape(images, images),
             "POST /v1/rerank": served(adapter, texts, photos),
             **{name: exported(reranker, split, chosen, folder / name, name) for name in ("ONNX", "ONNX, int8")},
         }

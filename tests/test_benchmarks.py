@@ -366,11 +366,11 @@ def test_every_way_gives_the_same_scores(shards, clip_folder, tmp_path):
     with torch.no_grad():
         model.interaction.readout.out.weight.normal_(std=0.1)
     save_adapter(tmp_path / "adapter.safetensors", model)
-    scores.main(tmp_path / "adapter.safetensors", shards, 6, 3, tmp_path / "scores.json")
+    scores.main(tmp_path / "adapter.safetensors", shards, 4, tmp_path / "scores.json")
     found = json.loads((tmp_path / "scores.json").read_text())
-    assert found["pairs"] == 18 and found["spread"] > 1e-3 and len(found["greatest_difference"]) == 8
+    assert found["pairs"] == 16 and found["spread"] > 1e-3 and len(found["greatest_difference"]) == 8
     for way, difference in found["greatest_difference"].items():
-        assert difference <= (0.1 if way == "ONNX, int8" else 1e-4), way
+        assert difference <= {"ONNX, int8": 0.1, "rank, states in int8": 1e-3}.get(way, 1e-4), way
 
 
 def test_searches_are_timed(shards, clip_folder, tmp_path, capsys):
