@@ -1,6 +1,7 @@
 """The wrapped open_clip model: equal outputs when run in parts, unsupported towers, and the hash of the base model."""
 
 import copy
+import random
 
 import open_clip
 import pytest
@@ -199,26 +200,41 @@ def text_tower(text=None, **own):
 
 @pytest.mark.parametrize("chosen", [slice(0, 1), slice(0, 2), slice(0, 3), slice(0, 6)], ids=["empty", "2", "3", "all"])
 @torch.no_grad()
-def test_trimmed_text_equals_full_text(chosen, tokenizer):
-    """Padding only changes the rounding of sums: features differ by up to 1e-13 in fp64 and 4e-6 in fp32.
+def test_text_tree_equals_full_text(chosen, tokenizer):
+    """The order of sums changes their rounding: features differ by up to 1e-13 in fp64 and 4e-6 in fp32.
 
     Feature values are between 1 and 4, so 4e-6 is about ten units in the last place.
     """
     ids = tokenizer(TEXTS[chosen])
-    longest = int(ids.argmax(dim=1).max()) + 1
-    assert longest == {1: 2, 2: 4, 3: 20, 6: 77}[len(ids)]
+    ends = (ids.argmax(dim=1) + 1).tolist()
+    assert max(ends) == {1: 2, 2: 4, 3: 20, 6: 77}[len(ids)]
+    prefixes = {tuple(row[:stop]) for row, end in zip(ids.tolist(), ends, strict=True) for stop in range(1, end + 1)}
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 4e-6)):
         clip = make_clip().to(dtype)
-        expected, lengths = clip.encode_text(ids), []
+        expected, computed = clip.encode_text(ids), []
         assert 0.1 < expected.abs().max() < 10
         first = clip.transformer.resblocks[0].ln_1
-        first.register_forward_hook(lambda _, args, out, seen=lengths: seen.append(args[0].shape[1]))
+        first.register_forward_hook(lambda _, args, out, seen=computed: seen.append(args[0].shape[:2].numel()))
         assert_close(make_backbone(clip).encode_text(ids), expected, atol=tolerance, rtol=0)
-        assert lengths == [longest]
+        assert computed == [len(prefixes)]
+        assert_close(make_backbone(clip).encode_cut_text(ids[:, : max(ends)]), expected, atol=tolerance, rtol=0)
 
 
 @torch.no_grad()
-def test_trimmed_text_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
+def test_many_texts_are_split_into_small_trees(tokenizer):
+    """Repeated texts and texts in any order get their own features; a tree has at most 256 tokens."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(["dog", "man", "red", "ball"], k=number % 20)) for number in range(90)] * 2
+    clip, computed = make_clip(), []
+    clip.transformer.resblocks[0].ln_1.register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
+    found = make_backbone(clip).encode_text(tokenizer(texts))
+    assert len(computed) > 1 and max(computed) <= 256 and sum(computed[:-1]) > 128 * (len(computed) - 1)
+    expected = torch.cat([clip.encode_text(tokenizer([text])) for text in texts])
+    assert_close(found, expected, atol=4e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_text_tree_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
     ids = tokenizer(TEXTS)
     for clip in (
         text_tower({"proj_bias": True}),  # the projection is a Linear module
@@ -239,11 +255,11 @@ def test_towers_that_cannot_be_trimmed_run_whole(tokenizer):
 
 
 @torch.no_grad()
-def test_trimmed_text_of_the_real_small_clip(clip_small, tokenizer):
+def test_text_tree_of_the_real_small_clip(clip_small, tokenizer):
     clip = open_clip.create_model(clip_small).eval()
     ids = tokenizer(TEXTS)
-    whole, trimmed = clip.encode_text(ids), torch.cat([make_backbone(clip).encode_text(row[None]) for row in ids])
-    assert_close(trimmed, whole, atol=2e-6 * float(whole.abs().max()), rtol=0)
+    whole = clip.encode_text(ids)
+    assert_close(make_backbone(clip).encode_text(ids), whole, atol=2e-6 * float(whole.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("variant", ["native", "custom_text"])

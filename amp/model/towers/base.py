@@ -14,17 +14,14 @@ import torch.nn as nn
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import (
-    ResidualAttentionBlock,
-    TextTransformer,
-    VisionTransformer,
-    text_global_pool,
-)
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
 from amp.model.towers.residual_block import residual_block
+from amp.model.towers.text_tree import TextTree, split_texts
 
+TREE_NODES = 256  # measured: smaller trees share less, the attention of larger ones costs more
 CHOOSE = "Choose another model, for example ViT-B-16, ViT-B-16-SigLIP or EVA02-B-16"
 
 
@@ -207,16 +204,24 @@ class Backbone(nn.Module, ABC):
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (B, context_length) to features (B, d), not normalised. Like `clip.encode_text`, at lower cost.
 
-        If the tower is causal, padding is cut to the longest text of the batch. No token up to the end-of-text token,
-        where the feature is read, attends to padding, so the result is exact.
+        If the tower is causal, no token up to the end-of-text token, where the feature is read, attends to padding or
+        depends on later tokens. So on the CPU, only distinct prefixes are computed; on a GPU, which computes one large
+        batch faster than several small ones, padding is cut to the longest text. Both are exact.
         """
         if not self.cuts_padding:
             return self.clip.encode_text(ids)
-        text = self._text
-        at_end = ids if text.text_pool_type == "argmax" else (ids == text.text_eos_id).int()
-        ends = at_end.argmax(dim=-1)
-        length = int(ends.max()) + 1 if ids.device.type != "meta" else ids.shape[1]
-        return self.encode_cut_text(ids[:, :length])
+        if ids.device.type == "meta":
+            return self.encode_cut_text(ids)
+        ends = self._text_ends(ids)
+        ids = ids[:, : int(ends.max()) + 1]
+        if ids.device.type != "cpu":
+            return self.encode_cut_text(ids)
+        parts, features = list(split_texts(ids, ends, TREE_NODES)), []
+        for part in parts:
+            tree = TextTree.of(ids[part], ends[part])
+            mask = torch.zeros(tree.attends.shape).masked_fill(~tree.attends, -torch.inf)
+            features.append(self._project_text(self._text_tokens(tree.ids[None], tree.positions, mask)[0, tree.ends]))
+        return torch.cat(features)[torch.cat(parts).argsort()]
 
     @property
     def cuts_padding(self) -> bool:
@@ -225,17 +230,30 @@ class Backbone(nn.Module, ABC):
 
     def encode_cut_text(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) to features (B, d), with T at most the context length; needs `cuts_padding`."""
-        text, length = self._text, ids.shape[1]
+        length = ids.shape[1]
+        tokens = self._text_tokens(ids, slice(length), self._text.attn_mask[:length, :length])
+        return self._project_text(tokens[torch.arange(len(ids), device=ids.device), self._text_ends(ids)])
+
+    def _text_ends(self, ids: torch.Tensor) -> torch.Tensor:
+        """Position of each text's end-of-text token (B,); 0 if there is none, as in open_clip."""
+        is_eos = self._text.text_pool_type == "eos"
+        return ((ids == self._text.text_eos_id).int() if is_eos else ids).argmax(dim=-1)
+
+    def _text_tokens(self, ids: torch.Tensor, positions: torch.Tensor | slice, mask: torch.Tensor) -> torch.Tensor:
+        """Runs the text blocks on token ids (B, T) at `positions`, with a mask (T, T) that is added to the logits."""
+        text = self._text
         dtype = text.transformer.get_cast_dtype()
-        x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
-        mask = text.attn_mask[:length, :length]
+        x = text.token_embedding(ids).to(dtype) + text.positional_embedding[positions].to(dtype)
         for block in text.transformer.resblocks:
             plain = type(block) is ResidualAttentionBlock
             x = residual_block(block, x, mask.to(x.dtype)) if plain else block(x, attn_mask=mask)
-        x = text_global_pool(text.ln_final(x), ids, text.text_pool_type, eos_token_id=text.text_eos_id)
-        if text.text_projection is None:
-            return x
-        return text.text_projection(x) if isinstance(text.text_projection, nn.Linear) else x @ text.text_projection
+        return text.ln_final(x)
+
+    def _project_text(self, pooled: torch.Tensor) -> torch.Tensor:
+        projection = self._text.text_projection
+        if projection is None:
+            return pooled
+        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
 
     # -- identity ---------------------------------------------------------------------------------------------------
 
