@@ -139,7 +139,7 @@ def test_last_block_for_the_class_token_equals_the_whole_block(variant, extra):
     assert short.shape == (4, 1 if only_class else 17 + extra, 32)
     assert_close(short, whole[:, : short.shape[1]], atol=1e-5, rtol=1e-5)
     assert_close(backbone.pool(short), backbone.pool(whole), atol=1e-5, rtol=1e-5)
-    first = residual_block(backbone.visual.transformer.resblocks[2], tokens, queries=1)
+    first = residual_block(backbone.visual.transformer.resblocks[2], tokens, queries=slice(1))
     assert_close(first, whole[:, :1], atol=1e-5, rtol=1e-5)
     for index in (0, 1):
         assert torch.equal(backbone.prompted_block(index, tokens), backbone.blocks(tokens, index, index + 1))

@@ -127,7 +127,7 @@ def test_int8_graphs_are_smaller_and_close(clip_folder, images, tmp_path):
         assert (folder / f"{name}.onnx.data").stat().st_size < 0.6 * sum(weight.nbytes for weight in weights)
         close = graphs(name, inputs)[0]
         assert not torch.equal(exact, close)
-        assert torch.cosine_similarity(exact, close).min() > 0.98
+        assert torch.cosine_similarity(exact, close).min() > 0.995  # 0.97 where sums saturate
 
 
 def test_a_folder_is_not_replaced(clip_folder, tmp_path):

@@ -123,6 +123,7 @@ def write_graph(
                 path,
                 op_types_to_quantize=["MatMul", "Gemm", "Gather"],
                 per_channel=True,
+                reduce_range=True,  # 8 bits overflow on processors without VNNI instructions
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
             )

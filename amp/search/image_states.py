@@ -129,20 +129,20 @@ class StatePacker:
         packed, kind = np.stack(arrays), kinds[0]
         start, tensors = HEADER_BYTES, []
 
-        def take(shape: tuple[int, ...], dtype) -> np.ndarray:
+        def take(shape: tuple[int, ...], dtype) -> torch.Tensor:
             nonlocal start
             stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
             part = np.ascontiguousarray(packed[:, start:stop]).view(dtype).reshape(len(packed), *shape)
             start = stop
-            return part
+            return torch.from_numpy(part)
 
         for shape, dtype in self._tensors:
             if kind == "int8" and len(shape) > 1:
-                whole = take(shape, np.int8)
-                values = np.multiply(whole, take((*shape[:-1], 1), np.float16), dtype=np.float32)
+                values = take(shape, np.int8).float()
+                values *= take((*shape[:-1], 1), np.float16).float()
             else:
-                values = take(shape, np.float16).astype(np.float32)
-            tensors.append(torch.from_numpy(values).to(dtype))
+                values = take(shape, np.float16).float()
+            tensors.append(values.to(dtype))
         return ImageStates(tensors[0], tuple(tensors[1:]))
 
     def check(self, row: bytes | np.ndarray) -> StateType:

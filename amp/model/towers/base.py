@@ -220,7 +220,7 @@ class Backbone(nn.Module, ABC):
         for part in parts:
             tree = TextTree.of(ids[part], ends[part])
             mask = torch.zeros(tree.attends.shape).masked_fill(~tree.attends, -torch.inf)
-            features.append(self._project_text(self._text_tokens(tree.ids[None], tree.positions, mask)[0, tree.ends]))
+            features.append(self._project_text(self._text_tokens(tree.ids[None], tree.positions, mask, tree.ends)[0]))
         return torch.cat(features)[torch.cat(parts).argsort()]
 
     @property
@@ -232,21 +232,38 @@ class Backbone(nn.Module, ABC):
         """Token ids (B, T) to features (B, d), with T at most the context length; needs `cuts_padding`."""
         length = ids.shape[1]
         tokens = self._text_tokens(ids, slice(length), self._text.attn_mask[:length, :length])
-        return self._project_text(tokens[torch.arange(len(ids), device=ids.device), self._text_ends(ids)])
+        return self._project_text(tokens[torch.arange(ids.shape[0], device=ids.device), self._text_ends(ids)])
 
     def _text_ends(self, ids: torch.Tensor) -> torch.Tensor:
         """Position of each text's end-of-text token (B,); 0 if there is none, as in open_clip."""
         is_eos = self._text.text_pool_type == "eos"
         return ((ids == self._text.text_eos_id).int() if is_eos else ids).argmax(dim=-1)
 
-    def _text_tokens(self, ids: torch.Tensor, positions: torch.Tensor | slice, mask: torch.Tensor) -> torch.Tensor:
-        """Runs the text blocks on token ids (B, T) at `positions`, with a mask (T, T) that is added to the logits."""
+    def _text_tokens(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | slice,
+        mask: torch.Tensor,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs the text blocks, (B, T) -> (B, T, width), or (B, N, width) if only the tokens `read` (N,) are needed.
+
+        Args:
+            ids: Token ids.
+            positions: Their positions (T,).
+            mask: Added to the logits, (T, T).
+            read: Indices of tokens; None returns all.
+        """
         text = self._text
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding[positions].to(dtype)
         for block in text.transformer.resblocks:
-            plain = type(block) is ResidualAttentionBlock
-            x = residual_block(block, x, mask.to(x.dtype)) if plain else block(x, attn_mask=mask)
+            wanted = read if block is text.transformer.resblocks[-1] else None
+            if type(block) is ResidualAttentionBlock:
+                x = residual_block(block, x, (mask if wanted is None else mask[wanted]).to(x.dtype), wanted)
+            else:
+                x = block(x, attn_mask=mask)
+                x = x if wanted is None else x[:, wanted]
         return text.ln_final(x)
 
     def _project_text(self, pooled: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ class OpenClipBackbone(Backbone):
         block = self._block(index)
         if only_class or absent is not None:
             present = None if absent is None else ~absent[:, None, None, :]
-            block = partial(residual_block, self._layers[index], mask=present, queries=1 if only_class else None)
+            block = partial(residual_block, self._layers[index], mask=present, queries=slice(1) if only_class else None)
         return self._run(block, tokens, recompute)
 
     @property

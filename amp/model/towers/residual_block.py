@@ -9,9 +9,9 @@ def residual_block(
     block: ResidualAttentionBlock,
     tokens: torch.Tensor,
     mask: torch.Tensor | None = None,
-    queries: int | None = None,
+    queries: slice | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Computes a block for the first `queries` tokens, or for all, (B, T, width) -> (B, queries, width).
+    """Computes a block for the tokens `queries`, or for all, (B, T, width) -> (B, Q, width).
 
     `nn.MultiheadAttention` multiplies each position of the batch by the frozen weights in a product of its own. On the
     CPU, this takes up to five times as long as one product for all (measured: a ViT-B/16 block, forward and backward in
@@ -21,7 +21,7 @@ def residual_block(
         block: The block, with frozen weights.
         tokens: Its input.
         mask: As in `F.scaled_dot_product_attention`: bool, true for allowed pairs, or float, added to the logits.
-        queries: Number of tokens to compute; all of them are keys and values.
+        queries: Indices of Q tokens to compute; all T tokens are keys and values.
     """
     attention, normed = block.attn, block.ln_1(tokens)
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
@@ -29,9 +29,10 @@ def residual_block(
         projected = F.linear(normed, weight, bias).chunk(3, dim=-1)
     else:
         width = normed.shape[-1]
-        query = F.linear(normed[:, :queries], weight[:width], bias[:width])
+        query = F.linear(normed[:, queries], weight[:width], bias[:width])
         projected = query, *F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
     query, key, value = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    x = tokens[:, :queries] + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
+    read = tokens if queries is None else tokens[:, queries]
+    x = read + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
