@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from support.repository import run_here
+from support.repository import ROOT, run_here
 
 from amp.generation.grammar import COPULAS
 from amp.generation.score import GoldCaption, good_states, load_gold, score_triplets
@@ -63,6 +63,12 @@ def test_figures_by_hand():
     assert (action.hits, action.mistakes, action.misses) == (2, 1, 1)
     attribute = score_triplets(found, labels, kind="attribute")
     assert (attribute.hits, attribute.mistakes, attribute.misses) == (0, 1, 2)
+
+
+def test_exchanged_roles_are_counted():
+    found = [knowledge("a|ball|throws|man", "a|man|eats|ball", "a|runs|man|", "a|dog|sees|dog")]
+    score = score_triplets(found, [gold("a|man|throws|ball", "a|dog|sees|dog", optional=("a|ball|eats|man",))])
+    assert (score.hits, score.mistakes, score.misses, score.swapped) == (1, 3, 1, 1)
 
 
 def test_optional_labels_are_neither_hits_nor_mistakes():
@@ -129,8 +135,8 @@ def test_states(state, good):
 
 def test_labelled_captions():
     labels = load_gold()
-    assert len(labels) >= 100 and len({label.caption for label in labels}) == len(labels)
-    assert sum(len(label.triplets) for label in labels) >= 200
+    assert len(labels) >= 200 and len({label.caption for label in labels}) == len(labels)
+    assert sum(len(label.triplets) for label in labels) >= 400
     for label in labels:
         known = set(words_of(label.caption)) | set(COPULAS)
         for one in (*label.triplets, *label.optional):
@@ -158,6 +164,10 @@ def test_command_line(tmp_path, monkeypatch):
     assert process.returncode == 0 and "labelled:" in process.stdout, process.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())["all lenient"]
     assert scores["precision"] == 1.0 and 0 < scores["recall"] < 1
+    process = run("--knowledge", f"{ROOT}/results/gold_second_labels.yaml", "--out", "agreement.json")
+    agreement = json.loads((tmp_path / "agreement.json").read_text())
+    assert process.returncode == 0 and "states" not in process.stdout and "states" not in agreement, process.stderr
+    assert 0.9 < agreement["all exact"]["f1"] < agreement["all lenient"]["f1"] < 1
     (tmp_path / "part.jsonl").write_text("\n".join(lines[3:]) + "\n")
     process = run("--knowledge", "part.jsonl")
     assert process.returncode == 2 and "part.jsonl: no record for 3 of" in process.stderr

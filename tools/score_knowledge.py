@@ -5,6 +5,8 @@ Write the labelled captions to a captions file, generate their knowledge with an
     python tools/score_knowledge.py --write_captions gold.csv
     amp generate_knowledge --captions gold.csv --out runs/gold/rules
     python tools/score_knowledge.py --knowledge runs/gold/rules/knowledge.jsonl
+
+A second labeller's file gives the agreement of the two.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     from amp.terminal import PlainConsole
 
     parser = CommandLine(description=__doc__.partition("\n")[0])
-    parser.add_argument("--knowledge", type=str | None, help="knowledge.jsonl of the labelled captions")
+    parser.add_argument(
+        "--knowledge", type=str | None, help="knowledge.jsonl of the labelled captions, or a YAML file of other labels"
+    )
     parser.add_argument(
         "--write_captions", type=str | None, help="CSV file to write the labelled captions to, instead of scoring"
     )
@@ -74,8 +78,12 @@ def read_knowledge(path: Path, gold: list[GoldCaption]) -> list[Knowledge]:
         AmpError: A caption has no record.
     """
     by_caption = {}
-    for number, record in jsonl_objects(path):
-        by_caption[record.get("caption")] = parse_knowledge(record, f"{path} line {number}")
+    if path.suffix in (".yaml", ".yml"):
+        for label in load_gold(path):
+            by_caption[label.caption] = Knowledge(label.triplets, ("",) * len(label.triplets))
+    else:
+        for number, record in jsonl_objects(path):
+            by_caption[record.get("caption")] = parse_knowledge(record, f"{path} line {number}")
     missing = [label.caption for label in gold if label.caption not in by_caption]
     if missing:
         raise AmpError(
@@ -89,7 +97,9 @@ def show(found: list[Knowledge], gold: list[GoldCaption], console) -> dict:
     """Prints the table and returns its figures."""
     from rich.table import Table
 
-    table = Table("triplets", "match", "precision", "recall", "F1", "95 % of F1", "hits", "mistakes", "misses")
+    table = Table(
+        "triplets", "match", "precision", "recall", "F1", "95 % of F1", "hits", "mistakes", "swapped", "misses"
+    )
     figures: dict = {"captions": len(gold)}
     for kind in (None, "action", "attribute"):
         for level in ("lenient", "exact"):
@@ -100,20 +110,22 @@ def show(found: list[Knowledge], gold: list[GoldCaption], console) -> dict:
                 level,
                 *(f"{value:.3f}" for value in (score.precision, score.recall, score.f1)),
                 f"{low:.3f} - {high:.3f}",
-                *(str(count) for count in (score.hits, score.mistakes, score.misses)),
+                *(str(count) for count in (score.hits, score.mistakes, score.swapped, score.misses)),
             )
             figures[f"{kind or 'all'} {level}"] = {
                 "precision": score.precision,
                 "recall": score.recall,
                 "f1": score.f1,
                 "interval": score.interval,
+                "swapped": score.swapped,
             }
     console.print(table)
     states = [good for item, label in zip(found, gold, strict=True) for good in good_states(item, label.caption)]
-    figures["states"] = {"count": len(states), "good": sum(states)}
-    console.print(
-        f"{sum(states)} of {len(states)} states have a good form and are about their triplet (truth is not checked)"
-    )
+    if any(any(item.states) for item in found):
+        figures["states"] = {"count": len(states), "good": sum(states)}
+        console.print(
+            f"{sum(states)} of {len(states)} states have a good form and are about their triplet (truth is not checked)"
+        )
     return figures
 
 

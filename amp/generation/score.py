@@ -6,7 +6,7 @@ A format check can't replace this: a grammar makes every reply of a small model 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,12 +49,14 @@ class Score:
         hits: Number of predicted triplets that match a label.
         mistakes: Number of predicted triplets that match no label, not even an optional one.
         misses: Number of labels without a match.
+        swapped: Number of mistakes that would match with subject and object exchanged.
         interval: 95% interval of F1, by bootstrap over captions.
     """
 
     hits: int
     mistakes: int
     misses: int
+    swapped: int
     interval: tuple[float, float]
 
     @property
@@ -123,10 +125,9 @@ def score_triplets(
         ]
     )
     draw = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
-    samples = [_f1(*total) for total in counts[draw].sum(axis=1)]
+    samples = [_f1(*total[:3]) for total in counts[draw].sum(axis=1)]
     low, high = np.percentile(samples, (2.5, 97.5))
-    hits, mistakes, misses = counts.sum(axis=0).tolist()
-    return Score(hits, mistakes, misses, (float(low), float(high)))
+    return Score(*counts.sum(axis=0).tolist(), (float(low), float(high)))
 
 
 def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
@@ -145,8 +146,8 @@ def good_states(knowledge: Knowledge, caption: str) -> list[bool]:
     return results
 
 
-def _count(found: list[Triplet], label: GoldCaption, match: Callable, kind: str | None) -> tuple[int, int, int]:
-    """Returns (hits, mistakes, misses) of one caption."""
+def _count(found: list[Triplet], label: GoldCaption, match: Callable, kind: str | None) -> tuple[int, int, int, int]:
+    """Returns (hits, mistakes, misses, swapped) of one caption."""
     wanted = [t for t in label.triplets if kind in (None, t.kind)]
     options = [[place for place, other in enumerate(wanted) if match(triplet, other)] for triplet in found]
     taken: dict[int, int] = {}  # label -> triplet
@@ -165,10 +166,14 @@ def _count(found: list[Triplet], label: GoldCaption, match: Callable, kind: str 
     hit = set(taken.values())
     # A match with a label of another kind is no mistake. It counts in the score of that kind.
     excused = [*label.optional, *(t for t in label.triplets if kind not in (None, t.kind))]
-    mistakes = sum(
-        not any(match(triplet, other) for other in excused) for place, triplet in enumerate(found) if place not in hit
-    )
-    return len(hit), mistakes, len(wanted) - len(hit)
+    mistakes = [
+        triplet
+        for place, triplet in enumerate(found)
+        if place not in hit and not any(match(triplet, other) for other in excused)
+    ]
+    exchanged = [replace(t, subject=t.object, object=t.subject) for t in mistakes if t.object]
+    swapped = sum(any(match(triplet, other) for other in wanted) for triplet in exchanged)
+    return len(hit), len(mistakes), len(wanted) - len(hit), swapped
 
 
 def _exact(a: Triplet, b: Triplet) -> bool:

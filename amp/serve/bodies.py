@@ -70,10 +70,3 @@ class SearchBody(_Strict):
     top_k: int | None = Field(None, ge=0, le=DOCUMENTS)
     fusion_weight: float | None = Field(None, ge=-1e3, le=1e3, allow_inf_nan=False)
     knowledge: KnowledgeBody | None = None
-
-
-class AttentionBody(_Strict):
-    """Body of `/v1/attention`."""
-
-    photo: int = Field(ge=0)
-    knowledge: KnowledgeBody

@@ -96,30 +96,31 @@ class ShardCache:
     def find(self, shard: RemoteShard) -> Path | None:
         """The tar file of a shard, marked as in use; None if the shard isn't complete in the cache."""
         folder = self.folder / shard.key
-        if time.monotonic() - self._touched.get(shard.key, -TOUCH_SECONDS) >= TOUCH_SECONDS:
-            try:
-                os.utime(folder)
-            except OSError:
-                self._touched.pop(shard.key, None)
-                return None
-            self._touched[shard.key] = time.monotonic()
-        elif not folder.is_dir():
-            return None
-        return folder / shard.tar.name
+        return folder / shard.tar.name if self._mark_in_use(shard) and folder.is_dir() else None
 
     def read(self, shard: RemoteShard, file: Location, start: int, stop: int) -> bytes | None:
         """Part of a file of a shard; None if the shard isn't in the cache."""
-        tar = self.find(shard)
-        if tar is None:
+        if not self._mark_in_use(shard):
             return None
         try:
-            descriptor = os.open(tar.with_name(file.name), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # removed in between
+            descriptor = os.open(f"{self.folder}/{shard.key}/{file.name}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # removed since it was marked
             return None
         try:
             return os.pread(descriptor, stop - start, start)
         finally:
             os.close(descriptor)
+
+    def _mark_in_use(self, shard: RemoteShard) -> bool:
+        """Marks a shard once every `TOUCH_SECONDS`. Returns False if it was found missing."""
+        if time.monotonic() - self._touched.get(shard.key, -TOUCH_SECONDS) >= TOUCH_SECONDS:
+            try:
+                os.utime(self.folder / shard.key)
+            except OSError:
+                self._touched.pop(shard.key, None)
+                return False
+            self._touched[shard.key] = time.monotonic()
+        return True
 
     def fetch(self, shard: RemoteShard, wait: bool = True) -> bool:
         """Downloads a shard unless it is there.

@@ -36,6 +36,7 @@ class RemoteReader(ShardReader):
     def __init__(self, shard: RemoteShard, cache: ShardCache | None = None) -> None:
         self.path, self.shard, self.cache = shard.tar, shard, cache
         self._arguments = (shard, cache)
+        self._places = shard.tar, shard.tar if shard.records is None else records_of(shard.tar)  # photo, record
         self._files: list[int] = []
         self._keys: list[str] | None = None
         self._next_record = 0
@@ -94,7 +95,7 @@ class RemoteReader(ShardReader):
         if self.cache is None:
             return None
         offset, size = self._spans[index, which].tolist()
-        return self.cache.read(self.shard, self._file(which), offset, offset + size)
+        return self.cache.read(self.shard, self._places[which], offset, offset + size)
 
     def _range(self, index: int, which: int) -> bytes:
         """Bytes of a sample from the server."""
@@ -102,13 +103,10 @@ class RemoteReader(ShardReader):
         records = self.shard.records
         if which == 1 and records is not None:
             if self._records is None:
-                self._records = fetch.read_verified(records_of(self.shard.tar), records.bytes, records.sha256)
+                self._records = fetch.read_verified(self._places[1], records.bytes, records.sha256)
             return self._records[offset : offset + size]
         self._check()
         return fetch.read_range(self.shard.tar, offset, offset + size)
-
-    def _file(self, which: int) -> Any:
-        return records_of(self.shard.tar) if which == 1 and self.shard.records is not None else self.shard.tar
 
     def _check(self) -> None:
         """Checks now and then that the object is still the same."""

@@ -59,6 +59,7 @@ def _unpack(path: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # save_pretrained refuses models loaded from a GGUF file. save_model writes shared weights once.
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    model.config.__dict__.pop("quantization_config", None)  # the weights are unpacked; vLLM would refuse the folder
     model.config.architectures = [type(model).__name__]  # not in the GGUF file, but vLLM and others need it
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import os
 import re
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amp.errors import require
-from amp.files import sha256_of
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
+from amp.generation.engines.model_files import find_model
 from amp.generation.engines.rendering import chat_parts, plain_prefix
 from amp.generation.grammar import Grammar
 
@@ -81,7 +80,7 @@ class TransformersEngine:
             raise EngineError(f"transformers.batch_size is {batch_size}; expected at least 1; correct it")
         logging.disable_progress_bar()
         self._torch, self._batch_size = torch, batch_size
-        place, origin = _find(model, revision, gguf_folder)
+        place, origin = find_model(model, revision, gguf_folder)
         self._device = _device(torch, device)
         if dtype == "auto":
             dtype = "float32" if self._device.type == "cpu" else "bfloat16"
@@ -115,7 +114,7 @@ class TransformersEngine:
         commit = getattr(self.model.config, "_commit_hash", None)
         self._described: dict[str, Any] = {
             "engine": "transformers",
-            "model": Path(model).name if Path(model).exists() else model,
+            "model": Path(model).name if origin else model,
             "weights": origin or {"revision": commit or revision},
             "rendering": "chat" if self._chat else "plain",
             "dtype": dtype,
@@ -314,29 +313,6 @@ class TransformersEngine:
             if constrained == "auto":
                 return None
             raise
-
-
-def _find(model: str, revision: str | None, gguf_folder: str | None) -> tuple[str, dict[str, str] | None]:
-    """Returns (what transformers loads, file hashes that identify the weights). Hub models have None."""
-    path = Path(model).expanduser()
-    if path.suffix.lower() == ".gguf":
-        from amp.generation.engines.gguf_weights import unpack
-
-        folder, origin = unpack(path, Path(gguf_folder) if gguf_folder else None)
-        return str(folder), origin
-    if not path.is_dir():
-        if path.exists() or model.startswith(("/", ".", "~")):
-            raise EngineError(f"{model}: no such model folder; expected a folder or a .gguf file; check --model")
-        return model, None
-    if revision is not None:
-        raise EngineError(f"{model}: is a folder, which has no revision; remove --transformers.revision")
-    digest = hashlib.sha256()
-    weights = sorted((*path.glob("*.safetensors"), *path.glob("*.bin")))
-    for file in weights:
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    if not weights:
-        raise EngineError(f"{model}: contains no weights; expected *.safetensors or *.bin; check --model")
-    return str(path), {"sha256": digest.hexdigest()}
 
 
 def _device(torch, name: str):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from amp.errors import require
 from amp.generation.engines.base import Completion, EngineError, Message, Sampling
+from amp.generation.engines.model_files import find_model
 from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
@@ -17,7 +19,7 @@ class VLLMEngine:
     """A local or hub model in vLLM.
 
     Args:
-        model: Hub name or folder.
+        model: Hub name, folder, or .gguf file, which is unpacked first.
         revision: Revision of the model on the hub.
         rendering: chat uses the model's chat template; plain continues text.
         dtype: Precision, as named by vLLM; auto takes the precision of the model.
@@ -44,17 +46,18 @@ class VLLMEngine:
     ) -> None:
         vllm = require("vllm", "the vllm engine", "use --engine transformers")
         self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
+        place, origin = find_model(model, revision, None)
         self._described = {
             "engine": "vllm",
-            "model": model,
-            "revision": revision,
+            "model": Path(model).name if origin else model,
+            "weights": origin or {"revision": revision},
             "rendering": rendering,
             "dtype": dtype,
             "constrained": constrained,
         }
         try:
             self._llm = vllm.LLM(
-                model=model,
+                model=place,
                 revision=revision,
                 dtype=dtype,
                 tensor_parallel_size=tensor_parallel_size,
