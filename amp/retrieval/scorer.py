@@ -49,10 +49,17 @@ class PairScorer:
         self.model, self.knowledge, self._frozen_text = model, knowledge, text
         self.autocast, self.batch_size, self.device = autocast, batch_size, text.device
         self.text = text
+        self._prepared = torch.empty(0, dtype=torch.int64)
+        self._prompts: Prompts | None = None
         if getattr(model, "module", model).text_enrichment is not None:
+            rows = torch.arange(len(text))
             with torch.no_grad():
-                rows = torch.arange(len(text)).split(TEXT_ROWS)
-                self.text = torch.cat([model(None, self._captions_of(part)).captions.text for part in rows])
+                if len(text) <= batch_size and autocast is contextlib.nullcontext:  # one pass gives text and prompts
+                    encoded = model(None, self._captions_of(rows)).captions
+                    self.text, self._prepared, self._prompts = encoded.text, rows, encoded.prompts
+                else:
+                    parts = rows.split(TEXT_ROWS)
+                    self.text = torch.cat([model(None, self._captions_of(part)).captions.text for part in parts])
         self._early: Tensor | np.ndarray | Rows = torch.empty(0)
         self._encoded: tuple[Tensor, ...] | None = None
         if isinstance(images, tuple):
@@ -61,8 +68,6 @@ class PairScorer:
             self._early = images
             self._encoded = self._small_images()
         self._one_for_all = len(text) == 1 and getattr(model, "module", model).interaction.scores_all_pairs
-        self._prepared = torch.empty(0, dtype=torch.int64)
-        self._prompts: Prompts | None = None
 
     def captions_per_block(self) -> int:
         """Number of captions whose prompts fit into `PROMPT_BYTES`."""

@@ -47,7 +47,7 @@ class VLLMEngine:
         vllm = require("vllm", "the vllm engine", "use --engine transformers")
         self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
         place, origin = find_model(model, revision, None)
-        self._described = {
+        self._described: dict[str, Any] = {
             "engine": "vllm",
             "model": Path(model).name if origin else model,
             "weights": origin or {"revision": revision},

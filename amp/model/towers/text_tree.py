@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -52,10 +53,12 @@ def split_texts(ids: torch.Tensor, ends: torch.Tensor, nodes: int) -> Iterator[t
     """
     rows, lengths = ids.tolist(), (ends + 1).tolist()
     part: list[int] = []
-    used, previous = 0, ()
+    previous: list[int] = []
+    used = 0
     for text in sorted(range(len(rows)), key=rows.__getitem__):
         row = rows[text][: lengths[text]]
-        shared = next((i for i, (a, b) in enumerate(zip(row, previous)) if a != b), min(len(row), len(previous)))  # noqa: B905
+        equal = (a == b for a, b in zip(row, previous, strict=False))
+        shared = sum(takewhile(bool, equal))
         if part and used + len(row) - shared > nodes:
             yield torch.tensor(part)
             part, used, shared = [], 0, 0
