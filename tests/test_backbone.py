@@ -246,6 +246,15 @@ def test_text_tree_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
 
 
 @torch.no_grad()
+def test_a_text_without_an_end_token_shares_its_prefix():
+    """It is pooled at its first token, so its other tokens are computed only for the texts that continue it."""
+    clip = text_tower({"pool_type": "eos", "eos_id": 5})
+    ids = torch.zeros(2, 77, dtype=torch.long)
+    ids[0, :3], ids[1, :4] = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3, 5])
+    assert_close(make_backbone(clip).encode_text(ids), clip.encode_text(ids), atol=4e-6, rtol=1e-6)
+
+
+@torch.no_grad()
 def test_towers_that_cannot_be_trimmed_run_whole(tokenizer):
     """Without a causal mask tokens attend to the padding, and pooling at the last position needs all positions."""
     ids = tokenizer(TEXTS[:3])
