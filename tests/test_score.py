@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.repository import ROOT, run_here
 
+from amp.errors import AmpError
 from amp.generation.grammar import COPULAS
 from amp.generation.score import GoldCaption, good_states, load_gold, score_triplets
 from amp.generation.words import words_of
@@ -146,6 +147,23 @@ def test_labelled_captions():
         for level in ("lenient", "exact"):
             score = score_triplets([perfect], [label], level)
             assert (score.hits, score.mistakes, score.misses) == (len(label.triplets), 0, 0)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"- caption: a dog\n", "entry 0 is .*expected a list of entries with 'caption'"),
+        (b"caption: a dog\ntriplets: []\n", None),
+        (b"- a dog\n", "entry 0 is 'a dog'"),
+        (b"- {caption: a dog, triplets: [dog]}\n", "triplets of 'a dog'"),
+        (b"[", "can't be read as YAML"),
+        (b"\xff", "can't be read as YAML"),
+    ],
+)
+def test_labels_in_another_form_are_refused(content, said, tmp_path):
+    (tmp_path / "labels.yaml").write_bytes(content)
+    with pytest.raises(AmpError, match=said):
+        load_gold(tmp_path / "labels.yaml")
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def load_gold(path: Path = GOLD) -> list[GoldCaption]:
     """Reads the labelled captions.
 
     Raises:
-        AmpError: A line is not a triplet.
+        AmpError: The file can't be read, or has another form.
     """
 
     def triplets(lines: Sequence[str], caption: str) -> tuple[Triplet, ...]:
@@ -87,7 +87,17 @@ def load_gold(path: Path = GOLD) -> list[GoldCaption]:
             )
         return found
 
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AmpError(f"{path}: can't be read as YAML ({shorten(error)}); expected labels as in {GOLD}") from None
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
+        lists = (entry.get("triplets"), entry.get("optional", [])) if isinstance(entry, dict) else (None,)
+        if not all(isinstance(x, list) for x in lists) or not isinstance(entry.get("caption"), str):
+            raise AmpError(
+                f"{path}: entry {number} is {shorten(entry, 60)}, expected a list of entries with 'caption' (text), "
+                f"'triplets' (list) and perhaps 'optional' (list), as in {GOLD}; correct it"
+            )
     return [
         GoldCaption(
             entry["caption"],
