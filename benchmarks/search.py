@@ -66,7 +66,7 @@ def main(
     texts = random.Random(0).sample(captions.texts, queries)
     search = amp.Retriever(reranker, index)
     found: dict = {"threads": threads, "index": indexed(search, photos)}
-    found["bytes_per_state"] = {kind: reranker.packer.row_bytes(kind) for kind in ("int8", "fp16")}
+    found["bytes_per_state"] = {kind: reranker.packer.row_bytes[kind] for kind in ("int8", "fp16")}
     found["latency"] = {str(count): latency(search, texts, count) for count in CANDIDATES}
     found["decoding"] = decoding(reranker, index, texts[:20])
     found["large"] = repeated(reranker, index, large, texts)

@@ -234,6 +234,40 @@ def test_many_texts_are_split_into_small_trees(tokenizer):
 
 
 @torch.no_grad()
+def test_a_known_beginning_is_computed_once(tokenizer):
+    """Texts with and without it keep their features; new weights and an earlier call under autocast leave no trace."""
+    beginning, other = tokenizer(["a state of <", "a dog"])
+    texts = ["a state of <dog, runs> is fast", "a state of <dog, lies> is calm", "a dog runs", "a state of"]
+    ids, clip, computed = tokenizer(texts), make_clip(), []
+    clip.transformer.resblocks[0].mlp.register_forward_hook(lambda _, args, out: computed.append(args[0].shape[1]))
+    backbone = make_backbone(clip)
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone.encode_text(ids, beginning)
+    rows = [row[: row.index(49407) + 1] for row in ids.tolist()]
+    nodes = len({tuple(row[:stop]) for row in rows for stop in range(1, len(row) + 1)})
+    expected = clip.encode_text(ids)
+    for given, first in ((beginning, 0), (beginning, 0), (other, 3), (beginning, 5)):
+        computed.clear()
+        assert_close(backbone.encode_text(ids, given), expected, atol=4e-6, rtol=0)
+        assert computed == [first] * (first > 0) + [nodes - int(given.argmax())]
+    for change in (backbone.double, lambda: backbone.load_state_dict(make_backbone(make_clip(seed=1)).state_dict())):
+        change()
+        assert_close(backbone.encode_text(ids, beginning), clip.encode_text(ids), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["shorter", "different", "no end"])
+@torch.no_grad()
+def test_a_beginning_that_cannot_be_used_changes_nothing(case, tokenizer):
+    last = {"shorter": "a", "different": "a photo of a dog", "no end": "a state of < dog"}[case]
+    ids, backbone = tokenizer(["a dog", last]), make_backbone(make_clip())
+    beginning = tokenizer(["a state of <"])[0]
+    if case == "no end":
+        ids[0, :5], ids[0, 5:] = beginning[:5], 0
+    assert torch.equal(backbone.encode_text(ids, beginning), backbone.encode_text(ids))
+    assert backbone._beginning is None
+
+
+@torch.no_grad()
 def test_text_tree_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
     ids = tokenizer(TEXTS)
     for clip in (
@@ -242,7 +276,8 @@ def test_text_tree_reads_the_projection_and_the_pooling_of_the_tower(tokenizer):
         text_tower({"pool_type": "eos", "eos_id": 11}),  # not in any text, so the first token is pooled
         text_tower(quick_gelu=True),
     ):
-        assert_close(make_backbone(clip).encode_text(ids), clip.encode_text(ids), atol=4e-6, rtol=1e-6)
+        for beginning in (None, ids[2]):
+            assert_close(make_backbone(clip).encode_text(ids, beginning), clip.encode_text(ids), atol=4e-6, rtol=1e-6)
 
 
 @torch.no_grad()

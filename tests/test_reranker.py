@@ -189,7 +189,7 @@ def test_states_are_packed(clip_folder, reranker, photos):
     sizes = {"fp16": 2 * numbers, "int8": 2 * (numbers - tokens) + tokens + 2 * scales}
     for kind, size in sizes.items():
         rows = reranker.pack(states, kind)
-        assert {len(row) for row in rows} == {HEADER_BYTES + size} == {reranker.packer.row_bytes(kind)}
+        assert {len(row) for row in rows} == {HEADER_BYTES + size} == {reranker.packer.row_bytes[kind]}
         unpacked = reranker.unpack(rows)
         for part, seen in zip((states.base, *states.parts), (unpacked.base, *unpacked.parts), strict=True):
             step = part.abs().max() / 127 if kind == "int8" and part.ndim > 2 else part.abs().max() / 1024

@@ -17,6 +17,7 @@ FEW_WORDS = 25
 
 STATE_TEMPLATE = "Fine-grained state description of action triplet <{subject}, {action}, {object}> is {state}"
 """The template of the paper, sec. 3.3 "Action State Prompts"."""
+STATE_BEGINNING = STATE_TEMPLATE.partition("{")[0]
 TRIPLET_TEMPLATE = "A photo capturing a {subject} performing {action} in relation to {object}."
 """The hand-crafted template of the paper's Table 2. For an intransitive action, the object is empty."""
 

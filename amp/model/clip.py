@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from amp.errors import AmpError
 from amp.knowledge.schema import Knowledge
 from amp.knowledge.tensors import Captions, KnowledgeBatch, TripletTokenizer
-from amp.knowledge.text import tower_texts
+from amp.knowledge.text import STATE_BEGINNING, tower_texts
 from amp.model.config import PromptConfig
 from amp.model.interactions import make_interaction
 from amp.model.interactions.base import Prompts
@@ -169,7 +169,8 @@ class ActionAwareCLIP(nn.Module):
         read = [*texts, *(text for item in knowledge for text in tower_texts(item, k, self.config.knowledge))]
         features = states[:0, 0]
         if read:
-            encoded = self.backbone.encode_text(self.tokenizer(read).to(device))
+            beginning, *ids = self.tokenizer([STATE_BEGINNING, *read]).to(device)
+            encoded = self.backbone.encode_text(torch.stack(ids), beginning)
             features, states = encoded[: len(texts)], states.to(encoded.dtype)
             if len(read) > len(texts):
                 states[mask.to(device)] = encoded[len(texts) :]

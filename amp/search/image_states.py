@@ -1,6 +1,7 @@
 """What re-ranking needs of images: computed once per image, and packed to bytes that any database can keep."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -63,6 +64,7 @@ class StatePacker:
     Attributes:
         key: The model's key, 16 hexadecimal digits.
         image_size: Height and width of a preprocessed image.
+        row_bytes: Bytes of one packed image, by type.
     """
 
     def __init__(self, model: ActionAwareCLIP, transform: str):
@@ -78,13 +80,11 @@ class StatePacker:
             seen = model(torch.zeros(1, 3, *self.image_size, device=model.logit_scale.device))
             parts = model(seen.early).images
         self._tensors = [(tuple(x.shape[1:]), x.dtype) for x in (seen.base, *parts)]
-
-    def row_bytes(self, kind: StateType) -> int:
-        """Bytes of one packed image."""
-        values = [(int(np.prod(shape)), len(shape), shape[-1]) for shape, _ in self._tensors]
-        return HEADER_BYTES + sum(
-            count + 2 * count // last if kind == "int8" and axes > 1 else 2 * count for count, axes, last in values
-        )
+        self.row_bytes: dict[StateType, int] = {"fp16": HEADER_BYTES, "int8": HEADER_BYTES}
+        for shape, _ in self._tensors:
+            count = math.prod(shape)
+            self.row_bytes["fp16"] += 2 * count
+            self.row_bytes["int8"] += count + 2 * count // shape[-1] if len(shape) > 1 else 2 * count
 
     def pack(self, states: ImageStates, kind: StateType) -> np.ndarray:
         """Packs N images, uint8 (N, R).
@@ -131,7 +131,7 @@ class StatePacker:
 
         def take(shape: tuple[int, ...], dtype) -> torch.Tensor:
             nonlocal start
-            stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            stop = start + math.prod(shape) * np.dtype(dtype).itemsize
             part = np.ascontiguousarray(packed[:, start:stop]).view(dtype).reshape(len(packed), *shape)
             start = stop
             return torch.from_numpy(part)
@@ -160,8 +160,8 @@ class StatePacker:
                 f"an image state has the key {header[8:].hex()}, expected {self.key}: it was packed with another "
                 "adapter, base model or image transform; pack the images again with this model"
             )
-        if len(row) != self.row_bytes(kind):
-            raise UnreadableImageError(f"{len(row)} bytes, expected {self.row_bytes(kind)} of a packed image state")
+        if len(row) != self.row_bytes[kind]:
+            raise UnreadableImageError(f"{len(row)} bytes, expected {self.row_bytes[kind]} of a packed image state")
         return kind
 
 

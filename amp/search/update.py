@@ -216,7 +216,7 @@ def _states(
     if old is not None and old.states is not None and (old.states.key, old.states.kind) == (packer.key, kind):
         rows = {old.stamps[name].digest: row for name, row in old.state_rows.items()}
         return old.states, {digest: row for digest, row in rows.items() if digest}
-    return StateFile.create(folder, packer.key, kind, packer.row_bytes(kind)), {}
+    return StateFile.create(folder, packer.key, kind, packer.row_bytes[kind]), {}
 
 
 def _check_moved(folder: Path, old: PhotoIndex, walk: Walk) -> None:

@@ -18,7 +18,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Visio
 from torch.utils.checkpoint import checkpoint
 
 from amp.errors import AmpError
-from amp.model.towers.residual_block import residual_block
+from amp.model.towers.residual_block import KeysValues, keys_values, residual_block
 from amp.model.towers.text_tree import TextTree, split_texts
 
 TREE_NODES = 256  # measured: smaller trees share less, the attention of larger ones costs more
@@ -57,6 +57,7 @@ class Backbone(nn.Module, ABC):
     num_prefix: int
     embed_dim: int
     _known_hash: str | None = None  # see `remember_hash`
+    _beginning: tuple[torch.Tensor, list[KeysValues]] | None = None  # see `_known_tokens`
 
     def __init__(self, clip: CLIP | CustomTextCLIP):
         super().__init__()
@@ -201,12 +202,17 @@ class Backbone(nn.Module, ABC):
         """Vocabulary embedding of token ids, any shape (...) -> (..., d_t); WordEmb_CLIP of eq. 4."""
         return self._token_embedding(ids)
 
-    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, ids: torch.Tensor, beginning: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids (B, context_length) to features (B, d), not normalised. Like `clip.encode_text`, at lower cost.
 
         If the tower is causal, no token up to the end-of-text token, where the feature is read, attends to padding or
         depends on later tokens. So on the CPU, only distinct prefixes are computed; on a GPU, which computes one large
         batch faster than several small ones, padding is cut to the longest text. Both are exact.
+
+        Args:
+            ids: Token ids.
+            beginning: Token ids (context_length,) of a text with which texts of many calls start. On the CPU, its
+                tokens before the end-of-text token are computed only once.
         """
         if not self.cuts_padding:
             return self.clip.encode_text(ids)
@@ -218,10 +224,33 @@ class Backbone(nn.Module, ABC):
             return self.encode_cut_text(ids)
         parts, features = list(split_texts(ids, ends, TREE_NODES)), []
         for part in parts:
-            tree = TextTree.of(ids[part], ends[part])
+            known, past = self._known_tokens(ids[part], ends[part], beginning)
+            tree = TextTree.of(ids[part], ends[part], known)
             mask = torch.zeros(tree.attends.shape).masked_fill(~tree.attends, -torch.inf)
-            features.append(self._project_text(self._text_tokens(tree.ids[None], tree.positions, mask, tree.ends)[0]))
+            tokens = self._text_tokens(tree.ids[None], tree.positions, mask, tree.ends, past)
+            features.append(self._project_text(tokens[0]))
         return torch.cat(features)[torch.cat(parts).argsort()]
+
+    def _known_tokens(
+        self, ids: torch.Tensor, ends: torch.Tensor, beginning: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
+        """The tokens of `beginning` (P,) and each text block's keys and values of them, if some text starts with them;
+        otherwise none."""
+        blocks = self._text.transformer.resblocks
+        none: tuple[torch.Tensor, list[KeysValues]] = ids[0, :0], []
+        if beginning is None or any(type(block) is not ResidualAttentionBlock for block in blocks):
+            return none
+        length = int(self._text_ends(beginning[None]))
+        known = beginning[:length]
+        starts = (ids[:, :length] == known).all(dim=1) if length <= ids.shape[1] else ids.new_zeros(0)
+        if not starts.any() or torch.isin(ids[torch.arange(len(ids)), ends], known).any():  # a text may have no end
+            return none
+        if self._beginning is None or not torch.equal(self._beginning[0], known):
+            inputs: list[torch.Tensor] = []
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                self._text_tokens(known[None], slice(length), self._text.attn_mask[:length, :length], into=inputs)
+                self._beginning = known, [keys_values(*pair) for pair in zip(blocks, inputs, strict=True)]
+        return self._beginning
 
     @property
     def cuts_padding(self) -> bool:
@@ -245,22 +274,29 @@ class Backbone(nn.Module, ABC):
         positions: torch.Tensor | slice,
         mask: torch.Tensor,
         read: torch.Tensor | None = None,
+        past: Sequence[KeysValues] = (),
+        into: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs the text blocks, (B, T) -> (B, T, width), or (B, N, width) if only the tokens `read` (N,) are needed.
 
         Args:
             ids: Token ids.
             positions: Their positions (T,).
-            mask: Added to the logits, (T, T).
+            mask: Added to the logits, (T, P + T).
             read: Indices of tokens; None returns all.
+            past: Each block's keys and values of P tokens before these; empty for P = 0.
+            into: Receives each block's input.
         """
         text = self._text
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(ids).to(dtype) + text.positional_embedding[positions].to(dtype)
-        for block in text.transformer.resblocks:
-            wanted = read if block is text.transformer.resblocks[-1] else None
+        for index, block in enumerate(blocks := text.transformer.resblocks):
+            if into is not None:
+                into.append(x)
+            wanted = read if index == len(blocks) - 1 else None
             if type(block) is ResidualAttentionBlock:
-                x = residual_block(block, x, (mask if wanted is None else mask[wanted]).to(x.dtype), wanted)
+                rows = (mask if wanted is None else mask[wanted]).to(x.dtype)
+                x = residual_block(block, x, rows, wanted, past[index] if past else None)
             else:
                 x = block(x, attn_mask=mask)
                 x = x if wanted is None else x[:, wanted]
@@ -288,11 +324,11 @@ class Backbone(nn.Module, ABC):
         self._known_hash = known
 
     def _apply(self, *arguments, **options):
-        self._known_hash = None
+        self._known_hash = self._beginning = None
         return super()._apply(*arguments, **options)
 
     def _load_from_state_dict(self, *arguments, **options):
-        self._known_hash = None
+        self._known_hash = self._beginning = None
         return super()._load_from_state_dict(*arguments, **options)
 
 

@@ -4,12 +4,16 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""A block's keys and values of some tokens, split into heads, (B, H, T, width / H) each."""
+
 
 def residual_block(
     block: ResidualAttentionBlock,
     tokens: torch.Tensor,
     mask: torch.Tensor | None = None,
     queries: slice | torch.Tensor | None = None,
+    past: KeysValues | None = None,
 ) -> torch.Tensor:
     """Computes a block for the tokens `queries`, or for all, (B, T, width) -> (B, Q, width).
 
@@ -22,6 +26,7 @@ def residual_block(
         tokens: Its input.
         mask: As in `F.scaled_dot_product_attention`: bool, true for allowed pairs, or float, added to the logits.
         queries: Indices of Q tokens to compute; all T tokens are keys and values.
+        past: The block's `keys_values` of P tokens before these, which are attended to first.
     """
     attention, normed = block.attn, block.ln_1(tokens)
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
@@ -31,8 +36,21 @@ def residual_block(
         width = normed.shape[-1]
         query = F.linear(normed[:, queries], weight[:width], bias[:width])
         projected = query, *F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
-    query, key, value = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
+    query, key, value = (_heads(block, x) for x in projected)
+    if past is not None:
+        key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     read = tokens if queries is None else tokens[:, queries]
     x = read + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def keys_values(block: ResidualAttentionBlock, tokens: torch.Tensor) -> KeysValues:
+    """A block's keys and values of its input (B, T, width)."""
+    weight, bias, width = block.attn.in_proj_weight, block.attn.in_proj_bias, tokens.shape[-1]
+    key, value = F.linear(block.ln_1(tokens), weight[width:], bias[width:]).chunk(2, dim=-1)
+    return _heads(block, key), _heads(block, value)
+
+
+def _heads(block: ResidualAttentionBlock, x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)

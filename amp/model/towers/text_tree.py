@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
 class TextTree:
     """N distinct prefixes of B texts. A node is the last token of a prefix, and attends to its ancestors and itself.
 
+    P tokens that were computed before ("known") are no nodes, but texts that start with them attend to them.
+
     Attributes:
         ids: Token id of each node (N,).
         positions: Position of each node in its texts (N,).
-        attends: Whether a node (row) attends to another one (column), bool (N, N).
+        attends: Whether a node (row) attends to a known token or a node (column), bool (N, P + N).
         ends: Node of each text's end-of-text token (B,).
     """
 
@@ -24,8 +27,14 @@ class TextTree:
     ends: torch.Tensor
 
     @classmethod
-    def of(cls, ids: torch.Tensor, ends: torch.Tensor) -> "TextTree":
-        """The tree of token ids (B, T), which end at the positions `ends` (B,)."""
+    def of(cls, ids: torch.Tensor, ends: torch.Tensor, known: torch.Tensor) -> "TextTree":
+        """The tree of token ids (B, T), which end at the positions `ends` (B,), after the `known` tokens (P,).
+
+        No text may end at a known token.
+        """
+        skipped = len(known)
+        ids = torch.cat([F.pad(known, (0, ids.shape[1] - skipped))[None], ids])
+        ends = torch.cat([ends.new_tensor([skipped - 1]), ends])
         texts, places = torch.arange(len(ids)), torch.arange(ids.shape[1])
         inside = places <= ends[:, None]
         same_prefix = (ids[:, None] == ids).cummin(dim=2).values & inside
@@ -38,7 +47,8 @@ class TextTree:
         earlier = torch.ones(len(places), len(places), dtype=torch.bool).tril()
         for path, end in zip(node, (ends + 1).tolist(), strict=True):
             attends[path[:end, None], path[:end]] |= earlier[:end, :end]
-        return cls(ids[new], places.expand_as(ids)[new], attends, node[texts, ends])
+        nodes, positions = ids[new], places.expand_as(ids)[new]
+        return cls(nodes[skipped:], positions[skipped:], attends[skipped:], node[texts, ends][1:] - skipped)
 
 
 def split_texts(ids: torch.Tensor, ends: torch.Tensor, nodes: int) -> Iterator[torch.Tensor]:
