@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.language_models import tiny_language_model
 from support.repository import ROOT
+from support.scripted_model import scripted_model
 from torch import nn
 
 from amp.errors import AmpError
@@ -22,6 +23,7 @@ from amp.model.factory import create_model_and_transforms
 from amp.train.stages import set_trainable
 from benchmarks import (
     conversion,
+    engines,
     evaluation,
     generation,
     memory,
@@ -384,6 +386,26 @@ def test_searches_are_timed(shards, clip_folder, tmp_path, capsys):
     assert found["large"]["photos"] == 50 > count
     assert all(x["p95_ms"] >= x["median_ms"] > 0 for x in (*found["latency"].values(), found["large"]["latency"]))
     assert found["recall"]["exact"] == found["recall"]["fp16"] and 0 < found["recall"]["int8"]["t2i"]["10"] <= 100
+
+
+def test_engines_are_timed_and_compared(tmp_path):
+    pytest.importorskip("openai", reason='needs openai: pip install "open-clip-amp[generate]"')
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    with scripted_model() as model:
+        model.delay = 0.1
+        options = {"base_url": model.url, "concurrency": 1}
+        engines.main("openai", "scripted", options, limit=4, out=first)
+        changed = json.loads(first.read_text())
+        changed["replies"]["triplets"]["2"] = "none"
+        first.write_text(json.dumps(changed))
+        engines.main("openai", "scripted", options, limit=4, against=first, out=second)
+    found = json.loads(second.read_text())
+    assert (found["triplets"]["same_replies"], found["states"]["same_replies"]) == (3, 4)
+    for stage in ("triplets", "states"):
+        assert found[stage]["captions"] == 4 and 0.4 <= found[stage]["seconds"] < 3
+        assert (found[stage]["tokens_per_caption"], found[stage]["prompt_tokens_per_caption"]) == (7, 9)
+    with pytest.raises(AmpError, match="engine is 'rules', which is no language model"):
+        engines.main("rules", "")
 
 
 def test_rerankers_are_timed(clip_folder, tmp_path, monkeypatch, capsys):
