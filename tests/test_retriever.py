@@ -14,6 +14,7 @@ from PIL import Image
 from support.drawn_data import draw
 from support.equations.search import search_photos
 from support.evaluation import make_far_model
+from support.scripted_model import scripted_model
 
 import amp
 from amp.commands import search as command
@@ -507,6 +508,22 @@ def test_the_command_finds_with_rules_and_draws(clip_folder, photos, tmp_path, c
     command.main(["--index", str(tmp_path / "index"), "--model", clip_folder, "--count", "3", QUERY])
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) >= 3 and lines[0].split()[:1] == ["1"]
+
+
+def test_rules_answer_a_search_if_the_language_model_is_slow(clip_folder, photos, tmp_path, capsys):
+    for package in ("spacy", "openai"):
+        pytest.importorskip(package, reason=f'needs {package}: pip install "open-clip-amp[generate]"')
+    model, _ = make_far_model(clip_folder)
+    save_adapter(tmp_path / "adapter.safetensors", model)
+    options = ["--index", str(tmp_path / "index"), "--adapter", str(tmp_path / "adapter.safetensors"), "--workers", "0"]
+    options += ["--photos", str(photos), "--knowledge", "openai", "--knowledge_timeout", "0.2"]
+    with scripted_model() as language_model:
+        language_model.delay = 1.0
+        options += ["--engine_options", f"{{model: scripted, base_url: {language_model.url}}}"]
+        command.main([*options, "A dog chases a red ball"])
+    told = capsys.readouterr()
+    assert "<dog, chases, ball>" in told.out
+    assert "rules answer in place of the model: no answer within 0.2 s" in told.err
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
