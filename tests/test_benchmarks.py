@@ -17,11 +17,15 @@ from support.scripted_model import scripted_model
 from torch import nn
 
 from amp.errors import AmpError
+from amp.generation.replies import parse_triplet_lines
+from amp.generation.score import GoldCaption
+from amp.knowledge.schema import Knowledge
 from amp.model.adapter import save_adapter
 from amp.model.config import PromptConfig
 from amp.model.factory import create_model_and_transforms
 from amp.train.stages import set_trainable
 from benchmarks import (
+    combinations,
     conversion,
     engines,
     evaluation,
@@ -406,6 +410,28 @@ def test_engines_are_timed_and_compared(tmp_path):
         assert (found[stage]["tokens_per_caption"], found[stage]["prompt_tokens_per_caption"]) == (7, 9)
     with pytest.raises(AmpError, match="engine is 'rules', which is no language model"):
         engines.main("rules", "")
+
+
+def test_combinations_by_hand(tmp_path, monkeypatch, capsys):
+    """One caption, three labels. The rules find one and a wrong one; the model finds another and a wrong attribute."""
+    lines = {
+        "rules": ["action: dog | jumps | -", "action: dog | sits | -"],
+        "model": ["action: dog | jumped | -", "action: dog | chases | ball", "attribute: ball | is | green"],
+        "gold": ["action: dog | jumps | -", "action: dog | chases | ball", "attribute: ball | is | red"],
+    }
+    found = {name: parse_triplet_lines(own) for name, own in lines.items()}
+    for name in ("rules", "model"):
+        knowledge = Knowledge(tuple(found[name]), ("It is so",) * len(found[name])).to_dict()
+        (tmp_path / name).write_text(json.dumps({"caption": "c", **knowledge}) + "\n")
+    monkeypatch.setattr(combinations, "load_gold", lambda: [GoldCaption("c", tuple(found["gold"]), ())])
+    combinations.main(tmp_path / "rules", tmp_path / "model")
+    printed = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    counts = [(1, 2), (2, 3), (2, 4), (2, 3), (2, 3), (1, 2), (1, 2), (1, 1)]  # hits, found
+    expected = [(hits / found, hits / 3, 2 * hits / (found + 3)) for hits, found in counts]
+    assert printed == [[f"{value:.3f}" for value in row] for row in expected]
+    monkeypatch.setattr(combinations, "load_gold", lambda: [])
+    with pytest.raises(AmpError, match="share no labelled caption"):
+        combinations.main(tmp_path / "rules", tmp_path / "model")
 
 
 def test_rerankers_are_timed(clip_folder, tmp_path, monkeypatch, capsys):

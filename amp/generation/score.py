@@ -193,12 +193,13 @@ def _exact(a: Triplet, b: Triplet) -> bool:
     )
 
 
-def _lenient(a: Triplet, b: Triplet) -> bool:
+def matches(a: Triplet, b: Triplet) -> bool:
+    """Whether two triplets match at the level `lenient`."""
     heads = _head(a.subject) == _head(b.subject) and _head(a.object) == _head(b.object)
-    return heads and _verb(a.action) == _verb(b.action)
+    return heads and verb(a.action) == verb(b.action)
 
 
-_MATCHES = {"exact": _exact, "lenient": _lenient}
+_MATCHES = {"exact": _exact, "lenient": matches}
 
 
 def _normal(slot: str) -> list[str]:
@@ -209,7 +210,8 @@ def _head(slot: str) -> str:
     return stem(slot.lower().split()[-1]) if slot else ""
 
 
-def _verb(action: str) -> str:
+def verb(action: str) -> str:
+    """The stem of an action's first word, the same for all copulas."""
     first = action.lower().split()[0]
     return "be" if first in _COPULAS else stem(first)
 
