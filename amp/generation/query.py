@@ -91,16 +91,19 @@ class KnowledgeGenerator:
         return self._ask(replace(self._ladder, engine=None), captions)
 
     def _start(self, captions: Sequence[str]) -> Future[list[Knowledge]]:
-        """Asks the model in a thread, which releases `_busy` at its end."""
+        """Asks the model in a thread, which releases `_busy`."""
         answer: Future[list[Knowledge]] = Future()
 
         def ask() -> None:
+            # Released first: whoever gets the answer may ask again at once.
             try:
-                answer.set_result(self._ask(self._ladder, captions))
+                found = self._ask(self._ladder, captions)
             except BaseException as error:
-                answer.set_exception(error)
-            finally:
                 self._busy.release()
+                answer.set_exception(error)
+            else:
+                self._busy.release()
+                answer.set_result(found)
 
         # A daemon, so that a command can end while the model still writes.
         threading.Thread(target=ask, daemon=True, name="knowledge").start()
