@@ -19,7 +19,7 @@ from amp.imports import left_out, loading
 LOG_SECONDS = 10.0  # between two log lines of a phase
 _NO_LIMIT = 10_000  # width of a file, which has no edge
 _LEAST_CELL = 5  # minimum width of a cell with its border and padding
-_REPORT_SECONDS = 0.1  # reports that follow faster are ignored, so that the rate isn't that of an instant
+_FIRST_SECONDS = 0.1  # reports that follow the first one this fast belong to it: they come from one batch
 
 
 class PlainConsole(Console):
@@ -131,9 +131,8 @@ def load_open_clip(transformers: bool = True) -> None:
 class Progress:
     """Progress of a phase: a bar on a terminal, otherwise a line every `LOG_SECONDS`.
 
-    A line contains the name, the done and total counts, the rate and the time left. The time left comes from the rate
-    of the latest reports, never from the first one, which includes loading. A thread writes the lines, so they continue
-    during a single long step.
+    A line contains the name, the done and total counts, the rate and the time left. The rate is that since the first
+    report, which includes loading. A thread writes the lines, so they continue during a single long step.
 
     Args:
         console: Console that shows the progress.
@@ -144,11 +143,12 @@ class Progress:
         self._console, self._keep, self._logs = console, keep, not console.is_interactive
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), _State())
         hidden = self._logs or console.quiet or bool(console.phases)  # rich 13 supports only one bar at a time
-        # rich computes the rate over this period, and a single item may take hours.
-        self._bar = Bar(*columns, console=console, transient=True, disable=hidden, speed_estimate_period=1e9)
-        self._id = self._bar.add_task(printable(what), total=None, unit=unit, note="")
+        self._bar = Bar(*columns, console=console, transient=True, disable=hidden)
+        self._id = self._bar.add_task(printable(what), total=None, unit=unit, note="", rate=None)
         self._task = self._bar.tasks[0]
-        self._reported = self._logged = time.monotonic()
+        self._first: float | None = None  # time of the first report
+        self._base = (0.0, 0)  # time and done items from which the rate is computed
+        self._logged = time.monotonic()
         self._said_any = self._said_all = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._log_now_and_then, daemon=True)
@@ -156,7 +156,7 @@ class Progress:
     @property
     def rate(self) -> float | None:
         """Items per second; None before the second report."""
-        return self._task.finished_speed or self._task.speed
+        return self._task.fields["rate"]
 
     def __enter__(self) -> "Progress":
         self._console.phases.append(self)
@@ -173,15 +173,17 @@ class Progress:
             total: Items of the phase.
             note: Text after the counts, kept until another one is given.
         """
-        now = time.monotonic()
-        goes_on = self._task.total == total and self._task.completed < done < total and note is None
-        if goes_on and now - self._reported < _REPORT_SECONDS:
-            return
+        now = self._bar.get_time()
         if done < self._task.completed:  # the next part of the phase begins
             self._bar.reset(self._id)
-        self._reported = now
+            self._first = None
+        self._first = now if self._first is None else self._first
+        if now - self._first < _FIRST_SECONDS:
+            self._base = (now, done)
+        begin, before = self._base
+        rate = (done - before) / (now - begin) if done > before else None
         said = self._task.fields["note"] if note is None else note
-        self._bar.update(self._id, completed=done, total=total, note=said)
+        self._bar.update(self._id, completed=done, total=total, note=said, rate=rate)
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._end.set()
@@ -221,16 +223,16 @@ def state_of(task: Task) -> str:
     parts = []
     if task.total is not None:
         parts.append(f"{task.completed:,.0f} of {task.total:,.0f} {unit}".rstrip())
-    speed = task.finished_speed or task.speed
-    if speed:
-        often = f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.1f}/s"
-        parts.append(often if speed >= 1 else f"{1 / speed:.1f} s each")
+    rate = task.fields["rate"]
+    if rate:
+        often = f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.1f}/s"
+        parts.append(often if rate >= 1 else f"{1 / rate:.1f} s each")
     if task.finished or task.stop_time is not None:
         parts.append(f"took {duration(task.elapsed or 0)}")
-    elif task.time_remaining is None:
+    elif task.remaining is None or not rate:
         parts.append(f"{duration(task.elapsed or 0)} so far")
     else:
-        parts.append(f"{duration(task.time_remaining)} left")
+        parts.append(f"{duration(task.remaining / rate)} left")
     if task.fields["note"]:
         parts.append(task.fields["note"])
     return ", ".join(parts)

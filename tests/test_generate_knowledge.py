@@ -352,6 +352,23 @@ def test_processes_of_a_launcher_divide_the_captions(whole, tmp_path, model):
     assert (tmp_path / "out" / "knowledge.jsonl").read_bytes() == (reference / "knowledge.jsonl").read_bytes()
 
 
+def test_triplets_by_rules_with_states_by_a_model(tmp_path, model):
+    """The model is asked only for states, and the rules' triplets are no fallback."""
+    pytest.importorskip("spacy")
+    captions = tmp_path / "captions.csv"
+    captions.write_text("image,caption\na.jpg,A brown dog jumps over a fence .\n")
+    model.asked.clear()
+    options = ["--triplets", "rules", "--fallback", "rules", "--max_fallback", "0"]
+    process = run(captions, tmp_path / "out", model, *options)
+    assert process.returncode == 0, process.stderr
+    (record,) = read(tmp_path / "out")
+    assert {source["triplet"] for source in record["sources"]} == {"rules"}
+    assert "rules" not in {source["state"] for source in record["sources"]} and record["triplets"]
+    assert all("jumps" in prompt and "1. " in prompt for prompt in map(str, model.asked)), model.asked
+    process = run(captions, tmp_path / "other", model, "--triplets", "rules")  # with --fallback none
+    assert process.returncode == 2 and "expected fallback rules" in process.stderr
+
+
 def test_captions_in_other_languages_are_no_warning_to_a_model(tmp_path, model):
     """Only rules need English captions, so a language model gets no warning."""
     captions = tmp_path / "captions.csv"

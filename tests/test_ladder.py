@@ -126,6 +126,16 @@ def test_only_missing_states_are_asked_again():
     assert asked[2].suffix.endswith("1. attribute: girl | is | stairs") and "climbs |" not in asked[2].suffix
 
 
+@pytest.mark.parametrize("answers, state", [([RULES, STATE], "strict"), ([RULES, "", "", ""], "rules")])
+def test_triplets_by_rules_and_states_by_the_model(answers, state):
+    made = ladder(rule_triplets=True)
+    outcome, asked = walk(made, CAPTION, answers)
+    assert sources(outcome) == [("rules", state)] and asked[0].stage == "rules"
+    assert made.fell_back(outcome) == (state == "rules")
+    assert made.describe() != ladder().describe()
+    assert ladder().fell_back(outcome) and not ladder(engine=None).fell_back(outcome)
+
+
 def test_rules_alone_ask_no_model():
     outcome, asked = walk(ladder(engine=None), CAPTION, [RULES])
     assert [request.stage for request in asked] == ["rules"]

@@ -192,3 +192,13 @@ def test_command_line(tmp_path, monkeypatch):
     process = run("--knowledge", "part.jsonl", "--out", "gold.csv/scores.json")  # reported before the file is read
     assert process.returncode == 2 and "scores.json: can't be written" in process.stderr
     assert run().returncode == 2
+
+
+def test_own_labels(tmp_path):
+    labels = "- {caption: A dog runs ., triplets: ['action: dog | runs | -']}\n"
+    (tmp_path / "own.yaml").write_text(labels)
+    run = partial(run_here, "tools/score_knowledge.py", "--labels", str(tmp_path / "own.yaml"))
+    assert run("--write_captions", str(tmp_path / "own.csv")).returncode == 0
+    assert (tmp_path / "own.csv").read_text().splitlines()[1:] == ["gold-000.jpg,A dog runs .,test"]
+    process = run("--knowledge", str(tmp_path / "own.yaml"))
+    assert process.returncode == 0 and "1.000" in process.stdout, process.stderr

@@ -98,6 +98,20 @@ def test_a_rate_below_one_a_second_is_told_as_seconds_each_also_over_hours(log):
     assert module.state_of(progress._task) == "3 of 12 runs, 1800.0 s each, 4 h 30 min left"
 
 
+def test_batches_give_the_rate_of_their_replies(log):
+    """32 replies arrive within 6 ms every 16 s, which makes two per second."""
+    clock = Clock()
+    progress = log.progress("triplets (Q1)", "captions")
+    progress._bar.get_time = progress._task._get_time = clock
+    progress._task.start_time = clock.now
+    for batch, said in enumerate(("32 of 96 captions, 16 s so far", "64 of 96 captions, 2.0/s, 16 s left")):
+        clock.now += 16
+        for done in range(1, 33):
+            clock.now += 0.0002
+            progress(32 * batch + done, 96, "")
+        assert module.state_of(progress._task) == said
+
+
 def test_a_second_part_begins_its_own_rate(log):
     clock = Clock()
     progress = log.progress("re-ranking", "pairs")
@@ -118,7 +132,7 @@ def test_of_nested_phases_the_inner_one_speaks(log, monkeypatch):
 
 
 def test_training_lines_keep_loss_and_rate(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(module, "_FIRST_SECONDS", 0.001)
     with Terminal(True).training(2, 4, 8) as show:
         for step in range(1, 5):
             time.sleep(0.01)

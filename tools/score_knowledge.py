@@ -6,7 +6,7 @@ Write the labelled captions to a captions file, generate their knowledge with an
     amp generate_knowledge --captions gold.csv --out runs/gold/rules
     python tools/score_knowledge.py --knowledge runs/gold/rules/knowledge.jsonl
 
-A second labeller's file gives the agreement of the two.
+A second labeller's file gives the agreement of the two. Prompts are chosen on `--labels benchmarks/development.yaml`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--knowledge", type=str | None, help="knowledge.jsonl of the labelled captions, or a YAML file of other labels"
     )
     parser.add_argument(
+        "--labels", type=str | None, help="YAML file of labelled captions; null takes the 213 captions of this project"
+    )
+    parser.add_argument(
         "--write_captions", type=str | None, help="CSV file to write the labelled captions to, instead of scoring"
     )
     parser.add_argument(
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str | None, help="JSON file for the figures; null writes none")
     options = parser.parse_args(arguments)
     console = PlainConsole(soft_wrap=True, highlight=False)
-    gold = load_gold()
+    gold = load_gold(Path(options.labels)) if options.labels else load_gold()
     if (options.knowledge is None) == (options.write_captions is None):
         raise AmpError("expected either --knowledge or --write_captions; give one of them")
     if options.write_captions is not None:

@@ -34,7 +34,7 @@ def ask_all(
         for caption in waiting:
             step = ladder.resolve(caption, replies.get)
             if isinstance(step, Outcome):
-                counts.resolved(step)
+                counts.resolved(step, ladder.fell_back(step))
             elif step.key not in lost:
                 requests.setdefault((step.stage, step.attempt), {})[step.key] = step
                 still.append(caption)

@@ -90,6 +90,7 @@ class Ladder:
         retries: Maximum number of further requests if a reply can't be used.
         temperature: Temperature of the retries; the first request is greedy.
         seed: Random seed of the retries.
+        rule_triplets: Whether the rules write the triplets and the model only their states.
     """
 
     engine: dict[str, Any] | None
@@ -98,6 +99,7 @@ class Ladder:
     retries: int = 2
     temperature: float = 0.7
     seed: int = 0
+    rule_triplets: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Everything that determines an outcome in addition to the caption and the replies."""
@@ -110,7 +112,13 @@ class Ladder:
             "retries": self.retries,
             "temperature": self.temperature,
             "seed": self.seed,
+            **({"rule_triplets": True} if self.rule_triplets else {}),
         }
+
+    def fell_back(self, outcome: Outcome) -> bool:
+        """Whether the rules wrote a triplet or a state that the model should have written."""
+        parts = ("state",) if self.rule_triplets else ("triplet", "state")
+        return self.engine is not None and any(source[part] == "rules" for source in outcome.sources for part in parts)
 
     def prefix(self, stage: Stage) -> tuple[Message, ...]:
         """Turns that all requests of a stage share."""
@@ -127,7 +135,7 @@ class Ladder:
             return Outcome(Knowledge(), empty=NO_WORD)
         triplets: tuple[Triplet, ...] = ()
         source = ""
-        if self.engine is not None:
+        if self.engine is not None and not self.rule_triplets:
             for attempt in range(1 + self.retries):
                 request = self._ask_triplets(caption, attempt)
                 reply = lookup(request.key)

@@ -31,7 +31,7 @@ class Summary:
         empty: Number of captions without a triplet, by reason.
         failed: Number of captions that lost all or some triplets because neither the model nor the rules gave a usable
             reply.
-        fallback: Number of captions with a triplet or state from the rules although a model was used.
+        fallback: Number of captions with a triplet or state from the rules that the model should have written.
     """
 
     captions: int = 0
@@ -42,15 +42,15 @@ class Summary:
     failed: int = 0
     fallback: int = 0
 
-    def add(self, outcome: Outcome, asked: bool) -> None:
-        """Counts one distinct caption. `asked` says whether a model was used."""
+    def add(self, outcome: Outcome, fell_back: bool) -> None:
+        """Counts one distinct caption."""
         self.distinct += 1
         self.triplets.update(source["triplet"] for source in outcome.sources)
         self.states.update(source["state"] for source in outcome.sources)
         if outcome.empty:
             self.empty[outcome.empty] += 1
         self.failed += outcome.failed
-        self.fallback += asked and any("rules" in source.values() for source in outcome.sources)
+        self.fallback += fell_back
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -105,7 +105,7 @@ def merge_knowledge(
                     if isinstance(step, Request):
                         missing[text] = step.stage
                         continue
-                    summary.add(step, asked=ladder.engine is not None)
+                    summary.add(step, ladder.fell_back(step))
                     content = _content(step)
                     if times[text] > 1:
                         repeated[text] = content

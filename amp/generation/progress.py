@@ -47,7 +47,7 @@ class Counts:
 
             yield reply
 
-    def resolved(self, outcome: Outcome) -> None:
+    def resolved(self, outcome: Outcome, fell_back: bool) -> None:
         """Counts the outcome of a caption."""
         self._outcomes += 1
-        self._down += outcome.failed or any("rules" in source.values() for source in outcome.sources)
+        self._down += outcome.failed or fell_back

@@ -36,6 +36,7 @@ def generate_knowledge(
     captions: str,
     out: str,
     engine: str = "rules",
+    triplets: Literal["engine", "rules"] = "engine",
     template: str = "default",
     format: str = "auto",
     default_split: str = "train",
@@ -63,6 +64,8 @@ def generate_knowledge(
         out: Folder for knowledge.jsonl, knowledge_provenance.json and the replies; created if it does not exist.
         engine: rules (spaCy, no model), transformers (a local or hub model, or a GGUF file), openai (any server with
             OpenAI's API, such as vllm serve or llama-server), vllm (in this process), or an engine of a plugin.
+        triplets: Who writes the triplets: the engine, or the rules, so that a model writes only states. Small models
+            write worse triplets than the rules.
         template: Prompts: default, coco, flickr, or the path of a YAML file.
         format: Format of the captions file: karpathy, csv, jsonl, or a format of a plugin; auto uses the file's suffix.
         default_split: Split of CSV and JSONL rows that don't name one.
@@ -96,6 +99,8 @@ def generate_knowledge(
     console = console or PlainConsole(stderr=True)
     find_engine(engine)  # report a wrong name before reading the captions
     _check_options(retries, temperature, max_fallback, limit)
+    if triplets == "rules" and fallback == "none":
+        raise AmpError("triplets is rules and fallback is none; expected fallback rules, which loads the rules")
     if part is not None and merge:
         raise AmpError("part and merge are both given; expected only one of them; merge after all parts have finished")
     if merge and not (Path(out) / SETTINGS_NAME).exists():
@@ -133,6 +138,7 @@ def generate_knowledge(
         engine=settings.described["engine"],
         template=load_template(template),
         rules=settings.described["rules"],
+        rule_triplets=triplets == "rules",
         retries=retries,
         temperature=temperature,
         seed=seed,
