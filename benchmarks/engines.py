@@ -80,7 +80,7 @@ def main(
 
 
 def _ask(engine: Engine, stage: str, limit: int | None):
-    template, labels = load_template("default"), load_gold()[:limit]
+    template, labels = load_template(), load_gold()[:limit]
     captions = [readable(label.caption) for label in labels]
     triplets = [label.triplets or label.optional for label in labels]
     if stage == "triplets":

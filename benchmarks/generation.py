@@ -22,7 +22,7 @@ PLAIN, PREFIX, BATCHES, ONCE = "plain call", "+ shared prefix", "+ batches", "+ 
 def run(settings: Settings, captions: list[str] | None = None) -> dict:
     """Times the four methods on the same captions, by default random ones without duplicates."""
     texts = captions or drawn_captions(settings.captions, 1)[0]
-    prefix, sampling = load_template("default").triplets, Sampling(settings.max_tokens)
+    prefix, sampling = load_template().triplets, Sampling(settings.max_tokens)
     engine = TransformersEngine(model=settings.language_model, batch_size=settings.generation_batch, constrained=False)
     alone = TransformersEngine(model=settings.language_model, batch_size=1, constrained=False)
     before, tail = engine.prefix_ids(prefix)

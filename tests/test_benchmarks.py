@@ -17,7 +17,9 @@ from support.scripted_model import scripted_model
 from torch import nn
 
 from amp.errors import AmpError
-from amp.generation.replies import parse_triplet_lines
+from amp.generation.engines.base import find_engine
+from amp.generation.prompts import load_template
+from amp.generation.replies import parse_triplet_lines, triplet_line
 from amp.generation.score import GoldCaption
 from amp.knowledge.schema import Knowledge
 from amp.model.adapter import save_adapter
@@ -33,6 +35,7 @@ from benchmarks import (
     memory,
     onnx,
     photos,
+    prompts,
     rerank,
     rerankers,
     run,
@@ -44,6 +47,7 @@ from benchmarks import (
     stream,
     tables,
     timing,
+    writers,
 )
 from benchmarks.models import READ_LAST, build, drawn_captions
 from benchmarks.naive import NaiveAIM, plain_prompt_tuning
@@ -412,6 +416,30 @@ def test_engines_are_timed_and_compared(tmp_path):
         engines.main("rules", "")
 
 
+def test_prompts_are_scored(tmp_path, capsys):
+    """The scripted model copies the labels of one of two captions and writes nothing usable for the other."""
+    pytest.importorskip("openai", reason='needs openai: pip install "open-clip-amp[generate]"')
+    labels = tmp_path / "labels.yaml"
+    found = {}
+    with scripted_model() as model:
+        options = {"base_url": model.url, "constrained": "none"}
+        loaded = find_engine("openai")(model="scripted", **options)
+        for caption in ("A dog runs in the park", "A boy jumps over the fence"):
+            (reply,) = prompts.triplets_of(loaded, load_template(), [GoldCaption(caption, (), ())])
+            found[caption] = [triplet_line(triplet) for triplet in reply.triplets]
+        first, second = found
+        assert found[first] and found[second]
+        wrong = ["action: fence | jumps over | boy"]
+        content = [{"caption": first, "triplets": found[first]}, {"caption": second, "triplets": wrong}]
+        labels.write_text(json.dumps(content))
+        prompts.main("openai", "scripted", [None], options, labels)
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    hits, made = len(found[first]), len(found[first]) + len(found[second])
+    assert row[-1] == "None" and float(row[0]) == pytest.approx(2 * hits / (made + hits + 1), abs=5e-4)
+    with pytest.raises(AmpError, match="engine is 'rules', which reads no template"):
+        prompts.main("rules", "", [None])
+
+
 def test_combinations_by_hand(tmp_path, monkeypatch, capsys):
     """One caption, three labels. The rules find one and a wrong one; the model finds another and a wrong attribute."""
     lines = {
@@ -443,3 +471,28 @@ def test_rerankers_are_timed(clip_folder, tmp_path, monkeypatch, capsys):
     assert rows == [(name, count) for count in (2, 3) for name in rerankers.RERANKERS]
     assert all(row["stored"] > 0 and row["not_stored"] > 0 for row in found["seconds"])
     assert found["bytes_per_image"]["BLIP, matching head"] == 4 * 24 * (1 + 16)
+
+
+def test_captions_and_wrong_knowledge_for_writers(tmp_path, monkeypatch):
+    """One caption per chosen photo; shuffled knowledge keeps the places, and no record keeps its own."""
+    images = [{"filename": f"{n}.jpg", "split": "train" if n < 6 else "test"} for n in range(10)]
+    for number, image in enumerate(images):
+        image["sentences"] = [{"raw": f"caption {number} {place}", "sentid": 2 * number + place} for place in range(2)]
+    (tmp_path / "all.json").write_text(json.dumps({"dataset": "test", "images": images}))
+    (tmp_path / "known.txt").write_text("0.jpg\n1.jpg\n")
+    out = tmp_path / "captions.csv"
+    writers.main(out, captions=str(tmp_path / "all.json"), exclude_images=tmp_path / "known.txt", train=3, test=2)
+    rows = [line.split(",") for line in out.read_text().splitlines()[1:]]
+    assert [row[2] for row in rows] == ["train"] * 3 + ["test"] * 2 and len({row[0] for row in rows}) == 5
+    assert not {"0.jpg", "1.jpg"} & {row[0] for row in rows}
+    assert all(row[1].startswith(f"caption {row[0][0]} ") for row in rows)
+
+    records = [{"sentid": n, "image": f"{n}.jpg", "caption": f"c{n}", "triplets": [n], "states": [n]} for n in range(5)]
+    (tmp_path / "knowledge.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    writers.main(tmp_path / "shuffled.jsonl", shuffle=tmp_path / "knowledge.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "shuffled.jsonl").read_text().splitlines()]
+    assert [(r["sentid"], r["caption"]) for r in found] == [(r["sentid"], r["caption"]) for r in records]
+    known = [record["triplets"][0] for record in found]
+    assert sorted(known) == list(range(5)) and all(own != other for own, other in enumerate(known))
+    with pytest.raises(AmpError, match="either --captions or --shuffle"):
+        writers.main(out)

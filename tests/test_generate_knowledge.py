@@ -18,6 +18,7 @@ from support.scripted_model import reply_to, scripted_model
 
 from amp.data.captions.knowledge_file import attach_knowledge
 from amp.data.captions.load import load_captions
+from amp.generation.prompts import TEMPLATE
 from amp.generation.replies import read_triplets
 from amp.knowledge.schema import parse_knowledge
 
@@ -252,14 +253,17 @@ def test_too_many_fallbacks_fail_the_merge(whole, tmp_path, model):
     [
         (["--seed", "1"], "'ladder.seed' was 0 and is now 1"),
         (["--retries", "1"], "'ladder.retries' was 2 and is now 1"),
-        (["--template", "coco"], "'ladder.template."),
+        (["--template", "prompts.yaml"], "'ladder.template."),
         (["--model", "other"], "'options.model' was 'scripted' and is now 'other'"),
         (["--fallback", "rules"], "'options.fallback' was 'none' and is now 'rules'"),
     ],
 )
-def test_one_folder_has_one_origin(whole, model, options, message):
+def test_one_folder_has_one_origin(whole, model, options, message, tmp_path):
     captions, out, _, _ = whole
     before = (out / "knowledge.jsonl").read_bytes()
+    if "prompts.yaml" in options:
+        options = ["--template", str(tmp_path / "prompts.yaml")]
+        (tmp_path / "prompts.yaml").write_text(TEMPLATE.read_text().replace("version: 2", "version: 3"))
     process = run(captions, out, model, *options)
     assert process.returncode == 2 and message in process.stderr and "another --out" in process.stderr
     assert (out / "knowledge.jsonl").read_bytes() == before
@@ -271,7 +275,7 @@ def test_one_folder_has_one_origin(whole, model, options, message):
         (["--part", "2/2"], "part is '2/2'; expected I/N"),
         (["--part", "0/2", "--merge", "true"], "part and merge are both given"),
         (["--merge", "true"], "out: has no settings.json; expected a folder in which knowledge was generated"),
-        (["--template", "nowhere"], "nowhere.yaml: no such template; expected one of coco, default, flickr"),
+        (["--template", "nowhere.yaml"], "nowhere.yaml: no such file; expected a YAML file of prompts"),
         (["--splits", "dev"], "no split 'dev'; splits seen: test, train"),
         (["--retries", "9"], "retries is 9"),
         (["--limit", "0"], "limit is 0"),

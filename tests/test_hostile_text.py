@@ -264,7 +264,7 @@ REPLIES = [
 @pytest.mark.parametrize("caption", INJECTIONS.values(), ids=INJECTIONS)
 def test_a_caption_stays_in_its_line_of_the_prompt(caption):
     """The text before and after it is the same for every caption, and it can't start a new line."""
-    template = load_template("default")
+    template = load_template()
     triplets = (Triplet("man", "runs", ""),)
     for ask, prefix in ((ask_triplets, template.triplets), (lambda c: ask_states(c, triplets), template.states)):
         suffix, plain = ask(caption), ask("CAPTION")
@@ -308,7 +308,7 @@ def test_the_openai_engine_sends_captions_without_marks():
     pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
     from support.faulty_server import Faulty, engine_for, good
 
-    faulty, prefix = Faulty(good()), load_template("default").triplets
+    faulty, prefix = Faulty(good()), load_template().triplets
     with faulty.serve() as url:
         for rendering in ("chat", "plain"):
             engine = engine_for(url, rendering=rendering)
@@ -335,7 +335,7 @@ def test_no_caption_becomes_a_special_token(smollm2):
         ids = engine.suffix_ids(suffix)
         assert added.isdisjoint(ids)
         assert engine.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == suffix
-    before, behind = chat_parts(engine.tokenizer, load_template("default").triplets)
+    before, behind = chat_parts(engine.tokenizer, load_template().triplets)
     assert "<|im_start|>" in before and added & set(engine._ids(behind))
 
 

@@ -95,7 +95,7 @@ def test_the_wheel_installs_amp_only(distributions):
     dist_info = next(name for name in top if name.endswith(".dist-info"))
     assert top == {"amp", dist_info} and dist_info.startswith("open_clip_amp-")
     modules = {str(path.relative_to(ROOT)) for end in ("py", "yaml") for path in (ROOT / "amp").rglob(f"*.{end}")}
-    assert "amp/generation/templates/coco.yaml" in modules
+    assert "amp/generation/prompts.yaml" in modules
     assert modules <= set(names) and "amp/py.typed" in names
     assert metadata["Name"] == "open-clip-amp"
     always = {re.match(r"[\w-]+", line)[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}

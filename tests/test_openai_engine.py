@@ -24,7 +24,7 @@ from amp.knowledge.schema import Triplet
 pytest.importorskip("openai", reason='needs the openai package: pip install "open-clip-amp[generate]"')
 from amp.generation.engines.openai_engine import OpenAIEngine
 
-TEMPLATE = load_template("default")
+TEMPLATE = load_template()
 GREEDY = Sampling(48)
 
 

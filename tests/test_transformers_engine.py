@@ -24,7 +24,7 @@ CAPTIONS = [
     "A kitchen with a stove and a sink",
 ]
 SUFFIXES = [ask_triplets(caption) for caption in CAPTIONS]
-PREFIX = load_template("default").triplets
+PREFIX = load_template().triplets
 SAMPLING = Sampling(max_tokens=24)
 
 
@@ -93,7 +93,7 @@ def test_grammar_holds(engine):
     for text, grammar in zip(texts(engine, grammar=grammars(), sampling=Sampling(192)), grammars(), strict=True):
         assert re.fullmatch(grammar.regex(), text)
     triplets = (Triplet("girl", "kicks", "ball"), Triplet("girl", "is", "small", "attribute"))
-    prefix, grammar = load_template("default").states, StateGrammar(2)
+    prefix, grammar = load_template().states, StateGrammar(2)
     ((_, completion),) = engine.generate(prefix, [ask_states(CAPTIONS[0], triplets)], [grammar], Sampling(384))
     assert re.fullmatch(grammar.regex(), completion.text) and completion.tokens > 10
 

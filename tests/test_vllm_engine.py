@@ -11,7 +11,7 @@ from amp.generation.engines.base import Sampling
 from amp.generation.grammar import TripletGrammar
 from amp.generation.prompts import load_template
 
-PREFIX = load_template("default").triplets
+PREFIX = load_template().triplets
 
 
 @dataclass

@@ -6,7 +6,7 @@ With rules, without a language model (needs `pip install "open-clip-amp[generate
 
 With a local or hub model or a GGUF file (on several GPUs, start it with `accelerate launch`, then run `--merge`)::
 
-    amp generate_knowledge --captions dataset_coco.json --out knowledge/qwen --template coco \
+    amp generate_knowledge --captions dataset_coco.json --out knowledge/qwen \
         --engine transformers --model Qwen/Qwen2.5-7B-Instruct
 
 With a server of OpenAI's API, such as `vllm serve MODEL --enable-prefix-caching` or `llama-server -m MODEL.gguf`::

@@ -2,7 +2,7 @@
 
 In place, or in a copy with --out::
 
-    amp generate_knowledge --captions data/coco --out knowledge/qwen --template coco --engine ...
+    amp generate_knowledge --captions data/coco --out knowledge/qwen --engine ...
     amp rewrite_knowledge --shards data/coco --knowledge knowledge/qwen/knowledge.jsonl \
         --knowledge_provenance knowledge/qwen/knowledge_provenance.json [--out data/coco-qwen]
 

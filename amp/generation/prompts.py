@@ -16,7 +16,7 @@ from amp.generation.replies import parse_triplet_lines, read_states, read_triple
 from amp.json_text import value_of
 from amp.knowledge.schema import Triplet
 
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATE = Path(__file__).with_name("prompts.yaml")
 MAX_CAPTION_WORDS = 100
 """Maximum number of words of a caption in a request. The longest caption of COCO has 50."""
 
@@ -26,7 +26,7 @@ class Template:
     """Prompts of the two requests.
 
     Attributes:
-        name: Name of the file, without its suffix.
+        name: Name of the file, without its suffix; "default" for this project's.
         version: Version number given by the template's author.
         triplets: Shared turns of Q1.
         states: Shared turns of Q2.
@@ -46,8 +46,8 @@ class Template:
         return {"name": self.name, "version": self.version, "sha256": self.hash()}
 
 
-def load_template(name: str) -> Template:
-    """Reads `templates/NAME.yaml` of this package, or the YAML file at a path.
+def load_template(path: str | None = None) -> Template:
+    """Reads a YAML file of prompts; None reads those of this project (`amp/generation/prompts.yaml`).
 
     The file has the keys `version`, `triplets` and `states`. The last two each have `instructions` and `samples`. A
     sample has a `caption` and `triplets` (lines as in `amp.generation.grammar`); under `states` it also has one state
@@ -57,19 +57,17 @@ def load_template(name: str) -> Template:
         AmpError: The template does not exist, a key is missing, or the reply of a sample fails the strict check. A
             model would copy the fault.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
+    file = Path(path) if path is not None else TEMPLATE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.yaml")))
-        raise AmpError(
-            f"{path}: no such template; expected one of {known}, or the path of a .yaml file; check --template"
-        ) from None
+        raise AmpError(f"{file}: no such file; expected a YAML file of prompts; check --template") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise AmpError(f"{path}: can't be read as YAML ({shorten(str(error))}); correct the file") from None
-    where = str(path)
+        raise AmpError(f"{file}: can't be read as YAML ({shorten(str(error))}); correct the file") from None
+    where = str(file)
     version = _get(content, "version", int, where)
-    return Template(path.stem, version, _triplets_prefix(content, where), _states_prefix(content, where))
+    name = file.stem if path is not None else "default"
+    return Template(name, version, _triplets_prefix(content, where), _states_prefix(content, where))
 
 
 def ask_triplets(caption: str) -> str:

@@ -39,7 +39,7 @@ class KnowledgeGenerator:
     def __init__(
         self,
         engine: str = "rules",
-        template: str = "default",
+        template: str | None = None,
         retries: int = 2,
         temperature: float = 0.7,
         seed: int = 0,

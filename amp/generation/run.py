@@ -37,7 +37,7 @@ def generate_knowledge(
     out: str,
     engine: str = "rules",
     triplets: Literal["engine", "rules"] = "engine",
-    template: str = "default",
+    template: str | None = None,
     format: str = "auto",
     default_split: str = "train",
     keep_restval: bool = False,
@@ -66,7 +66,7 @@ def generate_knowledge(
             OpenAI's API, such as vllm serve or llama-server), vllm (in this process), or an engine of a plugin.
         triplets: Who writes the triplets: the engine, or the rules, so that a model writes only states. Small models
             write worse triplets than the rules.
-        template: Prompts: default, coco, flickr, or the path of a YAML file.
+        template: YAML file of prompts, in the form of amp/generation/prompts.yaml; null takes that file.
         format: Format of the captions file: karpathy, csv, jsonl, or a format of a plugin; auto uses the file's suffix.
         default_split: Split of CSV and JSONL rows that don't name one.
         keep_restval: Keep Karpathy's restval as a split of its own instead of adding it to train.
