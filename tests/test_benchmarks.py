@@ -417,19 +417,19 @@ def test_engines_are_timed_and_compared(tmp_path):
 
 
 def test_prompts_are_scored(tmp_path, capsys):
-    """The scripted model copies the labels of one of two captions and writes nothing usable for the other."""
+    """The model's own triplets are the labels of the first caption; the label of the second is another triplet."""
     pytest.importorskip("openai", reason='needs openai: pip install "open-clip-amp[generate]"')
     labels = tmp_path / "labels.yaml"
     found = {}
     with scripted_model() as model:
         options = {"base_url": model.url, "constrained": "none"}
         loaded = find_engine("openai")(model="scripted", **options)
-        for caption in ("A dog runs in the park", "A boy jumps over the fence"):
-            (reply,) = prompts.triplets_of(loaded, load_template(), [GoldCaption(caption, (), ())])
-            found[caption] = [triplet_line(triplet) for triplet in reply.triplets]
-        first, second = found
-        assert found[first] and found[second]
-        wrong = ["action: fence | jumps over | boy"]
+        captions = [GoldCaption(f"A dog runs to house {number}", (), ()) for number in range(8)]
+        for label, reply in zip(captions, prompts.triplets_of(loaded, load_template(), captions), strict=True):
+            if reply.triplets:
+                found[label.caption] = [triplet_line(triplet) for triplet in reply.triplets]
+        first, second, *_ = found
+        wrong = ["action: house | runs to | dog"]
         content = [{"caption": first, "triplets": found[first]}, {"caption": second, "triplets": wrong}]
         labels.write_text(json.dumps(content))
         prompts.main("openai", "scripted", [None], options, labels)
