@@ -2,7 +2,9 @@
 
 import io
 import statistics
+import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 from support.scripted_model import scripted_model
@@ -87,6 +89,24 @@ def test_rules_answer_if_the_server_fails(generate):
     assert "5 of 5 captions got no reply" in said.getvalue()
     model.fails_on = ""
     assert generate(CAPTIONS) != KnowledgeGenerator("rules")(CAPTIONS)
+
+
+def test_the_model_is_free_before_its_answer_is_given(generate, monkeypatch):
+    """Otherwise a text that follows at once finds the model busy, and the rules answer it."""
+    generate, model, _ = generate
+    busy = []
+    for name in ("set_result", "set_exception"):
+        plain = getattr(Future, name)
+
+        def give(future, value, plain=plain):
+            if threading.current_thread().name == "knowledge":  # and not one of the engine's
+                busy.append(generate._busy.locked())
+            plain(future, value)
+
+        monkeypatch.setattr(Future, name, give)
+    for caption, model.fails_on in zip(CAPTIONS[:2], ("", "dog"), strict=True):
+        generate([caption])
+    assert busy == [False, False]
 
 
 @pytest.mark.parametrize("timeout, fallback", [(0, "rules"), (1, "none")])
