@@ -13,6 +13,7 @@ with exit_on_error():
 
     from amp.data.captions.text_file import jsonl_objects
     from amp.generation.score import load_gold, matches, score_triplets, verb
+    from amp.generation.states import plain_verb
     from amp.knowledge.schema import Knowledge, Triplet, parse_knowledge
 
 Triplets = Sequence[Triplet]
@@ -32,6 +33,10 @@ def new_verbs(rules: Triplets, model: Triplets) -> list[Triplet]:
     return added(rules, model, lambda t: t.kind == "action" and verb(t.action) not in known)
 
 
+def known_verbs(rules: Triplets, model: Triplets) -> list[Triplet]:
+    return new_verbs(rules, [triplet for triplet in model if plain_verb(triplet.action.split()[0]) is not None])
+
+
 def agreed(rules: Triplets, model: Triplets) -> list[Triplet]:
     seen = {verb(triplet.action) for triplet in model}
     return [t for t in rules if t.kind == "attribute" or verb(t.action) in seen]
@@ -43,6 +48,7 @@ COMBINATIONS: dict[str, Callable[[Triplets, Triplets], Triplets]] = {
     "both": lambda rules, model: added(rules, model, lambda t: True),
     "rules, and the model's actions": lambda rules, model: added(rules, model, lambda t: t.kind == "action"),
     "rules, and the model's actions with new verbs": new_verbs,
+    "rules, and the model's actions with new verbs that the lexicon of states knows": known_verbs,
     "rules, and the model's actions where they have none": lambda rules, model: added(
         rules, model, lambda t: t.kind == "action" and all(own.kind != "action" for own in rules)
     ),

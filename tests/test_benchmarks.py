@@ -441,10 +441,15 @@ def test_prompts_are_scored(tmp_path, capsys):
 
 
 def test_combinations_by_hand(tmp_path, monkeypatch, capsys):
-    """One caption, three labels. The rules find one and a wrong one; the model finds another and a wrong attribute."""
+    """The rules find one of three labels; the model finds another one, a wrong action and a wrong attribute."""
     lines = {
         "rules": ["action: dog | jumps | -", "action: dog | sits | -"],
-        "model": ["action: dog | jumped | -", "action: dog | chases | ball", "attribute: ball | is | green"],
+        "model": [
+            "action: dog | jumped | -",
+            "action: dog | chases | ball",
+            "action: dog | lawn | -",
+            "attribute: ball | is | green",
+        ],
         "gold": ["action: dog | jumps | -", "action: dog | chases | ball", "attribute: ball | is | red"],
     }
     found = {name: parse_triplet_lines(own) for name, own in lines.items()}
@@ -454,7 +459,7 @@ def test_combinations_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(combinations, "load_gold", lambda: [GoldCaption("c", tuple(found["gold"]), ())])
     combinations.main(tmp_path / "rules", tmp_path / "model")
     printed = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]]
-    counts = [(1, 2), (2, 3), (2, 4), (2, 3), (2, 3), (1, 2), (1, 2), (1, 1)]  # hits, found
+    counts = [(1, 2), (2, 4), (2, 5), (2, 4), (2, 4), (2, 3), (1, 2), (1, 2), (1, 1)]  # hits, found
     expected = [(hits / found, hits / 3, 2 * hits / (found + 3)) for hits, found in counts]
     assert printed == [[f"{value:.3f}" for value in row] for row in expected]
     monkeypatch.setattr(combinations, "load_gold", lambda: [])
