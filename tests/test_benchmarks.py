@@ -478,7 +478,7 @@ def test_rerankers_are_timed(clip_folder, tmp_path, monkeypatch, capsys):
     assert found["bytes_per_image"]["BLIP, matching head"] == 4 * 24 * (1 + 16)
 
 
-def test_captions_and_wrong_knowledge_for_writers(tmp_path, monkeypatch):
+def test_captions_and_wrong_knowledge_for_writers(tmp_path):
     """One caption per chosen photo; shuffled knowledge keeps the places, and no record keeps its own."""
     images = [{"filename": f"{n}.jpg", "split": "train" if n < 6 else "test"} for n in range(10)]
     for number, image in enumerate(images):
@@ -486,7 +486,7 @@ def test_captions_and_wrong_knowledge_for_writers(tmp_path, monkeypatch):
     (tmp_path / "all.json").write_text(json.dumps({"dataset": "test", "images": images}))
     (tmp_path / "known.txt").write_text("0.jpg\n1.jpg\n")
     out = tmp_path / "captions.csv"
-    writers.main(out, captions=str(tmp_path / "all.json"), exclude_images=tmp_path / "known.txt", train=3, test=2)
+    writers.captions(str(tmp_path / "all.json"), out, tmp_path / "known.txt", train=3, test=2)
     rows = [line.split(",") for line in out.read_text().splitlines()[1:]]
     assert [row[2] for row in rows] == ["train"] * 3 + ["test"] * 2 and len({row[0] for row in rows}) == 5
     assert not {"0.jpg", "1.jpg"} & {row[0] for row in rows}
@@ -494,10 +494,33 @@ def test_captions_and_wrong_knowledge_for_writers(tmp_path, monkeypatch):
 
     records = [{"sentid": n, "image": f"{n}.jpg", "caption": f"c{n}", "triplets": [n], "states": [n]} for n in range(5)]
     (tmp_path / "knowledge.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    writers.main(tmp_path / "shuffled.jsonl", shuffle=tmp_path / "knowledge.jsonl")
+    writers.shuffle(tmp_path / "knowledge.jsonl", tmp_path / "shuffled.jsonl")
     found = [json.loads(line) for line in (tmp_path / "shuffled.jsonl").read_text().splitlines()]
     assert [(r["sentid"], r["caption"]) for r in found] == [(r["sentid"], r["caption"]) for r in records]
     known = [record["triplets"][0] for record in found]
     assert sorted(known) == list(range(5)) and all(own != other for own, other in enumerate(known))
-    with pytest.raises(AmpError, match="either --captions or --shuffle"):
-        writers.main(out)
+
+
+def test_plot_of_writers(tmp_path):
+    """Means over seeds, and their standard errors worked by hand."""
+    metrics = ("i2t R@1", "t2i R@1")
+    rows = [
+        f"{row},{metric},{10 + n},0.5" for n, row in enumerate(("base CLIP", "rules", "not run")) for metric in metrics
+    ]
+    (tmp_path / "results.csv").write_text("\n".join(["row,metric,mean,standard_error", *rows[:4], "not run,Rsum,,"]))
+    methods = (("base CLIP", 50), ("rules 0", 60), ("rules 1", 70))
+    tests = [
+        f"{test},{method},{group},{right}"
+        for test in writers.MEASURES[1]
+        for method, right in methods
+        for group in ("all", "play")
+    ]
+    (tmp_path / "choices.csv").write_text("\n".join(["test,method,group,accuracy", *tests]))
+    points = writers.read_points(tmp_path / "results.csv", tmp_path / "choices.csv")
+    assert points["rules"] == {metric: (11, 0.5) for metric in metrics} | dict.fromkeys(writers.MEASURES[1], (65, 5))
+    assert points["base CLIP"]["swapped-roles"] == (50, 0) and set(points) == {"base CLIP", "rules"}
+    files = (tmp_path / "results.csv", tmp_path / "choices.csv")
+    writers.plot(*files, {"rules": 0.9}, tmp_path / "plot.png", ["base CLIP"])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(AmpError, match=r"results.csv: has no row 'rule', expected one of base CLIP, rules; check --f1"):
+        writers.plot(*files, {"rule": 0.9}, tmp_path / "plot.png")
