@@ -447,6 +447,7 @@ def test_names_are_used_once(choosing, tmp_path, capsys):
     for tests, more, message in (
         (same, [], "tests has more than one named 'x'"),
         ([], [], "tests is empty"),
+        (["foils"], [], r"has no foils, expected shards with some; run amp generate_knowledge --foils true"),
         (["swapped-roles"], ["--adapters", "[]"], "adapters is empty"),
         (["swapped-roles"], ["--adapters", f"a={file}", f"a={file}"], "adapters has two named 'a'"),
         (["swapped-roles"], ["--adapters", f"base CLIP={file}"], "the name is 'base CLIP'"),

@@ -80,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     output = PlainConsole()
     output.print(table)
     output.print(f"{summary.captions:,} captions, {summary.distinct:,} distinct")
+    if summary.foils:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.foils.most_common())
+        output.print(f"{summary.foils.total():,} foils: {kinds}")
     for reason, count in summary.empty.items():
         output.print(f"{count:,} without a triplet: {reason}")
     output.print(f"{options['out']}/{KNOWLEDGE_NAME} written")

@@ -16,7 +16,7 @@ from amp.data.shards import ShardInfo, ShardManifest, ShardReader
 from amp.data.shares import Part, Shares
 from amp.data.sources import Sources, sources_of
 from amp.errors import AmpError
-from amp.knowledge.schema import Knowledge, parse_knowledge
+from amp.knowledge.schema import Foil, Knowledge, parse_foils, parse_knowledge
 
 if TYPE_CHECKING:
     from amp.data.remote.cache import ShardCache
@@ -147,6 +147,11 @@ class ShardSplit:
     def captions(self, record: dict, keep: Sequence[str] = ("action", "attribute")) -> list[tuple[str, Knowledge]]:
         """Text and knowledge of all captions of a record; see `caption`."""
         return [self.caption(record, number, keep) for number in range(len(record["captions"]))]
+
+    def foils(self, record: dict) -> list[tuple[Foil, ...]]:
+        """The foils of each caption of a record."""
+        where = f"{self.root}/{record['key']}.json"
+        return [parse_foils(caption, where) for caption in record["captions"]]
 
     def records(self) -> Iterator[dict]:
         """All records in order."""

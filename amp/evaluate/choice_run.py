@@ -9,6 +9,7 @@ from amp.evaluate.choice import Choices, choose
 from amp.evaluate.choice_results import print_choices, save_choices, save_skipped
 from amp.evaluate.choice_settings import ChooseSettings
 from amp.evaluate.choice_tests import read_tests
+from amp.evaluate.foil_choices import FOILS
 from amp.evaluate.swaps import TESTS
 from amp.files import check_writable
 from amp.generation.query import KnowledgeGenerator
@@ -30,7 +31,7 @@ def run(settings: ChooseSettings) -> None:
     with terminal.progress("reading tests"):
         tests = read_tests(settings, adapters, problems)
     with problems.collect():
-        if settings.knowledge != "none" and any(test not in TESTS for test in settings.tests):
+        if settings.knowledge != "none" and any(test not in (*TESTS, FOILS) for test in settings.tests):
             generate = KnowledgeGenerator(settings.knowledge, engine_options=settings.engine_options)
     with problems.collect():
         check_writable(out, lists)

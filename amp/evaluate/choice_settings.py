@@ -16,7 +16,8 @@ class ChooseSettings:
         adapters: Adapters to test, each as `NAME=FILE`.
         model: The base CLIP.
         kinds: Kinds of triplets to use in the swapped tests; null uses those that the adapters were trained with.
-        tests: JSON files, or `swapped-roles` and `swapped-actions`, which are made from the shards.
+        tests: JSON files; `swapped-roles` and `swapped-actions`, which are made from the shards; or `foils`, those in
+            the shards.
         images: Folder of the photos that the JSON files name.
         split: Split of the shards for the swapped tests.
         knowledge: Engine that generates knowledge for the captions of JSON files, as in amp generate_knowledge, or

@@ -15,6 +15,7 @@ from amp.evaluate.adapters import Adapter, kinds_of, shards_of
 from amp.evaluate.choice import Choice, check_skipped
 from amp.evaluate.choice_files import load_choices
 from amp.evaluate.choice_settings import ChooseSettings
+from amp.evaluate.foil_choices import FOILS, foil_choices
 from amp.evaluate.swaps import TESTS, swapped_actions, swapped_roles
 from amp.retrieval.split_search import spaced
 
@@ -37,22 +38,24 @@ class Test(NamedTuple):
 
 def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems: Problems) -> list[Test]:
     """Returns the tests with their usable entries. No model is loaded. Errors are added to `problems`."""
-    names = [test if test in TESTS else Path(test).stem for test in settings.tests]
-    swapped = [test for test in settings.tests if test in TESTS]
+    own = (*TESTS, FOILS)
+    names = [test if test in own else Path(test).stem for test in settings.tests]
+    made = [test for test in settings.tests if test in own]
     images = Path(settings.images) if settings.images is not None else None
     with problems.collect():
         check(settings, names)
     with problems.collect():
-        if len(swapped) < len(names) and (images is None or not images.is_dir()):
+        if len(made) < len(names) and (images is None or not images.is_dir()):
             raise AmpError(
                 f"images is {settings.images!r}, expected the folder of the photos of the JSON files in tests; "
                 "give it with --images"
             )
     split = captions = None
     with problems.collect():
-        if swapped:
+        if made:
             split = ShardSplit(shards_of(settings.shards, adapters), settings.split)
-            captions = SplitCaptions.read(split, kinds_of(settings.kinds, adapters))
+            kinds = kinds_of(settings.kinds, adapters)
+            captions = SplitCaptions.read(split, kinds)
     tests: list[Test] = []
 
     def from_shards(number: str) -> Image.Image:
@@ -66,12 +69,19 @@ def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems:
     for given, name in zip(settings.tests, names, strict=True):
         with problems.collect():
             skipped: dict[str, str] = {}
-            if given not in TESTS:
+            if given not in own:
                 choices, skipped = load_choices(given, images if images is not None and images.is_dir() else None)
                 reasons = [f"{entry}: {reason}" for entry, reason in skipped.items()]
                 check_skipped(given, reasons, len(choices) + len(skipped), settings.max_skipped_entries)
-            elif captions is None:
+            elif split is None or captions is None:
                 continue  # the error about the shards was collected above
+            elif given == FOILS:
+                choices = foil_choices(split, kinds)
+                if not choices:
+                    raise AmpError(
+                        f"{split.root}: has no foils, expected shards with some; run amp generate_knowledge --foils "
+                        "true and amp rewrite_knowledge"
+                    )
             else:
                 choices = {"swapped-roles": swapped_roles, "swapped-actions": swapped_actions}[given](captions)
             if skipped and not choices:
@@ -79,7 +89,7 @@ def read_tests(settings: ChooseSettings, adapters: dict[str, Adapter], problems:
             if not choices:
                 raise AmpError(f"{given}: no choices, expected captions with action triplets; check the knowledge")
             choices = [choices[i] for i in spaced(len(choices), settings.limit).tolist()]
-            tests.append(Test(name, choices, skipped, from_shards if given in TESTS else from_folder))
+            tests.append(Test(name, choices, skipped, from_shards if given in own else from_folder))
     return tests
 
 

@@ -13,6 +13,7 @@ from amp.data.captions.base import Caption, CaptionedImage
 from amp.errors import AmpError, public_command
 from amp.files import sha256_of, whole_file, write_json
 from amp.generation.cache import ReplyCache
+from amp.generation.foils import FOILS_VERSION
 from amp.generation.ladder import Ladder, Outcome, Request
 from amp.generation.prompts import readable
 from amp.knowledge.schema import KNOWLEDGE_NAME, PROVENANCE_NAME
@@ -25,10 +26,11 @@ class Summary:
 
     Attributes:
         captions: Number of captions written.
-        distinct: Number of distinct captions among them.
+        distinct: Number of distinct captions and foils.
         triplets: Number of triplets by source. This and all following counts are over distinct captions.
         states: Number of states by source.
         empty: Number of captions without a triplet, by reason.
+        foils: Number of foils of all captions, by kind.
         failed: Number of captions that lost all or some triplets because neither the model nor the rules gave a usable
             reply.
         fallback: Number of captions with a triplet or state from the rules that the model should have written.
@@ -39,6 +41,7 @@ class Summary:
     triplets: Counter = field(default_factory=Counter)
     states: Counter = field(default_factory=Counter)
     empty: Counter = field(default_factory=Counter)
+    foils: Counter = field(default_factory=Counter)
     failed: int = 0
     fallback: int = 0
 
@@ -59,6 +62,7 @@ class Summary:
             "triplets_by_source": dict(self.triplets),
             "states_by_source": dict(self.states),
             "captions_without_triplets": dict(self.empty),
+            **({"foils": {"version": FOILS_VERSION, **self.foils}} if self.foils else {}),
             "captions_failed": self.failed,
             "captions_with_fallback": self.fallback,
         }
@@ -66,6 +70,7 @@ class Summary:
 
 def merge_knowledge(
     images: list[CaptionedImage],
+    foils: dict[int, dict[str, str]],
     wanted: set[str],
     ladder: Ladder,
     replies: ReplyCache,
@@ -78,7 +83,8 @@ def merge_knowledge(
 
     Args:
         images: Images whose captions get one record each, in this order.
-        wanted: Captions to write, as returned by `readable`; others are left out.
+        foils: Foils by kind, by id() of the `Caption`.
+        wanted: Captions and foils to write, as returned by `readable`; other captions are left out.
         ladder: The ladder of the run.
         replies: All replies of the run.
         out: Folder of both files.
@@ -92,25 +98,35 @@ def merge_knowledge(
     path = out / KNOWLEDGE_NAME
     summary, missing = Summary(), {}
     times = Counter(readable(caption.text) for _, caption in _captions(images))
-    repeated: dict[str, dict[str, Any]] = {}  # knowledge of captions that occur more than once
+    times.update(text for own in foils.values() for text in own.values())
+    repeated: dict[str, dict[str, Any]] = {}  # knowledge of texts that occur more than once
+
+    def content_of(text: str) -> dict[str, Any] | None:
+        content = repeated.get(text)
+        if content is None:
+            step = ladder.resolve(text, replies.get)
+            if isinstance(step, Request):
+                missing[text] = step.stage
+                return None
+            summary.add(step, ladder.fell_back(step))
+            content = _content(step)
+            if times[text] > 1:
+                repeated[text] = content
+        return content
+
     try:
         with whole_file(path, sync=True) as file:
             for image, caption in _captions(images):
                 text = readable(caption.text)
-                if text not in wanted:
-                    continue
-                content = repeated.get(text)
+                content = content_of(text) if text in wanted else None
                 if content is None:
-                    step = ladder.resolve(text, replies.get)
-                    if isinstance(step, Request):
-                        missing[text] = step.stage
-                        continue
-                    summary.add(step, ladder.fell_back(step))
-                    content = _content(step)
-                    if times[text] > 1:
-                        repeated[text] = content
+                    continue
+                own = [(kind, false, content_of(false)) for kind, false in foils.get(id(caption), {}).items()]
+                summary.foils.update(kind for kind, _, _ in own)
+                written = [{"kind": kind, "caption": false, **_only(found)} for kind, false, found in own if found]
+                record = _place(image, caption) | content | ({"foils": written} if written else {})
                 summary.captions += 1
-                file.write(f"{json.dumps(_place(image, caption) | content, ensure_ascii=False)}\n".encode())
+                file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
             _check_merge(summary, Counter(missing.values()), len(wanted), max_fallback, out)
         provenance = {
             **ladder.describe(),
@@ -153,6 +169,11 @@ def _captions(images: list[CaptionedImage]) -> Iterator[tuple[CaptionedImage, Ca
 
 def _place(image: CaptionedImage, caption: Caption) -> dict[str, Any]:
     return {"sentid": caption.id, "image": image.path, "caption": caption.text}
+
+
+def _only(content: dict[str, Any]) -> dict[str, Any]:
+    """The knowledge of a foil, without its sources."""
+    return {key: content[key] for key in ("triplets", "states")}
 
 
 def _content(outcome: Outcome) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from functools import cache
 
+from amp.generation.inflect import ing_form
 from amp.generation.lexicon_files import read_lexicon
 from amp.generation.states import plain_verb
 
 NOUNS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 
 _FOLLOWERS = frozenset({"IN", "TO", "RP", "DT", "RB", "PRP$", "VBG", "."})
-_VOWELS = "aeiou"
 
 
 def fix_parse(doc, parse):
@@ -78,7 +78,15 @@ def _parsed_with_verb(doc, place: int, parse):
     texts = [token.text for token in doc]
     one = doc[place].tag_ == "NNS"
     trial = parse(
-        Doc(doc.vocab, [*texts[:place], "is" if one else "are", _ing(doc[place].lower_), *texts[place + 1 :]])
+        Doc(
+            doc.vocab,
+            [
+                *texts[:place],
+                "is" if one else "are",
+                ing_form(plain_verb(doc[place].lower_) or doc[place].lower_),
+                *texts[place + 1 :],
+            ],
+        )
     )
     verb = trial[place + 1]
     subjects = [child for child in verb.children if child.dep_ == "nsubj" and child.i < place]
@@ -89,6 +97,7 @@ def _parsed_with_verb(doc, place: int, parse):
     return Doc(
         doc.vocab,
         words=texts,
+        spaces=[bool(token.whitespace_) for token in doc],
         heads=[token.head.i - (token.head.i > place) for token in kept],
         deps=[token.dep_ for token in kept],
         tags=[("VBZ" if one else "VBP") if token.i == verb.i else token.tag_ for token in kept],
@@ -97,13 +106,3 @@ def _parsed_with_verb(doc, place: int, parse):
 
 def _is_many(noun) -> bool:
     return noun.lower_ in words("counted") or any(child.dep_ == "conj" for child in noun.children)
-
-
-def _ing(form: str) -> str:
-    verb = plain_verb(form) or form
-    if verb.endswith("ie"):
-        return verb[:-2] + "ying"
-    if verb.endswith("e") and not verb.endswith(("ee", "oe")):
-        return verb[:-1] + "ing"
-    doubled = len(verb) > 2 and verb[-1] not in _VOWELS + "wxy" and verb[-2] in _VOWELS and verb[-3] not in _VOWELS
-    return verb + (verb[-1] if doubled and len(verb) < 5 else "") + "ing"

@@ -71,8 +71,12 @@ class RuleTriplets:
 
     def triplets(self, captions: Iterable[str]) -> Iterator[tuple[Triplet, ...]]:
         """Yields the triplets of each caption: at most six different ones, actions first."""
+        yield from map(_of_doc, self.parsed(captions))
+
+    def parsed(self, captions: Iterable[str]) -> Iterator[Any]:
+        """Yields the dependency tree of each caption."""
         for doc in self._nlp.pipe(map(_readable, captions), batch_size=256):
-            yield _of_doc(fix_parse(doc, self._nlp))
+            yield fix_parse(doc, self._nlp)
 
 
 def _readable(caption: str) -> str:
@@ -97,14 +101,14 @@ def _find(model: str | None) -> str | Path:
     )
 
 
-def _children(token, *arcs: str) -> list:
+def children_of(token, *arcs: str) -> list:
     """Children of a token with one of these dependency labels, in order."""
     return [child for child in token.children if child.dep_ in arcs]
 
 
 def _of_doc(doc) -> tuple[Triplet, ...]:
     found: dict[Triplet, None] = {}
-    actions = [triplet for token in doc if _is_verb(token) for triplet in _of_verb(token)]
+    actions = [triplet for token in doc if is_verb(token) for triplet in _of_verb(token)]
     attributes = [triplet for token in doc for triplet in _of_noun(token)]
     if not actions:  # nothing acts: describe the placement of things instead
         attributes += [triplet for token in doc for triplet in _placing(token)]
@@ -126,10 +130,10 @@ def _clean(triplet: Triplet) -> Triplet | None:
     return Triplet(subject, action, object_, triplet.kind)
 
 
-def _is_verb(token) -> bool:
+def is_verb(token) -> bool:
     if token.dep_ in ("aux", "auxpass", "amod", "compound", "punct"):
         return False
-    if token.dep_ == "pobj" and _children(token, "det") and not _children(token, "compound"):
+    if token.dep_ == "pobj" and children_of(token, "det") and not children_of(token, "compound"):
         return False  # "pulled on a sled", where the parser gives "sled" the tag of a participle
     return token.tag_.startswith("VB") or _mistagged(token) or _has_subject(token)
 
@@ -139,8 +143,8 @@ def _has_subject(token) -> bool:
     if token.tag_ not in NOUNS or not has_verb(token.lower_):
         return False
     joined = token.dep_ == "conj" and token.lower_.endswith("ing") and token.head.tag_ == "VBG"
-    is_noun = _children(token, "det", "amod", "cop") or any(other.tag_.startswith("VB") for other in token.doc)
-    return joined or (token.dep_ == "ROOT" and bool(_children(token, "nsubj")) and not is_noun)
+    is_noun = children_of(token, "det", "amod", "cop") or any(other.tag_.startswith("VB") for other in token.doc)
+    return joined or (token.dep_ == "ROOT" and bool(children_of(token, "nsubj")) and not is_noun)
 
 
 def _mistagged(token) -> bool:
@@ -153,47 +157,47 @@ def _mistagged(token) -> bool:
 
 def _of_verb(verb) -> Iterator[Triplet]:
     word = verb.lower_
-    if word in _BE_AND_HAVE or _children(verb, "neg"):
+    if word in _BE_AND_HAVE or children_of(verb, "neg"):
         return
-    subjects = _subjects(verb)
-    if _is_passive(verb):
+    subjects = subjects_of(verb)
+    if is_passive(verb):
         yield from _of_passive(verb, word, subjects)
         return
-    objects = [noun for child in _children(verb, "dobj", "obj") for noun in _joined(child)]
+    objects = [noun for child in children_of(verb, "dobj", "obj") for noun in _joined(child)]
     if not objects and verb.dep_ == "relcl":  # "the ball that the dog chases"
-        named = any(child.lower_ not in _RELATIVE for child in _children(verb, *_SUBJECTS))
+        named = any(child.lower_ not in _RELATIVE for child in children_of(verb, *_SUBJECTS))
         objects = [verb.head] if named and any(child.lower_ in _RELATIVE for child in verb.children) else []
-    if not objects and word in words("light_verbs") and _children(verb, "xcomp", "ccomp"):
+    if not objects and word in words("light_verbs") and children_of(verb, "xcomp", "ccomp"):
         return
     yield from _with_objects(verb, word, subjects, objects)
 
 
-def _is_passive(verb) -> bool:
-    if _children(verb, "nsubjpass", "auxpass"):
+def is_passive(verb) -> bool:
+    if children_of(verb, "nsubjpass", "auxpass"):
         return True
     joined = verb.dep_ == "conj" and verb.head.tag_ == "VBN"
-    return verb.tag_ == "VBN" and (joined or not _children(verb, "nsubj"))
+    return verb.tag_ == "VBN" and (joined or not children_of(verb, "nsubj"))
 
 
 def _with_objects(verb, word: str, subjects: list, objects: list) -> Iterator[Triplet]:
     particle = next((f" {child.lower_}" for child in verb.children if child.dep_ == "prt"), "")
     places = list(_places(verb))
     for subject in subjects:
-        who = _noun(subject)
+        who = noun_phrase(subject)
         if word in ("wearing", "wears", "wear", "dressed"):
             for thing in objects or [noun for preposition, noun in places if preposition == "in"]:
-                yield Triplet(who, "wearing", _noun(thing), "attribute")
+                yield Triplet(who, "wearing", noun_phrase(thing), "attribute")
             for thing in [noun for preposition, noun in places if preposition == "as" and not objects]:
-                yield Triplet(who, f"{word} as", _noun(thing), "attribute")
+                yield Triplet(who, f"{word} as", noun_phrase(thing), "attribute")
             continue
         for thing in objects:
-            yield Triplet(who, word + particle, _noun(thing))
+            yield Triplet(who, word + particle, noun_phrase(thing))
         clothes = [noun for preposition, noun in places if preposition == "in" and noun.lower_ in words("clothes")]
         for noun in clothes:
-            yield Triplet(who, "wearing", _noun(noun), "attribute")
+            yield Triplet(who, "wearing", noun_phrase(noun), "attribute")
         kept = [(preposition, noun) for preposition, noun in places if noun not in clothes]
         for preposition, noun in kept:
-            yield Triplet(who, f"{word}{particle} {preposition}", _noun(noun))
+            yield Triplet(who, f"{word}{particle} {preposition}", noun_phrase(noun))
         if not objects and not kept:
             yield Triplet(who, word + particle, "")
 
@@ -205,31 +209,31 @@ def _of_passive(verb, word: str, sufferers: list) -> Iterator[Triplet]:
         return
     for doer in doers:
         for sufferer in sufferers:
-            yield Triplet(_noun(doer), word, _noun(sufferer))
+            yield Triplet(noun_phrase(doer), word, noun_phrase(sufferer))
 
 
 def _agents(verb) -> list:
     """The nouns after a passive's "by". Parsers attach it to the place too: "pushed in a cart by a dog"."""
-    own = [noun for by in _children(verb, "agent") for noun in _children(by, "pobj")]
+    own = [noun for by in children_of(verb, "agent") for noun in children_of(by, "pobj")]
     if own:
         return own
-    places = [noun for preposition in _children(verb, "prep") for noun in _children(preposition, "pobj")]
-    by = [child for place in places for child in _children(place, "prep", "agent") if child.lower_ == "by"]
-    return [noun for child in by for noun in _children(child, "pobj") if noun.lower_ not in words("lifeless")]
+    places = [noun for preposition in children_of(verb, "prep") for noun in children_of(preposition, "pobj")]
+    by = [child for place in places for child in children_of(place, "prep", "agent") if child.lower_ == "by"]
+    return [noun for child in by for noun in children_of(child, "pobj") if noun.lower_ not in words("lifeless")]
 
 
-def _subjects(verb) -> list:
+def subjects_of(verb) -> list:
     """Subjects of a verb, including those of a passive."""
     if _mistagged(verb):
         return [child for child in verb.lefts if child.dep_ == "compound" and child.tag_ in NOUNS][-1:]
-    own = _children(verb, *_SUBJECTS)
+    own = children_of(verb, *_SUBJECTS)
     if own:
         return [noun for child in own for noun in _resolved(child, verb)]
     if verb.dep_ in ("acl", "relcl"):
         noun = verb.head
         if verb.tag_ == "VBG" or any(child.tag_ == "TO" for child in verb.children):
             noun = _able(verb)
-        return _joined(_counted(noun)) if noun.tag_ in NOUNS else _subjects(noun) if _is_verb(noun) else []
+        return _joined(_counted(noun)) if noun.tag_ in NOUNS else subjects_of(noun) if is_verb(noun) else []
     if verb.dep_ in _HANGING and verb.head is not verb:
         return _above(verb)
     if verb.dep_ == "ROOT":  # "Boys playing": the noun on the left sometimes has another label
@@ -247,7 +251,7 @@ def _able(verb):
         if not purpose and not (living and noun.lower_ in words("lifeless") | words("clothes")):
             break
         above = noun.head.head if noun.dep_ == "pobj" else noun.head
-        if not (above.tag_ in NOUNS or _is_verb(above)) or (above is noun.head and noun.dep_ == "pobj"):
+        if not (above.tag_ in NOUNS or is_verb(above)) or (above is noun.head and noun.dep_ == "pobj"):
             break
         noun = above
     return noun
@@ -258,15 +262,15 @@ def _above(token) -> list:
     head = token.head
     for _ in range(len(token.doc)):
         if token.dep_ == "xcomp" and token.tag_ == "VB":  # "helps a man walk"
-            helped = _children(head, "dobj")
+            helped = children_of(head, "dobj")
             if helped and not any(child.tag_ == "TO" for child in token.children):
                 return _joined(helped[0])
         if head.tag_ in NOUNS and head.dep_ not in ("dobj", "pobj"):
             return _joined(_counted(head))
         if head.tag_.startswith("VB") or head.dep_ == "ROOT":
-            found = _subjects(head) if head.tag_.startswith("VB") else []
+            found = subjects_of(head) if head.tag_.startswith("VB") else []
             if not found and head.tag_.startswith("VB"):  # "There is a dog running"
-                found = [noun for child in _children(head, "attr") for noun in _joined(_counted(child))]
+                found = [noun for child in children_of(head, "attr") for noun in _joined(_counted(child))]
             return found
         if head.head is head:
             return []
@@ -293,9 +297,9 @@ def _resolved(noun, verb) -> list:
 def _counted(noun):
     """The noun after a counting noun: "people" in "a group of people"; other nouns are returned as they are."""
     if noun.lower_ in words("counted"):
-        for preposition in _children(noun, "prep"):
-            if preposition.lower_ == "of" and _children(preposition, "pobj"):
-                return _children(preposition, "pobj")[0]
+        for preposition in children_of(noun, "prep"):
+            if preposition.lower_ == "of" and children_of(preposition, "pobj"):
+                return children_of(preposition, "pobj")[0]
     return noun
 
 
@@ -306,7 +310,7 @@ def _joined(noun) -> list:
         token = waiting.pop(0)
         if token.tag_ in NOUNS or token.tag_ in ("PRP", "CD", "DT") or token is noun:
             nouns.append(token)
-        waiting += [child for child in _children(token, "conj") if child.tag_ in NOUNS]
+        waiting += [child for child in children_of(token, "conj") if child.tag_ in NOUNS]
     return nouns
 
 
@@ -317,7 +321,7 @@ def _places(verb) -> Iterator[tuple[str, Any]]:
             yield from _inside(child, child.lower_)
         elif child.dep_ in ("advmod", "acomp", "prt"):
             # "next to", "close to", "out of". In "holding on to" the preposition depends on the particle.
-            for inner in _children(child, "prep"):
+            for inner in children_of(child, "prep"):
                 yield from _inside(inner, inner.lower_ if child.dep_ == "prt" else f"{child.lower_} {inner.lower_}")
 
 
@@ -326,8 +330,8 @@ def _inside(preposition, name: str) -> Iterator[tuple[str, Any]]:
         if child.dep_ == "prep":  # "out of the water"
             yield from _inside(child, f"{name} {child.lower_}")
         elif child.dep_ == "pobj":
-            further = [inner for inner in _children(child, "prep") if inner.lower_ == "of"]
-            if child.lower_ in ("front", "top") and further and not _children(child, "det", "poss", "amod"):
+            further = [inner for inner in children_of(child, "prep") if inner.lower_ == "of"]
+            if child.lower_ in ("front", "top") and further and not children_of(child, "det", "poss", "amod"):
                 yield from _inside(further[0], f"{name} {child.lower_} of")
             else:
                 for noun in _joined(_counted(child)):
@@ -339,22 +343,22 @@ def _of_noun(noun) -> Iterator[Triplet]:
     if noun.tag_ not in NOUNS or noun.dep_ == "compound" or _mistagged(noun):
         return
     be = "are" if noun.tag_ in ("NNS", "NNPS") else "is"
-    for child in _children(noun, "amod", "prep"):
+    for child in children_of(noun, "amod", "prep"):
         if child.dep_ == "amod" and child.tag_ in ("JJ", "VBN", "VBG", "JJR", "JJS"):
-            joined = [other for other in _children(child, "conj") if other.tag_ in ("JJ", "VBN")]
+            joined = [other for other in children_of(child, "conj") if other.tag_ in ("JJ", "VBN")]
             for word in (child, *joined):
                 if word.lower_ not in words("no_property"):
-                    yield Triplet(_noun(noun), be, _property(word), "attribute")
+                    yield Triplet(noun_phrase(noun), be, _property(word), "attribute")
         elif child.dep_ == "prep" and child.lower_ == "in":
-            things = [thing for inner in _children(child, "pobj") for thing in _joined(inner) if _is_worn(thing)]
+            things = [thing for inner in children_of(child, "pobj") for thing in _joined(inner) if _is_worn(thing)]
             for thing in things:
                 for wearer in _joined(_counted(noun)):
-                    yield Triplet(_noun(wearer), "wearing", _noun(thing), "attribute")
+                    yield Triplet(noun_phrase(wearer), "wearing", noun_phrase(thing), "attribute")
     if noun.dep_ in ("nsubj", "nsubjpass") and noun.head.lower_ in ("is", "are", "looks", "look"):
-        for child in _children(noun.head, "acomp"):
-            for word in (child, *_children(child, "conj")):
+        for child in children_of(noun.head, "acomp"):
+            for word in (child, *children_of(child, "conj")):
                 if word.tag_ in ("JJ", "VBN") and word.lower_ not in words("no_property"):
-                    yield Triplet(_noun(_counted(noun)), be, _property(word), "attribute")
+                    yield Triplet(noun_phrase(_counted(noun)), be, _property(word), "attribute")
 
 
 def _is_worn(noun) -> bool:
@@ -366,7 +370,7 @@ def _placing(noun) -> Iterator[Triplet]:
         for preposition, other in _places(noun):
             if preposition != "of" and not (preposition == "in" and _is_worn(other)):
                 for one in _joined(noun) if noun.dep_ != "conj" else [noun]:
-                    yield Triplet(_noun(_counted(one)), preposition, _noun(other), "attribute")
+                    yield Triplet(noun_phrase(_counted(one)), preposition, noun_phrase(other), "attribute")
 
 
 def _property(word) -> str:
@@ -375,7 +379,7 @@ def _property(word) -> str:
     return " ".join((*parts, word.lower_))
 
 
-def _noun(token) -> str:
+def noun_phrase(token) -> str:
     """A noun in lower case with its compound: "fire hydrant"."""
     if token.lower_ == "other" and token.i and token.nbor(-1).lower_ == "each":
         return "each other"

@@ -22,11 +22,13 @@ from amp.errors import AmpError
 from amp.generation.ask import ask_all
 from amp.generation.cache import ReplyCache
 from amp.generation.engines.base import find_engine
+from amp.generation.foils import write_foils
 from amp.generation.ladder import Ladder
 from amp.generation.language import language_note
 from amp.generation.makers import Makers
 from amp.generation.merge import Summary, merge_knowledge
 from amp.generation.prompts import load_template, readable
+from amp.generation.rules import RuleTriplets
 from amp.generation.settings import SETTINGS_NAME, Settings
 from amp.parts import part_of
 from amp.terminal import PlainConsole
@@ -37,6 +39,7 @@ def generate_knowledge(
     out: str,
     engine: str = "rules",
     triplets: Literal["engine", "rules"] = "engine",
+    foils: bool = False,
     template: str | None = None,
     format: str = "auto",
     default_split: str = "train",
@@ -66,6 +69,8 @@ def generate_knowledge(
             OpenAI's API, such as vllm serve or llama-server), vllm (in this process), or an engine of a plugin.
         triplets: Who writes the triplets: the engine, or the rules, so that a model writes only states. Small models
             write worse triplets than the rules.
+        foils: Also write foils: false captions that differ from a caption in who does what, or in one word, with
+            knowledge of their own. The rules write their texts, and the engine writes their knowledge.
         template: YAML file of prompts, in the form of amp/generation/prompts.yaml; null takes that file.
         format: Format of the captions file: karpathy, csv, jsonl, or a format of a plugin; auto uses the file's suffix.
         default_split: Split of CSV and JSONL rows that don't name one.
@@ -134,6 +139,16 @@ def generate_knowledge(
             },
             makers=Makers(engine, engine_options or {}, fallback, spacy_model),
         )
+    false: dict[int, dict[str, str]] = {}  # foils by kind, by id() of their caption
+    if foils:
+        with console.progress("writing foils"):
+            rules, known = settings.makers.rules or RuleTriplets(spacy_model), set(distinct)
+            chosen = [image for image in images if any(readable(caption.text) in known for caption in image.captions)]
+            found = write_foils([[readable(caption.text) for caption in i.captions] for i in chosen], rules.parsed)
+            for image, texts in zip(chosen, found, strict=True):
+                pairs = zip(image.captions, texts, strict=True)
+                false |= {id(caption): own for caption, own in pairs if readable(caption.text) in known}
+        distinct = list(dict.fromkeys((*distinct, *(text for own in false.values() for text in own.values()))))
     ladder = Ladder(
         engine=settings.described["engine"],
         template=load_template(template),
@@ -165,7 +180,9 @@ def generate_knowledge(
                 )
                 return None
         with console.progress("merging replies"):
-            return merge_knowledge(images, set(distinct), ladder, replies, out_root, max_fallback, digest, command)
+            return merge_knowledge(
+                images, false, set(distinct), ladder, replies, out_root, max_fallback, digest, command
+            )
 
 
 def _load(captions: str, format: str, default_split: str, keep_restval: bool) -> CaptionSource:

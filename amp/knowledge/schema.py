@@ -1,5 +1,7 @@
 """Action knowledge of a caption: triplets (eq. 1-2 of arXiv 2506.23502) with one state description each (eq. 3).
 
+A caption may also have foils: false captions with knowledge of their own.
+
 This module defines well-formed knowledge. The modules next to it turn knowledge into texts and tensors.
 """
 
@@ -13,6 +15,9 @@ from amp.errors import AmpError, shorten
 from amp.json_text import check_text, is_unicode, seen_keys, value_of
 
 KINDS = ("action", "attribute")
+FOIL_KINDS = ("roles", "action", "object", "attribute")
+"""What a foil changes: who acts on whom or has which description, or one word."""
+
 # Files in a folder of generated knowledge, from which shards are made.
 KNOWLEDGE_NAME, PROVENANCE_NAME = "knowledge.jsonl", "knowledge_provenance.json"
 
@@ -73,6 +78,25 @@ class Knowledge:
             return self
         kept = [(t, s) for t, s in zip(self.triplets, self.states, strict=True) if t.kind in kinds]
         return Knowledge(tuple(t for t, _ in kept), tuple(s for _, s in kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Foil:
+    """A caption made false by a small change, with its own knowledge.
+
+    Attributes:
+        kind: What was changed: one of `FOIL_KINDS`.
+        caption: The false caption.
+        knowledge: Knowledge of the false caption, by the same writer as that of the true one.
+    """
+
+    kind: str
+    caption: str
+    knowledge: Knowledge
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, which `parse_foils` reads."""
+        return {"kind": self.kind, "caption": self.caption, **self.knowledge.to_dict()}
 
 
 def parse_knowledge(record: dict[str, Any], where: str) -> Knowledge:
@@ -146,6 +170,23 @@ def parse_origin(record: dict[str, Any], where: str) -> dict[str, Any]:
     if "empty" in record:
         origin["empty"] = _text(record["empty"], f"{where}: 'empty'")
     return origin
+
+
+def parse_foils(record: dict[str, Any], where: str) -> tuple[Foil, ...]:
+    """Returns the foils of a record's caption, from its key `foils`, which may be missing.
+
+    Raises:
+        AmpError: See `parse_knowledge`.
+    """
+    foils = []
+    for number, value in enumerate(value_of(record, "foils", list, where, _HINT) if "foils" in record else ()):
+        here = f"{where}: foils[{number}]"
+        kind = value_of(value, "kind", str, here, _HINT)
+        if kind not in FOIL_KINDS:
+            raise AmpError(f"{here}: 'kind' is {shorten(kind)}; expected one of {', '.join(FOIL_KINDS)}; {_HINT}")
+        caption = _text(value_of(value, "caption", str, here, _HINT), f"{here}: 'caption'")
+        foils.append(Foil(kind, caption, parse_knowledge(value, here)))
+    return tuple(foils)
 
 
 def _is_source(value: Any) -> bool:

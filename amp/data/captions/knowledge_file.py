@@ -13,7 +13,7 @@ from amp.data.captions.text_file import jsonl_objects
 from amp.data.images.names import RelativeNames, composed
 from amp.errors import AmpError, shorten
 from amp.json_text import check_id, check_text
-from amp.knowledge.schema import parse_knowledge, parse_origin
+from amp.knowledge.schema import parse_foils, parse_knowledge, parse_origin
 from amp.knowledge.text import CONTEXT_TOKENS, FEW_WORDS, state_text, surely_cut
 
 
@@ -41,9 +41,9 @@ def attach_knowledge(
 ) -> KnowledgeReport:
     """Attaches knowledge to captions, in place, from a JSONL file.
 
-    A record has `triplets` and `states`, and optionally `sources` and `empty`. It names its caption by `sentid`, or by
-    `image` and `caption`. If a record with `sentid` also has `image` or `caption`, they are compared with the captions
-    file, because knowledge of another dataset may use the same numbers.
+    A record has `triplets` and `states`, and optionally `sources`, `empty` and `foils`. It names its caption by
+    `sentid`, or by `image` and `caption`. If a record with `sentid` also has `image` or `caption`, they are compared
+    with the captions file, because knowledge of another dataset may use the same numbers.
 
     Args:
         images: The images with their captions.
@@ -63,7 +63,9 @@ def attach_knowledge(
         where = f"{path} line {number}"
         records += 1
         parsed = parse_knowledge(record, where)
-        content = parsed.to_dict() | parse_origin(record, where)
+        content: dict[str, Any] = parsed.to_dict() | parse_origin(record, where)
+        if foils := parse_foils(record, where):
+            content["foils"] = [foil.to_dict() for foil in foils]
         knowledge = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         targets = captions.find(record, where)
         unused += not targets

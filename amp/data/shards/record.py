@@ -4,7 +4,7 @@
      "captions": [{"id": int | str, "text": str,
                    "triplets": [{"subject", "action", "object", "kind"}], "states": [str]}]}
 
-A caption may also have `sources` or `empty` (`amp.knowledge.schema.parse_origin`).
+A caption may also have `sources` or `empty` (`amp.knowledge.schema.parse_origin`), and `foils` (`parse_foils`).
 """
 
 from __future__ import annotations
