@@ -248,8 +248,7 @@ def _exchanged(doc) -> str | None:
     living = [noun for noun in doc if _role_of(noun) is not None and noun.dep_ != "compound"]
     for place, one in enumerate(living):
         for two in living[place + 1 :]:
-            # In "a man and a woman in red", both may be described.
-            if _described(one, two) or (two.dep_ != "conj" and _described(two, one)):
+            if _described(one, two) or _described(two, one):
                 text = _swapped(doc, one, two, joined=True)
                 if text:
                     return text
@@ -257,9 +256,11 @@ def _exchanged(doc) -> str | None:
 
 
 def _described(noun, other) -> bool:
-    """Whether a description follows a noun that stays where it is when the noun is exchanged: "a man in red"."""
-    found = [child for child in children_of(noun, "prep", "acl", "relcl") if child.i > noun.i]
-    return any(other not in child.subtree and child.lower_ in _DESCRIBING for child in found)
+    """Whether a description stays behind if two nouns are exchanged: "a man in red", not "a man and a boy in red"."""
+    joined = other in noun.children or noun in other.children
+    found = [child for child in children_of(noun, "prep", "acl", "relcl") if child.lower_ in _DESCRIBING]
+    found = [child for child in found if noun.i < child.i < other.i or (not joined and noun.i < child.i)]
+    return any(other not in child.subtree for child in found)
 
 
 def _above(noun) -> tuple:
