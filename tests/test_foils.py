@@ -48,7 +48,7 @@ def foils_of(rules, *captions: str, others: tuple[str, ...] = ()) -> list[dict[s
         ("A man hugs a woman .", None),
         ("A man and a woman in red walk .", None),
         ("A woman looks at a man sitting on a chair .", None),
-        ("A girl pushes another girl .", None),
+        ("A tall girl pushes another small girl .", None),
         ("A boy pushes his sister .", None),
         ("A dog pulls a man .", None),  # "a man pulls a dog" is unlikely, and would be recognized without the photo
         ("One man of a group kicks a woman .", None),
@@ -170,12 +170,12 @@ def test_from_captions_to_choices(rules, tmp_path):
     assert {t.kind for choice in actions for k in choice.knowledge or () for t in k.triplets} == {"action"}
 
 
-def test_limit_and_fallback_none(rules, tmp_path):
-    """Only chosen captions get foils, also if the rules write nothing else."""
-    (tmp_path / "captions.csv").write_text(
-        "filename,caption\n0.jpg,A red car .\n1.jpg,A blue car .\n2.jpg,A red bus .\n"
-    )
+def test_only_chosen_captions_get_foils(rules, tmp_path):
+    rows = ("0.jpg,A red car .", "1.jpg,A blue car .", "1.jpg,A yellow bus .", "2.jpg,A green bus .")
+    (tmp_path / "captions.csv").write_text("\n".join(["filename,caption", *rows]) + "\n")
     summary = generate_knowledge(str(tmp_path / "captions.csv"), str(tmp_path / "out"), foils=True, limit=2)
     records = [json.loads(line) for line in (tmp_path / "out/knowledge.jsonl").read_text().splitlines()]
-    assert [record["foils"][0]["caption"] for record in records] == ["A blue car .", "A red car ."]
-    assert summary is not None and (summary.captions, summary.distinct) == (2, 2)
+    assert [record["caption"] for record in records] == ["A red car .", "A blue car ."]
+    assert all(foil["kind"] == "attribute" for record in records for foil in record.get("foils", ()))
+    assert summary is not None and summary.captions == 2 and summary.foils.total() > 0
+    assert not any("bus" in path.read_text() for path in (tmp_path / "out/cache").iterdir())
