@@ -120,22 +120,26 @@ def draw(points: Points, f1: dict[str, float], lines: list[str]) -> bytes:
     """Draws the points as PNG, a panel for each pair of `MEASURES`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    names: dict[float, list[str]] = defaultdict(list)  # rows with the same F1 are drawn next to each other
+    places = {}
+    for row, x in f1.items():
+        places[row] = x + 0.025 * len(names[x])
+        names[x].append(row)
     for axes, measures in zip(figure.subplots(1, 2), MEASURES, strict=True):
         for measure, colour in zip(measures, ("#0072b2", "#d55e00"), strict=True):
             for row, style in zip(lines, ("--", ":", "-."), strict=False):
                 value = points[row][measure][0]
                 axes.axhline(value, color=colour, linestyle=style, linewidth=1)
-                axes.annotate(row, (1, value), ha="right", va="bottom", fontsize=7, color=colour)
+                axes.annotate(row, (0.25, value), ha="center", va="bottom", fontsize=8, color=colour)
             means, errors = zip(*(points[row][measure] for row in f1), strict=True)
-            axes.errorbar(list(f1.values()), means, errors, fmt="o", capsize=3, color=colour, label=measure)
-        for row, x in f1.items():
-            top = max(sum(points[row][measure]) for measure in measures)
-            axes.annotate(row, (x, top), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axes.set(xlim=(-0.1, 1), xlabel="F1 of the training captions' triplets, on the gold file", ylabel="percent")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(y=0.15)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+            axes.errorbar(list(places.values()), means, errors, fmt="o", capsize=3, color=colour, label=measure)
+        top = axes.secondary_xaxis("top")
+        top.set_xticks(list(names), ["\n".join(reversed(rows)) for rows in names.values()], fontsize=8)
+        axes.set(xlim=(-0.1, 1.05), xlabel="F1 of the triplets, on the gold file", ylabel="percent")
+        axes.spines["right"].set_visible(False)
+        axes.margins(y=0.1)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=90)
     return out.getvalue()
