@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.drawn_data import draw_dataset
+from support.repository import shared_folder
 
 from amp.data.captions.load import load_captions
 from amp.data.conversion.make import make_shards
@@ -84,6 +85,14 @@ def test_replaced_words(rules, kind, caption, other, foil):
     assert foils_of(rules, caption, others=(other,))[0].get(kind) == foil
 
 
+def test_forms_are_written_as_often_as_they_are_used(rules):
+    """Otherwise "bicycle" would only occur in true captions, and could be told without the photo."""
+    used = {"scooter": 60, "bike": 45, "bicycle": 15}
+    captions = [f"A man in hat {number} rides a {thing} ." for thing, count in used.items() for number in range(count)]
+    written = Counter(own["object"].split()[-2] for own in foils_of(rules, *captions) if "object" in own)
+    assert written["scooter"] == 60 and 30 < written["bike"] < 55 and written["bike"] + written["bicycle"] == 60
+
+
 def test_no_caption_of_the_photo_contains_the_new_word(rules):
     """The verbs of both captions exclude each other, in any form; in another photo they are exchanged."""
     same = [["A woman sits on a bench .", "A woman who stood on a bench ."]]
@@ -104,6 +113,33 @@ def test_exchanges_are_balanced(counts):
         assert chances[0] == pytest.approx({1: 0.6, 2: 0.4}, abs=0.01) and chances[1][0] == pytest.approx(1, abs=0.01)
     if counts == {0: 90, 1: 3, 2: 1}:
         assert sum(chances[0].values()) == pytest.approx(4 / 90, abs=1e-3)
+
+
+def test_a_judge_of_words_cannot_tell_the_foil(rules):
+    """It knows how often the changed words occur in true and false captions of one half of the photos.
+
+    Words that may not stand in the photo's other captions are slightly rarer in foils, so it is a little below 50 %.
+    """
+    path = shared_folder("data/flickr8k", "dataset_flickr8k.json") / "dataset_flickr8k.json"
+    images = [image for image in json.loads(path.read_text())["images"] if image["split"] == "val"][:300]
+    captions = [[sentence["raw"] for sentence in image["sentences"]] for image in images]
+    halves: list[list[tuple[set[str], set[str]]]] = [[], []]
+    for number, (texts, found) in enumerate(zip(captions, write_foils(captions, rules.parsed), strict=True)):
+        for text, own in zip(texts, found, strict=True):
+            for foil in own.values():
+                true, false = set(text.lower().split()), set(foil.lower().split())
+                halves[number % 2].append((true - false, false - true))
+    right = total = 0.0
+    for known, asked in (halves, halves[::-1]):
+        odds = Counter[str]()
+        for true, false in known:
+            odds.update(true)
+            odds.subtract(false)
+        for true, false in asked:
+            lead = sum(odds[word] for word in true) - sum(odds[word] for word in false)
+            right, total = right + (lead > 0) + 0.5 * (lead == 0), total + 1
+    print(f"right: {right / total:.1%} of {total:.0f}")
+    assert total > 700 and 0.4 < right / total < 0.53
 
 
 def test_at_least_nine_of_ten_foils_are_grammatical_and_false(rules):

@@ -5,7 +5,8 @@ A foil exchanges two people or animals, or replaces an action, an object or an a
 
 A replacement must not be recognizable without the photo: if frequent words were replaced by rare ones, a model could
 learn that the rarer word is wrong. So words are exchanged in balance: in all captions together, each word of a group
-replaces another one as often as that one replaces it.
+replaces another one as often as that one replaces it. Of several forms of a word ("bike", "bicycle"), each is written
+as often as the captions use it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class _Slot:
 
     kind: str
     group: str  # name of the group and of the grammatical place, for counting
-    members: tuple[tuple[str, ...], ...]  # each member's forms; the first one is written
+    members: tuple[tuple[str, ...], ...]  # each member's forms
     own: int
+    form: str
     start: int
     stop: int
     tag: str
@@ -63,8 +65,10 @@ def write_foils(
         exchanged.append(_exchanged(doc))
         words.append(_words(doc))
     counts: dict[str, Counter] = defaultdict(Counter)
+    forms: dict[tuple[str, int], Counter] = defaultdict(Counter)
     for slot in (slot for found in places for slot in found):
         counts[slot.group][slot.own] += 1
+        forms[slot.group, slot.own][slot.form] += 1
     chances = {group: balanced(counts[group]) for group in counts}
     number = 0
     for captions in images:
@@ -81,7 +85,7 @@ def write_foils(
             for kind in FOIL_KINDS[1:]:
                 slots = [slot for slot in places[n] if slot.kind == kind]
                 draw.shuffle(slots)
-                tried = (_replaced(texts[n], slot, chances[slot.group][slot.own], seen, draw) for slot in slots)
+                tried = (_replaced(texts[n], slot, chances[slot.group][slot.own], forms, seen, draw) for slot in slots)
                 if text := next(filter(None, tried), None):
                     own[kind] = text
             found.append(own)
@@ -109,13 +113,19 @@ def balanced(counts: dict[int, int]) -> dict[int, dict[int, float]]:
 
 
 def _replaced(
-    caption: str, slot: _Slot, chances: dict[int, float], seen: frozenset[str], draw: random.Random
+    caption: str,
+    slot: _Slot,
+    chances: dict[int, float],
+    forms: dict[tuple[str, int], Counter],
+    seen: frozenset[str],
+    draw: random.Random,
 ) -> str | None:
     kept = max(0.0, 1 - sum(chances.values()))
     new = draw.choices([*chances, slot.own], [*chances.values(), kept])[0]
     if new == slot.own or not seen.isdisjoint(slot.members[new]):
         return None
-    word = slot.members[new][0]
+    written = forms[slot.group, new]
+    word = draw.choices([*written], [*written.values()])[0]
     word = (inflect(word, slot.tag) if slot.kind == "action" else s_form(word) if slot.tag == "NNS" else word) or ""
     return _write(caption, slot.start, slot.stop, word)
 
@@ -164,7 +174,14 @@ def _action_slots(verb) -> Iterator[_Slot]:
         fits = "any" in things or (thing is not None and any(_is_in(thing, name) for name in things))
         if own is not None and kind in subject_kinds and preposition in wanted and fits:
             yield _Slot(
-                "action", f"frame {number}", members, own, verb.idx, verb.idx + len(verb.text), _tag_of_verb(verb)
+                "action",
+                f"frame {number}",
+                members,
+                own,
+                infinitive,
+                verb.idx,
+                verb.idx + len(verb.text),
+                _tag_of_verb(verb),
             )
 
 
@@ -208,7 +225,9 @@ def _object_slots(noun) -> Iterator[_Slot]:
         if own is not None:
             start = noun.doc[noun.i - len(phrase.split()) + 1].idx
             place = f"{name} {noun.head.lower_ if noun.dep_ == 'pobj' else plain_verb(noun.head.lower_)}"
-            yield _Slot("object", place, members, own, start, noun.idx + len(noun.text), "NNS" if plural else "NN")
+            yield _Slot(
+                "object", place, members, own, form, start, noun.idx + len(noun.text), "NNS" if plural else "NN"
+            )
 
 
 def _attribute_slots(word) -> Iterator[_Slot]:
@@ -219,7 +238,9 @@ def _attribute_slots(word) -> Iterator[_Slot]:
     for number, (members, kinds) in enumerate(_attributes()):
         own = next((n for n, forms in enumerate(members) if word.lower_ in forms), None)
         if own is not None and kind in kinds:
-            yield _Slot("attribute", f"{kind} {number}", members, own, word.idx, word.idx + len(word.text), "JJ")
+            yield _Slot(
+                "attribute", f"{kind} {number}", members, own, word.lower_, word.idx, word.idx + len(word.text), "JJ"
+            )
 
 
 def _exchanged(doc) -> str | None:
