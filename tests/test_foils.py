@@ -15,8 +15,11 @@ from amp.data.split import ShardSplit
 from amp.errors import AmpError
 from amp.evaluate.foil_choices import foil_choices
 from amp.generation.foils import balanced, write_foils
+from amp.generation.inflect import inflect
+from amp.generation.lexicon_files import read_lexicon
 from amp.generation.run import generate_knowledge
 from amp.generation.score import load_gold
+from amp.generation.states import plain_verb
 from amp.knowledge.schema import FOIL_KINDS, Knowledge, Triplet, parse_foils
 from amp.terminal import PlainConsole
 
@@ -91,6 +94,20 @@ def test_forms_are_written_as_often_as_they_are_used(rules):
     captions = [f"A man in hat {number} rides a {thing} ." for thing, count in used.items() for number in range(count)]
     written = Counter(own["object"].split()[-2] for own in foils_of(rules, *captions) if "object" in own)
     assert written["scooter"] == 60 and 30 < written["bike"] < 55 and written["bike"] + written["bicycle"] == 60
+
+
+def test_every_verb_is_inflected():
+    """The lexicon of states reads each form back, and knows the irregular past forms."""
+    lexicon = read_lexicon("state_lexicon.yaml")["irregular"]
+    frames = read_lexicon("foil_words.yaml")["frames"]
+    for verb in {form for frame in frames for forms in frame["verbs"] for form in forms.split("/")}:
+        for tag in ("VBG", "VBZ", "VBD"):
+            written = inflect(verb, tag)
+            assert plain_verb(written) == plain_verb(verb), (verb, tag, written)
+        past = {form for form, infinitive in lexicon.items() if infinitive == verb and not form.endswith(("ing", "s"))}
+        assert not past or inflect(verb, "VBD") in past, (verb, past)
+    regular = {"carry": "carried", "play": "played", "jog": "jogged", "wave": "waved"}
+    assert {verb: inflect(verb, "VBD") for verb in regular} == regular
 
 
 def test_no_caption_of_the_photo_contains_the_new_word(rules):

@@ -13,16 +13,15 @@ _SOUNDS_VOWEL = re.compile(r"(?:hour|honest|heir)")
 
 
 def inflect(verb: str, tag: str) -> str | None:
-    """An infinitive in the form of a Penn Treebank tag; None for a tag of no verb."""
+    """An infinitive in the form of a Penn Treebank tag; None for a participle or no verb."""
     if tag in ("VB", "VBP"):
         return verb
     if tag == "VBG":
         return ing_form(verb)
     if tag in ("VBZ", "NNS"):  # a verb that the parser takes for a plural noun
         return s_form(verb)
-    if tag in ("VBD", "VBN"):
-        irregular = read_lexicon("foil_words.yaml")["irregular"].get(verb)
-        return irregular[tag == "VBN"] if irregular else _doubled(verb).removesuffix("e") + "ed"
+    if tag == "VBD":
+        return read_lexicon("foil_words.yaml")["irregular"].get(verb) or _regular_past(verb)
     return None
 
 
@@ -49,6 +48,12 @@ def article_before(word: str) -> str:
     word = word.lower()
     vowel = word[:1] in _VOWELS and not _SOUNDS_CONSONANT.match(word)
     return "an" if vowel or _SOUNDS_VOWEL.match(word) else "a"
+
+
+def _regular_past(verb: str) -> str:
+    if verb.endswith("y") and verb[-2:-1] not in _VOWELS:
+        return verb[:-1] + "ied"
+    return _doubled(verb).removesuffix("e") + "ed"
 
 
 def _doubled(verb: str) -> str:
